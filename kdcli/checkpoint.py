@@ -1,0 +1,157 @@
+"""Checkpoints: one `.pt` file with everything a model needs, read without executing anything in it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcli.errors import KdError
+from kdcli.files import atomic_path
+
+FORMAT_VERSION = 1
+_FORCE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+_force_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model as it lies on disk.
+
+    Attributes:
+        arch: name in `kdcli.models.MODELS`.
+        arch_args: keyword arguments that build the network, plain JSON values.
+        state_dict: the network's parameters and buffers.
+        preprocess: `{"name", "args", "state"}`, see `kdcli.preprocess`.
+        classes: class names in the order of the logits.
+        input_size: `(H, W, C)` of the raw uint8 images it takes.
+        provenance: where it came from: plain JSON values.
+        training: optimizer, step, RNG and config of an unfinished run; None in a finished model.
+    """
+
+    arch: str
+    arch_args: dict[str, Any]
+    state_dict: dict[str, Tensor]
+    preprocess: dict[str, Any]
+    classes: tuple[str, ...]
+    input_size: tuple[int, int, int]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] | None = None
+
+
+def save(path: Path, checkpoint: Checkpoint) -> None:
+    """Write temp → flush → fsync → re-read → rename → fsync of the directory.
+
+    Raises:
+        KdError: the file cannot be written or does not read back; an older file of that name is untouched.
+    """
+    document = {
+        "format_version": FORMAT_VERSION,
+        "arch": checkpoint.arch,
+        "arch_args": checkpoint.arch_args,
+        "state_dict": {name: value.detach().cpu().contiguous() for name, value in checkpoint.state_dict.items()},
+        "preprocess": checkpoint.preprocess,
+        "classes": list(checkpoint.classes),
+        "input_size": list(checkpoint.input_size),
+        "provenance": checkpoint.provenance,
+    }
+    if checkpoint.training is not None:
+        document["training"] = checkpoint.training
+    try:
+        with atomic_path(path) as temporary:
+            torch.save(document, temporary)
+            _read(temporary)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise KdError(
+            f"cannot write {path}: {reason}",
+            "Check free space and permissions; an earlier file of that name is unchanged.",
+        ) from error
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint with `weights_only=True`, whatever the environment says.
+
+    Raises:
+        KdError: missing, unreadable, not a checkpoint of kd, or made by a newer version.
+    """
+    if not path.exists():
+        raise KdError(f"no such file: {path}")
+    if path.is_dir():
+        raise KdError(f"{path} is a folder, not a checkpoint", "Name the .pt file itself.")
+    if not zipfile.is_zipfile(path):
+        raise KdError(f"{path} is not a kd checkpoint", "kd reads .pt files that kd wrote; see kd convert-caffe.")
+    try:
+        document = _read(path)
+    except KdError:
+        raise
+    except Exception as error:  # the unpickler and the zip reader raise whatever the bytes provoke
+        raise KdError(
+            f"{path} cannot be read safely: {_first_line(error)}",
+            "The file is damaged, or holds more than tensors and plain values; kd never executes what it reads.",
+        ) from error
+    return _to_checkpoint(path, document)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with _safe_only():
+        document = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(document, dict):
+        raise KdError(f"{path} is not a kd checkpoint", "kd reads .pt files that kd wrote.")
+    return document
+
+
+@contextmanager
+def _safe_only() -> Iterator[None]:
+    """torch lets an environment variable undo `weights_only`; not here."""
+    with _force_lock:
+        forced = os.environ.pop(_FORCE, None)
+        try:
+            yield
+        finally:
+            if forced is not None:
+                os.environ[_FORCE] = forced
+
+
+def _to_checkpoint(path: Path, document: dict[str, Any]) -> Checkpoint:
+    version = document.get("format_version")
+    if not isinstance(version, int):
+        raise KdError(f"{path} is not a kd checkpoint", "It has no format version; kd reads .pt files that kd wrote.")
+    if version > FORMAT_VERSION:
+        raise KdError(
+            f"{path} was written by a newer kd (format {version}, this one reads {FORMAT_VERSION})",
+            "pip install --upgrade kdcli",
+        )
+    try:
+        state = document["state_dict"]
+        preprocess = document["preprocess"]
+        height, width, channels = (int(value) for value in document["input_size"])
+        if not all(isinstance(value, Tensor) for value in state.values()):
+            raise TypeError("state_dict holds something that is not a tensor")
+        if not {"name", "args", "state"} <= set(preprocess):
+            raise KeyError("preprocess")
+        return Checkpoint(
+            arch=str(document["arch"]),
+            arch_args=dict(document["arch_args"]),
+            state_dict=dict(state),
+            preprocess=dict(preprocess),
+            classes=tuple(str(name) for name in document["classes"]),
+            input_size=(height, width, channels),
+            provenance=dict(document["provenance"]),
+            training=document.get("training"),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise KdError(f"{path} is not a whole kd checkpoint: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]

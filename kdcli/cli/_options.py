@@ -1,0 +1,85 @@
+"""Typer options made from a settings class, so that each default, bound and help text exists once."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from kdcli.config import Settings
+
+
+def options_of(
+    settings: type[Settings], *, metavars: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option for each field of `settings`, in place of its `**options`.
+
+    An option that the user does not type is absent from `options`, so that a recipe's value is not overridden by
+    a default.
+
+    Args:
+        metavars: what --help shows as a field's value, where it is not known to `config` (registry names).
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        added = [
+            _parameter(name, field, (metavars or {}).get(name)) for name, field in settings.model_fields.items()
+        ]
+
+        def run(**values: Any) -> None:
+            typed = {n: _plain(v) for n, v in values.items() if n not in settings.model_fields or v is not None}
+            command(**typed)
+
+        run.__name__ = command.__name__
+        run.__doc__ = command.__doc__
+        run.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
+        return run
+
+    return decorate
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Enum) else value
+
+
+def _parameter(name: str, field: FieldInfo, metavar: str | None) -> inspect.Parameter:
+    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    kind = _value_type(field.annotation)
+    flag = "--" + name.replace("_", "-")
+    further = [str(text) for text in extra.get("flags", [])]  # type: ignore[union-attr]
+    flags = [*further, flag] if further and not further[0].startswith("--from") else further or [flag]
+    if kind is bool:
+        flags = [flag]
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    shown = metavar or extra.get("metavar") or ("|".join(map(str, choices)) if choices else None)
+    option = typer.Option(
+        *flags,
+        help=field.description,
+        rich_help_panel=str(extra.get("panel", "Options")),
+        show_default=_shown_default(field.default),
+        metavar=str(shown) if shown else None,
+    )
+    annotation = Annotated[(str if choices else kind) | None, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _value_type(annotation: Any) -> Any:
+    """`X | None` → X; pydantic has already taken `Annotated` off."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next(part for part in get_args(annotation) if part is not type(None))
+    return annotation
+
+
+def _shown_default(default: Any) -> str | bool:
+    if default is None or default == "" or default is False:
+        return False
+    return str(default) if not isinstance(default, Path) else default.as_posix()

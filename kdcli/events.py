@@ -1,0 +1,32 @@
+"""What long work tells whoever called it. The engine never prints; it calls `on_event`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`done` of `total` units of `task` are finished; `values` are figures worth showing beside the bar."""
+
+    task: str
+    done: int
+    total: int
+    unit: str = "images"
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Note:
+    """One sentence the user should see once."""
+
+    text: str
+
+
+Event = Progress | Note
+OnEvent = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """An `OnEvent` that drops everything."""

@@ -1,0 +1,151 @@
+"""Networks by name, and the `Classifier` that joins a network with its preprocessing.
+
+Adding a network: write a function named as the model in a file of its family, add a row to `MODELS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcli import checkpoint
+from kdcli.checkpoint import Checkpoint
+from kdcli.errors import KdError, UsageError
+from kdcli.preprocess import Preprocess, from_spec
+
+# name -> where its function lives; `graph` is what kd convert-caffe builds and cannot be asked for by name
+MODELS = {
+    "lenet": "kdcli.models.lenet:lenet",
+    "lenet-caffe": "kdcli.models.lenet:lenet_caffe",
+    "nin": "kdcli.models.nin:nin",
+    "nin-fc": "kdcli.models.nin:nin_fc",
+    "convnet-tiny": "kdcli.models.convnet:convnet_tiny",
+    "convnet-small": "kdcli.models.convnet:convnet_small",
+    "convnet-large": "kdcli.models.convnet:convnet_large",
+    "graph": "kdcli.models.graph:graph",
+}
+
+
+class Classifier(nn.Module):
+    """Preprocessing and network as one module.
+
+    Attributes:
+        network: float32 (B, C, H, W) as preprocessed → logits (B, classes).
+        preprocess: raw pixels (B, C, H, W) in 0–255 → the network's input.
+        arch, arch_args: how `build` makes the network again.
+        classes: class names in the order of the logits.
+        input_size: (H, W, C) of the raw images.
+        provenance: plain values: method, data, teacher, accuracy, source file …
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        preprocess: Preprocess,
+        *,
+        arch: str,
+        arch_args: dict[str, Any],
+        classes: tuple[str, ...],
+        input_size: tuple[int, int, int],
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.preprocess = preprocess
+        self.arch = arch
+        self.arch_args = arch_args
+        self.classes = classes
+        self.input_size = input_size
+        self.provenance = dict(provenance or {})
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Raw images uint8 (B, H, W, C) → logits (B, classes)."""
+        logits: Tensor = self.network(self.prepare(images))
+        return logits
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Raw images uint8 (B, H, W, C) → the network's input float32 (B, C, H, W).
+
+        The permutation of contiguous NHWC is channels-last NCHW: no copy but the cast.
+        """
+        prepared: Tensor = self.preprocess(images.permute(0, 3, 1, 2).float())
+        return prepared
+
+    def to_checkpoint(self, training: dict[str, Any] | None = None) -> Checkpoint:
+        """As it lies on disk."""
+        return Checkpoint(
+            arch=self.arch,
+            arch_args=self.arch_args,
+            state_dict=dict(self.network.state_dict()),
+            preprocess=self.preprocess.spec(),
+            classes=self.classes,
+            input_size=self.input_size,
+            provenance=self.provenance,
+            training=training,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint atomically."""
+        checkpoint.save(path, self.to_checkpoint())
+
+
+def build(arch: str, *, classes: int, input_size: tuple[int, int, int], **arch_args: Any) -> nn.Module:
+    """A freshly initialised network: float32 (B, C, H, W) → logits (B, classes).
+
+    Args:
+        arch: a name in `MODELS`.
+        classes: number of logits.
+        input_size: (H, W, C) of the images.
+        arch_args: what the model's function takes beside these two.
+
+    Raises:
+        UsageError: unknown name or argument, or images too small for the network.
+    """
+    if arch not in MODELS:
+        known = ", ".join(name for name in MODELS if name != "graph")
+        raise UsageError(f"unknown network: {arch}", f"Known are {known}.")
+    module, function = MODELS[arch].split(":")
+    make = getattr(importlib.import_module(module), function)
+    try:
+        network: nn.Module = make(classes=classes, input_size=input_size, **arch_args)
+    except TypeError as error:
+        raise UsageError(f"network {arch} does not take these arguments: {error}") from error
+    return network
+
+
+def from_checkpoint(stored: Checkpoint, source: str = "checkpoint") -> Classifier:
+    """Build the network a checkpoint describes and fill in its weights, in eval mode.
+
+    Raises:
+        KdError: the weights do not fit the network they claim to belong to.
+    """
+    with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away; leave the caller's RNG alone
+        network = build(stored.arch, classes=len(stored.classes), input_size=stored.input_size, **stored.arch_args)
+    try:
+        network.load_state_dict(stored.state_dict)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:300]
+        raise KdError(f"{source}: weights do not fit network {stored.arch}: {detail}") from error
+    return Classifier(
+        network,
+        from_spec(stored.preprocess),
+        arch=stored.arch,
+        arch_args=stored.arch_args,
+        classes=stored.classes,
+        input_size=stored.input_size,
+        provenance=stored.provenance,
+    ).eval()
+
+
+def load(path: Path) -> Classifier:
+    """Read a checkpoint file into a `Classifier` in eval mode."""
+    return from_checkpoint(checkpoint.load(path), str(path))
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of trainable values."""
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,103 @@
+"""Network in Network (Lin, Chen, Yan 2013, arXiv:1312.4400), in the form of its Caffe model for CIFAR-10."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdcli.errors import UsageError
+
+WIDTHS = (192, 160, 96, 192, 192, 192, 192, 192)  # conv1 cccp1 cccp2 conv2 cccp3 cccp4 conv3 cccp5
+
+
+class _Trunk(nn.Module):
+    """Everything up to cccp5: (B, C, H, W) → (B, widths[7], H/4, W/4). ReLU after every convolution."""
+
+    def __init__(self, input_size: tuple[int, int, int], widths: Sequence[int], dropout: float) -> None:
+        super().__init__()
+        if min(input_size[:2]) < 8:
+            raise UsageError(f"images of {input_size[0]}×{input_size[1]} are too small for NIN", "It needs 8×8.")
+        w1, c1, c2, w2, c3, c4, w3, c5 = widths
+        self.conv1 = nn.Conv2d(input_size[2], w1, 5, padding=2)
+        self.cccp1 = nn.Conv2d(w1, c1, 1)
+        self.cccp2 = nn.Conv2d(c1, c2, 1)
+        # Caffe rounds pooling up, and an average divides by what lies inside the image
+        self.pool1 = nn.MaxPool2d(3, 2, ceil_mode=True)
+        self.drop3 = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(c2, w2, 5, padding=2)
+        self.cccp3 = nn.Conv2d(w2, c3, 1)
+        self.cccp4 = nn.Conv2d(c3, c4, 1)
+        self.pool2 = nn.AvgPool2d(3, 2, ceil_mode=True, count_include_pad=False)
+        self.drop6 = nn.Dropout(dropout)
+        self.conv3 = nn.Conv2d(c4, w3, 3, padding=1)
+        self.cccp5 = nn.Conv2d(w3, c5, 1)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        maps = F.relu(self.cccp2(F.relu(self.cccp1(F.relu(self.conv1(pixels))))))
+        maps = self.drop3(self.pool1(maps))  # (B, 96, 16, 16) for 32×32
+        maps = F.relu(self.cccp4(F.relu(self.cccp3(F.relu(self.conv2(maps))))))
+        maps = self.drop6(self.pool2(maps))  # (B, 192, 8, 8)
+        return F.relu(self.cccp5(F.relu(self.conv3(maps))))
+
+    def initialise(self) -> None:
+        """He initialisation; the last layer small, so that its ReLU lets gradients through at the start."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+
+class NIN(_Trunk):
+    """Global average pooling over one map a class; the last convolution has its ReLU too, as in Caffe."""
+
+    def __init__(
+        self, classes: int, input_size: tuple[int, int, int], widths: Sequence[int], dropout: float
+    ) -> None:
+        super().__init__(input_size, widths, dropout)
+        self.cccp6 = nn.Conv2d(widths[-1], classes, 1)
+        self.initialise()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Preprocessed pixels (B, C, H, W) → logits (B, classes), none below 0."""
+        maps = F.relu(self.cccp6(self.features(pixels)))  # (B, classes, 8, 8)
+        return maps.mean(dim=(2, 3))
+
+
+class NINFc(_Trunk):
+    """The reference's variant: ip1, ReLU, ip2 in place of cccp6 and pool3."""
+
+    def __init__(
+        self, classes: int, input_size: tuple[int, int, int], widths: Sequence[int], hidden: int, dropout: float
+    ) -> None:
+        super().__init__(input_size, widths, dropout)
+        height, width = (-(-(-(-side // 2)) // 2) for side in input_size[:2])  # two halvings, rounded up
+        self.ip1 = nn.Linear(widths[-1] * height * width, hidden)
+        self.ip2 = nn.Linear(hidden, classes)
+        self.initialise()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Preprocessed pixels (B, C, H, W) → logits (B, classes)."""
+        hidden = F.relu(self.ip1(self.features(pixels).flatten(1)))
+        logits: Tensor = self.ip2(hidden)
+        return logits
+
+
+def nin(
+    classes: int, input_size: tuple[int, int, int], widths: Sequence[int] = WIDTHS, dropout: float = 0.5
+) -> NIN:
+    """967 k parameters and 222 M MACs on 32×32×3 with 10 classes."""
+    return NIN(classes, input_size, widths, dropout)
+
+
+def nin_fc(
+    classes: int,
+    input_size: tuple[int, int, int],
+    widths: Sequence[int] = WIDTHS,
+    hidden: int = 1024,
+    dropout: float = 0.5,
+) -> NINFc:
+    """NIN with two inner products at the end; `hidden` is the width of ip1."""
+    return NINFc(classes, input_size, widths, hidden, dropout)

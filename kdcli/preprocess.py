@@ -1,0 +1,211 @@
+"""What a model does to raw pixels before its first layer. Each model owns one; nobody else scales pixels.
+
+Every preprocessing is a module from raw RGB pixels `(B, C, H, W)`, float32 in 0–255, to the same shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from kdcli.errors import KdError, UsageError
+from kdcli.events import Note, OnEvent, ignore
+
+UInt8Images = npt.NDArray[np.uint8]  # (N, H, W, C)
+_CHUNK = 4096
+
+
+class Preprocess(nn.Module):
+    """Base: transform in RGB order, then reverse the channels if the network wants BGR.
+
+    Args:
+        channel_order: `rgb` or `bgr`: the order the network was trained with.
+    """
+
+    name: ClassVar[str] = "none"
+
+    def __init__(self, channel_order: str = "rgb") -> None:
+        super().__init__()
+        if channel_order not in ("rgb", "bgr"):
+            raise UsageError(f"unknown channel order: {channel_order}", "It is rgb or bgr.")
+        self.channel_order = channel_order
+
+    def transform(self, pixels: Tensor) -> Tensor:
+        """Raw pixels (B, C, H, W) in 0–255 → what the network sees, RGB."""
+        return pixels
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Raw pixels (B, C, H, W) in 0–255 RGB → the network's input."""
+        prepared = self.transform(pixels)
+        return prepared.flip(1) if self.channel_order == "bgr" else prepared
+
+    def args(self) -> dict[str, Any]:
+        """Plain values that rebuild this object together with its tensors."""
+        return {"channel_order": self.channel_order}
+
+    def spec(self) -> dict[str, Any]:
+        """`{"name", "args", "state"}`: what a checkpoint stores."""
+        return {"name": self.name, "args": self.args(), "state": dict(self.state_dict())}
+
+
+class MeanStd(Preprocess):
+    """Per channel `(x − mean) / std`, mean and std (C,) in units of 0–255."""
+
+    name = "mean-std"
+
+    def __init__(self, mean: Tensor, std: Tensor, channel_order: str = "rgb") -> None:
+        super().__init__(channel_order)
+        self.register_buffer("mean", mean.float().reshape(-1))
+        self.register_buffer("std", std.float().reshape(-1))
+        self.mean: Tensor
+        self.std: Tensor
+
+    def transform(self, pixels: Tensor) -> Tensor:
+        return (pixels - self.mean[:, None, None]) / self.std[:, None, None]
+
+
+class MeanImage(Preprocess):
+    """`x − mean image`, the mean (C, H, W) in units of 0–255."""
+
+    name = "mean-image"
+
+    def __init__(self, mean: Tensor, channel_order: str = "rgb") -> None:
+        super().__init__(channel_order)
+        self.register_buffer("mean", mean.float())
+        self.mean: Tensor
+
+    def transform(self, pixels: Tensor) -> Tensor:
+        return pixels - self.mean
+
+
+class GcnZca(Preprocess):
+    """Global contrast normalisation and ZCA whitening, as the CIFAR-10 NIN was trained (Goodfellow et al., pylearn2).
+
+    Per image over all its values: subtract the mean, scale to L2 norm `scale`; then `(x − mean) @ whiten`, with
+    `whiten = V diag(1/√(λ + filter_bias)) Vᵀ` from the eigenvectors and eigenvalues of the covariance of the
+    normalised train images.
+
+    Args:
+        mean: (D,), D = C·H·W in C, H, W order.
+        whiten: (D, D), symmetric.
+        scale: the L2 norm after contrast normalisation.
+    """
+
+    name = "gcn-zca"
+    scale = 55.0
+    filter_bias = 0.1
+
+    def __init__(self, mean: Tensor, whiten: Tensor, channel_order: str = "rgb") -> None:
+        super().__init__(channel_order)
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("whiten", whiten.float())
+        self.mean: Tensor
+        self.whiten: Tensor
+
+    def transform(self, pixels: Tensor) -> Tensor:
+        flat = contrast_normalise(pixels.flatten(1), self.scale)  # (B, D)
+        return ((flat - self.mean) @ self.whiten).reshape(pixels.shape)
+
+
+def contrast_normalise(flat: Tensor, scale: float = GcnZca.scale) -> Tensor:
+    """Images (B, D): subtract each one's mean, scale it to L2 norm `scale`; a constant image becomes 0."""
+    centred = flat - flat.mean(dim=1, keepdim=True)
+    norm = torch.linalg.vector_norm(centred, dim=1, keepdim=True) / scale
+    return centred / torch.where(norm < 1e-8, torch.ones_like(norm), norm)
+
+
+def _moments(images: UInt8Images) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Mean and standard deviation per channel, exact in integers: (C,), (C,)."""
+    count = images.shape[0] * images.shape[1] * images.shape[2]
+    total = np.zeros(images.shape[3], np.int64)
+    squares = np.zeros(images.shape[3], np.int64)
+    for start in range(0, len(images), _CHUNK):
+        chunk = images[start : start + _CHUNK].reshape(-1, images.shape[3])
+        for channel in range(images.shape[3]):
+            levels = np.bincount(chunk[:, channel], minlength=256)
+            total[channel] += int((levels * np.arange(256)).sum())
+            squares[channel] += int((levels * np.arange(256) ** 2).sum())
+    mean = total / count
+    return mean, np.sqrt(squares / count - mean**2)
+
+
+def _fit_none(images: UInt8Images, channel_order: str, on_event: OnEvent) -> Preprocess:
+    return Preprocess(channel_order)
+
+
+def _fit_mean_std(images: UInt8Images, channel_order: str, on_event: OnEvent) -> Preprocess:
+    mean, std = _moments(images)
+    return MeanStd(torch.from_numpy(mean), torch.from_numpy(np.maximum(std, 1e-3)), channel_order)
+
+
+def _fit_mean_image(images: UInt8Images, channel_order: str, on_event: OnEvent) -> Preprocess:
+    total = np.zeros(images.shape[1:], np.int64)
+    for start in range(0, len(images), _CHUNK):
+        total += images[start : start + _CHUNK].sum(axis=0, dtype=np.int64)
+    mean = torch.from_numpy(total / len(images)).permute(2, 0, 1)  # (C, H, W)
+    return MeanImage(mean, channel_order)
+
+
+def _fit_gcn_zca(images: UInt8Images, channel_order: str, on_event: OnEvent) -> Preprocess:
+    size = int(np.prod(images.shape[1:]))
+    if size > 8192:
+        raise KdError(
+            f"whitening needs a {size} × {size} matrix for images of {images.shape[1]}×{images.shape[2]}",
+            "Use --preprocess mean-std, or smaller images.",
+        )
+    on_event(Note(f"fitting ZCA whitening on {len(images):,} images ({size} × {size})"))
+    total = torch.zeros(size, dtype=torch.float64)
+    products = torch.zeros(size, size, dtype=torch.float64)
+    for start in range(0, len(images), _CHUNK):
+        pixels = torch.from_numpy(np.array(images[start : start + _CHUNK])).permute(0, 3, 1, 2)
+        flat = contrast_normalise(pixels.flatten(1).double())
+        total += flat.sum(dim=0)
+        products += flat.T @ flat
+    mean = total / len(images)
+    covariance = products / len(images) - torch.outer(mean, mean)
+    values, vectors = torch.linalg.eigh(covariance)
+    whiten = (vectors / torch.sqrt(values.clamp_min(0) + GcnZca.filter_bias)) @ vectors.T
+    return GcnZca(mean, whiten, channel_order)
+
+
+_Fit = Callable[[UInt8Images, str, OnEvent], Preprocess]
+PREPROCESSES: dict[str, tuple[type[Preprocess], _Fit]] = {
+    "mean-std": (MeanStd, _fit_mean_std),
+    "mean-image": (MeanImage, _fit_mean_image),
+    "gcn-zca": (GcnZca, _fit_gcn_zca),
+    "none": (Preprocess, _fit_none),
+}
+
+
+def _entry(name: str) -> tuple[type[Preprocess], _Fit]:
+    if name not in PREPROCESSES:
+        raise UsageError(f"unknown preprocessing: {name}", f"Known are {', '.join(PREPROCESSES)}.")
+    return PREPROCESSES[name]
+
+
+def fit(
+    name: str, images: UInt8Images, *, channel_order: str = "rgb", on_event: OnEvent = ignore
+) -> Preprocess:
+    """Measure a preprocessing's constants on train images uint8 (N, H, W, C).
+
+    Raises:
+        UsageError: no preprocessing of that name.
+        KdError: no images, or too large for whitening.
+    """
+    if len(images) == 0:
+        raise KdError(f"preprocessing {name} cannot be fitted on no images")
+    return _entry(name)[1](images, channel_order, on_event)
+
+
+def from_spec(spec: dict[str, Any]) -> Preprocess:
+    """Rebuild from `Preprocess.spec()`; values that do not fit raise KdError."""
+    kind = _entry(str(spec["name"]))[0]
+    try:
+        return kind(**{**spec["state"], **spec["args"]})
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise KdError(f"preprocessing {spec['name']} cannot be rebuilt: {error}") from error
