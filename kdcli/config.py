@@ -1,7 +1,7 @@
 """Settings: every default, bound and help text, once. The command line and the recipe files are made from these.
 
-A field's `description` is its help text; `json_schema_extra` may give `panel` (where --help lists it), `flags`
-(further spellings) and `metavar`.
+A field's `description` is its help text; `json_schema_extra` may give `panel` (where --help lists it), `flag`
+(in place of the field's own name), `flags` (further spellings) and `metavar`.
 """
 
 from __future__ import annotations
@@ -353,7 +353,7 @@ class DownloadConfig(Settings):
     source: str | None = Field(
         None,
         description="Take the file from here: a mirror's URL, or a file already on this machine.",
-        json_schema_extra=_extra("Download", "--from"),
+        json_schema_extra={**_extra("Download", metavar="FILE|URL"), "flag": "--from"},
     )
     data_dir: Path = Field(Path("data"), description="Datasets go here.", json_schema_extra=_extra("Download"))
     weights_dir: Path = Field(

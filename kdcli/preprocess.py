@@ -83,6 +83,24 @@ class MeanImage(Preprocess):
         return pixels - self.mean
 
 
+class ScaleShift(Preprocess):
+    """`(x − mean) · scale`, Caffe's transform_param; mean (C, 1, 1) or (C, H, W) in units of 0–255, RGB."""
+
+    name = "scale-shift"
+
+    def __init__(self, mean: Tensor, scale: float = 1.0, channel_order: str = "rgb") -> None:
+        super().__init__(channel_order)
+        self.register_buffer("mean", mean.float())
+        self.mean: Tensor
+        self.scale = float(scale)
+
+    def transform(self, pixels: Tensor) -> Tensor:
+        return (pixels - self.mean) * self.scale
+
+    def args(self) -> dict[str, Any]:
+        return {"scale": self.scale, **super().args()}
+
+
 class GcnZca(Preprocess):
     """Global contrast normalisation and ZCA whitening, as the CIFAR-10 NIN was trained (Goodfellow et al., pylearn2).
 
@@ -151,6 +169,10 @@ def _fit_mean_image(images: UInt8Images, channel_order: str, on_event: OnEvent) 
     return MeanImage(mean, channel_order)
 
 
+def _fit_scale_shift(images: UInt8Images, channel_order: str, on_event: OnEvent) -> Preprocess:
+    raise UsageError("scale-shift is read from a Caffe network, not fitted on images", "Use mean-std.")
+
+
 def _fit_gcn_zca(images: UInt8Images, channel_order: str, on_event: OnEvent) -> Preprocess:
     size = int(np.prod(images.shape[1:]))
     if size > 8192:
@@ -178,6 +200,7 @@ PREPROCESSES: dict[str, tuple[type[Preprocess], _Fit]] = {
     "mean-std": (MeanStd, _fit_mean_std),
     "mean-image": (MeanImage, _fit_mean_image),
     "gcn-zca": (GcnZca, _fit_gcn_zca),
+    "scale-shift": (ScaleShift, _fit_scale_shift),
     "none": (Preprocess, _fit_none),
 }
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Mapping
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
 
+from kdcli.cli import _ui
 from kdcli.config import Settings
 
 
@@ -33,10 +33,12 @@ def options_of(
         added = [
             _parameter(name, field, (metavars or {}).get(name)) for name, field in settings.model_fields.items()
         ]
+        added += [_output_flag(name, *about) for name, about in _OUTPUT.items()]
 
         def run(**values: Any) -> None:
-            typed = {n: _plain(v) for n, v in values.items() if n not in settings.model_fields or v is not None}
-            command(**typed)
+            for name in _OUTPUT:
+                setattr(_ui.settings, name, values.pop(name))
+            command(**{n: v for n, v in values.items() if n not in settings.model_fields or v is not None})
 
         run.__name__ = command.__name__
         run.__doc__ = command.__doc__
@@ -47,18 +49,25 @@ def options_of(
     return decorate
 
 
-def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, Enum) else value
+_OUTPUT = {  # of every command
+    "json": (("--json",), "Print one JSON object on stdout and nothing else there."),
+    "quiet": (("--quiet", "-q"), "Print errors only."),
+    "debug": (("--debug",), "Show the traceback of an error."),
+}
+
+
+def _output_flag(name: str, flags: tuple[str, ...], text: str) -> inspect.Parameter:
+    option = typer.Option(*flags, help=text, rich_help_panel="Output")
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option]
+    )
 
 
 def _parameter(name: str, field: FieldInfo, metavar: str | None) -> inspect.Parameter:
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
     kind = _value_type(field.annotation)
     flag = "--" + name.replace("_", "-")
-    further = [str(text) for text in extra.get("flags", [])]  # type: ignore[union-attr]
-    flags = [*further, flag] if further and not further[0].startswith("--from") else further or [flag]
-    if kind is bool:
-        flags = [flag]
+    flags = [str(extra.get("flag", flag)), *(str(text) for text in extra.get("flags", []))]  # type: ignore[union-attr]
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     shown = metavar or extra.get("metavar") or ("|".join(map(str, choices)) if choices else None)
     option = typer.Option(

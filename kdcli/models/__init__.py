@@ -6,15 +6,21 @@ Adding a network: write a function named as the model in a file of its family, a
 from __future__ import annotations
 
 import importlib
+import inspect
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from kdcli import checkpoint
 from kdcli.checkpoint import Checkpoint
 from kdcli.errors import KdError, UsageError
+from kdcli.events import OnEvent, Progress, ignore
 from kdcli.preprocess import Preprocess, from_spec
 
 # name -> where its function lives; `graph` is what kd convert-caffe builds and cannot be asked for by name
@@ -105,16 +111,26 @@ def build(arch: str, *, classes: int, input_size: tuple[int, int, int], **arch_a
     Raises:
         UsageError: unknown name or argument, or images too small for the network.
     """
-    if arch not in MODELS:
-        known = ", ".join(name for name in MODELS if name != "graph")
-        raise UsageError(f"unknown network: {arch}", f"Known are {known}.")
-    module, function = MODELS[arch].split(":")
-    make = getattr(importlib.import_module(module), function)
+    make = _function(arch)
     try:
         network: nn.Module = make(classes=classes, input_size=input_size, **arch_args)
     except TypeError as error:
         raise UsageError(f"network {arch} does not take these arguments: {error}") from error
     return network
+
+
+def _function(arch: str) -> Callable[..., nn.Module]:
+    if arch not in MODELS:
+        known = ", ".join(name for name in MODELS if name != "graph")
+        raise UsageError(f"unknown network: {arch}", f"Known are {known}.")
+    module, name = MODELS[arch].split(":")
+    function: Callable[..., nn.Module] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def takes_dropout(arch: str) -> bool:
+    """Whether a network has dropout to set."""
+    return "dropout" in inspect.signature(_function(arch)).parameters
 
 
 def from_checkpoint(stored: Checkpoint, source: str = "checkpoint") -> Classifier:
@@ -149,3 +165,36 @@ def load(path: Path) -> Classifier:
 def parameter_count(module: nn.Module) -> int:
     """Number of trainable values."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def predict(
+    model: Callable[[Tensor], Tensor],
+    images: npt.NDArray[np.uint8],
+    *,
+    batch_size: int = 256,
+    task: str = "evaluating",
+    on_event: OnEvent = ignore,
+    view: Callable[[Tensor, npt.NDArray[np.int64]], Tensor] | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Tensor:
+    """Logits float32 (N, classes) of a model for raw images uint8 (N, H, W, C).
+
+    Args:
+        model: from uint8 (B, H, W, C) to logits (B, classes); in eval mode.
+        view: varies a batch, given the samples' numbers (B,).
+        stop: asked between batches; if true, what is done so far is returned.
+    """
+    parts: list[Tensor] = []
+    told = 0.0
+    with torch.inference_mode():
+        for start in range(0, len(images), batch_size):
+            if stop():
+                break
+            samples = np.arange(start, min(start + batch_size, len(images)))
+            batch = torch.from_numpy(np.array(images[start : start + batch_size]))
+            parts.append(model(view(batch, samples) if view else batch).float())
+            now = time.monotonic()
+            if now - told > 0.1 or samples[-1] + 1 == len(images):
+                told = now
+                on_event(Progress(task, int(samples[-1]) + 1, len(images)))
+    return torch.cat(parts) if parts else torch.zeros(0, 0)

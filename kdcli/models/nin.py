@@ -42,7 +42,7 @@ class _Trunk(nn.Module):
         return F.relu(self.cccp5(F.relu(self.conv3(maps))))
 
     def initialise(self) -> None:
-        """He initialisation; the last layer small, so that its ReLU lets gradients through at the start."""
+        """He initialisation (He et al. 2015)."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -59,6 +59,9 @@ class NIN(_Trunk):
         super().__init__(input_size, widths, dropout)
         self.cccp6 = nn.Conv2d(widths[-1], classes, 1)
         self.initialise()
+        # A ReLU follows: logits start small and above 0, or a class whose map is 0 everywhere never learns
+        nn.init.normal_(self.cccp6.weight, std=0.01)
+        nn.init.constant_(self.cccp6.bias, 1.0)  # type: ignore[arg-type]
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Preprocessed pixels (B, C, H, W) → logits (B, classes), none below 0."""

@@ -1,0 +1,160 @@
+"""Was it worth it? Size, latency, throughput and accuracy of models against their teacher, on this CPU.
+
+All models run in one process, in rounds of random order: what slows the machine for a while slows all.
+Ratios are medians over rounds of (teacher's time ÷ model's time) within the round, on the same engine. Times
+are of the network on prepared input; only a file that has its preprocessing inside is timed with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcli import data, runtime
+from kdcli.bench.measure import Contender, compared, contenders_of, count_macs, measure, timing
+from kdcli.bench.quality import Quality, quality_of
+from kdcli.bench.rows import BenchResult, Row
+from kdcli.config import BenchConfig
+from kdcli.data import Splits
+from kdcli.errors import KdError
+from kdcli.events import OnEvent, Progress, ignore
+from kdcli.models import Classifier
+from kdcli.onnx_model import OnnxClassifier
+from kdcli.teacher import load_model
+
+__all__ = ["BenchResult", "Row", "bench", "count_macs", "default_models"]
+
+
+def bench(
+    paths: Sequence[Path], config: BenchConfig, images: Splits | None = None, on_event: OnEvent = ignore
+) -> BenchResult:
+    """Measure models against the first of them.
+
+    Args:
+        paths: `.pt` and `.onnx` files; the first is the teacher.
+        config: how to measure.
+        images: data whose test split gives accuracy and agreement; by default what `config.data` names.
+        on_event: told of progress.
+
+    Raises:
+        KdError: nothing to measure, or a file that cannot be read or run.
+    """
+    if not paths:
+        raise KdError("no models to measure", "Name some: kd bench weights/teacher.pt runs/*/student.pt")
+    threads = config.threads or runtime.available_cores()
+    with _threads(threads):
+        loaded = _load(paths, threads)
+        names = _names(paths)
+        contenders: list[Contender] = []
+        for index, (path, model) in enumerate(zip(paths, loaded, strict=True)):
+            on_event(Progress("preparing", index, len(paths), "models"))
+            contenders += contenders_of(path, names[index], model, config, threads, is_teacher=index == 0)
+        on_event(Progress("preparing", len(paths), len(paths), "models"))
+        if images is None and config.data is not None:
+            images = data.load(
+                config.data,
+                data_dir=config.data_dir,
+                cache_dir=config.cache_dir,
+                image_size=loaded[0].input_size[0],
+                on_event=on_event,
+            )
+        quality = quality_of(names, loaded, images.test if images else None, on_event)
+        measure(contenders, config.rounds, on_event)
+        environment = runtime.environment()
+    rows = [replace(contender.row, **timing(contender, config.batch)) for contender in contenders]
+    rows = [
+        compared(row, contender, contenders, rows) for row, contender in zip(rows, contenders, strict=True)
+    ]
+    rows = [_with_quality(row, quality[paths.index(row.path)]) for row in rows]
+    return BenchResult(
+        rows=tuple(rows),
+        teacher=names[0],
+        batch=config.batch,
+        rounds=config.rounds,
+        threads=threads,
+        data_label=images.label if images else None,
+        test_images=len(images.test) if images else 0,
+        environment=environment,
+        notes=_busy(environment),
+    )
+
+
+def default_models(
+    config: BenchConfig, runs_dir: Path = Path("runs"), exports_dir: Path = Path("exports")
+) -> list[Path]:
+    """The teacher, every finished student and every export; a file is listed once.
+
+    Raises:
+        KdError: there is no teacher, or nothing to compare it with.
+    """
+    found = [*sorted(runs_dir.glob("*/student.pt")), *sorted(exports_dir.glob("*.onnx"))]
+    if not config.teacher.is_file():
+        listed = f" Found: {', '.join(path.as_posix() for path in found[:5])}." if found else ""
+        raise KdError(
+            f"no teacher at {config.teacher}",
+            f"Name it with --teacher, or name the models: kd bench TEACHER STUDENT ….{listed}",
+        )
+    rest = [path for path in found if path.resolve() != config.teacher.resolve()]
+    if not rest:
+        raise KdError(
+            f"nothing to compare {config.teacher} with",
+            "kd train makes runs/*/student.pt, kd export makes exports/*.onnx.",
+        )
+    return [config.teacher, *rest]
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _busy(environment: dict[str, Any]) -> tuple[str, ...]:
+    load, cores = environment["load_average_1min"], environment["cpu"]["cores"]
+    if load is None or load <= 1.5 * cores:  # the measurement itself makes a load of about `cores`
+        return ()
+    return (f"this machine is busy (load {load:.1f} on {cores} cores): times are longer than they could be",)
+
+
+def _load(paths: Sequence[Path], threads: int) -> list[Classifier | OnnxClassifier]:
+    loaded: list[Classifier | OnnxClassifier] = []
+    for path in paths:
+        if path.suffix.lower() == ".onnx":  # a file that leaves the image size open takes the teacher's
+            loaded.append(OnnxClassifier.load(path, threads, loaded[0].input_size if loaded else None))
+        else:
+            loaded.append(load_model(path, threads))
+    return loaded
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The run of `runs/<run>/student.pt`, else the file name; the whole path where two are the same."""
+    names = []
+    for path in paths:
+        if path.suffix.lower() == ".onnx":
+            names.append(path.name)
+        else:
+            names.append(
+                path.parent.name if path.stem in ("student", "last") and path.parent.name else path.stem
+            )
+    return [
+        name if names.count(name) == 1 else path.as_posix() for name, path in zip(names, paths, strict=True)
+    ]
+
+
+def _with_quality(row: Row, quality: Quality) -> Row:
+    return replace(
+        row,
+        accuracy=quality.accuracy,
+        accuracy_source=quality.source,
+        agreement=quality.agreement,
+        notes=(*row.notes, *quality.notes),
+    )

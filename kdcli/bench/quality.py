@@ -1,0 +1,77 @@
+"""Accuracy and agreement beside speed and size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcli import metrics, models
+from kdcli.data import ImageSet
+from kdcli.events import OnEvent
+from kdcli.models import Classifier
+from kdcli.onnx_model import OnnxClassifier
+
+
+@dataclass(frozen=True)
+class Quality:
+    accuracy: float | None = None
+    source: str | None = None
+    agreement: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+def quality_of(
+    names: Sequence[str],
+    loaded: Sequence[Classifier | OnnxClassifier],
+    test: ImageSet | None,
+    on_event: OnEvent,
+) -> list[Quality]:
+    """Accuracy and agreement of each file; what cannot be measured gets a note instead."""
+    found: list[Quality] = []
+    teacher_logits: Tensor | None = None
+    for index, model in enumerate(loaded):
+        if test is None:
+            found.append(_recorded(model))
+            continue
+        problem = _misfit(model, test)
+        if problem:
+            found.append(Quality(notes=(f"accuracy not measured: {problem}",)))
+            continue
+        logits = models.predict(model, test.images, task=f"testing {names[index]}", on_event=on_event)
+        if index == 0:
+            teacher_logits = logits
+        labels = torch.from_numpy(np.asarray(test.labels))
+        found.append(
+            Quality(
+                accuracy=metrics.accuracy(logits, labels),
+                source="measured",
+                agreement=metrics.agreement(logits, teacher_logits)
+                if index and teacher_logits is not None
+                else None,
+            )
+        )
+    return found
+
+
+def _recorded(model: Classifier | OnnxClassifier) -> Quality:
+    """The test accuracy that the file carries; int8 changed it, so there it does not count."""
+    value = model.provenance.get("test_accuracy")
+    quantised = isinstance(model, OnnxClassifier) and "kd.quantisation" in model.metadata
+    if isinstance(value, bool) or not isinstance(value, int | float) or quantised:
+        return Quality()
+    return Quality(accuracy=float(value), source="recorded")
+
+
+def _misfit(model: Classifier | OnnxClassifier, test: ImageSet) -> str | None:
+    if isinstance(model, OnnxClassifier) and model.why_not_runnable:
+        return model.why_not_runnable
+    if len(model.classes) != len(test.classes):
+        return f"it knows {len(model.classes)} classes, the data has {len(test.classes)}"
+    if model.input_size != test.input_size:
+        mine, theirs = ("×".join(map(str, size)) for size in (model.input_size, test.input_size))
+        return f"it takes {mine} images, the data has {theirs}"
+    return None

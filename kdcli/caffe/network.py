@@ -1,0 +1,190 @@
+"""`Network` and weights → the plain description of a `kdcli.models.graph` and its parameters."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcli.caffe.layers import node_of, state_of
+from kdcli.caffe.read import DATA_TYPES, Layer, Network, Weights
+from kdcli.errors import KdError
+from kdcli.events import Note, OnEvent, ignore
+from kdcli.models.graph import INPUT, GraphNet, Shape, is_vector, safe_name, shown
+
+_STRIPPED = {"ArgMax", "Silence", "Accuracy", "HDF5Output"}
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One line of what was converted.
+
+    Attributes:
+        name, type: Caffe's.
+        output_shape: of one image.
+        weight_shapes: parameter → shape, as the network holds it.
+        parameters: number of learned values.
+    """
+
+    name: str
+    type: str
+    output_shape: Shape
+    weight_shapes: dict[str, Shape]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """A network with its weights: `arch` and `arch_args` rebuild it, `state` fills it, `rows` tell it."""
+
+    arch: str
+    arch_args: dict[str, Any]
+    state: dict[str, Tensor]
+    classes: int
+    input_size: tuple[int, int, int]  # (H, W, C)
+    rows: tuple[LayerRow, ...]
+
+
+@dataclass(frozen=True)
+class _Step:
+    layer: Layer
+    node: str
+    inputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """The computing layers in order, each reading nodes instead of blobs, up to the one of the logits."""
+
+    steps: tuple[_Step, ...]
+    input_blob: str
+    output: str
+
+
+def wire(network: Network, on_event: OnEvent = ignore) -> Wiring:
+    """Find what computes the logits: strip data, losses and the last softmax; rebind in-place blobs.
+
+    Raises:
+        KdError: not exactly one input, or nothing that computes.
+    """
+    blobs: dict[str, str] = {}
+    inputs: list[str] = []
+    steps: dict[str, _Step] = {}
+    for layer in network.layers:
+        if layer.type in DATA_TYPES or layer.type in _STRIPPED or layer.is_loss:
+            continue
+        for bottom in layer.bottoms:
+            if bottom not in blobs:
+                inputs.append(bottom)
+                blobs[bottom] = INPUT
+        sources = tuple(blobs[bottom] for bottom in layer.bottoms)
+        if layer.type == "Split":
+            blobs.update(dict.fromkeys(layer.tops, sources[0] if sources else INPUT))
+            continue
+        if len(layer.tops) != 1:
+            raise KdError(
+                f"layer {layer.name} ({layer.type}): it has {len(layer.tops)} outputs, kd knows one"
+            )
+        node = safe_name(layer.name, steps)
+        steps[node] = _Step(layer, node, sources)
+        blobs[layer.tops[0]] = node
+    if not steps:
+        raise KdError("the network has no layer that computes anything")
+    if len(inputs) != 1:
+        raise KdError(
+            f"the network reads {len(inputs)} inputs ({', '.join(inputs[:5])}); kd takes one: the images"
+        )
+    read = {source for step in steps.values() for source in step.inputs}
+    ends = [node for node in steps if node not in read]
+    output = ends[-1]
+    while steps[output].layer.type == "Softmax" and len(steps[output].inputs) == 1:
+        output = steps[output].inputs[0]
+        if output == INPUT:
+            raise KdError("the network is nothing but a softmax")
+    needed = {output}
+    for node in reversed(steps):
+        if node in needed:
+            needed.update(steps[node].inputs)
+    dropped = [
+        step.layer.name for node, step in steps.items() if node not in needed and step.layer.type != "Softmax"
+    ]
+    if dropped:
+        on_event(
+            Note(
+                f"left out, as the logits ({steps[output].layer.name}) do not need them: {', '.join(dropped)}"
+            )
+        )
+    return Wiring(tuple(step for node, step in steps.items() if node in needed), inputs[0], output)
+
+
+def declared_input(network: Network, weights: Weights) -> Shape | None:
+    """(C, H, W) as the network declares it, or as its data layers crop to; None if it says nothing."""
+    wiring = wire(network)
+    declared = network.inputs.get(wiring.input_blob)
+    if declared is not None and len(declared) == 3:
+        return declared
+    for source in network.sources:
+        crop = crop_size(source)
+        if crop:
+            return (_input_channels(wiring, weights), crop, crop)
+    return None
+
+
+def crop_size(source: Layer) -> int:
+    """The side a data layer crops images to; 0 if it does not."""
+    for name in ("transform_param", "data_param", "image_data_param", "window_data_param"):
+        crop = getattr(getattr(source.param, name, None), "crop_size", 0)
+        if crop:
+            return int(crop)
+    return 0
+
+
+def _input_channels(wiring: Wiring, weights: Weights) -> int:
+    for step in wiring.steps:
+        blobs = weights.get(step.layer.name)
+        if INPUT in step.inputs and step.layer.type == "Convolution" and blobs and blobs[0].ndim == 4:
+            return int(blobs[0].shape[1]) * int(step.layer.param.convolution_param.group)
+    return 3
+
+
+def assemble(network: Network, weights: Weights, shape: Shape, on_event: OnEvent = ignore) -> Built:
+    """Build the graph for images of (C, H, W) and match weights by layer name.
+
+    Raises:
+        KdError: an unknown layer, shapes that do not fit, weights missing or of another shape.
+    """
+    wiring = wire(network, on_event)
+    nodes: list[dict[str, Any]] = []
+    operations: dict[str, str] = {}
+    for step in wiring.steps:
+        operation, args = node_of(step.layer)
+        operations[step.node] = operation
+        nodes.append({"name": step.node, "op": operation, "inputs": list(step.inputs), "args": args})
+    with torch.device("meta"):  # shapes alone: nothing is allocated before they are known to fit the file
+        skeleton = GraphNet(shape, nodes, wiring.output, None)
+    state: dict[str, Tensor] = {}
+    rows = []
+    for step in wiring.steps:
+        module = skeleton.get_submodule(step.node)
+        wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+        found = state_of(step.layer, operations[step.node], wanted, weights.get(step.layer.name, ()))
+        state.update({f"{step.node}.{name}": torch.from_numpy(value.copy()) for name, value in found.items()})
+        learned = {name: tuple(value.shape) for name, value in module.named_parameters()}
+        kept = {name: size for name, size in wanted.items() if size}
+        parameters = sum(math.prod(size) for size in learned.values())
+        rows.append(LayerRow(step.layer.name, step.layer.type, skeleton.shapes[step.node], kept, parameters))
+    ignored = [name for name in weights if name not in {step.layer.name for step in wiring.steps}]
+    if ignored:
+        on_event(Note(f"weights of layers that the network does not use: {', '.join(ignored)}"))
+    output = skeleton.shapes[wiring.output]
+    if not is_vector(output, output[0]):
+        raise KdError(
+            f"layer {wiring.output}: its output is {shown(output)}, not one value a class",
+            "kd distils image classifiers; is the image size right (--image-size)?",
+        )
+    channels, height, width = shape
+    arch_args = {"input": list(shape), "nodes": nodes, "output": wiring.output}
+    return Built("graph", arch_args, state, output[0], (height, width, channels), tuple(rows))

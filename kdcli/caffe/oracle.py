@@ -1,0 +1,161 @@
+"""OpenCV's own Caffe importer as a second opinion: a stranger's code that shares nothing with kd's."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from google.protobuf import text_format
+
+from kdcli.caffe import schema
+from kdcli.caffe.network import wire
+from kdcli.caffe.read import CaffeModel, Network, read_caffemodel, read_prototxt
+from kdcli.errors import KdError
+from kdcli.events import OnEvent, Progress, ignore
+from kdcli.models import Classifier
+
+_BATCH = 64
+
+
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far two readings of the same files are apart, over all images and logits."""
+
+    largest_difference: float
+    largest_logit: float
+    images: int
+
+    @property
+    def tolerance(self) -> float:
+        """1e-4; float32 keeps less than that of logits beyond 100."""
+        return TOLERANCE * max(1.0, self.largest_logit / 100)
+
+    @property
+    def holds(self) -> bool:
+        """Whether they agree; NaN does not."""
+        return self.largest_difference <= self.tolerance
+
+    def text(self) -> str:
+        """`1.1e-05 on 256 images (limit 1e-04): pass`."""
+        verdict = "pass" if self.holds else "fail"
+        return (
+            f"{self.largest_difference:.2g} on {self.images} images (limit {self.tolerance:.0e}): {verdict}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "tolerance": self.tolerance, "holds": self.holds}
+
+
+def largest_difference(
+    classifier: Classifier, caffemodel: Path, prototxt: Path | None, images: npt.NDArray[np.uint8]
+) -> float:
+    """`compare(...)`, its largest difference alone."""
+    return compare(classifier, caffemodel, prototxt, images).largest_difference
+
+
+def compare(
+    classifier: Classifier,
+    caffemodel: Path,
+    prototxt: Path | None,
+    images: npt.NDArray[np.uint8],
+    *,
+    on_event: OnEvent = ignore,
+) -> Comparison:
+    """Compare the logits of the classifier's network with OpenCV's reading of the files, on the same input.
+
+    Args:
+        images: uint8 (N, H, W, C).
+
+    Raises:
+        KdError: OpenCV is missing, cannot read the files, or gives another number of logits.
+    """
+    if len(images) == 0:
+        raise KdError("there are no images to compare on")
+    if images.shape[1:] != classifier.input_size:
+        raise KdError(f"the images are {images.shape[1:]}, the classifier takes {classifier.input_size}")
+    model = read_caffemodel(caffemodel)
+    network = model.network if prototxt is None else read_prototxt(prototxt)
+    height, width, channels = classifier.input_size
+    text, layer = deploy_text(network, (channels, height, width))
+    net = _open(model, text)
+    classifier = classifier.eval()
+    difference, logit = 0.0, 0.0
+    for start in range(0, len(images), _BATCH):
+        batch = torch.from_numpy(np.array(images[start : start + _BATCH]))
+        with torch.inference_mode():
+            prepared = classifier.prepare(batch).contiguous()
+            ours = classifier.network(prepared).numpy()
+        theirs = _run(net, prepared.numpy(), layer).reshape(len(batch), -1)
+        if theirs.shape != ours.shape:
+            raise KdError(f"OpenCV gives {theirs.shape[1]} logits at {layer}, the classifier {ours.shape[1]}")
+        difference = float(np.maximum(difference, np.abs(ours - theirs).max()))  # keeps NaN
+        logit = float(np.maximum(logit, np.abs(theirs).max()))
+        on_event(Progress("comparing with OpenCV", min(start + _BATCH, len(images)), len(images)))
+    return Comparison(difference, logit, len(images))
+
+
+def deploy_text(network: Network, shape: tuple[int, int, int]) -> tuple[str, str]:
+    """The layers that give the logits, as a prototxt with a declared input, and the last one's name."""
+    wiring = wire(network)
+    kept = {id(step.layer) for step in wiring.steps}
+    message = schema.net_parameter()
+    message.name = network.name
+    message.input.append(wiring.input_blob)
+    message.input_dim.extend((1, *shape))
+    last = next(step.layer.name for step in wiring.steps if step.node == wiring.output)
+    for layer in network.layers:
+        if id(layer) not in kept and layer.type != "Split":
+            continue
+        old = layer.param.DESCRIPTOR.name == "V1LayerParameter"
+        copy = (message.layers if old else message.layer).add()
+        copy.CopyFrom(layer.param)
+        for field in ("blobs", "include", "exclude", "phase"):
+            if field in layer.param.DESCRIPTOR.fields_by_name:
+                copy.ClearField(field)
+    return text_format.MessageToString(message), last
+
+
+def _open(model: CaffeModel, text: str) -> Any:
+    try:
+        import cv2
+    except ImportError as error:
+        raise _missing("OpenCV is not installed") from error
+    if not hasattr(getattr(cv2, "dnn", None), "readNetFromCaffe"):
+        raise _missing(f"OpenCV {getattr(cv2, '__version__', '')} has no Caffe importer")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "deploy.prototxt"
+        path.write_text(text, encoding="utf-8")
+        try:
+            return cv2.dnn.readNetFromCaffe(str(path), str(model.path))
+        except cv2.error as error:
+            raise KdError(f"OpenCV cannot read {model.path}: {_first_line(error)}") from error
+
+
+def _run(net: Any, prepared: npt.NDArray[np.float32], layer: str) -> npt.NDArray[np.float32]:
+    import cv2
+
+    try:
+        net.setInput(prepared)
+        return np.asarray(net.forward(layer), dtype=np.float32)
+    except cv2.error as error:
+        raise KdError(f"OpenCV cannot run the network: {_first_line(error)}") from error
+
+
+def _missing(what: str) -> KdError:
+    return KdError(
+        f"{what}, so there is nothing to compare with", 'pip install "opencv-python-headless>=4.10,<5"'
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,179 @@
+"""The part of caffe.proto that kd reads, declared in a descriptor pool of its own.
+
+A private pool: another package in the process may register the real caffe.proto, and the same names clash
+in the default pool. Field numbers are Caffe's (BVLC/caffe, src/caffe/proto/caffe.proto); fields that are not
+listed are skipped. Two departures, neither visible on disk: weights (`data`, `double_data`) are read as raw
+bytes, so that a hundred million of them need no Python object each; sizes declared once are repeated.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+_PACKAGE = "kd_caffe"
+
+_ENUMS: dict[str, dict[str, int]] = {
+    "Phase": {"TRAIN": 0, "TEST": 1},
+    "PoolMethod": {"MAX": 0, "AVE": 1, "STOCHASTIC": 2},
+    "NormRegion": {"ACROSS_CHANNELS": 0, "WITHIN_CHANNEL": 1},
+    "EltwiseOp": {"PROD": 0, "SUM": 1, "MAX": 2},
+    "V1Type": {
+        "NONE": 0, "ACCURACY": 1, "BNLL": 2, "CONCAT": 3, "CONVOLUTION": 4, "DATA": 5, "DROPOUT": 6,
+        "EUCLIDEAN_LOSS": 7, "FLATTEN": 8, "HDF5_DATA": 9, "HDF5_OUTPUT": 10, "IM2COL": 11,
+        "IMAGE_DATA": 12, "INFOGAIN_LOSS": 13, "INNER_PRODUCT": 14, "LRN": 15,
+        "MULTINOMIAL_LOGISTIC_LOSS": 16, "POOLING": 17, "RELU": 18, "SIGMOID": 19, "SOFTMAX": 20,
+        "SOFTMAX_LOSS": 21, "SPLIT": 22, "TANH": 23, "WINDOW_DATA": 24, "ELTWISE": 25, "POWER": 26,
+        "SIGMOID_CROSS_ENTROPY_LOSS": 27, "HINGE_LOSS": 28, "MEMORY_DATA": 29, "ARGMAX": 30,
+        "THRESHOLD": 31, "DUMMY_DATA": 32, "SLICE": 33, "MVN": 34, "ABSVAL": 35, "SILENCE": 36,
+        "CONTRASTIVE_LOSS": 37, "EXP": 38, "DECONVOLUTION": 39,
+    },
+}  # fmt: skip
+
+# A field is `name number type [default]`; `*` after the type repeats it.
+_MESSAGES: dict[str, str] = {
+    "BlobShape": "dim 1 int64*",
+    "BlobProto": """
+        num 1 int32; channels 2 int32; height 3 int32; width 4 int32
+        data 5 bytes*; shape 7 BlobShape; double_data 8 bytes*
+    """,
+    "NetStateRule": """
+        phase 1 Phase; min_level 2 int32; max_level 3 int32; stage 4 string*; not_stage 5 string*
+    """,
+    "TransformationParameter": """
+        scale 1 float 1; mirror 2 bool; crop_size 3 uint32 0; mean_file 4 string; mean_value 5 float*
+        force_color 6 bool; force_gray 7 bool
+    """,
+    # The source layers' own copies of it, older than transform_param
+    "DataParameter": "scale 2 float 1; mean_file 3 string; crop_size 5 uint32 0",
+    "WindowDataParameter": "scale 2 float 1; mean_file 3 string; crop_size 5 uint32 0",
+    "MemoryDataParameter": "batch_size 1 uint32; channels 2 uint32; height 3 uint32; width 4 uint32",
+    "InputParameter": "shape 1 BlobShape*",
+    "DummyDataParameter": """
+        num 2 uint32*; channels 3 uint32*; height 4 uint32*; width 5 uint32*; shape 6 BlobShape*
+    """,
+    "BatchNormParameter": "use_global_stats 1 bool; moving_average_fraction 2 float 0.999; eps 3 float 1e-5",
+    "ConcatParameter": "concat_dim 1 uint32 1; axis 2 int32 1",
+    "ConvolutionParameter": """
+        num_output 1 uint32; bias_term 2 bool true; pad 3 uint32*; kernel_size 4 uint32*; group 5 uint32 1
+        stride 6 uint32*; pad_h 9 uint32; pad_w 10 uint32; kernel_h 11 uint32; kernel_w 12 uint32
+        stride_h 13 uint32; stride_w 14 uint32; axis 16 int32 1; dilation 18 uint32*
+    """,
+    "DropoutParameter": "dropout_ratio 1 float 0.5; scale_train 2 bool true",
+    "EltwiseParameter": "operation 1 EltwiseOp SUM; coeff 2 float*",
+    "FlattenParameter": "axis 1 int32 1; end_axis 2 int32 -1",
+    "InnerProductParameter": """
+        num_output 1 uint32; bias_term 2 bool true; axis 5 int32 1; transpose 6 bool false
+    """,
+    "LRNParameter": """
+        local_size 1 uint32 5; alpha 2 float 1; beta 3 float 0.75; norm_region 4 NormRegion ACROSS_CHANNELS
+        k 5 float 1
+    """,
+    "PoolingParameter": """
+        pool 1 PoolMethod MAX; kernel_size 2 uint32*; stride 3 uint32*; pad 4 uint32*; kernel_h 5 uint32
+        kernel_w 6 uint32; stride_h 7 uint32; stride_w 8 uint32; pad_h 9 uint32; pad_w 10 uint32
+        global_pooling 12 bool false; dilation 13 uint32*
+    """,
+    "ReLUParameter": "negative_slope 1 float 0",
+    "ScaleParameter": "axis 1 int32 1; num_axes 2 int32 1; bias_term 4 bool false",
+    "SoftmaxParameter": "axis 2 int32 1",
+    "V0LayerParameter": "name 1 string; type 2 string",
+    "LayerParameter": """
+        name 1 string; type 2 string; bottom 3 string*; top 4 string*; blobs 7 BlobProto*
+        include 8 NetStateRule*; exclude 9 NetStateRule*; phase 10 Phase
+        transform_param 100 TransformationParameter; concat_param 104 ConcatParameter
+        convolution_param 106 ConvolutionParameter; data_param 107 DataParameter
+        dropout_param 108 DropoutParameter; dummy_data_param 109 DummyDataParameter
+        eltwise_param 110 EltwiseParameter; image_data_param 115 DataParameter
+        inner_product_param 117 InnerProductParameter; lrn_param 118 LRNParameter
+        memory_data_param 119 MemoryDataParameter; pooling_param 121 PoolingParameter
+        relu_param 123 ReLUParameter; softmax_param 125 SoftmaxParameter
+        window_data_param 129 WindowDataParameter; flatten_param 135 FlattenParameter
+        batch_norm_param 139 BatchNormParameter; scale_param 142 ScaleParameter
+        input_param 143 InputParameter
+    """,
+    "V1LayerParameter": """
+        layer 1 V0LayerParameter; bottom 2 string*; top 3 string*; name 4 string; type 5 V1Type
+        blobs 6 BlobProto*
+        concat_param 9 ConcatParameter; convolution_param 10 ConvolutionParameter; data_param 11 DataParameter
+        dropout_param 12 DropoutParameter; image_data_param 15 DataParameter
+        inner_product_param 17 InnerProductParameter; lrn_param 18 LRNParameter
+        pooling_param 19 PoolingParameter; window_data_param 20 WindowDataParameter
+        memory_data_param 22 MemoryDataParameter; eltwise_param 24 EltwiseParameter
+        dummy_data_param 26 DummyDataParameter; relu_param 30 ReLUParameter
+        include 32 NetStateRule*; exclude 33 NetStateRule*; transform_param 36 TransformationParameter
+        softmax_param 39 SoftmaxParameter
+    """,
+    "NetParameter": """
+        name 1 string; layers 2 V1LayerParameter*; input 3 string*; input_dim 4 int32*
+        input_shape 8 BlobShape*
+        layer 100 LayerParameter*
+    """,
+}
+
+_Field = descriptor_pb2.FieldDescriptorProto
+_SCALARS = {
+    "bool": _Field.TYPE_BOOL,
+    "bytes": _Field.TYPE_BYTES,
+    "float": _Field.TYPE_FLOAT,
+    "int32": _Field.TYPE_INT32,
+    "int64": _Field.TYPE_INT64,
+    "string": _Field.TYPE_STRING,
+    "uint32": _Field.TYPE_UINT32,
+}
+
+
+@cache
+def _classes() -> dict[str, type[Any]]:
+    file = descriptor_pb2.FileDescriptorProto(name="kd_caffe.proto", package=_PACKAGE, syntax="proto2")
+    for enum, values in _ENUMS.items():
+        # A file-level enum's values share one namespace: each enum lives in a message of its own
+        declared = file.message_type.add(name=f"{enum}Enum").enum_type.add(name=enum)
+        for name, number in values.items():
+            declared.value.add(name=name, number=number)
+    for message, fields in _MESSAGES.items():
+        declared_message = file.message_type.add(name=message)
+        for text in fields.replace("\n", ";").split(";"):
+            if text.strip():
+                _declare(declared_message, text.split())
+    pool = descriptor_pool.DescriptorPool()
+    pool.AddSerializedFile(file.SerializeToString())
+    return {
+        name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.{name}"))
+        for name in ("NetParameter", "BlobProto")
+    }
+
+
+def _declare(message: descriptor_pb2.DescriptorProto, words: list[str]) -> None:
+    name, number, kind = words[:3]
+    repeated = kind.endswith("*")
+    kind = kind.removesuffix("*")
+    field = message.field.add(name=name, number=int(number))
+    field.label = _Field.LABEL_REPEATED if repeated else _Field.LABEL_OPTIONAL
+    if kind in _SCALARS:
+        field.type = _SCALARS[kind]
+    elif kind in _ENUMS:
+        field.type = _Field.TYPE_ENUM
+        field.type_name = f".{_PACKAGE}.{kind}Enum.{kind}"
+    else:
+        field.type = _Field.TYPE_MESSAGE
+        field.type_name = f".{_PACKAGE}.{kind}"
+    if len(words) > 3:
+        field.default_value = words[3]
+
+
+def net_parameter() -> Any:
+    """A fresh, empty NetParameter."""
+    return _classes()["NetParameter"]()
+
+
+def blob_proto() -> Any:
+    """A fresh, empty BlobProto."""
+    return _classes()["BlobProto"]()
+
+
+def v1_type_name(number: int) -> str:
+    """18 → `RELU`; an unknown number as text."""
+    return next((name for name, value in _ENUMS["V1Type"].items() if value == number), str(number))

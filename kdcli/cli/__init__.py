@@ -1,0 +1,110 @@
+"""The command line: parse → settings → one engine call → render. No maths here."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from typing import Annotated
+
+import typer
+
+from kdcli.cli import _ui
+from kdcli.errors import KdError, UsageError
+
+app = typer.Typer(
+    name="kd",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        # the reference writes --noisy_ratio
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
+    epilog="Start with [bold]kd demo[/bold]: the whole chain on small data, offline, in under two minutes.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from kdcli import __version__
+
+        sys.stdout.write(f"kd {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def kd(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Compress image classifiers by knowledge distillation.
+
+    From a big teacher to a small student that is proved smaller, faster and nearly as good.
+    """
+
+
+def _register() -> None:
+    from kdcli.cli import bench, convert_caffe, demo, download, export, test, train, validate
+
+    for module in (demo, download, convert_caffe, validate, train, test, export, bench):
+        module.register(app)
+
+
+def _check_repeated(arguments: list[str]) -> None:
+    """Two methods at once cannot be asked for: click would silently take the last."""
+    before = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    methods = [word for word in before if word == "--method" or word.startswith("--method=")]
+    if len(methods) > 1:
+        raise UsageError("--method is given twice", "A run has one method; make a run for each.")
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    arguments = sys.argv[1:]
+    try:
+        _register()
+        _check_repeated(arguments)
+        code = app(args=arguments, prog_name="kd", standalone_mode=False)
+    except KdError as problem:
+        if _ui.settings.debug:
+            raise
+        _ui.error(problem)
+        sys.exit(problem.exit_code)
+    except KeyboardInterrupt:
+        _ui.error(KdError("stopped"))
+        sys.exit(130)
+    except BrokenPipeError:  # `kd … | head`
+        sys.stderr.close()
+        sys.exit(1)
+    except Exception as problem:
+        if _ui.settings.debug:
+            raise
+        _ui.error(_as_kd_error(problem, arguments))
+        sys.exit(2 if hasattr(problem, "format_message") else 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _as_kd_error(problem: Exception, arguments: list[str]) -> KdError:
+    """Typer's own complaints have `format_message`; anything else is a fault of kd."""
+    if not hasattr(problem, "format_message"):
+        if isinstance(problem, OSError):
+            where = f"{problem.filename}: " if problem.filename else ""
+            return KdError(f"{where}{problem.strerror or problem}", "Check the path, its permissions and free space.")
+        if isinstance(problem, MemoryError):
+            return KdError("out of memory", "Use smaller images, fewer of them, or a smaller batch.")
+        return KdError(
+            f"unexpected {type(problem).__name__}: {problem}",
+            "This is a fault of kd: please report it with the output of the same command and --debug.",
+        )
+    message = str(problem.format_message()).rstrip(".")
+    commands = [info.name or "" for info in app.registered_commands]
+    if message.startswith("No such command"):
+        word = message.split("'")[1] if "'" in message else ""
+        close = difflib.get_close_matches(word, commands, 1)
+        hint = f"Did you mean kd {close[0]}?" if close else f"Commands are {', '.join(commands)}."
+        return UsageError(message[0].lower() + message[1:], hint)
+    command = next((word for word in arguments if word in commands), "")
+    return UsageError(message[0].lower() + message[1:], f"{' '.join(['kd', command]).strip()} --help")

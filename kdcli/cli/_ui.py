@@ -1,0 +1,237 @@
+"""The only place that prints. Results go to stdout; progress, notes and errors to stderr."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from kdcli.errors import KdError
+from kdcli.events import Event, Note, OnEvent
+from kdcli.events import Progress as ProgressEvent
+
+PLAIN_INTERVAL_S = 10.0
+
+
+class _Settings:
+    quiet = False
+    debug = False
+    json = False
+
+
+settings = _Settings()
+
+
+def _out() -> Console:
+    return Console(highlight=False, soft_wrap=True)
+
+
+def _err() -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(text: str = "") -> None:
+    """One line of result on stdout; nothing with --json or --quiet."""
+    if not settings.json and not settings.quiet:
+        _out().print(escape(text))
+
+
+def note(text: str) -> None:
+    """One line on stderr beside the result; nothing with --quiet."""
+    if not settings.quiet:
+        _err().print(f"[dim]{escape(text)}[/dim]")
+
+
+def next_command(text: str) -> None:
+    """What to type next."""
+    if not settings.json and not settings.quiet:
+        _out().print(f"next: [bold]{escape(text)}[/bold]")
+
+
+def json(value: dict[str, Any]) -> None:
+    """The one object of --json on stdout. Numbers that JSON cannot hold become null."""
+    sys.stdout.write(json_module.dumps(_finite({"schema_version": 1, **value}), ensure_ascii=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None  # noqa: PLR0124 — NaN test
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", left: int = 1, marked: int = -1
+) -> None:
+    """A table on stdout.
+
+    Args:
+        left: how many leading columns are text; the rest are figures, set flush right.
+        marked: number of a row to print bold.
+    """
+    if settings.json or settings.quiet:
+        return
+    drawn = Table(title=escape(title) if title else None, title_justify="left", box=None, pad_edge=False)
+    for index, name in enumerate(columns):
+        drawn.add_column(
+            escape(name),
+            justify="left" if index < left else "right",
+            overflow="fold" if index < left else "ellipsis",
+            no_wrap=index >= left,
+            header_style="bold",
+        )
+    for number, row in enumerate(rows):
+        drawn.add_row(*(escape(cell) for cell in row), style="bold" if number == marked else None)
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file has no width; do not squeeze a table into 80 columns there
+        console = Console(highlight=False, width=max(80, console.measure(drawn).maximum))
+    console.print(drawn)
+
+
+def error(problem: KdError) -> None:
+    """`error:` and `hint:`, a line each."""
+    console = _err()
+    console.print(f"[bold red]error:[/bold red] {escape(_line(problem.message))}")
+    if problem.hint:
+        console.print(f"[bold]hint:[/bold] {escape(_line(problem.hint))}")
+
+
+def _line(text: str) -> str:
+    """One line without control characters, whatever a file name holds."""
+    return "".join(mark if mark.isprintable() else " " for mark in " ".join(text.split()))
+
+
+@contextmanager
+def progress() -> Iterator[OnEvent]:
+    """An `OnEvent` that draws: a bar with rate and ETA on a terminal, elsewhere a plain line an interval."""
+    if settings.quiet:
+        yield lambda event: None
+        return
+    console = _err()
+    if not console.is_terminal:
+        yield _Plain()
+        return
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[figures]}"),
+        console=Console(stderr=True, highlight=False),
+        transient=True,
+        refresh_per_second=8,
+    ) as bars:
+        yield _Bars(bars)
+
+
+class _Rate:
+    """Units a second and seconds left of one task, from when it was first seen."""
+
+    def __init__(self, first: ProgressEvent) -> None:
+        self.started = time.monotonic()
+        self.first = first.done
+
+    def figures(self, event: ProgressEvent) -> str:
+        elapsed = time.monotonic() - self.started
+        done = event.done - self.first
+        parts = [_value(name, value) for name, value in event.values.items()]
+        if done > 0 and elapsed > 0:
+            rate = done / elapsed
+            if "images_per_s" not in event.values:
+                parts.append(f"{quantity(rate, event.unit)}/s")
+            parts.append(f"ETA {clock((event.total - event.done) / rate)}" if event.total else "")
+        return "  ".join(part for part in parts if part)
+
+
+class _Bars:
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+        self.tasks: dict[str, tuple[TaskID, _Rate]] = {}
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Note):
+            self.bars.console.print(f"[dim]{escape(event.text)}[/dim]")
+            return
+        group = "epoch" if event.task.startswith("epoch ") else event.task
+        if group not in self.tasks:
+            for name in list(self.tasks):  # one bar at a time
+                self.bars.remove_task(self.tasks.pop(name)[0])
+            self.tasks[group] = (self.bars.add_task(escape(event.task), total=event.total, figures=""), _Rate(event))
+        task, rate = self.tasks[group]
+        self.bars.update(
+            task,
+            description=escape(event.task),
+            completed=event.done,
+            total=event.total,
+            figures=escape(rate.figures(event)),
+        )
+
+
+class _Plain:
+    def __init__(self) -> None:
+        self.group = ""
+        self.rate: _Rate | None = None
+        self.told = 0.0
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Note):
+            note(event.text)
+            return
+        group = "epoch" if event.task.startswith("epoch ") else event.task
+        now = time.monotonic()
+        if group != self.group or self.rate is None:
+            self.group, self.rate, self.told = group, _Rate(event), now
+        if now - self.told >= PLAIN_INTERVAL_S:
+            self.told = now
+            share = f"{100 * event.done / event.total:.0f} %" if event.total else quantity(event.done, event.unit)
+            note(f"{event.task}  {share}  {self.rate.figures(event)}")
+
+
+def _value(name: str, value: float) -> str:
+    if name == "images_per_s":
+        return f"{value:,.0f} img/s"
+    return f"{name.replace('_', ' ')} {value:.4g}"
+
+
+def quantity(value: float, unit: str) -> str:
+    """A number with its unit: `3.9 MB`, `412 images`."""
+    return size(value) if unit == "bytes" else f"{value:,.0f} {unit}"
+
+
+def size(count: float) -> str:
+    """Bytes for people, powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def count(number: float) -> str:
+    """`966,986` as `967 k`, for tables."""
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def clock(seconds: float) -> str:
+    """`0:07`, `3:25`, `1:02:03`."""
+    whole = max(0, round(seconds))
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """A share in per cent, or a dash where there is none."""
+    return "—" if value is None or value != value else f"{value:.{digits}f}"  # noqa: PLR0124 — NaN test

@@ -1,0 +1,135 @@
+"""`kd test`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kdcli.cli import _ui
+from kdcli.cli._find import existing_model
+from kdcli.cli._options import options_of
+from kdcli.config import TestConfig, make
+from kdcli.errors import KdError
+
+
+@options_of(TestConfig)
+def test(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint (.pt) or an ONNX file.")],
+    **options: Any,
+) -> None:
+    """Measure a student on test data: accuracy, per class, agreement with its teacher."""
+    config = make(TestConfig, options)
+    model = existing_model(model)
+    from kdcli import data, runtime
+    from kdcli.engine import evaluate
+    from kdcli.teacher import Teacher, load_model, teacher_tensor
+
+    runtime.set_threads(config.threads)
+    loaded = load_model(model, config.threads)
+    trained_on = loaded.provenance.get("data") or {}
+    spec = config.data or trained_on.get("spec")
+    if not spec:
+        raise KdError(f"{model} does not say what data it was trained on", "Name it with --data.")
+    with _ui.progress() as on_event:
+        splits = data.load(
+            spec,
+            data_dir=config.data_dir,
+            cache_dir=config.cache_dir,
+            image_size=None if config.data else trained_on.get("image_size"),
+            on_event=on_event,
+        )
+        if splits.test.input_size != loaded.input_size and loaded.input_size[0] == loaded.input_size[1]:
+            splits = data.load(
+                spec,
+                data_dir=config.data_dir,
+                cache_dir=config.cache_dir,
+                image_size=loaded.input_size[0],
+                on_event=on_event,
+            )
+        _fits(model, loaded, splits.test)
+        teacher_logits = None
+        source = config.teacher or _recorded_teacher(loaded.provenance)
+        if source is not None:
+            kept = Teacher.open(source, config.cache_dir).logits(
+                splits.test, task="teacher on test images", on_event=on_event
+            )
+            teacher_logits = teacher_tensor(kept[0])
+        result = evaluate(loaded, splits.test, teacher_logits=teacher_logits, task="testing", on_event=on_event)
+    if config.plot is not None:
+        from kdcli import report
+
+        report.confusion(result.confusion, loaded.classes, config.plot)
+    if _ui.settings.json:
+        _ui.json(
+            {
+                "model": str(model),
+                "data": splits.label,
+                "classes": list(loaded.classes),
+                "teacher": str(source) if source else None,
+                "test": result.to_json(),
+            }
+        )
+        return
+    low, high = result.accuracy_interval
+    rows = [
+        ["accuracy, %", f"{result.accuracy:.2f}", f"{low:.2f} – {high:.2f}"],
+        ["top-5, %", f"{result.top5:.2f}", ""],
+        ["cross-entropy, nats", f"{result.loss:.4f}", ""],
+        ["calibration error, %", f"{result.calibration_error:.2f}", ""],
+    ]
+    if result.agreement is not None:
+        rows += [
+            ["agreement with teacher, %", f"{result.agreement:.2f}", ""],
+            ["KL from teacher, nats", f"{result.divergence:.4f}", ""],
+            ["teacher's accuracy, %", f"{result.teacher_accuracy:.2f}", ""],
+        ]
+    _ui.table(
+        [f"{model.name} on {splits.label}", f"n = {result.count:,}", "95 % interval"], rows
+    )
+    _ui.say()
+    _ui.table(
+        ["class", "accuracy, %"],
+        [[name, _ui.percent(value)] for name, value in zip(loaded.classes, result.per_class, strict=True)],
+    )
+    if config.plot is not None:
+        _ui.say(f"wrote {config.plot}")
+
+
+def _fits(path: Path, model: Any, images: Any) -> None:
+    if len(model.classes) != len(images.classes):
+        raise KdError(
+            f"{path} knows {len(model.classes)} classes, the data has {len(images.classes)}",
+            "Model and data must belong together; see --data.",
+        )
+    if model.input_size != images.input_size:
+        raise KdError(
+            f"{path} takes {'×'.join(map(str, model.input_size))} images, "
+            f"the data has {'×'.join(map(str, images.input_size))}",
+            "Model and data must belong together; see --data.",
+        )
+
+
+def _recorded_teacher(provenance: dict[str, Any]) -> Path | None:
+    """The teacher the student learned from, if its file is still the same."""
+    recorded = provenance.get("teacher") or {}
+    path = Path(str(recorded.get("path", "")))
+    if not recorded or not path.is_file():
+        return None
+    from kdcli.files import sha256_file
+
+    if sha256_file(path) != recorded.get("sha256"):
+        _ui.note(f"{path} is not the teacher this student learned from; compare with --teacher if it is meant")
+        return None
+    return path
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(
+        "test",
+        no_args_is_help=True,
+        epilog="[bold]kd test runs/kd-lenet-1/student.pt --plot confusion.png[/bold]\n\n"
+        "[bold]kd test exports/kd-lenet-1.onnx --json[/bold]",
+    )(test)

@@ -1,0 +1,103 @@
+"""`kd validate`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from kdcli.cli import _ui
+from kdcli.cli._options import options_of
+from kdcli.config import ValidateConfig, make
+from kdcli.errors import KdError
+
+
+@options_of(ValidateConfig)
+def validate(**options: Any) -> None:
+    """Measure a converted teacher: did the conversion preserve it?
+
+    Its accuracy on test data stands beside what is published and what was measured before.
+
+    With --against, its logits stand beside those of OpenCV's own importer. (For a student, see kd test.)
+    """
+    config = make(ValidateConfig, options)
+    from kdcli import data, models, runtime
+    from kdcli.caffe import oracle
+    from kdcli.engine import evaluate
+
+    runtime.set_threads(config.threads)
+    teacher = models.load(config.teacher)
+    height, width, _ = teacher.input_size
+    with _ui.progress() as on_event:
+        splits = data.load(
+            config.data,
+            data_dir=config.data_dir,
+            cache_dir=config.cache_dir,
+            image_size=config.image_size or (height if height == width else None),
+            on_event=on_event,
+        )
+        _fits(teacher, splits.test)
+        comparison = None
+        if config.against is not None:
+            images = splits.test.images[: config.images]
+            comparison = oracle.compare(teacher, config.against, config.prototxt, images, on_event=on_event)
+        result = evaluate(teacher, splits.test, task="validating", on_event=on_event)
+    published = str(teacher.provenance.get("published") or "")
+    measured = (teacher.provenance.get("measured") or {}).get(splits.label)
+    if _ui.settings.json:
+        _ui.json(
+            {
+                "teacher": str(config.teacher),
+                "name": teacher.provenance.get("name"),
+                "data": splits.label,
+                "published": published or None,
+                "measured_before": measured,
+                "test": result.to_json(),
+                "against": None
+                if comparison is None
+                else {"file": str(config.against), **comparison.to_json()},
+            }
+        )
+    else:
+        low, high = result.accuracy_interval
+        rows = [
+            ["accuracy here", f"{result.accuracy:.2f} % ({low:.2f}–{high:.2f}, n = {result.count:,})"],
+            [f"measured before on {splits.label}", "—" if measured is None else f"{measured:.2f} %"],
+            ["published", published or "—"],
+        ]
+        if comparison is not None:
+            rows.append(["largest difference from OpenCV", comparison.text()])
+        _ui.table([f"{config.teacher} on {splits.label}", ""], rows, left=2)
+        if comparison is None or comparison.holds:
+            _ui.next_command("kd train --method noisy")
+    if comparison is not None and not comparison.holds:
+        if _ui.settings.json:
+            raise typer.Exit(1)
+        raise KdError(
+            f"the teacher is not {config.against}: "
+            f"logits differ by up to {comparison.largest_difference:.3g}",
+            "Convert it again with kd convert-caffe; give --prototxt to both commands or to none.",
+        )
+
+
+def _fits(teacher: Any, images: Any) -> None:
+    if len(teacher.classes) != len(images.classes):
+        raise KdError(
+            f"the teacher knows {len(teacher.classes)} classes, the data has {len(images.classes)}",
+            "Teacher and data must belong together; see --data.",
+        )
+    if teacher.input_size != images.input_size:
+        raise KdError(
+            f"the teacher takes images of {'×'.join(map(str, teacher.input_size))}, the data has "
+            f"{'×'.join(map(str, images.input_size))} (height, width, channels)",
+            "Teacher and data must belong together; see --data and --image-size.",
+        )
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(
+        "validate",
+        epilog="[bold]kd validate --data cifar10[/bold]\n\n"
+        "[bold]kd validate --against weights/cifar10_nin.caffemodel[/bold]",
+    )(validate)

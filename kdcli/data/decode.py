@@ -1,0 +1,102 @@
+"""One image file's bytes to uint8 RGB pixels."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from kdcli.errors import KdError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib")
+OTHER_SUFFIXES = (".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".ppm", ".pgm", ".tga")
+MAX_PIXELS = 64_000_000
+
+Pixels = npt.NDArray[np.uint8]
+_EXIF_KEYS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
+
+
+def is_image(head: bytes) -> bool:
+    """Whether a file that begins so is a JPEG, PNG, WebP or BMP."""
+    return (
+        head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"))
+        or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+        or (head[:2] == b"BM" and head[6:10] == bytes(4))  # reserved words of a BMP are zero
+    )
+
+
+def decode(data: bytes, name: str) -> Pixels:
+    """Pixels of an image file, upright by its EXIF orientation.
+
+    Transparent pixels are laid on white; of an animation the first frame is taken; grey becomes three equal
+    channels, and 16-bit grey is scaled to 8 bits.
+
+    Returns:
+        uint8 (H, W, 3).
+
+    Raises:
+        KdError: broken, not one of `FORMATS`, or more than `MAX_PIXELS`; names the file.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise _too_big(name)
+            image.load()
+            upright: Image.Image = image
+            if any(key in image.info for key in _EXIF_KEYS):
+                upright = ImageOps.exif_transpose(image)
+            return np.array(_to_rgb(upright), dtype=np.uint8)
+    except KdError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise _too_big(name) from error
+    except Exception as error:  # what a decoder raises on hostile bytes is not a closed set
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise KdError(
+            f"cannot read image {name}: {reason or type(error).__name__}",
+            "Replace or remove it; PNG, JPEG, WebP and BMP are read.",
+        ) from error
+
+
+def fit(pixels: Pixels, size: int) -> Pixels:
+    """Centre-crop to a square on the shorter side, then antialiased bilinear resize.
+
+    Args:
+        pixels: uint8 (H, W, C), C 1 or 3.
+        size: pixels per side.
+
+    Returns:
+        uint8 (size, size, C).
+    """
+    height, width, channels = pixels.shape
+    if (height, width) == (size, size):
+        return pixels
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = np.ascontiguousarray(pixels[top : top + side, left : left + side])
+    image = Image.fromarray(square[:, :, 0] if channels == 1 else square)
+    resized = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.array(resized, dtype=np.uint8).reshape(size, size, channels)
+
+
+def _too_big(name: str) -> KdError:
+    return KdError(
+        f"image {name} has more than {MAX_PIXELS // 1_000_000} million pixels",
+        "Scale it down or remove it.",
+    )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips instead of scaling
+        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        # Dropping alpha instead would bring up whatever colour is stored under transparent pixels.
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")

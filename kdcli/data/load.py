@@ -1,0 +1,116 @@
+"""`load`: from what the user wrote after --data to two splits of images.
+
+Adding a dataset is one function here or in a module beside, and one entry in `DATASETS`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kdcli.data.cifar import find_cifar10, is_cifar10, load_cifar10
+from kdcli.data.decode import fit
+from kdcli.data.images import ImageSet, Splits, fingerprint_of
+from kdcli.data.tree import load_tree
+from kdcli.errors import UsageError
+from kdcli.events import Note, OnEvent, ignore
+
+DIGITS_TRAIN = 1437  # of 1,797: the split is contiguous, so that writers mostly do not overlap
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a dataset function needs to know."""
+
+    spec: str
+    data_dir: Path
+    cache_dir: Path
+    image_size: int | None
+    on_event: OnEvent
+
+
+def load(
+    spec: str,
+    *,
+    data_dir: Path = Path("data"),
+    cache_dir: Path = Path("cache"),
+    image_size: int | None = None,
+    fit_to: tuple[int, int, int] | None = None,
+    on_event: OnEvent = ignore,
+) -> Splits:
+    """Images and labels of a named dataset, a folder or an archive.
+
+    Args:
+        spec: a name in `DATASETS`, or the path of a folder or archive with train/<class>/* and
+            test/<class>/*.
+        data_dir: where `kd download` puts datasets.
+        cache_dir: decoded images are packed below it, once.
+        image_size: pixels per side; None keeps the images' own size if they share one, else 32.
+        fit_to: (H, W, C) that a model takes: without an `image_size`, images of another size are resized to it
+            if it is square.
+        on_event: gets progress while images are decoded, and the notes of the result.
+
+    Raises:
+        UsageError: neither a name nor a path.
+        KdError: the data is missing, damaged or laid out in another way.
+    """
+    if image_size is None and fit_to is not None and fit_to[0] == fit_to[1]:
+        own = load(spec, data_dir=data_dir, cache_dir=cache_dir, on_event=on_event)
+        if own.train.input_size[:2] == fit_to[:2]:
+            return own
+        image_size = fit_to[0]
+    request = Request(spec, data_dir, cache_dir, image_size, on_event)
+    path = Path(spec).expanduser()
+    if spec in DATASETS:
+        splits = DATASETS[spec](request)
+    elif not spec or "\0" in spec or not path.exists():
+        raise _unknown(spec)
+    else:
+        read = load_cifar10 if is_cifar10(path) else load_tree
+        splits = read(path, spec, cache_dir=cache_dir, image_size=image_size, on_event=on_event)
+    for note in splits.notes:
+        on_event(Note(note))
+    return splits
+
+
+def _unknown(spec: str) -> UsageError:
+    near = difflib.get_close_matches(spec.lower().replace("-", ""), DATASETS, n=1)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    return UsageError(
+        f"no dataset or path: {spec or '(empty)'}",
+        f"{hint}--data takes {', '.join(DATASETS)}, or the path of a folder or archive of images.",
+    )
+
+
+def _digits(request: Request) -> Splits:
+    """scikit-learn's 1,797 handwritten digits, 8×8, grey: no download, for demos and tests."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]  # (1797, 8, 8, 1)
+    if request.image_size is not None:
+        grey = np.stack([fit(image, request.image_size) for image in grey])
+    labels = bunch.target.astype(np.int64)
+    classes = tuple("0123456789")
+    first, last = (
+        ImageSet(grey[part], labels[part], classes, fingerprint_of(grey[part], labels[part], classes))
+        for part in (slice(None, DIGITS_TRAIN), slice(DIGITS_TRAIN, None))
+    )
+    return Splits(spec=request.spec, label="digits", train=first, test=last)
+
+
+def _cifar10(request: Request) -> Splits:
+    return load_cifar10(
+        find_cifar10(request.data_dir),
+        request.spec,
+        cache_dir=request.cache_dir,
+        image_size=request.image_size,
+        on_event=request.on_event,
+    )
+
+
+DATASETS: dict[str, Callable[[Request], Splits]] = {"cifar10": _cifar10, "digits": _digits}

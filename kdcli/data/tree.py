@@ -1,0 +1,255 @@
+"""Image trees: train/<class>/* and test/<class>/* in a folder or archive."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+import unicodedata
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from kdcli import catalog
+from kdcli.data import decode
+from kdcli.data.images import Splits
+from kdcli.data.pack import FALLBACK_SIZE, FORMAT_VERSION, Cache, Selection, Spool
+from kdcli.data.sources import Source, open_source
+from kdcli.errors import KdError
+from kdcli.events import OnEvent, Progress
+
+SPLIT_NAMES = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
+JUNK_NAMES = ("thumbs.db", "desktop.ini")
+BATCH_FILES = 64
+BATCH_BYTES = 8 << 20
+EVENT_SECONDS = 0.25
+LAYOUT_HINT = "It must hold train/<class>/* and test/<class>/* (val and validation stand in for test)."
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an image belongs: `below` are the folders above its split, `rest` its path below the class."""
+
+    below: str
+    split: str  # train, test or val
+    class_name: str
+    rest: str
+
+
+def place_of(name: str) -> Place | None:
+    """The place that a file's path gives it; None for a file that belongs to no class of no split."""
+    parts = name.split("/")
+    if "__MACOSX" in parts or parts[-1].lower() in JUNK_NAMES:
+        return None
+    # The plain layout first: a folder *above* may be called test, and a class may be called train.
+    positions = [len(parts) - 3, *range(len(parts) - 3)]
+    for at in positions:
+        if at >= 0 and parts[at].lower() in SPLIT_NAMES:
+            if any(part.startswith(".") for part in parts[at:]):
+                return None
+            class_name = unicodedata.normalize("NFC", parts[at + 1])
+            return Place(
+                "/".join(parts[:at]), SPLIT_NAMES[parts[at].lower()], class_name, "/".join(parts[at + 2 :])
+            )
+    return None
+
+
+def load_tree(
+    path: Path,
+    spec: str,
+    *,
+    cache_dir: Path,
+    image_size: int | None,
+    on_event: OnEvent,
+    key: str | None = None,
+) -> Splits:
+    """A dataset from a folder or archive; decoded once, then read from the cache.
+
+    Raises:
+        KdError: not an archive, no such layout, a broken image.
+    """
+    source = open_source(path)
+    content = source.key()
+    digest = hashlib.sha256(
+        f"tree {FORMAT_VERSION} {content} {image_size} {path.name}".encode("utf-8", "replace")
+    )
+    cache = Cache(cache_dir, digest.hexdigest()[:32])
+    if (known := cache.load(spec)) is not None:
+        return known
+    workspace = cache.workspace()
+    try:
+        _pack(source, content, cache, workspace, image_size=image_size, on_event=on_event)
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
+    packed = cache.load(spec)
+    if packed is None:
+        raise KdError(
+            f"cannot read back {cache.folder}", "Is the disk full? Choose another with --cache-dir."
+        )
+    return packed
+
+
+def _pack(
+    source: Source,
+    content: str,
+    cache: Cache,
+    workspace: Path,
+    *,
+    image_size: int | None,
+    on_event: OnEvent,
+) -> None:
+    spool = Spool(workspace, image_size)
+    try:
+        found = _decode_all(source, spool, on_event)
+        train, test, classes = _choose(found, source.path)
+        notes = _notes(found, source, spool, image_size)
+        missing = sorted(set(classes) - {place.class_name for place in test})
+        if missing:
+            notes.append(f"No test images of {', '.join(missing)}.")
+        label = catalog.KNOWN_ARCHIVES.get(content, source.path.resolve().name or str(source.path))
+        selections = [_selection(places, classes) for places in (train, test)]
+        cache.store(workspace, spool.view(), selections, classes=classes, label=label, notes=notes)
+    except OSError as error:
+        raise KdError(
+            f"cannot write to {workspace.parent}: {error.strerror}", "Choose another place with --cache-dir."
+        ) from error
+    finally:
+        spool.close()
+
+
+@dataclass
+class _Found:
+    """What a source held: each place with the number of its image in the spool."""
+
+    images: dict[Place, int] = field(default_factory=dict)
+    other: list[str] = field(default_factory=list)  # files that are no images
+    other_splits: set[str] = field(default_factory=set)
+
+
+def _decode_all(source: Source, spool: Spool, on_event: OnEvent) -> _Found:
+    """Read on this thread, decode on a few others; at most a few batches wait."""
+    found = _Found()
+    workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+    started = announced = time.monotonic()
+    pending: set[Future[int]] = set()
+    done = 0
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+
+    def work(batch: list[tuple[int, str, bytes]]) -> int:
+        for index, name, data in batch:
+            spool.put(index, decode.decode(data, name))
+        return len(batch)
+
+    def announce() -> None:
+        at = source.position()
+        values = {"images_per_s": done / max(time.monotonic() - started, 1e-3)}
+        on_event(Progress("decoding", at.done, at.total, at.unit, values))
+
+    try:
+        for batch in _batches(source, found):
+            pending.add(pool.submit(work, batch))
+            if len(pending) > 2 * workers:
+                finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+                done += sum(future.result() for future in finished)
+            if time.monotonic() - announced >= EVENT_SECONDS:
+                announced = time.monotonic()
+                announce()
+        done += sum(future.result() for future in pending)
+        announce()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return found
+
+
+def _batches(source: Source, found: _Found) -> Iterator[list[tuple[int, str, bytes]]]:
+    batch: list[tuple[int, str, bytes]] = []
+    held = count = 0
+    for name, data in source.read(lambda name: place_of(name) is not None):
+        place = place_of(name)
+        assert place is not None
+        suffix = Path(name).suffix.lower()
+        if not decode.is_image(data[:16]) and suffix not in decode.SUFFIXES:
+            if suffix in decode.OTHER_SUFFIXES:
+                raise KdError(
+                    f"cannot read image {name}: {suffix[1:]} is not supported",
+                    "Convert it to PNG, JPEG, WebP or BMP.",
+                )
+            found.other.append(name)
+            continue
+        if not place.class_name.isprintable():
+            raise KdError(f"unusable class name {place.class_name!r}", "Rename the folder.")
+        found.images[place] = count  # of two members with one name the later holds, as in tar
+        batch.append((count, name, data))
+        held, count = held + len(data), count + 1
+        if len(batch) >= BATCH_FILES or held >= BATCH_BYTES:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+Places = dict[Place, int]
+
+
+def _choose(found: _Found, path: Path) -> tuple[Places, Places, tuple[str, ...]]:
+    """Train, test and classes."""
+    by_split: dict[str, Places] = {"train": {}, "test": {}, "val": {}}
+    for place, index in found.images.items():
+        by_split[place.split][place] = index
+    if not found.images:
+        raise KdError(f"no images found in {path}", LAYOUT_HINT)
+    train, test = by_split["train"], by_split["test"] or by_split["val"]
+    if not train:
+        raise KdError(f"{path} has no training images: no folder train/<class>", LAYOUT_HINT)
+    if not test:
+        raise KdError(f"{path} has no test images: no folder test/<class>", LAYOUT_HINT)
+    below = sorted({place.below for place in (*train, *test)})
+    if len(below) > 1:
+        raise KdError(
+            f"{path} holds more than one dataset: {', '.join(name or '.' for name in below[:4])}",
+            "Point --data at one of them.",
+        )
+    classes = tuple(sorted({place.class_name for place in train}))
+    unknown = sorted({place.class_name for place in test} - set(classes))
+    if unknown:
+        raise KdError(
+            f"{path} has test images of classes without training images: {', '.join(unknown[:8])}",
+            "Folder names must be the same in train and test; upper and lower case differ.",
+        )
+    if len(classes) < 2:
+        raise KdError(f"{path} has only one class: {classes[0]}", "A classifier needs two or more.")
+    return train, test, classes
+
+
+def _selection(places: Places, classes: tuple[str, ...]) -> Selection:
+    """Images by class and then by name, whatever order they came in."""
+    number = {name: label for label, name in enumerate(classes)}
+    rows = sorted((number[place.class_name], place.rest, index) for place, index in places.items())
+    labels = np.array([label for label, _, _ in rows], dtype=np.int64)
+    return Selection(np.array([index for _, _, index in rows], dtype=np.int64), labels)
+
+
+def _notes(found: _Found, source: Source, spool: Spool, image_size: int | None) -> list[str]:
+    notes = []
+    splits = {place.split for place in found.images}
+    below = next(place.below for place in found.images if place.split == "train")
+    if below:
+        notes.append(f"Images are below {below}/.")
+    if "test" not in splits:
+        notes.append("Validation images stand in for test images: there is no folder test.")
+    elif "val" in splits:
+        notes.append("The validation folder is not used: there is a test folder.")
+    if spool.resized and image_size is None:
+        notes.append(
+            f"Images differ in size: cropped to squares and resized to {FALLBACK_SIZE}x{FALLBACK_SIZE}. "
+            "--image-size sets another size."
+        )
+    if found.other:
+        notes.append(f"Skipped {len(found.other)} files that are no images ({found.other[0]}).")
+    if source.skipped.links:
+        notes.append(f"Skipped {source.skipped.links} links and special files.")
+    return notes

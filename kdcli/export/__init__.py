@@ -1,0 +1,299 @@
+"""Checkpoint → one ONNX file that is proved to give what the checkpoint gives, or no file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from torch import Tensor
+
+from kdcli import __version__, data, metrics, models, onnx_model, quantize
+from kdcli.config import ExportConfig
+from kdcli.data import ImageSet, Splits
+from kdcli.errors import KdError, UsageError
+from kdcli.events import OnEvent, Progress, ignore
+from kdcli.export.parity import BATCHES, Parity, check_parity, run
+from kdcli.export.translate import finish, silence, to_onnx
+from kdcli.files import atomic_path, sha256_file
+from kdcli.models import Classifier
+from kdcli.quantize import Quantisation
+
+__all__ = ["ExportResult", "Parity", "Quantisation", "default_output", "export", "to_onnx"]
+
+EXPORTS_DIR = Path("exports")
+_Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written and what was proved of it.
+
+    Attributes:
+        path: the ONNX file.
+        size_bytes: of the file.
+        sha256: of the file.
+        checkpoint: where it came from.
+        opset: ONNX operator set.
+        with_preprocessing: takes raw uint8 (N, H, W, C) images and gives probabilities.
+        data_label: the data whose train images were used.
+        parity: of the float32 network.
+        quantisation: what int8 costs; None for a float32 file.
+    """
+
+    path: Path
+    size_bytes: int
+    sha256: str
+    checkpoint: Path
+    opset: int
+    with_preprocessing: bool
+    data_label: str
+    parity: Parity
+    quantisation: Quantisation | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values with a `schema_version`."""
+        document = asdict(self)
+        document["path"], document["checkpoint"] = self.path.as_posix(), self.checkpoint.as_posix()
+        document["parity"]["batches"] = list(self.parity.batches)
+        return {"schema_version": 1, **document}
+
+
+def export(
+    checkpoint: Path, config: ExportConfig, images: Splits | None = None, on_event: OnEvent = ignore
+) -> ExportResult:
+    """Write a checkpoint as one ONNX file with a dynamic batch, and prove that it gives the same.
+
+    Args:
+        checkpoint: a `.pt` file.
+        config: what to write and where.
+        images: data whose *train* images calibrate int8 and prove parity; by default what `config` or the
+            checkpoint's provenance names.
+        on_event: told of progress.
+
+    Raises:
+        KdError: the file cannot be written, or it does not give what the checkpoint gives. No file appears
+            then, and an earlier one of that name is untouched.
+    """
+    target = config.output or default_output(checkpoint, config)
+    if target.suffix.lower() != ".onnx" or target.is_dir():
+        raise UsageError(f"--output {target}: must be a file name that ends in .onnx")
+    classifier = models.load(checkpoint).eval()
+    images = images or load_data(classifier, checkpoint, config, on_event)
+    _check_data(classifier, images.train)
+    parity_indices, calibration_indices = choose_images(
+        len(images.train), config.parity_images, config.calibration_images if config.int8 else 0
+    )
+    on_event(Progress("exporting", 0, 3, "steps"))
+    model = to_onnx(classifier, opset=config.opset, with_preprocessing=config.with_preprocessing)
+    remarks = metadata_of(classifier, sha256_file(checkpoint), config)
+    on_event(Progress("exporting", 1, 3, "steps"))
+    raw = np.asarray(images.train.images[parity_indices])
+    quantisation = None
+    try:
+        with atomic_path(target) as temporary:
+            _write(finish(model, remarks), temporary)
+            inputs = _inputs(classifier, raw, config.with_preprocessing)
+            with torch.inference_mode():
+                logits = models.predict(classifier, raw)
+            outputs, parity = check_parity(temporary, inputs, logits, config.with_preprocessing)
+            on_event(Progress("exporting", 2, 3, "steps"))
+            if config.int8:
+                quantised, quantisation, settings = _quantise(
+                    classifier,
+                    model,
+                    images.train,
+                    calibration_indices,
+                    with_preprocessing=config.with_preprocessing,
+                    on_event=on_event,
+                )
+                _write(finish(quantised, {**remarks, "kd.quantisation": settings}), temporary)
+                quantisation = _judge_int8(
+                    quantisation, temporary, inputs, outputs, images.train.labels[parity_indices]
+                )
+            size = temporary.stat().st_size
+            digest = sha256_file(temporary)
+    except OSError as error:
+        raise KdError(
+            f"cannot write {target}: {error.strerror or error}",
+            "Check free space and permissions; an earlier file of that name is unchanged.",
+        ) from error
+    on_event(Progress("exporting", 3, 3, "steps"))
+    return ExportResult(
+        path=target,
+        size_bytes=size,
+        sha256=digest,
+        checkpoint=checkpoint,
+        opset=config.opset,
+        with_preprocessing=config.with_preprocessing,
+        data_label=images.label,
+        parity=parity,
+        quantisation=quantisation,
+    )
+
+
+def default_output(checkpoint: Path, config: ExportConfig) -> Path:
+    """`exports/<run>.onnx` for `runs/<run>/student.pt`, else `exports/<file name>.onnx`; or with a suffix."""
+    in_run = checkpoint.stem in ("student", "last") and checkpoint.parent.parent.name == "runs"
+    stem = checkpoint.parent.name if in_run else checkpoint.stem
+    suffix = ("-images" if config.with_preprocessing else "") + ("-int8" if config.int8 else "")
+    return EXPORTS_DIR / f"{stem}{suffix}.onnx"
+
+
+def load_data(classifier: Classifier, checkpoint: Path, config: ExportConfig, on_event: OnEvent) -> Splits:
+    """The data that `config` names, else the data the model was trained on.
+
+    Raises:
+        KdError: neither is known.
+    """
+    known = classifier.provenance.get("data")
+    recorded = known if isinstance(known, dict) else {}
+    spec = config.data or recorded.get("spec")
+    resized = config.data is not None or recorded.get("image_size") is not None
+    if not spec:
+        raise KdError(
+            f"{checkpoint} does not say what data it belongs to",
+            "Name it: --data cifar10, --data digits or a folder; its train images prove the export.",
+        )
+    return data.load(
+        str(spec),
+        data_dir=config.data_dir,
+        cache_dir=config.cache_dir,
+        image_size=classifier.input_size[0] if resized else None,
+        on_event=on_event,
+    )
+
+
+def choose_images(available: int, parity: int, calibration: int) -> tuple[_Indices, _Indices]:
+    """Disjoint train images for parity and calibration: always the same ones for the same numbers.
+
+    Returns:
+        Sorted indices (≤ parity,), (≤ calibration,). If there are too few, both shrink in proportion.
+    """
+    wanted = parity + calibration
+    if wanted > available:
+        parity = max(1, available * parity // wanted)
+        calibration = available - parity if calibration else 0
+    order = np.random.default_rng(0).permutation(available)
+    return np.sort(order[:parity]), np.sort(order[parity : parity + calibration])
+
+
+def metadata_of(classifier: Classifier, sha256: str, config: ExportConfig) -> dict[str, str]:
+    """What the file says of itself: strings by key."""
+    provenance = _without_paths(classifier.provenance)
+    teacher = provenance.get("teacher")
+    teacher_name = teacher.get("name") if isinstance(teacher, dict) else teacher
+    remarks: dict[str, Any] = {
+        "kd.format": onnx_model.FORMAT,
+        "kd.version": __version__,
+        "kd.classes": json.dumps(list(classifier.classes), ensure_ascii=False),
+        "kd.arch": classifier.arch,
+        "kd.method": provenance.get("method"),
+        "kd.teacher": teacher_name,
+        "kd.test_accuracy": provenance.get("test_accuracy"),
+        "kd.provenance": json.dumps(provenance, ensure_ascii=False, sort_keys=True, default=str),
+        "kd.preprocess": onnx_model.encode_preprocess(classifier.preprocess),
+        "kd.preprocess_included": "yes" if config.with_preprocessing else "no",
+        "kd.input_size": json.dumps(list(classifier.input_size)),
+        "kd.layout": "uint8 NHWC RGB" if config.with_preprocessing else "float32 NCHW, preprocessed",
+        "kd.output": "probabilities" if config.with_preprocessing else "logits",
+        "kd.checkpoint_sha256": sha256,
+    }
+    return {key: str(value) for key, value in remarks.items() if value is not None}
+
+
+def _inputs(classifier: Classifier, raw: npt.NDArray[np.uint8], with_preprocessing: bool) -> npt.NDArray[Any]:
+    """Raw images (N, H, W, C) as the exported file takes them."""
+    if with_preprocessing:
+        return np.ascontiguousarray(raw)
+    with torch.inference_mode():
+        return np.ascontiguousarray(classifier.prepare(torch.from_numpy(raw)).numpy())
+
+
+def _quantise(
+    classifier: Classifier,
+    model: onnx.ModelProto,
+    train: ImageSet,
+    indices: _Indices,
+    *,
+    with_preprocessing: bool,
+    on_event: OnEvent,
+) -> tuple[onnx.ModelProto, Quantisation, str]:
+    def batches() -> Iterator[npt.NDArray[Any]]:
+        for start in range(0, len(indices), 32):
+            raw = np.asarray(train.images[indices[start : start + 32]])
+            on_event(Progress("calibrating", min(start + 32, len(indices)), len(indices)))
+            yield _inputs(classifier, raw, with_preprocessing)
+
+    with silence():
+        quantised, quantisation = quantize.quantise(model, batches(), len(indices))
+    settings = json.dumps(
+        {
+            "weights": "int8 per channel",
+            "activations": "uint8",
+            "reduce_range": quantisation.reduce_range,
+            "calibration_images": len(indices),
+        },
+        sort_keys=True,
+    )
+    return quantised, quantisation, settings
+
+
+def _judge_int8(
+    quantisation: Quantisation,
+    path: Path,
+    inputs: npt.NDArray[Any],
+    reference: Tensor,
+    labels: npt.NDArray[np.int64],
+) -> Quantisation:
+    runner = onnx_model.session(path.read_bytes(), name="the quantised file")
+    outputs = run(runner, inputs, max(BATCHES), False)
+    if not bool(torch.isfinite(outputs).all()) or outputs.shape != reference.shape:
+        raise KdError("the quantised network gives values that are not finite; no file was written")
+    truth = torch.from_numpy(np.asarray(labels))
+    return quantize.judged(
+        quantisation,
+        images=len(inputs),
+        agreement=metrics.agreement(outputs, reference),
+        float_accuracy=metrics.accuracy(reference, truth),
+        int8_accuracy=metrics.accuracy(outputs, truth),
+    )
+
+
+def _write(model: onnx.ModelProto, path: Path) -> None:
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _check_data(classifier: Classifier, train: ImageSet) -> None:
+    if train.input_size != classifier.input_size:
+        raise KdError(
+            f"the model takes {'×'.join(map(str, classifier.input_size))} images, "
+            f"the data has {'×'.join(map(str, train.input_size))}",
+            "Name data that fits with --data.",
+        )
+    if len(train) < max(BATCHES):
+        raise KdError(f"the data has {len(train)} train images; at least {max(BATCHES)} are needed")
+    if len(train.classes) != len(classifier.classes):
+        raise KdError(
+            f"the model knows {len(classifier.classes)} classes, the data has {len(train.classes)}",
+            "Name data that fits with --data.",
+        )
+
+
+def _without_paths(value: Any) -> Any:
+    """Absolute paths shortened to their last part: a file that is given away says nothing of this machine."""
+    if isinstance(value, dict):
+        return {str(key): _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(item) for item in value]
+    if isinstance(value, str):
+        for kind in (PurePosixPath(value), PureWindowsPath(value)):
+            if kind.is_absolute() or value.startswith("~"):
+                return kind.name
+    return value

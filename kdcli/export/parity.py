@@ -1,0 +1,119 @@
+"""Does the file give what the checkpoint gives?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kdcli import onnx_model
+from kdcli.errors import KdError
+
+BATCHES = (1, 2, 7)
+TOLERANCE = 1e-4  # of the largest |logit|
+TIE = 1e-5  # of the largest |logit|: nearer than this, two classes are equally good
+_LEAST_LOG = -60.0  # probabilities below e⁻⁶⁰ are all the same nothing
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How near the file is to the checkpoint on real images.
+
+    Attributes:
+        images: how many.
+        batches: batch sizes that were run.
+        largest_difference: of any logit (with preprocessing: of any log-probability).
+        scale: the largest |logit|; the difference may be 1e-4 of it.
+        same_top1: images with the same first class.
+        ties: images whose first class differs between two classes that are nearer than 1e-5 of the scale.
+    """
+
+    images: int
+    batches: tuple[int, ...]
+    largest_difference: float
+    scale: float
+    same_top1: int
+    ties: int
+
+
+def check_parity(
+    path: Path, inputs: npt.NDArray[Any], logits: Tensor, probabilities: bool
+) -> tuple[Tensor, Parity]:
+    """Run a file on real images and compare with the checkpoint's logits.
+
+    Args:
+        path: the file as it lies on disk.
+        inputs: its input for all images.
+        logits: the checkpoint's, float32 (N, classes).
+        probabilities: the file gives probabilities; their logarithms are compared, which hides nothing.
+
+    Returns:
+        The file's logits or log-probabilities (N, classes), and the figures.
+
+    Raises:
+        KdError: a value is off by more than 1e-4 of the logits' scale, or a first class differs and is no
+            tie.
+    """
+    runner = onnx_model.session(path.read_bytes(), name="the exported file")
+    expected = logits.double()
+    if probabilities:
+        expected = expected.log_softmax(dim=1).clamp_min(_LEAST_LOG)
+    scale = logits.abs().max().item()
+    largest = 0.0
+    whole: Tensor = expected
+    for batch in BATCHES:
+        count = len(inputs) if batch == max(BATCHES) else min(len(inputs), 4 * batch)
+        outputs = run(runner, inputs[:count], batch, probabilities)
+        if outputs.shape != expected[:count].shape:
+            raise KdError(
+                f"the exported file gives {tuple(outputs.shape)} instead of {tuple(expected.shape)}"
+            )
+        difference = (outputs.double() - expected[:count]).abs().max().item()
+        if not difference <= TOLERANCE * scale + 1e-12:  # NaN fails too
+            raise KdError(
+                f"the exported network differs from the checkpoint by {difference:.2g} at batch {batch} "
+                f"(allowed: {TOLERANCE * scale:.2g}); no file was written",
+                "Try another --opset, or another onnxruntime version.",
+            )
+        largest = max(largest, difference)
+        whole = outputs
+    mine, theirs = expected.argmax(dim=1), whole.argmax(dim=1)
+    margin = expected.max(dim=1).values - expected.gather(1, theirs[:, None])[:, 0]
+    differs = mine != theirs
+    ties = differs & (margin <= TIE * scale)
+    if bool((differs & ~ties).any()):
+        wrong = int((differs & ~ties).sum())
+        raise KdError(
+            f"the exported network gives another class than the checkpoint for {wrong} of {len(inputs)} "
+            "images; no file was written",
+            "Try another --opset, or another onnxruntime version.",
+        )
+    return whole, Parity(
+        images=len(inputs),
+        batches=BATCHES,
+        largest_difference=largest,
+        scale=scale,
+        same_top1=len(inputs) - int(differs.sum()),
+        ties=int(ties.sum()),
+    )
+
+
+def run(runner: Any, inputs: npt.NDArray[Any], batch: int, probabilities: bool) -> Tensor:
+    """A file's outputs (N, classes), `batch` images at a time; of probabilities their logarithms."""
+    name = runner.get_inputs()[0].name
+    try:
+        parts = [
+            runner.run(None, {name: inputs[start : start + batch]})[0]
+            for start in range(0, len(inputs), batch)
+        ]
+    except Exception as error:  # onnxruntime's exceptions share no base of their own
+        raise KdError(
+            f"onnxruntime cannot run the exported file at batch {batch}: {str(error).splitlines()[0][:300]}"
+        ) from error
+    outputs = torch.from_numpy(np.concatenate(parts))
+    return outputs.double().log().clamp_min(_LEAST_LOG) if probabilities else outputs

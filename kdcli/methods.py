@@ -1,0 +1,182 @@
+"""The methods by name: what each computes from a batch, with which weights, and what it needs.
+
+Adding a method: one function in `losses`, one function and one entry here, one parity test, one row in
+`docs/methods.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from kdcli.config import TrainConfig
+from kdcli.errors import UsageError
+
+if TYPE_CHECKING:  # names for --help must not cost an import of torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a method sees of one step.
+
+    Attributes:
+        student_logits: (B, C), float32, with gradient.
+        teacher_logits: (B, C), float32; None for a method that does not need them.
+        labels: int64 (B,).
+        samples: int64 (B,), the images' numbers in the data set: randomness is drawn by them.
+        epoch: number of the pass, from 0.
+        config: the run's settings.
+    """
+
+    student_logits: Tensor
+    teacher_logits: Tensor | None
+    labels: Tensor
+    samples: npt.NDArray[np.int64]
+    epoch: int
+    config: TrainConfig
+
+    @property
+    def targets(self) -> Tensor:
+        """The teacher's logits, which this method has asked for."""
+        if self.teacher_logits is None:
+            raise RuntimeError("a method that reads the teacher must say so in `needs_teacher`")
+        return self.teacher_logits
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to learn.
+
+    Attributes:
+        soft_term: the teacher's term, unweighted; None for training on labels alone.
+        ce_weight, kd_weight: the default weights under these settings.
+        summary, source: one line each, for help and reports.
+    """
+
+    name: str
+    soft_term: Callable[[Batch], Tensor] | None
+    ce_weight: Callable[[TrainConfig], float]
+    kd_weight: Callable[[TrainConfig], float]
+    summary: str
+    source: str
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.soft_term is not None
+
+    def weights(self, config: TrainConfig) -> dict[str, float]:
+        """Weight of each term: the user's, else the method's own; terms of weight 0 are left out."""
+        ce = self.ce_weight(config) if config.ce_weight is None else config.ce_weight
+        soft = self.kd_weight(config) if config.kd_weight is None else config.kd_weight
+        chosen = {"ce": ce, "kd": soft if self.needs_teacher else 0.0}
+        if not any(chosen.values()):
+            raise UsageError(f"all weights of method {self.name} are 0", "Raise --ce-weight or --kd-weight.")
+        return {term: weight for term, weight in chosen.items() if weight}
+
+    def terms(self, batch: Batch) -> dict[str, Tensor]:
+        """The named, unweighted terms whose weight is not 0, each a scalar."""
+        from kdcli import losses
+
+        wanted = self.weights(batch.config)
+        found: dict[str, Tensor] = {}
+        if "ce" in wanted:
+            found["ce"] = losses.cross_entropy(batch.student_logits, batch.labels)
+        if "kd" in wanted and self.soft_term is not None:
+            found["kd"] = self.soft_term(batch)
+        return found
+
+
+def _logits(batch: Batch) -> Tensor:
+    from kdcli import losses
+
+    return losses.logit_regression(batch.student_logits, batch.targets)
+
+
+def _noisy(batch: Batch) -> Tensor:
+    from kdcli import losses
+
+    selected, noise = noise_of(batch.config, batch.epoch, batch.samples, batch.targets.shape[1])
+    return losses.logit_regression(batch.student_logits, losses.perturb(batch.targets, selected, noise))
+
+
+def _kd(batch: Batch) -> Tensor:
+    from kdcli import losses
+
+    return losses.soft_targets(batch.student_logits, batch.targets, batch.config.tau)
+
+
+def noise_of(
+    config: TrainConfig, epoch: int, samples: npt.NDArray[np.int64], classes: int
+) -> tuple[Tensor, Tensor]:
+    """The noisy teacher's draws: m bool (B, 1) with probability `noisy_ratio`, ξ ~ N(0, `noisy_sigma`²).
+
+    ξ is (B, 1) for scope `sample` and (B, classes) for scope `logit`. The draws depend on seed, epoch and sample
+    alone, so they are fresh in each epoch and the same after a resume.
+    """
+    import torch
+
+    from kdcli import augment
+
+    random = augment.words(config.seed, augment.NOISE, epoch, samples)
+    selected = augment.uniform(random[0]) < config.noisy_ratio
+    if config.noise_scope == "sample":
+        noise = augment.normal(random[1], random[2])[:, None]
+    else:
+        columns = []
+        for first in range(0, classes, 2):
+            block = augment.words(config.seed, augment.NOISE, epoch, samples, block=1 + first // 2)
+            columns += [augment.normal(block[0], block[1]), augment.normal(block[2], block[3])]
+        noise = np.stack(columns[:classes], axis=1)
+    scaled = torch.from_numpy((config.noisy_sigma * noise).astype(np.float32))
+    return torch.from_numpy(selected)[:, None], scaled
+
+
+def _never(config: TrainConfig) -> float:
+    return 0.0
+
+
+def _fully(config: TrainConfig) -> float:
+    return 1.0
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("ce", None, _fully, _never, "labels alone, no teacher: the baseline", "cross-entropy"),
+        Method(
+            "logits", _logits, _never, _fully, "regress the teacher's logits", "Ba & Caruana, NIPS 2014"
+        ),
+        Method(
+            "noisy",
+            _noisy,
+            _never,
+            _fully,
+            "regress logits that noise has scaled",
+            "Sau & Balasubramanian, arXiv:1610.09650",
+        ),
+        Method(
+            "kd",
+            _kd,
+            lambda config: config.lamda,
+            lambda config: 1 - config.lamda,
+            "match the teacher's softened probabilities",
+            "Hinton et al., arXiv:1503.02531",
+        ),
+    )
+}
+
+
+def get(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in METHODS:
+        raise UsageError(f"unknown method: {name}", f"Known are {', '.join(METHODS)}.")
+    return METHODS[name]

@@ -1,0 +1,330 @@
+"""Figures from results. They are the same bytes for the same figures, and take any class name."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdcli.bench import Row
+from kdcli.errors import KdError, UsageError
+from kdcli.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, INK, GRID = "#0072b2", "#d55e00", "#009e73", "#333333", "#d9d9d9"
+_LONGEST_NAME = 22
+_STYLE = {
+    "svg.hashsalt": "kd",  # element ids would be random
+    "svg.fonttype": "none",  # text stays text: any script, searchable
+    "text.parse_math": False,  # a class may be called $x_1
+    "font.family": ["DejaVu Sans", "sans-serif"],
+    "font.size": 10,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "savefig.facecolor": "white",
+}
+
+
+def curves(metrics_path: Path, target: Path) -> None:
+    """Draw a run's loss and validation accuracy by epoch from its `metrics.jsonl`.
+
+    Raises:
+        KdError: there is nothing to draw, or the figure cannot be written.
+    """
+    epochs = _read_epochs(metrics_path)
+    with _figure(target, 7.2, 5.2) as figure:
+        validated = any(epoch.get("val_accuracy") is not None for epoch in epochs)
+        panels = list(figure.subplots(2 if validated else 1, 1, sharex=True, squeeze=False)[:, 0])
+        numbers = [epoch["epoch"] for epoch in epochs]
+        _line(panels[0], numbers, [epoch.get("loss") for epoch in epochs], BLUE, "total")
+        terms = sorted({name for epoch in epochs for name in epoch.get("terms") or {}})
+        if len(terms) > 1:
+            for name, colour in zip(terms, (ORANGE, GREEN, "#cc79a7", "#e69f00") * len(terms), strict=False):
+                values = [(epoch.get("terms") or {}).get(name) for epoch in epochs]
+                _line(panels[0], numbers, values, colour, _shown(name), width=1.2)
+            panels[0].legend(frameon=False, ncols=4, loc="upper right", fontsize=9)
+        panels[0].set_ylabel("training loss")
+        if validated:
+            _line(panels[1], numbers, [epoch.get("val_accuracy") for epoch in epochs], GREEN, "validation")
+            panels[1].set_ylabel("validation accuracy, %")
+            _mark_best(panels[1], epochs)
+        panels[-1].set_xlabel("epoch")
+        panels[-1].xaxis.get_major_locator().set_params(integer=True)
+        for panel in panels:
+            panel.grid(color=GRID, linewidth=0.6)
+
+
+def confusion(matrix: Any, classes: Sequence[str], target: Path) -> None:
+    """Draw a confusion matrix; cells are shares of their row.
+
+    Args:
+        matrix: counts (classes, classes), row true, column predicted.
+        classes: names in the matrix's order.
+        target: `.png` or `.svg`.
+
+    Raises:
+        KdError: the figure cannot be written.
+    """
+    import numpy as np
+    from matplotlib.colors import PowerNorm
+
+    counts = np.asarray(matrix, dtype=np.float64)
+    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    count = len(classes)
+    side = min(40.0, max(5.0, 0.55 * count if count <= 20 else 3 + 0.14 * count))
+    names = [_shown(name) for name in classes]
+    with _figure(target, side + 1.6, side + 0.8) as figure:
+        axes = figure.add_subplot()
+        # the root lets a confusion of 2 % be seen beside a diagonal of 90 %
+        drawn = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=100))
+        size = 10 if count <= 20 else max(3.5, min(8.0, 72 * 0.8 * side / count))
+        axes.set_xticks(range(count), names, rotation=45 if count <= 20 else 90, fontsize=size)
+        for label in axes.get_xticklabels():
+            label.set_horizontalalignment("right" if count <= 20 else "center")
+            label.set_rotation_mode("anchor" if count <= 20 else "default")
+        axes.set_yticks(range(count), names, fontsize=size)
+        axes.tick_params(length=0)
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("true")
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        if count <= 20:
+            _write_cells(axes, shares)
+        bar = figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.02)
+        bar.set_label("% of the true class")
+        bar.set_ticks([0, 1, 5, 10, 25, 50, 100])
+
+
+def pareto(rows: Sequence[Row], target: Path) -> None:
+    """Draw accuracy against single-image latency; a disc's area is the size of the network.
+
+    The line joins the models that no other beats in both.
+
+    Raises:
+        KdError: no row has an accuracy, or the figure cannot be written.
+    """
+    known = [row for row in rows if row.accuracy is not None and math.isfinite(row.latency_ms)]
+    if not known:
+        raise KdError(
+            "no model's accuracy is known, so there is nothing to draw", "Give test images with --data."
+        )
+    largest = max(row.network_bytes for row in known) or 1
+    with _figure(target, 7.2, 5.0) as figure:
+        axes = figure.add_subplot()
+        axes.set_xscale("log")
+        front = pareto_front(known)
+        axes.plot(
+            [row.latency_ms for row in front],
+            [row.accuracy or 0 for row in front],
+            color=GRID,
+            linewidth=2,
+            zorder=1,
+        )
+        for engine, colour in (("torch", ORANGE), ("onnxruntime", BLUE)):
+            own = [row for row in known if row.engine == engine]
+            if not own:
+                continue
+            axes.scatter(
+                [row.latency_ms for row in own],
+                [row.accuracy or 0 for row in own],
+                s=[30 + 1200 * row.network_bytes / largest for row in own],
+                color=colour,
+                alpha=0.55,
+                edgecolors=[INK if row.is_teacher else "white" for row in own],
+                linewidths=1.2,
+                label=engine,
+            )
+        _frame(axes, known)
+        axes.set_xlabel("latency of one image, ms (log scale)")
+        sources = {row.accuracy_source for row in known}
+        axes.set_ylabel("test accuracy, %" + (" (as recorded)" if sources == {"recorded"} else ""))
+        axes.grid(color=GRID, linewidth=0.6)
+        legend = axes.legend(
+            frameon=False,
+            loc="lower right",
+            bbox_to_anchor=(1, 1),
+            ncols=3,
+            title="area: size; dark edge: teacher",
+        )
+        for handle in legend.legend_handles:
+            if handle is not None:
+                handle.set_sizes([60])  # type: ignore[attr-defined]
+        figure.draw_without_rendering()  # the layout is settled only now
+        _name_points(axes, known, largest)
+
+
+def pareto_front(rows: Sequence[Row]) -> list[Row]:
+    """Rows that no other beats in latency and accuracy, fastest first."""
+    front: list[Row] = []
+    for row in sorted(rows, key=lambda row: (row.latency_ms, -(row.accuracy or 0))):
+        if not front or (row.accuracy or 0) > (front[-1].accuracy or 0):
+            front.append(row)
+    return front
+
+
+def check_target(target: Path) -> str:
+    """The kind of figure a file name asks for: `png` or `svg`.
+
+    Raises:
+        UsageError: neither.
+    """
+    kind = target.suffix.lower().removeprefix(".")
+    if kind not in ("png", "svg"):
+        raise UsageError(f"cannot draw {target}", "Figures are .png or .svg files.")
+    return kind
+
+
+@contextmanager
+def _figure(target: Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure of so many inches that is written to `target` when the block ends."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    kind = check_target(target)
+    with warnings.catch_warnings(), mpl.rc_context(_STYLE):  # type: ignore[arg-type]
+        warnings.simplefilter("ignore")  # glyphs the font lacks; the viewer of an SVG has its own
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+        metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
+        try:
+            with atomic_path(target) as temporary:
+                figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
+        except OSError as error:
+            raise KdError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def _read_epochs(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl; a run that was killed may have left half a one."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise KdError(f"cannot read {path}: {error.strerror}") from error
+    epochs = []
+    for line in lines:
+        try:
+            epoch = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(epoch, dict) and isinstance(epoch.get("epoch"), int):
+            epochs.append(epoch)
+    if not epochs:
+        raise KdError(f"{path} holds no finished epoch, so there is nothing to draw")
+    return epochs
+
+
+def _line(
+    axes: Axes, numbers: list[int], values: list[Any], colour: str, label: str, *, width: float = 1.8
+) -> None:
+    points = [
+        (number, value)
+        for number, value in zip(numbers, values, strict=True)
+        if isinstance(value, int | float) and math.isfinite(value)
+    ]
+    axes.plot(
+        [number for number, _ in points],
+        [value for _, value in points],
+        color=colour,
+        linewidth=width,
+        label=label,
+        marker="o" if len(points) < 25 else None,
+        markersize=3,
+    )
+
+
+def _mark_best(axes: Axes, epochs: list[dict[str, Any]]) -> None:
+    known = [epoch for epoch in epochs if isinstance(epoch.get("val_accuracy"), int | float)]
+    best = max(known, key=lambda epoch: epoch["val_accuracy"])
+    last = known[-1]
+    axes.set_title(
+        f"best {best['val_accuracy']:.2f} % at epoch {best['epoch']}, last {last['val_accuracy']:.2f} %",
+        fontsize=9,
+        loc="right",
+    )
+
+
+def _write_cells(axes: Axes, shares: Any) -> None:
+    for row, values in enumerate(shares):
+        for column, value in enumerate(values):
+            if value >= 0.5:
+                colour = "white" if value > 30 else INK
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
+
+
+def _frame(axes: Axes, rows: Sequence[Row]) -> None:
+    """Limits with room for discs and names."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    times = [row.latency_ms for row in rows]
+    shares = [row.accuracy or 0 for row in rows]
+    axes.set_xlim(min(times) / 1.8, max(times) * 2.6)
+    axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    room = max(2.0, 0.2 * (max(shares) - min(shares)))
+    axes.set_ylim(min(shares) - room, min(max(shares) + room, 100 + room / 2))
+
+
+def _name_points(axes: Axes, rows: Sequence[Row], largest: float) -> None:
+    """A name at each disc: right, left, above or below it, where it covers the least."""
+    scale = 72 / axes.figure.dpi
+    discs = []
+    for row in rows:
+        x, y = (
+            float(value) * scale for value in axes.transData.transform((row.latency_ms, row.accuracy or 0))
+        )
+        radius = math.sqrt((30 + 1200 * row.network_bytes / largest) / math.pi)
+        discs.append((row, x, y, radius))
+    taken = [(x - radius, y - radius, x + radius, y + radius) for _, x, y, radius in discs]
+    for row, x, y, radius in discs:
+        name = _shown(row.name)
+        width, height, gap = 5.2 * len(name), 11.0, radius + 3
+        places = [
+            (gap, -height / 2),
+            (-width / 2, gap),
+            (-width / 2, -gap - height),
+            (-gap - width, -height / 2),
+            (gap * 0.7, gap * 0.7),
+            (gap * 0.7, -gap * 0.7 - height),
+        ]
+        boxes = [(x + left, y + low, x + left + width, y + low + height) for left, low in places]
+        best = min(
+            range(len(places)), key=lambda index: sum(_overlap(boxes[index], other) for other in taken)
+        )
+        taken.append(boxes[best])
+        axes.annotate(
+            name,
+            (row.latency_ms, row.accuracy or 0),
+            xytext=(places[best][0], places[best][1] + 2),
+            textcoords="offset points",
+            fontsize=8.5,
+        )
+
+
+_Box = tuple[float, float, float, float]  # left, bottom, right, top
+
+
+def _overlap(one: _Box, other: _Box) -> float:
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return max(0.0, width) * max(0.0, height)
+
+
+def _shown(name: str) -> str:
+    """One short line of printable characters, whatever a class is called."""
+    clean = "".join(mark if mark.isprintable() else " " for mark in name).strip() or "(no name)"
+    return clean if len(clean) <= _LONGEST_NAME else clean[: _LONGEST_NAME - 1] + "…"

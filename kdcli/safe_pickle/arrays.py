@@ -1,0 +1,54 @@
+"""Numeric numpy arrays from untrusted descriptions of them."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+
+from kdcli.errors import KdError
+
+HINT = "Use the file only if you trust where it came from; kd reads numbers, text and arrays, never code."
+NUMERIC = re.compile(r"[biuf][1248]")
+OBJECT = re.compile(r"O[48]?")
+
+
+def dtype_of(code: str, order: str) -> np.dtype[Any]:
+    """A plain numeric dtype; `order` is one of `<>=|`, or the first letter of a code without one."""
+    if not NUMERIC.fullmatch(code):
+        raise KdError(f"refuses an array of type {code[:40]!r}: only plain numbers are read", HINT)
+    try:
+        return np.dtype((order if order in "<>=" else "=") + code)
+    except TypeError as error:
+        raise KdError(f"refuses an array of type {code[:40]!r}: only plain numbers are read", HINT) from error
+
+
+def array_of(dtype: np.dtype[Any], shape: object, raw: bytes | bytearray, order: str) -> np.ndarray[Any, Any]:
+    """An array that owns its memory.
+
+    Raises:
+        KdError: the shape is none, or does not go with the number of bytes.
+    """
+    if (
+        not isinstance(shape, tuple)
+        or len(shape) > 32
+        or not all(type(size) is int and size >= 0 for size in shape)
+        or math.prod(shape) * dtype.itemsize != len(raw)
+    ):
+        raise KdError(
+            f"damaged array: shape {shape!r:.80} of {dtype} does not make {len(raw):,} bytes",
+            "Fetch or write the file again.",
+        )
+    flat = np.frombuffer(raw, dtype=dtype)
+    return np.array(flat.reshape(shape, order="F" if order == "F" else "C"), order="K")
+
+
+def raw_bytes(value: object) -> bytes | bytearray:
+    """Bytes, also where Python 2 wrote them as a str."""
+    if isinstance(value, str):
+        return value.encode("latin-1")
+    if isinstance(value, bytes | bytearray):
+        return value
+    raise ValueError("array data are not bytes")

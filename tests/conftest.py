@@ -1,0 +1,46 @@
+"""What tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kdcli.data import ImageSet, Splits
+from kdcli.data.images import fingerprint_of
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with the real caffemodel and images; tests that need it are skipped elsewhere."""
+    folder = Path(os.environ.get("KD_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    if not (folder / "cifar10_nin.caffemodel").is_file():
+        pytest.skip(f"real input is not at {folder}; set KD_SHARED_DATA")
+    return folder.resolve()
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty current directory."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+
+
+def image_set(count: int, size: tuple[int, int, int] = (8, 8, 1), classes: int = 3, seed: int = 0) -> ImageSet:
+    """Random images whose class shows in their brightness, so that a network can learn it."""
+    random = np.random.default_rng(seed)
+    labels = np.arange(count, dtype=np.int64) % classes
+    noise = random.integers(0, 60, (count, *size))
+    images = np.clip(noise + (labels * (180 // max(1, classes - 1)))[:, None, None, None], 0, 255).astype(np.uint8)
+    names = tuple(f"class {index}" for index in range(classes))
+    return ImageSet(images, labels, names, fingerprint_of(images, labels, names))
+
+
+def make_splits(train: int = 90, test: int = 30, size: tuple[int, int, int] = (8, 8, 1), classes: int = 3) -> Splits:
+    """A small data set that trains in no time."""
+    return Splits("toy", "toy", image_set(train, size, classes), image_set(test, size, classes, seed=1))

@@ -1,0 +1,114 @@
+"""kd convert-caffe and kd validate, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from kdcli import models
+from kdcli.cli import _ui, convert_caffe, validate
+from kdcli.errors import KdError
+from tests.test_caffe import FC, INPUT, net, small, write
+
+
+@pytest.fixture
+def run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The two commands as an app; errors come out as KdError."""
+    for name in ("json", "quiet", "debug"):
+        monkeypatch.setattr(_ui.settings, name, False)
+    app = typer.Typer()
+    convert_caffe.register(app)
+    validate.register(app)
+
+    def call(*words: str) -> Any:
+        result = CliRunner().invoke(app, list(words))
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return call
+
+
+@pytest.fixture
+def pictures(workplace: Path) -> str:
+    """12×12 colour images of five classes."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 4), ("test", 3)):
+        for name in "abcde":
+            folder = workplace / "pictures" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return "pictures"
+
+
+def test_convert_and_validate(run: Any, workplace: Path, pictures: str) -> None:
+    pytest.importorskip("cv2")
+    write(workplace, net(small(), v1=True))
+    done = run("convert-caffe", "net.caffemodel", "--data", pictures)
+    assert done.exit_code == 0
+    lines = done.stdout.splitlines()
+    assert any(line.split() == ["conv2", "Convolution", "4×9×8", "4×3×2×1", "4", "28"] for line in lines)
+    assert "wrote weights/teacher.pt" in lines
+    assert "next: kd validate --data pictures --against net.caffemodel" in lines
+    teacher = models.load(Path("weights/teacher.pt"))
+    assert teacher.classes == tuple("abcde")
+
+    done = run("validate", "--data", pictures, "--against", "net.caffemodel")
+    assert done.exit_code == 0
+    assert "pass" in done.stdout
+    assert "published" in done.stdout
+
+
+def test_json_is_one_object(run: Any, workplace: Path, pictures: str) -> None:
+    pytest.importorskip("cv2")
+    write(workplace, net(small(), v1=False, inputs=INPUT))
+    told = json.loads(run("convert-caffe", "net.caffemodel", "--json", "-o", "t.pt").stdout)
+    assert told["schema_version"] == 1
+    assert [row["name"] for row in told["layers"]][-1] == "ip"
+    assert told["preprocess"] == {"name": "none", "channel_order": "bgr"}
+    assert told["parameters"] == sum(row["parameters"] for row in told["layers"])
+
+    options = ["validate", "--teacher", "t.pt", "--data", pictures, "--against", "net.caffemodel", "--json"]
+    told = json.loads(run(*options).stdout)
+    assert told["against"]["holds"] is True
+    assert told["against"]["images"] == 15
+    assert told["test"]["count"] == 15
+    assert told["published"] is None
+
+    teacher = models.load(Path("t.pt"))
+    with torch.no_grad():
+        teacher.network.get_parameter("ip.weight").mul_(1.01)
+    teacher.save(Path("t.pt"))
+    failed = run(*options)
+    assert failed.exit_code == 1
+    assert json.loads(failed.stdout)["against"]["holds"] is False
+    with pytest.raises(KdError, match="logits differ by up to"):
+        run(*options[:-1])
+
+
+def test_data_is_not_read_where_it_is_not_needed(run: Any, workplace: Path) -> None:
+    write(workplace, net(small(), v1=False, inputs=INPUT))
+    assert run("convert-caffe", "net.caffemodel").exit_code == 0  # cifar10 is not here
+
+
+def test_data_that_does_not_belong_is_an_error(run: Any, workplace: Path, pictures: str) -> None:
+    write(workplace, net([small()[2], {**FC, "bottoms": ["conv1"]}], v1=False), "net.caffemodel")
+    with pytest.raises(KdError, match="layer fc: weight in the file is 2×6"):
+        run("convert-caffe", "net.caffemodel", "--data", pictures)
+    write(workplace, net(small(), v1=False, inputs=INPUT))
+    run("convert-caffe", "net.caffemodel")
+    with pytest.raises(KdError, match="takes images of 12×12×3, the data has 10×10×3"):
+        run("validate", "--data", pictures, "--image-size", "10")
+    with pytest.raises(KdError, match="no such file"):
+        run("convert-caffe", "elsewhere.caffemodel")
+    assert list(Path("weights").iterdir()) == [Path("weights/teacher.pt")]

@@ -1,0 +1,107 @@
+"""`kd download`, with files that are on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from kdcli import fetch
+from kdcli.catalog import RemoteFile
+from kdcli.cli import _ui, download
+from kdcli.errors import KdError, UsageError
+
+CONTENTS = {"one.bin": b"first", "two.bin": b"second", "set.tar": b"third"}
+
+
+@pytest.fixture(autouse=True)
+def catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
+    def entry(name: str, folder: str) -> RemoteFile:
+        sha256 = hashlib.sha256(CONTENTS[name]).hexdigest()
+        return RemoteFile(name, folder, ("http://127.0.0.1:9/" + name,), sha256=sha256)
+
+    monkeypatch.setattr(
+        download,
+        "DOWNLOADS",
+        {
+            "nin": (entry("one.bin", "weights"), entry("two.bin", "weights")),
+            "cifar10": (entry("set.tar", "data"),),
+        },
+    )
+    for name in ("quiet", "json", "debug"):
+        monkeypatch.setattr(_ui.settings, name, False)
+
+
+@pytest.fixture
+def mirror(tmp_path: Path) -> Path:
+    folder = tmp_path / "mirror"
+    folder.mkdir()
+    for name, data in CONTENTS.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def kd(*arguments: str) -> Any:
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    download.register(app)
+    return CliRunner().invoke(app, ["download", *arguments])
+
+
+def test_all_from_a_folder(workplace: Path, mirror: Path) -> None:
+    result = kd("--from", str(mirror))
+    assert result.exit_code == 0, result.output
+    assert (workplace / "weights/two.bin").read_bytes() == b"second"
+    assert (workplace / "data/set.tar").read_bytes() == b"third"
+    assert "weights/one.bin" in result.stdout and "next: kd convert-caffe weights/" in result.stdout
+    again = kd("all", "--data-dir", "data")
+    assert again.exit_code == 0 and again.stdout.count("already there") == 3
+
+
+def test_a_file_finds_its_target_by_hash(workplace: Path, mirror: Path) -> None:
+    renamed = (mirror / "two.bin").rename(mirror / "download(1)")
+    assert kd("nin", "--from", str(renamed), "--weights-dir", "w").exit_code == 0
+    assert [p.name for p in (workplace / "w").iterdir()] == ["two.bin"]
+    result = kd("nin", "--from", str(mirror / "set.tar"))
+    assert isinstance(result.exception, KdError) and "none of the files" in result.exception.message
+
+
+def test_one_failure_does_not_stop_the_others(workplace: Path, mirror: Path) -> None:
+    (mirror / "one.bin").write_bytes(b"swapped")
+    result = kd("--json", "--from", str(mirror))
+    assert isinstance(result.exception, KdError) and result.exception.exit_code == 1
+    report = json.loads(result.stdout)
+    assert [Path(file["path"]).name for file in report["files"]] == ["two.bin", "set.tar"]
+    assert [file["name"] for file in report["failed"]] == ["one.bin"]
+    assert not (workplace / "weights/one.bin").exists()
+
+
+def test_usage(workplace: Path, mirror: Path) -> None:
+    for arguments, message in (
+        (("cifar",), "Did you mean cifar10"),
+        (("nin", "--from", "https://example.org/x"), 'End it with "/"'),
+    ):
+        result = kd(*arguments)
+        assert isinstance(result.exception, UsageError) and message in result.exception.hint
+    result = kd("nin", "--from", str(workplace))
+    assert isinstance(result.exception, KdError) and "holds none of one.bin" in result.exception.message
+    result = kd("nin", "--from", "absent")
+    assert isinstance(result.exception, KdError) and "no such file or folder" in result.exception.message
+
+
+def test_a_prefix_is_joined_with_each_name(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    def fake(remote: RemoteFile, target: Path, *, source: str | None, on_event: object) -> fetch.FetchResult:
+        asked.append(source)
+        return fetch.FetchResult(target, "downloaded", 1)
+
+    monkeypatch.setattr(fetch, "fetch", fake)
+    assert kd("nin", "--from", "https://example.org/a/").exit_code == 0
+    assert asked == ["https://example.org/a/one.bin", "https://example.org/a/two.bin"]
+    assert kd("nin").exit_code == 0 and asked[2:] == [None, None]

@@ -1,0 +1,365 @@
+"""Training: what it must reach, what must not move, and that nothing depends on when it was stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kdcli import checkpoint, engine, models, teacher
+from kdcli.config import RECIPES, TrainConfig, make
+from kdcli.data import Splits
+from kdcli.engine import Result, RunDir, fit
+from kdcli.engine.fit import resolve_views, split
+from kdcli.engine.schedule import learning_rate
+from kdcli.errors import Interrupted, KdError, UsageError
+from kdcli.events import Event, Note, Progress
+from tests.conftest import make_splits
+
+
+def config(**changes: Any) -> TrainConfig:
+    plain = {"student": "convnet-tiny", "epochs": 3, "batch_size": 16, "lr": 1e-2, "precision": "32", "threads": 1}
+    return make(TrainConfig, {**plain, **changes})
+
+
+@pytest.fixture
+def splits() -> Splits:
+    return make_splits()
+
+
+@pytest.fixture
+def trained_teacher(workplace: Path, splits: Splits) -> Path:
+    """A teacher by `--method ce`, as a user makes one."""
+    fit(config(method="ce", student="convnet-small", epochs=4, name="teacher"), splits)
+    return Path("runs/teacher/student.pt")
+
+
+def digest(path: Path) -> str:
+    """SHA-256 over all tensors and plain values of a checkpoint, in order."""
+    stored = checkpoint.load(path)
+    sha = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            sha.update(value.contiguous().numpy().tobytes())
+        elif isinstance(value, dict):
+            for key in value:
+                if key != "seconds":  # the clock is not part of the state
+                    sha.update(str(key).encode())
+                    add(value[key])
+        elif isinstance(value, list | tuple):
+            for item in value:
+                add(item)
+        else:
+            sha.update(repr(value).encode())
+
+    add(stored.state_dict)
+    add(stored.training)
+    return sha.hexdigest()
+
+
+def test_labels_alone_are_learned(workplace: Path, splits: Splits) -> None:
+    result = fit(config(method="ce", epochs=20), splits)
+    assert result.evaluation.accuracy > 90
+    assert result.teacher_passes == 0
+    assert result.evaluation.agreement is None
+    model = models.load(result.run.student)
+    logits = models.predict(model, splits.test.images)
+    # the file holds the very model that was measured
+    assert 100 * float((logits.argmax(1).numpy() == splits.test.labels).mean()) == result.evaluation.accuracy
+    assert model.provenance["test_accuracy"] == result.evaluation.accuracy
+    assert model.classes == splits.test.classes
+
+
+@pytest.mark.parametrize("method", ["logits", "noisy", "kd"])
+def test_the_teacher_is_run_once_for_all_methods(trained_teacher: Path, splits: Splits, method: str) -> None:
+    notes: list[Event] = []
+    first = fit(config(method="kd", teacher=trained_teacher), splits)
+    assert first.teacher_passes == 2  # train and test images
+    second = fit(config(method=method, teacher=trained_teacher), splits, on_event=notes.append)
+    assert second.teacher_passes == 0
+    assert any(isinstance(event, Note) and "the teacher is not run" in event.text for event in notes)
+    assert second.evaluation.agreement is not None
+
+
+def test_cached_teacher_equals_live_teacher(trained_teacher: Path, splits: Splits) -> None:
+    found = teacher.Teacher.open(trained_teacher, Path("cache")).logits(
+        splits.train, augment_name="flip", seed=4, views=2
+    )
+    model = models.load(trained_teacher)
+    from kdcli import augment
+
+    for view in (0, 1):
+        seen = augment.apply("flip", torch.from_numpy(splits.train.images), 4, view, np.arange(len(splits.train)))
+        with torch.inference_mode():
+            expected = model(seen).numpy()
+        np.testing.assert_allclose(found[view], expected, rtol=2e-3, atol=2e-3)
+    assert found[0].dtype == np.float16
+    assert not np.array_equal(found[0], found[1])
+
+
+def test_nothing_of_what_a_teacher_gives_is_reused_for_other_data_seed_or_weights(
+    trained_teacher: Path, splits: Splits
+) -> None:
+    def passes(path: Path = trained_teacher, data: Splits = splits, seed: int = 0, augment: str = "flip") -> int:
+        opened = teacher.Teacher.open(path, Path("cache"))
+        opened.logits(data.train, augment_name=augment, seed=seed)
+        return opened.passes
+
+    assert passes() == 1
+    assert passes() == 0
+    assert passes(seed=1) == 1
+    assert passes(augment="none") == 1
+    assert passes(augment="none", seed=1) == 0  # a view without chance has no seed
+    assert passes(data=make_splits(train=93)) == 1
+    other = Path("other.pt")
+    model = models.load(trained_teacher)
+    with torch.no_grad():
+        next(model.network.parameters()).add_(1e-3)
+    model.save(other)
+    assert passes(path=other) == 1
+
+
+def test_a_damaged_cache_file_is_not_believed(trained_teacher: Path, splits: Splits) -> None:
+    opened = teacher.Teacher.open(trained_teacher, Path("cache"))
+    right = opened.logits(splits.train)[0]
+    [file] = Path("cache/teacher").glob("*/view-0000.npy")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    again = opened.logits(splits.train)[0]
+    assert opened.passes == 2
+    np.testing.assert_array_equal(again, right)
+
+
+def test_teacher_stays_as_it_is(trained_teacher: Path, splits: Splits) -> None:
+    """No gradient, no batch-norm statistic and no byte of the file moves, live dropout or not."""
+    before = trained_teacher.read_bytes()
+    opened = teacher.Teacher.open(trained_teacher, Path("cache"))
+    state = {name: value.clone() for name, value in opened.model.state_dict().items()}
+    opened.logits(splits.train)
+    assert all(torch.equal(value, opened.model.state_dict()[name]) for name, value in state.items())
+    assert not any(parameter.requires_grad for parameter in opened.model.parameters())
+    fit(config(method="kd", teacher=trained_teacher), splits)
+    assert trained_teacher.read_bytes() == before
+
+
+def test_teacher_dropout_runs_the_teacher_live_and_moves_only_dropout(workplace: Path) -> None:
+    splits = make_splits(size=(8, 8, 3))
+    fit(config(method="ce", student="nin", epochs=1, lr=1e-4, name="t"), splits)
+    path = Path("runs/t/student.pt")
+    live = teacher.Teacher.open(path, Path("cache")).live(0.5)
+    images = torch.from_numpy(splits.train.images[:8])
+    assert not torch.equal(live(images), live(images))
+    assert [type(m) for m in live.modules() if m.training and not list(m.children())] == [nn.Dropout] * 2
+    result = fit(config(method="kd", teacher=path, teacher_dropout=0.5, epochs=1), splits)
+    assert result.teacher_passes == 1  # the test images; the training images were seen live
+    plain = models.load(Path("runs/t/student.pt"))
+    assert torch.equal(plain(images), plain(images))
+
+
+def test_teacher_without_dropout_refuses_it(trained_teacher: Path, splits: Splits) -> None:
+    with pytest.raises(KdError, match="no dropout layers"):
+        fit(config(method="kd", teacher=trained_teacher, teacher_dropout=0.5), splits)
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["teacher"]
+
+
+def test_a_teacher_of_other_classes_or_size_is_refused(trained_teacher: Path) -> None:
+    with pytest.raises(KdError, match="knows 3 classes, the data has 4"):
+        fit(config(method="kd", teacher=trained_teacher), make_splits(classes=4))
+    with pytest.raises(KdError, match="takes 8×8×1 images") as caught:
+        fit(config(method="kd", teacher=trained_teacher), make_splits(size=(12, 12, 1)))
+    assert "--image-size 8" in caught.value.hint
+
+
+def test_student_is_in_training_mode_in_every_epoch(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    original = models.Classifier.forward
+
+    def forward(self: models.Classifier, images: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            seen.append(self.training)
+        return original(self, images)
+
+    monkeypatch.setattr(models.Classifier, "forward", forward)
+    fit(config(method="ce", val_fraction=0.2), splits)
+    assert len(seen) == 3 * 5  # 72 samples in batches of 16
+    assert all(seen)
+
+
+def test_test_data_is_read_once_and_after_training(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    predict = models.predict
+
+    def watch(model: Any, images: Any, **rest: Any) -> torch.Tensor:
+        order.append("test" if images is splits.test.images else "validation")
+        return predict(model, images, **rest)
+
+    monkeypatch.setattr(models, "predict", watch)
+    fit(config(method="ce", val_fraction=0.2), splits)
+    assert order == ["validation"] * 4 + ["test"]
+
+
+def test_same_seed_same_student_other_seed_another(trained_teacher: Path, splits: Splits) -> None:
+    settings = {"method": "noisy", "teacher": trained_teacher, "augment": "flip"}
+    results = [fit(config(**settings, seed=seed), splits) for seed in (3, 3, 4)]
+    first, same, other = (checkpoint.load(result.run.student).state_dict for result in results)
+    assert all(torch.equal(value, same[name]) for name, value in first.items())
+    assert not all(torch.equal(value, other[name]) for name, value in first.items())
+
+
+class _StopAfter:
+    """An `on_event` that sends this process a signal once training has got somewhere."""
+
+    def __init__(self, images: int, number: int) -> None:
+        self.images, self.number = images, number
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Progress) and event.task.startswith("epoch") and event.done >= self.images:
+            self.images = 10**9
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("images", [1, 40, 85, 100, 200])
+def test_stopped_and_resumed_is_bit_identical(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, images: int
+) -> None:
+    """lenet-caffe has no chance in it; nin has dropout, so the generator's state counts too."""
+    monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
+    splits = make_splits(size=(8, 8, 3))
+    settings = {"method": "ce", "student": "nin", "augment": "flip-crop", "save_every": 2, "lr": 1e-3}
+    whole = fit(config(**settings, name="whole"), splits)
+    with pytest.raises(Interrupted) as caught:
+        fit(config(**settings, name="cut"), splits, on_event=_StopAfter(images, signal.SIGINT))
+    assert caught.value.exit_code == 130
+    assert caught.value.hint == "kd train --resume runs/cut"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    run = RunDir.existing(Path("runs/cut"))
+    resumed = fit(run.read_config(), splits, resume=run)
+    assert digest(resumed.run.last) == digest(whole.run.last)
+    assert digest(resumed.run.student) == digest(whole.run.student)
+    assert resumed.evaluation == whole.evaluation
+
+    def lines(result: Result) -> list[dict[str, Any]]:
+        read = [json.loads(line) for line in result.run.metrics_file.read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_s")} for line in read]
+
+    assert lines(resumed) == lines(whole)
+    assert [line["epoch"] for line in lines(whole)] == [1, 2, 3]
+
+
+def test_sigterm_leaves_with_143(workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
+    with pytest.raises(Interrupted) as caught:
+        fit(config(method="ce"), splits, on_event=_StopAfter(1, signal.SIGTERM))
+    assert caught.value.exit_code == 143
+
+
+def test_resume_with_other_data_is_refused(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
+    with pytest.raises(Interrupted):
+        fit(config(method="ce", name="x"), splits, on_event=_StopAfter(1, signal.SIGINT))
+    run = RunDir.existing(Path("runs/x"))
+    with pytest.raises(KdError, match="the data is not what"):
+        fit(run.read_config(), make_splits(train=87), resume=run)
+
+
+def test_training_works_outside_the_main_thread(workplace: Path, splits: Splits) -> None:
+    results: list[Result] = []
+    thread = threading.Thread(target=lambda: results.append(fit(config(method="ce", epochs=1), splits)))
+    thread.start()
+    thread.join()
+    assert len(results) == 1
+
+
+def test_an_exploding_loss_is_an_error(workplace: Path, splits: Splits) -> None:
+    with pytest.raises(KdError, match="no longer finite"):
+        fit(config(method="ce", optimizer="sgd", lr=100.0, student="lenet-caffe", epochs=5), make_splits(size=(16, 16, 1)))
+
+
+def test_run_folder_holds_what_is_promised(workplace: Path, splits: Splits) -> None:
+    result = fit(config(method="ce", val_fraction=0.2), splits)
+    names = {path.name for path in result.run.path.iterdir()}
+    assert names == {"config.toml", "metrics.jsonl", "last.pt", "student.pt", "result.json", "environment.json"}
+    assert result.run.path == Path("runs/ce-convnet-tiny-1")
+    assert fit(config(method="ce", epochs=1), splits).run.path == Path("runs/ce-convnet-tiny-2")
+    stored = json.loads(result.run.result_file.read_text())
+    assert stored["schema_version"] == 1
+    assert stored["test"]["accuracy"] == result.evaluation.accuracy
+    environment = json.loads(result.run.environment_file.read_text())
+    assert environment["precision"] == "32"
+    repeated = make(TrainConfig, {**result.config.model_dump(), "name": "again"})
+    again = fit(repeated, splits)
+    assert digest(again.run.student) == digest(result.run.student)
+
+
+def test_a_taken_name_is_refused_and_nothing_is_lost(workplace: Path, splits: Splits) -> None:
+    first = fit(config(method="ce", name="mine", epochs=1), splits)
+    before = first.run.student.read_bytes()
+    with pytest.raises(UsageError, match="run mine exists"):
+        fit(config(method="ce", name="mine", epochs=1), splits)
+    assert first.run.student.read_bytes() == before
+
+
+def test_split_is_stratified_disjoint_and_leaves_every_class_something() -> None:
+    labels = np.repeat(np.arange(5), [100, 50, 10, 2, 1])
+    train, validation = split(labels, 0.2)
+    assert sorted([*train, *validation]) == list(range(163))
+    assert np.bincount(labels[validation], minlength=5).tolist() == [20, 10, 2, 0, 0]
+    train, validation = split(labels, 0.99)
+    assert (np.bincount(labels[train], minlength=5) >= 1).all()
+    assert split(labels, 0.0)[1].tolist() == []
+
+
+def test_views_are_as_many_as_make_sense() -> None:
+    def views(**changes: Any) -> int:
+        return resolve_views(config(epochs=20, **changes)).views
+
+    assert views(method="kd") == 1
+    assert views(method="kd", augment="flip") == 2
+    assert views(method="kd", augment="flip-crop") == 8
+    assert views(method="ce", augment="flip-crop") == 20
+    assert views(method="kd", augment="flip-crop", views=5) == 5
+    with pytest.raises(UsageError, match="2 distinct"):
+        views(method="kd", augment="flip", views=3)
+
+
+def test_learning_rates() -> None:
+    step = config(schedule="step", lr=1.0)
+    assert [learning_rate(step, number, 10) for number in (0, 7, 8, 9)] == pytest.approx([1, 1, 0.1, 0.1])
+    cosine = config(schedule="cosine", lr=2.0)
+    assert learning_rate(cosine, 5, 10) == pytest.approx(1.0)
+    one = config(schedule="onecycle", lr=1e-3)
+    # 101 steps: up over 30 of them, then down over 70
+    assert learning_rate(one, 0, 101) == pytest.approx(1e-3 / 25)
+    assert learning_rate(one, 15, 101) == pytest.approx((1e-3 + 1e-3 / 25) / 2)
+    assert learning_rate(one, 30, 101) == pytest.approx(1e-3)
+    assert learning_rate(one, 65, 101) == pytest.approx((1e-3 + 1e-7) / 2)
+    assert learning_rate(one, 100, 101) == pytest.approx(1e-7)
+
+
+def test_the_seed_recipe_is_the_references() -> None:
+    recipe = make(TrainConfig, RECIPES["seed"])
+    assert (recipe.optimizer, recipe.lr, recipe.schedule, recipe.batch_size, recipe.epochs) == (
+        "adam",
+        1e-3,
+        "step",
+        256,
+        100,
+    )
+    assert (recipe.augment, recipe.preprocess, recipe.teacher_dropout) == ("none", "mean-image", 0.5)

@@ -1,0 +1,204 @@
+"""Losses against numpy in float64, computed from the papers' formulas, and against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdcli import augment, losses, methods
+from kdcli.config import TrainConfig, make
+from kdcli.errors import UsageError
+
+Array = npt.NDArray[np.float64]
+
+
+def softmax(x: Array) -> Array:
+    e = np.exp(x - x.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def logits(batch: int, classes: int, seed: int, scale: float = 3.0) -> Array:
+    return np.random.default_rng(seed).normal(size=(batch, classes)) * scale
+
+
+def t(x: Array) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(x, np.float32))
+
+
+CASES = [(2, 3, 0), (7, 10, 1), (1, 2, 2), (33, 100, 3)]
+
+
+@pytest.mark.parametrize(("batch", "classes", "seed"), CASES)
+def test_logit_regression_sums_over_classes_and_averages_over_the_batch(batch: int, classes: int, seed: int) -> None:
+    s, teacher = logits(batch, classes, seed), logits(batch, classes, seed + 50)
+    expected = sum(0.5 * ((s[i] - teacher[i]) ** 2).sum() for i in range(batch)) / batch
+    assert float(losses.logit_regression(t(s), t(teacher))) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 3.0, 20.0])
+@pytest.mark.parametrize(("batch", "classes", "seed"), CASES)
+def test_soft_targets_equal_the_formula(batch: int, classes: int, seed: int, tau: float) -> None:
+    s, teacher = logits(batch, classes, seed), logits(batch, classes, seed + 50)
+    p, q = softmax(teacher / tau), softmax(s / tau)
+    expected = tau**2 * (p * (np.log(p) - np.log(q))).sum(axis=1).mean()
+    assert float(losses.soft_targets(t(s), t(teacher), tau)) == pytest.approx(expected, rel=2e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(("batch", "classes", "seed"), CASES)
+def test_cross_entropy_equals_the_formula(batch: int, classes: int, seed: int) -> None:
+    s = logits(batch, classes, seed)
+    labels = np.random.default_rng(seed).integers(0, classes, batch)
+    expected = -np.log(softmax(s)[np.arange(batch), labels]).mean()
+    assert float(losses.cross_entropy(t(s), torch.from_numpy(labels))) == pytest.approx(expected, rel=1e-5)
+
+
+def test_two_by_three_by_hand() -> None:
+    s = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]])
+    teacher = torch.tensor([[1.0, 0.0, 4.0], [3.0, 0.0, 0.0]])
+    # ½(0 + 4 + 1) = 2.5 and ½·9 = 4.5
+    assert float(losses.logit_regression(s, teacher)) == pytest.approx(3.5)
+    # second row at τ = 1: teacher (e³, 1, 1)/(e³+2), student uniform
+    z = math.exp(3) + 2
+    p = [math.exp(3) / z, 1 / z, 1 / z]
+    kl = sum(x * math.log(3 * x) for x in p)
+    assert float(losses.soft_targets(s[1:], teacher[1:], 1.0)) == pytest.approx(kl, rel=1e-5)
+    # log(e + e² + e³) − 3 and log 3
+    labels = torch.tensor([2, 0])
+    expected = (math.log(math.e + math.e**2 + math.e**3) - 3 + math.log(3)) / 2
+    assert float(losses.cross_entropy(s, labels)) == pytest.approx(expected, rel=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 9), st.integers(2, 12), st.integers(0, 10**6), st.floats(0.5, 10), st.floats(-20, 20))
+def test_soft_targets_are_zero_at_equality_and_blind_to_shifts(
+    batch: int, classes: int, seed: int, tau: float, shift: float
+) -> None:
+    s, teacher = logits(batch, classes, seed), logits(batch, classes, seed + 1)
+    assert abs(float(losses.soft_targets(t(s), t(s), tau))) < 1e-4
+    plain = float(losses.soft_targets(t(s), t(teacher), tau))
+    assert plain >= -1e-6
+    assert float(losses.soft_targets(t(s + shift), t(teacher), tau)) == pytest.approx(plain, rel=1e-2, abs=1e-3)
+
+
+def test_gradient_of_soft_targets_tends_to_logit_matching_at_high_temperature() -> None:
+    """Hinton et al. 2015, eq. 4: for zero-mean logits, τ²·KL has gradient (s − t)/C as τ → ∞."""
+    s = torch.from_numpy(logits(4, 5, 0)).requires_grad_()
+    teacher = torch.from_numpy(logits(4, 5, 1))
+    centred = [x - x.mean(dim=1, keepdim=True) for x in (s, teacher)]
+    losses.soft_targets(centred[0], centred[1], 1e4).backward()
+    expected = (centred[0] - centred[1]).detach() / 5 / 4
+    torch.testing.assert_close(s.grad, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_mean_over_the_batch_does_not_depend_on_its_size() -> None:
+    s, teacher = logits(3, 4, 0), logits(3, 4, 1)
+    twice = np.concatenate([s, s]), np.concatenate([teacher, teacher])
+    for loss in (losses.logit_regression, lambda a, b: losses.soft_targets(a, b, 3.0)):
+        assert float(loss(t(twice[0]), t(twice[1]))) == pytest.approx(float(loss(t(s), t(teacher))), rel=1e-6)
+
+
+# --- the noisy teacher -------------------------------------------------------------------------------------
+
+
+def noisy(**changes: object) -> TrainConfig:
+    return make(TrainConfig, {"method": "noisy", **changes})
+
+
+def test_unselected_samples_keep_their_target_exactly_and_selected_ones_are_scaled() -> None:
+    teacher = t(logits(5, 4, 0))
+    selected = torch.tensor([[True], [False], [True], [False], [False]])
+    noise = torch.tensor([[0.5], [9.0], [-2.0], [9.0], [9.0]])
+    out = losses.perturb(teacher, selected, noise)
+    assert torch.equal(out[[1, 3, 4]], teacher[[1, 3, 4]])
+    torch.testing.assert_close(out[0], 1.5 * teacher[0])
+    torch.testing.assert_close(out[2], -1.0 * teacher[2])
+
+
+@pytest.mark.parametrize("scope", ["sample", "logit"])
+def test_noise_has_the_ratio_and_the_spread_asked_for_and_no_bias(scope: str) -> None:
+    samples = np.arange(40_000)
+    selected, noise = methods.noise_of(noisy(noisy_ratio=0.3, noisy_sigma=0.7, noise_scope=scope), 3, samples, 6)
+    assert noise.shape == (40_000, 1 if scope == "sample" else 6)
+    assert float(selected.double().mean()) == pytest.approx(0.3, abs=0.01)
+    chosen = noise[selected[:, 0]].double()
+    assert float(chosen.mean()) == pytest.approx(0.0, abs=0.025)
+    assert float(chosen.std()) == pytest.approx(0.7, abs=0.02)
+    if scope == "logit":
+        correlation = np.corrcoef(chosen.T.numpy())
+        assert np.abs(correlation - np.eye(6)).max() < 0.05
+
+
+def test_noise_follows_the_sample_and_the_epoch_not_the_batch() -> None:
+    config = noisy()
+    samples = np.arange(64)
+    selected, noise = methods.noise_of(config, 1, samples, 10)
+    backwards = methods.noise_of(config, 1, samples[::-1].copy(), 10)
+    assert torch.equal(backwards[0].flip(0), selected)
+    assert torch.equal(backwards[1].flip(0), noise)
+    assert not torch.equal(methods.noise_of(config, 2, samples, 10)[1], noise)
+    assert not torch.equal(methods.noise_of(noisy(seed=1), 1, samples, 10)[1], noise)
+
+
+def batch_of(config: TrainConfig, seed: int = 0) -> methods.Batch:
+    return methods.Batch(
+        student_logits=t(logits(6, 4, seed)).requires_grad_(),
+        teacher_logits=t(logits(6, 4, seed + 9)),
+        labels=torch.tensor([0, 1, 2, 3, 0, 1]),
+        samples=np.arange(6),
+        epoch=0,
+        config=config,
+    )
+
+
+def total(method: methods.Method, batch: methods.Batch) -> torch.Tensor:
+    weights = method.weights(batch.config)
+    terms = method.terms(batch)
+    return torch.stack([weights[name] * value for name, value in terms.items()]).sum()
+
+
+def test_kd_is_lambda_times_ce_plus_the_rest_times_the_soft_term() -> None:
+    batch = batch_of(make(TrainConfig, {"method": "kd", "lamda": 0.2, "tau": 4.0}))
+    s, teacher = batch.student_logits.detach().double().numpy(), batch.targets.double().numpy()
+    p, q = softmax(teacher / 4), softmax(s / 4)
+    soft = 16 * (p * np.log(p / q)).sum(axis=1).mean()
+    ce = -np.log(softmax(s)[np.arange(6), batch.labels.numpy()]).mean()
+    assert total(methods.get("kd"), batch).item() == pytest.approx(0.2 * ce + 0.8 * soft, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_only_the_student_gets_a_gradient(name: str) -> None:
+    batch = batch_of(make(TrainConfig, {"method": name}))
+    total(methods.get(name), batch).backward()
+    assert batch.student_logits.grad is not None
+    assert float(batch.student_logits.grad.abs().sum()) > 0
+    assert batch.targets.grad is None
+
+
+def test_weights_are_the_methods_own_unless_given() -> None:
+    assert methods.get("logits").weights(make(TrainConfig, {})) == {"kd": 1.0}
+    assert methods.get("ce").weights(make(TrainConfig, {"kd_weight": 5.0})) == {"ce": 1.0}
+    assert methods.get("kd").weights(make(TrainConfig, {"lamda": 0.0})) == {"kd": 1.0}
+    assert methods.get("noisy").weights(make(TrainConfig, {"ce_weight": 2.0})) == {"ce": 2.0, "kd": 1.0}
+    with pytest.raises(UsageError, match="all weights"):
+        methods.get("logits").weights(make(TrainConfig, {"kd_weight": 0.0}))
+    with pytest.raises(UsageError, match="unknown method: magic"):
+        methods.get("magic")
+
+
+def test_noise_zero_is_plain_logit_regression() -> None:
+    calm, plain = batch_of(noisy(noisy_sigma=0.0)), batch_of(make(TrainConfig, {"method": "logits"}))
+    assert float(total(methods.get("noisy"), calm)) == float(total(methods.get("logits"), plain))
+
+
+def test_noisy_uses_the_purpose_of_its_own() -> None:
+    """The coin that flips an image must not decide its noise."""
+    samples = np.arange(1000)
+    flips = augment.words(0, augment.FLIP, 0, samples)
+    noise = augment.words(0, augment.NOISE, 0, samples)
+    assert abs(np.corrcoef(flips[0], noise[0])[0, 1]) < 0.1
