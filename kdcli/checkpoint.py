@@ -57,7 +57,9 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         "format_version": FORMAT_VERSION,
         "arch": checkpoint.arch,
         "arch_args": checkpoint.arch_args,
-        "state_dict": {name: value.detach().cpu().contiguous() for name, value in checkpoint.state_dict.items()},
+        "state_dict": {
+            name: value.detach().cpu().contiguous() for name, value in checkpoint.state_dict.items()
+        },
         "preprocess": checkpoint.preprocess,
         "classes": list(checkpoint.classes),
         "input_size": list(checkpoint.input_size),
@@ -70,7 +72,9 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
             torch.save(document, temporary)
             _read(temporary)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        reason = (
+            error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        )
         raise KdError(
             f"cannot write {path}: {reason}",
             "Check free space and permissions; an earlier file of that name is unchanged.",
@@ -88,7 +92,9 @@ def load(path: Path) -> Checkpoint:
     if path.is_dir():
         raise KdError(f"{path} is a folder, not a checkpoint", "Name the .pt file itself.")
     if not zipfile.is_zipfile(path):
-        raise KdError(f"{path} is not a kd checkpoint", "kd reads .pt files that kd wrote; see kd convert-caffe.")
+        raise KdError(
+            f"{path} is not a kd checkpoint", "kd reads .pt files that kd wrote; see kd convert-caffe."
+        )
     try:
         document = _read(path)
     except KdError:
@@ -124,7 +130,9 @@ def _safe_only() -> Iterator[None]:
 def _to_checkpoint(path: Path, document: dict[str, Any]) -> Checkpoint:
     version = document.get("format_version")
     if not isinstance(version, int):
-        raise KdError(f"{path} is not a kd checkpoint", "It has no format version; kd reads .pt files that kd wrote.")
+        raise KdError(
+            f"{path} is not a kd checkpoint", "It has no format version; kd reads .pt files that kd wrote."
+        )
     if version > FORMAT_VERSION:
         raise KdError(
             f"{path} was written by a newer kd (format {version}, this one reads {FORMAT_VERSION})",

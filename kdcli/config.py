@@ -50,14 +50,17 @@ ImageSize = Annotated[
     ),
 ]
 CacheDir = Annotated[
-    Path, Field(description="Packed images and teacher outputs are kept here.", json_schema_extra=_extra(DATA))
+    Path,
+    Field(description="Packed images and teacher outputs are kept here.", json_schema_extra=_extra(DATA)),
 ]
 DataDir = Annotated[
     Path, Field(description="Where kd download puts datasets.", json_schema_extra=_extra(DATA))
 ]
 Threads = Annotated[
     int,
-    Field(ge=0, le=1024, description="CPU threads; 0: all cores of the quota.", json_schema_extra=_extra(RUN)),
+    Field(
+        ge=0, le=1024, description="CPU threads; 0: all cores of the quota.", json_schema_extra=_extra(RUN)
+    ),
 ]
 TeacherPath = Path("weights/teacher.pt")
 
@@ -84,7 +87,11 @@ class TrainConfig(DataSettings):
         json_schema_extra=_extra(METHOD),
     )
     tau: float = Field(
-        3.0, gt=0, le=1000, description="kd: temperature of the soft targets.", json_schema_extra=_extra(METHOD)
+        3.0,
+        gt=0,
+        le=1000,
+        description="kd: temperature of the soft targets.",
+        json_schema_extra=_extra(METHOD),
     )
     lamda: float = Field(
         0.3,
@@ -154,7 +161,11 @@ class TrainConfig(DataSettings):
     )
 
     epochs: int = Field(
-        100, ge=1, le=1_000_000, description="Passes over the training data.", json_schema_extra=_extra(OPTIMISER)
+        100,
+        ge=1,
+        le=1_000_000,
+        description="Passes over the training data.",
+        json_schema_extra=_extra(OPTIMISER),
     )
     batch_size: int = Field(
         256, ge=1, le=1_000_000, description="Images a step.", json_schema_extra=_extra(OPTIMISER)
@@ -244,14 +255,18 @@ class ConvertConfig(DataSettings):
 class ValidateConfig(DataSettings):
     """`kd validate`."""
 
-    teacher: Path = Field(TeacherPath, description="The converted teacher.", json_schema_extra=_extra("Check"))
+    teacher: Path = Field(
+        TeacherPath, description="The converted teacher.", json_schema_extra=_extra("Check")
+    )
     against: Path | None = Field(
         None,
         description="The caffemodel it came from: logits are compared with OpenCV's own importer.",
         json_schema_extra=_extra("Check"),
     )
     prototxt: Path | None = Field(
-        None, description="The network of --against, if it is not recorded there.", json_schema_extra=_extra("Check")
+        None,
+        description="The network of --against, if it is not recorded there.",
+        json_schema_extra=_extra("Check"),
     )
     images: int = Field(
         256, ge=1, description="Real images to compare with --against.", json_schema_extra=_extra("Check")
@@ -321,7 +336,11 @@ class BenchConfig(Settings):
     """`kd bench`."""
 
     batch: int = Field(
-        64, ge=1, le=65536, description="Batch size of the throughput column.", json_schema_extra=_extra("Measure")
+        64,
+        ge=1,
+        le=65536,
+        description="Batch size of the throughput column.",
+        json_schema_extra=_extra("Measure"),
     )
     rounds: int = Field(
         30, ge=3, le=100_000, description="Interleaved rounds.", json_schema_extra=_extra("Measure")
@@ -355,7 +374,9 @@ class DownloadConfig(Settings):
         description="Take the file from here: a mirror's URL, or a file already on this machine.",
         json_schema_extra={**_extra("Download", metavar="FILE|URL"), "flag": "--from"},
     )
-    data_dir: Path = Field(Path("data"), description="Datasets go here.", json_schema_extra=_extra("Download"))
+    data_dir: Path = Field(
+        Path("data"), description="Datasets go here.", json_schema_extra=_extra("Download")
+    )
     weights_dir: Path = Field(
         Path("weights"), description="Networks go here.", json_schema_extra=_extra("Download")
     )
@@ -365,7 +386,9 @@ class DemoConfig(Settings):
     """`kd demo`."""
 
     output: Path = Field(
-        Path("demo"), description="Everything is written below this folder.", json_schema_extra=_extra(RUN, "-o")
+        Path("demo"),
+        description="Everything is written below this folder.",
+        json_schema_extra=_extra(RUN, "-o"),
     )
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of all runs.", json_schema_extra=_extra(RUN))
     threads: Threads = 0
@@ -403,7 +426,9 @@ def make(kind: type[S], values: Mapping[str, Any]) -> S:
         name = str(first["loc"][0]) if first["loc"] else "settings"
         flag = "--" + name.replace("_", "-")
         if first["type"] == "extra_forbidden":
-            raise UsageError(f"unknown setting: {name}", f"Known are {', '.join(kind.model_fields)}.") from error
+            raise UsageError(
+                f"unknown setting: {name}", f"Known are {', '.join(kind.model_fields)}."
+            ) from error
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         raise UsageError(
             f"{flag} {first.get('input')!s}: must be {message.removeprefix('must be ')}",

@@ -148,9 +148,7 @@ METHODS = {
     method.name: method
     for method in (
         Method("ce", None, _fully, _never, "labels alone, no teacher: the baseline", "cross-entropy"),
-        Method(
-            "logits", _logits, _never, _fully, "regress the teacher's logits", "Ba & Caruana, NIPS 2014"
-        ),
+        Method("logits", _logits, _never, _fully, "regress the teacher's logits", "Ba & Caruana, NIPS 2014"),
         Method(
             "noisy",
             _noisy,

@@ -5,7 +5,8 @@ Every preprocessing is a module from raw RGB pixels `(B, C, H, W)`, float32 in 0
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -137,13 +138,33 @@ def contrast_normalise(flat: Tensor, scale: float = GcnZca.scale) -> Tensor:
     return centred / torch.where(norm < 1e-8, torch.ones_like(norm), norm)
 
 
-def _moments(images: UInt8Images) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+@dataclass(frozen=True)
+class _Sample:
+    """Images to fit on: all, or some of a set that may be larger than memory. Read a chunk at a time."""
+
+    images: UInt8Images
+    samples: npt.NDArray[np.int64] | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self), *self.images.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.images) if self.samples is None else len(self.samples)
+
+    def chunks(self) -> Iterator[UInt8Images]:
+        for start in range(0, len(self), _CHUNK):
+            chosen = slice(start, start + _CHUNK)
+            yield np.array(self.images[chosen if self.samples is None else self.samples[chosen]])
+
+
+def _moments(images: _Sample) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Mean and standard deviation per channel, exact in integers: (C,), (C,)."""
     count = images.shape[0] * images.shape[1] * images.shape[2]
     total = np.zeros(images.shape[3], np.int64)
     squares = np.zeros(images.shape[3], np.int64)
-    for start in range(0, len(images), _CHUNK):
-        chunk = images[start : start + _CHUNK].reshape(-1, images.shape[3])
+    for raw in images.chunks():
+        chunk = raw.reshape(-1, images.shape[3])
         for channel in range(images.shape[3]):
             levels = np.bincount(chunk[:, channel], minlength=256)
             total[channel] += int((levels * np.arange(256)).sum())
@@ -152,28 +173,28 @@ def _moments(images: UInt8Images) -> tuple[npt.NDArray[np.float64], npt.NDArray[
     return mean, np.sqrt(squares / count - mean**2)
 
 
-def _fit_none(images: UInt8Images, channel_order: str, on_event: OnEvent) -> Preprocess:
+def _fit_none(images: _Sample, channel_order: str, on_event: OnEvent) -> Preprocess:
     return Preprocess(channel_order)
 
 
-def _fit_mean_std(images: UInt8Images, channel_order: str, on_event: OnEvent) -> Preprocess:
+def _fit_mean_std(images: _Sample, channel_order: str, on_event: OnEvent) -> Preprocess:
     mean, std = _moments(images)
     return MeanStd(torch.from_numpy(mean), torch.from_numpy(np.maximum(std, 1e-3)), channel_order)
 
 
-def _fit_mean_image(images: UInt8Images, channel_order: str, on_event: OnEvent) -> Preprocess:
+def _fit_mean_image(images: _Sample, channel_order: str, on_event: OnEvent) -> Preprocess:
     total = np.zeros(images.shape[1:], np.int64)
-    for start in range(0, len(images), _CHUNK):
-        total += images[start : start + _CHUNK].sum(axis=0, dtype=np.int64)
+    for chunk in images.chunks():
+        total += chunk.sum(axis=0, dtype=np.int64)
     mean = torch.from_numpy(total / len(images)).permute(2, 0, 1)  # (C, H, W)
     return MeanImage(mean, channel_order)
 
 
-def _fit_scale_shift(images: UInt8Images, channel_order: str, on_event: OnEvent) -> Preprocess:
+def _fit_scale_shift(images: _Sample, channel_order: str, on_event: OnEvent) -> Preprocess:
     raise UsageError("scale-shift is read from a Caffe network, not fitted on images", "Use mean-std.")
 
 
-def _fit_gcn_zca(images: UInt8Images, channel_order: str, on_event: OnEvent) -> Preprocess:
+def _fit_gcn_zca(images: _Sample, channel_order: str, on_event: OnEvent) -> Preprocess:
     size = int(np.prod(images.shape[1:]))
     if size > 8192:
         raise KdError(
@@ -183,8 +204,8 @@ def _fit_gcn_zca(images: UInt8Images, channel_order: str, on_event: OnEvent) -> 
     on_event(Note(f"fitting ZCA whitening on {len(images):,} images ({size} × {size})"))
     total = torch.zeros(size, dtype=torch.float64)
     products = torch.zeros(size, size, dtype=torch.float64)
-    for start in range(0, len(images), _CHUNK):
-        pixels = torch.from_numpy(np.array(images[start : start + _CHUNK])).permute(0, 3, 1, 2)
+    for chunk in images.chunks():
+        pixels = torch.from_numpy(chunk).permute(0, 3, 1, 2)
         flat = contrast_normalise(pixels.flatten(1).double())
         total += flat.sum(dim=0)
         products += flat.T @ flat
@@ -195,7 +216,7 @@ def _fit_gcn_zca(images: UInt8Images, channel_order: str, on_event: OnEvent) -> 
     return GcnZca(mean, whiten, channel_order)
 
 
-_Fit = Callable[[UInt8Images, str, OnEvent], Preprocess]
+_Fit = Callable[[_Sample, str, OnEvent], Preprocess]
 PREPROCESSES: dict[str, tuple[type[Preprocess], _Fit]] = {
     "mean-std": (MeanStd, _fit_mean_std),
     "mean-image": (MeanImage, _fit_mean_image),
@@ -212,17 +233,26 @@ def _entry(name: str) -> tuple[type[Preprocess], _Fit]:
 
 
 def fit(
-    name: str, images: UInt8Images, *, channel_order: str = "rgb", on_event: OnEvent = ignore
+    name: str,
+    images: UInt8Images,
+    samples: npt.NDArray[np.int64] | None = None,
+    *,
+    channel_order: str = "rgb",
+    on_event: OnEvent = ignore,
 ) -> Preprocess:
     """Measure a preprocessing's constants on train images uint8 (N, H, W, C).
+
+    Args:
+        samples: numbers of the images to use; by default all.
 
     Raises:
         UsageError: no preprocessing of that name.
         KdError: no images, or too large for whitening.
     """
-    if len(images) == 0:
+    chosen = _Sample(images, samples)
+    if len(chosen) == 0:
         raise KdError(f"preprocessing {name} cannot be fitted on no images")
-    return _entry(name)[1](images, channel_order, on_event)
+    return _entry(name)[1](chosen, channel_order, on_event)
 
 
 def from_spec(spec: dict[str, Any]) -> Preprocess:

@@ -81,7 +81,7 @@ def choose_precision(
                 begin = time.perf_counter()
                 with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                     logits = trial(example)
-                F.cross_entropy(logits.float(), labels).backward()
+                F.cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
                 elapsed_ms = (time.perf_counter() - begin) * 1e3
                 if rounds:
                     best[precision] = min(best.get(precision, elapsed_ms), elapsed_ms)

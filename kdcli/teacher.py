@@ -119,7 +119,9 @@ class Teacher:
             raise KdError(
                 f"teacher {self.path} takes {height}×{width}×{channels} images, "
                 f"the data has {'×'.join(map(str, data.input_size))}",
-                f"Try --image-size {height}." if channels == data.input_size[2] else "See --teacher and --data.",
+                f"Try --image-size {height}."
+                if channels == data.input_size[2]
+                else "See --teacher and --data.",
             )
 
     def logits(

@@ -31,16 +31,22 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     yield tmp_path
 
 
-def image_set(count: int, size: tuple[int, int, int] = (8, 8, 1), classes: int = 3, seed: int = 0) -> ImageSet:
+def image_set(
+    count: int, size: tuple[int, int, int] = (8, 8, 1), classes: int = 3, seed: int = 0
+) -> ImageSet:
     """Random images whose class shows in their brightness, so that a network can learn it."""
     random = np.random.default_rng(seed)
     labels = np.arange(count, dtype=np.int64) % classes
     noise = random.integers(0, 60, (count, *size))
-    images = np.clip(noise + (labels * (180 // max(1, classes - 1)))[:, None, None, None], 0, 255).astype(np.uint8)
+    images = np.clip(noise + (labels * (180 // max(1, classes - 1)))[:, None, None, None], 0, 255).astype(
+        np.uint8
+    )
     names = tuple(f"class {index}" for index in range(classes))
     return ImageSet(images, labels, names, fingerprint_of(images, labels, names))
 
 
-def make_splits(train: int = 90, test: int = 30, size: tuple[int, int, int] = (8, 8, 1), classes: int = 3) -> Splits:
+def make_splits(
+    train: int = 90, test: int = 30, size: tuple[int, int, int] = (8, 8, 1), classes: int = 3
+) -> Splits:
     """A small data set that trains in no time."""
     return Splits("toy", "toy", image_set(train, size, classes), image_set(test, size, classes, seed=1))

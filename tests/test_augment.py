@@ -33,7 +33,9 @@ def test_philox_known_answers(counter: list[int], key: tuple[int, int], expected
 
 
 def images(count: int = 12, size: int = 9) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (count, size, size + 1, 3)).astype(np.uint8))
+    return torch.from_numpy(
+        np.random.default_rng(0).integers(0, 256, (count, size, size + 1, 3)).astype(np.uint8)
+    )
 
 
 @pytest.mark.parametrize("name", augment.AUGMENTS)

@@ -19,7 +19,7 @@ from kdcli import checkpoint, engine, models, teacher
 from kdcli.config import RECIPES, TrainConfig, make
 from kdcli.data import Splits
 from kdcli.engine import Result, RunDir, fit
-from kdcli.engine.fit import resolve_views, split
+from kdcli.engine.plan import resolve_views, split
 from kdcli.engine.schedule import learning_rate
 from kdcli.errors import Interrupted, KdError, UsageError
 from kdcli.events import Event, Note, Progress
@@ -27,7 +27,14 @@ from tests.conftest import make_splits
 
 
 def config(**changes: Any) -> TrainConfig:
-    plain = {"student": "convnet-tiny", "epochs": 3, "batch_size": 16, "lr": 1e-2, "precision": "32", "threads": 1}
+    plain = {
+        "student": "convnet-tiny",
+        "epochs": 3,
+        "batch_size": 16,
+        "lr": 1e-2,
+        "precision": "32",
+        "threads": 1,
+    }
     return make(TrainConfig, {**plain, **changes})
 
 
@@ -99,7 +106,9 @@ def test_cached_teacher_equals_live_teacher(trained_teacher: Path, splits: Split
     from kdcli import augment
 
     for view in (0, 1):
-        seen = augment.apply("flip", torch.from_numpy(splits.train.images), 4, view, np.arange(len(splits.train)))
+        seen = augment.apply(
+            "flip", torch.from_numpy(splits.train.images), 4, view, np.arange(len(splits.train))
+        )
         with torch.inference_mode():
             expected = model(seen).numpy()
         np.testing.assert_allclose(found[view], expected, rtol=2e-3, atol=2e-3)
@@ -110,7 +119,9 @@ def test_cached_teacher_equals_live_teacher(trained_teacher: Path, splits: Split
 def test_nothing_of_what_a_teacher_gives_is_reused_for_other_data_seed_or_weights(
     trained_teacher: Path, splits: Splits
 ) -> None:
-    def passes(path: Path = trained_teacher, data: Splits = splits, seed: int = 0, augment: str = "flip") -> int:
+    def passes(
+        path: Path = trained_teacher, data: Splits = splits, seed: int = 0, augment: str = "flip"
+    ) -> int:
         opened = teacher.Teacher.open(path, Path("cache"))
         opened.logits(data.train, augment_name=augment, seed=seed)
         return opened.passes
@@ -289,13 +300,23 @@ def test_training_works_outside_the_main_thread(workplace: Path, splits: Splits)
 
 def test_an_exploding_loss_is_an_error(workplace: Path, splits: Splits) -> None:
     with pytest.raises(KdError, match="no longer finite"):
-        fit(config(method="ce", optimizer="sgd", lr=100.0, student="lenet-caffe", epochs=5), make_splits(size=(16, 16, 1)))
+        fit(
+            config(method="ce", optimizer="sgd", lr=100.0, student="lenet-caffe", epochs=5),
+            make_splits(size=(16, 16, 1)),
+        )
 
 
 def test_run_folder_holds_what_is_promised(workplace: Path, splits: Splits) -> None:
     result = fit(config(method="ce", val_fraction=0.2), splits)
     names = {path.name for path in result.run.path.iterdir()}
-    assert names == {"config.toml", "metrics.jsonl", "last.pt", "student.pt", "result.json", "environment.json"}
+    assert names == {
+        "config.toml",
+        "metrics.jsonl",
+        "last.pt",
+        "student.pt",
+        "result.json",
+        "environment.json",
+    }
     assert result.run.path == Path("runs/ce-convnet-tiny-1")
     assert fit(config(method="ce", epochs=1), splits).run.path == Path("runs/ce-convnet-tiny-2")
     stored = json.loads(result.run.result_file.read_text())

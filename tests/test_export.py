@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,9 +39,19 @@ def random_splits(side: int = 16, count: int = 60) -> Splits:
 SPLITS = random_splits()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads of tiny networks only wait for each other, on a busy machine for long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def classifier(arch: str, preprocess: str = "mean-std", order: str = "rgb", side: int = 16) -> Classifier:
     torch.manual_seed(0)
-    network = models.build(arch, classes=5, input_size=(side, side, 3)).eval()
+    args = {"widths": (4, 8)} if arch == "convnet-tiny" else {}
+    network = models.build(arch, classes=5, input_size=(side, side, 3), **args).eval()
     with torch.no_grad():
         for module in network.modules():
             if isinstance(module, torch.nn.BatchNorm2d):  # fresh statistics would make it the identity
@@ -48,9 +59,13 @@ def classifier(arch: str, preprocess: str = "mean-std", order: str = "rgb", side
                 module.running_var.uniform_(0.5, 2)
     return Classifier(
         network,
-        fit(preprocess, SPLITS.train.images if side == 16 else random_splits(side).train.images, channel_order=order),
+        fit(
+            preprocess,
+            SPLITS.train.images if side == 16 else random_splits(side).train.images,
+            channel_order=order,
+        ),
         arch=arch,
-        arch_args={},
+        arch_args=args,
         classes=CLASSES,
         input_size=(side, side, 3),
         provenance={
@@ -111,7 +126,9 @@ def test_logits_equal_a_forward_pass_by_hand(plain: tuple[Classifier, ExportResu
     np.testing.assert_allclose(given, expected, atol=1e-5)
 
 
-def test_with_preprocessing_takes_pixels_and_gives_probabilities(whole: tuple[Classifier, ExportResult]) -> None:
+def test_with_preprocessing_takes_pixels_and_gives_probabilities(
+    whole: tuple[Classifier, ExportResult],
+) -> None:
     model, result = whole
     session = ort.InferenceSession(result.path, providers=["CPUExecutionProvider"])
     assert [(i.name, i.shape, i.type) for i in session.get_inputs()] == [
@@ -132,7 +149,15 @@ def test_the_file_stands_alone_and_names_no_path(
     for _, result in (plain, whole):
         assert [path.name for path in sorted(result.path.parent.iterdir())] == ["model.onnx", "model.pt"]
         content = result.path.read_bytes()
-        for word in (b"/home/", b"Users", b"secret", b".py", b"site-packages", str(Path.cwd()).encode(), b"kdcli."):
+        for word in (
+            b"/home/",
+            b"Users",
+            b"secret",
+            b".py",
+            b"site-packages",
+            str(Path.cwd()).encode(),
+            b"kdcli.",
+        ):
             assert word not in content, word
         onnx.checker.check_model(onnx.load(result.path), full_check=True)
         assert result.size_bytes == len(content)
@@ -163,8 +188,7 @@ def test_loaded_probabilities_become_logits_up_to_a_shift(whole: tuple[Classifie
 
 
 def test_preprocessing_is_told_apart_from_the_network(whole: tuple[Classifier, ExportResult]) -> None:
-    model, result = whole
-    counted = facts(onnx.load(result.path))
+    counted = facts(onnx.load(whole[1].path))
     assert abs(counted.preprocessing_bytes - 4 * (768 + 768 * 768)) < 200
     assert counted.network_bytes < 5000
     # conv 3→4 on 16×16, conv 4→8 on 8×8, linear 8→5
@@ -172,8 +196,8 @@ def test_preprocessing_is_told_apart_from_the_network(whole: tuple[Classifier, E
 
 
 def test_same_bytes_twice(plain: tuple[Classifier, ExportResult], tmp_path: Path) -> None:
-    again = exported(tmp_path, plain[0])
-    assert again.sha256 == plain[1].sha256
+    config = ExportConfig(output=tmp_path / "again.onnx", parity_images=7)
+    assert export(plain[1].checkpoint, config, SPLITS).sha256 == plain[1].sha256
 
 
 @pytest.mark.parametrize("side", [16, 25])
@@ -197,7 +221,9 @@ def test_a_wrong_file_never_appears(
     def corrupted(model: object, **settings: object) -> onnx.ModelProto:
         broken = onnx.ModelProto()
         broken.CopyFrom(whole_model)
-        tensors = {tensor.name.split(".", 1)[1]: tensor for tensor in broken.graph.initializer if "." in tensor.name}
+        tensors = {
+            tensor.name.split(".", 1)[1]: tensor for tensor in broken.graph.initializer if "." in tensor.name
+        }
         name = "ip2.weight" if corruption == "class order" else "conv1.weight"
         values = onnx.numpy_helper.to_array(tensors[name]).copy()
         if corruption == "weight":
@@ -218,28 +244,38 @@ def test_a_wrong_file_never_appears(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.pt"]
 
 
-def test_only_a_near_tie_may_change_the_class(plain: tuple[Classifier, ExportResult]) -> None:
+def test_only_a_near_tie_may_change_the_class(
+    plain: tuple[Classifier, ExportResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, result = plain
     images = SPLITS.test.images[:7]
     with torch.inference_mode():
         inputs = np.ascontiguousarray(model.prepare(torch.from_numpy(images)).numpy())
         logits = model(torch.from_numpy(images))
+    # a further class that is just behind the first of image 0 in the file, just before it in the checkpoint
     scale = logits.abs().max().item()
-    top, second = logits[0].topk(2).indices.tolist()
-    for gap, accepted in ((0.5 * parity.TIE * scale, True), (5 * parity.TIE * scale, False)):
-        expected = logits.clone()
-        expected[0, second] = expected[0, top] + gap  # the checkpoint would say `second`, the file says `top`
-        if (expected[0] - logits[0]).abs().max() > parity.TOLERANCE * scale:
-            expected[0] = logits[0].clone()
-            pytest.skip("the first two classes of this image are too far apart")
-        if accepted:
-            assert parity.check_parity(result.path, inputs, expected, False)[1].ties == 1
-        else:
-            with pytest.raises(KdError, match="another class"):
-                parity.check_parity(result.path, inputs, expected, False)
+    top = logits[0].max().item()
+
+    def run(behind: float, before: float) -> parity.Parity:
+        monkeypatch.setattr(
+            parity,
+            "run",
+            lambda runner, inputs, batch, probabilities: torch.cat(
+                [real(runner, inputs, batch, probabilities), torch.full((len(inputs), 1), top - behind)],
+                dim=1,
+            ),
+        )
+        expected = torch.cat([logits, torch.full((len(logits), 1), top + before)], dim=1)
+        return parity.check_parity(result.path, inputs, expected, False)[1]
+
+    real = parity.run
+    near, far = 0.2 * parity.TIE * scale, 5 * parity.TIE * scale
+    assert run(near, near).ties >= 1
+    with pytest.raises(KdError, match="another class"):
+        run(near, far)
 
 
-@pytest.mark.parametrize("name", list(PREPROCESSES))
+@pytest.mark.parametrize("name", [name for name in PREPROCESSES if name != "scale-shift"])
 @pytest.mark.parametrize("order", ["rgb", "bgr"])
 def test_preprocessing_survives_as_text(name: str, order: str) -> None:
     made = fit(name, SPLITS.train.images[:, :6, :6], channel_order=order)
@@ -308,7 +344,12 @@ def test_foreign_files(tmp_path: Path, plain: tuple[Classifier, ExportResult]) -
 
 
 def test_damaged_metadata_is_an_error(tmp_path: Path, plain: tuple[Classifier, ExportResult]) -> None:
-    for key, value in (("kd.classes", "[1"), ("kd.preprocess", "[]"), ("kd.provenance", "3"), ("kd.classes", "[]")):
+    for key, value in (
+        ("kd.classes", "[1"),
+        ("kd.preprocess", "[]"),
+        ("kd.provenance", "3"),
+        ("kd.classes", "[]"),
+    ):
         model = onnx.load(plain[1].path)
         for entry in model.metadata_props:
             if entry.key == key:

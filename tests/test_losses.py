@@ -35,7 +35,9 @@ CASES = [(2, 3, 0), (7, 10, 1), (1, 2, 2), (33, 100, 3)]
 
 
 @pytest.mark.parametrize(("batch", "classes", "seed"), CASES)
-def test_logit_regression_sums_over_classes_and_averages_over_the_batch(batch: int, classes: int, seed: int) -> None:
+def test_logit_regression_sums_over_classes_and_averages_over_the_batch(
+    batch: int, classes: int, seed: int
+) -> None:
     s, teacher = logits(batch, classes, seed), logits(batch, classes, seed + 50)
     expected = sum(0.5 * ((s[i] - teacher[i]) ** 2).sum() for i in range(batch)) / batch
     assert float(losses.logit_regression(t(s), t(teacher))) == pytest.approx(expected, rel=1e-5)
@@ -83,7 +85,9 @@ def test_soft_targets_are_zero_at_equality_and_blind_to_shifts(
     assert abs(float(losses.soft_targets(t(s), t(s), tau))) < 1e-4
     plain = float(losses.soft_targets(t(s), t(teacher), tau))
     assert plain >= -1e-6
-    assert float(losses.soft_targets(t(s + shift), t(teacher), tau)) == pytest.approx(plain, rel=1e-2, abs=1e-3)
+    assert float(losses.soft_targets(t(s + shift), t(teacher), tau)) == pytest.approx(
+        plain, rel=1e-2, abs=1e-3
+    )
 
 
 def test_gradient_of_soft_targets_tends_to_logit_matching_at_high_temperature() -> None:
@@ -123,7 +127,9 @@ def test_unselected_samples_keep_their_target_exactly_and_selected_ones_are_scal
 @pytest.mark.parametrize("scope", ["sample", "logit"])
 def test_noise_has_the_ratio_and_the_spread_asked_for_and_no_bias(scope: str) -> None:
     samples = np.arange(40_000)
-    selected, noise = methods.noise_of(noisy(noisy_ratio=0.3, noisy_sigma=0.7, noise_scope=scope), 3, samples, 6)
+    selected, noise = methods.noise_of(
+        noisy(noisy_ratio=0.3, noisy_sigma=0.7, noise_scope=scope), 3, samples, 6
+    )
     assert noise.shape == (40_000, 1 if scope == "sample" else 6)
     assert float(selected.double().mean()) == pytest.approx(0.3, abs=0.01)
     chosen = noise[selected[:, 0]].double()

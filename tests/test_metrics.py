@@ -25,7 +25,9 @@ def test_agreement_and_divergence() -> None:
     assert metrics.divergence(LOGITS, LOGITS - 3) == pytest.approx(0, abs=1e-12)
     # teacher (¾, ¼), student (½, ½): ¾ log 1.5 + ¼ log 0.5
     teacher, student = torch.tensor([[math.log(3), 0.0]]), torch.zeros(1, 2)
-    assert metrics.divergence(student, teacher) == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6)
+    assert metrics.divergence(student, teacher) == pytest.approx(
+        0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6
+    )
 
 
 def test_calibration_error() -> None:

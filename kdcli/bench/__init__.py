@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from kdcli import data, runtime
-from kdcli.bench.measure import Contender, compared, contenders_of, count_macs, measure, timing
+from kdcli.bench.contenders import Contender, compared, contenders_of, count_macs, measure, timing
 from kdcli.bench.quality import Quality, quality_of
 from kdcli.bench.rows import BenchResult, Row
 from kdcli.config import BenchConfig
@@ -60,7 +60,7 @@ def bench(
                 config.data,
                 data_dir=config.data_dir,
                 cache_dir=config.cache_dir,
-                image_size=loaded[0].input_size[0],
+                fit_to=loaded[0].input_size,
                 on_event=on_event,
             )
         quality = quality_of(names, loaded, images.test if images else None, on_event)

@@ -92,7 +92,9 @@ def _as_kd_error(problem: Exception, arguments: list[str]) -> KdError:
     if not hasattr(problem, "format_message"):
         if isinstance(problem, OSError):
             where = f"{problem.filename}: " if problem.filename else ""
-            return KdError(f"{where}{problem.strerror or problem}", "Check the path, its permissions and free space.")
+            return KdError(
+                f"{where}{problem.strerror or problem}", "Check the path, its permissions and free space."
+            )
         if isinstance(problem, MemoryError):
             return KdError("out of memory", "Use smaller images, fewer of them, or a smaller batch.")
         return KdError(

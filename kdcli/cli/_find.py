@@ -28,4 +28,7 @@ def existing_model(path: Path) -> Path:
         raise KdError(f"{path} is a folder, not a model", "Name the .pt or .onnx file itself.")
     names = [shlex.quote(student.as_posix()) for student in students()]
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    raise KdError(f"no such file: {path}", f"There are: {shown}." if names else "There are no students yet: kd train makes one.")
+    raise KdError(
+        f"no such file: {path}",
+        f"There are: {shown}." if names else "There are no students yet: kd train makes one.",
+    )

@@ -31,7 +31,8 @@ def options_of(
         signature = inspect.signature(command, eval_str=True)
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         added = [
-            _parameter(name, field, (metavars or {}).get(name)) for name, field in settings.model_fields.items()
+            _parameter(name, field, (metavars or {}).get(name))
+            for name, field in settings.model_fields.items()
         ]
         added += [_output_flag(name, *about) for name, about in _OUTPUT.items()]
 
@@ -77,7 +78,7 @@ def _parameter(name: str, field: FieldInfo, metavar: str | None) -> inspect.Para
         show_default=_shown_default(field.default),
         metavar=str(shown) if shown else None,
     )
-    annotation = Annotated[(str if choices else kind) | None, option]
+    annotation: Any = Annotated[(str if choices else kind) | None, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 

@@ -166,7 +166,10 @@ class _Bars:
         if group not in self.tasks:
             for name in list(self.tasks):  # one bar at a time
                 self.bars.remove_task(self.tasks.pop(name)[0])
-            self.tasks[group] = (self.bars.add_task(escape(event.task), total=event.total, figures=""), _Rate(event))
+            self.tasks[group] = (
+                self.bars.add_task(escape(event.task), total=event.total, figures=""),
+                _Rate(event),
+            )
         task, rate = self.tasks[group]
         self.bars.update(
             task,
@@ -193,7 +196,9 @@ class _Plain:
             self.group, self.rate, self.told = group, _Rate(event), now
         if now - self.told >= PLAIN_INTERVAL_S:
             self.told = now
-            share = f"{100 * event.done / event.total:.0f} %" if event.total else quantity(event.done, event.unit)
+            share = (
+                f"{100 * event.done / event.total:.0f} %" if event.total else quantity(event.done, event.unit)
+            )
             note(f"{event.task}  {share}  {self.rate.figures(event)}")
 
 

@@ -70,11 +70,12 @@ def _show(result: BenchResult) -> None:
         left=2,
         marked=0,
     )
-    single = result.rows[0].latency_n
+    calls = result.rows[0].latency_n
     _ui.say(
-        f"ms{'' if agreed else ', p95'}: one image, n = {single}; img/s: batches of {result.batch}, n = {result.rounds}; "
-        "prepared input; size: the network alone"
+        f"ms{'' if agreed else ', p95'}: one image, n = {calls}; "
+        f"img/s: batches of {result.batch}, n = {result.rounds}; prepared input"
     )
+    _ui.say("faster, smaller: teacher ÷ model; size: the network alone")
     for line in _footnotes(result):
         _ui.say(line)
 
@@ -117,7 +118,7 @@ def _footnotes(result: BenchResult) -> list[str]:
         seen.add(row.path)
         label = f"{row.name} ({row.engine})"
         if row.worse:
-            lines.append(f"{label} does not win in all: {row.verdict}, compared with {result.teacher}")
+            lines.append(f"{label} does not win in all: {row.verdict}")
         lines += [f"{label}: {note}" for note in row.notes]
     return lines
 

@@ -34,12 +34,12 @@ def convert_caffe(
         source = caffe.read(model, config)
         splits = None
         if "data" in options or source.needs_images(config):
-            size = source.input_size
             splits = data.load(
                 config.data,
                 data_dir=config.data_dir,
                 cache_dir=config.cache_dir,
-                image_size=config.image_size or (size[0] if size and size[0] == size[1] else None),
+                image_size=config.image_size,
+                fit_to=source.input_size,
                 on_event=on_event,
             )
         conversion = caffe.to_classifier(

@@ -127,7 +127,9 @@ def _titled(title: str, on_event: OnEvent) -> OnEvent:
     return tell
 
 
-def _render(folder: Path, results: list[Result], rows: list[Row], exported: list[Path], seconds: float) -> None:
+def _render(
+    folder: Path, results: list[Result], rows: list[Row], exported: list[Path], seconds: float
+) -> None:
     best = max(results[1:], key=lambda result: result.val_accuracy or 0.0)
     if _ui.settings.json:
         _ui.json(
@@ -182,6 +184,4 @@ def _cells(row: Row, is_export: bool) -> list[str]:
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command(
-        "demo", epilog="[bold]kd demo[/bold]\n\n[bold]kd demo -o /tmp/demo --seed 1[/bold]"
-    )(demo)
+    app.command("demo", epilog="[bold]kd demo[/bold]\n\n[bold]kd demo -o /tmp/demo --seed 1[/bold]")(demo)

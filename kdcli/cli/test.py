@@ -37,17 +37,9 @@ def test(
             spec,
             data_dir=config.data_dir,
             cache_dir=config.cache_dir,
-            image_size=None if config.data else trained_on.get("image_size"),
+            fit_to=loaded.input_size,
             on_event=on_event,
         )
-        if splits.test.input_size != loaded.input_size and loaded.input_size[0] == loaded.input_size[1]:
-            splits = data.load(
-                spec,
-                data_dir=config.data_dir,
-                cache_dir=config.cache_dir,
-                image_size=loaded.input_size[0],
-                on_event=on_event,
-            )
         _fits(model, loaded, splits.test)
         teacher_logits = None
         source = config.teacher or _recorded_teacher(loaded.provenance)
@@ -56,7 +48,9 @@ def test(
                 splits.test, task="teacher on test images", on_event=on_event
             )
             teacher_logits = teacher_tensor(kept[0])
-        result = evaluate(loaded, splits.test, teacher_logits=teacher_logits, task="testing", on_event=on_event)
+        result = evaluate(
+            loaded, splits.test, teacher_logits=teacher_logits, task="testing", on_event=on_event
+        )
     if config.plot is not None:
         from kdcli import report
 
@@ -85,9 +79,7 @@ def test(
             ["KL from teacher, nats", f"{result.divergence:.4f}", ""],
             ["teacher's accuracy, %", f"{result.teacher_accuracy:.2f}", ""],
         ]
-    _ui.table(
-        [f"{model.name} on {splits.label}", f"n = {result.count:,}", "95 % interval"], rows
-    )
+    _ui.table([f"{model.name} on {splits.label}", f"n = {result.count:,}", "95 % interval"], rows)
     _ui.say()
     _ui.table(
         ["class", "accuracy, %"],
@@ -120,7 +112,9 @@ def _recorded_teacher(provenance: dict[str, Any]) -> Path | None:
     from kdcli.files import sha256_file
 
     if sha256_file(path) != recorded.get("sha256"):
-        _ui.note(f"{path} is not the teacher this student learned from; compare with --teacher if it is meant")
+        _ui.note(
+            f"{path} is not the teacher this student learned from; compare with --teacher if it is meant"
+        )
         return None
     return path
 

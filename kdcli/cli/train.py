@@ -32,7 +32,9 @@ def train(
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option("--resume", help="Continue this interrupted run (a folder in runs/).", rich_help_panel=RUN),
+        typer.Option(
+            "--resume", help="Continue this interrupted run (a folder in runs/).", rich_help_panel=RUN
+        ),
     ] = None,
     **options: Any,
 ) -> None:

@@ -27,13 +27,13 @@ def validate(**options: Any) -> None:
 
     runtime.set_threads(config.threads)
     teacher = models.load(config.teacher)
-    height, width, _ = teacher.input_size
     with _ui.progress() as on_event:
         splits = data.load(
             config.data,
             data_dir=config.data_dir,
             cache_dir=config.cache_dir,
-            image_size=config.image_size or (height if height == width else None),
+            image_size=config.image_size,
+            fit_to=teacher.input_size,
             on_event=on_event,
         )
         _fits(teacher, splits.test)

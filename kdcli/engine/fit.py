@@ -15,15 +15,15 @@ from kdcli import __version__, augment, checkpoint, methods, metrics, models, pr
 from kdcli.config import TrainConfig
 from kdcli.data import Splits
 from kdcli.engine.evaluate import Evaluation, measure
+from kdcli.engine.plan import resolve_views, split
 from kdcli.engine.run_dir import RunDir
 from kdcli.engine.schedule import learning_rate, make_optimizer
-from kdcli.errors import Interrupted, KdError, UsageError
+from kdcli.errors import Interrupted, KdError
 from kdcli.events import Note, OnEvent, Progress, ignore
 from kdcli.models import Classifier
 from kdcli.teacher import Teacher, teacher_tensor
 
 Int64 = npt.NDArray[np.int64]
-_CACHED_VIEWS = 8  # of an augmentation with endless variants, when a teacher has to be run over each
 _SHOW_EVERY_S = 0.5
 
 
@@ -92,40 +92,9 @@ class _State:
     seconds: float = 0.0
 
 
-def split(labels: Int64, fraction: float) -> tuple[Int64, Int64]:
-    """Numbers of the training and of the validation samples, stratified by class.
-
-    The same for every seed and method, so that runs can be compared; at least one sample of each class is
-    trained on.
-    """
-    samples = np.arange(len(labels))
-    shuffled = augment.order(0, augment.SPLIT, samples)
-    validation: list[Int64] = []
-    for label in np.unique(labels):
-        members = shuffled[labels[shuffled] == label]
-        validation.append(members[: min(round(fraction * len(members)), len(members) - 1)])
-    chosen = np.sort(np.concatenate(validation)) if validation else samples[:0]
-    return np.setdiff1d(samples, chosen), chosen
-
-
-def resolve_views(config: TrainConfig) -> TrainConfig:
-    """Fill in `views`: all there are, or, of endless ones, as many as a teacher can be run over.
-
-    A run without a teacher gets a fresh view each epoch: limiting the baseline would flatter the others.
-    """
-    distinct = augment.distinct_views(config.augment)
-    if config.views and distinct and config.views > distinct:
-        raise UsageError(
-            f"--views {config.views}: augment {config.augment} has {distinct} distinct view(s)", "Use fewer."
-        )
-    if config.views:
-        return config
-    cached = methods.get(config.method).needs_teacher and config.teacher_dropout == 0
-    views = distinct or (min(_CACHED_VIEWS, config.epochs) if cached else config.epochs)
-    return config.model_copy(update={"views": min(views, config.epochs)})
-
-
-def fit(config: TrainConfig, data: Splits, *, resume: RunDir | None = None, on_event: OnEvent = ignore) -> Result:
+def fit(
+    config: TrainConfig, data: Splits, *, resume: RunDir | None = None, on_event: OnEvent = ignore
+) -> Result:
     """Train a student as the settings say, and measure it once on the test data.
 
     Args:
@@ -166,8 +135,11 @@ class _Run:
         self.live = self.teacher is not None and config.teacher_dropout > 0
         self.student = self._make_student()
         self.optimizer = make_optimizer(config, self.student.network)
-        if resume is None and self.teacher is not None:
-            self._fail_early(self.teacher)
+        if resume is None:
+            RunDir.check_free(config)
+        if self.teacher is not None and self.live:
+            self.teacher.check(self.data.train)
+        self.views = self._teacher_views()
         self.run = resume or RunDir.create(config)
         self.state = _State()
         if resume is not None:
@@ -177,15 +149,16 @@ class _Run:
 
     def _make_student(self) -> Classifier:
         config, train = self.config, self.data.train
-        arguments: dict[str, Any] = {"dropout": config.dropout} if models.takes_dropout(config.student) else {}
+        arguments: dict[str, Any] = (
+            {"dropout": config.dropout} if models.takes_dropout(config.student) else {}
+        )
         torch.manual_seed(config.seed)
         network = models.build(
             config.student, classes=len(train.classes), input_size=train.input_size, **arguments
         )
-        chosen = np.asarray(train.images[self.train_samples]) if len(self.val_samples) else train.images
-        own = preprocess.fit(config.preprocess, chosen, on_event=self.on_event)
+        own = preprocess.fit(config.preprocess, train.images, self.train_samples, on_event=self.on_event)
         student = Classifier(
-            network.to(memory_format=torch.channels_last),  # type: ignore[call-overload]
+            network.to(memory_format=torch.channels_last),
             own,
             arch=config.student,
             arch_args=arguments,
@@ -193,13 +166,6 @@ class _Run:
             input_size=train.input_size,
         )
         return student.train()
-
-    def _fail_early(self, teacher: Teacher) -> None:
-        if self.live:
-            model = teacher.live(self.config.teacher_dropout)
-            teacher._model = model
-            teacher.check(self.data.train)
-            teacher._model = None
 
     def _start(self) -> None:
         config = self.config
@@ -231,14 +197,21 @@ class _Run:
             stop=lambda: bool(self.stop),
         )
         if len(views) < config.views:
-            self._interrupted("the teacher's finished views are kept")
+            raise Interrupted(
+                f"stopped after {len(views)} of {config.views} views of the teacher; they are kept",
+                "Type the same command again.",
+                exit_code=self.stop.exit_code,
+            )
         return views
 
     def _teacher_on_test(self) -> Tensor | None:
         if self.teacher is None:
             return None
         kept = self.teacher.logits(
-            self.data.test, task="teacher on test images", on_event=self.on_event, stop=lambda: bool(self.stop)
+            self.data.test,
+            task="teacher on test images",
+            on_event=self.on_event,
+            stop=lambda: bool(self.stop),
         )
         if not kept:
             self._interrupted("training is finished, only the test is missing")
@@ -248,17 +221,14 @@ class _Run:
 
     def go(self) -> Result:
         """Train, then test once."""
-        views = self._teacher_views()
         live = self.teacher.live(self.config.teacher_dropout) if self.teacher and self.live else None
         history: list[Epoch] = []
         while self.state.epoch < self.config.epochs:
-            history.append(self._epoch(views, live))
+            history.append(self._epoch(live))
         self.student.eval()
         val_accuracy = self._validate()
-        logits = models.predict(
-            self.student, self.data.test.images, task="testing", on_event=self.on_event
-        )
-        evaluation = measure(logits, torch.from_numpy(self.data.test.labels), self._teacher_on_test())
+        logits = models.predict(self.student, self.data.test.images, task="testing", on_event=self.on_event)
+        evaluation = measure(logits, torch.tensor(self.data.test.labels), self._teacher_on_test())
         self.student.provenance = self._provenance(evaluation)
         self.student.save(self.run.student)
         seconds = self.state.seconds
@@ -276,10 +246,10 @@ class _Run:
         self.run.write_result(result.to_json())
         return result
 
-    def _epoch(self, views: list[npt.NDArray[np.floating[Any]]], live: Classifier | None) -> Epoch:
+    def _epoch(self, live: Classifier | None) -> Epoch:
         """One pass, or the rest of one that was interrupted."""
         config, state = self.config, self.state
-        targets = teacher_tensor(views[state.epoch % config.views]) if views else None
+        targets = teacher_tensor(self.views[state.epoch % config.views]) if self.views else None
         order = augment.order(config.seed, state.epoch, self.train_samples)
         started, shown, images_before = time.perf_counter(), time.monotonic(), state.images
         seconds_before = state.seconds
@@ -352,7 +322,7 @@ class _Run:
             methods.Batch(
                 student_logits=logits.float(),
                 teacher_logits=teacher_logits,
-                labels=torch.from_numpy(train.labels[samples]),
+                labels=torch.tensor(train.labels[samples]),
                 samples=samples,
                 epoch=epoch,
                 config=config,
@@ -375,7 +345,7 @@ class _Run:
         images = np.asarray(self.data.train.images[self.val_samples])
         logits = models.predict(self.student, images)
         self.student.train(training)
-        return metrics.accuracy(logits, torch.from_numpy(self.data.train.labels[self.val_samples]))
+        return metrics.accuracy(logits, torch.tensor(self.data.train.labels[self.val_samples]))
 
     def _show(self, sums: dict[str, Tensor], images: int, seconds: float) -> None:
         state = self.state
@@ -410,9 +380,13 @@ class _Run:
         training = stored.training or {}
         try:
             if training["data"] != [self.data.train.fingerprint, self.data.test.fingerprint]:
-                raise KdError(f"the data is not what {self.run.path} was trained on", "Restore it, or start anew.")
+                raise KdError(
+                    f"the data is not what {self.run.path} was trained on", "Restore it, or start anew."
+                )
             if training["teacher"] != (self.teacher.sha256 if self.teacher else None):
-                raise KdError(f"the teacher is not the one {self.run.path} began with", "Restore it, or start anew.")
+                raise KdError(
+                    f"the teacher is not the one {self.run.path} began with", "Restore it, or start anew."
+                )
             self.student.network.load_state_dict(stored.state_dict)
             self.optimizer.load_state_dict(training["optimizer"])
             self.state = _State(**training["state"])
@@ -420,7 +394,9 @@ class _Run:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise KdError(f"{self.run.last} does not fit its run: {error}", "Start the run anew.") from error
         self.run.cut_metrics(self.state.epoch)
-        self.on_event(Note(f"continuing {self.run.path.as_posix()} after step {self.state.step} of {self.steps}"))
+        self.on_event(
+            Note(f"continuing {self.run.path.as_posix()} after step {self.state.step} of {self.steps}")
+        )
 
     def _interrupted(self, kept: str) -> None:
         raise Interrupted(
@@ -455,4 +431,3 @@ class _Run:
 def _rows(images: npt.NDArray[np.uint8], samples: Int64) -> Tensor:
     """The named images, uint8 (B, H, W, C), copied out of what may be a memory map."""
     return torch.from_numpy(np.ascontiguousarray(images[samples]))
-

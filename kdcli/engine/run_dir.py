@@ -47,12 +47,15 @@ class RunDir:
                 else:
                     return cls(path)
         except FileExistsError as error:
-            raise UsageError(
-                f"run {config.name} exists in {config.runs_dir}",
-                f"Choose another --name, or continue it: kd train --resume {(config.runs_dir / config.name).as_posix()}",
-            ) from error
+            raise _taken(config) from error
         except OSError as error:
             raise KdError(f"cannot make a run in {config.runs_dir}: {error.strerror}") from error
+
+    @staticmethod
+    def check_free(config: TrainConfig) -> None:
+        """Raise UsageError if the name is taken: better now than after the teacher's passes."""
+        if config.name and (config.runs_dir / config.name).exists():
+            raise _taken(config)
 
     @classmethod
     def existing(cls, path: Path) -> RunDir:
@@ -118,3 +121,11 @@ class RunDir:
 
     def write_environment(self, environment: dict[str, Any]) -> None:
         write_json(self.environment_file, {"schema_version": 1, **environment})
+
+
+def _taken(config: TrainConfig) -> UsageError:
+    path = (config.runs_dir / config.name).as_posix()
+    return UsageError(
+        f"run {config.name} exists in {config.runs_dir}",
+        f"Choose another --name, or continue it: kd train --resume {path}",
+    )

@@ -155,7 +155,6 @@ def load_data(classifier: Classifier, checkpoint: Path, config: ExportConfig, on
     known = classifier.provenance.get("data")
     recorded = known if isinstance(known, dict) else {}
     spec = config.data or recorded.get("spec")
-    resized = config.data is not None or recorded.get("image_size") is not None
     if not spec:
         raise KdError(
             f"{checkpoint} does not say what data it belongs to",
@@ -165,7 +164,7 @@ def load_data(classifier: Classifier, checkpoint: Path, config: ExportConfig, on
         str(spec),
         data_dir=config.data_dir,
         cache_dir=config.cache_dir,
-        image_size=classifier.input_size[0] if resized else None,
+        fit_to=classifier.input_size,
         on_event=on_event,
     )
 

@@ -139,15 +139,19 @@ def from_checkpoint(stored: Checkpoint, source: str = "checkpoint") -> Classifie
     Raises:
         KdError: the weights do not fit the network they claim to belong to.
     """
-    with torch.random.fork_rng(devices=[]):  # the initial weights are thrown away; leave the caller's RNG alone
-        network = build(stored.arch, classes=len(stored.classes), input_size=stored.input_size, **stored.arch_args)
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # the initial weights are thrown away; leave the caller's RNG alone
+        network = build(
+            stored.arch, classes=len(stored.classes), input_size=stored.input_size, **stored.arch_args
+        )
     try:
         network.load_state_dict(stored.state_dict)
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:300]
         raise KdError(f"{source}: weights do not fit network {stored.arch}: {detail}") from error
     return Classifier(
-        network,
+        network.to(memory_format=torch.channels_last),
         from_spec(stored.preprocess),
         arch=stored.arch,
         arch_args=stored.arch_args,
@@ -171,7 +175,7 @@ def predict(
     model: Callable[[Tensor], Tensor],
     images: npt.NDArray[np.uint8],
     *,
-    batch_size: int = 256,
+    batch_size: int = 64,
     task: str = "evaluating",
     on_event: OnEvent = ignore,
     view: Callable[[Tensor, npt.NDArray[np.int64]], Tensor] | None = None,

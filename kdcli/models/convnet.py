@@ -16,7 +16,9 @@ class ConvNet(nn.Module):
         super().__init__()
         height, width, channels = input_size
         if min(height, width) < 2 ** (len(widths) - 1):
-            raise UsageError(f"images of {height}×{width} are too small for a ConvNet of {len(widths)} stages")
+            raise UsageError(
+                f"images of {height}×{width} are too small for a ConvNet of {len(widths)} stages"
+            )
         layers: list[nn.Module] = []
         for stage, out in enumerate(widths):
             if stage:
@@ -38,11 +40,15 @@ def convnet_tiny(classes: int, input_size: tuple[int, int, int], widths: Sequenc
     return ConvNet(classes, input_size, widths)
 
 
-def convnet_small(classes: int, input_size: tuple[int, int, int], widths: Sequence[int] = (16, 32, 64)) -> ConvNet:
+def convnet_small(
+    classes: int, input_size: tuple[int, int, int], widths: Sequence[int] = (16, 32, 64)
+) -> ConvNet:
     """Some 24 k parameters."""
     return ConvNet(classes, input_size, widths)
 
 
-def convnet_large(classes: int, input_size: tuple[int, int, int], widths: Sequence[int] = (64, 128, 128)) -> ConvNet:
+def convnet_large(
+    classes: int, input_size: tuple[int, int, int], widths: Sequence[int] = (64, 128, 128)
+) -> ConvNet:
     """A teacher for the digits: some 220 k parameters."""
     return ConvNet(classes, input_size, widths)

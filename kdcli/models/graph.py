@@ -241,7 +241,7 @@ def pool_window(size: int, kernel: int, stride: int, pad: int) -> Window:
     return Window(out, min(kernel, length), pad, min(max(after, 0), pad), after > pad and kernel <= length)
 
 
-def _pool(  # noqa: PLR0917
+def _pool(
     inputs: list[Shape],
     kernel: Sequence[int] | None,
     stride: Sequence[int],

@@ -47,6 +47,8 @@ def lenet(classes: int, input_size: tuple[int, int, int], widths: Sequence[int] 
     return LeNet(classes, input_size, widths)
 
 
-def lenet_caffe(classes: int, input_size: tuple[int, int, int], widths: Sequence[int] = (20, 50, 500)) -> LeNet:
+def lenet_caffe(
+    classes: int, input_size: tuple[int, int, int], widths: Sequence[int] = (20, 50, 500)
+) -> LeNet:
     """Caffe's classic LeNet, 20/50/500."""
     return LeNet(classes, input_size, widths)

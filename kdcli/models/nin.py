@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -18,7 +19,9 @@ class _Trunk(nn.Module):
     def __init__(self, input_size: tuple[int, int, int], widths: Sequence[int], dropout: float) -> None:
         super().__init__()
         if min(input_size[:2]) < 8:
-            raise UsageError(f"images of {input_size[0]}×{input_size[1]} are too small for NIN", "It needs 8×8.")
+            raise UsageError(
+                f"images of {input_size[0]}×{input_size[1]} are too small for NIN", "It needs 8×8."
+            )
         w1, c1, c2, w2, c3, c4, w3, c5 = widths
         self.conv1 = nn.Conv2d(input_size[2], w1, 5, padding=2)
         self.cccp1 = nn.Conv2d(w1, c1, 1)
@@ -73,10 +76,15 @@ class NINFc(_Trunk):
     """The reference's variant: ip1, ReLU, ip2 in place of cccp6 and pool3."""
 
     def __init__(
-        self, classes: int, input_size: tuple[int, int, int], widths: Sequence[int], hidden: int, dropout: float
+        self,
+        classes: int,
+        input_size: tuple[int, int, int],
+        widths: Sequence[int],
+        hidden: int,
+        dropout: float,
     ) -> None:
         super().__init__(input_size, widths, dropout)
-        height, width = (-(-(-(-side // 2)) // 2) for side in input_size[:2])  # two halvings, rounded up
+        height, width = (math.ceil(math.ceil(side / 2) / 2) for side in input_size[:2])
         self.ip1 = nn.Linear(widths[-1] * height * width, hidden)
         self.ip2 = nn.Linear(hidden, classes)
         self.initialise()

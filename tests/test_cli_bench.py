@@ -1,0 +1,71 @@
+"""kd bench, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdcli.errors import KdError, UsageError
+from tests.test_cli_export import command_line, digits_student
+from tests.test_export import one_thread  # noqa: F401
+
+
+@pytest.fixture
+def kd(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    return command_line(monkeypatch)
+
+
+def test_table_fits_80_columns_and_shows_who_is_bigger(kd: Any, workplace: Path) -> None:
+    digits_student(Path("weights/teacher.pt"), test_accuracy=97.5)
+    digits_student(Path("runs/noisy-convnet-small-12/student.pt"), "convnet-small", test_accuracy=93.25)
+    done = kd(
+        "bench", "--rounds", "3", "--batch", "4", "--engine", "torch", "--threads", "1", "--plot", "b.svg"
+    )
+    assert done.exit_code == 0
+    table = [line for line in done.stdout.splitlines() if " torch " in line or "faster  " in line]
+    assert max(map(len, table)) <= 80
+    assert "97.50*" in done.stdout
+    assert "93.25*" in done.stdout
+    assert "recorded in the file" in done.stdout
+    assert "does not win in all" in done.stdout
+    assert "× bigger" in done.stdout
+    assert Path("b.svg").is_file()
+    assert "wrote b.svg" in done.stdout
+
+
+def test_json_with_accuracy_on_test_images(kd: Any, workplace: Path) -> None:
+    first, second = digits_student(Path("a.pt")), digits_student(Path("b.pt"), "convnet-small")
+    words = ("--rounds", "3", "--batch", "4", "--engine", "torch", "--threads", "1", "--data", "digits")
+    done = kd("bench", str(first), str(second), *words, "--json")
+    document = json.loads(done.stdout)
+    assert document["schema_version"] == 1
+    assert document["teacher"] == "a"  # the first named: there is no weights/teacher.pt
+    assert document["test_images"] == 360
+    assert [row["accuracy_source"] for row in document["rows"]] == ["measured", "measured"]
+    assert 0 <= document["rows"][1]["agreement"] <= 100
+
+
+def test_the_teacher_comes_first_and_once(kd: Any, workplace: Path) -> None:
+    digits_student(Path("weights/teacher.pt"))
+    digits_student(Path("s.pt"))
+    words = ("--rounds", "3", "--batch", "1", "--engine", "torch", "--threads", "1", "--json")
+    done = kd("bench", "s.pt", "weights/teacher.pt", *words)
+    assert [row["name"] for row in json.loads(done.stdout)["rows"]] == ["teacher", "s"]
+    done = kd("bench", "weights/teacher.pt", "--teacher", "s.pt", *words)
+    assert [row["name"] for row in json.loads(done.stdout)["rows"]] == ["s", "teacher"]
+
+
+def test_nothing_there(kd: Any, workplace: Path) -> None:
+    with pytest.raises(KdError, match="no teacher at weights/teacher") as caught:
+        kd("bench")
+    assert "--teacher" in caught.value.hint
+    digits_student(Path("weights/teacher.pt"))
+    with pytest.raises(KdError, match="nothing to compare"):
+        kd("bench")
+    with pytest.raises(KdError, match="no such file: x"):
+        kd("bench", "x.onnx")
+    with pytest.raises(UsageError, match="cannot draw"):
+        kd("bench", "weights/teacher.pt", "--plot", "b.gif")
