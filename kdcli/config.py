@@ -79,7 +79,10 @@ class TrainConfig(DataSettings):
 
     method: str = Field("kd", description="How the student learns.", json_schema_extra=_extra(METHOD))
     student: str = Field(
-        "lenet", description="The network that is trained.", json_schema_extra=_extra(METHOD)
+        "lenet",
+        description="The network that is trained: lenet, lenet-caffe, nin, nin-fc, "
+        "convnet-tiny, convnet-small or convnet-large.",
+        json_schema_extra=_extra(METHOD),
     )
     teacher: Path = Field(
         TeacherPath,

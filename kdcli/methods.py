@@ -10,13 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
-
 from kdcli.config import TrainConfig
 from kdcli.errors import UsageError
 
 if TYPE_CHECKING:  # names for --help must not cost an import of torch
+    import numpy as np
+    import numpy.typing as npt
     from torch import Tensor
 
 
@@ -118,6 +117,7 @@ def noise_of(
     ξ is (B, 1) for scope `sample` and (B, classes) for scope `logit`. The draws depend on seed, epoch and sample
     alone, so they are fresh in each epoch and the same after a resume.
     """
+    import numpy as np
     import torch
 
     from kdcli import augment

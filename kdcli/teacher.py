@@ -131,6 +131,7 @@ class Teacher:
         augment_name: str = "none",
         seed: int = 0,
         views: int = 1,
+        exact: bool = False,
         task: str = "teacher",
         on_event: OnEvent = ignore,
         stop: Callable[[], bool] = lambda: False,
@@ -139,9 +140,12 @@ class Teacher:
 
         A cached file counts only if its SHA-256 is the one in the manifest.
 
+        Args:
+            exact: keep float32, for figures: float16 makes ties, which can change an image's first class.
+
         Returns:
-            One array a view, float16 (float32 where float16 cannot hold the values). Fewer than `views` only if
-            `stop()` became true.
+            One array a view, float16 (float32 if `exact`, or where float16 cannot hold the values). Fewer
+            than `views` only if `stop()` became true.
         """
         recipe = {
             "cache_version": CACHE_VERSION,
@@ -150,6 +154,7 @@ class Teacher:
             "augment": augment_name,
             "seed": 0 if augment_name == "none" else seed,
             "precision": "32",
+            "kept_as": "float32" if exact else "float16",
         }
         fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
         folder = self.cache_dir / "teacher" / fingerprint[:32]
@@ -160,9 +165,10 @@ class Teacher:
             kept = _read_view(folder, manifest, view, len(data))
             if kept is None:
                 missing += 1
-                kept = self._run_view(data, augment_name, seed, view, views, task, on_event, stop)
-                if kept is None:
+                outputs = self._run_view(data, augment_name, seed, view, views, task, on_event, stop)
+                if outputs is None:
                     return found
+                kept = outputs if exact else _halved(outputs)
                 _write_view(folder, manifest, view, kept)
             found.append(kept)
         if missing == 0:
@@ -179,7 +185,7 @@ class Teacher:
         task: str,
         on_event: OnEvent,
         stop: Callable[[], bool],
-    ) -> npt.NDArray[np.floating[Any]] | None:
+    ) -> npt.NDArray[np.float32] | None:
         """One pass; None if it was stopped."""
         self.check(data)
         name = f"{task}, view {view + 1} of {views}" if views > 1 else task
@@ -196,9 +202,15 @@ class Teacher:
         self.passes += 1
         if not bool(torch.isfinite(outputs).all()):
             raise KdError(f"teacher {self.path} gives logits that are not finite", "kd validate tells more.")
-        exact = outputs.numpy()
-        half = exact.astype(np.float16)
-        return half if np.isfinite(half).all() else exact
+        values: npt.NDArray[np.float32] = outputs.numpy()
+        return values
+
+
+def _halved(values: npt.NDArray[np.float32]) -> npt.NDArray[np.floating[Any]]:
+    """As float16, unless that overflows."""
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    return half if np.isfinite(half).all() else values
 
 
 def teacher_tensor(view: npt.NDArray[np.floating[Any]]) -> Tensor:

@@ -14,7 +14,7 @@ from kdcli import report
 from kdcli.bench import Row
 from kdcli.errors import KdError, UsageError
 
-HOSTILE = ["$x_1$ costs $5", "a" * 300, "鳥", "cat\x00\n\x1b[31m", "<b>&amp;", "", r"\frac{1}{"]
+HOSTILE = ["$x_1$ costs", r"$\frac{$", "a" * 300, "鳥", "cat\x00\n\x1b[31m", "<b>&amp;", "", "x"]
 
 
 def texts(svg: Path) -> list[str]:
@@ -62,7 +62,7 @@ def test_same_figures_same_bytes(kind: str, tmp_path: Path) -> None:
     source = metrics_file(tmp_path)
     for number in (1, 2):
         report.curves(source, tmp_path / f"curves{number}.{kind}")
-        report.confusion(np.eye(7), HOSTILE, tmp_path / f"confusion{number}.{kind}")
+        report.confusion(np.eye(len(HOSTILE)), HOSTILE, tmp_path / f"confusion{number}.{kind}")
         report.pareto(rows(), tmp_path / f"pareto{number}.{kind}")
     for name in ("curves", "confusion", "pareto"):
         first, second = (tmp_path / f"{name}{number}.{kind}" for number in (1, 2))
@@ -78,11 +78,11 @@ def test_curves_say_best_and_last(tmp_path: Path) -> None:
 
 
 def test_confusion_shows_row_shares_and_any_name(tmp_path: Path) -> None:
-    matrix = np.zeros((7, 7), int)
-    matrix[0] = [3, 1, 0, 0, 0, 0, 0]
+    matrix = np.zeros((8, 8), int)
+    matrix[0] = [3, 1, 0, 0, 0, 0, 0, 0]
     report.confusion(tuple(map(tuple, matrix)), HOSTILE, tmp_path / "c.svg")
     shown = texts(tmp_path / "c.svg")
-    assert {"75", "25", "$x_1$ costs $5", "鳥", "<b>&amp;", "(no name)", r"\frac{1}{"} <= set(shown)
+    assert {"75", "25", "$x_1$ costs", "鳥", "<b>&amp;", "(no name)", r"$\frac{$"} <= set(shown)
     assert "a" * 21 + "…" in shown
     assert not any(len(text) > 30 for text in shown)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
+import importlib
+import os
 import sys
-from typing import Annotated
+import traceback
+from pathlib import Path
+from typing import Annotated, NoReturn
 
 import typer
 
-from kdcli.cli import _ui
 from kdcli.errors import KdError, UsageError
 
 app = typer.Typer(
@@ -46,11 +50,36 @@ def kd(
     """
 
 
-def _register() -> None:
-    from kdcli.cli import bench, convert_caffe, demo, download, export, test, train, validate
+# in the order of --help; each is a module here with a function of its name and `register`
+COMMANDS = ("demo", "download", "convert-caffe", "validate", "train", "test", "export", "bench")
 
-    for module in (demo, download, convert_caffe, validate, train, test, export, bench):
-        module.register(app)
+
+def _register(arguments: list[str]) -> None:
+    """Import the one command that is asked for; the others only lend their name and first help line.
+
+    This keeps `kd --help` fast: settings classes and what they import are made for one command at most.
+    """
+    asked = next((word.replace("_", "-") for word in arguments if not word.startswith("-")), "")
+    completing = "_KD_COMPLETE" in os.environ  # the shell asks for the options of any command
+    for name in COMMANDS:
+        module = name.replace("-", "_")
+        if name == asked or completing:
+            importlib.import_module(f"kdcli.cli.{module}").register(app)
+        else:
+            app.command(name, help=_summary(module))(_placeholder)
+
+
+def _placeholder() -> None:
+    """Stands for a command that was not asked for."""
+
+
+def _summary(module: str) -> str:
+    """A command's docstring, read without running its module."""
+    text = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef) and node.name == module:
+            return ast.get_docstring(node) or ""
+    return ""
 
 
 def _check_repeated(arguments: list[str]) -> None:
@@ -65,26 +94,31 @@ def main() -> None:
     """Run the command line and leave with its exit code."""
     arguments = sys.argv[1:]
     try:
-        _register()
+        _register(arguments)
         _check_repeated(arguments)
         code = app(args=arguments, prog_name="kd", standalone_mode=False)
-    except KdError as problem:
-        if _ui.settings.debug:
-            raise
-        _ui.error(problem)
-        sys.exit(problem.exit_code)
-    except KeyboardInterrupt:
-        _ui.error(KdError("stopped"))
-        sys.exit(130)
     except BrokenPipeError:  # `kd … | head`
         sys.stderr.close()
         sys.exit(1)
+    except KeyboardInterrupt:
+        _leave(KdError("stopped"), 130)
+    except KdError as problem:
+        _leave(problem, problem.exit_code)
     except Exception as problem:
-        if _ui.settings.debug:
-            raise
-        _ui.error(_as_kd_error(problem, arguments))
-        sys.exit(2 if hasattr(problem, "format_message") else 1)
+        if hasattr(problem, "format_message") and not str(problem.format_message()).strip():
+            sys.exit(2)  # nothing was asked, and the help has been shown
+        _leave(_as_kd_error(problem, arguments), 2 if hasattr(problem, "format_message") else 1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _leave(problem: KdError, code: int) -> NoReturn:
+    """Say what is wrong and exit; with --debug the traceback goes first."""
+    from kdcli.cli import _ui
+
+    if _ui.settings.debug:
+        traceback.print_exc()
+    _ui.error(problem)
+    sys.exit(code)
 
 
 def _as_kd_error(problem: Exception, arguments: list[str]) -> KdError:

@@ -73,9 +73,9 @@ def _parameter(name: str, field: FieldInfo, metavar: str | None) -> inspect.Para
     shown = metavar or extra.get("metavar") or ("|".join(map(str, choices)) if choices else None)
     option = typer.Option(
         *flags,
-        help=field.description,
+        help=_help(field),
         rich_help_panel=str(extra.get("panel", "Options")),
-        show_default=_shown_default(field.default),
+        show_default=False,
         metavar=str(shown) if shown else None,
     )
     annotation: Any = Annotated[(str if choices else kind) | None, option]
@@ -89,7 +89,10 @@ def _value_type(annotation: Any) -> Any:
     return annotation
 
 
-def _shown_default(default: Any) -> str | bool:
+def _help(field: FieldInfo) -> str:
+    """The description and the default. (The option's own default is None: it tells typed from not typed.)"""
+    text, default = field.description or "", field.default
     if default is None or default == "" or default is False:
-        return False
-    return str(default) if not isinstance(default, Path) else default.as_posix()
+        return text
+    shown = default.as_posix() if isinstance(default, Path) else str(default)
+    return f"{text} [dim]\\[default: {shown}][/dim]"

@@ -45,7 +45,7 @@ def test(
         source = config.teacher or _recorded_teacher(loaded.provenance)
         if source is not None:
             kept = Teacher.open(source, config.cache_dir).logits(
-                splits.test, task="teacher on test images", on_event=on_event
+                splits.test, exact=True, task="teacher on test images", on_event=on_event
             )
             teacher_logits = teacher_tensor(kept[0])
         result = evaluate(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kdcli.engine import Result
 
 
-@options_of(TrainConfig, metavars={"method": "|".join(methods.METHODS), "student": "lenet|lenet-caffe|nin|…"})
+@options_of(TrainConfig, metavars={"method": "|".join(methods.METHODS), "student": "NETWORK"})
 def train(
     *,
     recipe: Annotated[

@@ -209,6 +209,7 @@ class _Run:
             return None
         kept = self.teacher.logits(
             self.data.test,
+            exact=True,
             task="teacher on test images",
             on_event=self.on_event,
             stop=lambda: bool(self.stop),
