@@ -55,6 +55,7 @@ class Method:
         soft_term: the teacher's term, unweighted; None for training on labels alone.
         ce_weight, kd_weight: the default weights under these settings.
         summary, source: one line each, for help and reports.
+        regresses: the student's logits must take on the teacher's values, not only their softmax.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Method:
     kd_weight: Callable[[TrainConfig], float]
     summary: str
     source: str
+    regresses: bool = False
 
     @property
     def needs_teacher(self) -> bool:
@@ -148,7 +150,15 @@ METHODS = {
     method.name: method
     for method in (
         Method("ce", None, _fully, _never, "labels alone, no teacher: the baseline", "cross-entropy"),
-        Method("logits", _logits, _never, _fully, "regress the teacher's logits", "Ba & Caruana, NIPS 2014"),
+        Method(
+            "logits",
+            _logits,
+            _never,
+            _fully,
+            "regress the teacher's logits",
+            "Ba & Caruana, NIPS 2014",
+            regresses=True,
+        ),
         Method(
             "noisy",
             _noisy,
@@ -156,6 +166,7 @@ METHODS = {
             _fully,
             "regress logits that noise has scaled",
             "Sau & Balasubramanian, arXiv:1610.09650",
+            regresses=True,
         ),
         Method(
             "kd",

@@ -19,6 +19,7 @@ from kdcli import checkpoint, engine, models, teacher
 from kdcli.config import RECIPES, TrainConfig, make
 from kdcli.data import Splits
 from kdcli.engine import Result, RunDir, fit
+from kdcli.engine.output import Output
 from kdcli.engine.plan import resolve_views, split
 from kdcli.engine.schedule import learning_rate
 from kdcli.errors import Interrupted, KdError, UsageError
@@ -245,13 +246,18 @@ class _StopAfter:
 
 
 @pytest.mark.parametrize("images", [1, 40, 85, 100, 200])
+@pytest.mark.parametrize("method", ["ce", "noisy"])
 def test_stopped_and_resumed_is_bit_identical(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch, images: int
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, method: str, images: int
 ) -> None:
-    """lenet-caffe has no chance in it; nin has dropout, so the generator's state counts too."""
+    """nin has dropout, so the generator's state counts; noisy has draws and an output scale of its own."""
     monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
     splits = make_splits(size=(8, 8, 3))
-    settings = {"method": "ce", "student": "nin", "augment": "flip-crop", "save_every": 2, "lr": 1e-3}
+    student = {"ce": "nin", "noisy": "convnet-tiny"}[method]
+    settings = {"method": method, "student": student, "augment": "flip-crop", "save_every": 2, "lr": 1e-3}
+    if method == "noisy":
+        fit(config(method="ce", epochs=1, name="teacher"), splits)
+        settings["teacher"] = Path("runs/teacher/student.pt")
     whole = fit(config(**settings, name="whole"), splits)
     with pytest.raises(Interrupted) as caught:
         fit(config(**settings, name="cut"), splits, on_event=_StopAfter(images, signal.SIGINT))
@@ -335,6 +341,41 @@ def test_a_taken_name_is_refused_and_nothing_is_lost(workplace: Path, splits: Sp
     with pytest.raises(UsageError, match="run mine exists"):
         fit(config(method="ce", name="mine", epochs=1), splits)
     assert first.run.student.read_bytes() == before
+
+
+def test_a_regressing_student_starts_at_the_teachers_mean_and_spread(workplace: Path, splits: Splits) -> None:
+    """With steps too small to learn anything, its logits lie where the teacher's do."""
+    fit(config(method="ce", student="convnet-small", name="teacher"), splits)
+    path = Path("runs/teacher/student.pt")
+    far = models.load(path)
+    with torch.no_grad():
+        head = models.head_of(far.network)
+        assert head is not None
+        head.weight.mul_(20)
+        head.bias.add_(torch.tensor([100.0, 50.0, 0.0]))
+    far.save(Path("far.pt"))
+    expected = models.predict(far, splits.train.images).mean(0)
+    result = fit(config(method="logits", teacher=Path("far.pt"), lr=1e-9, epochs=1, val_fraction=0.0), splits)
+    student = models.load(result.run.student)
+    mean = models.predict(student, splits.train.images).mean(0)
+    spread = models.predict(far, splits.train.images).std()
+    assert float((mean - expected).abs().max()) < 2 * float(spread)
+    assert float((mean - expected).abs().max()) < 0.2 * float(expected.abs().max())
+    assert checkpoint.load(result.run.student).arch == "convnet-tiny"
+
+
+def test_folding_changes_no_logit() -> None:
+    random = np.random.default_rng(0)
+    targets = random.normal(size=(50, 4)) * 9 + [10, 20, 30, 40]
+    output = Output.of(targets)
+    np.testing.assert_allclose(output.shift.numpy(), targets.mean(axis=0), rtol=1e-6)
+    assert output.scale == pytest.approx(np.sqrt(np.mean(targets.var(axis=0))))
+    network = models.build("convnet-tiny", classes=4, input_size=(8, 8, 1)).eval()
+    pixels = torch.randn(5, 1, 8, 8)
+    with torch.no_grad():
+        before = output(network(pixels))
+        output.fold(network)
+        torch.testing.assert_close(network(pixels), before, rtol=1e-5, atol=1e-4)
 
 
 def test_split_is_stratified_disjoint_and_leaves_every_class_something() -> None:

@@ -15,6 +15,7 @@ from kdcli import __version__, augment, checkpoint, methods, metrics, models, pr
 from kdcli.config import TrainConfig
 from kdcli.data import Splits
 from kdcli.engine.evaluate import Evaluation, measure
+from kdcli.engine.output import Output
 from kdcli.engine.plan import resolve_views, split
 from kdcli.engine.run_dir import RunDir
 from kdcli.engine.schedule import learning_rate, make_optimizer
@@ -140,6 +141,9 @@ class _Run:
         if self.teacher is not None and self.live:
             self.teacher.check(self.data.train)
         self.views = self._teacher_views()
+        self.output: Output | None = None
+        if self.views and self.method.regresses and models.head_of(self.student.network) is not None:
+            self.output = Output.of(self.views[0][self.train_samples])
         self.run = resume or RunDir.create(config)
         self.state = _State()
         if resume is not None:
@@ -226,8 +230,10 @@ class _Run:
         history: list[Epoch] = []
         while self.state.epoch < self.config.epochs:
             history.append(self._epoch(live))
-        self.student.eval()
         val_accuracy = self._validate()
+        self.student.eval()
+        if self.output is not None:
+            self.output.fold(self.student.network)
         logits = models.predict(self.student, self.data.test.images, task="testing", on_event=self.on_event)
         evaluation = measure(logits, torch.tensor(self.data.test.labels), self._teacher_on_test())
         self.student.provenance = self._provenance(evaluation)
@@ -319,9 +325,10 @@ class _Run:
             teacher_logits = teacher_logits.clone()  # an inference tensor cannot be saved for backward
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
             logits = self.student(images)
+        logits = logits.float() if self.output is None else self.output(logits.float())
         terms = self.method.terms(
             methods.Batch(
-                student_logits=logits.float(),
+                student_logits=logits,
                 teacher_logits=teacher_logits,
                 labels=torch.tensor(train.labels[samples]),
                 samples=samples,
@@ -345,6 +352,8 @@ class _Run:
         self.student.eval()
         images = np.asarray(self.data.train.images[self.val_samples])
         logits = models.predict(self.student, images)
+        if self.output is not None:
+            logits = self.output(logits)
         self.student.train(training)
         return metrics.accuracy(logits, torch.tensor(self.data.train.labels[self.val_samples]))
 

@@ -1,6 +1,7 @@
 """Networks by name, and the `Classifier` that joins a network with its preprocessing.
 
-Adding a network: write a function named as the model in a file of its family, add a row to `MODELS`.
+Adding a network: write a function named as the model in a file of its family, add a row to `MODELS`; if it ends
+in a linear layer, name that in the class attribute `head`.
 """
 
 from __future__ import annotations
@@ -164,6 +165,16 @@ def from_checkpoint(stored: Checkpoint, source: str = "checkpoint") -> Classifie
 def load(path: Path) -> Classifier:
     """Read a checkpoint file into a `Classifier` in eval mode."""
     return from_checkpoint(checkpoint.load(path), str(path))
+
+
+def head_of(network: nn.Module) -> nn.Linear | None:
+    """The last layer, where its outputs are the logits as they are.
+
+    A network says so by the attribute `head`, the layer's name; None if something follows (in NIN a ReLU).
+    """
+    name = getattr(network, "head", None)
+    layer = network.get_submodule(name) if isinstance(name, str) else None
+    return layer if isinstance(layer, nn.Linear) else None
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -12,6 +12,8 @@ from kdcli.errors import UsageError
 class ConvNet(nn.Module):
     """Stages of 3×3 convolution, batch norm, ReLU; max-pool 2 between stages; global average; linear."""
 
+    head = "fc"
+
     def __init__(self, classes: int, input_size: tuple[int, int, int], widths: Sequence[int]) -> None:
         super().__init__()
         height, width, channels = input_size

@@ -16,6 +16,8 @@ class LeNet(nn.Module):
     Layer names are Caffe's. No ReLU follows the convolutions: neither has it in the reference nor in Caffe.
     """
 
+    head = "ip2"
+
     def __init__(self, classes: int, input_size: tuple[int, int, int], widths: Sequence[int]) -> None:
         super().__init__()
         height, width, channels = input_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -75,6 +74,8 @@ class NIN(_Trunk):
 class NINFc(_Trunk):
     """The reference's variant: ip1, ReLU, ip2 in place of cccp6 and pool3."""
 
+    head = "ip2"
+
     def __init__(
         self,
         classes: int,
@@ -84,7 +85,7 @@ class NINFc(_Trunk):
         dropout: float,
     ) -> None:
         super().__init__(input_size, widths, dropout)
-        height, width = (math.ceil(math.ceil(side / 2) / 2) for side in input_size[:2])
+        height, width = (side // 2 // 2 for side in input_size[:2])  # ceil((s − 3) / 2) + 1 is s // 2
         self.ip1 = nn.Linear(widths[-1] * height * width, hidden)
         self.ip2 = nn.Linear(hidden, classes)
         self.initialise()

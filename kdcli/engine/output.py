@@ -1,0 +1,51 @@
+"""The student's output in the teacher's units, while it learns to regress logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from kdcli import models
+
+
+@dataclass(frozen=True)
+class Output:
+    """logits = shift + scale · network(x), with the mean and spread of the teacher's logits.
+
+    Regression has to reach the teacher's values, and a network starts near 0 with steps made for logits of a few
+    units: a Caffe NIN's logits lie around 19 ± 9. Ba & Caruana (NIPS 2014, section 3) subtract the mean and divide
+    by the standard deviation of the targets; this is the same written on the student's side, so that the loss stays
+    ½‖s − t‖² in the teacher's units. It is folded into the last layer at the end and leaves no trace in the file.
+
+    Attributes:
+        shift: (C,), the mean of each class's logit over the training images.
+        scale: standard deviation around these means, over all classes.
+    """
+
+    shift: Tensor
+    scale: float
+
+    @classmethod
+    def of(cls, teacher_logits: npt.NDArray[np.floating[npt.NBitBase]]) -> Output:
+        """From the teacher's logits (N, C) for the training images."""
+        exact = teacher_logits.astype(np.float64)
+        mean = exact.mean(axis=0)
+        spread = float(np.sqrt(((exact - mean) ** 2).mean()))
+        return cls(torch.from_numpy(mean.astype(np.float32)), spread if spread > 0 else 1.0)
+
+    def __call__(self, outputs: Tensor) -> Tensor:
+        """The network's outputs (B, C) → logits (B, C)."""
+        return self.shift + self.scale * outputs
+
+    def fold(self, network: nn.Module) -> None:
+        """Make the network itself give the logits. Its last layer must be linear (`models.head_of`)."""
+        head = models.head_of(network)
+        if head is None:
+            raise RuntimeError("only a network that ends in a linear layer can be given an output scale")
+        with torch.no_grad():
+            head.weight.mul_(self.scale)
+            head.bias.mul_(self.scale).add_(self.shift)
