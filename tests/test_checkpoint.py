@@ -1,0 +1,165 @@
+"""Checkpoints: whole or not there, and never executed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdcli import checkpoint, models, preprocess
+from kdcli.errors import KdError
+from tests.conftest import image_set
+
+
+def classifier() -> models.Classifier:
+    torch.manual_seed(0)
+    data = image_set(20)
+    return models.Classifier(
+        models.build("convnet-tiny", classes=3, input_size=(8, 8, 1)),
+        preprocess.fit("mean-std", data.images),
+        arch="convnet-tiny",
+        arch_args={},
+        classes=data.classes,
+        input_size=(8, 8, 1),
+        provenance={"method": "ce", "nested": {"seed": 1}},
+    ).eval()
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    model = classifier()
+    model.save(tmp_path / "m.pt")
+    again = models.load(tmp_path / "m.pt")
+    images = torch.from_numpy(image_set(7).images)
+    with torch.inference_mode():
+        torch.testing.assert_close(again(images), model(images), rtol=1e-6, atol=1e-6)
+    assert (again.classes, again.input_size, again.provenance) == (
+        model.classes,
+        model.input_size,
+        model.provenance,
+    )
+    assert not again.training
+
+
+def test_loading_leaves_the_random_state_alone(tmp_path: Path) -> None:
+    classifier().save(tmp_path / "m.pt")
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    models.load(tmp_path / "m.pt")
+    assert torch.equal(torch.rand(3), expected)
+
+
+class _Canary:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("forced", [None, "1"])
+def test_a_malicious_checkpoint_executes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forced: str | None
+) -> None:
+    """Not even where the environment asks torch to trust everything."""
+    if forced:
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", forced)
+    canary = tmp_path / "canary"
+    torch.save({"format_version": 1, "state_dict": _Canary(canary)}, tmp_path / "evil.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(_Canary(canary)))
+    for name in ("evil.pt", "plain.pt"):
+        with pytest.raises(KdError):
+            checkpoint.load(tmp_path / name)
+    assert not canary.exists()
+    if forced:
+        assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == forced
+
+
+def test_every_truncation_and_damaged_head_is_one_error(tmp_path: Path) -> None:
+    classifier().save(tmp_path / "m.pt")
+    whole = (tmp_path / "m.pt").read_bytes()
+    broken = tmp_path / "broken.pt"
+    for size in [*range(0, len(whole), max(1, len(whole) // 25)), len(whole) - 1]:
+        broken.write_bytes(whole[:size])
+        with pytest.raises(KdError, match=r"broken\.pt"):
+            checkpoint.load(broken)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {},
+        [1, 2],
+        {"format_version": "1"},
+        {"format_version": 1},
+        {"format_version": 1, "arch": "lenet", "arch_args": {}, "state_dict": {"a": 3}, "classes": []},
+    ],
+)
+def test_something_else_that_torch_saved_is_refused(tmp_path: Path, document: Any) -> None:
+    torch.save(document, tmp_path / "x.pt")
+    with pytest.raises(KdError):
+        checkpoint.load(tmp_path / "x.pt")
+
+
+def test_a_newer_format_says_so(tmp_path: Path) -> None:
+    torch.save({"format_version": 99}, tmp_path / "x.pt")
+    with pytest.raises(KdError, match="newer kd") as caught:
+        checkpoint.load(tmp_path / "x.pt")
+    assert "upgrade" in caught.value.hint
+
+
+def test_weights_that_do_not_fit_name_the_network(tmp_path: Path) -> None:
+    model = classifier()
+    model.arch = "convnet-small"
+    model.save(tmp_path / "m.pt")
+    with pytest.raises(KdError, match="weights do not fit network convnet-small"):
+        models.load(tmp_path / "m.pt")
+    model.arch = "os.system"
+    model.save(tmp_path / "m.pt")
+    with pytest.raises(KdError, match="unknown network"):
+        models.load(tmp_path / "m.pt")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "m.pt"
+    classifier().save(target)
+    before = target.read_bytes()
+
+    def full(document: Any, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(KdError, match="cannot write"):
+        classifier().save(target)
+    assert target.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]
+
+
+def test_a_file_that_does_not_read_back_never_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.save
+
+    def cut(document: Any, path: Path) -> None:
+        real(document, path)
+        content = Path(path).read_bytes()
+        Path(path).write_bytes(content[: len(content) // 2])
+
+    monkeypatch.setattr(torch, "save", cut)
+    with pytest.raises(KdError, match="cannot write"):
+        classifier().save(tmp_path / "m.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_is_an_ordinary_readable_file(tmp_path: Path) -> None:
+    classifier().save(tmp_path / "m.pt")
+    assert zipfile.is_zipfile(tmp_path / "m.pt")
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "m.pt").stat().st_mode & 0o777 == 0o666 & ~umask

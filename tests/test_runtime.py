@@ -1,0 +1,87 @@
+"""Cores, precision, signals, whole files."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from kdcli import files, runtime
+
+
+@pytest.mark.parametrize(
+    ("content", "cores"),
+    [("max 100000", None), ("200000 100000", 2.0), ("50000 100000", 1.0), ("junk", None)],
+)
+def test_quota_of_cgroup_2(tmp_path: Path, content: str, cores: float | None) -> None:
+    (tmp_path / "cpu.max").write_text(content)
+    assert runtime._cgroup_quota(tmp_path) == cores
+
+
+def test_quota_of_cgroup_1(tmp_path: Path) -> None:
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("350000\n")
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    assert runtime._cgroup_quota(tmp_path) == 3.5
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("-1\n")
+    assert runtime._cgroup_quota(tmp_path) is None
+
+
+def test_precision_is_measured_and_leaves_network_and_chance_alone() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    before = [parameter.clone() for parameter in network.parameters()]
+    example = torch.randn(4, 3, 2, 2)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    chosen, timings = runtime.choose_precision("auto", network, example, 3, budget_s=0.05)
+    assert chosen in ("32", "bf16")
+    assert set(timings) == {"32", "bf16"}
+    assert torch.equal(torch.rand(1), expected)
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert runtime.choose_precision("bf16", network, torch.zeros(1, 3, 2, 2), 3) == ("bf16", {})
+
+
+def test_first_signal_sets_the_flag_and_handlers_come_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with runtime.stop_on_signals() as stop:
+        assert not stop
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop
+        assert stop.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_second_signal_ends_the_process_at_once() -> None:
+    code = (
+        "import os, signal, time\nfrom kdcli import runtime\n"
+        "with runtime.stop_on_signals():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 130
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "x.txt"
+    with pytest.raises(ZeroDivisionError), files.atomic_path(target) as temporary:
+        temporary.write_text("half")
+        _ = 1 / 0
+    assert list(target.parent.iterdir()) == []
+    files.write_text(target, "one")
+    with pytest.raises(KeyboardInterrupt), files.atomic_path(target) as temporary:
+        temporary.write_text("two")
+        raise KeyboardInterrupt
+    assert target.read_text() == "one"
+
+
+def test_git_blob_hash_is_gits(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"hello\n")
+    # `printf 'hello\n' | git hash-object --stdin`
+    assert files.git_blob_sha1_file(tmp_path / "x") == "ce013625030ba8dba906f756967f9e9ca394464a"
