@@ -28,10 +28,7 @@ def test(
 
     runtime.set_threads(config.threads)
     loaded = load_model(model, config.threads)
-    trained_on = loaded.provenance.get("data") or {}
-    spec = config.data or trained_on.get("spec")
-    if not spec:
-        raise KdError(f"{model} does not say what data it was trained on", "Name it with --data.")
+    spec = data.spec_for(model, loaded.provenance, config.data)
     with _ui.progress() as on_event:
         splits = data.load(
             spec,

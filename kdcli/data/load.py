@@ -16,7 +16,7 @@ from kdcli.data.cifar import find_cifar10, is_cifar10, load_cifar10
 from kdcli.data.decode import fit
 from kdcli.data.images import ImageSet, Splits, fingerprint_of
 from kdcli.data.tree import load_tree
-from kdcli.errors import UsageError
+from kdcli.errors import KdError, UsageError
 from kdcli.events import Note, OnEvent, ignore
 
 DIGITS_TRAIN = 1437  # of 1,797: the split is contiguous, so that writers mostly do not overlap
@@ -75,6 +75,26 @@ def load(
     for note in splits.notes:
         on_event(Note(note))
     return splits
+
+
+def spec_for(model: Path, provenance: dict[str, object], named: str | None) -> str:
+    """The data to use with a model: what the user named, else what it was trained on.
+
+    Raises:
+        KdError: the model does not say, or its data is not where it was.
+    """
+    if named:
+        return named
+    recorded = provenance.get("data")
+    spec = str(recorded.get("spec") or "") if isinstance(recorded, dict) else ""
+    if not spec:
+        raise KdError(
+            f"{model} does not say what data it belongs to",
+            "Name it: --data cifar10, --data digits, or a folder or archive of images.",
+        )
+    if spec not in DATASETS and not Path(spec).expanduser().exists():
+        raise KdError(f"{model} was trained on {Path(spec).name}, which is not here", "Name it with --data.")
+    return spec
 
 
 def _unknown(spec: str) -> UsageError:

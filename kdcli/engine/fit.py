@@ -138,8 +138,10 @@ class _Run:
         self.optimizer = make_optimizer(config, self.student.network)
         if resume is None:
             RunDir.check_free(config)
+        self.live_teacher: Classifier | None = None
         if self.teacher is not None and self.live:
             self.teacher.check(self.data.train)
+            self.live_teacher = self.teacher.live(config.teacher_dropout)
         self.views = self._teacher_views()
         self.output: Output | None = None
         if self.views and self.method.regresses and models.head_of(self.student.network) is not None:
@@ -226,10 +228,9 @@ class _Run:
 
     def go(self) -> Result:
         """Train, then test once."""
-        live = self.teacher.live(self.config.teacher_dropout) if self.teacher and self.live else None
         history: list[Epoch] = []
         while self.state.epoch < self.config.epochs:
-            history.append(self._epoch(live))
+            history.append(self._epoch())
         val_accuracy = self._validate()
         self.student.eval()
         if self.output is not None:
@@ -253,7 +254,7 @@ class _Run:
         self.run.write_result(result.to_json())
         return result
 
-    def _epoch(self, live: Classifier | None) -> Epoch:
+    def _epoch(self) -> Epoch:
         """One pass, or the rest of one that was interrupted."""
         config, state = self.config, self.state
         targets = teacher_tensor(self.views[state.epoch % config.views]) if self.views else None
@@ -265,7 +266,7 @@ class _Run:
         for number in range(state.step_in_epoch, self.steps_per_epoch):
             samples = order[number * config.batch_size : (number + 1) * config.batch_size]
             rate = learning_rate(config, state.step, self.steps)
-            terms = self._step(samples, rate, targets, live)
+            terms = self._step(samples, rate, targets)
             for name, value in terms.items():
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value * len(samples)
             state.step += 1
@@ -308,9 +309,7 @@ class _Run:
             self._interrupted("the state is saved")
         return epoch
 
-    def _step(
-        self, samples: Int64, rate: float, targets: Tensor | None, live: Classifier | None
-    ) -> dict[str, Tensor]:
+    def _step(self, samples: Int64, rate: float, targets: Tensor | None) -> dict[str, Tensor]:
         """One optimizer step; returns the unweighted terms, detached."""
         config, train, epoch = self.config, self.data.train, self.state.epoch
         images = augment.apply(
@@ -319,9 +318,9 @@ class _Run:
         teacher_logits = None
         if targets is not None:
             teacher_logits = targets[torch.from_numpy(samples)]
-        elif live is not None:
+        elif self.live_teacher is not None:
             with torch.inference_mode():
-                teacher_logits = live(images).float()
+                teacher_logits = self.live_teacher(images).float()
             teacher_logits = teacher_logits.clone()  # an inference tensor cannot be saved for backward
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
             logits = self.student(images)

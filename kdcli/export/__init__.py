@@ -150,18 +150,11 @@ def load_data(classifier: Classifier, checkpoint: Path, config: ExportConfig, on
     """The data that `config` names, else the data the model was trained on.
 
     Raises:
-        KdError: neither is known.
+        KdError: neither is known, or it is not there.
     """
-    known = classifier.provenance.get("data")
-    recorded = known if isinstance(known, dict) else {}
-    spec = config.data or recorded.get("spec")
-    if not spec:
-        raise KdError(
-            f"{checkpoint} does not say what data it belongs to",
-            "Name it: --data cifar10, --data digits or a folder; its train images prove the export.",
-        )
+    spec = data.spec_for(checkpoint, classifier.provenance, config.data)
     return data.load(
-        str(spec),
+        spec,
         data_dir=config.data_dir,
         cache_dir=config.cache_dir,
         fit_to=classifier.input_size,
