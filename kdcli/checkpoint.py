@@ -88,7 +88,7 @@ def load(path: Path) -> Checkpoint:
         KdError: missing, unreadable, not a checkpoint of kd, or made by a newer version.
     """
     if not path.exists():
-        raise KdError(f"no such file: {path}")
+        raise KdError(f"no such file: {path}", "kd convert-caffe makes a teacher, kd train a student.")
     if path.is_dir():
         raise KdError(f"{path} is a folder, not a checkpoint", "Name the .pt file itself.")
     if not zipfile.is_zipfile(path):

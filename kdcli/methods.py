@@ -6,7 +6,7 @@ Adding a method: one function in `losses`, one function and one entry here, one 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,6 +55,7 @@ class Method:
         soft_term: the teacher's term, unweighted; None for training on labels alone.
         ce_weight, kd_weight: the default weights under these settings.
         summary, source: one line each, for help and reports.
+        reads: its own settings.
         regresses: the student's logits must take on the teacher's values, not only their softmax.
     """
 
@@ -64,6 +65,7 @@ class Method:
     kd_weight: Callable[[TrainConfig], float]
     summary: str
     source: str
+    reads: tuple[str, ...] = ()
     regresses: bool = False
 
     @property
@@ -166,6 +168,7 @@ METHODS = {
             _fully,
             "regress logits that noise has scaled",
             "Sau & Balasubramanian, arXiv:1610.09650",
+            reads=("noisy_ratio", "noisy_sigma", "noise_scope"),
             regresses=True,
         ),
         Method(
@@ -175,6 +178,7 @@ METHODS = {
             lambda config: 1 - config.lamda,
             "match the teacher's softened probabilities",
             "Hinton et al., arXiv:1503.02531",
+            reads=("tau", "lamda"),
         ),
     )
 }
@@ -189,3 +193,12 @@ def get(name: str) -> Method:
     if name not in METHODS:
         raise UsageError(f"unknown method: {name}", f"Known are {', '.join(METHODS)}.")
     return METHODS[name]
+
+
+def unread(name: str, settings: Iterable[str]) -> list[str]:
+    """Those of some settings that belong to methods, and that this method does not read."""
+    method = get(name)
+    others = {setting for other in METHODS.values() for setting in other.reads} - set(method.reads)
+    if not method.needs_teacher:
+        others |= {"teacher", "teacher_dropout", "kd_weight"}
+    return [setting for setting in settings if setting in others]

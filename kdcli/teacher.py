@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli import augment, models
-from kdcli.data import ImageSet
+from kdcli.data import ImageSet, misfit
 from kdcli.errors import KdError
 from kdcli.events import Note, OnEvent, ignore
 from kdcli.files import atomic_path, sha256_file, write_json
@@ -99,6 +99,11 @@ class Teacher:
             self._model = freeze(loaded) if isinstance(loaded, Classifier) else loaded
         return self._model
 
+    @property
+    def gives_probabilities(self) -> bool:
+        """Whether it is an ONNX file that ends in a softmax: its logits are known only up to a shift."""
+        return self.path.suffix.lower() == ".onnx" and getattr(self.model, "gives", "") == "probabilities"
+
     def live(self, dropout: float) -> Classifier:
         """The model for use in each step, with its dropout left on."""
         model = load_model(self.path)
@@ -107,22 +112,17 @@ class Teacher:
         return freeze(model, dropout)
 
     def check(self, data: ImageSet) -> None:
-        """Raise KdError unless the teacher takes these images and knows as many classes."""
+        """Raise KdError unless the teacher takes these images and knows these classes."""
         model = self.model
-        if len(model.classes) != len(data.classes):
-            raise KdError(
-                f"teacher {self.path} knows {len(model.classes)} classes, the data has {len(data.classes)}",
-                "Teacher and data must belong together; see --teacher and --data.",
-            )
-        if model.input_size != data.input_size:
-            height, width, channels = model.input_size
-            raise KdError(
-                f"teacher {self.path} takes {height}×{width}×{channels} images, "
-                f"the data has {'×'.join(map(str, data.input_size))}",
-                f"Try --image-size {height}."
-                if channels == data.input_size[2]
-                else "See --teacher and --data.",
-            )
+        reason = misfit(model.classes, model.input_size, data)
+        if reason is None:
+            return
+        height, _, channels = model.input_size
+        sized = model.input_size != data.input_size and channels == data.input_size[2]
+        raise KdError(
+            f"teacher {self.path} {reason}",
+            f"Try --image-size {height}." if sized else "Teacher and data must belong together.",
+        )
 
     def logits(
         self,

@@ -107,7 +107,7 @@ def test_data_that_does_not_belong_is_an_error(run: Any, workplace: Path, pictur
         run("convert-caffe", "net.caffemodel", "--data", pictures)
     write(workplace, net(small(), v1=False, inputs=INPUT))
     run("convert-caffe", "net.caffemodel")
-    with pytest.raises(KdError, match="takes images of 12×12×3, the data has 10×10×3"):
+    with pytest.raises(KdError, match="takes 12×12×3 images, the data has 10×10×3"):
         run("validate", "--data", pictures, "--image-size", "10")
     with pytest.raises(KdError, match="no such file"):
         run("convert-caffe", "elsewhere.caffemodel")

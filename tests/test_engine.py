@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 
 from kdcli import checkpoint, engine, models, teacher
 from kdcli.config import RECIPES, TrainConfig, make
-from kdcli.data import Splits
+from kdcli.data import Splits, misfit
 from kdcli.engine import Result, RunDir, fit
 from kdcli.engine.output import Output
 from kdcli.engine.plan import resolve_views, split
@@ -197,14 +198,21 @@ def test_student_is_in_training_mode_in_every_epoch(
     workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
-    original = models.Classifier.forward
+    step = torch.optim.Adam.step
 
-    def forward(self: models.Classifier, images: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled():
-            seen.append(self.training)
-        return original(self, images)
+    def watch(self: torch.optim.Adam, *rest: Any) -> Any:
+        seen.append(all(module.training for module in students[-1].modules()))
+        return step(self, *rest)
 
-    monkeypatch.setattr(models.Classifier, "forward", forward)
+    students: list[nn.Module] = []
+    build = models.build
+
+    def keep(*arguments: Any, **rest: Any) -> nn.Module:
+        students.append(build(*arguments, **rest))
+        return students[-1]
+
+    monkeypatch.setattr(models, "build", keep)
+    monkeypatch.setattr(torch.optim.Adam, "step", watch)
     fit(config(method="ce", val_fraction=0.2), splits)
     assert len(seen) == 3 * 5  # 72 samples in batches of 16
     assert all(seen)
@@ -377,6 +385,31 @@ def test_folding_changes_no_logit() -> None:
         before = output(network(pixels))
         output.fold(network)
         torch.testing.assert_close(network(pixels), before, rtol=1e-5, atol=1e-4)
+
+
+def test_other_class_names_are_refused_and_so_is_another_order(trained_teacher: Path, splits: Splits) -> None:
+    train = splits.train
+    for names in (("class 0", "class 1", "ape"), train.classes[::-1]):
+        other = replace(splits, train=replace(train, classes=names, fingerprint="f" * 64))
+        with pytest.raises(KdError, match="where the data has"):
+            fit(config(method="kd", teacher=trained_teacher), other)
+    numbered = replace(train, classes=("0", "1", "2"))
+    assert misfit(("0", "1", "2"), (8, 8, 1), train) is None
+    assert misfit(train.classes, (8, 8, 1), numbered) is None
+
+
+def test_the_state_of_a_run_is_not_taken_for_a_model(trained_teacher: Path) -> None:
+    with pytest.raises(KdError, match="not a finished model") as caught:
+        models.load(trained_teacher.with_name("last.pt"))
+    assert "student.pt" in caught.value.hint
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(workplace: Path, splits: Splits) -> None:
+    result = fit(config(method="ce", name="k"), splits)
+    result.run.last.unlink()  # as after SIGKILL with --save-every 0: lines of metrics, no state
+    again = fit(result.run.read_config(), splits, resume=result.run)
+    assert len(result.run.metrics_file.read_text().splitlines()) == 3
+    assert again.evaluation == result.evaluation
 
 
 def test_split_is_stratified_disjoint_and_leaves_every_class_something() -> None:

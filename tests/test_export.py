@@ -316,7 +316,7 @@ def test_refusals(tmp_path: Path) -> None:
         export(tmp_path / "model.pt", ExportConfig(output=tmp_path / "m.onnx"))
     assert "--data" in caught.value.hint
     few = replace(SPLITS, train=random_splits(count=3).train)
-    with pytest.raises(KdError, match="at least 7"):
+    with pytest.raises(KdError, match="at least 8"):
         export(tmp_path / "model.pt", ExportConfig(output=tmp_path / "m.onnx"), few)
     assert not (tmp_path / "m.onnx").exists()
 

@@ -197,6 +197,14 @@ def test_weights_are_the_methods_own_unless_given() -> None:
         methods.get("magic")
 
 
+def test_settings_of_other_methods_are_told_from_its_own() -> None:
+    typed = ["lr", "tau", "noisy_ratio", "teacher"]
+    assert methods.unread("kd", typed) == ["noisy_ratio"]
+    assert methods.unread("noisy", typed) == ["tau"]
+    assert methods.unread("logits", typed) == ["tau", "noisy_ratio"]
+    assert methods.unread("ce", typed) == ["tau", "noisy_ratio", "teacher"]
+
+
 def test_noise_zero_is_plain_logit_regression() -> None:
     calm, plain = batch_of(noisy(noisy_sigma=0.0)), batch_of(make(TrainConfig, {"method": "logits"}))
     assert float(total(methods.get("noisy"), calm)) == float(total(methods.get("logits"), plain))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kdcli import metrics, models
-from kdcli.data import ImageSet
+from kdcli.data import ImageSet, misfit
 from kdcli.events import OnEvent
 from kdcli.models import Classifier
 from kdcli.onnx_model import OnnxClassifier
@@ -69,9 +69,5 @@ def _recorded(model: Classifier | OnnxClassifier) -> Quality:
 def _misfit(model: Classifier | OnnxClassifier, test: ImageSet) -> str | None:
     if isinstance(model, OnnxClassifier) and model.why_not_runnable:
         return model.why_not_runnable
-    if len(model.classes) != len(test.classes):
-        return f"it knows {len(model.classes)} classes, the data has {len(test.classes)}"
-    if model.input_size != test.input_size:
-        mine, theirs = ("×".join(map(str, size)) for size in (model.input_size, test.input_size))
-        return f"it takes {mine} images, the data has {theirs}"
-    return None
+    reason = misfit(model.classes, model.input_size, test)
+    return f"it {reason}" if reason else None

@@ -236,8 +236,8 @@ def _check_preprocess(classifier: Classifier) -> None:
 
 
 def _class_names(count: int, given: tuple[str, ...] | None, known: KnownNetwork | None) -> tuple[str, ...]:
-    if given is not None and len(given) == count:
-        return given
     if known is not None and len(known.classes) == count:
         return known.classes
+    if given is not None and len(given) == count:
+        return given
     return tuple(str(number) for number in range(count))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -93,6 +94,9 @@ def _check_repeated(arguments: list[str]) -> None:
 def main() -> None:
     """Run the command line and leave with its exit code."""
     arguments = sys.argv[1:]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks × or → gets a ?, not a crash
     try:
         _register(arguments)
         _check_repeated(arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,11 +67,12 @@ def convert_caffe(
     if conversion.known is None:
         _ui.note("these weights are not on kd's list: nothing is known of their accuracy")
     _ui.say(f"wrote {config.output.as_posix()}")
-    typed = f" --data {config.data}" if "data" in options else ""
-    teacher = f" --teacher {config.output.as_posix()}" if "output" in options else ""
-    _ui.next_command(
-        f"kd validate{teacher}{typed}" + (f" --against {model}" if source.kind == "caffe" else "")
-    )
+    words = ["kd", "validate"]
+    words += ["--teacher", config.output.as_posix()] if "output" in options else []
+    words += ["--data", config.data] if "data" in options else []
+    words += ["--against", str(model)] if source.kind == "caffe" else []
+    words += ["--prototxt", str(config.prototxt)] if source.kind == "caffe" and config.prototxt else []
+    _ui.next_command(shlex.join(words))
 
 
 def _table(conversion: Conversion) -> None:

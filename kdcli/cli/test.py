@@ -22,10 +22,12 @@ def test(
     """Measure a student on test data: accuracy, per class, agreement with its teacher."""
     config = make(TestConfig, options)
     model = existing_model(model)
-    from kdcli import data, runtime
+    from kdcli import data, report, runtime
     from kdcli.engine import evaluate
     from kdcli.teacher import Teacher, load_model, teacher_tensor
 
+    if config.plot is not None:
+        report.check_target(config.plot)
     runtime.set_threads(config.threads)
     loaded = load_model(model, config.threads)
     spec = data.spec_for(model, loaded.provenance, config.data)
@@ -37,7 +39,9 @@ def test(
             fit_to=loaded.input_size,
             on_event=on_event,
         )
-        _fits(model, loaded, splits.test)
+        reason = data.misfit(loaded.classes, loaded.input_size, splits.test)
+        if reason:
+            raise KdError(f"{model} {reason}", "Model and data must belong together; see --data.")
         teacher_logits = None
         source = config.teacher or _recorded_teacher(loaded.provenance)
         if source is not None:
@@ -49,8 +53,6 @@ def test(
             loaded, splits.test, teacher_logits=teacher_logits, task="testing", on_event=on_event
         )
     if config.plot is not None:
-        from kdcli import report
-
         report.confusion(result.confusion, loaded.classes, config.plot)
     if _ui.settings.json:
         _ui.json(
@@ -84,20 +86,6 @@ def test(
     )
     if config.plot is not None:
         _ui.say(f"wrote {config.plot}")
-
-
-def _fits(path: Path, model: Any, images: Any) -> None:
-    if len(model.classes) != len(images.classes):
-        raise KdError(
-            f"{path} knows {len(model.classes)} classes, the data has {len(images.classes)}",
-            "Model and data must belong together; see --data.",
-        )
-    if model.input_size != images.input_size:
-        raise KdError(
-            f"{path} takes {'×'.join(map(str, model.input_size))} images, "
-            f"the data has {'×'.join(map(str, images.input_size))}",
-            "Model and data must belong together; see --data.",
-        )
 
 
 def _recorded_teacher(provenance: dict[str, Any]) -> Path | None:

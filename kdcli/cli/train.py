@@ -52,10 +52,27 @@ def train(
 
         run = RunDir.existing(resume)
         config = run.read_config()
+        _check_place(config, resume)
     else:
         run = None
         config = make(TrainConfig, {**(read_recipe(recipe) if recipe else {}), **options})
+        _tell_unread(config.method, options)
     _finish(*_train(config, run))
+
+
+def _check_place(config: TrainConfig, resume: Path) -> None:
+    """A run's paths are as they were typed: relative ones hold in the folder where it was started."""
+    hint = "Resume from the folder where it was started."
+    if methods.get(config.method).needs_teacher and not config.teacher.exists():
+        raise UsageError(f"{resume} needs its teacher {config.teacher}", hint)
+    if Path(config.data).parent != Path() and not Path(config.data).exists():
+        raise UsageError(f"{resume} needs its data {config.data}", hint)
+
+
+def _tell_unread(method: str, options: dict[str, Any]) -> None:
+    """A note on each option that was typed and that the method does not read."""
+    for name in methods.unread(method, options):
+        _ui.note(f"--{name.replace('_', '-')} does nothing with --method {method}")
 
 
 def _train(config: TrainConfig, run: Any) -> tuple[Result, Any]:
@@ -92,10 +109,15 @@ def _finish(result: Result, splits: Any) -> None:
         _ui.say(f"agreement with the teacher {test.agreement:.2f} % (teacher {test.teacher_accuracy:.2f} %)")
     _ui.say(
         f"{_ui.count(result.parameters)} parameters, {result.images_per_s:,.0f} images/s, "
-        f"{_ui.clock(result.seconds)} of training, teacher runs: {result.teacher_passes}"
+        f"{_ui.clock(result.seconds)} of training, teacher runs: {_teacher_runs(result)}"
     )
     _ui.say(f"wrote {result.run.student.as_posix()}")
     _ui.next_command(f"kd export {result.run.student.as_posix()}")
+
+
+def _teacher_runs(result: Result) -> str:
+    live = methods.get(result.config.method).needs_teacher and result.config.teacher_dropout > 0
+    return "in every step" if live else str(result.teacher_passes)
 
 
 def register(app: typer.Typer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import typer
@@ -36,10 +37,13 @@ def validate(**options: Any) -> None:
             fit_to=teacher.input_size,
             on_event=on_event,
         )
-        _fits(teacher, splits.test)
+        reason = data.misfit(teacher.classes, teacher.input_size, splits.test)
+        if reason:
+            raise KdError(f"{config.teacher} {reason}", "Teacher and data must belong together; see --data.")
         comparison = None
         if config.against is not None:
-            images = splits.test.images[: config.images]
+            count = min(config.images, len(splits.test))  # spread: the images of a folder are sorted by class
+            images = splits.test.images[[index * len(splits.test) // count for index in range(count)]]
             comparison = oracle.compare(teacher, config.against, config.prototxt, images, on_event=on_event)
         result = evaluate(teacher, splits.test, task="validating", on_event=on_event)
     published = str(teacher.provenance.get("published") or "")
@@ -69,7 +73,9 @@ def validate(**options: Any) -> None:
             rows.append(["largest difference from OpenCV", comparison.text()])
         _ui.table([f"{config.teacher} on {splits.label}", ""], rows, left=2)
         if comparison is None or comparison.holds:
-            _ui.next_command("kd train --method noisy")
+            typed = f" --data {shlex.quote(config.data)}" if "data" in options else ""
+            typed += f" --teacher {shlex.quote(str(config.teacher))}" if "teacher" in options else ""
+            _ui.next_command(f"kd train --method noisy{typed}")
     if comparison is not None and not comparison.holds:
         if _ui.settings.json:
             raise typer.Exit(1)
@@ -77,20 +83,6 @@ def validate(**options: Any) -> None:
             f"the teacher is not {config.against}: "
             f"logits differ by up to {comparison.largest_difference:.3g}",
             "Convert it again with kd convert-caffe; give --prototxt to both commands or to none.",
-        )
-
-
-def _fits(teacher: Any, images: Any) -> None:
-    if len(teacher.classes) != len(images.classes):
-        raise KdError(
-            f"the teacher knows {len(teacher.classes)} classes, the data has {len(images.classes)}",
-            "Teacher and data must belong together; see --data.",
-        )
-    if teacher.input_size != images.input_size:
-        raise KdError(
-            f"the teacher takes images of {'×'.join(map(str, teacher.input_size))}, the data has "
-            f"{'×'.join(map(str, images.input_size))} (height, width, channels)",
-            "Teacher and data must belong together; see --data and --image-size.",
         )
 
 

@@ -49,6 +49,24 @@ class Splits:
     notes: tuple[str, ...] = field(default=())
 
 
+def misfit(classes: tuple[str, ...], input_size: tuple[int, int, int], data: ImageSet) -> str | None:
+    """Why a model and a data set do not belong together, as `it …, the data …`; None if they do.
+
+    Names count, not only how many: the same number of other classes, or the same in another order, would give
+    figures that mean nothing. A model whose classes are numbers (an ONNX file that does not say) fits any names.
+    """
+    if len(classes) != len(data.classes):
+        return f"knows {len(classes)} classes, the data has {len(data.classes)}"
+    numbers = tuple(str(number) for number in range(len(classes)))
+    if numbers not in (classes, data.classes) and classes != data.classes:
+        mine, theirs = next(pair for pair in zip(classes, data.classes, strict=True) if pair[0] != pair[1])
+        return f"has a class {mine!r} where the data has {theirs!r}"
+    if input_size != data.input_size:
+        mine, theirs = ("×".join(map(str, size)) for size in (input_size, data.input_size))
+        return f"takes {mine} images, the data has {theirs}"
+    return None
+
+
 def fingerprint_of(
     images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], classes: tuple[str, ...]
 ) -> str:

@@ -168,11 +168,11 @@ class FolderSource:
                 if stat.S_ISDIR(info.st_mode):
                     self._walk(Path(entry.path), f"{prefix}{entry.name}/", found, seen)
                 elif stat.S_ISREG(info.st_mode):
-                    found.append((prefix + entry.name, info.st_size, info.st_mtime_ns))
+                    found.append((prefix + entry.name, info.st_size, max(info.st_mtime_ns, info.st_ctime_ns)))
 
     def key(self) -> str:
-        """SHA-256 of names, sizes and modification times."""
-        digest = hashlib.sha256()
+        """SHA-256 of the folder's place and its files' names, sizes and change times."""
+        digest = hashlib.sha256(str(self.path.resolve()).encode("utf-8", "surrogateescape"))
         for name, size, mtime_ns in self._listing():
             digest.update(f"{name}\0{size}\0{mtime_ns}\0".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()

@@ -249,7 +249,8 @@ def _notes(found: _Found, source: Source, spool: Spool, image_size: int | None) 
             "--image-size sets another size."
         )
     if found.other:
-        notes.append(f"Skipped {len(found.other)} files that are no images ({found.other[0]}).")
+        first = found.other[0].encode("utf-8", "replace").decode()  # a name may be any bytes
+        notes.append(f"Skipped {len(found.other)} files that are no images ({first}).")
     if source.skipped.links:
         notes.append(f"Skipped {source.skipped.links} links and special files.")
     return notes

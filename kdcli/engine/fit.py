@@ -138,6 +138,11 @@ class _Run:
         self.optimizer = make_optimizer(config, self.student.network)
         if resume is None:
             RunDir.check_free(config)
+        if self.teacher is not None and self.method.regresses and self.teacher.gives_probabilities:
+            raise KdError(
+                f"teacher {config.teacher} gives probabilities, and method {config.method} regresses logits",
+                "Use --method kd, or a teacher that gives logits.",
+            )
         self.live_teacher: Classifier | None = None
         if self.teacher is not None and self.live:
             self.teacher.check(self.data.train)
@@ -322,8 +327,9 @@ class _Run:
             with torch.inference_mode():
                 teacher_logits = self.live_teacher(images).float()
             teacher_logits = teacher_logits.clone()  # an inference tensor cannot be saved for backward
+        prepared = self.student.prepare(images)  # in float32, as in evaluation and in the export
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-            logits = self.student(images)
+            logits = self.student.network(prepared)
         logits = logits.float() if self.output is None else self.output(logits.float())
         terms = self.method.terms(
             methods.Batch(
@@ -383,6 +389,7 @@ class _Run:
     def _restore(self) -> None:
         """Continue where `last.pt` left off; anything that does not fit is an error, never a warning."""
         if not self.run.last.exists():
+            self.run.cut_metrics(0)
             self._start()  # stopped before its first checkpoint
             return
         stored = checkpoint.load(self.run.last)

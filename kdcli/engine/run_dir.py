@@ -54,6 +54,8 @@ class RunDir:
     @staticmethod
     def check_free(config: TrainConfig) -> None:
         """Raise UsageError if the name is taken: better now than after the teacher's passes."""
+        if config.runs_dir.exists() and not config.runs_dir.is_dir():
+            raise UsageError(f"--runs-dir {config.runs_dir} is not a folder")
         if config.name and (config.runs_dir / config.name).exists():
             raise _taken(config)
 

@@ -140,8 +140,11 @@ def export(
 
 def default_output(checkpoint: Path, config: ExportConfig) -> Path:
     """`exports/<run>.onnx` for `runs/<run>/student.pt`, else `exports/<file name>.onnx`; or with a suffix."""
-    in_run = checkpoint.stem in ("student", "last") and checkpoint.parent.parent.name == "runs"
-    stem = checkpoint.parent.name if in_run else checkpoint.stem
+    folder = checkpoint.parent
+    in_run = checkpoint.name == "student.pt" and (
+        folder.parent.name == "runs" or (folder / "config.toml").is_file()
+    )
+    stem = folder.name if in_run else checkpoint.stem
     suffix = ("-images" if config.with_preprocessing else "") + ("-int8" if config.int8 else "")
     return EXPORTS_DIR / f"{stem}{suffix}.onnx"
 
@@ -170,7 +173,7 @@ def choose_images(available: int, parity: int, calibration: int) -> tuple[_Indic
     """
     wanted = parity + calibration
     if wanted > available:
-        parity = max(1, available * parity // wanted)
+        parity = min(max(*BATCHES, available * parity // wanted), available)
         calibration = available - parity if calibration else 0
     order = np.random.default_rng(0).permutation(available)
     return np.sort(order[:parity]), np.sort(order[parity : parity + calibration])
@@ -263,19 +266,11 @@ def _write(model: onnx.ModelProto, path: Path) -> None:
 
 
 def _check_data(classifier: Classifier, train: ImageSet) -> None:
-    if train.input_size != classifier.input_size:
-        raise KdError(
-            f"the model takes {'×'.join(map(str, classifier.input_size))} images, "
-            f"the data has {'×'.join(map(str, train.input_size))}",
-            "Name data that fits with --data.",
-        )
-    if len(train) < max(BATCHES):
-        raise KdError(f"the data has {len(train)} train images; at least {max(BATCHES)} are needed")
-    if len(train.classes) != len(classifier.classes):
-        raise KdError(
-            f"the model knows {len(classifier.classes)} classes, the data has {len(train.classes)}",
-            "Name data that fits with --data.",
-        )
+    reason = data.misfit(classifier.classes, classifier.input_size, train)
+    if reason:
+        raise KdError(f"the model {reason}", "Name data that fits with --data.")
+    if len(train) < max(BATCHES) + 1:
+        raise KdError(f"the data has {len(train)} train images; at least {max(BATCHES) + 1} are needed")
 
 
 def _without_paths(value: Any) -> Any:

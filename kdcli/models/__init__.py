@@ -164,7 +164,13 @@ def from_checkpoint(stored: Checkpoint, source: str = "checkpoint") -> Classifie
 
 def load(path: Path) -> Classifier:
     """Read a checkpoint file into a `Classifier` in eval mode."""
-    return from_checkpoint(checkpoint.load(path), str(path))
+    stored = checkpoint.load(path)
+    if stored.training is not None:
+        raise KdError(
+            f"{path} is the state of a run, not a finished model",
+            f"Use {path.with_name('student.pt')}, or finish it: kd train --resume {path.parent}",
+        )
+    return from_checkpoint(stored, str(path))
 
 
 def head_of(network: nn.Module) -> nn.Linear | None:
