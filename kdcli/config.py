@@ -456,4 +456,7 @@ def read_recipe(name: str) -> dict[str, Any]:
         raise UsageError(f"cannot read recipe {name}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"recipe {name} is not TOML: {error}") from error
-    return {key.replace("-", "_"): value for key, value in document.items()}
+    names = (key.replace("-", "_") for key in document)
+    return dict(
+        zip(("lamda" if name == "lambda" else name for name in names), document.values(), strict=True)
+    )

@@ -67,17 +67,19 @@ class Teacher:
         path: the checkpoint or ONNX file.
         sha256: of that file: weights and preprocessing.
         cache_dir: logits are kept below `teacher/` in it.
+        threads: CPU threads of an ONNX file; 0: all available cores. A checkpoint uses torch's.
         passes: how many times the model was run over a data set since this object was made.
     """
 
     path: Path
     sha256: str
     cache_dir: Path
+    threads: int = 0
     passes: int = 0
     _model: Anything | None = field(default=None, repr=False)
 
     @classmethod
-    def open(cls, path: Path, cache_dir: Path) -> Teacher:
+    def open(cls, path: Path, cache_dir: Path, threads: int = 0) -> Teacher:
         """Refer to a teacher without reading it into memory.
 
         Raises:
@@ -89,13 +91,13 @@ class Teacher:
                 "kd convert-caffe makes one from a Caffe network, kd train --method ce trains one; "
                 "name it with --teacher.",
             )
-        return cls(path, sha256_file(path), cache_dir)
+        return cls(path, sha256_file(path), cache_dir, threads)
 
     @property
     def model(self) -> Anything:
         """The model, frozen; read at first use."""
         if self._model is None:
-            loaded = load_model(self.path)
+            loaded = load_model(self.path, self.threads)
             self._model = freeze(loaded) if isinstance(loaded, Classifier) else loaded
         return self._model
 

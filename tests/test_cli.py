@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from kdcli import cli, methods, models
-from kdcli.config import ConvertConfig, TrainConfig
+from kdcli.config import ConvertConfig, TrainConfig, make, read_recipe
 from tests.conftest import ROOT
 
 ENVIRONMENT = {
@@ -216,6 +216,8 @@ def test_a_recipe_gives_way_to_what_is_typed(kd: Kd) -> None:
     assert "batch_size = 128" in config
     assert kd("train", "--config", "runs/r/config.toml", "--name", "again").code == 0
     assert Path("runs/again/config.toml").read_text() == config
+    Path("lambda.toml").write_text("lambda = 0.75\n")
+    assert make(TrainConfig, read_recipe("lambda.toml")).lamda == 0.75
     Path("bad.toml").write_text("epoch = 3\n")
     outcome = kd("train", "--recipe", "bad.toml")
     assert outcome.code == 2
@@ -223,8 +225,6 @@ def test_a_recipe_gives_way_to_what_is_typed(kd: Kd) -> None:
 
 
 def test_lambda_may_be_spelt_right(kd: Kd) -> None:
-    from kdcli.config import make, read_recipe
-
     assert kd("train", "--method", "ce", *QUICK, "--lambda", "0.75", "--name", "x").code == 0
     assert make(TrainConfig, read_recipe("runs/x/config.toml")).lamda == 0.75
 

@@ -132,7 +132,9 @@ class _Run:
         self.steps_per_epoch = -(-len(self.train_samples) // config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
         # everything that can be wrong with what the user asked for comes before a folder is made
-        self.teacher = Teacher.open(config.teacher, config.cache_dir) if "kd" in self.weights else None
+        self.teacher = (
+            Teacher.open(config.teacher, config.cache_dir, config.threads) if "kd" in self.weights else None
+        )
         self.live = self.teacher is not None and config.teacher_dropout > 0
         self.student = self._make_student()
         self.optimizer = make_optimizer(config, self.student.network)
