@@ -142,6 +142,9 @@ class TrainConfig(DataSettings):
         json_schema_extra=_extra(METHOD),
     )
 
+    grey: bool = Field(
+        False, description="Turn colour images to grey, one channel.", json_schema_extra=_extra(DATA)
+    )
     augment: Literal["none", "flip", "flip-crop"] = Field(
         "none", description="How training images are varied.", json_schema_extra=_extra(DATA)
     )
@@ -439,8 +442,13 @@ def make(kind: type[S], values: Mapping[str, Any]) -> S:
         ) from error
 
 
-def read_recipe(name: str) -> dict[str, Any]:
+def read_recipe(name: str, typed: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Settings of a named recipe or a TOML file; keys are kd train's options with underscores or hyphens.
+
+    Args:
+        name: of a recipe in `RECIPES`, or the file's path.
+        typed: options that will override it. A run's own config.toml says in `filled` which settings followed
+            from others; where something else is typed, these are left out, so that they follow from that.
 
     Raises:
         UsageError: no such recipe or file, or not TOML.
@@ -453,10 +461,14 @@ def read_recipe(name: str) -> dict[str, Any]:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"cannot read recipe {name}: {error.strerror}") from error
+        raise UsageError(f"cannot read recipe {name}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"recipe {name} is not TOML: {error}") from error
-    names = (key.replace("-", "_") for key in document)
-    return dict(
+    filled = document.pop("filled", [])
+    names = [key.replace("-", "_") for key in document]
+    values = dict(
         zip(("lamda" if name == "lambda" else name for name in names), document.values(), strict=True)
     )
+    if isinstance(filled, list) and any(values.get(key) != value for key, value in (typed or {}).items()):
+        values = {key: value for key, value in values.items() if key not in filled}
+    return values

@@ -8,13 +8,17 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` units of `task` are finished; `values` are figures worth showing beside the bar."""
+    """`done` of `total` units of `task` are finished; `values` are figures worth showing beside the bar.
+
+    Events of one `group` continue one bar, whatever their task is called; by default the task is the group.
+    """
 
     task: str
     done: int
     total: int
     unit: str = "images"
     values: Mapping[str, float] = field(default_factory=dict)
+    group: str = ""
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def fetch(
                 return FetchResult(target, "present", target.stat().st_size)
             on_event(Note(f"{target} is not the expected file (its hash differs); it will be replaced."))
         if source is not None and not is_url(source):
-            return _copy(remote, Path(source).expanduser(), target, on_event)
+            return _copy(remote, files.expand(source), target, on_event)
         return _download(remote, [source] if source else remote.urls, target, on_event)
     except OSError as error:
         raise KdError(
@@ -103,7 +103,7 @@ def _copy(remote: RemoteFile, source: Path, target: Path, on_event: OnEvent) -> 
         size = source.stat().st_size
         handle = source.open("rb")
     except OSError as error:
-        raise KdError(f"cannot read {source}: {error.strerror}", "Check its permissions.") from error
+        raise KdError(f"cannot read {source}: {error.strerror or error}", "Check its permissions.") from error
     with handle:
         _check_size(remote, size, str(source))
         with files.atomic_path(target) as temporary, temporary.open("wb") as output:
@@ -170,7 +170,14 @@ def _stated_size(response: httpx.Response) -> int | None:
 def _response(remote: RemoteFile, url: str) -> Iterator[httpx.Response]:
     """An open 200 response; redirects are followed by hand, so that each address is checked."""
     try:
-        with httpx.Client(timeout=TIMEOUT, follow_redirects=False) as client:
+        try:
+            opened = httpx.Client(timeout=TIMEOUT, follow_redirects=False)
+        except (ImportError, ValueError) as error:  # of *_proxy in the environment
+            raise KdError(
+                f"the proxy settings cannot be used: {error}",
+                "Change HTTPS_PROXY and ALL_PROXY, or use --from FILE.",
+            ) from error
+        with opened as client:
             address = _address(url)
             for _ in range(MAX_REDIRECTS + 1):
                 with client.stream("GET", address, headers={"Accept-Encoding": "identity"}) as response:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 CHUNK = 1 << 20
+_FOREIGN_AGE_S = 24 * 3600  # scratch of another host, whose processes cannot be asked after
 
 
 def sha256_file(path: Path) -> str:
@@ -39,7 +44,9 @@ def atomic_path(target: Path) -> Iterator[Path]:
     temp → (caller writes, and may re-read to verify) → flush and fsync → `os.replace` → fsync of the directory.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    prefix = f".{target.name}."
+    clear_abandoned(target.parent, prefix)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=prefix + _owner(), suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
     try:
@@ -55,6 +62,54 @@ def atomic_path(target: Path) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def scratch_folder(parent: Path) -> Path:
+    """A new hidden folder in `parent`, which is made if need be. The caller removes it or renames it."""
+    parent.mkdir(parents=True, exist_ok=True)
+    clear_abandoned(parent, ".")
+    return Path(tempfile.mkdtemp(dir=parent, prefix="." + _owner()))
+
+
+def clear_abandoned(parent: Path, prefix: str) -> None:
+    """Remove scratch files and folders `<prefix><host>.<process>.*` whose process was killed."""
+    import psutil
+
+    for path in parent.iterdir():
+        host, _, rest = path.name.removeprefix(prefix).partition(".")
+        process = rest.partition(".")[0]
+        if not path.name.startswith(prefix + "kd-") or not re.fullmatch(r"[1-9][0-9]{0,9}", process):
+            continue
+        with suppress(OSError):  # another process may be clearing too
+            alive = (
+                psutil.pid_exists(int(process))
+                if host == _host()
+                else time.time() - path.lstat().st_mtime < _FOREIGN_AGE_S
+            )
+            if not alive and path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif not alive:
+                path.unlink()
+
+
+def _owner() -> str:
+    return f"{_host()}.{os.getpid()}."
+
+
+def _host() -> str:
+    """Where process numbers mean the same: the host, and on Linux its process namespace (containers)."""
+    namespace = 0
+    with suppress(OSError):
+        namespace = Path("/proc/self/ns/pid").stat().st_ino
+    return f"kd-{re.sub(r'[^A-Za-z0-9]', '-', socket.gethostname())[:40]}-{namespace}"
+
+
+def expand(path: str) -> Path:
+    """The path with a leading ~ replaced, where there is such a user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def fsync_directory(directory: Path) -> None:

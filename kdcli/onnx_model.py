@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,11 +33,17 @@ _CHANNELS = (1, 2, 3, 4)
 _Floats = npt.NDArray[np.float32]
 
 
-def read(path: Path) -> onnx.ModelProto:
-    """Parse an ONNX file that holds all of its weights.
+def read(path: Path, *, external: bool = False) -> tuple[onnx.ModelProto, int]:
+    """Parse an ONNX file.
+
+    Args:
+        external: also take weights from files that lie beside it. Without, such a model is refused.
+
+    Returns:
+        The model with all of its weights, and the bytes of the file or files.
 
     Raises:
-        KdError: missing, not ONNX, over 2 GiB, or with weights in other files.
+        KdError: missing, not ONNX, over 2 GiB, or with weights where they may not be.
     """
     if not path.is_file():
         raise KdError(f"no such file: {path}" if not path.exists() else f"{path} is not a file")
@@ -45,17 +52,56 @@ def read(path: Path) -> onnx.ModelProto:
     try:
         model = onnx.load_model(path, load_external_data=False)
     except OSError as error:
-        raise KdError(f"cannot read {path}: {error.strerror}") from error
+        raise KdError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # protobuf raises whatever the bytes provoke
         raise KdError(f"{path} is not an ONNX model: {_first_line(error)}") from error
     if not model.graph.node or not model.graph.output:
         raise KdError(f"{path} is not an ONNX model: it holds no network")
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _all_tensors(model)):
+    outside = [tensor for tensor in _all_tensors(model) if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    if outside and not external:
         raise KdError(
             f"{path} keeps weights in other files",
-            "kd reads self-contained ONNX files; onnx.save_model(onnx.load(path), new_path) makes one.",
+            "This command reads self-contained ONNX files; "
+            "onnx.save_model(onnx.load(path), new_path) makes one.",
         )
-    return model
+    return model, path.stat().st_size + _take_in(path, outside)
+
+
+def _take_in(path: Path, tensors: list[onnx.TensorProto]) -> int:
+    """Read tensors from the files beside a model that hold them; returns the bytes of these files.
+
+    Raises:
+        KdError: a location that is not a regular file in the model's own folder, or does not hold the tensor.
+    """
+    sizes: dict[Path, int] = {}
+    total = 0
+    for tensor in tensors:
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location = entries.get("location", "")
+        source = path.parent / location
+        try:
+            if "/" in location or "\\" in location or not stat.S_ISREG(source.lstat().st_mode):
+                raise ValueError("it is not a plain file in the same folder")
+            sizes[source] = source.stat().st_size
+            offset = int(entries.get("offset", 0))
+            length = int(entries.get("length", sizes[source] - offset))
+            item = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+            if offset < 0 or offset + length > sizes[source] or length != math.prod(tensor.dims) * item:
+                raise ValueError(f"it does not hold the {list(tensor.dims)} values of {tensor.name[:60]!r}")
+            total += length
+            if total > MAX_BYTES:
+                raise ValueError("all weights together have more than 2 GiB")
+            with source.open("rb") as handle:
+                handle.seek(offset)
+                tensor.raw_data = handle.read(length)
+        except (OSError, ValueError, KeyError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise KdError(
+                f"{path} keeps weights in {location[:60]!r}, which cannot be read: {reason}"
+            ) from error
+        del tensor.external_data[:]
+        tensor.data_location = onnx.TensorProto.DEFAULT
+    return sum(sizes.values())
 
 
 def session(model: bytes, threads: int = 0, name: str = "model") -> ort.InferenceSession:
@@ -72,7 +118,7 @@ def session(model: bytes, threads: int = 0, name: str = "model") -> ort.Inferenc
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or available_cores()
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # its errors are raised; a log line beside that would be a second message
     # idle threads would otherwise spin on after a run and slow down whatever is timed next
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
@@ -97,6 +143,7 @@ class OnnxClassifier:
         one_by_one: its batch is fixed at 1, so that images are run singly.
         session: runs it.
         model: the parsed file.
+        file_bytes: of the file, and of those beside it that hold its weights.
     """
 
     path: Path
@@ -110,10 +157,16 @@ class OnnxClassifier:
     one_by_one: bool
     session: ort.InferenceSession = field(repr=False)
     model: onnx.ModelProto = field(repr=False)
+    file_bytes: int
 
     @classmethod
     def load(
-        cls, path: Path, threads: int = 0, input_size: tuple[int, int, int] | None = None
+        cls,
+        path: Path,
+        threads: int = 0,
+        input_size: tuple[int, int, int] | None = None,
+        *,
+        external: bool = False,
     ) -> OnnxClassifier:
         """Read and prepare a classifier for inference.
 
@@ -122,11 +175,12 @@ class OnnxClassifier:
                 output is (N, classes).
             threads: CPU threads; 0: all available cores.
             input_size: (H, W, C) to assume where the file leaves height and width open.
+            external: also take weights from files that lie beside it.
 
         Raises:
-            KdError: unreadable, external data, over 2 GiB, or not an image classifier.
+            KdError: unreadable, over 2 GiB, with weights in other files, or not an image classifier.
         """
-        model = read(path)
+        model, file_bytes = read(path, external=external)
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         layout, size = _input_of(path, model, input_size)
         one_by_one = _batch_is_one(path, model)
@@ -145,6 +199,7 @@ class OnnxClassifier:
             one_by_one=one_by_one,
             session=runner,
             model=model,
+            file_bytes=file_bytes,
         )
 
     @property
@@ -408,9 +463,21 @@ def _remarks(
     return classes, provenance, preprocess
 
 
+# What may follow a softmax without making something else of it.
+_KEEPS_VALUES = (
+    *("Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Cast"),
+    *("QuantizeLinear", "DequantizeLinear"),
+)
+
+
 def _ends_in_softmax(model: onnx.ModelProto) -> bool:
-    first = model.graph.output[0].name
-    return any(node.op_type == "Softmax" and first in node.output for node in model.graph.node)
+    makers = {name: node for node in model.graph.node for name in node.output}
+    node = makers.get(model.graph.output[0].name)
+    for _ in range(len(makers)):  # a hostile graph may go in circles
+        if node is None or node.op_type not in _KEEPS_VALUES or not node.input:
+            break
+        node = makers.get(node.input[0])
+    return node is not None and node.op_type == "Softmax"
 
 
 def _all_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,7 +164,7 @@ def pareto(rows: Sequence[Row], target: Path) -> None:
             if handle is not None:
                 handle.set_sizes([60])  # type: ignore[attr-defined]
         figure.draw_without_rendering()  # the layout is settled only now
-        _name_points(axes, known, largest)
+        _name_points(axes, known, front, largest)
 
 
 def pareto_front(rows: Sequence[Row]) -> list[Row]:
@@ -213,7 +214,7 @@ def _read_epochs(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise KdError(f"cannot read {path}: {error.strerror}") from error
+        raise KdError(f"cannot read {path}: {error.strerror or error}") from error
     epochs = []
     for line in lines:
         try:
@@ -279,17 +280,20 @@ def _frame(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_ylim(min(shares) - room, min(max(shares) + room, 100 + room / 2))
 
 
-def _name_points(axes: Axes, rows: Sequence[Row], largest: float) -> None:
-    """A name at each disc: right, left, above or below it, where it covers the least."""
-    scale = 72 / axes.figure.dpi
-    discs = []
-    for row in rows:
-        x, y = (
-            float(value) * scale for value in axes.transData.transform((row.latency_ms, row.accuracy or 0))
-        )
-        radius = math.sqrt((30 + 1200 * row.network_bytes / largest) / math.pi)
-        discs.append((row, x, y, radius))
+def _name_points(axes: Axes, rows: Sequence[Row], front: Sequence[Row], largest: float) -> None:
+    """A name at each disc: right, left, above or below it, where it covers the least of discs, names and line."""
+
+    def place(row: Row) -> tuple[float, float]:  # in points
+        x, y = axes.transData.transform((row.latency_ms, row.accuracy or 0)) * 72 / axes.figure.dpi
+        return float(x), float(y)
+
+    discs = [
+        (row, *place(row), math.sqrt((30 + 1200 * row.network_bytes / largest) / math.pi)) for row in rows
+    ]
     taken = [(x - radius, y - radius, x + radius, y + radius) for _, x, y, radius in discs]
+    for (x1, y1), (x2, y2) in pairwise(map(place, front)):
+        dots = ((x1 + share * (x2 - x1) / 60, y1 + share * (y2 - y1) / 60) for share in range(61))
+        taken += [(x - 2, y - 2, x + 2, y + 2) for x, y in dots]
     for row, x, y, radius in discs:
         name = _shown(row.name)
         width, height, gap = 5.2 * len(name), 11.0, radius + 3

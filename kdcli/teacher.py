@@ -119,11 +119,15 @@ class Teacher:
         reason = misfit(model.classes, model.input_size, data)
         if reason is None:
             return
-        height, _, channels = model.input_size
-        sized = model.input_size != data.input_size and channels == data.input_size[2]
+        flags = []
+        if misfit(model.classes, data.input_size, data) is None:  # only the images' shape is wrong
+            height, width, channels = model.input_size
+            flags += ["--grey"] if (channels, data.input_size[2]) == (1, 3) else []
+            sized = height == width and (height, width) != data.input_size[:2]
+            flags += [f"--image-size {height}"] if sized and (flags or channels == data.input_size[2]) else []
         raise KdError(
             f"teacher {self.path} {reason}",
-            f"Try --image-size {height}." if sized else "Teacher and data must belong together.",
+            f"Try {' '.join(flags)}." if flags else "Teacher and data must belong together.",
         )
 
     def logits(
@@ -261,6 +265,6 @@ def _write_view(
         write_json(folder / "manifest.json", manifest)
     except OSError as error:
         raise KdError(
-            f"cannot keep the teacher's outputs in {folder}: {error.strerror}",
+            f"cannot keep the teacher's outputs in {folder}: {error.strerror or error}",
             "Free some space, or choose another --cache-dir.",
         ) from error

@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from kdcli.cli import _ui
 from kdcli.data import ImageSet, Splits
 from kdcli.data.images import fingerprint_of
 
@@ -50,3 +55,20 @@ def make_splits(
 ) -> Splits:
     """A small data set that trains in no time."""
     return Splits("toy", "toy", image_set(train, size, classes), image_set(test, size, classes, seed=1))
+
+
+def command_line(monkeypatch: pytest.MonkeyPatch, *commands: ModuleType) -> Any:
+    """The named modules of `kdcli.cli` as an app to call with words; errors come out as KdError."""
+    for name in ("json", "quiet", "debug"):
+        monkeypatch.setattr(_ui.settings, name, False)
+    app = typer.Typer()
+    for command in commands:
+        command.register(app)
+
+    def call(*words: str) -> Any:
+        result = CliRunner().invoke(app, list(words))
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result
+
+    return call

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -185,3 +186,51 @@ def test_default_models(tmp_path: Path) -> None:
 def test_nothing_to_measure() -> None:
     with pytest.raises(KdError, match="no models"):
         benching.bench([], BenchConfig())
+
+
+def test_a_batch_of_one_hidden_in_a_file_is_found_and_a_file_that_cannot_run_is_left_out(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    teacher = classifier("convnet-tiny")
+    teacher.save(tmp_path / "teacher.pt")
+
+    def save(name: str, rows: int) -> Path:
+        """Flattens to a fixed number of rows: usual in old exports, right for that batch only."""
+        helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+        weights = np.ones((768 // rows, 5), np.float32)
+        graph = helper.make_graph(
+            [
+                helper.make_node("Reshape", ["x", "shape"], ["flat"]),
+                helper.make_node("MatMul", ["flat", "w"], ["y"]),
+            ],
+            "g",
+            [helper.make_tensor_value_info("x", kind, ["n", 3, 16, 16])],
+            [helper.make_tensor_value_info("y", kind, ["n", 5])],
+            [
+                onnx.numpy_helper.from_array(np.array([rows, 768 // rows]), "shape"),
+                onnx.numpy_helper.from_array(weights, "w"),
+            ],
+        )
+        onnx.save(
+            helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10),
+            tmp_path / name,
+        )
+        return tmp_path / name
+
+    paths = [tmp_path / "teacher.pt", save("single.onnx", 1), save("broken.onnx", 3)]
+    config = BenchConfig(rounds=3, batch=4, threads=1, engine="torch")
+    result = bench(paths, config, SPLITS, skip=True)
+    assert [row.name for row in result.rows] == ["teacher", "single.onnx"]
+    assert any("run singly" in note for note in result.rows[1].notes)
+    assert "broken.onnx" in result.notes[0]
+    with pytest.raises(KdError, match=r"broken\.onnx"):
+        bench(paths, config, SPLITS)
+    assert capfd.readouterr().err == ""  # onnxruntime writes no log of its own
+
+
+def test_a_bigger_model_is_flagged_even_without_a_speed_ratio(result: BenchResult) -> None:
+    teacher, student = result.rows[0], replace(result.rows[3], speedup=None, verdict="")
+    rows = [replace(teacher, network_bytes=10), replace(student, network_bytes=30)]
+    own = [measuring.Contender(row, lambda: None, lambda: None, [[1.0]], [1.0]) for row in rows]
+    judged = measuring.compared(rows[1], own[1], own, rows)
+    assert judged.worse and judged.verdict == "3.0× bigger" and judged.speedup is None

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from google.protobuf import text_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcli import caffe, models
-from kdcli.caffe import oracle
+from kdcli.caffe import oracle, schema
 from kdcli.caffe.read import read_caffemodel, read_mean, read_prototxt, weights_sha256
 from kdcli.config import ConvertConfig
 from kdcli.errors import KdError, UsageError
@@ -527,3 +528,76 @@ def test_the_nin_is_known_by_its_weights_when_encoded_anew(shared_data: Path, tm
     source = caffe.read(path, ConvertConfig(prototxt=prototxt))
     assert source.known is not None
     assert source.sha256 != stored.sha256
+
+
+TRANSFORM = field(100, field(1, 0.00390625) + b"".join(field(5, mean) for mean in (104.0, 117.0, 123.0)))
+
+
+def test_a_deploy_prototxt_keeps_the_transform_that_the_snapshot_recorded(tmp_path: Path) -> None:
+    data = field(1, "data") + field(2, "Data") + field(4, "data") + field(4, "label") + TRANSFORM
+    layers = net(small()[2:], v1=False)
+    path = write(tmp_path, field(1, "tiny") + field(100, data) + layers)
+    deploy = tmp_path / "deploy.prototxt"
+    text = network_text(layers)
+    deploy.write_text('input: "data" input_dim: 1 input_dim: 3 input_dim: 12 input_dim: 12\n' + text)
+    options = {"train_images": IMAGES}
+    alone = caffe.convert(path, ConvertConfig(), **options).classifier
+    beside = caffe.convert(path, ConvertConfig(prototxt=deploy), **options).classifier
+    images = torch.from_numpy(IMAGES)
+    prepared = beside.prepare(images)
+    bgr = IMAGES[..., ::-1].astype(np.float64) - (104, 117, 123)
+    np.testing.assert_allclose(prepared.numpy(), bgr.transpose(0, 3, 1, 2) / 256, atol=1e-5)
+    with torch.inference_mode():
+        assert torch.equal(alone(images), beside(images))
+
+
+def network_text(content: bytes) -> str:
+    message = schema.net_parameter()
+    message.ParseFromString(content)
+    for one in message.layer:
+        del one.blobs[:]
+    return text_format.MessageToString(message)
+
+
+@pytest.mark.parametrize("v1", [True, False])
+def test_a_label_that_is_used_twice_is_no_second_input(v1: bool, tmp_path: Path) -> None:
+    plain = converted(write(tmp_path, net(small(), v1=v1), "plain.caffemodel"))
+    layers = small()
+    layers[-2]["phase"] = None  # accuracy while training, too: Caffe then splits the label
+    split = {**layer("Split", "label_split", "label", "l0"), "tops": ["l0", "l1"]}
+    layers[-2]["bottoms"], layers[-1]["bottoms"] = ["ip", "l0"], ["ip", "l1"]
+    twice = converted(write(tmp_path, net([*layers[:2], split, *layers[2:]], v1=v1)))
+    images = torch.from_numpy(IMAGES)
+    with torch.inference_mode():
+        assert torch.equal(plain.classifier(images), twice.classifier(images))
+
+
+def test_two_inputs_that_are_needed_are_an_error(tmp_path: Path) -> None:
+    add = layer("Eltwise", "sum", "conv1 other", "sum")
+    content = net([small()[2], add, {**FC, "bottoms": ["sum"]}], v1=False)
+    with pytest.raises(KdError, match=r"reads 2 inputs \(data, other\)"):
+        converted(write(tmp_path, content))
+
+
+@pytest.mark.parametrize(("number", "refused"), [(0, False), (1, True)])
+def test_pooling_that_rounds_down_is_not_taken_for_caffes_own(
+    number: int, refused: bool, tmp_path: Path
+) -> None:
+    pool = field(2, 3) + field(3, 2) + field(13, number)
+    path = write(tmp_path, net(small(pool1={"param": pool}), v1=False))
+    if refused:
+        with pytest.raises(KdError, match=r"pool1.*FLOOR"):
+            converted(path)
+    else:
+        converted(path)
+
+
+def test_prototxt_in_any_encoding(tmp_path: Path) -> None:
+    content = net(small(), v1=False, inputs=INPUT)
+    path, text = write(tmp_path, content), tmp_path / "n.prototxt"
+    for bytes_ in (
+        b"\xef\xbb\xbf" + network_text(content).encode(),
+        b"# caf\xe9\n" + network_text(content).encode(),
+    ):
+        text.write_bytes(bytes_)
+        assert converted(path, prototxt=text).rows[-1].name == "ip"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,11 @@ def classifier() -> models.Classifier:
         input_size=(8, 8, 1),
         provenance={"method": "ce", "nested": {"seed": 1}},
     ).eval()
+
+
+def saved(folder: Path) -> Path:
+    classifier().save(folder / "m.pt")
+    return folder / "m.pt"
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -163,3 +169,30 @@ def test_a_checkpoint_is_an_ordinary_readable_file(tmp_path: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     assert (tmp_path / "m.pt").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_network_is_built_only_if_the_file_holds_it(tmp_path: Path) -> None:
+    stored = checkpoint.load(saved(tmp_path))
+    widest = replace(stored, arch_args={"widths": [64, 10**9]})
+    with pytest.raises(KdError, match=r"do not fit network convnet-tiny.* wanted"):
+        models.from_checkpoint(widest)
+    for odd in (
+        {"arch_args": {"widths": [1]}},
+        {"arch_args": {"classes": 3}},
+        {"arch_args": {"widths": "ab"}},
+        {"preprocess": {"name": "mean-std", "args": {}, "state": "x"}},
+        {"preprocess": {"name": "mean-std", "args": {"channel_order": "rgb"}, "state": {}}},
+    ):
+        with pytest.raises(KdError):
+            models.from_checkpoint(replace(stored, **odd))
+
+
+def test_compressed_records_are_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    with zipfile.ZipFile(path) as archive:
+        entries = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries:
+            archive.writestr(name, content)
+    with pytest.raises(KdError, match="compressed records"):
+        checkpoint.load(path)

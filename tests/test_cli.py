@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from kdcli import cli, methods, models
 from kdcli.config import ConvertConfig, TrainConfig, make, read_recipe
@@ -256,3 +257,34 @@ def test_settings_are_described_and_bounded() -> None:
         for name, field in settings.model_fields.items():
             assert field.description, name
             assert field.description.endswith("."), name
+
+
+def test_options_that_do_nothing_are_named(kd: Kd) -> None:
+    outcome = kd("train", "--data", "digits", "--student", "convnet-tiny", "--dropout", "0.3", "--tau", "2",
+                 "--method", "ce", "--epochs", "1")  # fmt: skip
+    assert "--dropout does nothing with --student convnet-tiny, which has none" in outcome.err
+    assert "--tau does nothing with --method ce" in outcome.err
+    assert "accuracy on the validation split" in outcome.out
+    assert "--images does nothing without --against" in kd("validate", "--images", "3").err
+    words = ("export", "runs/ce-convnet-tiny-1", "--calibration-images", "3", "--data", "nowhere")
+    assert "--calibration-images does nothing without --int8" in kd(*words).err
+
+
+def test_running_out_of_memory_is_no_fault_of_kd() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**15)
+    assert cli._as_kd_error(caught.value, []).message == "out of memory"
+
+
+def test_sigterm_leaves_any_command_with_143() -> None:
+    code = (
+        "import os, signal, kdcli.cli as cli\n"
+        "cli._register = lambda arguments: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "bench"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        143,
+        "",
+        "error: stopped\nhint: Type the same command again: what was finished is kept.\n",
+    )

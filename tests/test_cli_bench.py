@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
+from kdcli.cli import bench, export
 from kdcli.errors import KdError, UsageError
-from tests.test_cli_export import command_line, digits_student
+from tests.conftest import command_line
+from tests.test_cli_export import digits_student
 from tests.test_export import one_thread  # noqa: F401
 
 
 @pytest.fixture
 def kd(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    return command_line(monkeypatch)
+    return command_line(monkeypatch, export, bench)
 
 
 def test_table_fits_80_columns_and_shows_who_is_bigger(kd: Any, workplace: Path) -> None:
@@ -56,6 +58,20 @@ def test_the_teacher_comes_first_and_once(kd: Any, workplace: Path) -> None:
     assert [row["name"] for row in json.loads(done.stdout)["rows"]] == ["teacher", "s"]
     done = kd("bench", "weights/teacher.pt", "--teacher", "s.pt", *words)
     assert [row["name"] for row in json.loads(done.stdout)["rows"]] == ["s", "teacher"]
+
+
+def test_by_default_what_cannot_be_read_is_left_out_and_named(kd: Any, workplace: Path) -> None:
+    digits_student(Path("weights/teacher.pt"))
+    digits_student(Path("runs/a/student.pt"))
+    Path("exports").mkdir()
+    Path("exports/broken.onnx").write_bytes(b"no")
+    words = ("--rounds", "3", "--batch", "1", "--engine", "torch", "--threads", "1")
+    done = kd("bench", *words, "--json")
+    document = json.loads(done.stdout)
+    assert [row["name"] for row in document["rows"]] == ["teacher", "a"]
+    assert any(note.startswith("left out: exports/broken.onnx") for note in document["notes"])
+    with pytest.raises(KdError, match=r"broken\.onnx is not an ONNX model"):
+        kd("bench", "exports/broken.onnx", *words)
 
 
 def test_nothing_there(kd: Any, workplace: Path) -> None:

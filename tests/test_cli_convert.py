@@ -9,32 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import typer
 from PIL import Image
-from typer.testing import CliRunner
 
 from kdcli import models
-from kdcli.cli import _ui, convert_caffe, validate
+from kdcli.cli import convert_caffe, validate
 from kdcli.errors import KdError
-from tests.test_caffe import FC, INPUT, net, small, write
+from tests.conftest import command_line
+from tests.test_caffe import FC, INPUT, field, net, small, write
 
 
 @pytest.fixture
 def run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The two commands as an app; errors come out as KdError."""
-    for name in ("json", "quiet", "debug"):
-        monkeypatch.setattr(_ui.settings, name, False)
-    app = typer.Typer()
-    convert_caffe.register(app)
-    validate.register(app)
-
-    def call(*words: str) -> Any:
-        result = CliRunner().invoke(app, list(words))
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
-
-    return call
+    return command_line(monkeypatch, convert_caffe, validate)
 
 
 @pytest.fixture
@@ -112,3 +98,18 @@ def test_data_that_does_not_belong_is_an_error(run: Any, workplace: Path, pictur
     with pytest.raises(KdError, match="no such file"):
         run("convert-caffe", "elsewhere.caffemodel")
     assert list(Path("weights").iterdir()) == [Path("weights/teacher.pt")]
+
+
+def test_a_grey_network_without_a_declared_size_takes_its_images_from_the_data(
+    run: Any, workplace: Path, pictures: str
+) -> None:
+    values = np.random.default_rng(1).normal(0, 0.1, (6, 1, 3, 3)).astype(np.float32)
+    convolution = {**small()[2], "blobs": (values, np.zeros(6, np.float32))}
+    inner = np.random.default_rng(2).normal(0, 0.1, (5, 6 * 10 * 10)).astype(np.float32)
+    layers = [convolution, {**small()[-3], "bottoms": ["conv1"], "blobs": (inner, np.zeros(5, np.float32))}]
+    convolution["param"] = field(1, 6) + field(4, 3)
+    write(workplace, net(layers, v1=True))
+    assert run("convert-caffe", "net.caffemodel", "--data", pictures).exit_code == 0
+    assert models.load(Path("weights/teacher.pt")).input_size == (12, 12, 1)
+    done = run("validate", "--data", pictures)
+    assert "n = 15" in done.stdout

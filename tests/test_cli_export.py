@@ -10,31 +10,13 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
 
 from kdcli import data, models
-from kdcli.cli import _ui, bench, export
+from kdcli.cli import bench, export
 from kdcli.errors import KdError, UsageError
 from kdcli.preprocess import fit
+from tests.conftest import command_line
 from tests.test_export import one_thread  # noqa: F401
-
-
-def command_line(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`kd export` and `kd bench` as an app; errors come out as KdError."""
-    for name in ("json", "quiet", "debug"):
-        monkeypatch.setattr(_ui.settings, name, False)
-    app = typer.Typer()
-    export.register(app)
-    bench.register(app)
-
-    def call(*words: str) -> Any:
-        result = CliRunner().invoke(app, list(words))
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result
-
-    return call
 
 
 def digits_student(path: Path, arch: str = "convnet-tiny", **provenance: Any) -> Path:
@@ -55,7 +37,7 @@ def digits_student(path: Path, arch: str = "convnet-tiny", **provenance: Any) ->
 
 @pytest.fixture
 def kd(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    return command_line(monkeypatch)
+    return command_line(monkeypatch, export, bench)
 
 
 def test_export_proves_and_names_the_next_step(kd: Any, workplace: Path) -> None:

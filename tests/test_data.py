@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import lzma
 import os
 import pickle
+import shlex
+import shutil
 import stat
+import subprocess
+import sys
 import tarfile
 import time
 import zipfile
@@ -22,6 +28,7 @@ from kdcli.data import decode, load, sources, tree
 from kdcli.data.images import Splits, fingerprint_of
 from kdcli.errors import KdError, UsageError
 from kdcli.events import Event, Note, Progress
+from tests.conftest import ROOT
 
 Files = dict[str, bytes]
 
@@ -163,6 +170,35 @@ def test_image_size(tmp_path: Path, read: Callable[..., Splits]) -> None:
     path = write_folder(tmp_path / "set", small_tree())
     assert read(path, image_size=7).test.input_size == (7, 7, 3)
     assert load("digits", image_size=16).train.input_size == (16, 16, 1)
+
+
+def test_grey_is_luma_and_shares_nothing_with_colour(tmp_path: Path, read: Callable[..., Splits]) -> None:
+    red, green, blue = 200, 100, 50
+    files = {f"{split}/{name}/1.png": png((red, green, blue)) for split in ("train", "test") for name in "ab"}
+    path = write_folder(tmp_path / "set", files)
+    luma = round(0.299 * red + 0.587 * green + 0.114 * blue)
+    for grey in (read(path, grey=True), read(path, fit_to=(4, 6, 1))):
+        assert grey.train.images.shape == (2, 4, 6, 1)
+        assert set(grey.train.images.ravel().tolist()) == {luma}
+    colour = read(path)
+    assert colour.train.images[0, 0, 0].tolist() == [red, green, blue]
+    assert colour.train.fingerprint != grey.train.fingerprint
+    three = load("digits", fit_to=(8, 8, 3)).train.images
+    assert three.shape == (1437, 8, 8, 3)
+    assert all(np.array_equal(three[..., [plane]], load("digits").train.images) for plane in range(3))
+
+
+@pytest.mark.parametrize("sizes", [(None, 6), (6, None)])
+def test_images_that_have_the_size_asked_for_are_packed_once(
+    sizes: tuple[int | None, ...], tmp_path: Path, read: Callable[..., Splits]
+) -> None:
+    square = {name: png((1, 2, 3), (6, 6)) for name in small_tree()}
+    path = write_folder(tmp_path / "set", square)
+    first, second = (read(path, image_size=size) for size in sizes)
+    assert first.train.fingerprint == second.train.fingerprint
+    assert len(list((tmp_path / "cache" / "data").iterdir())) == 1
+    assert read(path, image_size=5).train.input_size == (5, 5, 3)
+    assert len(list((tmp_path / "cache" / "data").iterdir())) == 2
 
 
 @pytest.mark.parametrize(
@@ -378,7 +414,7 @@ def test_damaged_entries_are_rebuilt(damage: str, tmp_path: Path, read: Callable
     elif damage == "meta cut":
         meta.write_text(meta.read_text()[:-20])
     elif damage == "version":
-        meta.write_text(meta.read_text().replace('"format_version": 1', '"format_version": 0'))
+        meta.write_text(meta.read_text().replace('"format_version": ', '"format_version": 9'))
     elif damage == "short":
         os.truncate(entry / "train-images.npy", 150)
     elif damage == "long":
@@ -524,3 +560,73 @@ def test_the_real_archive_begins_as_it_should(shared_data: Path) -> None:
     assert place is not None and place.split in ("train", "test") and place.below == ""
     assert decode.decode(data, name).shape == (32, 32, 3)
     members.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tar.xz", ".tar.bz2"])
+def test_a_damaged_or_cut_archive_never_loses_images_in_silence(
+    suffix: str, tmp_path: Path, read: Callable[..., Splits]
+) -> None:
+    whole = write_tar(tmp_path / "a.tar", small_tree())
+    content = whole.read_bytes()
+    header = content.index(b"test/zebra/1.png")
+    opener = {".tar": bytes, ".tar.gz": gzip.compress, ".tar.xz": lzma.compress, ".tar.bz2": bz2.compress}[
+        suffix
+    ]
+    flipped = content[:header] + bytes([content[header] ^ 4]) + content[header + 1 :]
+    for number, damaged in enumerate((flipped, content[:header], content[: header + 100])):
+        path = tmp_path / f"b{number}{suffix}"
+        path.write_bytes(opener(damaged))
+        with pytest.raises(KdError, match="damaged or cut short"):
+            read(path)
+    (tmp_path / f"c{suffix}").write_bytes(opener(content))
+    assert len(read(tmp_path / f"c{suffix}").test) == 2
+
+
+def test_the_checksum_behind_the_last_image_is_read(tmp_path: Path, read: Callable[..., Splits]) -> None:
+    path = tmp_path / "a.tar.gz"
+    content = bytearray(gzip.compress(write_tar(tmp_path / "a.tar", small_tree()).read_bytes()))
+    content[-6] ^= 1  # of the CRC, before the length
+    path.write_bytes(content)
+    with pytest.raises(KdError, match=r"a\.tar\.gz"):
+        read(path)
+
+
+def test_numbered_classes_are_sorted_as_numbers(tmp_path: Path, read: Callable[..., Splits]) -> None:
+    names = [str(number) for number in range(12)]
+    files = {f"{split}/{name}/1.png": png((int(name), 0, 0)) for split in ("train", "test") for name in names}
+    splits = read(write_folder(tmp_path / "set", files))
+    assert splits.train.classes == tuple(names)
+    assert splits.train.images[:, 0, 0, 0].tolist() == splits.train.labels.tolist() == list(range(12))
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_is_one_error(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in "ab":
+            folder = tmp_path / "set" / split / name
+            folder.mkdir(parents=True)
+            for number in range(8):
+                Image.fromarray(random.integers(0, 256, (200, 200, 3), dtype=np.uint8)).save(
+                    folder / f"{number}.bmp"
+                )
+    code = (
+        "import sys; from pathlib import Path; from kdcli.data import load; from kdcli.errors import KdError\n"
+        "try: load('set', cache_dir=Path('full'))\n"
+        "except KdError as error: print(error.message)"
+    )
+    # 3.8 MB of pixels are written twice: once as they come, once in their order
+    script = (
+        f'mkdir full && mount -t tmpfs -o size=$1 none full && exec {shlex.quote(sys.executable)} -c "$2"'
+    )
+    for size in ("2m", "6m"):
+        shutil.rmtree(tmp_path / "full", ignore_errors=True)
+        done = subprocess.run(
+            ["unshare", "-m", "bash", "-c", script, "bash", size, code],
+            cwd=tmp_path, capture_output=True, text=True, check=False,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        if "mount" in done.stderr or "unshare" in done.stderr:
+            pytest.skip(f"cannot mount here: {done.stderr.strip()[:80]}")
+        assert done.returncode == 0, done
+        assert "No space left on device" in done.stdout

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from kdcli import methods
-from kdcli.cli import demo
+from kdcli.cli import _ui, demo
+from kdcli.errors import Interrupted
+from kdcli.events import Progress
 from tests.test_cli import Kd, is_clean, kd  # noqa: F401
 
 
@@ -57,3 +59,32 @@ def test_a_folder_with_something_else_in_it_is_left_alone(kd: Kd) -> None:  # no
     outcome = kd("demo", "-o", "mine")
     assert outcome.code == 2
     assert [path.name for path in Path("mine").iterdir()] == ["thesis.txt"]
+
+
+def test_stopped_demo_says_what_can_be_typed(kd: Kd, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    def stopped(config: object) -> None:
+        raise Interrupted("stopped at epoch 1", "kd train --resume runs/kd", exit_code=143)
+
+    monkeypatch.setattr(demo, "_chain", stopped)
+    outcome = kd("demo")
+    assert outcome.code == 143
+    assert outcome.err.splitlines() == ["error: kd demo was stopped", "hint: Type it again: it starts anew."]
+
+
+def test_off_a_terminal_a_line_an_interval_whatever_the_task(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(_ui.time, "monotonic", lambda: now)
+    with _ui.progress() as on_event:
+        for run in range(4):  # each shorter than the interval
+            tell = demo._titled(f"run {run}", on_event)
+            for epoch in range(6):
+                now += 1.0
+                tell(
+                    Progress(f"epoch {epoch + 1}/6", epoch, 6, values={"val_accuracy": 50}, group="training")
+                )
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("run 1: epoch 4/6  50 %  val 50.0 %")
+    assert "ETA 0:03" in lines[0]  # counted over the run's epochs, not from each anew

@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from kdcli import checkpoint, engine, models, teacher
-from kdcli.config import RECIPES, TrainConfig, make
+from kdcli.config import RECIPES, TrainConfig, make, read_recipe
 from kdcli.data import Splits, misfit
 from kdcli.engine import Result, RunDir, fit
 from kdcli.engine.output import Output
-from kdcli.engine.plan import resolve_views, split
+from kdcli.engine.plan import resolve, split
 from kdcli.engine.schedule import learning_rate
 from kdcli.errors import Interrupted, KdError, UsageError
 from kdcli.events import Event, Note, Progress
@@ -191,7 +191,11 @@ def test_a_teacher_of_other_classes_or_size_is_refused(trained_teacher: Path) ->
         fit(config(method="kd", teacher=trained_teacher), make_splits(classes=4))
     with pytest.raises(KdError, match="takes 8×8×1 images") as caught:
         fit(config(method="kd", teacher=trained_teacher), make_splits(size=(12, 12, 1)))
-    assert "--image-size 8" in caught.value.hint
+    assert caught.value.hint == "Try --image-size 8."
+    for size, hint in (((8, 8, 3), "Try --grey."), ((12, 8, 3), "Try --grey --image-size 8.")):
+        with pytest.raises(KdError, match="takes 8×8×1 images") as caught:
+            fit(config(method="kd", teacher=trained_teacher), make_splits(size=size))
+        assert caught.value.hint == hint
 
 
 def test_student_is_in_training_mode_in_every_epoch(
@@ -424,7 +428,7 @@ def test_split_is_stratified_disjoint_and_leaves_every_class_something() -> None
 
 def test_views_are_as_many_as_make_sense() -> None:
     def views(**changes: Any) -> int:
-        return resolve_views(config(epochs=20, **changes)).views
+        return resolve(config(epochs=20, **changes)).views
 
     assert views(method="kd") == 1
     assert views(method="kd", augment="flip") == 2
@@ -436,17 +440,18 @@ def test_views_are_as_many_as_make_sense() -> None:
 
 
 def test_learning_rates() -> None:
-    step = config(schedule="step", lr=1.0)
-    assert [learning_rate(step, number, 10) for number in (0, 7, 8, 9)] == pytest.approx([1, 1, 0.1, 0.1])
-    cosine = config(schedule="cosine", lr=2.0)
-    assert learning_rate(cosine, 5, 10) == pytest.approx(1.0)
-    one = config(schedule="onecycle", lr=1e-3)
-    # 101 steps: up over 30 of them, then down over 70
-    assert learning_rate(one, 0, 101) == pytest.approx(1e-3 / 25)
-    assert learning_rate(one, 15, 101) == pytest.approx((1e-3 + 1e-3 / 25) / 2)
-    assert learning_rate(one, 30, 101) == pytest.approx(1e-3)
-    assert learning_rate(one, 65, 101) == pytest.approx((1e-3 + 1e-7) / 2)
-    assert learning_rate(one, 100, 101) == pytest.approx(1e-7)
+    step = [learning_rate("step", 1.0, number, 10) for number in (0, 7, 8, 9)]
+    assert step == pytest.approx([1, 1, 0.1, 0.1])
+    assert learning_rate("cosine", 2.0, 5, 10) == pytest.approx(1.0)
+    # onecycle, 101 steps: up over 30 of them, then down over 70
+    for number, expected in (
+        (0, 1e-3 / 25),
+        (15, (1e-3 + 1e-3 / 25) / 2),
+        (30, 1e-3),
+        (65, (1e-3 + 1e-7) / 2),
+        (100, 1e-7),
+    ):
+        assert learning_rate("onecycle", 1e-3, number, 101) == pytest.approx(expected)
 
 
 def test_the_seed_recipe_is_the_references() -> None:
@@ -459,3 +464,58 @@ def test_the_seed_recipe_is_the_references() -> None:
         100,
     )
     assert (recipe.augment, recipe.preprocess, recipe.teacher_dropout) == ("none", "mean-image", 0.5)
+
+
+def test_a_run_can_be_resumed_from_the_moment_its_folder_is_there(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = fit(config(method="ce", name="whole"), splits)
+    create = RunDir.create
+
+    def killed(*arguments: Any) -> RunDir:
+        create(*arguments)
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(RunDir, "create", killed)
+    with pytest.raises(RuntimeError):
+        fit(config(method="ce", name="cut"), splits)
+    run = RunDir.existing(Path("runs/cut"))
+    fit(run.read_config(), splits, resume=run)
+    assert digest(run.last) == digest(whole.run.last)
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["cut", "whole"]  # and no scratch
+
+
+def test_a_taken_name_hints_at_resume_only_where_there_is_a_run(workplace: Path, splits: Splits) -> None:
+    Path("runs/other").mkdir(parents=True)
+    Path("runs/other/notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="exists") as caught:
+        fit(config(method="ce", name="other"), splits)
+    assert "--resume" not in caught.value.hint
+    fit(config(method="ce", name="my run", epochs=1), splits)
+    with pytest.raises(UsageError, match="exists") as caught:
+        fit(config(method="ce", name="my run"), splits)
+    assert "--resume 'runs/my run'" in caught.value.hint
+
+
+def test_progress_shows_the_last_validation_accuracy_in_one_bar(workplace: Path, splits: Splits) -> None:
+    events: list[Event] = []
+    result = fit(config(method="ce", val_fraction=0.2), splits, on_event=events.append)
+    shown = [event for event in events if isinstance(event, Progress) and event.task.startswith("epoch")]
+    assert {event.group for event in shown} == {"training"}
+    assert [event.values.get("val_accuracy") for event in shown] == [
+        None,
+        *(epoch.val_accuracy for epoch in result.epochs[:-1]),
+    ]
+
+
+def test_settings_that_followed_from_others_follow_anew_when_those_change(
+    trained_teacher: Path, splits: Splits
+) -> None:
+    fit(config(method="ce", augment="flip-crop", epochs=20, name="a", batch_size=512), splits)
+    file = "runs/a/config.toml"
+    assert make(TrainConfig, read_recipe(file, {"method": "ce"})).views == 20
+    assert RunDir(Path("runs/a")).read_config().views == 20
+    other = make(TrainConfig, {**read_recipe(file, {"method": "logits"}), "method": "logits"})
+    assert resolve(other).views == 8
+    fit(config(method="ce", epochs=1, views=1, name="b"), splits)
+    assert read_recipe("runs/b/config.toml", {"method": "kd"})["views"] == 1

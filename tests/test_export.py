@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -178,6 +178,25 @@ def test_metadata_says_what_it_is(plain: tuple[Classifier, ExportResult]) -> Non
         assert torch.allclose(loaded(images), model(images), atol=1e-5)
 
 
+@pytest.mark.parametrize("after", ["Identity", "Flatten", "Identity Flatten Identity"])
+def test_probabilities_are_known_behind_what_changes_no_value(
+    after: str, tmp_path: Path, whole: tuple[Classifier, ExportResult]
+) -> None:
+    model = onnx.load(whole[1].path)
+    [output] = model.graph.output
+    last = output.name
+    for number, kind in enumerate(after.split()):
+        model.graph.node.append(onnx.helper.make_node(kind, [last], [f"end{number}"]))
+        last = f"end{number}"
+    output.name = last
+    onnx.save(model, tmp_path / "m.onnx")
+    assert OnnxClassifier.load(tmp_path / "m.onnx").gives == "probabilities"
+    model.graph.node.append(onnx.helper.make_node("Log", [last], ["log"]))
+    output.name = "log"
+    onnx.save(model, tmp_path / "m.onnx")
+    assert OnnxClassifier.load(tmp_path / "m.onnx").gives == "logits"
+
+
 def test_loaded_probabilities_become_logits_up_to_a_shift(whole: tuple[Classifier, ExportResult]) -> None:
     model, result = whole
     images = torch.from_numpy(SPLITS.test.images)
@@ -302,6 +321,7 @@ def test_default_names() -> None:
     assert default_output(Path("runs/kd-lenet-1/student.pt"), config) == Path("exports/kd-lenet-1.onnx")
     assert default_output(Path("student.pt"), config) == Path("exports/student.onnx")
     assert default_output(Path("w/t.pt"), ExportConfig(int8=True)) == Path("exports/t-int8.onnx")
+    assert default_output(Path("w/t.pt"), ExportConfig(opset=21)) == Path("exports/t-opset21.onnx")
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -328,19 +348,57 @@ def test_foreign_files(tmp_path: Path, plain: tuple[Classifier, ExportResult]) -
     onnx.save(model, path)
     foreign = OnnxClassifier.load(path)
     assert foreign.classes == ("0", "1", "2", "3", "4")
-    assert foreign.run(np.zeros((2, 3, 16, 16), np.float32)).shape == (2, 5)
+    ones = np.ones((2, 3, 16, 16), np.float32)
+    assert foreign.run(ones).shape == (2, 5)
     with pytest.raises(KdError, match="how pixels are prepared"):
         foreign(torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
 
     onnx.save(model, path, save_as_external_data=True, size_threshold=0, location="weights.bin")
     with pytest.raises(KdError, match="other files"):
         OnnxClassifier.load(path)
+    whole = OnnxClassifier.load(path, external=True)
+    assert whole.file_bytes == path.stat().st_size + (tmp_path / "weights.bin").stat().st_size
+    assert np.array_equal(whole.run(ones), foreign.run(ones))
     for content in (b"", b"not a model", b"\x08\x0a" + bytes(100), plain[1].path.read_bytes()[:5000]):
         path.write_bytes(content)
         with pytest.raises(KdError):
             OnnxClassifier.load(path)
     with pytest.raises(KdError, match="no such file"):
         OnnxClassifier.load(tmp_path / "nothing.onnx")
+
+
+def test_weights_beside_a_model_are_read_from_its_own_folder_only(
+    tmp_path: Path, plain: tuple[Classifier, ExportResult]
+) -> None:
+    path, weights, secret = tmp_path / "a" / "m.onnx", tmp_path / "a" / "w.bin", tmp_path / "secret"
+    path.parent.mkdir()
+    onnx.save(
+        onnx.load(plain[1].path), path, save_as_external_data=True, size_threshold=0, location=weights.name
+    )
+    secret.write_bytes(weights.read_bytes())
+
+    def refused(change: Callable[[onnx.TensorProto], None], why: str) -> None:
+        model = onnx.load_model(path, load_external_data=False)
+        change(model.graph.initializer[0])
+        hostile = path.with_name("hostile.onnx")
+        hostile.write_bytes(model.SerializeToString())
+        with pytest.raises(KdError, match=why):
+            OnnxClassifier.load(hostile, external=True)
+
+    def entry(key: str, value: str) -> Callable[[onnx.TensorProto], None]:
+        def change(tensor: onnx.TensorProto) -> None:
+            next(entry for entry in tensor.external_data if entry.key == key).value = value
+
+        return change
+
+    for location in ("../secret", str(secret), "..", "", ".", "a\\b"):
+        refused(entry("location", location), "not a plain file")
+    refused(entry("location", "nothing"), "No such file")
+    path.with_name("link").symlink_to(secret)
+    refused(entry("location", "link"), "not a plain file")
+    for key, value in (("offset", "-4"), ("offset", "99999999"), ("length", "4"), ("length", str(2**40))):
+        refused(entry(key, value), "does not hold")
+    refused(entry("offset", "x"), "cannot be read")
 
 
 def test_damaged_metadata_is_an_error(tmp_path: Path, plain: tuple[Classifier, ExportResult]) -> None:

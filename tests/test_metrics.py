@@ -46,3 +46,8 @@ def test_wilson_interval() -> None:
     assert low == pytest.approx(25.53, abs=0.01)
     assert high == pytest.approx(36.62, abs=0.01)
     assert metrics.wilson_interval(100, 10)[1] == pytest.approx(100)
+
+
+def test_wilson_interval_stays_within_0_and_100() -> None:
+    assert metrics.wilson_interval(0, 7)[0] == 0
+    assert metrics.wilson_interval(100, 7)[1] == 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,20 @@ def test_costs_are_measured_on_the_parity_images(whitened: tuple[Classifier, Exp
     assert result.quantisation.agreement == pytest.approx(100 * np.mean(floats == ints))
     assert result.quantisation.float_accuracy == pytest.approx(100 * np.mean(floats == labels))
     assert result.quantisation.int8_accuracy == pytest.approx(100 * np.mean(ints == labels))
+
+
+def test_the_file_says_what_was_measured_of_it_and_not_of_the_float_network(
+    whitened: tuple[Classifier, ExportResult],
+) -> None:
+    loaded = OnnxClassifier.load(whitened[1].path)
+    assert whitened[0].provenance["test_accuracy"] == 61.5
+    assert "kd.test_accuracy" not in loaded.metadata and "test_accuracy" not in loaded.provenance
+    assert loaded.metadata["kd.float_test_accuracy"] == "61.5"
+    assert loaded.provenance["float_test_accuracy"] == 61.5
+    said = json.loads(loaded.metadata["kd.quantisation"])
+    assert whitened[1].quantisation is not None
+    assert said["int8_accuracy"] == whitened[1].quantisation.int8_accuracy
+    assert (said["images"], said["calibration_images"]) == (30, 20)
 
 
 def test_range_is_reduced_only_where_products_overflow() -> None:

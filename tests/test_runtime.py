@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -85,3 +86,32 @@ def test_git_blob_hash_is_gits(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"hello\n")
     # `printf 'hello\n' | git hash-object --stdin`
     assert files.git_blob_sha1_file(tmp_path / "x") == "ce013625030ba8dba906f756967f9e9ca394464a"
+
+
+def test_scratch_of_a_killed_process_is_cleared_and_of_a_living_one_kept(tmp_path: Path) -> None:
+    target = tmp_path / "a.json"
+    with files.atomic_path(target) as temporary:
+        mine = temporary.name
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    of_dead = mine.replace(f".{os.getpid()}.", f".{dead.pid}.")
+    of_other_host = re.sub(r"\.kd-[^.]*\.", ".kd-elsewhere.", of_dead)
+    for name in (mine, of_dead, of_other_host, ".a.json.5.tmp", ".a.json"):
+        (tmp_path / name).write_text("x")
+    old = tmp_path / of_other_host.replace(".tmp", "old.tmp")
+    old.write_text("x")
+    os.utime(old, (1, 1))
+    folder = tmp_path / of_dead.removeprefix(".a.json").replace(".tmp", "")
+    (folder / "below").mkdir(parents=True)
+    files.write_text(target, "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        mine,
+        of_other_host,
+        ".a.json.5.tmp",
+        ".a.json",
+        "a.json",
+        folder.name,
+    }
+    files.scratch_folder(tmp_path)
+    assert not folder.exists()
+    assert target.read_text() == "whole"

@@ -270,3 +270,16 @@ def test_npy_hostile(tmp_path: Path) -> None:
     with pytest.raises(KdError, match="cannot read"):
         safe_pickle.load_npy(tmp_path / "absent.npy")
     assert not canary.exists()
+
+
+@pytest.mark.parametrize("tail", [b"2\x93.", b"2\x86R."])
+def test_values_that_share_parts_cost_no_time_in_a_message(tail: bytes) -> None:
+    """Each round makes a pair of what is there, twice: written out, its text would double 40 times."""
+    with pytest.raises(KdError):
+        safe_pickle.loads(b"\x80\x04)" + b"2\x86" * 40 + tail)
+
+
+def test_a_bytearray_that_is_used_often_is_kept_once() -> None:
+    content = safe_pickle.loads(pickle.dumps([bytearray(b"x" * 1000)] * 50, 5))
+    assert isinstance(content, list)
+    assert {id(item) for item in content} == {id(content[0])} and content[0] == b"x" * 1000

@@ -31,7 +31,12 @@ __all__ = ["BenchResult", "Row", "bench", "count_macs", "default_models"]
 
 
 def bench(
-    paths: Sequence[Path], config: BenchConfig, images: Splits | None = None, on_event: OnEvent = ignore
+    paths: Sequence[Path],
+    config: BenchConfig,
+    images: Splits | None = None,
+    on_event: OnEvent = ignore,
+    *,
+    skip: bool = False,
 ) -> BenchResult:
     """Measure models against the first of them.
 
@@ -40,6 +45,7 @@ def bench(
         config: how to measure.
         images: data whose test split gives accuracy and agreement; by default what `config.data` names.
         on_event: told of progress.
+        skip: leave out files that cannot be read, with a note; never the teacher.
 
     Raises:
         KdError: nothing to measure, or a file that cannot be read or run.
@@ -48,39 +54,51 @@ def bench(
         raise KdError("no models to measure", "Name some: kd bench weights/teacher.pt runs/*/student.pt")
     threads = config.threads or runtime.available_cores()
     with _threads(threads):
-        loaded = _load(paths, threads)
-        names = _names(paths)
+        names = dict(zip(paths, _names(paths), strict=True))
+        loaded: dict[Path, Classifier | OnnxClassifier] = {}
         contenders: list[Contender] = []
-        for index, (path, model) in enumerate(zip(paths, loaded, strict=True)):
+        skipped: list[str] = []
+        for index, path in enumerate(paths):
             on_event(Progress("preparing", index, len(paths), "models"))
-            contenders += contenders_of(path, names[index], model, config, threads, is_teacher=index == 0)
+            try:
+                model = _load(path, threads, loaded[paths[0]].input_size if loaded else None)
+                contenders += contenders_of(path, names[path], model, config, threads, is_teacher=index == 0)
+            except KdError as error:
+                if not skip or index == 0:
+                    raise
+                skipped.append(f"left out: {error.message}")
+            else:
+                loaded[path] = model
         on_event(Progress("preparing", len(paths), len(paths), "models"))
         if images is None and config.data is not None:
             images = data.load(
                 config.data,
                 data_dir=config.data_dir,
                 cache_dir=config.cache_dir,
-                fit_to=loaded[0].input_size,
+                fit_to=loaded[paths[0]].input_size,
                 on_event=on_event,
             )
-        quality = quality_of(names, loaded, images.test if images else None, on_event)
+        quality = quality_of(
+            [names[path] for path in loaded], list(loaded.values()), images.test if images else None, on_event
+        )
         measure(contenders, config.rounds, on_event)
         environment = runtime.environment()
     rows = [replace(contender.row, **timing(contender, config.batch)) for contender in contenders]
     rows = [
         compared(row, contender, contenders, rows) for row, contender in zip(rows, contenders, strict=True)
     ]
-    rows = [_with_quality(row, quality[paths.index(row.path)]) for row in rows]
+    of_path = dict(zip(loaded, quality, strict=True))
+    rows = [_with_quality(row, of_path[row.path]) for row in rows]
     return BenchResult(
         rows=tuple(rows),
-        teacher=names[0],
+        teacher=names[paths[0]],
         batch=config.batch,
         rounds=config.rounds,
         threads=threads,
         data_label=images.label if images else None,
         test_images=len(images.test) if images else 0,
         environment=environment,
-        notes=_busy(environment),
+        notes=(*skipped, *_busy(environment)),
     )
 
 
@@ -125,14 +143,11 @@ def _busy(environment: dict[str, Any]) -> tuple[str, ...]:
     return (f"this machine is busy (load {load:.1f} on {cores} cores): times are longer than they could be",)
 
 
-def _load(paths: Sequence[Path], threads: int) -> list[Classifier | OnnxClassifier]:
-    loaded: list[Classifier | OnnxClassifier] = []
-    for path in paths:
-        if path.suffix.lower() == ".onnx":  # a file that leaves the image size open takes the teacher's
-            loaded.append(OnnxClassifier.load(path, threads, loaded[0].input_size if loaded else None))
-        else:
-            loaded.append(load_model(path, threads))
-    return loaded
+def _load(path: Path, threads: int, size: tuple[int, int, int] | None) -> Classifier | OnnxClassifier:
+    """A model; an ONNX file that leaves the image size open takes `size`, the teacher's."""
+    if path.suffix.lower() == ".onnx":
+        return OnnxClassifier.load(path, threads, size, external=True)
+    return load_model(path, threads)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

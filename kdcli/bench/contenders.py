@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kdcli import export, models, onnx_model
 from kdcli.bench.rows import SAME, Row, in_words
 from kdcli.config import BenchConfig
+from kdcli.errors import KdError
 from kdcli.events import OnEvent, Progress
 from kdcli.models import Classifier
 from kdcli.onnx_model import OnnxClassifier
@@ -97,6 +98,12 @@ def _onnx_contender(path: Path, name: str, model: OnnxClassifier, raw: Tensor, i
         inputs = np.ascontiguousarray(raw.permute(0, 3, 1, 2).numpy().astype(np.float32) / 255)
     if model.layout == "NHWC":
         notes.append("timed with its preprocessing, which is inside")
+    model.run(inputs[:1])
+    if len(inputs) > 1 and not model.one_by_one:
+        try:
+            model.run(inputs)
+        except KdError:  # it says that it takes any batch, and has a 1 in it somewhere
+            model = replace(model, one_by_one=True)
     if model.one_by_one:
         notes.append("its batch is fixed at 1; images of a batch are run singly")
     facts = onnx_model.facts(model.model, model.input_size)
@@ -105,7 +112,7 @@ def _onnx_contender(path: Path, name: str, model: OnnxClassifier, raw: Tensor, i
         path=path,
         engine=ORT,
         is_teacher=is_teacher,
-        file_bytes=path.stat().st_size,
+        file_bytes=model.file_bytes,
         network_bytes=facts.network_bytes,
         preprocessing_bytes=facts.preprocessing_bytes,
         parameters=facts.parameters,
@@ -188,9 +195,12 @@ def compared(row: Row, own: Contender, contenders: Sequence[Contender], rows: Se
     """Ratios to the teacher on the same engine, and the verdict."""
     size_ratio = rows[0].network_bytes / row.network_bytes if row.network_bytes else None
     row = replace(row, size_ratio=size_ratio)
+    size = in_words(size_ratio, "smaller", "bigger", "same size") if size_ratio else ""
+    bigger = size_ratio is not None and size_ratio < 1 / SAME
     teacher = next((c for c in contenders if c.row.is_teacher and c.row.engine == row.engine), None)
     if teacher is None:
-        return replace(row, notes=(*row.notes, f"the teacher was not run on {row.engine}: no speed ratio"))
+        note = f"the teacher was not run on {row.engine}: no speed ratio"
+        return replace(row, verdict=size, worse=bigger, notes=(*row.notes, note))
     ratios = np.median(teacher.single_s, axis=1) / np.median(own.single_s, axis=1)
     low, middle, high = (float(value) for value in np.percentile(ratios, [25, 50, 75]))
     row = replace(
@@ -202,6 +212,5 @@ def compared(row: Row, own: Contender, contenders: Sequence[Contender], rows: Se
     if row.is_teacher:
         return replace(row, verdict="teacher")
     speed = in_words(middle, "faster", "slower", "as fast")
-    size = in_words(size_ratio, "smaller", "bigger", "same size") if size_ratio else ""
-    worse = middle < 1 / SAME or (size_ratio is not None and size_ratio < 1 / SAME)
+    worse = bigger or middle < 1 / SAME
     return replace(row, verdict=", ".join(filter(None, (speed, size))), worse=worse)

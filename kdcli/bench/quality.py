@@ -58,10 +58,9 @@ def quality_of(
 
 
 def _recorded(model: Classifier | OnnxClassifier) -> Quality:
-    """The test accuracy that the file carries; int8 changed it, so there it does not count."""
+    """The test accuracy that the file carries, if any."""
     value = model.provenance.get("test_accuracy")
-    quantised = isinstance(model, OnnxClassifier) and "kd.quantisation" in model.metadata
-    if isinstance(value, bool) or not isinstance(value, int | float) or quantised:
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return Quality()
     return Quality(accuracy=float(value), source="recorded")
 

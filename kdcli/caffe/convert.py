@@ -11,7 +11,7 @@ import torch
 
 from kdcli import catalog
 from kdcli.caffe import tensorflow
-from kdcli.caffe.network import Built, LayerRow, assemble, declared_input
+from kdcli.caffe.network import Built, LayerRow, assemble, declared_input, input_channels
 from kdcli.caffe.preprocessing import Transform, needs_images, settle, transform_of
 from kdcli.caffe.read import Weights, read_caffemodel, read_prototxt, weights_sha256
 from kdcli.catalog import KnownNetwork
@@ -37,6 +37,7 @@ class Source:
         weights: as in the file, Caffe's layout.
         known: what is on record of these very weights.
         input_size: (H, W, C) where the files or the record tell it.
+        channels: of the images, as the first layer's weights tell.
         transform: what the data layers do to pixels.
         build: (H, W, C) → the network with its weights.
     """
@@ -51,6 +52,7 @@ class Source:
     input_size: tuple[int, int, int] | None
     transform: Transform
     build: Callable[[tuple[int, int, int], OnEvent], Built]
+    channels: int = 3
 
     def needs_images(self, config: ConvertConfig) -> bool:
         """Whether train images are wanted: to fit the preprocessing, or to learn how large images are."""
@@ -92,6 +94,9 @@ def read(model: Path, config: ConvertConfig) -> Source:
     elif known is not None:
         size = known.input_size
     folders = [path.parent for path in (config.prototxt, model) if path is not None]
+    transform = transform_of(network, folders)
+    if transform.is_identity():  # a deploy prototxt has no data layer; the snapshot recorded the trained one
+        transform = transform_of(stored.network, folders)
 
     def build(input_size: tuple[int, int, int], on_event: OnEvent) -> Built:
         height, width, channels = input_size
@@ -106,7 +111,8 @@ def read(model: Path, config: ConvertConfig) -> Source:
         weights=stored.weights,
         known=known,
         input_size=size,
-        transform=transform_of(network, folders),
+        transform=transform,
+        channels=input_channels(network, stored.weights),
         build=build,
     )
 

@@ -134,8 +134,8 @@ def _pooling(layer: Layer) -> Node:
     param = layer.param.pooling_param
     if param.pool not in (0, 1):
         raise KdError("stochastic pooling is not supported")
-    if any(value != 1 for value in param.dilation):
-        raise KdError("dilated pooling is not supported")
+    if param.round_mode != 0:
+        raise KdError("round_mode FLOOR is not supported, only Caffe's own CEIL")
     operation = "ave_pool" if param.pool == 1 else "max_pool"
     args = {"stride": _pair(param, "stride", 1), "pad": _pair(param, "pad", 0)}
     if param.global_pooling:

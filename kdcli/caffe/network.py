@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -71,18 +71,18 @@ def wire(network: Network, on_event: OnEvent = ignore) -> Wiring:
         KdError: not exactly one input, or nothing that computes.
     """
     blobs: dict[str, str] = {}
-    inputs: list[str] = []
+    outside: dict[str, str] = {}  # node standing for a blob that no layer makes → the blob
     steps: dict[str, _Step] = {}
     for layer in network.layers:
         if layer.type in DATA_TYPES or layer.type in _STRIPPED or layer.is_loss:
             continue
         for bottom in layer.bottoms:
             if bottom not in blobs:
-                inputs.append(bottom)
-                blobs[bottom] = INPUT
+                blobs[bottom] = f"{INPUT}/{len(outside)}"  # a layer's node has no slash
+                outside[blobs[bottom]] = bottom
         sources = tuple(blobs[bottom] for bottom in layer.bottoms)
         if layer.type == "Split":
-            blobs.update(dict.fromkeys(layer.tops, sources[0] if sources else INPUT))
+            blobs.update(dict.fromkeys(layer.tops, *sources))
             continue
         if len(layer.tops) != 1:
             raise KdError(
@@ -93,16 +93,12 @@ def wire(network: Network, on_event: OnEvent = ignore) -> Wiring:
         blobs[layer.tops[0]] = node
     if not steps:
         raise KdError("the network has no layer that computes anything")
-    if len(inputs) != 1:
-        raise KdError(
-            f"the network reads {len(inputs)} inputs ({', '.join(inputs[:5])}); kd takes one: the images"
-        )
     read = {source for step in steps.values() for source in step.inputs}
     ends = [node for node in steps if node not in read]
     output = ends[-1]
     while steps[output].layer.type == "Softmax" and len(steps[output].inputs) == 1:
         output = steps[output].inputs[0]
-        if output == INPUT:
+        if output in outside:
             raise KdError("the network is nothing but a softmax")
     needed = {output}
     for node in reversed(steps):
@@ -117,7 +113,21 @@ def wire(network: Network, on_event: OnEvent = ignore) -> Wiring:
                 f"left out, as the logits ({steps[output].layer.name}) do not need them: {', '.join(dropped)}"
             )
         )
-    return Wiring(tuple(step for node, step in steps.items() if node in needed), inputs[0], output)
+    inputs = [node for node in outside if node in needed]
+    if len(inputs) != 1:
+        names = ", ".join(outside[node] for node in inputs[:5])
+        raise KdError(
+            f"the network reads {len(inputs)} inputs ({names}); kd takes one: the images",
+            "Give a deploy prototxt with --prototxt, in which labels are no input.",
+        )
+    kept = (step for node, step in steps.items() if node in needed)
+    return Wiring(
+        tuple(
+            replace(step, inputs=tuple(INPUT if n in outside else n for n in step.inputs)) for step in kept
+        ),
+        outside[inputs[0]],
+        output,
+    )
 
 
 def declared_input(network: Network, weights: Weights) -> Shape | None:
@@ -129,7 +139,7 @@ def declared_input(network: Network, weights: Weights) -> Shape | None:
     for source in network.sources:
         crop = crop_size(source)
         if crop:
-            return (_input_channels(wiring, weights), crop, crop)
+            return (input_channels(network, weights), crop, crop)
     return None
 
 
@@ -142,8 +152,9 @@ def crop_size(source: Layer) -> int:
     return 0
 
 
-def _input_channels(wiring: Wiring, weights: Weights) -> int:
-    for step in wiring.steps:
+def input_channels(network: Network, weights: Weights) -> int:
+    """Channels of the images, from the weights of a convolution that reads them; 3 if there is none."""
+    for step in wire(network).steps:
         blobs = weights.get(step.layer.name)
         if INPUT in step.inputs and step.layer.type == "Convolution" and blobs and blobs[0].ndim == 4:
             return int(blobs[0].shape[1]) * int(step.layer.param.convolution_param.group)

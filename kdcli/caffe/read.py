@@ -127,12 +127,11 @@ def read_prototxt(path: Path) -> Network:
     content = read_bytes(path, _MOST_TEXT)
     message = schema.net_parameter()
     try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise KdError(
-            f"{path} is not a prototxt: it is not text", "--prototxt takes the network's text form."
-        ) from error
-    try:
+        text = content.decode("utf-8-sig", "replace")  # comments may be in any encoding
+        if "\0" in text:
+            raise KdError(
+                f"{path} is not a prototxt: it is not text", "--prototxt takes the network's text form."
+            )
         text_format.Parse(text, message, allow_unknown_field=True)
     except text_format.ParseError as error:
         raise KdError(f"{path} is not a well-formed prototxt: line {_first_line(error)}") from error
@@ -206,6 +205,8 @@ def blob_array(blob: Any, where: str) -> Array:
     if not raw:
         kind, raw = _unpacked(blob)
     width = np.dtype(kind).itemsize
+    if len(shape) > 32:
+        raise KdError(f"{where}: a shape of {len(shape)} numbers")
     if math.prod(shape) * width != len(raw):
         raise KdError(
             f"{where}: shape {shape} wants {math.prod(shape):,} values, it has {len(raw) / width:,g}"

@@ -18,6 +18,7 @@ _PACKAGE = "kd_caffe"
 _ENUMS: dict[str, dict[str, int]] = {
     "Phase": {"TRAIN": 0, "TEST": 1},
     "PoolMethod": {"MAX": 0, "AVE": 1, "STOCHASTIC": 2},
+    "RoundMode": {"CEIL": 0, "FLOOR": 1},
     "NormRegion": {"ACROSS_CHANNELS": 0, "WITHIN_CHANNEL": 1},
     "EltwiseOp": {"PROD": 0, "SUM": 1, "MAX": 2},
     "V1Type": {
@@ -74,7 +75,7 @@ _MESSAGES: dict[str, str] = {
     "PoolingParameter": """
         pool 1 PoolMethod MAX; kernel_size 2 uint32*; stride 3 uint32*; pad 4 uint32*; kernel_h 5 uint32
         kernel_w 6 uint32; stride_h 7 uint32; stride_w 8 uint32; pad_h 9 uint32; pad_w 10 uint32
-        global_pooling 12 bool false; dilation 13 uint32*
+        global_pooling 12 bool false; round_mode 13 RoundMode CEIL
     """,
     "ReLUParameter": "negative_slope 1 float 0",
     "ScaleParameter": "axis 1 int32 1; num_axes 2 int32 1; bias_term 4 bool false",

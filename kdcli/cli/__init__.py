@@ -7,9 +7,11 @@ import difflib
 import importlib
 import io
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
@@ -91,12 +93,24 @@ def _check_repeated(arguments: list[str]) -> None:
         raise UsageError("--method is given twice", "A run has one method; make a run for each.")
 
 
+class Terminated(BaseException):
+    """SIGTERM, as KeyboardInterrupt is SIGINT: not to be caught by `except Exception`."""
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+_AGAIN = "Type the same command again: what was finished is kept."
+
+
 def main() -> None:
     """Run the command line and leave with its exit code."""
     arguments = sys.argv[1:]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks × or → gets a ?, not a crash
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         _register(arguments)
         _check_repeated(arguments)
@@ -105,7 +119,9 @@ def main() -> None:
         sys.stderr.close()
         sys.exit(1)
     except KeyboardInterrupt:
-        _leave(KdError("stopped"), 130)
+        _leave(KdError("stopped", _AGAIN), 130)
+    except Terminated:
+        _leave(KdError("stopped", _AGAIN), 143)
     except KdError as problem:
         _leave(problem, problem.exit_code)
     except Exception as problem:
@@ -121,6 +137,9 @@ def _leave(problem: KdError, code: int) -> NoReturn:
 
     if _ui.settings.debug:
         traceback.print_exc()
+    if not problem.hint:
+        asked = next((word for word in sys.argv[1:] if word in COMMANDS), "")
+        problem.hint = f"{' '.join(filter(None, ('kd', asked)))} --help shows what it takes."
     _ui.error(problem)
     sys.exit(code)
 
@@ -133,7 +152,7 @@ def _as_kd_error(problem: Exception, arguments: list[str]) -> KdError:
             return KdError(
                 f"{where}{problem.strerror or problem}", "Check the path, its permissions and free space."
             )
-        if isinstance(problem, MemoryError):
+        if isinstance(problem, MemoryError) or "DefaultCPUAllocator" in str(problem):  # torch's own words
             return KdError("out of memory", "Use smaller images, fewer of them, or a smaller batch.")
         return KdError(
             f"unexpected {type(problem).__name__}: {problem}",

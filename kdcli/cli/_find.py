@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kdcli.errors import KdError
+
+if TYPE_CHECKING:
+    from kdcli.config import TestConfig, ValidateConfig
+    from kdcli.data import Splits
+    from kdcli.events import OnEvent
+    from kdcli.teacher import Anything
 
 
 def students() -> list[Path]:
@@ -32,3 +39,27 @@ def existing_model(path: Path) -> Path:
         f"no such file: {path}",
         f"There are: {shown}." if names else "There are no students yet: kd train makes one.",
     )
+
+
+def data_for(
+    model: Anything, path: Path, spec: str, config: TestConfig | ValidateConfig, on_event: OnEvent
+) -> Splits:
+    """Images as a model takes them: of its size and number of channels, with its classes.
+
+    Raises:
+        KdError: model and data do not belong together, or the data cannot be read.
+    """
+    from kdcli import data
+
+    splits = data.load(
+        spec,
+        data_dir=config.data_dir,
+        cache_dir=config.cache_dir,
+        image_size=getattr(config, "image_size", None),
+        fit_to=model.input_size,
+        on_event=on_event,
+    )
+    reason = data.misfit(model.classes, model.input_size, splits.test)
+    if reason:
+        raise KdError(f"{path} {reason}", "Model and data must belong together; see --data.")
+    return splits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_module
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,13 @@ def note(text: str) -> None:
     """One line on stderr beside the result; nothing with --quiet."""
     if not settings.quiet:
         _err().print(f"[dim]{escape(text)}[/dim]")
+
+
+def note_unread(typed: Container[str], names: Iterable[str], why: str) -> None:
+    """A note on each option that was typed and that does nothing."""
+    for name in names:
+        if name in typed:
+            note(f"--{name.replace('_', '-')} does nothing {why}")
 
 
 def next_command(text: str) -> None:
@@ -162,7 +169,7 @@ class _Bars:
         if isinstance(event, Note):
             self.bars.console.print(f"[dim]{escape(event.text)}[/dim]")
             return
-        group = "epoch" if event.task.startswith("epoch ") else event.task
+        group = event.group or event.task
         if group not in self.tasks:
             for name in list(self.tasks):  # one bar at a time
                 self.bars.remove_task(self.tasks.pop(name)[0])
@@ -184,16 +191,16 @@ class _Plain:
     def __init__(self) -> None:
         self.group = ""
         self.rate: _Rate | None = None
-        self.told = 0.0
+        self.told = time.monotonic()
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Note):
             note(event.text)
             return
-        group = "epoch" if event.task.startswith("epoch ") else event.task
+        group = event.group or event.task
         now = time.monotonic()
         if group != self.group or self.rate is None:
-            self.group, self.rate, self.told = group, _Rate(event), now
+            self.group, self.rate = group, _Rate(event)
         if now - self.told >= PLAIN_INTERVAL_S:
             self.told = now
             share = (
@@ -205,6 +212,8 @@ class _Plain:
 def _value(name: str, value: float) -> str:
     if name == "images_per_s":
         return f"{value:,.0f} img/s"
+    if name == "val_accuracy":
+        return f"val {value:.1f} %"
     return f"{name.replace('_', ' ')} {value:.4g}"
 
 

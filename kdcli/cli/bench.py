@@ -36,7 +36,7 @@ def bench(
     if config.plot is not None:
         report.check_target(config.plot)
     with _ui.progress() as on_event:
-        result = engine.bench(paths, config, on_event=on_event)
+        result = engine.bench(paths, config, on_event=on_event, skip=not model)
     if _ui.settings.json:
         _ui.json(result.to_json())
     else:
@@ -63,16 +63,32 @@ def _show(result: BenchResult) -> None:
     cpu = result.environment["cpu"]["model"]
     _ui.say(f"{cpu}, {result.threads} threads; ratios to {result.teacher} on the same engine")
     agreed = any(row.agreement is not None for row in result.rows)
-    last = "agree" if agreed else "p95"  # both do not fit 80 columns
     _ui.table(
-        ["model", "engine", "size", "ms", "img/s", "faster", "smaller", "acc %", last],
+        [
+            "model",
+            "engine",
+            "size",
+            "ms",
+            "img/s",
+            "faster",
+            "smaller",
+            "acc %",
+            *(["agree"] if agreed else []),
+        ],
         [_cells(row, agreed=agreed) for row in result.rows],
         left=2,
         marked=0,
     )
+    _ui.say()
+    _ui.table(
+        ["model", "engine", "parameters", "MACs", "file", "ms p90", "ms p95"],
+        [_more_cells(row) for row in result.rows],
+        left=2,
+    )
+    _ui.say()
     calls = result.rows[0].latency_n
     _ui.say(
-        f"ms{'' if agreed else ', p95'}: one image, n = {calls}; "
+        f"ms: one image, median of n = {calls}; "
         f"img/s: batches of {result.batch}, n = {result.rounds}; prepared input"
     )
     _ui.say("faster, smaller: teacher ÷ model; size: the network alone")
@@ -85,15 +101,31 @@ def _cells(row: Row, *, agreed: bool) -> list[str]:
     mark = "*" if row.accuracy_source == "recorded" else ""
     return [
         row.name,
-        {"onnxruntime": "ort"}.get(row.engine, row.engine),
+        _engine(row),
         _ui.size(row.network_bytes),
         f"{row.latency_ms:.3g}",
         _ui.count(row.images_per_s),
         _ratio(row.speedup),
         _ratio(row.size_ratio),
         "—" if row.accuracy is None else f"{row.accuracy:.2f}{mark}",
-        agreement if agreed else f"{row.latency_p95_ms:.3g}",
+        *([agreement] if agreed else []),
     ]
+
+
+def _more_cells(row: Row) -> list[str]:
+    return [
+        row.name,
+        _engine(row),
+        _ui.count(row.parameters),
+        "—" if row.macs is None else _ui.count(row.macs),
+        _ui.size(row.file_bytes),
+        f"{row.latency_p90_ms:.3g}",
+        f"{row.latency_p95_ms:.3g}",
+    ]
+
+
+def _engine(row: Row) -> str:
+    return {"onnxruntime": "ort"}.get(row.engine, row.engine)
 
 
 def _ratio(value: float | None) -> str:

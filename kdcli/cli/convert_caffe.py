@@ -40,6 +40,7 @@ def convert_caffe(
                 data_dir=config.data_dir,
                 cache_dir=config.cache_dir,
                 image_size=config.image_size,
+                grey=source.channels == 1,
                 fit_to=source.input_size,
                 on_event=on_event,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from kdcli import methods
 from kdcli.cli import _ui
 from kdcli.cli._options import options_of
 from kdcli.config import BenchConfig, DemoConfig, ExportConfig, TrainConfig, make
-from kdcli.errors import UsageError
+from kdcli.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
     from kdcli.bench import Row
@@ -38,8 +39,13 @@ def demo(**options: Any) -> None:
     config = make(DemoConfig, options)
     _empty_or_ours(config.output)
     started = time.monotonic()
-    with _inside(config.output):
-        results, rows, exported = _chain(config)
+    try:
+        with _inside(config.output):
+            results, rows, exported = _chain(config)
+    except Interrupted as stopped:  # its own hint would continue one run, and not the demo
+        raise Interrupted(
+            "kd demo was stopped", "Type it again: it starts anew.", exit_code=stopped.exit_code
+        ) from stopped
     _render(config.output, results, rows, exported, time.monotonic() - started)
 
 
@@ -122,7 +128,8 @@ def _titled(title: str, on_event: OnEvent) -> OnEvent:
 
     def tell(event: Event) -> None:
         if isinstance(event, Progress):
-            on_event(replace(event, task=f"{title}: {event.task}"))
+            group = f"{title}: {event.group or event.task}"
+            on_event(replace(event, task=f"{title}: {event.task}", group=group))
 
     return tell
 
@@ -154,7 +161,7 @@ def _render(
         f"digits, {results[0].evaluation.count} test images: one image is "
         f"{100 / results[0].evaluation.count:.2f} points, so small differences here mean nothing."
     )
-    _ui.say("latency: one image, onnxruntime, the network alone; speed-up: against the teacher, same engine.")
+    _ui.say("size, latency: of the network alone, one image, onnxruntime; speed-up: against the teacher.")
     _ui.say(f"best on the validation split: {best.config.method}")
     _ui.say(f"done in {_ui.clock(seconds)}; everything is in {folder.as_posix()}/:")
     for text, path in (
@@ -164,7 +171,7 @@ def _render(
         ("int8    ", exported[1]),
     ):
         _ui.say(f"  {text}  {path.as_posix()}")
-    _ui.next_command(f"cd {folder.as_posix()} && kd test {best.run.student.as_posix()}")
+    _ui.next_command(f"cd {shlex.quote(folder.as_posix())} && kd test {best.run.student.as_posix()}")
 
 
 def _cells(row: Row, is_export: bool) -> list[str]:
@@ -176,7 +183,7 @@ def _cells(row: Row, is_export: bool) -> list[str]:
         _ui.percent(row.accuracy),
         _ui.percent(None if row.is_teacher else row.agreement),
         _ui.count(row.parameters),
-        _ui.size(row.file_bytes if is_export else row.network_bytes),
+        _ui.size(row.network_bytes),
         f"{row.latency_ms * 1e3:.0f} µs",
         "1.0×" if row.is_teacher or row.speedup is None else f"{row.speedup:.1f}×",
     ]

@@ -13,6 +13,7 @@ from kdcli.cli import _ui
 from kdcli.cli._options import options_of
 from kdcli.config import DownloadConfig, make
 from kdcli.errors import KdError, UsageError
+from kdcli.files import expand
 
 ALL = "all"
 _NEXT = {
@@ -112,7 +113,7 @@ def _sources(what: str, wanted: list[tuple[RemoteFile, Path]], source: str | Non
                 'End it with "/" if all of them lie below it under their own names, or name one target.',
             )
         return {wanted[0][0].name: source}
-    path = Path(source).expanduser()
+    path = expand(source)
     if path.is_dir():
         here: dict[str, str | None] = {
             remote.name: str(path / remote.name) for remote, _ in wanted if (path / remote.name).is_file()

@@ -26,6 +26,8 @@ def export(
     If it does not, no file appears, and an earlier one of that name stays as it was.
     """
     config = make(ExportConfig, options)
+    if not config.int8:
+        _ui.note_unread(options, ("calibration_images",), "without --int8")
     source = existing_model(checkpoint)
     from kdcli.export import export as write
 

@@ -8,10 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from kdcli.cli import _ui
-from kdcli.cli._find import existing_model
+from kdcli.cli._find import data_for, existing_model
 from kdcli.cli._options import options_of
 from kdcli.config import TestConfig, make
-from kdcli.errors import KdError
 
 
 @options_of(TestConfig)
@@ -32,16 +31,7 @@ def test(
     loaded = load_model(model, config.threads)
     spec = data.spec_for(model, loaded.provenance, config.data)
     with _ui.progress() as on_event:
-        splits = data.load(
-            spec,
-            data_dir=config.data_dir,
-            cache_dir=config.cache_dir,
-            fit_to=loaded.input_size,
-            on_event=on_event,
-        )
-        reason = data.misfit(loaded.classes, loaded.input_size, splits.test)
-        if reason:
-            raise KdError(f"{model} {reason}", "Model and data must belong together; see --data.")
+        splits = data_for(loaded, model, spec, config, on_event)
         teacher_logits = None
         source = config.teacher or _recorded_teacher(loaded.provenance)
         if source is not None:
@@ -91,8 +81,11 @@ def test(
 def _recorded_teacher(provenance: dict[str, Any]) -> Path | None:
     """The teacher the student learned from, if its file is still the same."""
     recorded = provenance.get("teacher") or {}
+    if not recorded:
+        return None
     path = Path(str(recorded.get("path", "")))
-    if not recorded or not path.is_file():
+    if not path.is_file():
+        _ui.note(f"the teacher {path} is not here: agreement is not measured; name it with --teacher")
         return None
     from kdcli.files import sha256_file
 

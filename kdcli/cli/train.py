@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,9 +56,10 @@ def train(
         _check_place(config, resume)
     else:
         run = None
-        config = make(TrainConfig, {**(read_recipe(recipe) if recipe else {}), **options})
-        _tell_unread(config.method, options)
-    _finish(*_train(config, run))
+        config = make(TrainConfig, {**(read_recipe(recipe, options) if recipe else {}), **options})
+        unread = methods.unread(config.method, options)
+        _ui.note_unread(options, unread, f"with --method {config.method}")
+    _finish(*_train(config, run, options))
 
 
 def _check_place(config: TrainConfig, resume: Path) -> None:
@@ -69,24 +71,20 @@ def _check_place(config: TrainConfig, resume: Path) -> None:
         raise UsageError(f"{resume} needs its data {config.data}", hint)
 
 
-def _tell_unread(method: str, options: dict[str, Any]) -> None:
-    """A note on each option that was typed and that the method does not read."""
-    for name in methods.unread(method, options):
-        _ui.note(f"--{name.replace('_', '-')} does nothing with --method {method}")
-
-
-def _train(config: TrainConfig, run: Any) -> tuple[Result, Any]:
+def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[Result, Any]:
     from kdcli import data, models
     from kdcli.engine import fit
 
     methods.get(config.method)
-    models.takes_dropout(config.student)
+    if not models.takes_dropout(config.student):
+        _ui.note_unread(options, ("dropout",), f"with --student {config.student}, which has none")
     with _ui.progress() as on_event:
         splits = data.load(
             config.data,
             data_dir=config.data_dir,
             cache_dir=config.cache_dir,
             image_size=config.image_size,
+            grey=config.grey,
             on_event=on_event,
         )
         return fit(config, splits, resume=run, on_event=on_event), splits
@@ -107,12 +105,14 @@ def _finish(result: Result, splits: Any) -> None:
     )
     if test.agreement is not None:
         _ui.say(f"agreement with the teacher {test.agreement:.2f} % (teacher {test.teacher_accuracy:.2f} %)")
+    if result.val_accuracy is not None:
+        _ui.say(f"accuracy on the validation split {result.val_accuracy:.2f} %")
     _ui.say(
         f"{_ui.count(result.parameters)} parameters, {result.images_per_s:,.0f} images/s, "
         f"{_ui.clock(result.seconds)} of training, teacher runs: {_teacher_runs(result)}"
     )
     _ui.say(f"wrote {result.run.student.as_posix()}")
-    _ui.next_command(f"kd export {result.run.student.as_posix()}")
+    _ui.next_command(f"kd export {shlex.quote(result.run.student.as_posix())}")
 
 
 def _teacher_runs(result: Result) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from kdcli.cli import _ui
+from kdcli.cli._find import data_for
 from kdcli.cli._options import options_of
 from kdcli.config import ValidateConfig, make
 from kdcli.errors import KdError
@@ -22,24 +23,16 @@ def validate(**options: Any) -> None:
     With --against, its logits stand beside those of OpenCV's own importer. (For a student, see kd test.)
     """
     config = make(ValidateConfig, options)
-    from kdcli import data, models, runtime
+    if config.against is None:
+        _ui.note_unread(options, ("images", "prototxt"), "without --against")
+    from kdcli import models, runtime
     from kdcli.caffe import oracle
     from kdcli.engine import evaluate
 
     runtime.set_threads(config.threads)
     teacher = models.load(config.teacher)
     with _ui.progress() as on_event:
-        splits = data.load(
-            config.data,
-            data_dir=config.data_dir,
-            cache_dir=config.cache_dir,
-            image_size=config.image_size,
-            fit_to=teacher.input_size,
-            on_event=on_event,
-        )
-        reason = data.misfit(teacher.classes, teacher.input_size, splits.test)
-        if reason:
-            raise KdError(f"{config.teacher} {reason}", "Teacher and data must belong together; see --data.")
+        splits = data_for(teacher, config.teacher, config.data, config, on_event)
         comparison = None
         if config.against is not None:
             count = min(config.images, len(splits.test))  # spread: the images of a folder are sorted by class

@@ -11,15 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcli import catalog, safe_pickle
-from kdcli.data.decode import Pixels, fit
+from kdcli.data.decode import Pixels
 from kdcli.data.images import Splits
-from kdcli.data.pack import FORMAT_VERSION, Cache, Selection
+from kdcli.data.pack import FORMAT_VERSION, Cache, Selection, Spool
 from kdcli.data.sources import open_source
 from kdcli.errors import KdError
 from kdcli.events import OnEvent, Progress
 
 FOLDER = "cifar-10-batches-py"
 ARCHIVE = "cifar-10-python.tar.gz"
+SIZE = 32
 TRAIN_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 BATCHES = (*TRAIN_BATCHES, "test_batch")
 DOWNLOAD_HINT = (
@@ -48,7 +49,7 @@ def find_cifar10(data_dir: Path) -> Path:
 
 
 def load_cifar10(
-    path: Path, spec: str, *, cache_dir: Path, image_size: int | None, on_event: OnEvent
+    path: Path, spec: str, *, cache_dir: Path, image_size: int | None, channels: int, on_event: OnEvent
 ) -> Splits:
     """CIFAR-10 from its archive or folder; unpickled (safely) once, then read from the cache.
 
@@ -57,7 +58,9 @@ def load_cifar10(
     """
     source = open_source(path)
     content = source.key()
-    digest = hashlib.sha256(f"cifar10 {FORMAT_VERSION} {content} {image_size}".encode())
+    image_size = None if image_size == SIZE else image_size
+    words = f"cifar10 {FORMAT_VERSION} {content} {image_size}" + (" grey" if channels == 1 else "")
+    digest = hashlib.sha256(words.encode())
     cache = Cache(cache_dir, digest.hexdigest()[:32])
     if (known := cache.load(spec)) is not None:
         return known
@@ -75,12 +78,9 @@ def load_cifar10(
         raise KdError(f"{path} lacks {', '.join(missing)}", DOWNLOAD_HINT)
     workspace = cache.workspace()
     try:
-        pixels = np.concatenate([parts[name][0] for name in BATCHES])
         labels = np.concatenate([parts[name][1] for name in BATCHES])
         if labels.max() >= len(classes):
             raise KdError(f"{path} has labels beyond its {len(classes)} classes", DOWNLOAD_HINT)
-        if image_size is not None:
-            pixels = np.stack([fit(image, image_size) for image in pixels])
         train_count = len(labels) - len(parts["test_batch"][1])
         rows = np.arange(len(labels))
         selections = [
@@ -89,7 +89,14 @@ def load_cifar10(
         notes = []
         if path.is_file() and catalog.KNOWN_ARCHIVES.get(content) != "CIFAR-10":
             notes.append(f"{path.name} is not the official archive: its SHA-256 differs.")
-        cache.store(workspace, pixels, selections, classes=classes, label="CIFAR-10", notes=notes)
+        spool = Spool(workspace, image_size, channels)  # resized images need not fit into memory
+        try:
+            images = (image for name in BATCHES for image in parts[name][0])
+            for number, image in enumerate(images):
+                spool.put(number, image)
+            cache.store(workspace, spool.view(), selections, classes=classes, label="CIFAR-10", notes=notes)
+        finally:
+            spool.close()
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
     packed = cache.load(spec)

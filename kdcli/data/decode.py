@@ -82,6 +82,23 @@ def fit(pixels: Pixels, size: int) -> Pixels:
     return np.array(resized, dtype=np.uint8).reshape(size, size, channels)
 
 
+def with_channels(pixels: Pixels, channels: int) -> Pixels:
+    """Colour to grey by ITU-R 601 luma, or grey to three equal planes.
+
+    Args:
+        pixels: uint8 (H, W, 1 or 3).
+        channels: 1 or 3.
+
+    Returns:
+        uint8 (H, W, channels).
+    """
+    if pixels.shape[2] == channels:
+        return pixels
+    if channels == 3:
+        return np.repeat(pixels, 3, axis=2)
+    return np.array(Image.fromarray(pixels).convert("L"), dtype=np.uint8)[..., None]
+
+
 def _too_big(name: str) -> KdError:
     return KdError(
         f"image {name} has more than {MAX_PIXELS // 1_000_000} million pixels",

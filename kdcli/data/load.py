@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from kdcli.data.cifar import find_cifar10, is_cifar10, load_cifar10
-from kdcli.data.decode import fit
+from kdcli.data.decode import fit, with_channels
 from kdcli.data.images import ImageSet, Splits, fingerprint_of
 from kdcli.data.tree import load_tree
 from kdcli.errors import KdError, UsageError
 from kdcli.events import Note, OnEvent, ignore
+from kdcli.files import expand
 
 DIGITS_TRAIN = 1437  # of 1,797: the split is contiguous, so that writers mostly do not overlap
 
@@ -30,6 +31,7 @@ class Request:
     data_dir: Path
     cache_dir: Path
     image_size: int | None
+    channels: int | None
     on_event: OnEvent
 
 
@@ -39,6 +41,7 @@ def load(
     data_dir: Path = Path("data"),
     cache_dir: Path = Path("cache"),
     image_size: int | None = None,
+    grey: bool = False,
     fit_to: tuple[int, int, int] | None = None,
     on_event: OnEvent = ignore,
 ) -> Splits:
@@ -50,8 +53,9 @@ def load(
         data_dir: where `kd download` puts datasets.
         cache_dir: decoded images are packed below it, once.
         image_size: pixels per side; None keeps the images' own size if they share one, else 32.
-        fit_to: (H, W, C) that a model takes: without an `image_size`, images of another size are resized to it
-            if it is square.
+        grey: turn colour images to grey (N, H, W, 1).
+        fit_to: (H, W, C) that a model takes: images get its number of channels, and, if it is square and no
+            `image_size` is given, its size.
         on_event: gets progress while images are decoded, and the notes of the result.
 
     Raises:
@@ -59,19 +63,24 @@ def load(
         KdError: the data is missing, damaged or laid out in another way.
     """
     if image_size is None and fit_to is not None and fit_to[0] == fit_to[1]:
-        own = load(spec, data_dir=data_dir, cache_dir=cache_dir, on_event=on_event)
-        if own.train.input_size[:2] == fit_to[:2]:
-            return own
         image_size = fit_to[0]
-    request = Request(spec, data_dir, cache_dir, image_size, on_event)
-    path = Path(spec).expanduser()
+    channels = 1 if grey else fit_to[2] if fit_to is not None and fit_to[2] in (1, 3) else None
+    request = Request(spec, data_dir, cache_dir, image_size, channels, on_event)
+    path = expand(spec)
     if spec in DATASETS:
         splits = DATASETS[spec](request)
     elif not spec or "\0" in spec or not path.exists():
         raise _unknown(spec)
     else:
         read = load_cifar10 if is_cifar10(path) else load_tree
-        splits = read(path, spec, cache_dir=cache_dir, image_size=image_size, on_event=on_event)
+        splits = read(
+            path,
+            spec,
+            cache_dir=cache_dir,
+            image_size=image_size,
+            channels=channels or 3,
+            on_event=on_event,
+        )
     for note in splits.notes:
         on_event(Note(note))
     return splits
@@ -92,7 +101,7 @@ def spec_for(model: Path, provenance: dict[str, object], named: str | None) -> s
             f"{model} does not say what data it belongs to",
             "Name it: --data cifar10, --data digits, or a folder or archive of images.",
         )
-    if spec not in DATASETS and not Path(spec).expanduser().exists():
+    if spec not in DATASETS and not expand(spec).exists():
         raise KdError(f"{model} was trained on {Path(spec).name}, which is not here", "Name it with --data.")
     return spec
 
@@ -114,6 +123,8 @@ def _digits(request: Request) -> Splits:
     grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]  # (1797, 8, 8, 1)
     if request.image_size is not None:
         grey = np.stack([fit(image, request.image_size) for image in grey])
+    if request.channels == 3:
+        grey = np.stack([with_channels(image, 3) for image in grey])
     labels = bunch.target.astype(np.int64)
     classes = tuple("0123456789")
     first, last = (
@@ -129,6 +140,7 @@ def _cifar10(request: Request) -> Splits:
         request.spec,
         cache_dir=request.cache_dir,
         image_size=request.image_size,
+        channels=request.channels or 3,
         on_event=request.on_event,
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcli import files
-from kdcli.data.decode import Pixels, fit
+from kdcli.data.decode import Pixels, fit, with_channels
 from kdcli.data.images import ImageSet, Splits, fingerprint_of
 from kdcli.errors import KdError
 
-FORMAT_VERSION = 1  # raise it when packing or decoding gives other pixels
+FORMAT_VERSION = 2  # raise it when packing or decoding gives other pixels
 FALLBACK_SIZE = 32
 SPLITS = ("train", "test")
 
@@ -30,11 +29,15 @@ class Spool:
 
     With no `size` the shape of the first image holds until one differs; then what was written is resized to
     `FALLBACK_SIZE` and so is all that follows. The outcome does not depend on the order of arrival.
+
+    Attributes:
+        resized: whether any image had to be.
     """
 
-    def __init__(self, folder: Path, size: int | None) -> None:
+    def __init__(self, folder: Path, size: int | None, channels: int) -> None:
         self._folder = folder
         self._size = size
+        self._channels = channels
         self._shape: tuple[int, int, int] | None = None
         self._written: list[int] = []
         self._lock = threading.Lock()
@@ -44,11 +47,12 @@ class Spool:
 
     def put(self, index: int, pixels: Pixels) -> None:
         """Keep the pixels (H, W, C) of image `index`; called from any thread."""
+        pixels = with_channels(pixels, self._channels)
         if self._size is not None:
             self.resized = self.resized or pixels.shape[:2] != (self._size, self._size)
             pixels = fit(pixels, self._size)
         with self._lock:
-            shape = (pixels.shape[0], pixels.shape[1], pixels.shape[2])
+            shape = (pixels.shape[0], pixels.shape[1], self._channels)
             if self._shape is None:
                 self._shape = shape
             elif shape != self._shape:
@@ -70,7 +74,8 @@ class Spool:
         self._handle = self._path.open("w+b")
         for index in self._written:
             self._write(index, fit(before[index], FALLBACK_SIZE))
-        self._size, self._shape, self.resized = FALLBACK_SIZE, (FALLBACK_SIZE, FALLBACK_SIZE, 3), True
+        self._size, self.resized = FALLBACK_SIZE, True
+        self._shape = (FALLBACK_SIZE, FALLBACK_SIZE, self._channels)
         del before
         old.unlink()
 
@@ -132,11 +137,10 @@ class Cache:
             KdError: the cache folder cannot be written.
         """
         try:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            return Path(tempfile.mkdtemp(dir=self.folder.parent, prefix=f".{self.folder.name[:16]}."))
+            return files.scratch_folder(self.folder.parent)
         except OSError as error:
             raise KdError(
-                f"cannot write to {self.folder.parent}: {error.strerror}",
+                f"cannot write to {self.folder.parent}: {error.strerror or error}",
                 "Choose another place with --cache-dir.",
             ) from error
 
@@ -155,10 +159,12 @@ class Cache:
         for split, chosen in zip(SPLITS, selections, strict=True):
             pixels_path, labels_path = workspace / f"{split}-images.npy", workspace / f"{split}-labels.npy"
             shape = (len(chosen.order), *pixels.shape[1:])
-            packed = np.lib.format.open_memmap(pixels_path, mode="w+", dtype=np.uint8, shape=shape)
-            for start in range(0, len(chosen.order), 1024):
-                packed[start : start + 1024] = pixels[chosen.order[start : start + 1024]]
-            packed.flush()
+            with pixels_path.open("wb") as handle:  # not through a map, where a full disk is a bus error
+                about = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(handle, about)
+                for start in range(0, len(chosen.order), 1024):
+                    handle.write(pixels[chosen.order[start : start + 1024]].tobytes())
+            packed = np.load(pixels_path, mmap_mode="r", allow_pickle=False)
             np.save(labels_path, chosen.labels, allow_pickle=False)
             split_meta[split] = {
                 "shape": list(shape),
@@ -177,10 +183,12 @@ class Cache:
         }
         files.write_json(workspace / "meta.json", meta)
         workspace.chmod(0o755)
-        if self.load("") is not None:  # another process was quicker
-            shutil.rmtree(workspace, ignore_errors=True)
-            return
-        shutil.rmtree(self.folder, ignore_errors=True)
-        with suppress(OSError):  # lost a race after the check above; whoever won wrote the same
+        try:
             workspace.rename(self.folder)
+        except OSError:
+            if self.load("") is not None:  # another process was quicker, and wrote the same
+                return
+            shutil.rmtree(self.folder, ignore_errors=True)  # damaged
+            with suppress(OSError):
+                workspace.rename(self.folder)
         files.fsync_directory(self.folder.parent)

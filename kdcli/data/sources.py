@@ -81,7 +81,7 @@ def open_source(path: Path) -> Source:
         with path.open("rb") as handle:
             head = handle.read(512)
     except OSError as error:
-        raise KdError(f"cannot read {path}: {error.strerror}") from error
+        raise KdError(f"cannot read {path}: {error.strerror or error}") from error
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return ZipSource(path)
     if head.startswith((b"\x1f\x8b", b"\xfd7zXZ\0", b"BZh")) or head[257:262] == b"ustar":
@@ -146,7 +146,9 @@ class FolderSource:
             try:
                 self._walk(self.path, "", found, set())
             except OSError as error:
-                raise KdError(f"cannot read {error.filename or self.path}: {error.strerror}") from error
+                raise KdError(
+                    f"cannot read {error.filename or self.path}: {error.strerror or error}"
+                ) from error
             self._files = sorted(found)
         return self._files
 
@@ -187,7 +189,7 @@ class FolderSource:
             try:
                 data = (self.path / name).read_bytes()
             except OSError as error:
-                raise KdError(f"cannot read {self.path / name}: {error.strerror}") from error
+                raise KdError(f"cannot read {self.path / name}: {error.strerror or error}") from error
             yield name, data
             self._done += 1
 
@@ -263,6 +265,7 @@ class _Forward(io.RawIOBase):
         self._stream = stream
         self._path = path
         self._offset = 0
+        self._last = b""
         self._limit = _expansion_limit(path)
 
     def readable(self) -> bool:
@@ -279,7 +282,21 @@ class _Forward(io.RawIOBase):
             raise KdError(f"{self._path} has an oversized header", "It is damaged or made to do harm.")
         data = self._stream.read(size)
         self._advance(len(data))
+        self._last = data
         return data
+
+    def finish(self) -> None:
+        """Check that the archive ended as archives do, and read on, so that a compressed one checks its sums.
+
+        tarfile takes a damaged or truncated header for the end, without a word.
+
+        Raises:
+            ReadError: the last thing read was no empty block.
+        """
+        if len(self._last) != tarfile.BLOCKSIZE or self._last.strip(b"\0"):
+            raise tarfile.ReadError("damaged or cut short")
+        while self.read(1 << 20):
+            pass
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         if whence != os.SEEK_SET or offset < self._offset:
@@ -315,10 +332,19 @@ class TarSource:
         try:
             with self.path.open("rb") as raw:
                 self._raw = raw
-                stream = _decompressed(raw)
-                with tarfile.open(fileobj=_Forward(stream, self.path), mode="r:") as archive:
+                stream = _Forward(_decompressed(raw), self.path)
+                with tarfile.open(fileobj=stream, mode="r:") as archive:
                     yield from self._members(archive, wanted)
-        except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError, ValueError) as error:
+                stream.finish()
+        except (
+            tarfile.TarError,
+            lzma.LZMAError,
+            zlib.error,
+            EOFError,
+            OSError,
+            ValueError,
+            RecursionError,
+        ) as error:
             raise not_an_archive(self.path, str(error)) from error
         finally:
             self._raw = None

@@ -64,25 +64,45 @@ def load_tree(
     *,
     cache_dir: Path,
     image_size: int | None,
+    channels: int,
     on_event: OnEvent,
-    key: str | None = None,
 ) -> Splits:
     """A dataset from a folder or archive; decoded once, then read from the cache.
+
+    Images that already have the size asked for are kept as they would be if no size were asked for: one entry of
+    the cache serves both.
 
     Raises:
         KdError: not an archive, no such layout, a broken image.
     """
     source = open_source(path)
     content = source.key()
-    digest = hashlib.sha256(
-        f"tree {FORMAT_VERSION} {content} {image_size} {path.name}".encode("utf-8", "replace")
-    )
-    cache = Cache(cache_dir, digest.hexdigest()[:32])
-    if (known := cache.load(spec)) is not None:
+
+    def cache_for(size: int | None) -> Cache:
+        words = f"tree {FORMAT_VERSION} {content} {size} {path.name}" + (" grey" if channels == 1 else "")
+        return Cache(cache_dir, hashlib.sha256(words.encode("utf-8", "replace")).hexdigest()[:32])
+
+    known = cache_for(None).load(spec)
+    if image_size is not None and (known is None or known.train.input_size[:2] != (image_size, image_size)):
+        known = cache_for(image_size).load(spec)
+    if known is not None:
         return known
+    cache = cache_for(image_size)
     workspace = cache.workspace()
     try:
-        _pack(source, content, cache, workspace, image_size=image_size, on_event=on_event)
+        spool = Spool(workspace, image_size, channels)
+        try:
+            found = _decode_all(source, spool, on_event)
+            if not spool.resized:
+                cache = cache_for(None)
+            _store(found, source, content, spool, cache, workspace, image_size)
+        finally:
+            spool.close()
+    except OSError as error:
+        raise KdError(
+            f"cannot write to {workspace.parent}: {error.strerror or error}",
+            "Choose another place with --cache-dir.",
+        ) from error
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
     packed = cache.load(spec)
@@ -91,34 +111,6 @@ def load_tree(
             f"cannot read back {cache.folder}", "Is the disk full? Choose another with --cache-dir."
         )
     return packed
-
-
-def _pack(
-    source: Source,
-    content: str,
-    cache: Cache,
-    workspace: Path,
-    *,
-    image_size: int | None,
-    on_event: OnEvent,
-) -> None:
-    spool = Spool(workspace, image_size)
-    try:
-        found = _decode_all(source, spool, on_event)
-        train, test, classes = _choose(found, source.path)
-        notes = _notes(found, source, spool, image_size)
-        missing = sorted(set(classes) - {place.class_name for place in test})
-        if missing:
-            notes.append(f"No test images of {', '.join(missing)}.")
-        label = catalog.KNOWN_ARCHIVES.get(content, source.path.resolve().name or str(source.path))
-        selections = [_selection(places, classes) for places in (train, test)]
-        cache.store(workspace, spool.view(), selections, classes=classes, label=label, notes=notes)
-    except OSError as error:
-        raise KdError(
-            f"cannot write to {workspace.parent}: {error.strerror}", "Choose another place with --cache-dir."
-        ) from error
-    finally:
-        spool.close()
 
 
 @dataclass
@@ -192,6 +184,25 @@ def _batches(source: Source, found: _Found) -> Iterator[list[tuple[int, str, byt
         yield batch
 
 
+def _store(
+    found: _Found,
+    source: Source,
+    content: str,
+    spool: Spool,
+    cache: Cache,
+    workspace: Path,
+    image_size: int | None,
+) -> None:
+    train, test, classes = _choose(found, source.path)
+    notes = _notes(found, source, spool, image_size)
+    missing = sorted(set(classes) - {place.class_name for place in test})
+    if missing:
+        notes.append(f"No test images of {', '.join(missing)}.")
+    label = catalog.KNOWN_ARCHIVES.get(content, source.path.resolve().name or str(source.path))
+    selections = [_selection(places, classes) for places in (train, test)]
+    cache.store(workspace, spool.view(), selections, classes=classes, label=label, notes=notes)
+
+
 Places = dict[Place, int]
 
 
@@ -213,7 +224,7 @@ def _choose(found: _Found, path: Path) -> tuple[Places, Places, tuple[str, ...]]
             f"{path} holds more than one dataset: {', '.join(name or '.' for name in below[:4])}",
             "Point --data at one of them.",
         )
-    classes = tuple(sorted({place.class_name for place in train}))
+    classes = tuple(sorted_names({place.class_name for place in train}))
     unknown = sorted({place.class_name for place in test} - set(classes))
     if unknown:
         raise KdError(
@@ -223,6 +234,13 @@ def _choose(found: _Found, path: Path) -> tuple[Places, Places, tuple[str, ...]]
     if len(classes) < 2:
         raise KdError(f"{path} has only one class: {classes[0]}", "A classifier needs two or more.")
     return train, test, classes
+
+
+def sorted_names(names: set[str]) -> list[str]:
+    """Class names in the order of their labels: by number if all are numbers (2 before 10), else as text."""
+    if all(name.isascii() and name.isdecimal() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
 
 
 def _selection(places: Places, classes: tuple[str, ...]) -> Selection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from kdcli.config import TrainConfig
 from kdcli.data import Splits
 from kdcli.engine.evaluate import Evaluation, measure
 from kdcli.engine.output import Output
-from kdcli.engine.plan import resolve_views, split
+from kdcli.engine.plan import FILLED, resolve, split
 from kdcli.engine.run_dir import RunDir
 from kdcli.engine.schedule import learning_rate, make_optimizer
 from kdcli.errors import Interrupted, KdError
@@ -124,7 +125,8 @@ class _Run:
         self.stop = stop
         self.data = data
         self.method = methods.get(config.method)
-        self.config = config = resolve_views(config)
+        filled = [name for name in FILLED if not getattr(config, name)]
+        self.config = config = resolve(config)
         self.weights = self.method.weights(config)
         runtime.set_threads(config.threads)
         train = data.train
@@ -150,15 +152,19 @@ class _Run:
             self.teacher.check(self.data.train)
             self.live_teacher = self.teacher.live(config.teacher_dropout)
         self.views = self._teacher_views()
+        self.val_accuracy: float | None = None
         self.output: Output | None = None
         if self.views and self.method.regresses and models.head_of(self.student.network) is not None:
             self.output = Output.of(self.views[0][self.train_samples])
-        self.run = resume or RunDir.create(config)
         self.state = _State()
+        if resume is None:
+            self.config, environment = self._settle_precision()
+            self.run = RunDir.create(self.config, environment, filled)
+        else:
+            self.run = resume
+        torch.manual_seed(config.seed)  # dropout's draws, from the same point whatever came before
         if resume is not None:
             self._restore()
-        else:
-            self._start()
 
     def _make_student(self) -> Classifier:
         config, train = self.config, self.data.train
@@ -180,18 +186,15 @@ class _Run:
         )
         return student.train()
 
-    def _start(self) -> None:
+    def _settle_precision(self) -> tuple[TrainConfig, dict[str, Any]]:
+        """The settings with `auto` resolved, and what `environment.json` says."""
         config = self.config
         example = self.student.prepare(_rows(self.data.train.images, self.train_samples[: config.batch_size]))
         precision, timings = runtime.choose_precision(
             config.precision, self.student.network, example, len(self.student.classes)
         )
-        self.config = config.model_copy(update={"precision": precision})
-        self.run.write_config(self.config)
-        self.run.write_environment(
-            {**runtime.environment(), "precision": precision, "precision_step_ms": timings}
-        )
-        torch.manual_seed(config.seed)  # dropout's draws, from the same point whatever came before
+        environment = {**runtime.environment(), "precision": precision, "precision_step_ms": timings}
+        return config.model_copy(update={"precision": precision}), environment
 
     # --- the teacher -------------------------------------------------------------------------------------
 
@@ -272,7 +275,7 @@ class _Run:
         rate = config.lr
         for number in range(state.step_in_epoch, self.steps_per_epoch):
             samples = order[number * config.batch_size : (number + 1) * config.batch_size]
-            rate = learning_rate(config, state.step, self.steps)
+            rate = learning_rate(config.schedule, config.lr, state.step, self.steps)
             terms = self._step(samples, rate, targets)
             for name, value in terms.items():
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value * len(samples)
@@ -362,17 +365,20 @@ class _Run:
         if self.output is not None:
             logits = self.output(logits)
         self.student.train(training)
-        return metrics.accuracy(logits, torch.tensor(self.data.train.labels[self.val_samples]))
+        self.val_accuracy = metrics.accuracy(logits, torch.tensor(self.data.train.labels[self.val_samples]))
+        return self.val_accuracy
 
     def _show(self, sums: dict[str, Tensor], images: int, seconds: float) -> None:
         state = self.state
         loss = sum(weight * float(sums[name]) for name, weight in self.weights.items()) / state.images
+        seen = {} if self.val_accuracy is None else {"val_accuracy": self.val_accuracy}
         self.on_event(
             Progress(
                 f"epoch {state.epoch + 1}/{self.config.epochs}",
                 state.epoch * len(self.train_samples) + state.images,
                 self.config.epochs * len(self.train_samples),
-                values={"loss": loss, "images_per_s": images / seconds},
+                values={"loss": loss, **seen, "images_per_s": images / seconds},
+                group="training",
             )
         )
 
@@ -391,8 +397,7 @@ class _Run:
     def _restore(self) -> None:
         """Continue where `last.pt` left off; anything that does not fit is an error, never a warning."""
         if not self.run.last.exists():
-            self.run.cut_metrics(0)
-            self._start()  # stopped before its first checkpoint
+            self.run.cut_metrics(0)  # stopped before its first checkpoint: from the start
             return
         stored = checkpoint.load(self.run.last)
         training = stored.training or {}
@@ -419,7 +424,7 @@ class _Run:
     def _interrupted(self, kept: str) -> None:
         raise Interrupted(
             f"stopped at epoch {min(self.state.epoch + 1, self.config.epochs)} of {self.config.epochs}; {kept}",
-            f"kd train --resume {self.run.path.as_posix()}",
+            f"kd train --resume {shlex.quote(self.run.path.as_posix())}",
             exit_code=self.stop.exit_code,
         )
 

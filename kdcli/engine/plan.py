@@ -29,7 +29,10 @@ def split(labels: Int64, fraction: float) -> tuple[Int64, Int64]:
     return np.setdiff1d(samples, chosen), chosen
 
 
-def resolve_views(config: TrainConfig) -> TrainConfig:
+FILLED = ("views",)  # by `resolve`, where they are not set
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
     """Fill in `views`: all there are, or, of endless ones, as many as a teacher can be run over.
 
     A run without a teacher gets a fresh view each epoch: limiting the baseline would flatter the others.

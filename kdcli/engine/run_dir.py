@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import tomli_w
 
 from kdcli.config import TrainConfig, make, read_recipe
 from kdcli.errors import KdError, UsageError
-from kdcli.files import write_json, write_text
+from kdcli.files import scratch_folder, write_json, write_text
 
 # Where the run lies is not part of what it computes: the file can be used as a recipe for another run.
 _PLACE = {"name", "runs_dir"}
@@ -24,38 +27,53 @@ class RunDir:
     path: Path
 
     @classmethod
-    def create(cls, config: TrainConfig) -> RunDir:
+    def create(cls, config: TrainConfig, environment: dict[str, Any], filled: Sequence[str] = ()) -> RunDir:
         """Make a new folder, named by the user or by method, student and the next free number.
+
+        It gets its name with settings and environment in it: whenever a run is killed, it can be resumed.
+
+        Args:
+            config: the settings, resolved.
+            environment: what `environment.json` says.
+            filled: names of settings that were not typed but resolved from others.
 
         Raises:
             UsageError: the name is taken.
             KdError: the folder cannot be made.
         """
+        made: RunDir | None = None
         try:
-            config.runs_dir.mkdir(parents=True, exist_ok=True)
-            if config.name:
-                path = config.runs_dir / config.name
-                path.mkdir()
-                return cls(path)
+            made = cls(scratch_folder(config.runs_dir))
+            made.write_config(config, filled)
+            write_json(made.environment_file, {"schema_version": 1, **environment})
+            made.path.chmod(0o755)
             number = 1
             while True:
-                path = config.runs_dir / f"{config.method}-{config.student}-{number}"
+                path = config.runs_dir / (config.name or f"{config.method}-{config.student}-{number}")
                 try:
-                    path.mkdir()
-                except FileExistsError:
+                    made.path.rename(path)  # never onto a folder that holds anything
+                except OSError:
+                    if not path.exists():
+                        raise
+                    if config.name:
+                        raise _taken(config) from None
                     number += 1
                 else:
                     return cls(path)
-        except FileExistsError as error:
-            raise _taken(config) from error
         except OSError as error:
-            raise KdError(f"cannot make a run in {config.runs_dir}: {error.strerror}") from error
+            raise KdError(
+                f"cannot make a run in {config.runs_dir}: {error.strerror or error}",
+                "Choose another --runs-dir.",
+            ) from error
+        finally:
+            if made is not None:
+                shutil.rmtree(made.path, ignore_errors=True)
 
     @staticmethod
     def check_free(config: TrainConfig) -> None:
         """Raise UsageError if the name is taken: better now than after the teacher's passes."""
         if config.runs_dir.exists() and not config.runs_dir.is_dir():
-            raise UsageError(f"--runs-dir {config.runs_dir} is not a folder")
+            raise UsageError(f"--runs-dir {config.runs_dir} is not a folder", "Choose another.")
         if config.name and (config.runs_dir / config.name).exists():
             raise _taken(config)
 
@@ -95,9 +113,10 @@ class RunDir:
     def environment_file(self) -> Path:
         return self.path / "environment.json"
 
-    def write_config(self, config: TrainConfig) -> None:
-        """The resolved settings as TOML; `kd train --config` repeats them."""
+    def write_config(self, config: TrainConfig, filled: Sequence[str]) -> None:
+        """The resolved settings as TOML; `kd train --config` repeats them (see `config.read_recipe`)."""
         values = config.model_dump(mode="json", exclude=_PLACE, exclude_none=True)
+        values["filled"] = list(filled)
         write_text(self.config_file, tomli_w.dumps(values))
 
     def read_config(self) -> TrainConfig:
@@ -121,13 +140,11 @@ class RunDir:
     def write_result(self, result: dict[str, Any]) -> None:
         write_json(self.result_file, {"schema_version": 1, **result})
 
-    def write_environment(self, environment: dict[str, Any]) -> None:
-        write_json(self.environment_file, {"schema_version": 1, **environment})
-
 
 def _taken(config: TrainConfig) -> UsageError:
-    path = (config.runs_dir / config.name).as_posix()
+    path = config.runs_dir / config.name
+    more = f", or continue it: kd train --resume {shlex.quote(path.as_posix())}"
     return UsageError(
         f"run {config.name} exists in {config.runs_dir}",
-        f"Choose another --name, or continue it: kd train --resume {path}",
+        f"Choose another --name{more if RunDir(path).config_file.is_file() else ''}",
     )

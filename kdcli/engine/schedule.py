@@ -12,23 +12,25 @@ from kdcli.config import TrainConfig
 _WARM_UP, _START, _END = 0.3, 1 / 25, 1e-4  # of onecycle: share of steps, first and last rate over the peak
 
 
-def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+def learning_rate(schedule: str, peak: float, step: int, steps: int) -> float:
     """The rate of one step, a pure function of its number: nothing to save, nothing to restore.
 
-    step: ÷10 at 80 % (the reference's recipe). cosine: half a cosine from `lr` to 0 (Loshchilov & Hutter 2017).
-    onecycle: cosine from `lr`/25 up to `lr` over 30 %, then cosine to `lr`·1e-4 (Smith & Topin 2018).
+    step: ÷10 at 80 % (the reference's recipe). cosine: half a cosine from the peak to 0 (Loshchilov & Hutter 2017).
+    onecycle: cosine from peak/25 up to the peak over 30 %, then cosine to peak·1e-4 (Smith & Topin 2018).
 
     Args:
+        schedule: one of these.
+        peak: the highest rate.
         step: 0 … steps − 1.
     """
     share = step / max(1, steps - 1)
-    if config.schedule == "step":
-        return config.lr * (0.1 if step >= 0.8 * steps else 1.0)
-    if config.schedule == "cosine":
-        return config.lr * _cosine(1.0, 0.0, step / steps)
+    if schedule == "step":
+        return peak * (0.1 if step >= 0.8 * steps else 1.0)
+    if schedule == "cosine":
+        return peak * _cosine(1.0, 0.0, step / steps)
     if share < _WARM_UP:
-        return config.lr * _cosine(_START, 1.0, share / _WARM_UP)
-    return config.lr * _cosine(1.0, _END, (share - _WARM_UP) / (1 - _WARM_UP))
+        return peak * _cosine(_START, 1.0, share / _WARM_UP)
+    return peak * _cosine(1.0, _END, (share - _WARM_UP) / (1 - _WARM_UP))
 
 
 def _cosine(first: float, last: float, share: float) -> float:

@@ -105,7 +105,7 @@ def export(
             outputs, parity = check_parity(temporary, inputs, logits, config.with_preprocessing)
             on_event(Progress("exporting", 2, 3, "steps"))
             if config.int8:
-                quantised, quantisation, settings = _quantise(
+                quantised, quantisation = _quantise(
                     classifier,
                     model,
                     images.train,
@@ -113,10 +113,11 @@ def export(
                     with_preprocessing=config.with_preprocessing,
                     on_event=on_event,
                 )
-                _write(finish(quantised, {**remarks, "kd.quantisation": settings}), temporary)
+                _write(finish(quantised, remarks), temporary)
                 quantisation = _judge_int8(
                     quantisation, temporary, inputs, outputs, images.train.labels[parity_indices]
                 )
+                _write(finish(quantised, _of_int8(remarks, quantisation)), temporary)
             size = temporary.stat().st_size
             digest = sha256_file(temporary)
     except OSError as error:
@@ -146,6 +147,8 @@ def default_output(checkpoint: Path, config: ExportConfig) -> Path:
     )
     stem = folder.name if in_run else checkpoint.stem
     suffix = ("-images" if config.with_preprocessing else "") + ("-int8" if config.int8 else "")
+    if config.opset != ExportConfig.model_fields["opset"].default:
+        suffix += f"-opset{config.opset}"
     return EXPORTS_DIR / f"{stem}{suffix}.onnx"
 
 
@@ -183,14 +186,15 @@ def metadata_of(classifier: Classifier, sha256: str, config: ExportConfig) -> di
     """What the file says of itself: strings by key."""
     provenance = _without_paths(classifier.provenance)
     teacher = provenance.get("teacher")
-    teacher_name = teacher.get("name") if isinstance(teacher, dict) else teacher
+    if isinstance(teacher, dict):
+        teacher = teacher.get("name") or teacher.get("path")
     remarks: dict[str, Any] = {
         "kd.format": onnx_model.FORMAT,
         "kd.version": __version__,
         "kd.classes": json.dumps(list(classifier.classes), ensure_ascii=False),
         "kd.arch": classifier.arch,
         "kd.method": provenance.get("method"),
-        "kd.teacher": teacher_name,
+        "kd.teacher": teacher,
         "kd.test_accuracy": provenance.get("test_accuracy"),
         "kd.provenance": json.dumps(provenance, ensure_ascii=False, sort_keys=True, default=str),
         "kd.preprocess": onnx_model.encode_preprocess(classifier.preprocess),
@@ -219,7 +223,7 @@ def _quantise(
     *,
     with_preprocessing: bool,
     on_event: OnEvent,
-) -> tuple[onnx.ModelProto, Quantisation, str]:
+) -> tuple[onnx.ModelProto, Quantisation]:
     def batches() -> Iterator[npt.NDArray[Any]]:
         for start in range(0, len(indices), 32):
             raw = np.asarray(train.images[indices[start : start + 32]])
@@ -227,17 +231,21 @@ def _quantise(
             yield _inputs(classifier, raw, with_preprocessing)
 
     with silence():
-        quantised, quantisation = quantize.quantise(model, batches(), len(indices))
-    settings = json.dumps(
-        {
-            "weights": "int8 per channel",
-            "activations": "uint8",
-            "reduce_range": quantisation.reduce_range,
-            "calibration_images": len(indices),
-        },
-        sort_keys=True,
-    )
-    return quantised, quantisation, settings
+        return quantize.quantise(model, batches(), len(indices))
+
+
+def _of_int8(remarks: dict[str, str], quantisation: Quantisation) -> dict[str, str]:
+    """The remarks of a quantised file: what was measured of the float network is not said of it."""
+    measured = ("test_accuracy", "agreement")
+    provenance = json.loads(remarks["kd.provenance"])
+    provenance = {f"float_{key}" if key in measured else key: value for key, value in provenance.items()}
+    kept = {"kd.float_test_accuracy" if key == "kd.test_accuracy" else key: v for key, v in remarks.items()}
+    how = {"weights": "int8 per channel", "activations": "uint8", **asdict(quantisation)}
+    return {
+        **kept,
+        "kd.provenance": json.dumps(provenance, ensure_ascii=False, sort_keys=True),
+        "kd.quantisation": json.dumps(how, sort_keys=True),
+    }
 
 
 def _judge_int8(

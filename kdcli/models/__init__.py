@@ -140,26 +140,47 @@ def from_checkpoint(stored: Checkpoint, source: str = "checkpoint") -> Classifie
     Raises:
         KdError: the weights do not fit the network they claim to belong to.
     """
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # the initial weights are thrown away; leave the caller's RNG alone
-        network = build(
+
+    def made() -> nn.Module:
+        return build(
             stored.arch, classes=len(stored.classes), input_size=stored.input_size, **stored.arch_args
         )
+
     try:
-        network.load_state_dict(stored.state_dict)
-    except RuntimeError as error:
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # initial weights are thrown away; leave the caller's RNG alone
+            with torch.device("meta"):  # nothing is allocated before it is known to be what the file holds
+                wanted = {name: value.shape for name, value in made().state_dict().items()}
+            found = {name: value.shape for name, value in stored.state_dict.items()}
+            if wanted != found:
+                odd = sorted(n for n in {*wanted, *found} if wanted.get(n) != found.get(n))
+                told = [f"{n} is {_shape(found.get(n))}, wanted {_shape(wanted.get(n))}" for n in odd[:3]]
+                raise RuntimeError("; ".join(told))
+            network = made()
+            network.load_state_dict(stored.state_dict)
+        preprocess = from_spec(stored.preprocess)
+    except KdError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
         detail = " ".join(str(error).split())[:300]
-        raise KdError(f"{source}: weights do not fit network {stored.arch}: {detail}") from error
+        raise KdError(
+            f"{source}: weights do not fit network {stored.arch}: {detail}",
+            "The file is damaged, or was made by another version of kd; write it again.",
+        ) from error
     return Classifier(
         network.to(memory_format=torch.channels_last),
-        from_spec(stored.preprocess),
+        preprocess,
         arch=stored.arch,
         arch_args=stored.arch_args,
         classes=stored.classes,
         input_size=stored.input_size,
         provenance=stored.provenance,
     ).eval()
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "missing" if shape is None else "×".join(map(str, shape)) or "one value"
 
 
 def load(path: Path) -> Classifier:

@@ -17,9 +17,11 @@ class ConvNet(nn.Module):
     def __init__(self, classes: int, input_size: tuple[int, int, int], widths: Sequence[int]) -> None:
         super().__init__()
         height, width, channels = input_size
-        if min(height, width) < 2 ** (len(widths) - 1):
+        least = 2 ** len(widths)  # so that the last maps have 2×2: batch norm cannot train on one value
+        if min(height, width) < least:
             raise UsageError(
-                f"images of {height}×{width} are too small for a ConvNet of {len(widths)} stages"
+                f"images of {height}×{width} are too small for a ConvNet of {len(widths)} stages",
+                f"It needs {least}×{least} or more.",
             )
         layers: list[nn.Module] = []
         for stage, out in enumerate(widths):

@@ -62,7 +62,7 @@ def load_npy(path: Path) -> object:
             raise KdError(f"{path} is larger than {MAX_FILE_BYTES:,} bytes", "That is no file of weights.")
         data = path.read_bytes()
     except OSError as error:
-        raise KdError(f"cannot read {path}: {error.strerror}", "Check the path.") from error
+        raise KdError(f"cannot read {path}: {error.strerror or error}", "Check the path.") from error
     try:
         if not data.startswith(b"\x93NUMPY"):
             if data[:1] == b"\x80":  # numpy.load, too, takes a bare pickle under this name

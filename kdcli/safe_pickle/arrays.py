@@ -38,11 +38,20 @@ def array_of(dtype: np.dtype[Any], shape: object, raw: bytes | bytearray, order:
         or math.prod(shape) * dtype.itemsize != len(raw)
     ):
         raise KdError(
-            f"damaged array: shape {shape!r:.80} of {dtype} does not make {len(raw):,} bytes",
+            f"damaged array: shape {named(shape)} of {dtype} does not make {len(raw):,} bytes",
             "Fetch or write the file again.",
         )
     flat = np.frombuffer(raw, dtype=dtype)
     return np.array(flat.reshape(shape, order="F" if order == "F" else "C"), order="K")
+
+
+def named(value: object) -> str:
+    """A value for a message, in bounded time: values that share parts can have endless text."""
+    if isinstance(value, str | bytes):
+        return repr(value[:40])
+    if isinstance(value, tuple) and len(value) <= 8 and all(type(item) is int for item in value):
+        return str(value)[:80]
+    return type(value).__name__
 
 
 def raw_bytes(value: object) -> bytes | bytearray:

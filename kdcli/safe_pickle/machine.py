@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kdcli.errors import KdError
-from kdcli.safe_pickle.arrays import HINT, NUMERIC, OBJECT, array_of, dtype_of, raw_bytes
+from kdcli.safe_pickle.arrays import HINT, NUMERIC, OBJECT, array_of, dtype_of, named, raw_bytes
 
 MAX_OPCODES = 5_000_000
 MAX_STACK = 1_000_000
@@ -146,7 +146,9 @@ class Machine:
         self.memo[index] = self.stack[-1]
 
     def push_global(self, module: object, name: object) -> None:
-        found = _Global(str(module)[:80], str(name)[:80])
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise ValueError("the name of a global is no text")
+        found = _Global(module[:80], name[:80])
         if (found.module, found.name) not in BUILDERS:
             raise KdError(f"refuses {found}: reading this pickle would run or import it", HINT)
         self.stack.append(found)
@@ -202,7 +204,7 @@ class Machine:
         if isinstance(code, bytes):
             code = code.decode("latin-1")
         if not isinstance(code, str) or not (NUMERIC.fullmatch(code) or OBJECT.fullmatch(code)):
-            raise KdError(f"refuses an array of type {code!r:.40}: only plain numbers are read", HINT)
+            raise KdError(f"refuses an array of type {named(code)}: only plain numbers are read", HINT)
         return _DType(code)
 
     def make_scalar(self, arguments: tuple[Any, ...]) -> object:
@@ -225,7 +227,7 @@ class Machine:
     def encode(self, arguments: tuple[Any, ...]) -> object:
         text, encoding = arguments
         if encoding not in ("latin1", "latin-1") or not isinstance(text, str):
-            raise KdError(f"refuses to encode as {encoding!r:.40}", HINT)
+            raise KdError(f"refuses to encode as {named(encoding)}", HINT)
         self.text_budget -= len(text)
         if self.text_budget < 0:
             raise KdError("refuses text that is larger than the file", HINT)
@@ -259,8 +261,6 @@ class _Finisher:
     def finish(self, value: Any, depth: int) -> object:
         if isinstance(value, (*_SCALARS, np.ndarray, np.generic)):
             return value
-        if isinstance(value, bytearray):
-            return bytes(value)
         if id(value) in self.open:
             raise KdError("refuses a container that holds itself", HINT)
         if id(value) in self.done:  # shared parts are finished once: nested sharing stays cheap
@@ -284,6 +284,8 @@ class _Finisher:
     def convert(self, value: Any, depth: int) -> object:
         if isinstance(value, _Pending) and value.filled:
             return self.finish(value.value, depth)
+        if isinstance(value, bytearray):
+            return bytes(value)
         if isinstance(value, list):
             return [self.finish(item, depth) for item in value]
         if isinstance(value, tuple):
