@@ -96,6 +96,11 @@ def load(path: Path) -> Checkpoint:
             f"{path} is not a kd checkpoint", "kd reads .pt files that kd wrote; see kd convert-caffe."
         )
     try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise KdError(  # torch would unpack them without limit
+                    f"{path} holds compressed records, as no checkpoint does", "Write it again with kd."
+                )
         document = _read(path)
     except KdError:
         raise
@@ -108,13 +113,6 @@ def load(path: Path) -> Checkpoint:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    with path.open("rb") as handle:
-        if zipfile.is_zipfile(handle):
-            with zipfile.ZipFile(handle) as archive:
-                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                    raise KdError(  # torch would unpack them without limit
-                        f"{path} holds compressed records, as no checkpoint does", "Write it again with kd."
-                    )
     with _safe_only():
         document = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(document, dict):

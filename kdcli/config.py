@@ -6,7 +6,6 @@ A field's `description` is its help text; `json_schema_extra` may give `panel` (
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -400,22 +399,6 @@ class DemoConfig(Settings):
     threads: Threads = 0
 
 
-# Recipes: named sets of kd train's settings. `seed` is the reference's own.
-RECIPES: dict[str, dict[str, Any]] = {
-    "default": {},
-    "seed": {
-        "optimizer": "adam",
-        "lr": 1e-3,
-        "schedule": "step",
-        "batch_size": 256,
-        "epochs": 100,
-        "augment": "none",
-        "preprocess": "mean-image",
-        "teacher_dropout": 0.5,
-        "dropout": 0.5,
-    },
-}
-
 S = TypeVar("S", bound=Settings)
 
 
@@ -440,35 +423,3 @@ def make(kind: type[S], values: Mapping[str, Any]) -> S:
             f"{flag} {first.get('input')!s}: must be {message.removeprefix('must be ')}",
             "See --help for what each option takes.",
         ) from error
-
-
-def read_recipe(name: str, typed: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Settings of a named recipe or a TOML file; keys are kd train's options with underscores or hyphens.
-
-    Args:
-        name: of a recipe in `RECIPES`, or the file's path.
-        typed: options that will override it. A run's own config.toml says in `filled` which settings followed
-            from others; where something else is typed, these are left out, so that they follow from that.
-
-    Raises:
-        UsageError: no such recipe or file, or not TOML.
-    """
-    if name in RECIPES:
-        return dict(RECIPES[name])
-    path = Path(name)
-    if path.suffix != ".toml":
-        raise UsageError(f"unknown recipe: {name}", f"It is {', '.join(RECIPES)}, or a .toml file.")
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read recipe {name}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"recipe {name} is not TOML: {error}") from error
-    filled = document.pop("filled", [])
-    names = [key.replace("-", "_") for key in document]
-    values = dict(
-        zip(("lamda" if name == "lambda" else name for name in names), document.values(), strict=True)
-    )
-    if isinstance(filled, list) and any(values.get(key) != value for key, value in (typed or {}).items()):
-        values = {key: value for key, value in values.items() if key not in filled}
-    return values

@@ -572,6 +572,14 @@ def test_a_label_that_is_used_twice_is_no_second_input(v1: bool, tmp_path: Path)
         assert torch.equal(plain.classifier(images), twice.classifier(images))
 
 
+@pytest.mark.parametrize("bottoms", ["", "conv1 relu1"])
+def test_a_split_of_no_or_two_blobs_is_damage(bottoms: str, tmp_path: Path) -> None:
+    layers = small()
+    split = {**layer("Split", "split", bottoms, "a"), "tops": ["a", "b"]}
+    with pytest.raises(KdError, match=r"layer split \(Split\)"):
+        converted(write(tmp_path, net([*layers[:4], split, *layers[4:]], v1=False)))
+
+
 def test_two_inputs_that_are_needed_are_an_error(tmp_path: Path) -> None:
     add = layer("Eltwise", "sum", "conv1 other", "sum")
     content = net([small()[2], add, {**FC, "bottoms": ["sum"]}], v1=False)

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from kdcli import cli, methods, models
-from kdcli.config import ConvertConfig, TrainConfig, make, read_recipe
+from kdcli.config import ConvertConfig, TrainConfig, make
+from kdcli.recipes import read_recipe
 from tests.conftest import ROOT
 
 ENVIRONMENT = {

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from kdcli import checkpoint, engine, models, teacher
-from kdcli.config import RECIPES, TrainConfig, make, read_recipe
+from kdcli.config import TrainConfig, make
 from kdcli.data import Splits, misfit
 from kdcli.engine import Result, RunDir, fit
 from kdcli.engine.output import Output
@@ -25,6 +25,7 @@ from kdcli.engine.plan import resolve, split
 from kdcli.engine.schedule import learning_rate
 from kdcli.errors import Interrupted, KdError, UsageError
 from kdcli.events import Event, Note, Progress
+from kdcli.recipes import RECIPES, read_recipe
 from tests.conftest import make_splits
 
 

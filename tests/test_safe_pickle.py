@@ -32,7 +32,7 @@ VALUE = {
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_every_protocol_gives_the_value(protocol: int) -> None:
-    found: Any = safe_pickle.loads(pickle.dumps(VALUE, protocol=protocol))
+    found: Any = safe_pickle.read(pickle.dumps(VALUE, protocol=protocol))
     assert list(found) == ["big-endian", "bytes key", *list(VALUE)[2:]]
     for name in ("big-endian", "fortran", "empty", "bool"):
         assert found[name].dtype == VALUE[name].dtype and found[name].shape == VALUE[name].shape
@@ -51,10 +51,10 @@ def test_python_2_pickles() -> None:
         b"(I1\n(I2\nI2\ntcnumpy\ndtype\n"
         b"(S'u1'\nI0\nI1\ntR(I3\nS'|'\nNNNI-1\nI-1\nI0\ntbI00\nS'\\x01\\xff\\x7f\\x80'\ntb"
     )
-    found: Any = safe_pickle.loads(b"(dS'data'\n" + array + b"sS'labels'\n(lI6\naI9\nas.")
+    found: Any = safe_pickle.read(b"(dS'data'\n" + array + b"sS'labels'\n(lI6\naI9\nas.")
     assert found["data"].tolist() == [[1, 255], [127, 128]] and found["data"].dtype == np.uint8
     assert found["labels"] == [6, 9]
-    assert safe_pickle.loads(b"\x80\x02}U\x04name" + b"U\x02\xe9\xffs.") == {"name": "é\xff"}
+    assert safe_pickle.read(b"\x80\x02}U\x04name" + b"U\x02\xe9\xffs.") == {"name": "é\xff"}
 
 
 def _dangerous(canary: Path) -> dict[str, bytes]:
@@ -103,7 +103,7 @@ def test_nothing_runs_and_everything_strange_is_refused(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     for name, data in _dangerous(canary).items():
         with pytest.raises(KdError, match="refuses"):
-            pytest.fail(f"{name}: {safe_pickle.loads(data)!r}")
+            pytest.fail(f"{name}: {safe_pickle.read(data)!r}")
         assert not canary.exists(), name
 
 
@@ -143,17 +143,17 @@ def test_the_canary_would_die_of_a_real_unpickler(tmp_path: Path) -> None:
 )
 def test_limits_and_damage(data: bytes, message: str | None) -> None:
     if message is None:
-        assert safe_pickle.loads(data)
+        assert safe_pickle.read(data)
         return
     with pytest.raises(KdError, match=message):
-        safe_pickle.loads(data)
+        safe_pickle.read(data)
 
 
 def test_the_number_of_instructions_is_capped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "MAX_OPCODES", 1000)
-    assert safe_pickle.loads(b"N0" * 499 + b"N.") is None
+    assert safe_pickle.read(b"N0" * 499 + b"N.") is None
     with pytest.raises(KdError, match="more than 1,000 instructions"):
-        safe_pickle.loads(b"N0" * 500 + b"N.")
+        safe_pickle.read(b"N0" * 500 + b"N.")
 
 
 def test_shared_parts_do_not_hide_depth_or_cost() -> None:
@@ -164,8 +164,8 @@ def test_shared_parts_do_not_hide_depth_or_cost() -> None:
         + b"l."
     )
     with pytest.raises(KdError, match="nested"):
-        safe_pickle.loads(chain)
-    assert safe_pickle.loads(b")" + b"2\x86" * 60 + b".")
+        safe_pickle.read(chain)
+    assert safe_pickle.read(b")" + b"2\x86" * 60 + b".")
 
 
 def test_memoised_bytes_cannot_be_multiplied() -> None:
@@ -173,9 +173,9 @@ def test_memoised_bytes_cannot_be_multiplied() -> None:
     dtype = b"cnumpy\ndtype\n(S'u1'\nI0\nI1\ntRq\x01"
     each = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
     each += b"(I1\n(I1000\nth\x01I00\nh\x00tb"
-    assert safe_pickle.loads(b"(" + raw + dtype + b"00(" + each + b"l.")
+    assert safe_pickle.read(b"(" + raw + dtype + b"00(" + each + b"l.")
     with pytest.raises(KdError, match="larger than the file"):
-        safe_pickle.loads(b"(" + raw + dtype + b"00(" + each * 20 + b"l.")
+        safe_pickle.read(b"(" + raw + dtype + b"00(" + each * 20 + b"l.")
 
 
 @pytest.mark.parametrize("shape", ["I2\nI3\n", "I-2\nI-2\n", "I5\n", "I4294967296\nI4294967296\n", "I01\n"])
@@ -186,20 +186,20 @@ def test_shapes_must_make_the_bytes(shape: str) -> None:
         + b"tcnumpy\ndtype\n(S'u1'\nI0\nI1\ntRI00\nS'abcd'\ntb."
     )
     with pytest.raises(KdError, match="damaged array"):
-        safe_pickle.loads(data)
+        safe_pickle.read(data)
 
 
 def test_truncation_and_flips_never_escape_as_other_errors() -> None:
     data = pickle.dumps(VALUE, protocol=4)
     for end in range(len(data)):
         with pytest.raises(KdError):
-            safe_pickle.loads(data[:end])
+            safe_pickle.read(data[:end])
     random = np.random.default_rng(0)
     for _ in range(2000):
         changed = bytearray(data)
         changed[random.integers(len(data))] = random.integers(256)
         with suppress(KdError):
-            safe_pickle.loads(bytes(changed))
+            safe_pickle.read(bytes(changed))
 
 
 def test_no_builder_is_a_function_from_outside() -> None:
@@ -276,10 +276,10 @@ def test_npy_hostile(tmp_path: Path) -> None:
 def test_values_that_share_parts_cost_no_time_in_a_message(tail: bytes) -> None:
     """Each round makes a pair of what is there, twice: written out, its text would double 40 times."""
     with pytest.raises(KdError):
-        safe_pickle.loads(b"\x80\x04)" + b"2\x86" * 40 + tail)
+        safe_pickle.read(b"\x80\x04)" + b"2\x86" * 40 + tail)
 
 
 def test_a_bytearray_that_is_used_often_is_kept_once() -> None:
-    content = safe_pickle.loads(pickle.dumps([bytearray(b"x" * 1000)] * 50, 5))
+    content = safe_pickle.read(pickle.dumps([bytearray(b"x" * 1000)] * 50, 5))
     assert isinstance(content, list)
     assert {id(item) for item in content} == {id(content[0])} and content[0] == b"x" * 1000

@@ -82,7 +82,9 @@ def wire(network: Network, on_event: OnEvent = ignore) -> Wiring:
                 outside[blobs[bottom]] = bottom
         sources = tuple(blobs[bottom] for bottom in layer.bottoms)
         if layer.type == "Split":
-            blobs.update(dict.fromkeys(layer.tops, *sources))
+            if len(sources) != 1:
+                raise KdError(f"layer {layer.name} (Split): it has {len(sources)} inputs, one is right")
+            blobs.update(dict.fromkeys(layer.tops, sources[0]))
             continue
         if len(layer.tops) != 1:
             raise KdError(

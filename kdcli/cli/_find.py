@@ -42,7 +42,12 @@ def existing_model(path: Path) -> Path:
 
 
 def data_for(
-    model: Anything, path: Path, spec: str, config: TestConfig | ValidateConfig, on_event: OnEvent
+    model: Anything,
+    path: Path,
+    spec: str,
+    config: TestConfig | ValidateConfig,
+    on_event: OnEvent,
+    image_size: int | None = None,
 ) -> Splits:
     """Images as a model takes them: of its size and number of channels, with its classes.
 
@@ -55,7 +60,7 @@ def data_for(
         spec,
         data_dir=config.data_dir,
         cache_dir=config.cache_dir,
-        image_size=getattr(config, "image_size", None),
+        image_size=image_size,
         fit_to=model.input_size,
         on_event=on_event,
     )

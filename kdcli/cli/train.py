@@ -11,8 +11,9 @@ import typer
 from kdcli import methods
 from kdcli.cli import _ui
 from kdcli.cli._options import options_of
-from kdcli.config import METHOD, RECIPES, RUN, TrainConfig, make, read_recipe
+from kdcli.config import METHOD, RUN, TrainConfig, make
 from kdcli.errors import UsageError
+from kdcli.recipes import RECIPES, read_recipe
 
 if TYPE_CHECKING:
     from kdcli.engine import Result

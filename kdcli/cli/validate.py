@@ -32,7 +32,7 @@ def validate(**options: Any) -> None:
     runtime.set_threads(config.threads)
     teacher = models.load(config.teacher)
     with _ui.progress() as on_event:
-        splits = data_for(teacher, config.teacher, config.data, config, on_event)
+        splits = data_for(teacher, config.teacher, config.data, config, on_event, config.image_size)
         comparison = None
         if config.against is not None:
             count = min(config.images, len(splits.test))  # spread: the images of a folder are sorted by class

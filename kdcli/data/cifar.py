@@ -109,7 +109,7 @@ def load_cifar10(
 
 def _unpickled(data: bytes, name: str) -> dict[str, object]:
     try:
-        value = safe_pickle.loads(data)
+        value = safe_pickle.read(data)
     except KdError as error:
         raise KdError(f"{name}: {error.message}", error.hint or DOWNLOAD_HINT) from error
     if not isinstance(value, dict):

@@ -18,6 +18,7 @@ from kdcli.data import Splits
 from kdcli.engine.evaluate import Evaluation, measure
 from kdcli.engine.output import Output
 from kdcli.engine.plan import FILLED, resolve, split
+from kdcli.engine.result import Epoch, Result
 from kdcli.engine.run_dir import RunDir
 from kdcli.engine.schedule import learning_rate, make_optimizer
 from kdcli.errors import Interrupted, KdError
@@ -27,59 +28,6 @@ from kdcli.teacher import Teacher, teacher_tensor
 
 Int64 = npt.NDArray[np.int64]
 _SHOW_EVERY_S = 0.5
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One line of `metrics.jsonl`. Losses are means over the epoch, accuracy is in per cent."""
-
-    epoch: int
-    step: int
-    loss: float
-    terms: dict[str, float]
-    val_accuracy: float | None
-    lr: float
-    images_per_s: float
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a finished run has to say.
-
-    Attributes:
-        teacher_passes: runs of the teacher over a data set that this run had to make; 0 with a warm cache.
-        seconds: wall time of training, without the teacher's passes.
-    """
-
-    run: RunDir
-    config: TrainConfig
-    evaluation: Evaluation
-    val_accuracy: float | None
-    epochs: tuple[Epoch, ...]
-    parameters: int
-    teacher_passes: int
-    seconds: float
-    images_per_s: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; the curve is in metrics.jsonl."""
-        return {
-            "run": self.run.path.as_posix(),
-            "method": self.config.method,
-            "student": self.config.student,
-            "seed": self.config.seed,
-            "epochs": self.config.epochs,
-            "parameters": self.parameters,
-            "val_accuracy": self.val_accuracy,
-            "test": self.evaluation.to_json(),
-            "teacher_passes": self.teacher_passes,
-            "seconds": self.seconds,
-            "images_per_s": self.images_per_s,
-        }
 
 
 @dataclass

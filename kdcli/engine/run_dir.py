@@ -12,9 +12,10 @@ from typing import Any
 
 import tomli_w
 
-from kdcli.config import TrainConfig, make, read_recipe
+from kdcli.config import TrainConfig, make
 from kdcli.errors import KdError, UsageError
 from kdcli.files import scratch_folder, write_json, write_text
+from kdcli.recipes import read_recipe
 
 # Where the run lies is not part of what it computes: the file can be used as a recipe for another run.
 _PLACE = {"name", "runs_dir"}
@@ -114,7 +115,7 @@ class RunDir:
         return self.path / "environment.json"
 
     def write_config(self, config: TrainConfig, filled: Sequence[str]) -> None:
-        """The resolved settings as TOML; `kd train --config` repeats them (see `config.read_recipe`)."""
+        """The resolved settings as TOML; `kd train --config` repeats them (see `recipes.read_recipe`)."""
         values = config.model_dump(mode="json", exclude=_PLACE, exclude_none=True)
         values["filled"] = list(filled)
         write_text(self.config_file, tomli_w.dumps(values))

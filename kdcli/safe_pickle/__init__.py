@@ -17,13 +17,13 @@ from kdcli.errors import KdError
 from kdcli.safe_pickle.arrays import HINT, array_of, dtype_of
 from kdcli.safe_pickle.machine import Machine
 
-__all__ = ["load_npy", "loads"]
+__all__ = ["load_npy", "read"]
 
 MAX_FILE_BYTES = 2 << 30
 MAX_HEADER_BYTES = 10_000
 
 
-def loads(data: bytes) -> object:
+def read(data: bytes) -> object:
     """The value of a pickle.
 
     Byte keys of dicts come out as text (Latin-1, as Python 2 wrote them); an OrderedDict as a dict; an object
@@ -47,6 +47,7 @@ def loads(data: bytes) -> object:
         OverflowError,
         AttributeError,
         struct.error,
+        RecursionError,
     ) as error:
         raise KdError(f"damaged pickle: {error}", "Fetch or write the file again.") from error
 
@@ -55,7 +56,7 @@ def load_npy(path: Path) -> object:
     """The content of a .npy file: a numeric array, or the dict that `numpy.save(path, dict)` wrote.
 
     Raises:
-        KdError: unreadable, damaged, or what `loads` refuses.
+        KdError: unreadable, damaged, or what `read` refuses.
     """
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
@@ -66,7 +67,7 @@ def load_npy(path: Path) -> object:
     try:
         if not data.startswith(b"\x93NUMPY"):
             if data[:1] == b"\x80":  # numpy.load, too, takes a bare pickle under this name
-                return loads(data)
+                return read(data)
             raise KdError("not a .npy file", "Write it with numpy.save.")
         return _npy(data)
     except KdError as error:
@@ -101,5 +102,5 @@ def _npy(data: bytes) -> object:
     if descr.lstrip("|<>=").startswith("O"):
         if shape != ():
             raise KdError(f"refuses an object array of shape {shape}", HINT)
-        return loads(body)
+        return read(body)
     return array_of(dtype_of(descr.lstrip("|<>="), descr[:1]), shape, body, "F" if fortran else "C")

@@ -1,0 +1,22 @@
+"""Classifiers in ONNX files: what kd wrote into them, what can be told of anybody's, and running them.
+
+A file that `kd export` wrote says in its metadata what it takes and gives, and how its pixels are prepared.
+Of any other file only its input and output are known.
+"""
+
+from kdcli.onnx_model.classifier import OnnxClassifier
+from kdcli.onnx_model.facts import PREPROCESSING, Facts, facts
+from kdcli.onnx_model.files import read, session
+from kdcli.onnx_model.remarks import FORMAT, decode_preprocess, encode_preprocess
+
+__all__ = [
+    "FORMAT",
+    "PREPROCESSING",
+    "Facts",
+    "OnnxClassifier",
+    "decode_preprocess",
+    "encode_preprocess",
+    "facts",
+    "read",
+    "session",
+]

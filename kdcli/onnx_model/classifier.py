@@ -1,0 +1,223 @@
+"""An ONNX file as a classifier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from kdcli.errors import KdError
+from kdcli.onnx_model.facts import CHANNELS, image_input
+from kdcli.onnx_model.files import first_line, read, session
+from kdcli.onnx_model.remarks import remarks_of
+from kdcli.preprocess import Preprocess
+
+_Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class OnnxClassifier:
+    """An ONNX file with the face of `kdcli.models.Classifier`.
+
+    Attributes:
+        path: the file.
+        classes: class names in the order of the logits; numbers if the file does not say.
+        input_size: (H, W, C) of the raw images.
+        provenance: what kd export wrote of its origin, else empty.
+        metadata: all the file's own remarks.
+        layout: `NCHW` float32 prepared input, or `NHWC` uint8 raw images.
+        preprocess: raw pixels → its input; None where it is not known (or not needed: `NHWC`).
+        gives: `logits` or `probabilities`.
+        one_by_one: its batch is fixed at 1, so that images are run singly.
+        session: runs it.
+        model: the parsed file.
+        file_bytes: of the file, and of those beside it that hold its weights.
+    """
+
+    path: Path
+    classes: tuple[str, ...]
+    input_size: tuple[int, int, int]
+    provenance: dict[str, Any]
+    metadata: dict[str, str]
+    layout: str
+    preprocess: Preprocess | None
+    gives: str
+    one_by_one: bool
+    session: ort.InferenceSession = field(repr=False)
+    model: onnx.ModelProto = field(repr=False)
+    file_bytes: int
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        threads: int = 0,
+        input_size: tuple[int, int, int] | None = None,
+        *,
+        external: bool = False,
+    ) -> OnnxClassifier:
+        """Read and prepare a classifier for inference.
+
+        Args:
+            path: any ONNX file with one image input, float32 (N, C, H, W) or uint8 (N, H, W, C), whose first
+                output is (N, classes).
+            threads: CPU threads; 0: all available cores.
+            input_size: (H, W, C) to assume where the file leaves height and width open.
+            external: also take weights from files that lie beside it.
+
+        Raises:
+            KdError: unreadable, over 2 GiB, with weights in other files, or not an image classifier.
+        """
+        model, file_bytes = read(path, external=external)
+        metadata = {entry.key: entry.value for entry in model.metadata_props}
+        layout, size = _input_of(path, model, input_size)
+        one_by_one = _batch_is_one(path, model)
+        runner = session(model.SerializeToString(), threads, str(path))
+        count = _class_count(path, runner, layout, size)
+        classes, provenance, preprocess = remarks_of(path, metadata, count)
+        return cls(
+            path=path,
+            classes=classes,
+            input_size=size,
+            provenance=provenance,
+            metadata=metadata,
+            layout=layout,
+            preprocess=preprocess,
+            gives="probabilities" if _ends_in_softmax(model) else "logits",
+            one_by_one=one_by_one,
+            session=runner,
+            model=model,
+            file_bytes=file_bytes,
+        )
+
+    @property
+    def why_not_runnable(self) -> str | None:
+        """Why raw images cannot be given to it; None if they can."""
+        if self.layout == "NHWC" or self.preprocess is not None:
+            return None
+        if self.metadata.get("kd.format"):
+            return "its preprocessing is too large to be in the file"
+        return "it does not say how pixels are prepared"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Raw images uint8 (B, H, W, C) → logits float32 (B, classes).
+
+        Of a file that gives probabilities these are the logarithms: the logits up to a constant per image.
+
+        Raises:
+            KdError: how to prepare the pixels is not known.
+        """
+        outputs = torch.from_numpy(self.run(self.prepare(images)))
+        if self.gives == "logits":
+            return outputs
+        return outputs.clamp_min(torch.finfo(torch.float32).tiny).log()
+
+    def prepare(self, images: Tensor) -> npt.NDArray[Any]:
+        """Raw images uint8 (B, H, W, C) → the array the network takes."""
+        if self.layout == "NHWC":
+            return np.ascontiguousarray(images.numpy())
+        if self.preprocess is None:
+            raise KdError(
+                f"{self.path} cannot be given images: {self.why_not_runnable}",
+                "Export it with kd export --with-preprocessing, or use the .pt file.",
+            )
+        with torch.inference_mode():
+            prepared = self.preprocess(images.permute(0, 3, 1, 2).float())
+            return np.ascontiguousarray(prepared.numpy())
+
+    def run(self, inputs: npt.NDArray[Any]) -> _Floats:
+        """The network's own input → its first output (B, classes)."""
+        if self.one_by_one and len(inputs) > 1:
+            return np.concatenate([self.run(inputs[index : index + 1]) for index in range(len(inputs))])
+        try:
+            outputs = self.session.run(None, {self.session.get_inputs()[0].name: inputs})[0]
+        except Exception as error:  # onnxruntime's exceptions share no base of their own
+            raise KdError(
+                f"onnxruntime cannot run {self.path} on {len(inputs)} images: {first_line(error)}"
+            ) from error
+        return np.asarray(outputs, dtype=np.float32).reshape(len(inputs), -1)
+
+
+def _input_of(
+    path: Path, model: onnx.ModelProto, assumed: tuple[int, int, int] | None
+) -> tuple[str, tuple[int, int, int]]:
+    """Layout and (H, W, C) of the one image input."""
+    info = image_input(model)
+    hint = "kd runs files with one input: float32 (N, C, H, W) or uint8 (N, H, W, C)."
+    if info is None:
+        raise KdError(f"{path} does not have exactly one input", hint)
+    kind = info.type.tensor_type.elem_type
+    sides = [side.dim_value for side in info.type.tensor_type.shape.dim]  # 0: open
+    if len(sides) != 4 or kind not in (onnx.TensorProto.FLOAT, onnx.TensorProto.UINT8):
+        raise KdError(f"{path} does not take images", hint)
+    layout = "NHWC" if kind == onnx.TensorProto.UINT8 else "NCHW"
+    height, width, channels = sides[1:] if layout == "NHWC" else (sides[2], sides[3], sides[1])
+    if assumed is not None:
+        height, width, channels = (
+            own or other for own, other in zip((height, width, channels), assumed, strict=True)
+        )
+    if min(height, width, channels) < 1:
+        raise KdError(
+            f"{path} does not fix the size of its images", "Export it with a fixed height and width."
+        )
+    if channels not in CHANNELS:
+        raise KdError(f"{path} takes {channels} channels in {layout} order, which is no image", hint)
+    return layout, (height, width, channels)
+
+
+def _batch_is_one(path: Path, model: onnx.ModelProto) -> bool:
+    info = image_input(model)
+    batch = info.type.tensor_type.shape.dim[0].dim_value if info is not None else 0  # 0: open
+    if batch > 1:
+        raise KdError(
+            f"{path} takes {batch} images at a time, no more and no fewer", "Export it with an open batch."
+        )
+    return batch == 1
+
+
+def _class_count(path: Path, runner: ort.InferenceSession, layout: str, size: tuple[int, int, int]) -> int:
+    """Found by running one black image: declared output shapes are often open."""
+    height, width, channels = size
+    shape = (1, height, width, channels) if layout == "NHWC" else (1, channels, height, width)
+    black = np.zeros(shape, np.uint8 if layout == "NHWC" else np.float32)
+    try:
+        outputs = runner.run(None, {runner.get_inputs()[0].name: black})
+    except Exception as error:  # onnxruntime's exceptions share no base of their own
+        raise KdError(f"onnxruntime cannot run {path}: {first_line(error)}") from error
+    first = np.asarray(outputs[0])
+    if first.shape[:1] != (1,) or first.size < 2 or not np.issubdtype(first.dtype, np.floating):
+        raise KdError(
+            f"{path} gives {first.dtype} {first.shape} for one image",
+            "A classifier gives float (1, classes).",
+        )
+    return int(first.size)
+
+
+# What may follow a softmax without making something else of it.
+_KEEPS_VALUES = {
+    "Cast",
+    "DequantizeLinear",
+    "Flatten",
+    "Identity",
+    "QuantizeLinear",
+    "Reshape",
+    "Squeeze",
+    "Unsqueeze",
+}
+
+
+def _ends_in_softmax(model: onnx.ModelProto) -> bool:
+    makers = {name: node for node in model.graph.node for name in node.output}
+    node = makers.get(model.graph.output[0].name)
+    for _ in range(len(makers)):  # a hostile graph may go in circles
+        if node is None or node.op_type not in _KEEPS_VALUES or not node.input:
+            break
+        node = makers.get(node.input[0])
+    return node is not None and node.op_type == "Softmax"

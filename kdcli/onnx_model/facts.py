@@ -1,0 +1,115 @@
+"""What can be counted in an ONNX file."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import onnx
+
+PREPROCESSING = "preprocess/"  # kd export names the nodes that prepare pixels so
+CHANNELS = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What can be counted in an ONNX file.
+
+    Attributes:
+        parameters: values in weight tensors; quantisation scales and shapes are not counted.
+        network_bytes: all constants of the network.
+        preprocessing_bytes: constants of the preprocessing inside the file.
+        macs: multiply-accumulates of one image in the network's Conv, Gemm and MatMul; None if not known.
+        operators: kinds of nodes.
+    """
+
+    parameters: int
+    network_bytes: int
+    preprocessing_bytes: int
+    macs: int | None
+    operators: tuple[str, ...]
+
+
+def facts(model: onnx.ModelProto, input_size: tuple[int, int, int] | None = None) -> Facts:
+    """Count a model's values, bytes and work. `input_size` (H, W, C) fills open sides of its input."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            for attribute in node.attribute:
+                if attribute.name == "value":
+                    constants[node.output[0]] = attribute.t
+    of_network: set[str] = set()
+    helpers: set[str] = set()  # scales and zero points
+    for node in model.graph.node:
+        if not node.name.startswith(PREPROCESSING):
+            of_network.update(node.input)
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            helpers.update(node.input[1:])
+    parameters = network_bytes = preprocessing_bytes = 0
+    for name, tensor in constants.items():
+        count = math.prod(tensor.dims)
+        size = count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        if name not in of_network:
+            preprocessing_bytes += size
+            continue
+        network_bytes += size
+        if name not in helpers and tensor.data_type != onnx.TensorProto.INT64:
+            parameters += count
+    return Facts(
+        parameters=parameters,
+        network_bytes=network_bytes,
+        preprocessing_bytes=preprocessing_bytes,
+        macs=_macs(model, input_size),
+        operators=tuple(sorted({node.op_type for node in model.graph.node})),
+    )
+
+
+def _macs(model: onnx.ModelProto, input_size: tuple[int, int, int] | None) -> int | None:
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    fix_input(fixed, input_size)
+    try:
+        inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True)
+    except Exception:  # a shape it cannot infer leaves the work unknown, which is what None says
+        return None
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in inferred.graph.initializer}
+    for info in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output):
+        sides = info.type.tensor_type.shape.dim
+        if all(side.HasField("dim_value") for side in sides):
+            shapes[info.name] = tuple(side.dim_value for side in sides)
+    total = 0
+    for node in inferred.graph.node:
+        if node.op_type not in ("Conv", "Gemm", "MatMul") or node.name.startswith(PREPROCESSING):
+            continue
+        if any(name not in shapes for name in (*node.input[:2], node.output[0])):
+            return None
+        outputs = math.prod(shapes[node.output[0]])
+        if node.op_type == "Conv":
+            total += outputs * math.prod(shapes[node.input[1]][1:])  # weight (M, C/groups, kernel …)
+        else:
+            transposed = any(a.name == "transA" and a.i for a in node.attribute)
+            total += outputs * shapes[node.input[0]][-2 if transposed else -1]
+    return total
+
+
+def fix_input(model: onnx.ModelProto, input_size: tuple[int, int, int] | None) -> None:
+    info = image_input(model)
+    if info is None or len(info.type.tensor_type.shape.dim) != 4:
+        return
+    sides = info.type.tensor_type.shape.dim
+    sides[0].dim_value = 1
+    if input_size is not None:
+        height, width, channels = input_size
+        raw = info.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+        values = (height, width, channels) if raw else (channels, height, width)
+        for side, value in zip(sides[1:], values, strict=True):
+            side.dim_value = value
+    for output in model.graph.output:  # a named batch side would contradict the 1
+        output.type.tensor_type.ClearField("shape")
+    del model.graph.value_info[:]
+
+
+def image_input(model: onnx.ModelProto) -> onnx.ValueInfoProto | None:
+    constants = {tensor.name for tensor in model.graph.initializer}  # old files list weights as inputs
+    inputs = [info for info in model.graph.input if info.name not in constants]
+    return inputs[0] if len(inputs) == 1 else None

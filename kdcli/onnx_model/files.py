@@ -1,0 +1,138 @@
+"""Reading ONNX files, and a session to run them."""
+
+from __future__ import annotations
+
+import math
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import onnx
+import onnxruntime as ort
+
+from kdcli.errors import KdError
+from kdcli.runtime import available_cores
+
+MAX_BYTES = 2**31 - 1  # one protobuf message cannot be larger
+
+
+def read(path: Path, *, external: bool = False) -> tuple[onnx.ModelProto, int]:
+    """Parse an ONNX file.
+
+    Args:
+        external: also take weights from files that lie beside it. Without, such a model is refused.
+
+    Returns:
+        The model with all of its weights, and the bytes of the file or files.
+
+    Raises:
+        KdError: missing, not ONNX, over 2 GiB, or with weights where they may not be.
+    """
+    if not path.is_file():
+        raise KdError(f"no such file: {path}" if not path.exists() else f"{path} is not a file")
+    if path.stat().st_size > MAX_BYTES:
+        raise KdError(f"{path} is larger than 2 GiB", "kd reads ONNX models that fit one protobuf message.")
+    try:
+        model = onnx.load_model(path, load_external_data=False)
+    except OSError as error:
+        raise KdError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # protobuf raises whatever the bytes provoke
+        raise KdError(f"{path} is not an ONNX model: {first_line(error)}") from error
+    if not model.graph.node or not model.graph.output:
+        raise KdError(f"{path} is not an ONNX model: it holds no network")
+    outside = [tensor for tensor in _all_tensors(model) if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    if outside and not external:
+        raise KdError(
+            f"{path} keeps weights in other files",
+            "This command reads self-contained ONNX files; "
+            "onnx.save_model(onnx.load(path), new_path) makes one.",
+        )
+    return model, path.stat().st_size + _take_in(path, outside)
+
+
+def _take_in(path: Path, tensors: list[onnx.TensorProto]) -> int:
+    """Read tensors from the files beside a model that hold them; returns the bytes of these files.
+
+    Raises:
+        KdError: a location that is not a regular file in the model's own folder, or does not hold the tensor.
+    """
+    sizes: dict[Path, int] = {}
+    total = 0
+    for tensor in tensors:
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location = entries.get("location", "")
+        source = path.parent / location
+        try:
+            if "/" in location or "\\" in location or not stat.S_ISREG(source.lstat().st_mode):
+                raise ValueError("it is not a plain file in the same folder")
+            sizes[source] = source.stat().st_size
+            offset = int(entries.get("offset", 0))
+            length = int(entries.get("length", sizes[source] - offset))
+            item = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+            if offset < 0 or offset + length > sizes[source] or length != math.prod(tensor.dims) * item:
+                raise ValueError(f"it does not hold the {list(tensor.dims)} values of {tensor.name[:60]!r}")
+            total += length
+            if total > MAX_BYTES:
+                raise ValueError("all weights together have more than 2 GiB")
+            with source.open("rb") as handle:
+                handle.seek(offset)
+                tensor.raw_data = handle.read(length)
+        except (OSError, ValueError, KeyError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise KdError(
+                f"{path} keeps weights in {location[:60]!r}, which cannot be read: {reason}"
+            ) from error
+        del tensor.external_data[:]
+        tensor.data_location = onnx.TensorProto.DEFAULT
+    return sum(sizes.values())
+
+
+def session(model: bytes, threads: int = 0, name: str = "model") -> ort.InferenceSession:
+    """An onnxruntime session on the CPU.
+
+    Args:
+        model: a serialised ModelProto: from bytes nothing beside the file can be reached.
+        threads: 0: all available cores.
+        name: what an error calls it.
+
+    Raises:
+        KdError: onnxruntime refuses the model.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or available_cores()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # its errors are raised; a log line beside that would be a second message
+    # idle threads would otherwise spin on after a run and slow down whatever is timed next
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base of their own
+        raise KdError(f"onnxruntime cannot run {name}: {first_line(error)}") from error
+
+
+def _all_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    yield from _graph_tensors(model.graph)
+    for function in model.functions:
+        yield from _node_tensors(function.node)
+
+
+def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield sparse.values
+        yield sparse.indices
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            yield from (attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
+            for sub in (attribute.g, *attribute.graphs):
+                yield from _graph_tensors(sub)
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
