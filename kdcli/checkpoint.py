@@ -97,6 +97,8 @@ def load(path: Path) -> Checkpoint:
         )
     try:
         with zipfile.ZipFile(path) as archive:
+            if not any(name.endswith("/data.pkl") for name in archive.namelist()):
+                raise KdError(f"{path} is a zip archive, not a checkpoint", "Name the .pt file itself.")
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise KdError(  # torch would unpack them without limit
                     f"{path} holds compressed records, as no checkpoint does", "Write it again with kd."

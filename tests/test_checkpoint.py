@@ -187,6 +187,13 @@ def test_a_network_is_built_only_if_the_file_holds_it(tmp_path: Path) -> None:
             models.from_checkpoint(replace(stored, **odd))
 
 
+def test_a_zip_archive_is_called_one(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("train/a/1.png", b"")
+    with pytest.raises(KdError, match="is a zip archive"):
+        checkpoint.load(tmp_path / "images.zip")
+
+
 def test_compressed_records_are_refused(tmp_path: Path) -> None:
     path = saved(tmp_path)
     with zipfile.ZipFile(path) as archive:

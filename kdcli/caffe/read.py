@@ -318,7 +318,7 @@ def _kind_hint(content: bytes) -> str:
     if content.startswith(b"\x89HDF"):
         return "It is HDF5; kd reads binary caffemodels: save it from Caffe as snapshot_format BINARYPROTO."
     if content.startswith((b"PK\x03\x04", b"\x80\x02")):
-        return "It looks like a PyTorch file; kd convert-caffe reads .caffemodel and caffe-tensorflow .npy."
+        return "It looks like a zip or PyTorch file; kd convert-caffe reads .caffemodel and caffe-tensorflow .npy."
     head = content[:4096]
     if b"layer" in head and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
         return "It looks like a prototxt: name the caffemodel first and this with --prototxt."
