@@ -7,6 +7,7 @@ a run can resume exactly, and one process or four train on the same pictures.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +19,9 @@ Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 # One number each: draws for different purposes must not be the same draws.
-FLIP, CROP, ORDER, NOISE, SPLIT = range(5)
+FLIP, CROP, ORDER, NOISE, SPLIT, CUTOUT, MIXUP, DROPOUT = range(8)
 CROP_PADDING = 4
+GREY = 128  # what cutout leaves
 
 
 def philox(counter: npt.NDArray[np.uint64], key: tuple[int, int]) -> UInt32:
@@ -73,6 +75,12 @@ def normal(first: UInt32, second: UInt32) -> Float64:
     return result
 
 
+def below(random: UInt32, limit: int) -> Int64:
+    """Words → whole numbers in 0 … limit − 1, limit up to 2³²; the bias is below limit · 2⁻³²."""
+    numbers: Int64 = ((random.astype(np.uint64) * np.uint64(limit)) >> np.uint64(32)).astype(np.int64)
+    return numbers
+
+
 def order(seed: int, epoch: int, samples: Int64) -> Int64:
     """The samples in the epoch's random order."""
     random = words(seed, ORDER, epoch, samples).astype(np.uint64)
@@ -93,54 +101,111 @@ def _flipped(seed: int, view: int, samples: Int64) -> npt.NDArray[np.bool_]:
 
 def _take(images: Tensor, rows: Int64, columns: Int64) -> Tensor:
     """Gather pixels: images (B, H, W, C), rows (B, h), columns (B, w) → (B, h, w, C)."""
-    batch = torch.arange(len(images))[:, None, None]
-    return images[batch, torch.from_numpy(rows)[:, :, None], torch.from_numpy(columns)[:, None, :]]
+    device = images.device
+    batch = torch.arange(len(images), device=device)[:, None, None]
+    y, x = (torch.from_numpy(part).to(device) for part in (rows, columns))
+    return images[batch, y[:, :, None], x[:, None, :]]
 
 
-def _view_none(images: Tensor, seed: int, view: int, samples: Int64) -> Tensor:
-    return images
+def _flip(images: Tensor, seed: int, view: int, samples: Int64) -> Tensor:
+    """Mirror left and right."""
+    mirrored = torch.from_numpy(_flipped(seed, view, samples)).to(images.device)
+    return torch.where(mirrored[:, None, None, None], images.flip(2), images)
 
 
-def _view_flip(images: Tensor, seed: int, view: int, samples: Int64) -> Tensor:
-    mirrored = torch.from_numpy(_flipped(seed, view, samples))[:, None, None, None]
-    return torch.where(mirrored, images.flip(2), images)
-
-
-def _view_flip_crop(images: Tensor, seed: int, view: int, samples: Int64) -> Tensor:
-    """Mirror, then a crop of the original size from the image padded with 4 black pixels on each side."""
+def _crop(images: Tensor, seed: int, view: int, samples: Int64) -> Tensor:
+    """A crop of the original size from the image padded with 4 black pixels on each side."""
     _, height, width, _ = images.shape
     padded = torch.nn.functional.pad(images, (0, 0, CROP_PADDING, CROP_PADDING, CROP_PADDING, CROP_PADDING))
-    random = words(seed, CROP, view, samples)
-    offsets = (random[:2].astype(np.int64) * (2 * CROP_PADDING + 1)) >> 32  # (2, B), 0 … 8
-    rows = offsets[0][:, None] + np.arange(height)
-    columns = offsets[1][:, None] + np.arange(width)
-    mirrored = _flipped(seed, view, samples)
-    columns = np.where(mirrored[:, None], columns[:, ::-1], columns)
-    return _take(padded, rows, columns)
+    top, left = below(words(seed, CROP, view, samples)[:2], 2 * CROP_PADDING + 1)  # (B,) each, 0 … 8
+    return _take(padded, top[:, None] + np.arange(height), left[:, None] + np.arange(width))
 
 
-_View = Callable[[Tensor, int, int, Int64], Tensor]
-AUGMENTS: dict[str, tuple[_View, int]] = {  # name -> (function, distinct views; 0: unlimited)
-    "none": (_view_none, 1),
-    "flip": (_view_flip, 2),
-    "flip-crop": (_view_flip_crop, 0),
-}
+def _cutout(images: Tensor, seed: int, view: int, samples: Int64) -> Tensor:
+    """Cover a square of half the shorter side by grey, its centre anywhere (DeVries & Taylor, arXiv:1708.04552)."""
+    _, height, width, _ = images.shape
+    half = max(1, min(height, width) // 4)
+    random = words(seed, CUTOUT, view, samples)
+
+    def covered(word: UInt32, length: int) -> Tensor:  # (B, length)
+        centre = below(word, length)[:, None]
+        place = np.arange(length)
+        return torch.from_numpy((place >= centre - half) & (place < centre + half)).to(images.device)
+
+    hole = covered(random[0], height)[:, :, None, None] & covered(random[1], width)[:, None, :, None]
+    return images.masked_fill(hole, GREY)
+
+
+_Step = Callable[[Tensor, int, int, Int64], Tensor]
+MIXUP_NAME = "mixup"
+STEPS: dict[str, _Step] = {"crop": _crop, "flip": _flip, "cutout": _cutout}  # in the order they are applied
+_DISTINCT = {"none": 1, "flip": 2}  # all others have endless variants
 
 
 def apply(name: str, images: Tensor, seed: int, view: int, samples: Int64) -> Tensor:
-    """View `view` of a batch.
+    """What view `view` does to each image of a batch by itself: all but mixing.
 
     Args:
-        name: a key of `AUGMENTS`.
-        images: uint8 (B, H, W, C).
+        name: steps joined by hyphens, such as `flip-crop`, or `none` (see `config.AUGMENT_STEPS`).
+        images: uint8 (B, H, W, C), on any device.
         samples: (B,), each image's number in the data set.
 
     Returns:
         uint8 (B, H, W, C).
     """
-    return AUGMENTS[name][0](images, seed, view, samples)
+    wanted = name.split("-")
+    for step, function in STEPS.items():
+        if step in wanted:
+            images = function(images, seed, view, samples)
+    return images
 
 
 def distinct_views(name: str) -> int:
     """How many different views there are; 0 if there is no limit."""
-    return AUGMENTS[name][1]
+    return _DISTINCT.get(name, 0)
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Mixup of a batch: share · image + (1 − share) · partner (Zhang et al., arXiv:1710.09412, α = 1).
+
+    Attributes:
+        partners: (B,), numbers of the samples mixed in.
+        shares: float32 (B,), in (0, 1): how much is left of each sample itself.
+    """
+
+    partners: Int64
+    shares: npt.NDArray[np.float32]
+
+
+def mixing(name: str, seed: int, view: int, samples: Int64, pool: Int64) -> Mixing | None:
+    """Partners and shares of a view; None for an augmentation that does not mix.
+
+    Args:
+        pool: numbers of the samples that may be mixed in: those that are trained on.
+    """
+    if MIXUP_NAME not in name.split("-"):
+        return None
+    random = words(seed, MIXUP, view, samples)
+    return Mixing(pool[below(random[0], len(pool))], uniform(random[1]).astype(np.float32))
+
+
+def picture(
+    name: str, take: Callable[[Int64], Tensor], seed: int, view: int, samples: Int64, pool: Int64
+) -> Tensor:
+    """View `view` of the named samples as models see it.
+
+    Args:
+        take: from sample numbers (B,) to raw images uint8 (B, H, W, C).
+        pool: see `mixing`.
+
+    Returns:
+        uint8 (B, H, W, C); mixed images are rounded, so that teacher and student see the very same.
+    """
+    images = apply(name, take(samples), seed, view, samples)
+    mixed = mixing(name, seed, view, samples, pool)
+    if mixed is None:
+        return images
+    others = apply(name, take(mixed.partners), seed, view, mixed.partners)
+    share = torch.from_numpy(mixed.shares).to(images.device)[:, None, None, None]
+    return torch.lerp(others.float(), images.float(), share).round_().to(torch.uint8)

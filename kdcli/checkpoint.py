@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import zipfile
@@ -50,6 +51,8 @@ class Checkpoint:
 def save(path: Path, checkpoint: Checkpoint) -> None:
     """Write temp → flush → fsync → re-read → rename → fsync of the directory.
 
+    The file holds the SHA-256 of its own content: torch's reader would not notice a flipped bit.
+
     Raises:
         KdError: the file cannot be written or does not read back; an older file of that name is untouched.
     """
@@ -67,14 +70,14 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     }
     if checkpoint.training is not None:
         document["training"] = checkpoint.training
+    document["sha256"] = digest(document)
     try:
         with atomic_path(path) as temporary:
             torch.save(document, temporary)
-            _read(temporary)
+            if not _is_sound(_read(temporary)):
+                raise OSError("it does not read back as it was written")
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        reason = (
-            error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        )
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
         raise KdError(
             f"cannot write {path}: {reason}",
             "Check free space and permissions; an earlier file of that name is unchanged.",
@@ -111,7 +114,51 @@ def load(path: Path) -> Checkpoint:
             f"{path} cannot be read safely: {_first_line(error)}",
             "The file is damaged, or holds more than tensors and plain values; kd never executes what it reads.",
         ) from error
+    if not _is_sound(document):
+        raise KdError(
+            f"{path} is damaged: its content has not the SHA-256 it had when it was written",
+            "Restore it, or write it again.",
+        )
     return _to_checkpoint(path, document)
+
+
+def digest(value: Any, without: tuple[str, ...] = ()) -> str:
+    """Hexadecimal SHA-256 of tensors and plain values, nested in any way; the order of a dictionary does not count.
+
+    Args:
+        without: dictionary keys to leave out, at any depth.
+    """
+    sha = hashlib.sha256()
+
+    def add(part: Any) -> None:
+        if isinstance(part, Tensor):
+            plain = part.detach().cpu().contiguous()
+            sha.update(f"tensor {plain.dtype} {tuple(plain.shape)} ".encode())
+            sha.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(part, dict):
+            keys = sorted(
+                (key for key in part if key not in without), key=lambda key: (str(type(key)), str(key))
+            )
+            sha.update(f"dict {len(keys)} ".encode())
+            for key in keys:
+                add(key)
+                add(part[key])
+        elif isinstance(part, list | tuple):
+            sha.update(f"list {len(part)} ".encode())
+            for item in part:
+                add(item)
+        else:
+            sha.update(f"{type(part).__name__} {part!r} ".encode())
+
+    add(value)
+    return sha.hexdigest()
+
+
+def _is_sound(document: dict[str, Any]) -> bool:
+    """Whether the content is what was written; files of the first versions do not say."""
+    return "sha256" not in document or document["sha256"] == digest(
+        {key: value for key, value in document.items() if key != "sha256"}
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

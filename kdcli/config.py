@@ -6,6 +6,7 @@ A field's `description` is its help text; `json_schema_extra` may give `panel` (
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -15,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from kdcli.errors import UsageError
 
 DATA, METHOD, OPTIMISER, RUN = "Data", "Method", "Optimiser", "Run"
+AUGMENT_STEPS = ("flip", "crop", "cutout", "mixup")
+_SAVE_EVERY = re.compile(r"(\d{1,9}) ?(epochs?|steps?|min|)")
 
 
 def _extra(panel: str, *flags: str, metavar: str | None = None) -> dict[str, Any]:
@@ -140,12 +143,32 @@ class TrainConfig(DataSettings):
         description="Dropout left on in the teacher; above 0 it runs live at each step.",
         json_schema_extra=_extra(METHOD),
     )
+    teacher_cache: Literal["views", "fixed", "off"] = Field(
+        "views",
+        description="views: the teacher is run once on each of --views variants; fixed: once on the plain images, "
+        "while the student sees a fresh variant each epoch; off: in each step.",
+        json_schema_extra=_extra(METHOD),
+    )
+    cache_top_k: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="Keep only the K largest of the teacher's logits, for many classes; 0: all.",
+        json_schema_extra=_extra(METHOD),
+    )
+    teacher_precision: Literal["auto", "32", "bf16"] = Field(
+        "auto",
+        description="auto: what is fastest here and gives 99.9 % of images the same class as float32.",
+        json_schema_extra=_extra(METHOD),
+    )
 
     grey: bool = Field(
         False, description="Turn colour images to grey, one channel.", json_schema_extra=_extra(DATA)
     )
-    augment: Literal["none", "flip", "flip-crop"] = Field(
-        "none", description="How training images are varied.", json_schema_extra=_extra(DATA)
+    augment: str = Field(
+        "none",
+        description="How training images are varied: any of flip, crop, cutout and mixup, joined by hyphens.",
+        json_schema_extra=_extra(DATA, metavar="none|flip|flip-crop|…"),
     )
     views: int = Field(
         0,
@@ -207,6 +230,19 @@ class TrainConfig(DataSettings):
     precision: Literal["auto", "32", "bf16"] = Field(
         "auto", description="auto measures which is faster here.", json_schema_extra=_extra(RUN)
     )
+    compile: bool = Field(
+        False, description="Compile the student's step (torch.compile).", json_schema_extra=_extra(RUN)
+    )
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto", description="What to train on; auto: a GPU if there is one.", json_schema_extra=_extra(RUN)
+    )
+    devices: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="GPUs, or on a CPU processes, that share each batch. Under torchrun it decides.",
+        json_schema_extra=_extra(RUN),
+    )
     threads: Threads = 0
     name: str = Field(
         "",
@@ -214,12 +250,53 @@ class TrainConfig(DataSettings):
         json_schema_extra=_extra(RUN),
     )
     runs_dir: Path = Field(Path("runs"), description="Runs are written here.", json_schema_extra=_extra(RUN))
-    save_every: int = Field(
-        1,
-        ge=0,
-        description="Write last.pt after each N epochs; 0: only at the end.",
+    save_every: str = Field(
+        "1",
+        description="How often last.pt is written: N epochs, or as in 500steps or 10min; 0: only at the end.",
+        json_schema_extra=_extra(RUN, metavar="N|Nsteps|Nmin"),
+    )
+    keep: int = Field(
+        2,
+        ge=1,
+        le=10_000,
+        description="Saved states to keep: last.pt and those before it.",
         json_schema_extra=_extra(RUN),
     )
+    log_every: int = Field(
+        50,
+        ge=0,
+        description="Steps between lines of metrics.jsonl; 0: a line an epoch only.",
+        json_schema_extra=_extra(RUN),
+    )
+    tensorboard: bool = Field(
+        False,
+        description="Also write metrics for TensorBoard (pip install 'kdcli[tensorboard]').",
+        json_schema_extra=_extra(RUN),
+    )
+
+    @field_validator("augment")
+    @classmethod
+    def _augment_of_known_steps(cls, value: str) -> str:
+        steps = value.split("-")
+        if value != "none" and (len(set(steps)) < len(steps) or not set(steps) <= set(AUGMENT_STEPS)):
+            raise ValueError(f"must be none, or some of {', '.join(AUGMENT_STEPS)} joined by hyphens")
+        return value if value == "none" else "-".join(step for step in AUGMENT_STEPS if step in steps)
+
+    @field_validator("save_every", mode="before")
+    @classmethod
+    def _save_every_in_known_units(cls, value: Any) -> str:
+        found = _SAVE_EVERY.fullmatch(str(value).strip())
+        if found is None:
+            raise ValueError("must be a number of epochs, or as in 500steps or 10min")
+        unit = found[2].rstrip("s")
+        return found[1] + {"epoch": "", "step": "steps"}.get(unit, unit)
+
+    @property
+    def saving(self) -> tuple[int, str]:
+        """How often the state is saved: a number, and `epochs`, `steps` or `min`; number 0: only at the end."""
+        found = _SAVE_EVERY.fullmatch(self.save_every)
+        assert found is not None
+        return int(found[1]), found[2] or "epochs"
 
     @field_validator("name")
     @classmethod

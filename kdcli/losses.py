@@ -12,6 +12,21 @@ def cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(student_logits, labels)
 
 
+def mixed_cross_entropy(
+    student_logits: Tensor, labels: Tensor, other_labels: Tensor, shares: Tensor
+) -> Tensor:
+    """λ·CE(s, y) + (1 − λ)·CE(s, y′), mean over the batch: mixup's labels (Zhang et al., arXiv:1710.09412).
+
+    Args:
+        student_logits: (B, C).
+        labels, other_labels: y and y′, (B,).
+        shares: λ, (B,).
+    """
+    own = F.cross_entropy(student_logits, labels, reduction="none")
+    other = F.cross_entropy(student_logits, other_labels, reduction="none")
+    return (shares * own + (1 - shares) * other).mean()
+
+
 def logit_regression(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """½‖s − t‖²: sum over classes, mean over the batch (Ba & Caruana, NIPS 2014, eq. 1); (B, C) each → ()."""
     return 0.5 * (student_logits - teacher_logits).square().sum(dim=1).mean()

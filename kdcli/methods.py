@@ -30,6 +30,8 @@ class Batch:
         samples: int64 (B,), the images' numbers in the data set: randomness is drawn by them.
         epoch: number of the pass, from 0.
         config: the run's settings.
+        other_labels, shares: of the images mixed in by mixup, (B,), and how much is left of each image itself; None
+            where nothing is mixed.
     """
 
     student_logits: Tensor
@@ -38,6 +40,8 @@ class Batch:
     samples: npt.NDArray[np.int64]
     epoch: int
     config: TrainConfig
+    other_labels: Tensor | None = None
+    shares: Tensor | None = None
 
     @property
     def targets(self) -> Tensor:
@@ -88,7 +92,12 @@ class Method:
         wanted = self.weights(batch.config)
         found: dict[str, Tensor] = {}
         if "ce" in wanted:
-            found["ce"] = losses.cross_entropy(batch.student_logits, batch.labels)
+            if batch.other_labels is None or batch.shares is None:
+                found["ce"] = losses.cross_entropy(batch.student_logits, batch.labels)
+            else:
+                found["ce"] = losses.mixed_cross_entropy(
+                    batch.student_logits, batch.labels, batch.other_labels, batch.shares
+                )
         if "kd" in wanted and self.soft_term is not None:
             found["kd"] = self.soft_term(batch)
         return found
@@ -103,8 +112,10 @@ def _logits(batch: Batch) -> Tensor:
 def _noisy(batch: Batch) -> Tensor:
     from kdcli import losses
 
-    selected, noise = noise_of(batch.config, batch.epoch, batch.samples, batch.targets.shape[1])
-    return losses.logit_regression(batch.student_logits, losses.perturb(batch.targets, selected, noise))
+    targets = batch.targets
+    selected, noise = noise_of(batch.config, batch.epoch, batch.samples, targets.shape[1])
+    selected, noise = selected.to(targets.device), noise.to(targets.device)
+    return losses.logit_regression(batch.student_logits, losses.perturb(targets, selected, noise))
 
 
 def _kd(batch: Batch) -> Tensor:
@@ -200,5 +211,12 @@ def unread(name: str, settings: Iterable[str]) -> list[str]:
     method = get(name)
     others = {setting for other in METHODS.values() for setting in other.reads} - set(method.reads)
     if not method.needs_teacher:
-        others |= {"teacher", "teacher_dropout", "kd_weight"}
+        others |= {
+            "teacher",
+            "teacher_dropout",
+            "teacher_cache",
+            "teacher_precision",
+            "cache_top_k",
+            "kd_weight",
+        }
     return [setting for setting in settings if setting in others]

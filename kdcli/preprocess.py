@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from kdcli import rows
 from kdcli.errors import KdError, UsageError
 from kdcli.events import Note, OnEvent, ignore
 
@@ -155,7 +156,7 @@ class _Sample:
     def chunks(self) -> Iterator[UInt8Images]:
         for start in range(0, len(self), _CHUNK):
             chosen = slice(start, start + _CHUNK)
-            yield np.array(self.images[chosen if self.samples is None else self.samples[chosen]])
+            yield rows.take(self.images, chosen if self.samples is None else self.samples[chosen])
 
 
 def _moments(images: _Sample) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

@@ -221,7 +221,7 @@ def _read_epochs(path: Path) -> list[dict[str, Any]]:
             epoch = json.loads(line)
         except ValueError:
             continue
-        if isinstance(epoch, dict) and isinstance(epoch.get("epoch"), int):
+        if isinstance(epoch, dict) and isinstance(epoch.get("epoch"), int) and epoch.get("kind") != "step":
             epochs.append(epoch)
     if not epochs:
         raise KdError(f"{path} holds no finished epoch, so there is nothing to draw")

@@ -38,7 +38,7 @@ def images(count: int = 12, size: int = 9) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize("name", augment.AUGMENTS)
+@pytest.mark.parametrize("name", ["none", "flip", "flip-crop", "flip-crop-cutout", "crop", "cutout"])
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**63 - 1), view=st.integers(0, 1000), shuffle=st.integers(0, 10**6))
 def test_a_view_depends_on_seed_view_and_sample_alone(name: str, seed: int, view: int, shuffle: int) -> None:

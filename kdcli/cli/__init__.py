@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from kdcli.errors import KdError, UsageError
+from kdcli.errors import Interrupted, KdError, UsageError
 
 app = typer.Typer(
     name="kd",
@@ -119,9 +119,9 @@ def main() -> None:
         sys.stderr.close()
         sys.exit(1)
     except KeyboardInterrupt:
-        _leave(KdError("stopped", _AGAIN), 130)
+        _leave(Interrupted("stopped", _AGAIN, exit_code=130), 130)
     except Terminated:
-        _leave(KdError("stopped", _AGAIN), 143)
+        _leave(Interrupted("stopped", _AGAIN, exit_code=143), 143)
     except KdError as problem:
         _leave(problem, problem.exit_code)
     except Exception as problem:

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from kdcli.config import TestConfig, ValidateConfig
     from kdcli.data import Splits
     from kdcli.events import OnEvent
-    from kdcli.teacher import Anything
+    from kdcli.models import Classifier
+    from kdcli.onnx_model import OnnxClassifier
 
 
 def students() -> list[Path]:
@@ -42,7 +43,7 @@ def existing_model(path: Path) -> Path:
 
 
 def data_for(
-    model: Anything,
+    model: Classifier | OnnxClassifier,
     path: Path,
     spec: str,
     config: TestConfig | ValidateConfig,

@@ -14,15 +14,17 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from kdcli.errors import KdError
+from kdcli.errors import Interrupted, KdError
 from kdcli.events import Event, Note, OnEvent
 from kdcli.events import Progress as ProgressEvent
 
 PLAIN_INTERVAL_S = 10.0
+FOLLOWER_WAITS_S = 3.0
 
 
 class _Settings:
     quiet = False
+    follower = False  # one of several processes of a run, and not the one that talks
     debug = False
     json = False
 
@@ -107,7 +109,11 @@ def table(
 
 
 def error(problem: KdError) -> None:
-    """`error:` and `hint:`, a line each."""
+    """`error:` and `hint:`, a line each. A follower speaks only if the first process has not ended by then."""
+    if settings.follower:
+        if isinstance(problem, Interrupted):
+            return
+        time.sleep(FOLLOWER_WAITS_S)
     console = _err()
     console.print(f"[bold red]error:[/bold red] {escape(_line(problem.message))}")
     if problem.hint:
@@ -122,7 +128,7 @@ def _line(text: str) -> str:
 @contextmanager
 def progress() -> Iterator[OnEvent]:
     """An `OnEvent` that draws: a bar with rate and ETA on a terminal, elsewhere a plain line an interval."""
-    if settings.quiet:
+    if settings.quiet or settings.follower:
         yield lambda event: None
         return
     console = _err()

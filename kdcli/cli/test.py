@@ -23,7 +23,7 @@ def test(
     model = existing_model(model)
     from kdcli import data, report, runtime
     from kdcli.engine import evaluate
-    from kdcli.teacher import Teacher, load_model, teacher_tensor
+    from kdcli.teacher import Teacher, load_model
 
     if config.plot is not None:
         report.check_target(config.plot)
@@ -38,7 +38,7 @@ def test(
             kept = Teacher.open(source, config.cache_dir, config.threads).logits(
                 splits.test, exact=True, task="teacher on test images", on_event=on_event
             )
-            teacher_logits = teacher_tensor(kept[0])
+            teacher_logits = kept[0].logits()
         result = evaluate(
             loaded, splits.test, teacher_logits=teacher_logits, task="testing", on_event=on_event
         )

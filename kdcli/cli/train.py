@@ -72,28 +72,39 @@ def _check_place(config: TrainConfig, resume: Path) -> None:
         raise UsageError(f"{resume} needs its data {config.data}", hint)
 
 
-def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[Result, Any]:
-    from kdcli import data, models
+def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[Result | None, Any]:
+    from kdcli import data, models, runtime
     from kdcli.engine import fit
 
     methods.get(config.method)
     if not models.takes_dropout(config.student):
         _ui.note_unread(options, ("dropout",), f"with --student {config.student}, which has none")
-    with _ui.progress() as on_event:
-        splits = data.load(
-            config.data,
-            data_dir=config.data_dir,
-            cache_dir=config.cache_dir,
-            image_size=config.image_size,
-            grey=config.grey,
-            on_event=on_event,
-        )
-        return fit(config, splits, resume=run, on_event=on_event), splits
+    world = runtime.launch(config.accelerator, config.devices)
+    _ui.settings.follower = not world.first
+    failed = True
+    try:
+        with _ui.progress() as on_event:
+            with world.first_alone():
+                splits = data.load(
+                    config.data,
+                    data_dir=config.data_dir,
+                    cache_dir=config.cache_dir,
+                    image_size=config.image_size,
+                    grey=config.grey,
+                    on_event=on_event,
+                )
+            result = fit(config, splits, resume=run, world=world, on_event=on_event)
+        failed = False
+    finally:
+        world.close(failed=failed)
+    return (result if world.first else None), splits
 
 
-def _finish(result: Result, splits: Any) -> None:
+def _finish(result: Result | None, splits: Any) -> None:
     from kdcli import report
 
+    if result is None:  # another process tells
+        return
     report.curves(result.run.metrics_file, result.run.path / "curves.svg")
     if _ui.settings.json:
         _ui.json(result.to_json())
@@ -112,12 +123,16 @@ def _finish(result: Result, splits: Any) -> None:
         f"{_ui.count(result.parameters)} parameters, {result.images_per_s:,.0f} images/s, "
         f"{_ui.clock(result.seconds)} of training, teacher runs: {_teacher_runs(result)}"
     )
+    for mark in result.marks:
+        _ui.note(f"resumed with a difference: {mark}")
     _ui.say(f"wrote {result.run.student.as_posix()}")
     _ui.next_command(f"kd export {shlex.quote(result.run.student.as_posix())}")
 
 
 def _teacher_runs(result: Result) -> str:
-    live = methods.get(result.config.method).needs_teacher and result.config.teacher_dropout > 0
+    from kdcli.engine.plan import cache_mode
+
+    live = methods.get(result.config.method).needs_teacher and cache_mode(result.config) == "off"
     return "in every step" if live else str(result.teacher_passes)
 
 

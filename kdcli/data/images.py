@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from kdcli import rows
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -75,5 +77,5 @@ def fingerprint_of(
     digest.update(repr((images.shape, classes)).encode())
     digest.update(np.ascontiguousarray(labels, dtype="<i8").tobytes())
     for start in range(0, len(images), 4096):
-        digest.update(np.ascontiguousarray(images[start : start + 4096]).tobytes())
+        digest.update(rows.take(images, slice(start, start + 4096)).data)
     return digest.hexdigest()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kdcli import files
+from kdcli import files, rows
 from kdcli.data.decode import Pixels, fit, with_channels
 from kdcli.data.images import ImageSet, Splits, fingerprint_of
 from kdcli.errors import KdError
@@ -163,7 +163,7 @@ class Cache:
                 about = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(handle, about)
                 for start in range(0, len(chosen.order), 1024):
-                    handle.write(pixels[chosen.order[start : start + 1024]].tobytes())
+                    handle.write(rows.take(pixels, chosen.order[start : start + 1024]).data)
             packed = np.load(pixels_path, mmap_mode="r", allow_pickle=False)
             np.save(labels_path, chosen.labels, allow_pickle=False)
             split_meta[split] = {

@@ -2,7 +2,7 @@
 
 from kdcli.engine.evaluate import Evaluation, evaluate, measure
 from kdcli.engine.fit import fit
-from kdcli.engine.result import Epoch, Result
+from kdcli.engine.result import Metrics, Result
 from kdcli.engine.run_dir import RunDir
 
-__all__ = ["Epoch", "Evaluation", "Result", "RunDir", "evaluate", "fit", "measure"]
+__all__ = ["Evaluation", "Metrics", "Result", "RunDir", "evaluate", "fit", "measure"]

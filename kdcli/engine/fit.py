@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import time
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,50 +11,67 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdcli import __version__, augment, checkpoint, methods, metrics, models, preprocess, runtime
+from kdcli import __version__, augment, methods, metrics, models, preprocess, runtime
 from kdcli.config import TrainConfig
 from kdcli.data import Splits
+from kdcli.engine import tensorboard
 from kdcli.engine.evaluate import Evaluation, measure
+from kdcli.engine.feed import Feed, Inputs
 from kdcli.engine.output import Output
-from kdcli.engine.plan import FILLED, resolve, split
-from kdcli.engine.result import Epoch, Result
+from kdcli.engine.plan import FILLED, cache_mode, resolve, split
+from kdcli.engine.record import Record
+from kdcli.engine.result import Metrics, Result
 from kdcli.engine.run_dir import RunDir
 from kdcli.engine.schedule import learning_rate, make_optimizer
-from kdcli.errors import Interrupted, KdError
+from kdcli.engine.state import Due, State, made_with, newest, restore
+from kdcli.engine.step import Step
+from kdcli.errors import Interrupted, KdError, UsageError
 from kdcli.events import Note, OnEvent, Progress, ignore
 from kdcli.models import Classifier
-from kdcli.teacher import Teacher, teacher_tensor
+from kdcli.models.reproducible import Draw, use_global_batch_norm, use_sample_dropout
+from kdcli.runtime import World
+from kdcli.teacher import Live, Outputs, Teacher
 
 Int64 = npt.NDArray[np.int64]
 _SHOW_EVERY_S = 0.5
-
-
-@dataclass
-class _State:
-    """What changes while training; with the weights and the optimizer, all that a resume needs."""
-
-    epoch: int = 0  # the pass under way, from 0
-    step: int = 0  # steps done in all
-    step_in_epoch: int = 0
-    sums: dict[str, float] = field(default_factory=dict)  # of losses over the images of this epoch
-    images: int = 0
-    seconds: float = 0.0
+_AGREE_STEPS = 8
 
 
 def fit(
-    config: TrainConfig, data: Splits, *, resume: RunDir | None = None, on_event: OnEvent = ignore
+    config: TrainConfig,
+    data: Splits,
+    *,
+    resume: RunDir | None = None,
+    world: World | None = None,
+    on_event: OnEvent = ignore,
 ) -> Result:
     """Train a student as the settings say, and measure it once on the test data.
 
     Args:
-        resume: an interrupted run to continue from its `last.pt`; `config` is then that run's own.
+        resume: an interrupted run to continue from its newest state; `config` is then that run's own.
+        world: the processes that share the work, from `runtime.launch`; by default this one alone.
 
     Raises:
         KdError: teacher and data do not fit, the loss stopped being finite, or a file cannot be written.
         Interrupted: SIGINT or SIGTERM; the state is in `last.pt`.
     """
-    with runtime.stop_on_signals() as stop:
-        return _Run(config, data, resume, on_event, stop).go()
+    if world is None:
+        if config.devices > 1:
+            raise UsageError(
+                "fit() runs in one process", "Start the others with runtime.launch, or use kd train."
+            )
+        world = World.alone(config.accelerator)
+    with runtime.stop_on_signals() as stop, world.losses_told():
+        run = _Run(config, data, resume, world, on_event if world.first else ignore, stop)
+        try:
+            return run.go()
+        except OSError as error:
+            raise KdError(
+                f"cannot write to {run.run.path}: {error.strerror or error}",
+                f"Free some space; then kd train --resume {shlex.quote(run.run.path.as_posix())}",
+            ) from error
+        finally:
+            run.record.close()
 
 
 class _Run:
@@ -66,53 +82,79 @@ class _Run:
         config: TrainConfig,
         data: Splits,
         resume: RunDir | None,
+        world: World,
         on_event: OnEvent,
         stop: runtime.StopFlag,
     ) -> None:
         self.on_event = on_event
         self.stop = stop
         self.data = data
+        self.world = world
         self.method = methods.get(config.method)
+        tensorboard.require(config)
         filled = [name for name in FILLED if not getattr(config, name)]
         self.config = config = resolve(config)
         self.weights = self.method.weights(config)
-        runtime.set_threads(config.threads)
+        runtime.set_threads(config.threads, world.local_size)
         train = data.train
         self.train_samples, self.val_samples = split(train.labels, config.val_fraction)
         self.steps_per_epoch = -(-len(self.train_samples) // config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
         # everything that can be wrong with what the user asked for comes before a folder is made
-        self.teacher = (
-            Teacher.open(config.teacher, config.cache_dir, config.threads) if "kd" in self.weights else None
-        )
-        self.live = self.teacher is not None and config.teacher_dropout > 0
+        self.teacher = self._open_teacher()
         self.student = self._make_student()
         self.optimizer = make_optimizer(config, self.student.network)
-        if resume is None:
+        if resume is None and world.first:
             RunDir.check_free(config)
         if self.teacher is not None and self.method.regresses and self.teacher.gives_probabilities:
             raise KdError(
                 f"teacher {config.teacher} gives probabilities, and method {config.method} regresses logits",
                 "Use --method kd, or a teacher that gives logits.",
             )
-        self.live_teacher: Classifier | None = None
-        if self.teacher is not None and self.live:
-            self.teacher.check(self.data.train)
-            self.live_teacher = self.teacher.live(config.teacher_dropout)
+        self.live = self._live_teacher()
         self.views = self._teacher_views()
         self.val_accuracy: float | None = None
         self.output: Output | None = None
         if self.views and self.method.regresses and models.head_of(self.student.network) is not None:
-            self.output = Output.of(self.views[0][self.train_samples])
-        self.state = _State()
-        if resume is None:
-            self.config, environment = self._settle_precision()
-            self.run = RunDir.create(self.config, environment, filled)
-        else:
-            self.run = resume
-        torch.manual_seed(config.seed)  # dropout's draws, from the same point whatever came before
+            self.output = Output.of(self.views[0], self.train_samples, world.device)
+        self.run = self._open_run(resume, filled)
+        self.draw = Draw(config.seed)
+        use_sample_dropout(self.student.network, self.draw)
+        if world.size > 1:
+            use_global_batch_norm(self.student.network)
+        self.state = State()
+        self.saved_step: int | None = None
         if resume is not None:
             self._restore()
+        self.due = Due(self.config)
+        self.feed = Feed(train, self.config.augment, self.config.seed, self.train_samples, world.device)
+        self.step = Step(
+            self.config, self.method, self.student, self.optimizer, self.output, self.draw, world
+        )
+        self.record = Record(self.config, self.run, self.weights, self.state, world)
+
+    def _open_teacher(self) -> Teacher | None:
+        config = self.config
+        if "kd" not in self.weights:
+            return None
+        if config.cache_top_k and self.method.regresses:
+            raise UsageError(
+                f"--cache-top-k: method {config.method} regresses all logits",
+                "Use --method kd, or leave it out.",
+            )
+        if config.cache_top_k >= len(self.data.train.classes):
+            raise UsageError(
+                f"--cache-top-k {config.cache_top_k}: there are {len(self.data.train.classes)} classes",
+                "Leave it out to keep all of them.",
+            )
+        return Teacher.open(
+            config.teacher,
+            config.cache_dir,
+            config.threads or torch.get_num_threads(),
+            world=self.world,
+            precision=config.teacher_precision,
+            top_k=config.cache_top_k,
+        )
 
     def _make_student(self) -> Classifier:
         config, train = self.config, self.data.train
@@ -132,37 +174,62 @@ class _Run:
             classes=train.classes,
             input_size=train.input_size,
         )
-        return student.train()
+        return student.to(self.world.device).train()
 
-    def _settle_precision(self) -> tuple[TrainConfig, dict[str, Any]]:
-        """The settings with `auto` resolved, and what `environment.json` says."""
-        config = self.config
-        example = self.student.prepare(_rows(self.data.train.images, self.train_samples[: config.batch_size]))
-        precision, timings = runtime.choose_precision(
-            config.precision, self.student.network, example, len(self.student.classes)
-        )
-        environment = {**runtime.environment(), "precision": precision, "precision_step_ms": timings}
-        return config.model_copy(update={"precision": precision}), environment
+    def _open_run(self, resume: RunDir | None, filled: list[str]) -> RunDir:
+        """The run's folder, with its settings and what they depend on in it; `auto` is settled by now."""
+        world = self.world
+        if resume is not None:
+            return resume
+        made = None
+        if world.first:
+            config = self.config
+            sample = self.train_samples[: config.batch_size]
+            example = self.student.prepare(
+                torch.from_numpy(np.array(self.data.train.images[sample])).to(world.device)
+            )
+            precision, timings = runtime.choose_precision(
+                config.precision, self.student.network, example, len(self.student.classes)
+            )
+            config = config.model_copy(update={"precision": precision})
+            environment = {
+                **runtime.environment(),
+                **runtime.describe(world),
+                "precision": precision,
+                "precision_step_ms": timings,
+            }
+            made = RunDir.create(config, environment, filled), config
+        run, self.config = world.of_first(made) or (RunDir(self.config.runs_dir), self.config)
+        return run
 
     # --- the teacher -------------------------------------------------------------------------------------
 
-    def _teacher_views(self) -> list[npt.NDArray[np.floating[Any]]]:
+    def _live_teacher(self) -> Live | None:
+        if self.teacher is None or cache_mode(self.config) != "off":
+            return None
+        self.teacher.check(self.data.train)
+        return self.teacher.live(self.config.teacher_dropout, self.config.seed)
+
+    def _teacher_views(self) -> list[Outputs]:
         """Logits of the training images for each view; empty without a teacher, or with a live one."""
-        if self.teacher is None or self.live:
+        if self.teacher is None or self.live is not None:
             return []
         config = self.config
+        fixed = cache_mode(config) == "fixed"
+        count = 1 if fixed else config.views
         views = self.teacher.logits(
             self.data.train,
-            augment_name=config.augment,
+            augment_name="none" if fixed else config.augment,
             seed=config.seed,
-            views=config.views,
+            views=count,
+            pool=self.train_samples,
             task="teacher on train images",
             on_event=self.on_event,
             stop=lambda: bool(self.stop),
         )
-        if len(views) < config.views:
+        if len(views) < count:
             raise Interrupted(
-                f"stopped after {len(views)} of {config.views} views of the teacher; they are kept",
+                f"stopped after {len(views)} of {count} views of the teacher; they are kept",
                 "Type the same command again.",
                 exit_code=self.stop.exit_code,
             )
@@ -180,127 +247,107 @@ class _Run:
         )
         if not kept:
             self._interrupted("training is finished, only the test is missing")
-        return teacher_tensor(kept[0])
+        return kept[0].logits()
 
     # --- the loop ----------------------------------------------------------------------------------------
 
     def go(self) -> Result:
         """Train, then test once."""
-        history: list[Epoch] = []
         while self.state.epoch < self.config.epochs:
-            history.append(self._epoch())
+            self._epoch()
         val_accuracy = self._validate()
         self.student.eval()
         if self.output is not None:
             self.output.fold(self.student.network)
+        teacher_logits = self._teacher_on_test()
         logits = models.predict(self.student, self.data.test.images, task="testing", on_event=self.on_event)
-        evaluation = measure(logits, torch.tensor(self.data.test.labels), self._teacher_on_test())
+        evaluation = measure(logits, torch.tensor(self.data.test.labels), teacher_logits)
         self.student.provenance = self._provenance(evaluation)
-        self.student.save(self.run.student)
         seconds = self.state.seconds
+        lines = self.run.read_metrics()
         result = Result(
             run=self.run,
             config=self.config,
             evaluation=evaluation,
             val_accuracy=val_accuracy,
-            epochs=tuple(history),
+            epochs=tuple(Metrics(**line) for line in lines if line["kind"] == "epoch"),
             parameters=models.parameter_count(self.student.network),
             teacher_passes=self.teacher.passes if self.teacher else 0,
             seconds=seconds,
             images_per_s=len(self.train_samples) * self.config.epochs / seconds if seconds else 0.0,
+            marks=tuple(self.state.marks),
         )
-        self.run.write_result(result.to_json())
+        if self.world.first:
+            self.student.save(self.run.student)
+            self.run.write_result(result.to_json())
+        self.world.wait()
         return result
 
-    def _epoch(self) -> Epoch:
+    def _epoch(self) -> None:
         """One pass, or the rest of one that was interrupted."""
         config, state = self.config, self.state
-        targets = teacher_tensor(self.views[state.epoch % config.views]) if self.views else None
         order = augment.order(config.seed, state.epoch, self.train_samples)
-        started, shown, images_before = time.perf_counter(), time.monotonic(), state.images
-        seconds_before = state.seconds
-        sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in state.sums.items()}
+        starts = range(state.step_in_epoch * config.batch_size, len(order), config.batch_size)
+        batches = [order[start : start + config.batch_size] for start in starts]
+        parts = [(*self.world.share(batch), len(batch)) for batch in batches]
+        started, shown = time.perf_counter(), time.monotonic()
+        seconds_before, images_before = state.seconds, state.images
         rate = config.lr
-        for number in range(state.step_in_epoch, self.steps_per_epoch):
-            samples = order[number * config.batch_size : (number + 1) * config.batch_size]
+        for inputs in self.feed.batches(state.epoch % config.views, parts):
             rate = learning_rate(config.schedule, config.lr, state.step, self.steps)
-            terms = self._step(samples, rate, targets)
-            for name, value in terms.items():
-                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + value * len(samples)
+            self.record.add(self.step(inputs, state.epoch, rate, self._targets(inputs)))
             state.step += 1
-            state.step_in_epoch = number + 1
-            state.images += len(samples)
-            now = time.monotonic()
-            if now - shown >= _SHOW_EVERY_S or state.step_in_epoch == self.steps_per_epoch:
-                shown = now
-                self._show(sums, state.images - images_before, time.perf_counter() - started)
-            if self.stop and state.step_in_epoch < self.steps_per_epoch:
-                state.sums = {name: float(value) for name, value in sums.items()}
-                state.seconds = seconds_before + time.perf_counter() - started
-                self._save_last()
-                self._interrupted("the state is saved")
-        means = {name: float(value) / state.images for name, value in sums.items()}
-        loss = sum(weight * means[name] for name, weight in self.weights.items())
-        if not np.isfinite(loss):
-            raise KdError(
-                f"the loss is no longer finite (epoch {state.epoch + 1})",
-                "Lower --lr; for logits and noisy also --kd-weight.",
-            )
-        elapsed = time.perf_counter() - started
-        state.seconds = seconds_before + elapsed
-        epoch = Epoch(
-            epoch=state.epoch + 1,
-            step=state.step,
-            loss=loss,
-            terms=means,
-            val_accuracy=self._validate(),
-            lr=rate,
-            images_per_s=(state.images - images_before) / elapsed,
-            seconds=state.seconds,
-        )
-        self.run.append_metrics(epoch.to_json())
-        state.epoch, state.step_in_epoch, state.images, state.sums = epoch.epoch, 0, 0, {}
-        last = state.epoch == config.epochs
-        if last or self.stop or (config.save_every and state.epoch % config.save_every == 0):
-            self._save_last()
-        if self.stop and not last:
-            self._interrupted("the state is saved")
-        return epoch
+            state.step_in_epoch += 1
+            state.images += inputs.count
+            state.seconds = seconds_before + time.perf_counter() - started
+            ends = state.step_in_epoch == self.steps_per_epoch
+            if config.log_every and state.step % config.log_every == 0:
+                self.record.steps(rate)
+            if time.monotonic() - shown >= _SHOW_EVERY_S or ends:
+                shown = time.monotonic()
+                speed = (state.images - images_before) / (time.perf_counter() - started)
+                self._show(speed)
+            stop, save = self._agreed(state.step, self.due.after_step(state.step))
+            if (stop or save) and not ends:
+                self._save_state()
+                if stop:
+                    self._interrupted("the state is saved")
+        self.record.total()  # waits for the device, so that the time is that of the work
+        state.seconds = seconds_before + time.perf_counter() - started
+        self._end_epoch(rate)
 
-    def _step(self, samples: Int64, rate: float, targets: Tensor | None) -> dict[str, Tensor]:
-        """One optimizer step; returns the unweighted terms, detached."""
-        config, train, epoch = self.config, self.data.train, self.state.epoch
-        images = augment.apply(
-            config.augment, _rows(train.images, samples), config.seed, epoch % config.views, samples
-        )
-        teacher_logits = None
-        if targets is not None:
-            teacher_logits = targets[torch.from_numpy(samples)]
-        elif self.live_teacher is not None:
-            with torch.inference_mode():
-                teacher_logits = self.live_teacher(images).float()
-            teacher_logits = teacher_logits.clone()  # an inference tensor cannot be saved for backward
-        prepared = self.student.prepare(images)  # in float32, as in evaluation and in the export
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-            logits = self.student.network(prepared)
-        logits = logits.float() if self.output is None else self.output(logits.float())
-        terms = self.method.terms(
-            methods.Batch(
-                student_logits=logits,
-                teacher_logits=teacher_logits,
-                labels=torch.tensor(train.labels[samples]),
-                samples=samples,
-                epoch=epoch,
-                config=config,
-            )
-        )
-        total = sum((self.weights[name] * value for name, value in terms.items()), torch.zeros(()))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        return {name: value.detach() for name, value in terms.items()}
+    def _end_epoch(self, rate: float) -> None:
+        """Look at the epoch's loss, validate, log and save."""
+        config, state = self.config, self.state
+        self.record.epoch(rate, self._validate())
+        last = state.epoch == config.epochs
+        stop, save = self._agreed(0, self.due.after_epoch(state.epoch, state.step))
+        if last or stop or save:
+            self._save_state()
+        if stop and not last:
+            self._interrupted("the state is saved")
+
+    def _targets(self, inputs: Inputs) -> Tensor | None:
+        """The teacher's logits for a batch."""
+        if self.views:
+            view = self.views[self.state.epoch % len(self.views)]
+            return view.logits(inputs.samples).to(self.world.device, non_blocking=True)
+        if self.live is not None:
+            return self.live(inputs.images, self.state.epoch, inputs.samples).to(self.world.device)
+        return None
+
+    def _agreed(self, step: int, due: bool) -> tuple[bool, bool]:
+        """Whether to stop, and whether to save; the same answer in all processes.
+
+        GPUs are not made to wait for one another after each step.
+        """
+        if self.world.size == 1:
+            return bool(self.stop), due
+        if self.world.device.type != "cpu" and step % _AGREE_STEPS and (not due or self.due.unit == "min"):
+            return False, False
+        number, save = self.world.agree(self.stop.signal or 0, int(due))
+        self.stop.signal = number or None
+        return bool(number), bool(save)
 
     def _validate(self) -> float | None:
         """Accuracy on the validation split, per cent; leaves the student as it was."""
@@ -308,65 +355,76 @@ class _Run:
             return None
         training = self.student.training
         self.student.eval()
-        images = np.asarray(self.data.train.images[self.val_samples])
-        logits = models.predict(self.student, images)
+        mine, weight = self.world.share(self.val_samples)
+        logits = models.predict(self.student, self.data.train.images, mine)
         if self.output is not None:
-            logits = self.output(logits)
+            logits = self.output(logits.to(self.world.device)).cpu()
         self.student.train(training)
-        self.val_accuracy = metrics.accuracy(logits, torch.tensor(self.data.train.labels[self.val_samples]))
-        return self.val_accuracy
+        accuracy = metrics.accuracy(logits, torch.tensor(self.data.train.labels[mine]))
+        if self.world.size > 1:
+            shared = self.world.mean(
+                torch.tensor([accuracy * weight], dtype=torch.float64, device=self.world.device)
+            )
+            accuracy = float(shared)
+        self.val_accuracy = accuracy
+        return accuracy
 
-    def _show(self, sums: dict[str, Tensor], images: int, seconds: float) -> None:
+    # --- state -------------------------------------------------------------------------------------------
+
+    def _same(self) -> dict[str, Any]:
+        """What a resumed run must find as it was."""
+        return {
+            "data": [self.data.train.fingerprint, self.data.test.fingerprint],
+            "teacher": self.teacher.sha256 if self.teacher else None,
+        }
+
+    def _save_state(self) -> None:
+        self.record.store()
+        if self.world.first:
+            training = {
+                "optimizer": self.optimizer.state_dict(),
+                "state": self.state.to_json(),
+                "made_with": made_with(self.config, self.world),
+                **self._same(),
+            }
+            self.run.save_state(self.student.to_checkpoint(training), self.config.keep, self.saved_step)
+        self.saved_step = self.state.step
+        self.due.done()
+
+    def _restore(self) -> None:
+        """Continue where the newest state left off; anything that does not fit is an error, never a warning."""
+        found = newest(self.run, self.on_event)
+        if found is not None:
+            path, stored = found
+            self.state = restore(
+                stored,
+                path,
+                self.student.network,
+                self.optimizer,
+                self._same(),
+                made_with(self.config, self.world),
+                lambda text: self.on_event(Note(text)),
+            )
+            self.saved_step = self.state.step if path == self.run.last else None
+        if self.world.first:
+            self.run.cut_metrics(self.state.step, self.state.epoch)
+        self.world.wait()
+        if found is not None:
+            self.on_event(
+                Note(f"continuing {self.run.path.as_posix()} after step {self.state.step} of {self.steps}")
+            )
+
+    def _show(self, images_per_s: float) -> None:
         state = self.state
-        loss = sum(weight * float(sums[name]) for name, weight in self.weights.items()) / state.images
         seen = {} if self.val_accuracy is None else {"val_accuracy": self.val_accuracy}
         self.on_event(
             Progress(
                 f"epoch {state.epoch + 1}/{self.config.epochs}",
                 state.epoch * len(self.train_samples) + state.images,
                 self.config.epochs * len(self.train_samples),
-                values={"loss": loss, **seen, "images_per_s": images / seconds},
+                values={"loss": self.record.loss_here(), **seen, "images_per_s": images_per_s},
                 group="training",
             )
-        )
-
-    # --- state -------------------------------------------------------------------------------------------
-
-    def _save_last(self) -> None:
-        training = {
-            "optimizer": self.optimizer.state_dict(),
-            "torch_rng": torch.get_rng_state(),
-            "state": asdict(self.state),
-            "data": [self.data.train.fingerprint, self.data.test.fingerprint],
-            "teacher": self.teacher.sha256 if self.teacher else None,
-        }
-        checkpoint.save(self.run.last, self.student.to_checkpoint(training))
-
-    def _restore(self) -> None:
-        """Continue where `last.pt` left off; anything that does not fit is an error, never a warning."""
-        if not self.run.last.exists():
-            self.run.cut_metrics(0)  # stopped before its first checkpoint: from the start
-            return
-        stored = checkpoint.load(self.run.last)
-        training = stored.training or {}
-        try:
-            if training["data"] != [self.data.train.fingerprint, self.data.test.fingerprint]:
-                raise KdError(
-                    f"the data is not what {self.run.path} was trained on", "Restore it, or start anew."
-                )
-            if training["teacher"] != (self.teacher.sha256 if self.teacher else None):
-                raise KdError(
-                    f"the teacher is not the one {self.run.path} began with", "Restore it, or start anew."
-                )
-            self.student.network.load_state_dict(stored.state_dict)
-            self.optimizer.load_state_dict(training["optimizer"])
-            self.state = _State(**training["state"])
-            torch.set_rng_state(training["torch_rng"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise KdError(f"{self.run.last} does not fit its run: {error}", "Start the run anew.") from error
-        self.run.cut_metrics(self.state.epoch)
-        self.on_event(
-            Note(f"continuing {self.run.path.as_posix()} after step {self.state.step} of {self.steps}")
         )
 
     def _interrupted(self, kept: str) -> None:
@@ -397,8 +455,3 @@ class _Run:
             "run": self.run.path.name,
             "kd_version": __version__,
         }
-
-
-def _rows(images: npt.NDArray[np.uint8], samples: Int64) -> Tensor:
-    """The named images, uint8 (B, H, W, C), copied out of what may be a memory map."""
-    return torch.from_numpy(np.ascontiguousarray(images[samples]))

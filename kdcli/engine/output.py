@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli import models
+from kdcli.teacher import Outputs
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,14 @@ class Output:
     scale: float
 
     @classmethod
-    def of(cls, teacher_logits: npt.NDArray[np.floating[npt.NBitBase]]) -> Output:
-        """From the teacher's logits (N, C) for the training images."""
-        exact = teacher_logits.astype(np.float64)
-        mean = exact.mean(axis=0)
-        spread = float(np.sqrt(((exact - mean) ** 2).mean()))
-        return cls(torch.from_numpy(mean.astype(np.float32)), spread if spread > 0 else 1.0)
+    def of(cls, outputs: Outputs, samples: npt.NDArray[np.int64], device: torch.device) -> Output:
+        """From the teacher's logits for the training images."""
+        total = sum(chunk.sum(axis=0) for chunk in outputs.chunks(samples))
+        mean = np.asarray(total / len(samples))  # (C,)
+        squares = sum(float(((chunk - mean) ** 2).sum()) for chunk in outputs.chunks(samples))
+        spread = float(np.sqrt(squares / (len(samples) * len(mean))))
+        shift = torch.from_numpy(mean.astype(np.float32)).to(device)
+        return cls(shift, spread if spread > 0 else 1.0)
 
     def __call__(self, outputs: Tensor) -> Tensor:
         """The network's outputs (B, C) → logits (B, C)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kdcli.config import TrainConfig
@@ -11,9 +11,20 @@ from kdcli.engine.run_dir import RunDir
 
 
 @dataclass(frozen=True)
-class Epoch:
-    """One line of `metrics.jsonl`. Losses are means over the epoch, accuracy is in per cent."""
+class Metrics:
+    """One line of `metrics.jsonl`.
 
+    Attributes:
+        kind: `step`: of the steps since the line before; `epoch`: of a whole pass.
+        epoch: the pass it belongs to, from 1.
+        step: steps done in all.
+        loss, terms: means over these images.
+        val_accuracy: in per cent, of an epoch; None without a validation split, and in a line of steps.
+        lr: of the last step.
+        seconds: of training so far.
+    """
+
+    kind: str
     epoch: int
     step: int
     loss: float
@@ -33,18 +44,21 @@ class Result:
 
     Attributes:
         teacher_passes: runs of the teacher over a data set that this run had to make; 0 with a warm cache.
+        epochs: a line each, those before a resume included.
         seconds: wall time of training, without the teacher's passes.
+        marks: what was different when the run was resumed; empty if it is what an uninterrupted run would be.
     """
 
     run: RunDir
     config: TrainConfig
     evaluation: Evaluation
     val_accuracy: float | None
-    epochs: tuple[Epoch, ...]
+    epochs: tuple[Metrics, ...]
     parameters: int
     teacher_passes: int
     seconds: float
     images_per_s: float
+    marks: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; the curve is in metrics.jsonl."""
@@ -60,4 +74,5 @@ class Result:
             "teacher_passes": self.teacher_passes,
             "seconds": self.seconds,
             "images_per_s": self.images_per_s,
+            "resumed_with_differences": list(self.marks),
         }

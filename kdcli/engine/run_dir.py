@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
+from kdcli.checkpoint import Checkpoint, save
 from kdcli.config import TrainConfig, make
 from kdcli.errors import KdError, UsageError
 from kdcli.files import scratch_folder, write_json, write_text
 from kdcli.recipes import read_recipe
 
 # Where the run lies is not part of what it computes: the file can be used as a recipe for another run.
-_PLACE = {"name", "runs_dir"}
+PLACE = {"name", "runs_dir"}
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,30 @@ class RunDir:
     def last(self) -> Path:
         return self.path / "last.pt"
 
+    def saved(self) -> list[Path]:
+        """The saved states that are there, newest first: last.pt, then last-<step>.pt."""
+        older = sorted(self.path.glob("last-*.pt"), reverse=True)
+        return [path for path in (self.last, *older) if path.exists()]
+
+    def save_state(self, state: Checkpoint, keep: int, before: int | None) -> None:
+        """Write last.pt; the one before it stays as last-<step>.pt, up to `keep` in all.
+
+        At every moment there is a whole last.pt: the old one gets its second name first.
+
+        Args:
+            keep: how many states to have.
+            before: at which step the present last.pt was written; None if there is none, or none that can be read.
+
+        Raises:
+            KdError: it cannot be written; what was there is untouched.
+        """
+        if before is not None and keep > 1:
+            with suppress(OSError):  # it is there already, or the file system has no links: one state less
+                os.link(self.last, self.path / f"last-{before:09d}.pt")
+        save(self.last, state)
+        for path in sorted(self.path.glob("last-*.pt"), reverse=True)[keep - 1 :]:
+            path.unlink(missing_ok=True)
+
     @property
     def student(self) -> Path:
         return self.path / "student.pt"
@@ -116,7 +143,7 @@ class RunDir:
 
     def write_config(self, config: TrainConfig, filled: Sequence[str]) -> None:
         """The resolved settings as TOML; `kd train --config` repeats them (see `recipes.read_recipe`)."""
-        values = config.model_dump(mode="json", exclude=_PLACE, exclude_none=True)
+        values = config.model_dump(mode="json", exclude=PLACE, exclude_none=True)
         values["filled"] = list(filled)
         write_text(self.config_file, tomli_w.dumps(values))
 
@@ -125,18 +152,28 @@ class RunDir:
         values = read_recipe(str(self.config_file))
         return make(TrainConfig, {**values, "name": self.path.name, "runs_dir": self.path.parent})
 
-    def append_metrics(self, line: dict[str, Any]) -> None:
-        """Add one JSON line."""
+    def append_metrics(self, *lines: dict[str, Any]) -> None:
+        """Add JSON lines, and see to it that they are on the disk before a state that comes after them."""
         with self.metrics_file.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(line) + "\n")
+            handle.writelines(json.dumps(line) + "\n" for line in lines)
+            handle.flush()
+            os.fsync(handle.fileno())
 
-    def cut_metrics(self, epochs: int) -> None:
-        """Drop lines of epochs that a resumed run will do again."""
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; one that a kill has cut short is left out."""
         if not self.metrics_file.exists():
-            return
+            return []
         lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["epoch"] <= epochs]
-        write_text(self.metrics_file, "".join(line + "\n" for line in kept))
+        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
+    def cut_metrics(self, step: int, epoch: int) -> None:
+        """Drop what a resumed run will do again: lines beyond a step, or of epochs that were not finished."""
+        kept = [
+            line
+            for line in self.read_metrics()
+            if line["step"] <= step and (line["kind"] == "step" or line["epoch"] <= epoch)
+        ]
+        write_text(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write_result(self, result: dict[str, Any]) -> None:
         write_json(self.result_file, {"schema_version": 1, **result})

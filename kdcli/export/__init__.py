@@ -20,9 +20,9 @@ from kdcli.data import ImageSet, Splits
 from kdcli.errors import KdError, UsageError
 from kdcli.events import OnEvent, Progress, ignore
 from kdcli.export.parity import BATCHES, Parity, check_parity, run
-from kdcli.export.translate import finish, silence, to_onnx
 from kdcli.files import atomic_path, sha256_file
 from kdcli.models import Classifier
+from kdcli.onnx_model.translate import finish, silence, to_onnx
 from kdcli.quantize import Quantisation
 
 __all__ = ["ExportResult", "Parity", "Quantisation", "default_output", "export", "to_onnx"]

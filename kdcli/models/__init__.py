@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from kdcli import checkpoint
+from kdcli import checkpoint, rows
 from kdcli.checkpoint import Checkpoint
 from kdcli.errors import KdError, UsageError
 from kdcli.events import OnEvent, Progress, ignore
@@ -212,31 +212,34 @@ def parameter_count(module: nn.Module) -> int:
 def predict(
     model: Callable[[Tensor], Tensor],
     images: npt.NDArray[np.uint8],
+    samples: npt.NDArray[np.int64] | None = None,
     *,
     batch_size: int = 64,
     task: str = "evaluating",
     on_event: OnEvent = ignore,
-    view: Callable[[Tensor, npt.NDArray[np.int64]], Tensor] | None = None,
-    stop: Callable[[], bool] = lambda: False,
 ) -> Tensor:
-    """Logits float32 (N, classes) of a model for raw images uint8 (N, H, W, C).
+    """Logits float32 (N, classes) of a model for raw images uint8 (N, H, W, C), on the CPU.
 
     Args:
-        model: from uint8 (B, H, W, C) to logits (B, classes); in eval mode.
-        view: varies a batch, given the samples' numbers (B,).
-        stop: asked between batches; if true, what is done so far is returned.
+        model: from uint8 (B, H, W, C) to logits (B, classes); in eval mode. A module gets the images on its device.
+        samples: numbers of the images; by default all.
     """
+    device = (
+        next((value.device for value in model.parameters()), None) if isinstance(model, nn.Module) else None
+    )
+    count = len(images) if samples is None else len(samples)
     parts: list[Tensor] = []
     told = 0.0
     with torch.inference_mode():
-        for start in range(0, len(images), batch_size):
-            if stop():
-                break
-            samples = np.arange(start, min(start + batch_size, len(images)))
-            batch = torch.from_numpy(np.array(images[start : start + batch_size]))
-            parts.append(model(view(batch, samples) if view else batch).float())
+        for start in range(0, count, batch_size):
+            chosen = (
+                slice(start, start + batch_size) if samples is None else samples[start : start + batch_size]
+            )
+            batch = torch.from_numpy(rows.take(images, chosen))
+            parts.append(model(batch if device is None else batch.to(device)).float().cpu())
+            done = min(start + batch_size, count)
             now = time.monotonic()
-            if now - told > 0.1 or samples[-1] + 1 == len(images):
+            if now - told > 0.1 or done == count:
                 told = now
-                on_event(Progress(task, int(samples[-1]) + 1, len(images)))
+                on_event(Progress(task, done, count))
     return torch.cat(parts) if parts else torch.zeros(0, 0)

@@ -1,0 +1,170 @@
+"""Where a run stands: what is saved, how often, and how it is found again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcli import __version__, checkpoint
+from kdcli.checkpoint import Checkpoint
+from kdcli.config import TrainConfig
+from kdcli.engine.run_dir import PLACE, RunDir
+from kdcli.errors import KdError
+from kdcli.events import Note, OnEvent
+from kdcli.runtime import World
+
+# settings that say where the run computes or what it writes, not what it computes
+_WITHOUT_EFFECT = {
+    "keep",
+    "save_every",
+    "tensorboard",
+    "accelerator",
+    "threads",
+    "devices",
+    "cache_dir",
+    "data_dir",
+}
+
+
+@dataclass
+class State:
+    """What changes while training; with the weights and the optimizer, all that a resume needs.
+
+    Learning rate, order, views, noise and dropout are pure functions of seed, step, epoch and sample: no generator
+    has to be restored.
+
+    Attributes:
+        epoch: the pass under way, from 0.
+        step: steps done in all.
+        step_in_epoch: steps done of this pass.
+        images: done in this epoch.
+        sums: of the terms over the images of this epoch, a row for each process.
+        logged: the same sums, all processes together, at the last line of metrics; `logged_images` and
+            `logged_seconds` likewise.
+        seconds: of training so far; `epoch_seconds`: when this epoch began.
+        marks: what was different when the run was resumed, so that it is not the same run any more.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    step_in_epoch: int = 0
+    images: int = 0
+    sums: list[list[float]] = field(default_factory=list)
+    logged: list[float] = field(default_factory=list)
+    logged_images: int = 0
+    seconds: float = 0.0
+    epoch_seconds: float = 0.0
+    logged_seconds: float = 0.0
+    marks: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def made_with(config: TrainConfig, world: World) -> dict[str, Any]:
+    """What must be the same for a resumed run to end with the same bits."""
+    settings = config.model_dump(mode="json", exclude=PLACE | _WITHOUT_EFFECT)
+    return {
+        "kd": __version__,
+        "torch": str(torch.__version__),
+        "device": torch.cuda.get_device_name(world.device)
+        if world.device.type == "cuda"
+        else world.device.type,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "processes": world.size,
+        **{f"--{name.replace('_', '-')}": value for name, value in settings.items()},
+    }
+
+
+class Due:
+    """When the state is to be saved."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.number, self.unit = config.saving
+        self.last = time.monotonic()
+
+    def after_step(self, step: int) -> bool:
+        """In the middle of an epoch."""
+        if not self.number:
+            return False
+        if self.unit == "min":
+            return time.monotonic() - self.last >= 60 * self.number
+        return self.unit == "steps" and step % self.number == 0
+
+    def after_epoch(self, epoch: int, step: int) -> bool:
+        """At the end of one."""
+        return bool(self.number) and (
+            epoch % self.number == 0 if self.unit == "epochs" else self.after_step(step)
+        )
+
+    def done(self) -> None:
+        """The state has been saved."""
+        self.last = time.monotonic()
+
+
+def newest(run: RunDir, on_event: OnEvent) -> tuple[Path, Checkpoint] | None:
+    """The newest state that can be read; None if none was ever written.
+
+    Raises:
+        KdError: there are some, and all of them are damaged.
+    """
+    problems = []
+    for path in run.saved():
+        try:
+            return path, checkpoint.load(path)
+        except KdError as error:
+            problems.append(error.message)
+            on_event(Note(f"{error.message}; trying the one before it"))
+    if problems:
+        raise KdError(f"no saved state of {run.path} can be read", "Start the run anew under another --name.")
+    return None
+
+
+def restore(
+    stored: Checkpoint,
+    source: Path,
+    network: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    same: dict[str, Any],
+    circumstances: dict[str, Any],
+    tell: Callable[[str], None],
+) -> State:
+    """Fill in weights and optimizer, and return the position.
+
+    Args:
+        same: entries that must be as they were: data and teacher.
+        circumstances: see `made_with`; a difference is told and marked.
+
+    Raises:
+        KdError: anything that does not fit. Never a warning.
+    """
+    training = stored.training or {}
+    run = source.parent
+    try:
+        for name, value in same.items():
+            if training[name] != value:
+                raise KdError(f"the {name} is not what {run} began with", "Restore it, or start anew.")
+        network.load_state_dict(stored.state_dict)
+        optimizer.load_state_dict(training["optimizer"])
+        state = State(**training["state"])
+        before = training["made_with"]
+        differences = list(_differences(before, circumstances))
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise KdError(f"{source} does not fit its run: {error}", "Start the run anew.") from error
+    for difference in differences:
+        tell(f"{difference}: the result will not be bit-identical to an uninterrupted run's")
+    state.marks += [mark for mark in differences if mark not in state.marks]
+    return state
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    for name in {**before, **now}:
+        if before.get(name) != now.get(name):
+            yield f"{name} was {before.get(name)}, is {now.get(name)}"

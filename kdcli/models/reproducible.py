@@ -1,0 +1,141 @@
+"""Layers that train the same however a batch is divided among processes, and wherever a run was stopped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from kdcli import augment
+
+_GOLDEN, _FIRST, _SECOND = -1640531527, 0x21F0AAAD, 0x735A2D97  # odd constants; the first is 0x9E3779B9
+
+
+@dataclass
+class Draw:
+    """What dropout draws by: set before each step, shared by all layers of a network.
+
+    Attributes:
+        seed: of the run.
+        stream: tells networks of one run apart (student, teacher).
+        keys: int32 (4, B), random words of the batch's samples in this epoch.
+    """
+
+    seed: int
+    stream: int = 0
+    keys: Tensor | None = None
+
+    def step(self, epoch: int, samples: npt.NDArray[np.int64], device: torch.device) -> None:
+        """Take up a batch: the same samples in the same epoch get the same masks."""
+        random = augment.words(self.seed, augment.DROPOUT, epoch, samples, block=self.stream)
+        self.keys = torch.from_numpy(random.view(np.int32)).to(device)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """A bijection of int32 in which each input bit moves each output bit (C. Wellons' `lowbias32`)."""
+    x = (x ^ ((x >> 16) & 0xFFFF)) * _FIRST
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * _SECOND
+    return x ^ ((x >> 15) & 0x1FFFF)
+
+
+class SampleDropout(nn.Dropout):
+    """Dropout whose mask is a pure function of seed, epoch, sample, layer and element.
+
+    torch's own draws from a generator, in the order of the batch: two processes with half a batch each would drop
+    other values than one process with all of it, and a resumed run would have to restore the generator.
+    """
+
+    draw: Draw
+    number: int
+
+    def forward(self, values: Tensor) -> Tensor:
+        """(B, …) → the same, each value 0 with probability p, else divided by 1 − p."""
+        if not self.training or self.p == 0:
+            return values
+        keys = self.draw.keys
+        if keys is None or keys.shape[1] != len(values):
+            raise RuntimeError("Draw.step was not called for this batch")
+        element = torch.arange(values[0].numel(), dtype=torch.int32, device=values.device)  # (E,)
+        first = _mixed(keys[self.number % 4] + self.number // 4)[:, None]
+        second = keys[(self.number + 1) % 4][:, None]
+        noise = _mixed(_mixed(first + element * _GOLDEN) ^ second)  # (B, E), each int32 as likely
+        kept = noise >= round(self.p * 2.0**32) - 2**31
+        return values * (kept.reshape(values.shape).to(values.dtype) / (1 - self.p))
+
+
+def use_sample_dropout(network: nn.Module, draw: Draw) -> None:
+    """Make each `nn.Dropout` of a network a `SampleDropout` that draws by `draw`."""
+    layers = [module for module in network.modules() if isinstance(module, nn.Dropout)]
+    for number, layer in enumerate(layers):
+        layer.__class__ = SampleDropout
+        assert isinstance(layer, SampleDropout)
+        layer.draw, layer.number = draw, number
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum over all processes; each one's gradient is the sum of all gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+
+def _sum(values: Tensor) -> Tensor:
+    total: Tensor = _SumOverProcesses.apply(values)
+    return total
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the parts of a batch that all processes hold, on any device.
+
+    torch's `SyncBatchNorm` is for GPUs only.
+    """
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, C, H, W) → the same, normalised by mean and variance over all processes' B, H and W."""
+        if not self.training:
+            return super().forward(maps)
+        values = maps.float()
+        exact = torch.float64  # so that the order of summation does not show
+        count = torch.tensor([values.numel() / values.shape[1]], dtype=exact, device=values.device)
+        sums = _sum(torch.cat([values.sum(dim=(0, 2, 3), dtype=exact), count]))
+        total = sums[-1]
+        mean = (sums[:-1] / total).float()
+        centred = values - mean[:, None, None]
+        variance = (_sum(centred.square().sum(dim=(0, 2, 3), dtype=exact)) / total).float()
+        if self.running_mean is not None and self.running_var is not None:
+            self._remember(mean.detach(), (variance * (total / (total - 1)).float()).detach())
+        normal: Tensor = centred * torch.rsqrt(variance + self.eps)[:, None, None]
+        if self.affine:
+            normal = normal * self.weight[:, None, None] + self.bias[:, None, None]
+        return normal.to(maps.dtype)
+
+    def _remember(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, momentum)
+            self.running_var.lerp_(variance, momentum)
+
+
+def use_global_batch_norm(network: nn.Module) -> None:
+    """Make each `nn.BatchNorm2d` of a network count over all processes."""
+    for module in network.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = GlobalBatchNorm2d

@@ -1,0 +1,20 @@
+"""The machine a command runs on: cores, devices, processes, precision, signals."""
+
+from kdcli.runtime.machine import available_cores, cpu_info, environment, set_threads
+from kdcli.runtime.precision import choose_precision
+from kdcli.runtime.processes import World, choose_device, describe, launch
+from kdcli.runtime.signals import StopFlag, stop_on_signals
+
+__all__ = [
+    "StopFlag",
+    "World",
+    "available_cores",
+    "choose_device",
+    "choose_precision",
+    "cpu_info",
+    "describe",
+    "environment",
+    "launch",
+    "set_threads",
+    "stop_on_signals",
+]

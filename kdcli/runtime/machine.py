@@ -1,0 +1,77 @@
+"""The machine: cores, threads, and a record of what a figure depends on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcli import __version__
+
+
+def available_cores() -> int:
+    """Cores this process may use: CPU affinity and the cgroup's quota, at least 1."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows have no affinity call
+        cores = os.cpu_count() or 1
+    quota = _cgroup_quota(Path("/sys/fs/cgroup"))
+    return max(1, min(cores, int(quota)) if quota else cores)
+
+
+def _cgroup_quota(root: Path) -> float | None:
+    """Cores' worth of CPU time the cgroup grants (v2, then v1); None if unlimited or unknown."""
+    try:
+        limit, period = (root / "cpu.max").read_text().split()
+        return None if limit == "max" else max(1.0, int(limit) / int(period))
+    except (OSError, ValueError):
+        pass
+    try:
+        micros = int((root / "cpu/cpu.cfs_quota_us").read_text())
+        period_micros = int((root / "cpu/cpu.cfs_period_us").read_text())
+        return max(1.0, micros / period_micros) if micros > 0 else None
+    except (OSError, ValueError):
+        return None
+
+
+def set_threads(threads: int = 0, processes: int = 1) -> int:
+    """Let torch use `threads` CPU threads (0: all available cores, shared among `processes`); returns the number."""
+    count = threads or max(1, available_cores() // processes)
+    torch.set_num_threads(count)
+    return count
+
+
+def cpu_info() -> dict[str, Any]:
+    """CPU model name and the instruction-set flags that decide speed."""
+    model, flags = platform.processor() or platform.machine(), []
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                model = value.strip()
+            elif key.strip() in ("flags", "Features"):
+                wanted = ("avx", "amx", "vnni", "bf16", "asimd", "sve", "i8mm")
+                flags = [flag for flag in value.split() if any(part in flag for part in wanted)]
+                break
+    except OSError:
+        pass
+    return {"model": model, "flags": flags, "cores": available_cores()}
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on beside the code's input: versions, CPU, threads, load."""
+    packages = ("torch", "torchvision", "onnx", "onnxruntime", "numpy", "scikit-learn")
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return {
+        "kd_version": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "cpu": cpu_info(),
+        "threads": torch.get_num_threads(),
+        "load_average_1min": load,
+    }

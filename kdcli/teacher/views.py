@@ -1,0 +1,246 @@
+"""The teacher's outputs on disk: a file a view, made of parts, so that a killed pass goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from kdcli.errors import KdError
+from kdcli.files import atomic_path, sha256_file, write_json
+
+PART = 4096  # images: at most so many are run again after a kill
+_CHUNK = 1 << 16  # rows looked at together
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The teacher's logits for one view, as they are kept.
+
+    Attributes:
+        kept: float16 or float32 (N, classes), or a structured array (N,) of `top` logits, see `top_k_of`; in memory
+            or a read-only memory map.
+        classes: number of logits.
+    """
+
+    kept: npt.NDArray[Any]
+    classes: int
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def logits(self, samples: npt.NDArray[np.int64] | slice = slice(None)) -> Tensor:
+        """Logits float32 (B, classes) of the named samples.
+
+        Where only the largest are kept, the others share their part of the probability equally.
+        """
+        rows = np.array(self.kept[samples])
+        if rows.dtype.names is None:
+            return torch.from_numpy(rows.astype(np.float32))
+        values, classes = rows["value"].astype(np.float32), rows["class"].astype(np.int64)  # (B, K)
+        each = rows["rest"] - np.log(self.classes - values.shape[1])
+        dense = np.repeat(each.astype(np.float32)[:, None], self.classes, axis=1)
+        np.put_along_axis(dense, classes, values, axis=1)
+        return torch.from_numpy(dense)
+
+    def chunks(self, samples: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.float64]]:
+        """Logits float64 (≤ 65,536, classes) of the named samples, piece by piece."""
+        for start in range(0, len(samples), _CHUNK):
+            yield self.logits(samples[start : start + _CHUNK]).numpy().astype(np.float64)
+
+
+def top_k_of(logits: npt.NDArray[np.float32], count: int, dtype: type[Any] = np.float16) -> npt.NDArray[Any]:
+    """The `count` largest logits, their classes, and the log-sum-exp of the rest.
+
+    Args:
+        logits: (N, classes), count < classes.
+        dtype: the logits are kept in.
+
+    Returns:
+        Structured (N,): `value` (K,), `class` (K,), `rest` float32.
+    """
+    classes = logits.shape[1]
+    top = np.argsort(-logits, axis=1, kind="stable")[:, :count]
+    rest = logits.astype(np.float64)
+    np.put_along_axis(rest, top, -np.inf, axis=1)
+    highest = rest.max(axis=1)
+    kept = np.empty(
+        len(logits),
+        dtype=[
+            ("value", dtype, (count,)),
+            ("class", np.uint16 if classes <= 1 << 16 else np.uint32, (count,)),
+            ("rest", np.float32),
+        ],
+    )
+    kept["value"], kept["class"] = np.take_along_axis(logits, top, axis=1), top
+    kept["rest"] = highest + np.log(np.exp(rest - highest[:, None]).sum(axis=1))
+    return kept
+
+
+def _overflows(logits: npt.NDArray[np.float32]) -> bool:
+    """Whether float16 cannot hold them."""
+    with np.errstate(over="ignore"):
+        return not np.isfinite(logits.astype(np.float16)).all()
+
+
+@dataclass
+class ViewStore:
+    """The views of one teacher on one data set under one augmentation and seed.
+
+    Attributes:
+        folder: `cache/teacher/<fingerprint>`.
+        recipe: all that the outputs depend on; the fingerprint is its hash.
+        count: images in a view.
+        classes: number of logits.
+        exact: keep float32.
+        top_k: keep only so many logits; 0: all.
+    """
+
+    folder: Path
+    recipe: dict[str, Any]
+    count: int
+    classes: int
+    exact: bool = False
+    top_k: int = 0
+
+    def find(self, view: int) -> Outputs | None:
+        """A view that is there, whole and undamaged: its SHA-256 is the one in the manifest."""
+        path = self._path(view)
+        try:
+            if sha256_file(path) != self._manifest()["views"][path.name]:
+                return None
+            kept = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, KeyError, EOFError):
+            return None
+        whole = len(kept) == self.count if kept.ndim else False
+        return Outputs(kept, self.classes) if whole else None
+
+    def lock(self, view: int) -> FileLock:
+        """Who holds it makes the view. The kernel lets go of a lock when its holder dies, however it dies.
+
+        Raises:
+            KdError: the cache folder cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        return FileLock(self.folder / f"view-{view:04d}.lock", timeout=0)
+
+    def missing_parts(self, view: int) -> list[int]:
+        """Numbers of the parts that are still to be computed."""
+        there = self._parts(view)
+        return [number for number in range(-(-self.count // PART)) if number not in there]
+
+    def write_part(self, view: int, number: int, logits: npt.NDArray[np.float32]) -> None:
+        """Keep the logits of images `number` · PART …; the name holds their hash."""
+        buffer = io.BytesIO()
+        np.save(buffer, logits, allow_pickle=False)
+        content = buffer.getvalue()
+        name = f"part-{number:05d}-{hashlib.sha256(content).hexdigest()[:16]}.npy"
+        try:
+            with atomic_path(self._parts_folder(view) / name) as temporary:
+                temporary.write_bytes(content)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def finish(self, view: int, made_by: dict[str, Any]) -> Outputs | None:
+        """Join the parts of a view to one file and list it in the manifest; the parts go.
+
+        Args:
+            made_by: engine and precision, for the record.
+
+        Returns:
+            The view; None if a part was damaged, which is then missing again.
+
+        Raises:
+            KdError: the disk is full.
+        """
+        parts = self._parts(view)
+        path = self._path(view)
+        try:
+            sound = [self._part(file) is not None for file in parts.values()]
+            if not all(sound) or self.missing_parts(view):
+                return None
+            wide = self.exact or any(_overflows(self._sound_part(file)) for file in parts.values())
+            with atomic_path(path) as temporary, temporary.open("wb") as handle:
+                for number in sorted(parts):  # written, not mapped: a full disk would be a bus error there
+                    kept = self._keep(self._sound_part(parts[number]), np.float32 if wide else np.float16)
+                    if number == 0:
+                        about = {
+                            "descr": np.lib.format.dtype_to_descr(kept.dtype),
+                            "fortran_order": False,
+                            "shape": (self.count, *kept.shape[1:]),
+                        }
+                        np.lib.format.write_array_header_2_0(handle, about)
+                    handle.write(kept.tobytes())
+            with FileLock(self.folder / "manifest.lock"):  # another run may be adding a view
+                manifest = self._manifest()
+                manifest["views"][path.name] = sha256_file(path)
+                manifest["made_by"][path.name] = made_by
+                write_json(self.folder / "manifest.json", manifest)
+            shutil.rmtree(self._parts_folder(view), ignore_errors=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        return self.find(view)
+
+    def _keep(self, logits: npt.NDArray[np.float32], dtype: type[Any]) -> npt.NDArray[Any]:
+        """In the form that is written."""
+        return top_k_of(logits, self.top_k, dtype) if self.top_k else logits.astype(dtype)
+
+    def _part(self, path: Path) -> npt.NDArray[np.float32] | None:
+        """A part's logits; None, and the file goes, if they are not what its name says."""
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest()[:16] != path.stem.rsplit("-", 1)[1]:
+            path.unlink()
+            return None
+        values: npt.NDArray[np.float32] = np.load(io.BytesIO(content), allow_pickle=False)
+        return values
+
+    def _sound_part(self, path: Path) -> npt.NDArray[np.float32]:
+        values = self._part(path)
+        if values is None:
+            raise OSError(f"{path.name} changed while it was read")
+        return values
+
+    def _parts(self, view: int) -> dict[int, Path]:
+        """The parts that are there, by number."""
+        found = {}
+        with suppress(OSError):
+            for path in sorted(self._parts_folder(view).glob("part-*-*.npy")):
+                with suppress(ValueError):
+                    found[int(path.name.split("-")[1])] = path
+        return found
+
+    def _manifest(self) -> dict[str, Any]:
+        try:
+            manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+            if manifest["recipe"] == self.recipe and isinstance(manifest["views"], dict):
+                return {"recipe": self.recipe, "views": manifest["views"], "made_by": manifest["made_by"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return {"recipe": self.recipe, "views": {}, "made_by": {}}
+
+    def _path(self, view: int) -> Path:
+        return self.folder / f"view-{view:04d}.npy"
+
+    def _parts_folder(self, view: int) -> Path:
+        return self.folder / f"view-{view:04d}.parts"
+
+    def _unwritable(self, error: OSError) -> KdError:
+        return KdError(
+            f"cannot keep the teacher's outputs in {self.folder}: {error.strerror or error}",
+            "Free some space, or choose another --cache-dir.",
+        )
