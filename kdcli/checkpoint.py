@@ -94,7 +94,7 @@ def load(path: Path) -> Checkpoint:
         raise KdError(f"no such file: {path}", "kd convert-caffe makes a teacher, kd train a student.")
     if path.is_dir():
         raise KdError(f"{path} is a folder, not a checkpoint", "Name the .pt file itself.")
-    if not zipfile.is_zipfile(path):
+    if not _is_zip(path):
         raise KdError(
             f"{path} is not a kd checkpoint", "kd reads .pt files that kd wrote; see kd convert-caffe."
         )
@@ -120,6 +120,13 @@ def load(path: Path) -> Checkpoint:
             "Restore it, or write it again.",
         )
     return _to_checkpoint(path, document)
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except (OSError, zipfile.BadZipFile):  # a damaged end record
+        return False
 
 
 def digest(value: Any, without: tuple[str, ...] = ()) -> str:

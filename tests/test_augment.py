@@ -102,3 +102,51 @@ def test_normal_numbers_have_normal_moments() -> None:
     assert abs(x.mean()) < 0.01
     assert x.std() == pytest.approx(1, abs=0.01)
     assert (x**4).mean() == pytest.approx(3, abs=0.1)
+
+
+def test_cutout_greys_one_square_that_may_hang_over_the_edge() -> None:
+    pictures, samples = torch.zeros(300, 12, 16, 3, dtype=torch.uint8), np.arange(300)
+    out = augment.apply("cutout", pictures, 7, 2, samples).numpy()
+    centres = set()
+    for picture in out:
+        rows, columns = np.nonzero((picture == augment.GREY).all(axis=2))
+        height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+        assert len(rows) == height * width  # a full rectangle, 6 × 6 unless it is cut off by an edge
+        assert height == 6 or rows.min() == 0 or rows.max() == 11
+        assert width == 6 or columns.min() == 0 or columns.max() == 15
+        assert 3 <= height <= 6
+        assert 3 <= width <= 6
+        centres.add((rows.min(), columns.min()))
+    assert len(centres) > 60
+    assert set(np.unique(out)) == {0, augment.GREY}
+
+
+def test_mixup_is_the_weighted_mean_of_two_views() -> None:
+    data, samples, pool = images(40), np.arange(25, 35), np.arange(0, 40, 3)
+
+    def take(numbers: np.ndarray) -> torch.Tensor:  # type: ignore[type-arg]
+        return data[torch.from_numpy(numbers)]
+
+    found = augment.picture("flip-crop-mixup", take, 9, 4, samples, pool).numpy()
+    mixed = augment.mixing("flip-crop-mixup", 9, 4, samples, pool)
+    assert mixed is not None
+    for index, sample in enumerate(samples):
+        own, other = (
+            augment.apply("flip-crop", take(np.array([n])), 9, 4, np.array([n])).numpy()[0].astype(np.float64)
+            for n in (sample, mixed.partners[index])
+        )
+        exact = mixed.shares[index] * own + (1 - mixed.shares[index]) * other
+        assert np.abs(found[index] - exact).max() <= 0.5 + 1e-3
+    shares = augment.mixing("mixup", 1, 0, np.arange(20_000), pool)
+    assert shares is not None
+    assert shares.shares.mean() == pytest.approx(0.5, abs=0.01)  # Beta(1, 1): uniform
+    assert shares.shares.std() == pytest.approx(12**-0.5, abs=0.01)
+    assert augment.mixing("flip-crop", 1, 0, samples, pool) is None
+
+
+def test_each_step_draws_its_own_numbers() -> None:
+    samples = np.arange(5000)
+    drawn = [augment.uniform(augment.words(1, purpose, 0, samples)[0]) for purpose in range(8)]
+    for first in range(8):
+        for second in range(first):
+            assert abs(np.corrcoef(drawn[first], drawn[second])[0, 1]) < 0.07

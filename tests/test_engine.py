@@ -510,3 +510,112 @@ def test_settings_that_followed_from_others_follow_anew_when_those_change(
     assert resolve(other).views == 8
     fit(config(method="ce", epochs=1, views=1, name="b"), splits)
     assert read_recipe("runs/b/config.toml", {"method": "kd"})["views"] == 1
+
+
+def test_steps_are_logged_as_means_over_the_steps_between(workplace: Path, splits: Splits) -> None:
+    every = fit(config(method="ce", val_fraction=0.2, log_every=1, name="every"), splits)
+    third = fit(config(method="ce", val_fraction=0.2, log_every=3, name="third"), splits)
+    none = fit(config(method="ce", val_fraction=0.2, log_every=0, name="none"), splits)
+    one = [line for line in every.run.read_metrics() if line["kind"] == "step"]
+    some = [line for line in third.run.read_metrics() if line["kind"] == "step"]
+    assert [line["kind"] for line in none.run.read_metrics()] == ["epoch"] * 3
+    assert [line["step"] for line in one] == list(range(1, 16))  # 72 samples: 4 batches of 16 and one of 8
+    assert [line["step"] for line in some] == [3, 6, 9, 12, 15]
+    sizes = [16, 16, 16, 16, 8] * 3
+    for line in some:  # within its epoch: 6 is the first step of the second one
+        first = max(line["step"] - 3, (line["step"] - 1) // 5 * 5)
+        chosen = slice(first, line["step"])
+        expected = np.average([step["loss"] for step in one[chosen]], weights=sizes[chosen])
+        assert line["loss"] == pytest.approx(expected, rel=1e-6)
+        assert line["epoch"] == (line["step"] - 1) // 5 + 1
+    epochs = [line for line in every.run.read_metrics() if line["kind"] == "epoch"]
+    for number, line in enumerate(epochs):
+        chosen = slice(5 * number, 5 * number + 5)
+        expected = np.average([step["loss"] for step in one[chosen]], weights=sizes[chosen])
+        assert line["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_tensorboard_is_asked_for_before_anything_is_made(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="--tensorboard"):
+        fit(config(method="ce", tensorboard=True), splits)
+    assert not Path("runs").exists()
+
+
+def test_tensorboard_gets_every_line(workplace: Path, splits: Splits) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = fit(config(method="ce", val_fraction=0.2, log_every=5, tensorboard=True), splits)
+    events = EventAccumulator(str(result.run.path / "tensorboard"))
+    events.Reload()
+    lines = result.run.read_metrics()
+    for kind in ("step", "epoch"):
+        expected = [(line["step"], line["loss"]) for line in lines if line["kind"] == kind]
+        found = [(event.step, event.value) for event in events.Scalars(f"{kind}/loss")]
+        assert [step for step, _ in found] == [step for step, _ in expected]
+        assert [value for _, value in found] == pytest.approx([loss for _, loss in expected], rel=1e-6)
+    assert len(events.Scalars("epoch/val_accuracy")) == 3
+
+
+def test_a_compiled_step_trains_and_leaves_an_ordinary_checkpoint(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
+    result = fit(config(method="ce", compile=True), splits)
+    assert len(compiled) == 1
+    plain = fit(config(method="ce"), splits)
+    assert digest(result.run.student) == digest(plain.run.student)
+
+    class CannotCompile(Exception):
+        __module__ = "torch._inductor.exc"
+
+    def broken(*rest: Any) -> None:
+        raise CannotCompile("InvalidCxxCompiler: no working C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda network: broken)
+    with pytest.raises(KdError, match="cannot compile") as caught:
+        fit(config(method="ce", compile=True), splits)
+    assert "C++" in caught.value.hint
+
+
+@pytest.mark.parametrize("wrong", ["flop", "flip-flip", "", "flip-none", "none-crop", "flip,crop"])
+def test_unknown_augmentations_are_refused(wrong: str) -> None:
+    with pytest.raises(UsageError, match="--augment"):
+        config(augment=wrong)
+
+
+def test_steps_of_an_augmentation_have_one_order() -> None:
+    assert config(augment="mixup-crop-flip").augment == "flip-crop-mixup"
+
+
+def test_the_update_is_torchs_own(workplace: Path) -> None:
+    """Only hooks and what is there for the compiler are left out."""
+    from kdcli.runtime import plain_step
+
+    networks = [nn.Linear(3, 2), nn.Linear(3, 2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    for kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
+        one, two = (kind(network.parameters(), lr=0.1, fused=True) for network in networks)
+        update = plain_step(two)
+        for number in range(3):
+            for network in networks:
+                network.zero_grad()
+                network(torch.full((4, 3), number + 1.0)).square().sum().backward()
+            one.step()
+            update()
+        assert all(
+            torch.equal(a, b) for a, b in zip(networks[0].parameters(), networks[1].parameters(), strict=True)
+        )
+
+
+def test_an_accelerator_that_is_not_here_is_refused(workplace: Path, splits: Splits) -> None:
+    if torch.backends.mps.is_available():
+        pytest.skip("this machine has MPS")
+    with pytest.raises(UsageError, match="--accelerator mps"):
+        fit(config(method="ce", accelerator="mps"), splits)
+    with pytest.raises(UsageError, match="runs in one process"):
+        fit(config(method="ce", devices=2), splits)

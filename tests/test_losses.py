@@ -216,3 +216,14 @@ def test_noisy_uses_the_purpose_of_its_own() -> None:
     flips = augment.words(0, augment.FLIP, 0, samples)
     noise = augment.words(0, augment.NOISE, 0, samples)
     assert abs(np.corrcoef(flips[0], noise[0])[0, 1]) < 0.1
+
+
+def test_mixup_weighs_two_labels() -> None:
+    logits = np.array([[1.0, 2.0, -1.0], [0.5, 0.0, 3.0]])
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    shares = np.array([0.25, 0.9])
+    expected = np.mean([-0.25 * log_p[0, 2] - 0.75 * log_p[0, 1], -0.9 * log_p[1, 0] - 0.1 * log_p[1, 0]])
+    found = losses.mixed_cross_entropy(
+        torch.tensor(logits), torch.tensor([2, 0]), torch.tensor([1, 0]), torch.tensor(shares)
+    )
+    assert float(found) == pytest.approx(expected, abs=1e-12)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -30,7 +31,19 @@ from kdcli.cli import main
 sys.argv[0] = __file__
 main()
 """
-DIGITS = ("--data", "digits", "--threads", "1", "--precision", "32", "--log-every", "1", "--epochs", "2", "-q")
+DIGITS = (
+    "--data",
+    "digits",
+    "--threads",
+    "1",
+    "--precision",
+    "32",
+    "--log-every",
+    "1",
+    "--epochs",
+    "2",
+    "-q",
+)
 
 
 def launch(folder: Path, *words: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
@@ -81,10 +94,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-NOISY = (
-    "--method noisy --teacher runs/teacher/student.pt --student convnet-tiny --augment flip-crop-cutout --optimizer sgd"
-).split()
-DROPOUT = "--method ce --student nin --image-size 16 --augment flip-crop-mixup --optimizer sgd --lr 1e-4".split()
+NOISY = shlex.split(
+    "--method noisy --teacher runs/teacher/student.pt --student convnet-tiny --augment flip-crop-cutout "
+    "--optimizer sgd"
+)
+DROPOUT = shlex.split(
+    "--method ce --student nin --image-size 16 --augment flip-crop-mixup --optimizer sgd --lr 1e-4"
+)
 
 
 def test_two_processes_and_torchrun_give_the_losses_of_one(folder: Path) -> None:

@@ -92,6 +92,8 @@ class _Run:
         self.world = world
         self.method = methods.get(config.method)
         tensorboard.require(config)
+        if not config.compile:
+            runtime.spare_the_compiler()
         filled = [name for name in FILLED if not getattr(config, name)]
         self.config = config = resolve(config)
         self.weights = self.method.weights(config)

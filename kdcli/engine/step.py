@@ -14,7 +14,7 @@ from kdcli.errors import KdError
 from kdcli.methods import Batch, Method
 from kdcli.models import Classifier
 from kdcli.models.reproducible import Draw
-from kdcli.runtime import World
+from kdcli.runtime import World, plain_step
 
 
 class Step:
@@ -40,6 +40,7 @@ class Step:
         self.world = world
         network = torch.compile(student.network) if config.compile else student.network
         self.network: Callable[[Tensor], Tensor] = world.replicate(network)  # type: ignore[arg-type]
+        self.update = plain_step(optimizer)
         self.compiled = not config.compile  # whether what may fail in the compiler is behind us
 
     def __call__(self, inputs: Inputs, epoch: int, rate: float, targets: Tensor | None) -> Tensor:
@@ -93,5 +94,5 @@ class Step:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         world.backward(total if world.size == 1 else total * inputs.weight)
-        self.optimizer.step()
+        self.update()
         return torch.stack([terms[name].detach() for name in self.weights]) * (inputs.weight * inputs.count)

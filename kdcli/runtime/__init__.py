@@ -4,6 +4,7 @@ from kdcli.runtime.machine import available_cores, cpu_info, environment, set_th
 from kdcli.runtime.precision import choose_precision
 from kdcli.runtime.processes import World, choose_device, describe, launch
 from kdcli.runtime.signals import StopFlag, stop_on_signals
+from kdcli.runtime.start_up import plain_step, spare_the_compiler
 
 __all__ = [
     "StopFlag",
@@ -15,6 +16,8 @@ __all__ = [
     "describe",
     "environment",
     "launch",
+    "plain_step",
     "set_threads",
+    "spare_the_compiler",
     "stop_on_signals",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _LARGEST_BATCH = 32  # on a CPU: enough to tell the two apart, and a fraction of a second
-_HOPELESS = 3.0  # times slower in its very first step: no need to measure on
+_HOPELESS_MS = 700.0  # for a first step: it would cost too much to measure more of them
 
 
 def choose_precision(
@@ -47,13 +47,14 @@ def choose_precision(
             return (time.perf_counter() - begin) * 1e3
 
         started = time.perf_counter()
-        step_ms("32")  # makes what is made once
+        step_ms("32")  # the first step makes what is made once
         best = {"32": step_ms("32"), "bf16": step_ms("bf16")}
-        if best["bf16"] < _HOPELESS * best["32"]:
+        if best["bf16"] < _HOPELESS_MS:
+            best["bf16"] = step_ms("bf16")
             for _ in range(6):
+                if time.perf_counter() - started > budget_s or best["bf16"] > 3 * best["32"]:
+                    break
                 for precision in best:  # interleaved
                     best[precision] = min(best[precision], step_ms(precision))
-                if time.perf_counter() - started > budget_s:
-                    break
     # bf16 costs digits, so it has to earn them
     return ("bf16" if best["bf16"] < 0.8 * best["32"] else "32"), best

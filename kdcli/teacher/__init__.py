@@ -25,7 +25,7 @@ from kdcli.files import sha256_file
 from kdcli.models import Classifier
 from kdcli.models.reproducible import Draw, use_sample_dropout
 from kdcli.runtime import World
-from kdcli.teacher.runner import Plan, Run, choose, runner
+from kdcli.teacher.runner import Plan, Run, choose, run_of
 from kdcli.teacher.views import PART, Outputs, ViewStore
 
 if TYPE_CHECKING:  # onnxruntime is a third of a second that a run with a warm cache need not pay
@@ -359,7 +359,7 @@ class _Pass:
             )
         self.plan = world.of_first(plan)
         assert self.plan is not None
-        self.runs = runner(teacher.model, self.plan, teacher.threads)
+        self.runs = run_of(teacher.model, self.plan, teacher.threads)
 
     def _run_part(self, view: int, part: int, done: int, processes: float) -> npt.NDArray[np.float32] | None:
         """Logits of one part; None if stopped."""

@@ -66,7 +66,7 @@ class _InOnnxruntime:
         return torch.from_numpy(self.session.run(None, {self.input: prepared})[0])
 
 
-def runner(model: Any, plan: Plan, threads: int = 0) -> Run:
+def run_of(model: Any, plan: Plan, threads: int = 0) -> Run:
     """What a plan says, as a function from uint8 (B, H, W, C) to logits float32 (B, classes).
 
     Raises:
@@ -111,7 +111,7 @@ def choose(
     with torch.inference_mode():
         images = take(min(BATCH, count))
         device = images.device.type
-        first = runner(model, plain)
+        first = run_of(model, plain)
         first(images)
         expected_s = _seconds(first, images) / len(images) * count
         if expected_s < _WORTH_TRYING_S:
@@ -119,7 +119,7 @@ def choose(
         candidates = {plain: first}
         for plan in _others(device, wanted, expected_s):
             try:
-                candidates[plan] = runner(model, plan, threads)
+                candidates[plan] = run_of(model, plan, threads)
             except KdError:
                 continue  # not every network can be translated
         plan = _fastest(candidates, images, lambda: take(min(_SAMPLE, count)))
