@@ -39,7 +39,7 @@ class KdLoop:
 
     def train(self, cache_dir: Path, *, epochs: int, on_event: OnEvent = ignore) -> Result:
         """One run of `kd train --method kd --augment flip`."""
-        config = TrainConfig.model_validate(
+        config = TrainConfig.model_validate(  # on the CPU, whatever else there is: so are the other sides
             {
                 "data": self.pair.splits.spec,
                 "cache_dir": cache_dir,
@@ -56,6 +56,7 @@ class KdLoop:
                 "seed": SEED,
                 "precision": self.precision,
                 "threads": self.threads,
+                "accelerator": "cpu",
                 "runs_dir": self.scratch / "runs",
             }
         )

@@ -17,6 +17,7 @@ compared on the same images before anything is timed.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import sys
 import tempfile
@@ -171,18 +172,32 @@ def _compare_losses(pair: Pair, sides: Sequence[Side]) -> dict[str, float]:
     return found
 
 
+def _settle(side: Side, threads: int) -> None:
+    """Threads, and malloc as the side finds it: kd tells it to keep freed memory, the others do not.
+
+    What they find is where glibc's own adaptation to large blocks ends.
+    """
+    set_threads(threads)
+    if side.key in ("a", "b"):
+        runtime.keep_freed_memory()
+    elif sys.platform.startswith("linux"):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
+
+
 def _rounds(sides: Sequence[Side], rounds: int, threads: int, precision: str) -> Measured:
     measured = Measured({side.key: [] for side in sides})
     dtypes = [torch.float32, torch.bfloat16] if precision == "bf16" else [torch.float32]
     for side in sides:
         if not isinstance(side, KdLoop):
             tell(f"warming up {side.key}: {side.label}")
-            set_threads(threads)
+            _settle(side, threads)
             side.warm_up()
     for number in range(rounds):
         turn = number % max(1, len(sides))
         for side in (*sides[turn:], *sides[:turn]):
-            set_threads(threads)
+            _settle(side, threads)
             timing = side.round()
             measured.timings[side.key].append(timing)
             tell(f"round {number + 1}/{rounds}, {side.key}: {timing.images_per_s:.0f} images/s")

@@ -109,8 +109,10 @@ def _take(images: Tensor, rows: Int64, columns: Int64) -> Tensor:
 
 def _flip(images: Tensor, seed: int, view: int, samples: Int64) -> Tensor:
     """Mirror left and right."""
-    mirrored = torch.from_numpy(_flipped(seed, view, samples)).to(images.device)
-    return torch.where(mirrored[:, None, None, None], images.flip(2), images)
+    mirrored = torch.from_numpy(np.flatnonzero(_flipped(seed, view, samples))).to(images.device)
+    turned = images.clone()
+    turned[mirrored] = images[mirrored].flip(2)
+    return turned
 
 
 def _crop(images: Tensor, seed: int, view: int, samples: Int64) -> Tensor:

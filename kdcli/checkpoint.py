@@ -70,7 +70,16 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     }
     if checkpoint.training is not None:
         document["training"] = checkpoint.training
-    document["sha256"] = digest(document)
+    save_plain(path, document)
+
+
+def save_plain(path: Path, document: dict[str, Any]) -> None:
+    """Write tensors and plain values as `save` does a checkpoint.
+
+    Raises:
+        KdError: the file cannot be written or does not read back; an older file of that name is untouched.
+    """
+    document = {**document, "sha256": digest(document)}
     try:
         with atomic_path(path) as temporary:
             torch.save(document, temporary)
@@ -82,6 +91,15 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
             f"cannot write {path}: {reason}",
             "Check free space and permissions; an earlier file of that name is unchanged.",
         ) from error
+
+
+def load_plain(path: Path) -> dict[str, Any] | None:
+    """What `save_plain` wrote; None if it is not there, damaged, or something else."""
+    try:
+        document = _read(path)
+    except Exception:  # the unpickler and the zip reader raise whatever the bytes provoke
+        return None
+    return document if "sha256" in document and _is_sound(document) else None
 
 
 def load(path: Path) -> Checkpoint:

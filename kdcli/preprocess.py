@@ -20,6 +20,9 @@ from kdcli.events import Note, OnEvent, ignore
 
 UInt8Images = npt.NDArray[np.uint8]  # (N, H, W, C)
 _CHUNK = 4096
+_EXACT = (
+    256  # images whose squared pixels add up to less than 2²⁴: float32 holds the sum exactly, and is fast
+)
 
 
 class Preprocess(nn.Module):
@@ -68,7 +71,7 @@ class MeanStd(Preprocess):
         self.std: Tensor
 
     def transform(self, pixels: Tensor) -> Tensor:
-        return (pixels - self.mean[:, None, None]) / self.std[:, None, None]
+        return (pixels - self.mean[:, None, None]).div_(self.std[:, None, None])
 
 
 class MeanImage(Preprocess):
@@ -161,17 +164,17 @@ class _Sample:
 
 def _moments(images: _Sample) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Mean and standard deviation per channel, exact in integers: (C,), (C,)."""
+    channels = images.shape[3]
     count = images.shape[0] * images.shape[1] * images.shape[2]
-    total = np.zeros(images.shape[3], np.int64)
-    squares = np.zeros(images.shape[3], np.int64)
-    for raw in images.chunks():
-        chunk = raw.reshape(-1, images.shape[3])
-        for channel in range(images.shape[3]):
-            levels = np.bincount(chunk[:, channel], minlength=256)
-            total[channel] += int((levels * np.arange(256)).sum())
-            squares[channel] += int((levels * np.arange(256) ** 2).sum())
-    mean = total / count
-    return mean, np.sqrt(squares / count - mean**2)
+    total = torch.zeros(channels, dtype=torch.int64)
+    squares = torch.zeros(channels, dtype=torch.int64)
+    for chunk in images.chunks():
+        for start in range(0, len(chunk), _EXACT):
+            pixels = torch.from_numpy(chunk[start : start + _EXACT]).flatten(1).float()  # (b, H·W·C)
+            total += pixels.sum(dim=0).to(torch.int64).reshape(-1, channels).sum(dim=0)
+            squares += pixels.square().sum(dim=0).to(torch.int64).reshape(-1, channels).sum(dim=0)
+    mean = total.numpy() / count
+    return mean, np.sqrt(squares.numpy() / count - mean**2)
 
 
 def _fit_none(images: _Sample, channel_order: str, on_event: OnEvent) -> Preprocess:

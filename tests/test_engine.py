@@ -619,3 +619,35 @@ def test_an_accelerator_that_is_not_here_is_refused(workplace: Path, splits: Spl
         fit(config(method="ce", accelerator="mps"), splits)
     with pytest.raises(UsageError, match="runs in one process"):
         fit(config(method="ce", devices=2), splits)
+
+
+def test_constants_of_a_preprocessing_are_measured_once(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And again for another split, other data, or when the file is damaged."""
+    from kdcli import preprocess
+
+    fits: list[str] = []
+    measure = preprocess.fit
+
+    def watch(name: str, *rest: Any, **more: Any) -> Any:
+        fits.append(name)
+        return measure(name, *rest, **more)
+
+    monkeypatch.setattr(preprocess, "fit", watch)
+    settings = {"method": "ce", "epochs": 1, "preprocess": "gcn-zca"}
+    first = fit(config(**settings), splits)
+    second = fit(config(**settings), splits)
+    assert fits == ["gcn-zca"]
+    assert digest(first.run.student) == digest(second.run.student)
+    fit(config(**settings, val_fraction=0.3), splits)
+    fit(config(**settings), make_splits(train=87))
+    fit(config(**{**settings, "preprocess": "mean-std"}), splits)
+    assert len(fits) == 4
+    for path in Path("cache/preprocess").iterdir():
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    again = fit(config(**settings), splits)
+    assert len(fits) == 5
+    assert digest(first.run.student) == digest(again.run.student)

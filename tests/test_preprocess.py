@@ -87,3 +87,14 @@ def test_errors() -> None:
         preprocess.fit("gcn-zca", images(2, 64))
     with pytest.raises(KdError, match="cannot be rebuilt"):
         preprocess.from_spec({"name": "mean-std", "args": {}, "state": {"mean": torch.zeros(3)}})
+
+
+def test_moments_are_exact_for_any_number_of_images() -> None:
+    """Brightest images, and counts around the pieces in which they are added up."""
+    for count in (1, 255, 256, 257, 700, 4500):
+        images = np.full((count, 3, 2, 3), 255, np.uint8)
+        images[: count // 3] = 254
+        mean, std = preprocess._moments(preprocess._Sample(images, None))
+        flat = images.reshape(-1, 3).astype(np.int64)
+        np.testing.assert_array_equal(mean, flat.sum(axis=0) / len(flat))
+        np.testing.assert_array_equal(std, np.sqrt((flat**2).sum(axis=0) / len(flat) - mean**2))

@@ -48,7 +48,7 @@ def say(text: str = "") -> None:
 
 def note(text: str) -> None:
     """One line on stderr beside the result; nothing with --quiet."""
-    if not settings.quiet:
+    if not settings.quiet and not settings.follower:
         _err().print(f"[dim]{escape(text)}[/dim]")
 
 

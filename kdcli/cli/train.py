@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -54,13 +55,21 @@ def train(
 
         run = RunDir.existing(resume)
         config = run.read_config()
+        _ui.settings.follower = _started_by_another(config)
         _check_place(config, resume)
     else:
         run = None
         config = make(TrainConfig, {**(read_recipe(recipe, options) if recipe else {}), **options})
+        _ui.settings.follower = _started_by_another(config)
         unread = methods.unread(config.method, options)
         _ui.note_unread(options, unread, f"with --method {config.method}")
     _finish(*_train(config, run, options))
+
+
+def _started_by_another(config: TrainConfig) -> bool:
+    """Whether this is one of several processes of a run, and not the first: torchrun and Fabric say so."""
+    several = config.devices > 1 or "TORCHELASTIC_RUN_ID" in os.environ
+    return several and os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) != "0"
 
 
 def _check_place(config: TrainConfig, resume: Path) -> None:
@@ -80,7 +89,6 @@ def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[Resu
     if not models.takes_dropout(config.student):
         _ui.note_unread(options, ("dropout",), f"with --student {config.student}, which has none")
     world = runtime.launch(config.accelerator, config.devices)
-    _ui.settings.follower = not world.first
     failed = True
     try:
         with _ui.progress() as on_event:

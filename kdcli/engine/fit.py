@@ -11,14 +11,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdcli import __version__, augment, methods, metrics, models, preprocess, runtime
+from kdcli import __version__, augment, methods, metrics, models, runtime
 from kdcli.config import TrainConfig
 from kdcli.data import Splits
 from kdcli.engine import tensorboard
 from kdcli.engine.evaluate import Evaluation, measure
 from kdcli.engine.feed import Feed, Inputs
 from kdcli.engine.output import Output
-from kdcli.engine.plan import FILLED, cache_mode, resolve, split
+from kdcli.engine.plan import FILLED, cache_mode, fitted_preprocess, resolve, split
 from kdcli.engine.record import Record
 from kdcli.engine.result import Metrics, Result
 from kdcli.engine.run_dir import RunDir
@@ -98,6 +98,7 @@ class _Run:
         self.config = config = resolve(config)
         self.weights = self.method.weights(config)
         runtime.set_threads(config.threads, world.local_size)
+        runtime.keep_freed_memory()
         train = data.train
         self.train_samples, self.val_samples = split(train.labels, config.val_fraction)
         self.steps_per_epoch = -(-len(self.train_samples) // config.batch_size)
@@ -167,7 +168,7 @@ class _Run:
         network = models.build(
             config.student, classes=len(train.classes), input_size=train.input_size, **arguments
         )
-        own = preprocess.fit(config.preprocess, train.images, self.train_samples, on_event=self.on_event)
+        own = fitted_preprocess(config, train, self.train_samples, self.on_event)
         student = Classifier(
             network.to(memory_format=torch.channels_last),
             own,

@@ -1,15 +1,23 @@
-"""Which images are trained on, and in how many variants."""
+"""Which images are trained on, in how many variants, and prepared how."""
 
 from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
 
-from kdcli import augment, methods
+from kdcli import augment, checkpoint, methods, preprocess
 from kdcli.config import TrainConfig
-from kdcli.errors import UsageError
+from kdcli.data import ImageSet
+from kdcli.errors import KdError, UsageError
+from kdcli.events import OnEvent
+from kdcli.preprocess import Preprocess
 
 Int64 = npt.NDArray[np.int64]
+_CONSTANTS_VERSION = 1  # raise it when a preprocessing's fit gives other constants
 _CACHED_VIEWS = 8  # of an augmentation with endless variants, when a teacher has to be run over each
 
 
@@ -27,6 +35,25 @@ def split(labels: Int64, fraction: float) -> tuple[Int64, Int64]:
         validation.append(members[: min(round(fraction * len(members)), len(members) - 1)])
     chosen = np.sort(np.concatenate(validation)) if validation else samples[:0]
     return np.setdiff1d(samples, chosen), chosen
+
+
+def fitted_preprocess(config: TrainConfig, data: ImageSet, samples: Int64, on_event: OnEvent) -> Preprocess:
+    """The student's preprocessing, its constants measured on these samples once and kept below `cache_dir`."""
+    recipe = [
+        _CONSTANTS_VERSION,
+        config.preprocess,
+        data.fingerprint,
+        hashlib.sha256(samples.tobytes()).hexdigest(),
+    ]
+    name = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]
+    path = config.cache_dir / "preprocess" / f"{name}.pt"
+    spec = checkpoint.load_plain(path)
+    if spec is not None:
+        return preprocess.from_spec(spec)
+    made = preprocess.fit(config.preprocess, data.images, samples, on_event=on_event)
+    with suppress(KdError):  # without a place to keep it, it is measured again
+        checkpoint.save_plain(path, made.spec())
+    return made
 
 
 def cache_mode(config: TrainConfig) -> str:

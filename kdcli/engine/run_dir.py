@@ -163,8 +163,11 @@ class RunDir:
         """The lines of metrics.jsonl; one that a kill has cut short is left out."""
         if not self.metrics_file.exists():
             return []
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+        found = []
+        for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return [line for line in found if isinstance(line, dict) and {"kind", "step", "epoch"} <= set(line)]
 
     def cut_metrics(self, step: int, epoch: int) -> None:
         """Drop what a resumed run will do again: lines beyond a step, or of epochs that were not finished."""

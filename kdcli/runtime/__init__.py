@@ -4,7 +4,7 @@ from kdcli.runtime.machine import available_cores, cpu_info, environment, set_th
 from kdcli.runtime.precision import choose_precision
 from kdcli.runtime.processes import World, choose_device, describe, launch
 from kdcli.runtime.signals import StopFlag, stop_on_signals
-from kdcli.runtime.start_up import plain_step, spare_the_compiler
+from kdcli.runtime.start_up import keep_freed_memory, plain_step, spare_the_compiler
 
 __all__ = [
     "StopFlag",
@@ -15,6 +15,7 @@ __all__ = [
     "cpu_info",
     "describe",
     "environment",
+    "keep_freed_memory",
     "launch",
     "plain_step",
     "set_threads",

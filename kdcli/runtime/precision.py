@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_LARGEST_BATCH = 32  # on a CPU: enough to tell the two apart, and a fraction of a second
+_LARGEST_BATCH = 16  # on a CPU: enough to tell the two apart, and a fraction of a second
 _HOPELESS_MS = 700.0  # for a first step: it would cost too much to measure more of them
 
 

@@ -1,0 +1,93 @@
+"""What all settings share: the base class, fields of several commands, and how mistakes are told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kdcli.errors import UsageError
+
+DATA, METHOD, OPTIMISER, RUN = "Data", "Method", "Optimiser", "Run"
+
+
+def about(panel: str, *flags: str, metavar: str | None = None) -> dict[str, Any]:
+    extra: dict[str, Any] = {"panel": panel}
+    if flags:
+        extra["flags"] = list(flags)
+    if metavar:
+        extra["metavar"] = metavar
+    return extra
+
+
+class Settings(BaseModel):
+    """Frozen, and strict about names: a misspelt key in a recipe is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+DataSpec = Annotated[
+    str,
+    Field(
+        description="cifar10, digits, or a folder or archive with train/<class>/* and test/<class>/*.",
+        json_schema_extra=about(DATA, metavar="NAME|PATH"),
+    ),
+]
+ImageSize = Annotated[
+    int | None,
+    Field(
+        ge=4,
+        le=1024,
+        description="Resize images to this many pixels square; by default their own size, 32 if they differ.",
+        json_schema_extra=about(DATA),
+    ),
+]
+CacheDir = Annotated[
+    Path,
+    Field(description="Packed images and teacher outputs are kept here.", json_schema_extra=about(DATA)),
+]
+DataDir = Annotated[
+    Path, Field(description="Where kd download puts datasets.", json_schema_extra=about(DATA))
+]
+Threads = Annotated[
+    int,
+    Field(ge=0, le=1024, description="CPU threads; 0: all cores of the quota.", json_schema_extra=about(RUN)),
+]
+TeacherPath = Path("weights/teacher.pt")
+
+
+class DataSettings(Settings):
+    """Where images come from."""
+
+    data: DataSpec = "cifar10"
+    image_size: ImageSize = None
+    data_dir: DataDir = Path("data")
+    cache_dir: CacheDir = Path("cache")
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def make(kind: type[S], values: Mapping[str, Any]) -> S:
+    """Build settings, turning pydantic's complaint into one line.
+
+    Raises:
+        UsageError: names the option, what it got and what it takes.
+    """
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else "settings"
+        flag = "--" + name.replace("_", "-")
+        if first["type"] == "extra_forbidden":
+            raise UsageError(
+                f"unknown setting: {name}", f"Known are {', '.join(kind.model_fields)}."
+            ) from error
+        message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        raise UsageError(
+            f"{flag} {first.get('input')!s}: must be {message.removeprefix('must be ')}",
+            "See --help for what each option takes.",
+        ) from error

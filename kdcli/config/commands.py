@@ -1,0 +1,186 @@
+"""Settings of the commands beside `kd train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from kdcli.config.base import (
+    DATA,
+    RUN,
+    CacheDir,
+    DataDir,
+    DataSettings,
+    Settings,
+    TeacherPath,
+    Threads,
+    about,
+)
+
+
+class ConvertConfig(DataSettings):
+    """`kd convert-caffe`."""
+
+    prototxt: Path | None = Field(
+        None,
+        description="The network as text; by default the one recorded in the caffemodel.",
+        json_schema_extra=about("Caffe"),
+    )
+    arch: Literal["auto", "nin", "nin-fc", "lenet"] = Field(
+        "auto",
+        description="For a caffe-tensorflow .npy: its network; auto reads it off the layer names.",
+        json_schema_extra=about("Caffe"),
+    )
+    preprocess: Literal["auto", "gcn-zca", "mean-std", "mean-image", "none"] = Field(
+        "auto",
+        description="What the network expects of its pixels; auto: what is known of it, else its transform_param.",
+        json_schema_extra=about("Caffe"),
+    )
+    channel_order: Literal["auto", "rgb", "bgr"] = Field(
+        "auto",
+        description="Order of the colour planes; auto: as known, else bgr as in Caffe.",
+        json_schema_extra=about("Caffe"),
+    )
+    output: Path = Field(
+        TeacherPath, description="The checkpoint to write.", json_schema_extra=about(RUN, "-o")
+    )
+
+
+class ValidateConfig(DataSettings):
+    """`kd validate`."""
+
+    teacher: Path = Field(TeacherPath, description="The converted teacher.", json_schema_extra=about("Check"))
+    against: Path | None = Field(
+        None,
+        description="The caffemodel it came from: logits are compared with OpenCV's own importer.",
+        json_schema_extra=about("Check"),
+    )
+    prototxt: Path | None = Field(
+        None,
+        description="The network of --against, if it is not recorded there.",
+        json_schema_extra=about("Check"),
+    )
+    images: int = Field(
+        256, ge=1, description="Real images to compare with --against.", json_schema_extra=about("Check")
+    )
+    threads: Threads = 0
+
+
+class TestConfig(Settings):
+    """`kd test`."""
+
+    data: str | None = Field(
+        None,
+        description="By default the data the model was trained on.",
+        json_schema_extra=about(DATA, metavar="NAME|PATH"),
+    )
+    data_dir: DataDir = Path("data")
+    cache_dir: CacheDir = Path("cache")
+    teacher: Path | None = Field(
+        None,
+        description="Compare with this teacher; by default the one the student learned from.",
+        json_schema_extra=about("Check"),
+    )
+    plot: Path | None = Field(
+        None, description="Draw the confusion matrix (.png or .svg).", json_schema_extra=about("Check")
+    )
+    threads: Threads = 0
+
+
+class ExportConfig(Settings):
+    """`kd export`."""
+
+    output: Path | None = Field(
+        None,
+        description="The ONNX file; by default exports/<run or file name>.onnx.",
+        json_schema_extra=about("Export", "-o"),
+    )
+    int8: bool = Field(
+        False,
+        description="Quantise weights and activations (static QDQ, calibrated on train images).",
+        json_schema_extra=about("Export"),
+    )
+    with_preprocessing: bool = Field(
+        False,
+        description="Take raw uint8 (N, H, W, C) images and give probabilities.",
+        json_schema_extra=about("Export"),
+    )
+    opset: int = Field(18, ge=18, le=25, description="ONNX operator set.", json_schema_extra=about("Export"))
+    calibration_images: int = Field(
+        512, ge=1, description="Train images that calibrate int8.", json_schema_extra=about("Export")
+    )
+    parity_images: int = Field(
+        256,
+        ge=7,
+        description="Real images on which the export must equal the checkpoint.",
+        json_schema_extra=about("Export"),
+    )
+    data: str | None = Field(
+        None,
+        description="By default the data the model was trained on.",
+        json_schema_extra=about(DATA, metavar="NAME|PATH"),
+    )
+    data_dir: DataDir = Path("data")
+    cache_dir: CacheDir = Path("cache")
+
+
+class BenchConfig(Settings):
+    """`kd bench`."""
+
+    batch: int = Field(
+        64,
+        ge=1,
+        le=65536,
+        description="Batch size of the throughput column.",
+        json_schema_extra=about("Measure"),
+    )
+    rounds: int = Field(
+        30, ge=3, le=100_000, description="Interleaved rounds.", json_schema_extra=about("Measure")
+    )
+    engine: Literal["both", "torch", "onnxruntime"] = Field(
+        "both", description="What runs the .pt files.", json_schema_extra=about("Measure")
+    )
+    teacher: Path = Field(
+        TeacherPath, description="The model all ratios refer to.", json_schema_extra=about("Measure")
+    )
+    data: str | None = Field(
+        None,
+        description="Measure accuracy and agreement on this data's test images.",
+        json_schema_extra=about(DATA, metavar="NAME|PATH"),
+    )
+    data_dir: DataDir = Path("data")
+    cache_dir: CacheDir = Path("cache")
+    plot: Path | None = Field(
+        None,
+        description="Draw accuracy against latency (.png or .svg).",
+        json_schema_extra=about("Measure"),
+    )
+    threads: Threads = 0
+
+
+class DownloadConfig(Settings):
+    """`kd download`."""
+
+    source: str | None = Field(
+        None,
+        description="Take the file from here: a mirror's URL, or a file already on this machine.",
+        json_schema_extra={**about("Download", metavar="FILE|URL"), "flag": "--from"},
+    )
+    data_dir: Path = Field(Path("data"), description="Datasets go here.", json_schema_extra=about("Download"))
+    weights_dir: Path = Field(
+        Path("weights"), description="Networks go here.", json_schema_extra=about("Download")
+    )
+
+
+class DemoConfig(Settings):
+    """`kd demo`."""
+
+    output: Path = Field(
+        Path("demo"),
+        description="Everything is written below this folder.",
+        json_schema_extra=about(RUN, "-o"),
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of all runs.", json_schema_extra=about(RUN))
+    threads: Threads = 0
