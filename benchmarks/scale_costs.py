@@ -35,8 +35,9 @@ def hours(images: float, macs: float, macs_per_s: float, devices: int, kept: flo
 def table(measured: dict[str, Any], device: str) -> None:
     """Teacher's and student's hours on one kind of device."""
     figures = measured[device]
-    teacher = figures["teacher_images_per_s"] * measured["teacher_macs"]
-    student = figures["student_images_per_s"] * measured["student_macs"]
+    teacher, student = (
+        figures[who]["images_per_s"] * figures[who]["macs"] for who in ("teacher", "student")
+    )  # multiply-accumulates of a forward pass a second; the student's figure includes its backward pass
     kept = measured["kept_at_a_doubling"]
     print(f"\n{figures['what']}: {figures['source']}\n")
     print(

@@ -3,26 +3,66 @@
 from __future__ import annotations
 
 import mmap
+import os
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-# Pages that were read stay in the process until memory is short, and count as its own. The kernel maps up to
-# 64 KiB around each one it is asked for, so the memory held is at most some five times this for images of 12 KiB.
-_LET_GO_BYTES = 32 << 20
-_read_bytes = 0
+# Pages that were read stay in the process until memory is short, and count as its own. How many are mapped for one
+# that is asked for is the kernel's choice, from 64 KiB to 2 MiB: what is resident is looked at, where it can be, and
+# not reckoned from what was read.
+_LET_GO_BYTES = 256 << 20
+_LET_GO_READ_BYTES = 32 << 20  # where it cannot
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+_STATM = Path("/proc/self/statm")
+
+
+class _Residence:
+    """What reading from maps has left in this process, and what was there before."""
+
+    def __init__(self) -> None:
+        self.before: int | None = None
+        self.read_bytes = 0
+
+    def grown(self, read_bytes: int) -> bool:
+        """Whether it is time to let go, after reading so much more."""
+        self.read_bytes += read_bytes
+        resident = _resident_file_bytes()
+        if resident is None:
+            return self.read_bytes >= _LET_GO_READ_BYTES
+        self.before = resident if self.before is None else min(self.before, resident)
+        return resident - self.before >= _LET_GO_BYTES
+
+    def let_go(self, array: npt.NDArray[Any]) -> None:
+        let_go(array)
+        self.read_bytes = 0
+
+
+_residence = _Residence()
+
+
+def _resident_file_bytes() -> int | None:
+    """Bytes of files, libraries included, that are mapped and resident in this process; None if it cannot be told."""
+    try:
+        return int(_STATM.read_text().split()[2]) * _PAGE_BYTES
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def take(images: npt.NDArray[np.uint8], chosen: slice | npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
     """A copy of the chosen images, uint8 (B, H, W, C), contiguous; what a memory map holds in memory is bounded."""
-    global _read_bytes  # noqa: PLW0603 — of the whole process, as the memory is
-    found: npt.NDArray[np.uint8] = np.array(images[chosen], order="C")
-    if isinstance(images, np.memmap):
-        _read_bytes += found.nbytes
-        if _read_bytes >= _LET_GO_BYTES:
-            _read_bytes = 0
-            let_go(images)
+    if not isinstance(images, np.memmap):
+        return np.array(images[chosen], order="C")
+    if _residence.before is None:
+        _residence.grown(0)
+        _in_small_pages(images)
+    found = np.array(images[chosen], order="C")
+    if _residence.grown(found.nbytes):
+        _residence.let_go(images)
+        _in_small_pages(images)
     return found
 
 
@@ -31,3 +71,11 @@ def let_go(array: npt.NDArray[Any]) -> None:
     mapped = getattr(array, "_mmap", None)
     if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") and not array.flags.writeable:
         mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _in_small_pages(array: npt.NDArray[Any]) -> None:
+    """Ask the kernel not to map 2 MiB of a file for an image of some kilobytes."""
+    mapped = getattr(array, "_mmap", None)
+    if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_NOHUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages
+            mapped.madvise(mmap.MADV_NOHUGEPAGE)
