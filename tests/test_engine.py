@@ -417,6 +417,18 @@ def test_split_is_stratified_disjoint_and_leaves_every_class_something() -> None
     assert split(labels, 0.0)[1].tolist() == []
 
 
+def test_split_is_that_of_a_plain_loop_over_the_classes() -> None:
+    from kdcli import augment
+
+    labels = np.random.default_rng(0).integers(0, 40, 3000) * 3
+    shuffled = augment.order(0, augment.SPLIT, np.arange(3000))
+    expected = []
+    for label in np.unique(labels):
+        members = [sample for sample in shuffled if labels[sample] == label]
+        expected += members[: min(round(0.07 * len(members)), len(members) - 1)]
+    assert split(labels, 0.07)[1].tolist() == sorted(expected)
+
+
 def test_views_are_as_many_as_make_sense() -> None:
     def views(**changes: Any) -> int:
         return resolve(config(epochs=20, **changes)).views

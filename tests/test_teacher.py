@@ -187,6 +187,13 @@ def test_a_cache_of_top_k_is_small_and_trains(workplace: Path, scale: float) -> 
     assert result.evaluation.agreement is not None
 
 
+def test_the_largest_logits_are_found_in_order() -> None:
+    random = np.random.default_rng(3).normal(size=(50, 400)).astype(np.float32)
+    np.testing.assert_array_equal(
+        top_k_of(random, 7)["class"], np.argsort(-random, axis=1, kind="stable")[:, :7]
+    )
+
+
 def test_top_k_is_refused_where_it_makes_no_sense(workplace: Path) -> None:
     make_teacher(Path("t.pt"))
     with pytest.raises(UsageError, match="regresses all logits"):

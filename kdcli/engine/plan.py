@@ -29,10 +29,13 @@ def split(labels: Int64, fraction: float) -> tuple[Int64, Int64]:
     """
     samples = np.arange(len(labels))
     shuffled = augment.order(0, augment.SPLIT, samples)
-    validation: list[Int64] = []
-    for label in np.unique(labels):
-        members = shuffled[labels[shuffled] == label]
-        validation.append(members[: min(round(fraction * len(members)), len(members) - 1)])
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    counts = np.unique(labels, return_counts=True)[1]
+    starts = np.cumsum(counts) - counts
+    validation = [
+        by_class[start : start + min(round(fraction * count), count - 1)]
+        for start, count in zip(starts.tolist(), counts.tolist(), strict=True)
+    ]
     chosen = np.sort(np.concatenate(validation)) if validation else samples[:0]
     return np.setdiff1d(samples, chosen), chosen
 

@@ -72,7 +72,11 @@ def top_k_of(logits: npt.NDArray[np.float32], count: int, dtype: type[Any] = np.
         Structured (N,): `value` (K,), `class` (K,), `rest` float32.
     """
     classes = logits.shape[1]
-    top = np.argsort(-logits, axis=1, kind="stable")[:, :count]
+    top = np.argpartition(-logits, count - 1, axis=1)[:, :count]
+    order = np.lexsort(
+        (top, -np.take_along_axis(logits, top, axis=1)), axis=1
+    )  # of equal ones the first class first
+    top = np.take_along_axis(top, order, axis=1)
     rest = logits.astype(np.float64)
     np.put_along_axis(rest, top, -np.inf, axis=1)
     highest = rest.max(axis=1)
@@ -145,9 +149,11 @@ class ViewStore:
         return [number for number in range(-(-self.count // PART)) if number not in there]
 
     def write_part(self, view: int, number: int, logits: npt.NDArray[np.float32]) -> None:
-        """Keep the logits of images `number` · PART …; the name holds their hash."""
+        """Keep the logits of images `number` · PART …, in their final form; the name holds their hash."""
         buffer = io.BytesIO()
-        np.save(buffer, logits, allow_pickle=False)
+        dtype = np.float32 if self.exact or _overflows(logits) else np.float16
+        kept = top_k_of(logits, self.top_k, dtype) if self.top_k else logits.astype(dtype)
+        np.save(buffer, kept, allow_pickle=False)
         content = buffer.getvalue()
         name = f"part-{number:05d}-{hashlib.sha256(content).hexdigest()[:16]}.npy"
         try:
@@ -171,13 +177,13 @@ class ViewStore:
         parts = self._parts(view)
         path = self._path(view)
         try:
-            sound = [self._part(file) is not None for file in parts.values()]
-            if not all(sound) or self.missing_parts(view):
+            dtypes = [None if (part := self._part(file)) is None else part.dtype for file in parts.values()]
+            if None in dtypes or self.missing_parts(view):
                 return None
-            wide = self.exact or any(_overflows(self._sound_part(file)) for file in parts.values())
+            widest = max((dtype for dtype in dtypes if dtype is not None), key=lambda dtype: dtype.itemsize)
             with atomic_path(path) as temporary, temporary.open("wb") as handle:
                 for number in sorted(parts):  # written, not mapped: a full disk would be a bus error there
-                    kept = self._keep(self._sound_part(parts[number]), np.float32 if wide else np.float16)
+                    kept = self._sound_part(parts[number]).astype(widest)
                     if number == 0:
                         about = {
                             "descr": np.lib.format.dtype_to_descr(kept.dtype),
@@ -196,20 +202,16 @@ class ViewStore:
             raise self._unwritable(error) from error
         return self.find(view)
 
-    def _keep(self, logits: npt.NDArray[np.float32], dtype: type[Any]) -> npt.NDArray[Any]:
-        """In the form that is written."""
-        return top_k_of(logits, self.top_k, dtype) if self.top_k else logits.astype(dtype)
-
-    def _part(self, path: Path) -> npt.NDArray[np.float32] | None:
-        """A part's logits; None, and the file goes, if they are not what its name says."""
+    def _part(self, path: Path) -> npt.NDArray[Any] | None:
+        """A part as it is kept; None, and the file goes, if it is not what its name says."""
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest()[:16] != path.stem.rsplit("-", 1)[1]:
             path.unlink()
             return None
-        values: npt.NDArray[np.float32] = np.load(io.BytesIO(content), allow_pickle=False)
+        values: npt.NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
         return values
 
-    def _sound_part(self, path: Path) -> npt.NDArray[np.float32]:
+    def _sound_part(self, path: Path) -> npt.NDArray[Any]:
         values = self._part(path)
         if values is None:
             raise OSError(f"{path.name} changed while it was read")
