@@ -19,6 +19,8 @@ from kdcli.errors import KdError
 from kdcli.files import atomic_path
 
 FORMAT_VERSION = 1
+_SHARING = 4  # times the file's size that its tensors may have, some of them being the same
+_MOST_PARTS = 2_000_000  # tensors and plain values in one file
 _FORCE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _force_lock = threading.Lock()
 
@@ -96,18 +98,23 @@ def save_plain(path: Path, document: dict[str, Any]) -> None:
 def load_plain(path: Path) -> dict[str, Any] | None:
     """What `save_plain` wrote; None if it is not there, damaged, or something else."""
     try:
-        document = _read(path)
-    except Exception:  # the unpickler and the zip reader raise whatever the bytes provoke
+        document = _read_checked(path)
+    except KdError:
         return None
-    return document if "sha256" in document and _is_sound(document) else None
+    return document if "sha256" in document else None
 
 
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint with `weights_only=True`, whatever the environment says.
 
     Raises:
-        KdError: missing, unreadable, not a checkpoint of kd, or made by a newer version.
+        KdError: missing, unreadable, damaged, not a checkpoint of kd, or made by a newer version.
     """
+    return _to_checkpoint(path, _read_checked(path))
+
+
+def _read_checked(path: Path) -> dict[str, Any]:
+    """What a file holds; nothing is unpacked, allocated or believed before it is known to be what it claims."""
     if not path.exists():
         raise KdError(f"no such file: {path}", "kd convert-caffe makes a teacher, kd train a student.")
     if path.is_dir():
@@ -125,6 +132,8 @@ def load(path: Path) -> Checkpoint:
                     f"{path} holds compressed records, as no checkpoint does", "Write it again with kd."
                 )
         document = _read(path)
+        _check_extent(path, document)
+        sound = _is_sound(document)
     except KdError:
         raise
     except Exception as error:  # the unpickler and the zip reader raise whatever the bytes provoke
@@ -132,12 +141,35 @@ def load(path: Path) -> Checkpoint:
             f"{path} cannot be read safely: {_first_line(error)}",
             "The file is damaged, or holds more than tensors and plain values; kd never executes what it reads.",
         ) from error
-    if not _is_sound(document):
+    if not sound:
         raise KdError(
             f"{path} is damaged: its content has not the SHA-256 it had when it was written",
             "Restore it, or write it again.",
         )
-    return _to_checkpoint(path, document)
+    return document
+
+
+def _check_extent(path: Path, value: Any) -> None:
+    """Raise KdError if a file claims more than it can hold.
+
+    A few bytes can be laid out as terabytes, or as lists in lists that never end. Weights that two layers share are
+    counted twice, hence not to the byte.
+    """
+    room, parts = _SHARING * path.stat().st_size, 0
+    pending = [value]
+    while pending:
+        part = pending.pop()
+        parts += 1
+        if isinstance(part, Tensor):
+            if part.layout is not torch.strided or part.is_quantized or part.device.type != "cpu":
+                raise KdError(f"{path} holds a tensor that is not plain numbers", "Write it again with kd.")
+            room -= part.numel() * part.element_size()
+        elif isinstance(part, dict):
+            pending += [*part.keys(), *part.values()]
+        elif isinstance(part, list | tuple | set | frozenset):
+            pending += part
+        if room < 0 or parts + len(pending) > _MOST_PARTS:
+            raise KdError(f"{path} claims to hold more than it can", "Write it again with kd.")
 
 
 def _is_zip(path: Path) -> bool:

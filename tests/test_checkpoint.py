@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
+import time
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -203,3 +206,59 @@ def test_compressed_records_are_refused(tmp_path: Path) -> None:
             archive.writestr(name, content)
     with pytest.raises(KdError, match="compressed records"):
         checkpoint.load(path)
+
+
+def _terabytes() -> object:
+    return torch.zeros(1).expand(1 << 40)  # four bytes in the file
+
+
+def _endless() -> object:
+    loop: list[object] = []
+    loop.append(loop)
+    return loop
+
+
+def _laughs() -> object:
+    part: list[object] = ["ha"]
+    for _ in range(60):
+        part = [part, part]
+    return part
+
+
+def _deep() -> object:
+    part: list[object] = []
+    for _ in range(2000):
+        part = [part]
+    return part
+
+
+@pytest.mark.parametrize("make", [_terabytes, _endless, _laughs, _deep])
+@pytest.mark.parametrize("where", ["state_dict", "provenance"])
+def test_a_small_file_that_claims_to_be_endless_is_refused_at_once(
+    tmp_path: Path, make: Callable[[], object], where: str
+) -> None:
+    """Also where it says what its SHA-256 is, so that all of it would be looked at."""
+    path = tmp_path / "x.pt"
+    document = {
+        "format_version": 1,
+        "arch": "lenet",
+        "arch_args": {},
+        "state_dict": {},
+        "preprocess": {"name": "none", "args": {}, "state": {}},
+        "classes": ["a", "b"],
+        "input_size": [32, 32, 3],
+        "provenance": {},
+        "sha256": "0" * 64,
+    }
+    document[where] = {"w": make()}
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)  # to write it; who reads it has the ordinary one
+    try:
+        torch.save(document, path)
+    finally:
+        sys.setrecursionlimit(limit)
+    started = time.monotonic()
+    with pytest.raises(KdError):
+        checkpoint.load(path)
+    assert checkpoint.load_plain(path) is None
+    assert time.monotonic() - started < 30  # not a measure of speed: without the bound it would never end
