@@ -35,6 +35,13 @@ DataSpec = Annotated[
         json_schema_extra=about(DATA, metavar="NAME|PATH"),
     ),
 ]
+ModelDataSpec = Annotated[
+    str | None,
+    Field(
+        description="By default the data the model was trained on.",
+        json_schema_extra=about(DATA, metavar="NAME|PATH"),
+    ),
+]
 ImageSize = Annotated[
     int | None,
     Field(

@@ -13,6 +13,7 @@ from kdcli.config.base import (
     CacheDir,
     DataDir,
     DataSettings,
+    ModelDataSpec,
     Settings,
     TeacherPath,
     Threads,
@@ -71,11 +72,7 @@ class ValidateConfig(DataSettings):
 class TestConfig(Settings):
     """`kd test`."""
 
-    data: str | None = Field(
-        None,
-        description="By default the data the model was trained on.",
-        json_schema_extra=about(DATA, metavar="NAME|PATH"),
-    )
+    data: ModelDataSpec = None
     data_dir: DataDir = Path("data")
     cache_dir: CacheDir = Path("cache")
     teacher: Path | None = Field(
@@ -117,11 +114,7 @@ class ExportConfig(Settings):
         description="Real images on which the export must equal the checkpoint.",
         json_schema_extra=about("Export"),
     )
-    data: str | None = Field(
-        None,
-        description="By default the data the model was trained on.",
-        json_schema_extra=about(DATA, metavar="NAME|PATH"),
-    )
+    data: ModelDataSpec = None
     data_dir: DataDir = Path("data")
     cache_dir: CacheDir = Path("cache")
 

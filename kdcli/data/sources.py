@@ -218,8 +218,12 @@ class ZipSource:
                 yield from self._members(archive, wanted)
         except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError) as error:
             raise not_an_archive(self.path, str(error)) from error
-        except (RuntimeError, NotImplementedError) as error:  # encrypted, or an unknown compression
-            raise KdError(f"cannot read {self.path}: {error}", "Repack it without a password.") from error
+        except (
+            RuntimeError
+        ) as error:  # zipfile's own, of an encrypted member or a compression it does not know
+            raise KdError(
+                f"cannot read {self.path}: {error}", "Repack it by zip -r, without a password."
+            ) from error
 
     def _members(self, archive: zipfile.ZipFile, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
         chosen: list[tuple[str, zipfile.ZipInfo]] = []

@@ -9,28 +9,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from kdcli import __version__, augment, methods, metrics, models, runtime
+from kdcli import __version__, augment, methods, metrics, models, rows, runtime
 from kdcli.config import TrainConfig
 from kdcli.data import Splits
 from kdcli.engine import tensorboard
 from kdcli.engine.evaluate import Evaluation, measure
-from kdcli.engine.feed import Feed, Inputs
-from kdcli.engine.output import Output
-from kdcli.engine.plan import FILLED, cache_mode, fitted_preprocess, resolve, split
+from kdcli.engine.feed import Feed
+from kdcli.engine.plan import FILLED, fitted_preprocess, resolve, split
 from kdcli.engine.record import Record
 from kdcli.engine.result import Metrics, Result
 from kdcli.engine.run_dir import RunDir
 from kdcli.engine.schedule import learning_rate, make_optimizer
 from kdcli.engine.state import Due, State, made_with, newest, restore
 from kdcli.engine.step import Step
+from kdcli.engine.targets import Targets
 from kdcli.errors import Interrupted, KdError, UsageError
 from kdcli.events import Note, OnEvent, Progress, ignore
 from kdcli.models import Classifier
 from kdcli.models.reproducible import Draw, use_global_batch_norm, use_sample_dropout
 from kdcli.runtime import World
-from kdcli.teacher import Live, Outputs, Teacher
 
 Int64 = npt.NDArray[np.int64]
 _SHOW_EVERY_S = 0.5
@@ -104,22 +102,15 @@ class _Run:
         self.steps_per_epoch = -(-len(self.train_samples) // config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
         # everything that can be wrong with what the user asked for comes before a folder is made
-        self.teacher = self._open_teacher()
+        self.targets = Targets(config, self.method, data, self.train_samples, world, on_event, stop)
+        self.teacher = self.targets.teacher
         self.student = self._make_student()
         self.optimizer = make_optimizer(config, self.student.network)
         if resume is None and world.first:
             RunDir.check_free(config)
-        if self.teacher is not None and self.method.regresses and self.teacher.gives_probabilities:
-            raise KdError(
-                f"teacher {config.teacher} gives probabilities, and method {config.method} regresses logits",
-                "Use --method kd, or a teacher that gives logits.",
-            )
-        self.live = self._live_teacher()
-        self.views = self._teacher_views()
+        self.targets.prepare()
+        self.output = self.targets.output_for(self.student.network)
         self.val_accuracy: float | None = None
-        self.output: Output | None = None
-        if self.views and self.method.regresses and models.head_of(self.student.network) is not None:
-            self.output = Output.of(self.views[0], self.train_samples, world.device)
         self.run = self._open_run(resume, filled)
         self.draw = Draw(config.seed)
         use_sample_dropout(self.student.network, self.draw)
@@ -135,29 +126,6 @@ class _Run:
             self.config, self.method, self.student, self.optimizer, self.output, self.draw, world
         )
         self.record = Record(self.config, self.run, self.weights, self.state, world)
-
-    def _open_teacher(self) -> Teacher | None:
-        config = self.config
-        if "kd" not in self.weights:
-            return None
-        if config.cache_top_k and self.method.regresses:
-            raise UsageError(
-                f"--cache-top-k: method {config.method} regresses all logits",
-                "Use --method kd, or leave it out.",
-            )
-        if config.cache_top_k >= len(self.data.train.classes):
-            raise UsageError(
-                f"--cache-top-k {config.cache_top_k}: there are {len(self.data.train.classes)} classes",
-                "Leave it out to keep all of them.",
-            )
-        return Teacher.open(
-            config.teacher,
-            config.cache_dir,
-            config.threads or torch.get_num_threads(),
-            world=self.world,
-            precision=config.teacher_precision,
-            top_k=config.cache_top_k,
-        )
 
     def _make_student(self) -> Classifier:
         config, train = self.config, self.data.train
@@ -189,7 +157,7 @@ class _Run:
             config = self.config
             sample = self.train_samples[: config.batch_size]
             example = self.student.prepare(
-                torch.from_numpy(np.array(self.data.train.images[sample])).to(world.device)
+                torch.from_numpy(rows.take(self.data.train.images, sample)).to(world.device)
             )
             precision, timings = runtime.choose_precision(
                 config.precision, self.student.network, example, len(self.student.classes)
@@ -205,53 +173,6 @@ class _Run:
         run, self.config = world.of_first(made) or (RunDir(self.config.runs_dir), self.config)
         return run
 
-    # --- the teacher -------------------------------------------------------------------------------------
-
-    def _live_teacher(self) -> Live | None:
-        if self.teacher is None or cache_mode(self.config) != "off":
-            return None
-        self.teacher.check(self.data.train)
-        return self.teacher.live(self.config.teacher_dropout, self.config.seed)
-
-    def _teacher_views(self) -> list[Outputs]:
-        """Logits of the training images for each view; empty without a teacher, or with a live one."""
-        if self.teacher is None or self.live is not None:
-            return []
-        config = self.config
-        fixed = cache_mode(config) == "fixed"
-        count = 1 if fixed else config.views
-        views = self.teacher.logits(
-            self.data.train,
-            augment_name="none" if fixed else config.augment,
-            seed=config.seed,
-            views=count,
-            pool=self.train_samples,
-            task="teacher on train images",
-            on_event=self.on_event,
-            stop=lambda: bool(self.stop),
-        )
-        if len(views) < count:
-            raise Interrupted(
-                f"stopped after {len(views)} of {count} views of the teacher; they are kept",
-                "Type the same command again.",
-                exit_code=self.stop.exit_code,
-            )
-        return views
-
-    def _teacher_on_test(self) -> Tensor | None:
-        if self.teacher is None:
-            return None
-        kept = self.teacher.logits(
-            self.data.test,
-            exact=True,
-            task="teacher on test images",
-            on_event=self.on_event,
-            stop=lambda: bool(self.stop),
-        )
-        if not kept:
-            self._interrupted("training is finished, only the test is missing")
-        return kept[0].logits()
-
     # --- the loop ----------------------------------------------------------------------------------------
 
     def go(self) -> Result:
@@ -262,7 +183,9 @@ class _Run:
         self.student.eval()
         if self.output is not None:
             self.output.fold(self.student.network)
-        teacher_logits = self._teacher_on_test()
+        teacher_logits = None if self.teacher is None else self.targets.on_test(self.teacher)
+        if self.teacher is not None and teacher_logits is None:
+            self._interrupted("training is finished, only the test is missing")
         logits = models.predict(self.student, self.data.test.images, task="testing", on_event=self.on_event)
         evaluation = measure(logits, torch.tensor(self.data.test.labels), teacher_logits)
         self.student.provenance = self._provenance(evaluation)
@@ -298,7 +221,7 @@ class _Run:
         rate = config.lr
         for inputs in self.feed.batches(state.epoch % config.views, parts):
             rate = learning_rate(config.schedule, config.lr, state.step, self.steps)
-            self.record.add(self.step(inputs, state.epoch, rate, self._targets(inputs)))
+            self.record.add(self.step(inputs, state.epoch, rate, self.targets.of(inputs, state.epoch)))
             state.step += 1
             state.step_in_epoch += 1
             state.images += inputs.count
@@ -329,15 +252,6 @@ class _Run:
             self._save_state()
         if stop and not last:
             self._interrupted("the state is saved")
-
-    def _targets(self, inputs: Inputs) -> Tensor | None:
-        """The teacher's logits for a batch."""
-        if self.views:
-            view = self.views[self.state.epoch % len(self.views)]
-            return view.logits(inputs.samples).to(self.world.device, non_blocking=True)
-        if self.live is not None:
-            return self.live(inputs.images, self.state.epoch, inputs.samples).to(self.world.device)
-        return None
 
     def _agreed(self, step: int, due: bool) -> tuple[bool, bool]:
         """Whether to stop, and whether to save; the same answer in all processes.
