@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,31 @@ def test_precision_is_measured_and_leaves_network_and_chance_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
     assert all(parameter.grad is None for parameter in network.parameters())
     assert runtime.choose_precision("bf16", network, torch.zeros(1, 3, 2, 2), 3) == ("bf16", {})
+
+
+class _SlowInBf16(nn.Module):
+    """A network that a machine without such instructions would run at half the speed in bf16; it counts its steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 3)
+        self.steps: list[str] = []
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _SlowInBf16:
+        return self  # the trial's steps are counted here
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bf16 = torch.is_autocast_enabled("cpu")
+        self.steps.append("bf16" if bf16 else "32")
+        time.sleep(0.04 if bf16 else 0.02)
+        return self.layer(x.flatten(1))
+
+
+def test_precision_is_not_measured_longer_than_it_is_in_doubt() -> None:
+    network = _SlowInBf16()
+    chosen, _ = runtime.choose_precision("auto", network, torch.zeros(1, 3, 2, 2), 3, budget_s=60)
+    assert chosen == "32"
+    assert network.steps == ["32", "32", "bf16", "bf16"]
 
 
 def test_first_signal_sets_the_flag_and_handlers_come_back() -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 _LARGEST_BATCH = 16  # on a CPU: enough to tell the two apart, and a fraction of a second
 _HOPELESS_MS = 700.0  # for a first step: it would cost too much to measure more of them
+_LOST = 1.5  # times the other's best: no more steps will turn that into the 0.8 that bf16 needs
 
 
 def choose_precision(
@@ -52,7 +53,7 @@ def choose_precision(
         if best["bf16"] < _HOPELESS_MS:
             best["bf16"] = step_ms("bf16")
             for _ in range(6):
-                if time.perf_counter() - started > budget_s or best["bf16"] > 3 * best["32"]:
+                if time.perf_counter() - started > budget_s or best["bf16"] > _LOST * best["32"]:
                     break
                 for precision in best:  # interleaved
                     best[precision] = min(best[precision], step_ms(precision))
