@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -19,80 +18,7 @@ from kdcli.caffe.read import read_caffemodel, read_mean, read_prototxt, weights_
 from kdcli.config import ConvertConfig
 from kdcli.errors import KdError, UsageError
 from kdcli.events import Note
-
-# protobuf's wire format, without protobuf
-
-
-def varint(value: int) -> bytes:
-    out = b""
-    while value > 127:
-        out += bytes([value & 127 | 128])
-        value >>= 7
-    return out + bytes([value])
-
-
-def field(number: int, value: int | float | str | bytes) -> bytes:
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    if isinstance(value, float):
-        return varint(number << 3 | 5) + struct.pack("<f", value)
-    data = value.encode() if isinstance(value, str) else value
-    return varint(number << 3 | 2) + varint(len(data)) + data
-
-
-def blob(values: np.ndarray, *, legacy: bool, double: bool = False, packed: bool = True) -> bytes:
-    if legacy:
-        sides = (1,) * (4 - values.ndim) + values.shape
-        shape = b"".join(field(i + 1, int(side)) for i, side in enumerate(sides))
-    else:
-        shape = field(7, field(1, b"".join(varint(int(side)) for side in values.shape)))
-    if double:
-        return shape + field(8, values.astype("<f8").tobytes())
-    if packed:
-        return shape + field(5, values.astype("<f4").tobytes())
-    return shape + b"".join(field(5, float(value)) for value in values.ravel())
-
-
-V1 = {"Data": 5, "Convolution": 4, "ReLU": 18, "Pooling": 17, "InnerProduct": 14, "SoftmaxWithLoss": 21,
-      "Dropout": 6, "LRN": 15, "Softmax": 20, "Accuracy": 1, "Concat": 3, "Eltwise": 25, "Split": 22,
-      "Sigmoid": 19, "TanH": 23, "Flatten": 8}  # fmt: skip
-PARAM = {"Convolution": (106, 10), "Pooling": (121, 19), "InnerProduct": (117, 17), "LRN": (118, 18),
-         "BatchNorm": (139, 0), "Scale": (142, 0), "ReLU": (123, 30), "Eltwise": (110, 24),
-         "Dropout": (108, 12), "Input": (143, 0)}  # fmt: skip
-
-
-def layer(
-    kind: str,
-    name: str,
-    bottoms: str,
-    top: str,
-    param: bytes = b"",
-    blobs: tuple = (),
-    phase: int | None = None,
-) -> dict[str, Any]:
-    return {"kind": kind, "name": name, "bottoms": bottoms.split(), "tops": top.split(), "param": param,
-            "blobs": blobs, "phase": phase}  # fmt: skip
-
-
-def net(layers: list[dict[str, Any]], *, v1: bool, inputs: bytes = b"", **how: Any) -> bytes:
-    out = field(1, "tiny") + inputs
-    for one in layers:
-        kind, rule = one["kind"], b"" if one["phase"] is None else field(1, one["phase"])
-        if v1:
-            body = b"".join(field(2, b) for b in one["bottoms"]) + b"".join(field(3, t) for t in one["tops"])
-            body += field(4, one["name"]) + field(5, V1[kind])
-            body += b"".join(field(6, blob(b, legacy=True, **how)) for b in one["blobs"])
-            body += field(32, rule) if rule else b""
-        else:
-            body = field(1, one["name"]) + field(2, kind)
-            body += b"".join(field(3, b) for b in one["bottoms"]) + b"".join(field(4, t) for t in one["tops"])
-            body += b"".join(field(7, blob(b, legacy=False, **how)) for b in one["blobs"])
-            body += field(8, rule) if rule else b""
-        if one["param"]:
-            body += field(PARAM[kind][1 if v1 else 0], one["param"])
-        out += field(2 if v1 else 100, body)
-    return out
-
+from tests.caffe_files import PARAM, blob, field, layer, net, write
 
 R = np.random.default_rng(0)
 
@@ -135,12 +61,6 @@ def small(**changes: Any) -> list[dict[str, Any]]:
 
 
 IMAGES = R.integers(0, 256, (6, 12, 12, 3), dtype=np.uint8)
-
-
-def write(folder: Path, content: bytes, name: str = "net.caffemodel") -> Path:
-    path = folder / name
-    path.write_bytes(content)
-    return path
 
 
 def converted(path: Path, **options: Any) -> caffe.Conversion:
@@ -310,10 +230,11 @@ def test_damaged_files_are_errors_not_tracebacks(
         (b"", "is empty"),
         (net(small(), v1=True)[:-1500], "not a whole caffemodel"),
         (b"\x89HDF\r\n\x1a\n" + bytes(99), "caffemodel"),
-        (b"name: 'x'\nlayer { name: 'a' }\n" * 9, "caffemodel"),
+        (b"name: 'x'\n" + b"layer { name: 'a' }\n" * 9, "holds no weights"),
         (field(1, "name only"), "no layers"),
         (net(small(), v1=True) + net(small(), v1=False), "both `layer` and `layers`"),
-        (field(2, field(1, field(1, "conv1") + field(2, "conv"))), "V0 format"),
+        (b"layer { blobs { data: 1 data: 2-3 } }", "could not convert string to float: '2-3'"),
+        (b"layer { blobs { data: [1, 2 } }", "not a well-formed prototxt: line"),
         (net(small(conv1={"blobs": ()}, conv2={"blobs": ()}, ip={"blobs": ()}), v1=True), "holds no weights"),
     ],
 )
@@ -520,6 +441,64 @@ def test_the_nin_equals_opencv_and_its_record(shared_data: Path) -> None:
     assert source.input_size == (32, 32, 3)
 
 
+def as_text(message: Any, **numbers: Any) -> str:
+    """A network in text form, its weights as text: `numbers` says how one blob's values are written."""
+    parts = []
+    for one in message.layers:
+        copy = type(one)()
+        copy.CopyFrom(one)
+        del copy.blobs[:]
+        blobs = []
+        for stored in one.blobs:
+            values = np.frombuffer(b"".join(stored.data), "<f4")
+            shape = (
+                f"num: {stored.num} channels: {stored.channels} height: {stored.height} width: {stored.width}"
+            )
+            blobs.append(f"blobs {{ {shape}\n{numbers['how'](values)} }}")
+        parts.append("layers {\n" + text_format.MessageToString(copy) + "\n".join(blobs) + "\n}")
+    return f'name: "{message.name}"\n' + "\n".join(parts)
+
+
+def test_the_nin_is_the_same_in_every_form(shared_data: Path, tmp_path: Path) -> None:
+    """V1 binary, V1 text, V2, and float64: the same logits, to the bit."""
+    path = shared_data / "cifar10_nin.caffemodel"
+    message = schema.net_parameter()
+    message.ParseFromString(path.read_bytes())
+    forms = {"v1": path}
+    for name, how in {
+        "lines": lambda values: "\n".join(f"data: {value!r}" for value in values.tolist()),
+        "list": lambda values: f"data: [{', '.join(map(repr, values.tolist()))}] diff: [0, 1] # data: 7\n",
+    }.items():
+        forms[name] = tmp_path / f"{name}.caffemodel"
+        forms[name].write_text(as_text(message, how=how))
+    stored = read_caffemodel(path)
+    settings_of = {name: number for name, (number, _) in PARAM.items()}
+    for name, double in (("v2", False), ("double", True)):
+        content = field(1, "upgraded") + b"".join(
+            field(3, source) for source in stored.network.inputs if source == "data"
+        )
+        for one in stored.network.layers:
+            if one.type in ("Data", "Accuracy", "SoftmaxWithLoss"):
+                continue
+            body = field(1, one.name) + field(2, one.type)
+            body += b"".join(field(3, b) for b in one.bottoms) + b"".join(field(4, t) for t in one.tops)
+            body += b"".join(
+                field(7, blob(b, legacy=False, double=double)) for b in stored.weights.get(one.name, ())
+            )
+            for setting, value in one.param.ListFields():
+                if setting.name.endswith("_param") and one.type in settings_of:
+                    body += field(settings_of[one.type], value.SerializeToString())
+            content += field(100, body)
+        forms[name] = write(tmp_path, content, f"{name}.caffemodel")
+    images = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8))
+    config = ConvertConfig(preprocess="none", channel_order="rgb")
+    with torch.inference_mode():
+        logits = {name: caffe.convert(form, config).classifier(images) for name, form in forms.items()}
+    assert logits["v1"].std() > 1
+    for name, found in logits.items():
+        assert torch.equal(found, logits["v1"]), name
+
+
 def test_the_nin_is_known_by_its_weights_when_encoded_anew(shared_data: Path, tmp_path: Path) -> None:
     stored = read_caffemodel(shared_data / "cifar10_nin.caffemodel")
     layers = [layer("Convolution", name, "", "", b"", blobs) for name, blobs in stored.weights.items()]
@@ -585,19 +564,6 @@ def test_two_inputs_that_are_needed_are_an_error(tmp_path: Path) -> None:
     content = net([small()[2], add, {**FC, "bottoms": ["sum"]}], v1=False)
     with pytest.raises(KdError, match=r"reads 2 inputs \(data, other\)"):
         converted(write(tmp_path, content))
-
-
-@pytest.mark.parametrize(("number", "refused"), [(0, False), (1, True)])
-def test_pooling_that_rounds_down_is_not_taken_for_caffes_own(
-    number: int, refused: bool, tmp_path: Path
-) -> None:
-    pool = field(2, 3) + field(3, 2) + field(13, number)
-    path = write(tmp_path, net(small(pool1={"param": pool}), v1=False))
-    if refused:
-        with pytest.raises(KdError, match=r"pool1.*FLOOR"):
-            converted(path)
-    else:
-        converted(path)
 
 
 def test_prototxt_in_any_encoding(tmp_path: Path) -> None:

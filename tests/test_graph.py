@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from kdcli import models
 from kdcli.errors import KdError
-from kdcli.models.graph import OPS, GraphNet, graph, pool_window, safe_name
+from kdcli.models.graph import GraphNet, graph, safe_name
+from kdcli.models.operations import OPS
+from kdcli.models.operations.windows import pool_window
 
 
 def node(name: str, op: str, *inputs: str, **args: Any) -> dict[str, Any]:
@@ -28,14 +30,14 @@ def one(shape: tuple[int, ...], op: str, **args: Any) -> GraphNet:
 
 
 def caffe_pool(
-    maps: np.ndarray, kernel: tuple, stride: tuple, pad: tuple, average: bool
+    maps: np.ndarray, kernel: tuple, stride: tuple, pad: tuple, average: bool, up: bool
 ) -> np.ndarray | None:
     """Caffe's PoolingLayer::Reshape and Forward_cpu, loop by loop. None where a window is empty."""
     size = maps.shape[1:]
     out = []
     for side, k, s, p in zip(size, kernel, stride, pad, strict=True):
-        length = math.ceil((side + 2 * p - k) / s) + 1
-        if p and (length - 1) * s >= side + p:
+        length = (math.ceil if up else math.floor)((side + 2 * p - k) / s) + 1
+        if any(pad) and (length - 1) * s >= side + p:
             length -= 1
         if length < 1:
             return None
@@ -63,19 +65,22 @@ def pools(draw: st.DrawFn) -> tuple[tuple[int, int], ...]:
     return size, kernel, stride, pad
 
 
-@given(pools(), st.booleans(), st.integers(0, 99))
-@example(((32, 32), (3, 3), (2, 2), (0, 0)), True, 0)  # NIN's
-@example(((7, 7), (3, 3), (2, 2), (1, 1)), True, 0)
-@example(((4, 4), (2, 2), (2, 2), (1, 1)), False, 0)
-@example(((6, 6), (3, 3), (3, 3), (2, 2)), True, 0)  # torch keeps a window that starts in explicit padding
+@given(pools(), st.booleans(), st.booleans(), st.integers(0, 99))
+@example(((32, 32), (3, 3), (2, 2), (0, 0)), True, True, 0)  # NIN's
+@example(((7, 7), (3, 3), (2, 2), (1, 1)), True, True, 0)
+@example(((4, 4), (2, 2), (2, 2), (1, 1)), False, True, 0)
+@example(((2, 1), (1, 2), (2, 1), (0, 1)), False, True, 0)  # the other axis has the padding
+@example(
+    ((6, 6), (3, 3), (3, 3), (2, 2)), True, True, 0
+)  # torch keeps a window that starts in explicit padding
 @settings(max_examples=400, deadline=None)
-def test_pooling_is_caffes_for_every_geometry(geometry: Any, average: bool, seed: int) -> None:
+def test_pooling_is_caffes_for_every_geometry(geometry: Any, average: bool, up: bool, seed: int) -> None:
     size, kernel, stride, pad = geometry
     maps = (
         np.random.default_rng(seed).normal(size=(2, *size)) - 3
     )  # below 0: a zero of the padding would win a max
-    wanted = caffe_pool(maps, kernel, stride, pad, average)
-    args = {"kernel": list(kernel), "stride": list(stride), "pad": list(pad)}
+    wanted = caffe_pool(maps, kernel, stride, pad, average, up)
+    args = {"kernel": list(kernel), "stride": list(stride), "pad": list(pad), "round_up": up}
     operation = "ave_pool" if average else "max_pool"
     if wanted is None:
         with pytest.raises(KdError, match="layer layer"):
@@ -201,7 +206,10 @@ def test_trains_saves_and_prints() -> None:
     pixels = torch.randn(3, 3, 9, 9)
     torch.testing.assert_close(again.eval()(pixels), net.eval()(pixels))
     assert {"conv1.weight", "conv1.bias", "ip.weight", "scale1.weight"} <= set(net.state_dict())
-    assert "(conv1): Conv2d(3, 6" in repr(net)
+    assert (
+        "  conv1 = Conv2d(3, 6, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1)) of input: 6×9×9\n"
+        in repr(net)
+    )
     assert [m.p for m in net.modules() if isinstance(m, torch.nn.Dropout)] == [0.4]
     # same numbers in torch, but several onnxruntimes get it wrong
     assert not any(m.count_include_pad for m in net.modules() if isinstance(m, torch.nn.AvgPool2d))

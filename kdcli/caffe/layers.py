@@ -13,13 +13,16 @@ import numpy as np
 
 from kdcli.caffe.read import Array, Layer, squeezed
 from kdcli.errors import KdError
-from kdcli.models.graph import shown
+from kdcli.models.operations.shapes import shown
 
 Node = tuple[str, dict[str, Any]]
 
 
-def node_of(layer: Layer) -> Node:
+def node_of(layer: Layer, part: int = 0) -> Node:
     """The operation and its arguments.
+
+    Args:
+        part: which of the layer's outputs, where it has several.
 
     Raises:
         KdError: a layer type, or a setting of it, that kd does not know; names layer and type.
@@ -27,10 +30,11 @@ def node_of(layer: Layer) -> Node:
     if layer.type not in LAYERS:
         raise KdError(
             f"layer {layer.name}: unknown type {layer.type or '(none)'}",
-            f"kd knows {', '.join(sorted(LAYERS))}.",
+            f"kd knows {', '.join(sorted({*LAYERS, 'Split', 'Silence'}))}.",
         )
     try:
-        return LAYERS[layer.type](layer)
+        operation, args = LAYERS[layer.type](layer)
+        return operation, {**args, "part": part} if operation == "slice" else args
     except KdError as error:
         raise KdError(f"layer {layer.name} ({layer.type}): {error.message}", error.hint) from error
 
@@ -48,7 +52,7 @@ def state_of(
         KdError: too few or too many blobs, or shapes that differ; names the layer and both shapes.
     """
     names = [name for name in PARAMETERS.get(operation, ()) if name in wanted or name == "factor"]
-    if not names:
+    if not names or (operation == "batch_norm" and not wanted):
         return {}
     if not blobs:
         shapes = ", ".join(f"{name} {shown(wanted[name])}" for name in names if name in wanted)
@@ -81,7 +85,10 @@ PARAMETERS = {
     "conv": ("weight", "bias"),
     "linear": ("weight", "bias"),
     "batch_norm": ("running_mean", "running_var", "factor"),
+    "deconv": ("weight", "bias"),
     "scale": ("weight", "bias"),
+    "bias": ("bias",),
+    "prelu": ("weight",),
 }
 
 
@@ -104,9 +111,9 @@ def _pair(param: Any, name: str, default: int | None, plain: str = "") -> list[i
 
 def _convolution(layer: Layer) -> Node:
     param = layer.param.convolution_param
-    if param.axis != 1:
+    if param.axis not in (1, -3):
         raise KdError(f"axis {param.axis} is not the channels")
-    return "conv", {
+    return "deconv" if layer.type == "Deconvolution" else "conv", {
         "out": _outputs(param),
         "kernel": _pair(param, "kernel", None, "kernel_size"),
         "stride": _pair(param, "stride", 1),
@@ -125,44 +132,83 @@ def _outputs(param: Any) -> int:
 
 def _inner_product(layer: Layer) -> Node:
     param = layer.param.inner_product_param
-    if param.axis != 1:
-        raise KdError(f"axis {param.axis} is not supported, only 1")
-    return "linear", {"out": _outputs(param), "bias": bool(param.bias_term)}
+    return "linear", {"out": _outputs(param), "bias": bool(param.bias_term), "axis": int(param.axis)}
 
 
 def _pooling(layer: Layer) -> Node:
     param = layer.param.pooling_param
     if param.pool not in (0, 1):
         raise KdError("stochastic pooling is not supported")
-    if param.round_mode != 0:
-        raise KdError("round_mode FLOOR is not supported, only Caffe's own CEIL")
     operation = "ave_pool" if param.pool == 1 else "max_pool"
     args = {"stride": _pair(param, "stride", 1), "pad": _pair(param, "pad", 0)}
     if param.global_pooling:
         if args != {"stride": [1, 1], "pad": [0, 0]}:
             raise KdError("global pooling takes neither stride nor padding")
         return operation, {}
-    return operation, {"kernel": _pair(param, "kernel", None, "kernel_size"), **args}
+    return operation, {
+        "kernel": _pair(param, "kernel", None, "kernel_size"),
+        **args,
+        "round_up": param.round_mode == 0,
+    }
 
 
 def _lrn(layer: Layer) -> Node:
     param = layer.param.lrn_param
-    if param.norm_region != 0:
-        raise KdError("normalisation within a channel is not supported, only across channels")
-    size, alpha, beta, k = int(param.local_size), float(param.alpha), float(param.beta), float(param.k)
-    return "lrn", {"size": size, "alpha": alpha, "beta": beta, "k": k}
+    return "lrn", {
+        "size": int(param.local_size),
+        "alpha": float(param.alpha),
+        "beta": float(param.beta),
+        "k": float(param.k),
+        "within": param.norm_region == 1,
+    }
+
+
+def _batch_norm(layer: Layer) -> Node:
+    param = layer.param.batch_norm_param
+    if param.HasField("use_global_stats") and not param.use_global_stats:
+        raise KdError(
+            "use_global_stats: false takes the statistics of each batch; a classifier needs the kept ones",
+            "Give a deploy prototxt with --prototxt, in which it is true or absent.",
+        )
+    return "batch_norm", {"eps": float(param.eps)}
+
+
+def _mvn(layer: Layer) -> Node:
+    param = layer.param.mvn_param
+    return "mvn", {
+        "variance": bool(param.normalize_variance),
+        "across": bool(param.across_channels),
+        "eps": float(param.eps),
+    }
 
 
 def _scale(layer: Layer) -> Node:
     param = layer.param.scale_param
-    if len(layer.bottoms) != 1 or param.axis != 1 or param.num_axes != 1:
-        raise KdError("only one factor a channel is supported")
-    return "scale", {"bias": bool(param.bias_term)}
+    return "scale", {"bias": bool(param.bias_term), "axis": int(param.axis), "num_axes": int(param.num_axes)}
 
 
-def _concat(layer: Layer) -> Node:
-    param = layer.param.concat_param
-    return "concat", {"axis": int(param.concat_dim if param.HasField("concat_dim") else param.axis)}
+def _bias(layer: Layer) -> Node:
+    param = layer.param.bias_param
+    return "bias", {"axis": int(param.axis), "num_axes": int(param.num_axes)}
+
+
+def _axis(param: Any, older: str) -> int:
+    """`axis`, or the field that came before it."""
+    return int(getattr(param, older) if param.HasField(older) else param.axis)
+
+
+def _slice(layer: Layer) -> Node:
+    param = layer.param.slice_param
+    return "slice", {
+        "of": len(layer.tops),
+        "axis": _axis(param, "slice_dim"),
+        "points": [int(point) for point in param.slice_point],
+    }
+
+
+def _crop(layer: Layer) -> Node:
+    param = layer.param.crop_param
+    return "crop", {"axis": int(param.axis), "offset": [int(first) for first in param.offset]}
 
 
 def _eltwise(layer: Layer) -> Node:
@@ -173,31 +219,77 @@ def _eltwise(layer: Layer) -> Node:
 
 
 def _flatten(layer: Layer) -> Node:
-    param = layer.param.flatten_param if hasattr(layer.param, "flatten_param") else None
-    if param is not None and (param.axis, param.end_axis) != (1, -1):
-        raise KdError("only flattening everything but the batch is supported")
-    return "flatten", {}
+    if not hasattr(layer.param, "flatten_param"):  # V1 has no settings for it
+        return "flatten", {}
+    param = layer.param.flatten_param
+    return "flatten", {"axis": int(param.axis), "end_axis": int(param.end_axis)}
 
 
-def _softmax(layer: Layer) -> Node:
-    if layer.param.softmax_param.axis not in (1,):
-        raise KdError("only the softmax over channels is supported")
-    return "softmax", {}
+def _reshape(layer: Layer) -> Node:
+    param = layer.param.reshape_param
+    if not param.HasField("shape"):
+        raise KdError("it has no shape")
+    dims = [int(side) for side in param.shape.dim]
+    return "reshape", {"dims": dims, "axis": int(param.axis), "num_axes": int(param.num_axes)}
+
+
+def _reduction(layer: Layer) -> Node:
+    param = layer.param.reduction_param
+    operation = {1: "sum", 2: "asum", 3: "sumsq", 4: "mean"}[param.operation]
+    return "reduction", {"operation": operation, "axis": int(param.axis), "factor": float(param.coeff)}
+
+
+def _argmax(layer: Layer) -> Node:
+    param = layer.param.argmax_param
+    axis = int(param.axis) if param.HasField("axis") else None
+    return "argmax", {"axis": axis, "top_k": int(param.top_k), "values": bool(param.out_max_val)}
+
+
+def _power(layer: Layer) -> Node:
+    param = layer.param.power_param
+    return "power", {"power": float(param.power), "scale": float(param.scale), "shift": float(param.shift)}
+
+
+def _exponential(layer: Layer) -> Node:
+    operation = layer.type.lower()
+    param = getattr(layer.param, f"{operation}_param")
+    base = None if param.base == -1 else float(param.base)
+    return operation, {"base": base, "scale": float(param.scale), "shift": float(param.shift)}
+
+
+def _dropout(layer: Layer) -> Node:
+    param = layer.param.dropout_param
+    return "dropout", {"ratio": float(param.dropout_ratio), "scale_train": bool(param.scale_train)}
 
 
 LAYERS: dict[str, Callable[[Layer], Node]] = {
+    "AbsVal": lambda layer: ("abs", {}),
+    "ArgMax": _argmax,
+    "BNLL": lambda layer: ("softplus", {}),
+    "BatchNorm": _batch_norm,
+    "Bias": _bias,
+    "Concat": lambda layer: ("concat", {"axis": _axis(layer.param.concat_param, "concat_dim")}),
     "Convolution": _convolution,
-    "InnerProduct": _inner_product,
-    "Pooling": _pooling,
-    "LRN": _lrn,
-    "BatchNorm": lambda layer: ("batch_norm", {"eps": float(layer.param.batch_norm_param.eps)}),
-    "Scale": _scale,
-    "Concat": _concat,
+    "Crop": _crop,
+    "Deconvolution": _convolution,
+    "Dropout": _dropout,
+    "ELU": lambda layer: ("elu", {"alpha": float(layer.param.elu_param.alpha)}),
     "Eltwise": _eltwise,
-    "ReLU": lambda layer: ("relu", {"negative_slope": float(layer.param.relu_param.negative_slope)}),
-    "Dropout": lambda layer: ("dropout", {"ratio": float(layer.param.dropout_param.dropout_ratio)}),
+    "Exp": _exponential,
     "Flatten": _flatten,
-    "Softmax": _softmax,
+    "InnerProduct": _inner_product,
+    "LRN": _lrn,
+    "Log": _exponential,
+    "MVN": _mvn,
+    "PReLU": lambda layer: ("prelu", {"shared": bool(layer.param.prelu_param.channel_shared)}),
+    "Pooling": _pooling,
+    "Power": _power,
+    "ReLU": lambda layer: ("relu", {"negative_slope": float(layer.param.relu_param.negative_slope)}),
+    "Reduction": _reduction,
+    "Reshape": _reshape,
+    "Scale": _scale,
     "Sigmoid": lambda layer: ("sigmoid", {}),
+    "Slice": _slice,
+    "Softmax": lambda layer: ("softmax", {"axis": int(layer.param.softmax_param.axis)}),
     "TanH": lambda layer: ("tanh", {}),
 }

@@ -13,9 +13,10 @@ from kdcli.caffe.layers import node_of, state_of
 from kdcli.caffe.read import DATA_TYPES, Layer, Network, Weights
 from kdcli.errors import KdError
 from kdcli.events import Note, OnEvent, ignore
-from kdcli.models.graph import INPUT, GraphNet, Shape, is_vector, safe_name, shown
+from kdcli.models.graph import INPUT, GraphNet, safe_name
+from kdcli.models.operations.shapes import Shape, is_vector, shown
 
-_STRIPPED = {"ArgMax", "Silence", "Accuracy", "HDF5Output"}
+_AFTER_LOGITS = ("Softmax", "ArgMax")  # what may follow the logits, and is cut off
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class _Step:
     layer: Layer
     node: str
     inputs: tuple[str, ...]
+    part: int = 0  # which of the layer's outputs
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def wire(network: Network, on_event: OnEvent = ignore) -> Wiring:
     outside: dict[str, str] = {}  # node standing for a blob that no layer makes → the blob
     steps: dict[str, _Step] = {}
     for layer in network.layers:
-        if layer.type in DATA_TYPES or layer.type in _STRIPPED or layer.is_loss:
+        if layer.type in DATA_TYPES or layer.is_loss:
             continue
         for bottom in layer.bottoms:
             if bottom not in blobs:
@@ -86,19 +88,20 @@ def wire(network: Network, on_event: OnEvent = ignore) -> Wiring:
                 raise KdError(f"layer {layer.name} (Split): it has {len(sources)} inputs, one is right")
             blobs.update(dict.fromkeys(layer.tops, sources[0]))
             continue
-        if len(layer.tops) != 1:
+        if len(layer.tops) != 1 and (layer.type != "Slice" or not layer.tops):
             raise KdError(
                 f"layer {layer.name} ({layer.type}): it has {len(layer.tops)} outputs, kd knows one"
             )
-        node = safe_name(layer.name, steps)
-        steps[node] = _Step(layer, node, sources)
-        blobs[layer.tops[0]] = node
+        for part, top in enumerate(layer.tops):
+            node = safe_name(layer.name if len(layer.tops) == 1 else f"{layer.name}_{part}", steps)
+            steps[node] = _Step(layer, node, sources, part)
+            blobs[top] = node
     if not steps:
         raise KdError("the network has no layer that computes anything")
     read = {source for step in steps.values() for source in step.inputs}
     ends = [node for node in steps if node not in read]
     output = ends[-1]
-    while steps[output].layer.type == "Softmax" and len(steps[output].inputs) == 1:
+    while steps[output].layer.type in _AFTER_LOGITS and len(steps[output].inputs) == 1:
         output = steps[output].inputs[0]
         if output in outside:
             raise KdError("the network is nothing but a softmax")
@@ -107,7 +110,9 @@ def wire(network: Network, on_event: OnEvent = ignore) -> Wiring:
         if node in needed:
             needed.update(steps[node].inputs)
     dropped = [
-        step.layer.name for node, step in steps.items() if node not in needed and step.layer.type != "Softmax"
+        step.layer.name
+        for node, step in steps.items()
+        if node not in needed and step.layer.type not in _AFTER_LOGITS
     ]
     if dropped:
         on_event(
@@ -173,7 +178,7 @@ def assemble(network: Network, weights: Weights, shape: Shape, on_event: OnEvent
     nodes: list[dict[str, Any]] = []
     operations: dict[str, str] = {}
     for step in wiring.steps:
-        operation, args = node_of(step.layer)
+        operation, args = node_of(step.layer, step.part)
         operations[step.node] = operation
         nodes.append({"name": step.node, "op": operation, "inputs": list(step.inputs), "args": args})
     with torch.device("meta"):  # shapes alone: nothing is allocated before they are known to fit the file
@@ -193,7 +198,7 @@ def assemble(network: Network, weights: Weights, shape: Shape, on_event: OnEvent
     if ignored:
         on_event(Note(f"weights of layers that the network does not use: {', '.join(ignored)}"))
     output = skeleton.shapes[wiring.output]
-    if not is_vector(output, output[0]):
+    if not output or not is_vector(output, output[0]):
         raise KdError(
             f"layer {wiring.output}: its output is {shown(output)}, not one value a class",
             "kd distils image classifiers; is the image size right (--image-size)?",

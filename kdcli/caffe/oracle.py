@@ -121,6 +121,8 @@ def deploy_text(network: Network, shape: tuple[int, int, int]) -> tuple[str, str
         for field in ("blobs", "include", "exclude", "phase"):
             if field in layer.param.DESCRIPTOR.fields_by_name:
                 copy.ClearField(field)
+        if layer.type == "Pooling":
+            copy.pooling_param.pool = copy.pooling_param.pool  # OpenCV wants the default written out
     return text_format.MessageToString(message), last
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from google.protobuf import text_format, unknown_fields
 from google.protobuf.message import DecodeError
 
-from kdcli.caffe import schema
+from kdcli.caffe import schema, v0
 from kdcli.errors import KdError
 
 Array = npt.NDArray[np.float32]
@@ -40,7 +41,6 @@ _V2_NAMES = {  # V1 enum → V2 type, where capitals do not give it
 DATA_TYPES = {
     "Data", "ImageData", "HDF5Data", "MemoryData", "DummyData", "WindowData", "AnnotatedData", "Input",
 }  # fmt: skip
-_V0_HINT = "Upgrade it with Caffe's own upgrade_net_proto_text or upgrade_net_proto_binary."
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class CaffeModel:
 
 
 def read_caffemodel(path: Path) -> CaffeModel:
-    """Read a binary caffemodel, V1 or V2.
+    """Read a caffemodel, V0, V1 or V2, binary or as text.
 
     Raises:
         KdError: missing, too large, truncated, not a caffemodel, or blobs that are not of their shape.
@@ -93,7 +93,10 @@ def read_caffemodel(path: Path) -> CaffeModel:
     content = read_bytes(path, _MOST_BYTES)
     message = schema.net_parameter()
     try:
-        message.ParseFromString(content)
+        if _is_text(content):
+            _parse_text(_packed(_decoded(content, path)), message, path)
+        else:
+            message.ParseFromString(content)
     except (DecodeError, ValueError, RecursionError) as error:
         raise KdError(
             f"{path} is not a whole caffemodel: {_first_line(error)}", _kind_hint(content)
@@ -113,7 +116,8 @@ def read_caffemodel(path: Path) -> CaffeModel:
         )
     if not blobs:
         raise KdError(
-            f"{path} holds no weights", "This looks like a network without its training; name a caffemodel."
+            f"{path} holds no weights",
+            "This looks like a network without its training: name the caffemodel first, and this with --prototxt.",
         )
     return CaffeModel(path, hashlib.sha256(content).hexdigest(), network, blobs)
 
@@ -124,22 +128,57 @@ def read_prototxt(path: Path) -> Network:
     Raises:
         KdError: missing, not text, or malformed; names the line.
     """
-    content = read_bytes(path, _MOST_TEXT)
     message = schema.net_parameter()
+    _parse_text(_decoded(read_bytes(path, _MOST_TEXT), path), message, path)
+    if not message.layers and not message.layer:
+        raise KdError(f"{path} holds no layers", "kd takes a deploy or train_val prototxt, not a solver.")
+    return _network(message, path)
+
+
+def _decoded(content: bytes, path: Path) -> str:
+    if len(content) > _MOST_TEXT:
+        raise KdError(f"{path} is {len(content):,} bytes; kd reads at most {_MOST_TEXT:,} of text")
+    text = content.decode("utf-8-sig", "replace")  # comments may be in any encoding
+    if "\0" in text:
+        raise KdError(
+            f"{path} is not a prototxt: it is not text", "--prototxt takes the network's text form."
+        )
+    return text
+
+
+def _parse_text(text: str, message: Any, path: Path) -> None:
     try:
-        text = content.decode("utf-8-sig", "replace")  # comments may be in any encoding
-        if "\0" in text:
-            raise KdError(
-                f"{path} is not a prototxt: it is not text", "--prototxt takes the network's text form."
-            )
         text_format.Parse(text, message, allow_unknown_field=True)
     except text_format.ParseError as error:
         raise KdError(f"{path} is not a well-formed prototxt: line {_first_line(error)}") from error
     except (ValueError, RecursionError, OverflowError) as error:
         raise KdError(f"{path} is not a well-formed prototxt: {_first_line(error)}") from error
-    if not message.layers and not message.layer:
-        raise KdError(f"{path} holds no layers", "kd takes a deploy or train_val prototxt, not a solver.")
-    return _network(message, path)
+
+
+_NUMBER = r"[-+]?[0-9.][-+0-9.eE]*+f?"
+_VALUES = re.compile(  # possessive and without a condition behind: no text makes it look twice at anything
+    rf"\b(data|double_data|diff|double_diff)\s*+:\s*+(?:\[([-+0-9.eEf,\s]*+)\]|({_NUMBER}(?:\s++\1\s*+:\s*+{_NUMBER})*+))"
+)
+
+
+def _packed(text: str) -> str:
+    """Weights as text, a value a line or a list, as the bytes that `schema` reads them as; differences go.
+
+    Raises:
+        ValueError: what stands for a number is none.
+    """
+
+    def packed(found: re.Match[str]) -> str:
+        name, listed, lines = found.groups()
+        if name.endswith("diff"):
+            return ""
+        words = (lines or listed or "").replace(name, " ").replace(":", " ").replace(",", " ").split()
+        values = np.array(
+            [float(word.rstrip("f")) for word in words], "<f8" if name == "double_data" else "<f4"
+        )
+        return f'{name}: "' + "".join(f"\\x{pair}" for pair in values.tobytes().hex(" ").split()) + '"'
+
+    return _VALUES.sub(packed, text)
 
 
 def read_mean(path: Path) -> Array:
@@ -199,7 +238,7 @@ def blob_array(blob: Any, where: str) -> Array:
         shape = tuple(int(side) for side in blob.shape.dim)
     else:
         shape = (blob.num, blob.channels, blob.height, blob.width)
-    if not shape or any(side < 1 for side in shape):
+    if any(side < 1 for side in shape):
         raise KdError(f"{where}: shape {shape} is not positive")
     kind, raw = ("<f8", b"".join(blob.double_data)) if blob.double_data else ("<f4", b"".join(blob.data))
     if not raw:
@@ -235,9 +274,8 @@ def _all_layers(message: Any, path: Path) -> list[Layer]:
             f"{path} holds both `layer` and `layers`", "A network is written in one form or the other."
         )
     layers = []
-    for number, param in enumerate(message.layers or message.layer):
-        if message.layers and param.HasField("layer"):
-            raise KdError(f"{path} is in Caffe's V0 format (layer {_text(param.layer.name)})", _V0_HINT)
+    params = v0.upgraded(message.layers, path) if message.layers else message.layer
+    for number, param in enumerate(params):
         kind = _text(param.type) if message.layer else _v2_type(schema.v1_type_name(param.type))
         name = _text(param.name) or f"layer {number + 1}"
         bottoms, tops = (tuple(map(_text, blobs)) for blobs in (param.bottom, param.top))
@@ -256,9 +294,10 @@ def _v2_type(v1: str) -> str:
 
 def _network(message: Any, path: Path) -> Network:
     every = _all_layers(message, path)
-    tested = [layer for layer in every if _in_test(layer)]
+    state = message.state
+    tested = [layer for layer in every if _in_test(layer, state)]
     sources = [layer for layer in tested if layer.type in DATA_TYPES]
-    sources += [layer for layer in every if layer.type in DATA_TYPES and not _in_test(layer)]
+    sources += [layer for layer in every if layer.type in DATA_TYPES and not _in_test(layer, state)]
     inputs: dict[str, tuple[int, ...] | None] = {}
     for number, name in enumerate(message.input):
         shape: tuple[int, ...] | None = None
@@ -297,21 +336,23 @@ def _declared_shape(layer: Layer, number: int) -> tuple[int, ...] | None:
     return None
 
 
-def _in_test(layer: Layer) -> bool:
-    """Caffe's rule: included if any `include` holds, or no `exclude` does; state TEST, level 0, no stages."""
+def _in_test(layer: Layer, state: Any) -> bool:
+    """Caffe's rule: included if any `include` holds, or no `exclude` does; in the test phase, with the level and the
+    stages that the file's own `state` names (0 and none if it names none)."""
     if layer.param.include:
-        return any(_holds(rule) for rule in layer.param.include)
-    return not any(_holds(rule) for rule in layer.param.exclude)
+        return any(_holds(rule, state) for rule in layer.param.include)
+    return not any(_holds(rule, state) for rule in layer.param.exclude)
 
 
-def _holds(rule: Any) -> bool:
+def _holds(rule: Any, state: Any) -> bool:
     if rule.HasField("phase") and rule.phase != _TEST:
         return False
-    if (rule.HasField("min_level") and rule.min_level > 0) or (
-        rule.HasField("max_level") and rule.max_level < 0
+    if (rule.HasField("min_level") and state.level < rule.min_level) or (
+        rule.HasField("max_level") and state.level > rule.max_level
     ):
         return False
-    return not rule.stage
+    stages = set(state.stage)
+    return stages.issuperset(rule.stage) and stages.isdisjoint(rule.not_stage)
 
 
 def _kind_hint(content: bytes) -> str:
@@ -319,10 +360,13 @@ def _kind_hint(content: bytes) -> str:
         return "It is HDF5; kd reads binary caffemodels: save it from Caffe as snapshot_format BINARYPROTO."
     if content.startswith((b"PK\x03\x04", b"\x80\x02")):
         return "It looks like a zip or PyTorch file; kd convert-caffe reads .caffemodel and caffe-tensorflow .npy."
-    head = content[:4096]
-    if b"layer" in head and all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
-        return "It looks like a prototxt: name the caffemodel first and this with --prototxt."
     return "Is the download complete, and the name right?"
+
+
+def _is_text(content: bytes) -> bool:
+    """Whether it reads as a network's text form; a binary one begins with a byte below the blank, or a tag."""
+    head = content[:4096]
+    return b"layer" in head and all(byte in b"\t\n\r" or byte >= 32 for byte in head)
 
 
 def _first_line(error: BaseException) -> str:

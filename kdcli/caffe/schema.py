@@ -21,6 +21,7 @@ _ENUMS: dict[str, dict[str, int]] = {
     "RoundMode": {"CEIL": 0, "FLOOR": 1},
     "NormRegion": {"ACROSS_CHANNELS": 0, "WITHIN_CHANNEL": 1},
     "EltwiseOp": {"PROD": 0, "SUM": 1, "MAX": 2},
+    "ReductionOp": {"SUM": 1, "ASUM": 2, "SUMSQ": 3, "MEAN": 4},
     "V1Type": {
         "NONE": 0, "ACCURACY": 1, "BNLL": 2, "CONCAT": 3, "CONVOLUTION": 4, "DATA": 5, "DROPOUT": 6,
         "EUCLIDEAN_LOSS": 7, "FLATTEN": 8, "HDF5_DATA": 9, "HDF5_OUTPUT": 10, "IM2COL": 11,
@@ -40,6 +41,7 @@ _MESSAGES: dict[str, str] = {
         num 1 int32; channels 2 int32; height 3 int32; width 4 int32
         data 5 bytes*; shape 7 BlobShape; double_data 8 bytes*
     """,
+    "NetState": "phase 1 Phase TEST; level 2 int32 0; stage 3 string*",
     "NetStateRule": """
         phase 1 Phase; min_level 2 int32; max_level 3 int32; stage 4 string*; not_stage 5 string*
     """,
@@ -55,15 +57,20 @@ _MESSAGES: dict[str, str] = {
     "DummyDataParameter": """
         num 2 uint32*; channels 3 uint32*; height 4 uint32*; width 5 uint32*; shape 6 BlobShape*
     """,
+    "ArgMaxParameter": "out_max_val 1 bool false; top_k 2 uint32 1; axis 3 int32",
     "BatchNormParameter": "use_global_stats 1 bool; moving_average_fraction 2 float 0.999; eps 3 float 1e-5",
+    "BiasParameter": "axis 1 int32 1; num_axes 2 int32 1",
     "ConcatParameter": "concat_dim 1 uint32 1; axis 2 int32 1",
     "ConvolutionParameter": """
         num_output 1 uint32; bias_term 2 bool true; pad 3 uint32*; kernel_size 4 uint32*; group 5 uint32 1
         stride 6 uint32*; pad_h 9 uint32; pad_w 10 uint32; kernel_h 11 uint32; kernel_w 12 uint32
         stride_h 13 uint32; stride_w 14 uint32; axis 16 int32 1; dilation 18 uint32*
     """,
+    "CropParameter": "axis 1 int32 2; offset 2 uint32*",
     "DropoutParameter": "dropout_ratio 1 float 0.5; scale_train 2 bool true",
+    "ELUParameter": "alpha 1 float 1",
     "EltwiseParameter": "operation 1 EltwiseOp SUM; coeff 2 float*",
+    "ExpParameter": "base 1 float -1; scale 2 float 1; shift 3 float 0",
     "FlattenParameter": "axis 1 int32 1; end_axis 2 int32 -1",
     "InnerProductParameter": """
         num_output 1 uint32; bias_term 2 bool true; axis 5 int32 1; transpose 6 bool false
@@ -72,28 +79,45 @@ _MESSAGES: dict[str, str] = {
         local_size 1 uint32 5; alpha 2 float 1; beta 3 float 0.75; norm_region 4 NormRegion ACROSS_CHANNELS
         k 5 float 1
     """,
+    "LogParameter": "base 1 float -1; scale 2 float 1; shift 3 float 0",
+    "MVNParameter": "normalize_variance 1 bool true; across_channels 2 bool false; eps 3 float 1e-9",
+    "PReLUParameter": "channel_shared 2 bool false",
     "PoolingParameter": """
         pool 1 PoolMethod MAX; kernel_size 2 uint32*; stride 3 uint32*; pad 4 uint32*; kernel_h 5 uint32
         kernel_w 6 uint32; stride_h 7 uint32; stride_w 8 uint32; pad_h 9 uint32; pad_w 10 uint32
         global_pooling 12 bool false; round_mode 13 RoundMode CEIL
     """,
+    "PowerParameter": "power 1 float 1; scale 2 float 1; shift 3 float 0",
     "ReLUParameter": "negative_slope 1 float 0",
+    "ReductionParameter": "operation 1 ReductionOp SUM; axis 2 int32 0; coeff 3 float 1",
+    "ReshapeParameter": "shape 1 BlobShape; axis 2 int32 0; num_axes 3 int32 -1",
     "ScaleParameter": "axis 1 int32 1; num_axes 2 int32 1; bias_term 4 bool false",
+    "SliceParameter": "slice_dim 1 uint32 1; slice_point 2 uint32*; axis 3 int32 1",
     "SoftmaxParameter": "axis 2 int32 1",
-    "V0LayerParameter": "name 1 string; type 2 string",
+    "V0LayerParameter": """
+        name 1 string; type 2 string; num_output 3 uint32; biasterm 4 bool true; pad 7 uint32 0
+        kernelsize 8 uint32; group 9 uint32 1; stride 10 uint32 1; pool 11 PoolMethod MAX
+        dropout_ratio 12 float 0.5; local_size 13 uint32 5; alpha 14 float 1; beta 15 float 0.75
+        scale 17 float 1; meanfile 18 string; cropsize 20 uint32 0; k 22 float 1; blobs 50 BlobProto*
+        concat_dim 65 uint32 1
+    """,
     "LayerParameter": """
         name 1 string; type 2 string; bottom 3 string*; top 4 string*; blobs 7 BlobProto*
         include 8 NetStateRule*; exclude 9 NetStateRule*; phase 10 Phase
-        transform_param 100 TransformationParameter; concat_param 104 ConcatParameter
+        transform_param 100 TransformationParameter; argmax_param 103 ArgMaxParameter
+        concat_param 104 ConcatParameter
         convolution_param 106 ConvolutionParameter; data_param 107 DataParameter
         dropout_param 108 DropoutParameter; dummy_data_param 109 DummyDataParameter
-        eltwise_param 110 EltwiseParameter; image_data_param 115 DataParameter
+        eltwise_param 110 EltwiseParameter; exp_param 111 ExpParameter; image_data_param 115 DataParameter
         inner_product_param 117 InnerProductParameter; lrn_param 118 LRNParameter
-        memory_data_param 119 MemoryDataParameter; pooling_param 121 PoolingParameter
-        relu_param 123 ReLUParameter; softmax_param 125 SoftmaxParameter
-        window_data_param 129 WindowDataParameter; flatten_param 135 FlattenParameter
-        batch_norm_param 139 BatchNormParameter; scale_param 142 ScaleParameter
-        input_param 143 InputParameter
+        memory_data_param 119 MemoryDataParameter; mvn_param 120 MVNParameter
+        pooling_param 121 PoolingParameter; power_param 122 PowerParameter; relu_param 123 ReLUParameter
+        softmax_param 125 SoftmaxParameter; slice_param 126 SliceParameter
+        window_data_param 129 WindowDataParameter; prelu_param 131 PReLUParameter
+        reshape_param 133 ReshapeParameter; log_param 134 LogParameter; flatten_param 135 FlattenParameter
+        reduction_param 136 ReductionParameter; batch_norm_param 139 BatchNormParameter
+        elu_param 140 ELUParameter; bias_param 141 BiasParameter; scale_param 142 ScaleParameter
+        input_param 143 InputParameter; crop_param 144 CropParameter
     """,
     "V1LayerParameter": """
         layer 1 V0LayerParameter; bottom 2 string*; top 3 string*; name 4 string; type 5 V1Type
@@ -102,13 +126,15 @@ _MESSAGES: dict[str, str] = {
         dropout_param 12 DropoutParameter; image_data_param 15 DataParameter
         inner_product_param 17 InnerProductParameter; lrn_param 18 LRNParameter
         pooling_param 19 PoolingParameter; window_data_param 20 WindowDataParameter
-        memory_data_param 22 MemoryDataParameter; eltwise_param 24 EltwiseParameter
-        dummy_data_param 26 DummyDataParameter; relu_param 30 ReLUParameter
-        include 32 NetStateRule*; exclude 33 NetStateRule*; transform_param 36 TransformationParameter
-        softmax_param 39 SoftmaxParameter
+        power_param 21 PowerParameter; memory_data_param 22 MemoryDataParameter
+        argmax_param 23 ArgMaxParameter; eltwise_param 24 EltwiseParameter
+        dummy_data_param 26 DummyDataParameter; relu_param 30 ReLUParameter; slice_param 31 SliceParameter
+        include 32 NetStateRule*; exclude 33 NetStateRule*; mvn_param 34 MVNParameter
+        transform_param 36 TransformationParameter; softmax_param 39 SoftmaxParameter
+        exp_param 41 ExpParameter
     """,
     "NetParameter": """
-        name 1 string; layers 2 V1LayerParameter*; input 3 string*; input_dim 4 int32*
+        name 1 string; layers 2 V1LayerParameter*; input 3 string*; input_dim 4 int32*; state 6 NetState
         input_shape 8 BlobShape*
         layer 100 LayerParameter*
     """,
@@ -143,7 +169,7 @@ def _classes() -> dict[str, type[Any]]:
     pool.AddSerializedFile(file.SerializeToString())
     return {
         name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.{name}"))
-        for name in ("NetParameter", "BlobProto")
+        for name in ("NetParameter", "BlobProto", "V1LayerParameter")
     }
 
 
@@ -173,6 +199,16 @@ def net_parameter() -> Any:
 def blob_proto() -> Any:
     """A fresh, empty BlobProto."""
     return _classes()["BlobProto"]()
+
+
+def v1_layer() -> Any:
+    """A fresh, empty V1LayerParameter."""
+    return _classes()["V1LayerParameter"]()
+
+
+def v1_type_number(name: str) -> int:
+    """`RELU` → 18."""
+    return _ENUMS["V1Type"][name]
 
 
 def v1_type_name(number: int) -> str:

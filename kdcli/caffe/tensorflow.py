@@ -19,7 +19,7 @@ from kdcli import models, safe_pickle
 from kdcli.caffe.network import Built, LayerRow
 from kdcli.caffe.read import Array, Weights
 from kdcli.errors import KdError
-from kdcli.models.graph import Shape, shown
+from kdcli.models.operations.shapes import Shape, shown
 
 Layers = dict[str, tuple[Array, Array]]  # name → weights, biases, as stored
 

@@ -1,0 +1,193 @@
+"""Convolution, inner product and pooling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from kdcli.errors import KdError
+from kdcli.models.operations.shapes import Shape, axis_of, check_size, only, pair, shown
+
+
+def conv(
+    inputs: list[Shape],
+    *,
+    out: int,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    pad: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    bias: bool = True,
+) -> tuple[nn.Module, Shape]:
+    """Convolution; windows that would hang over are left out."""
+    channels, *sides = only(inputs, maps=True)
+    kernel, stride, dilation, pad = pair(kernel, 1), pair(stride, 1), pair(dilation, 1), pair(pad, 0)
+    _check_groups(groups, channels, out)
+    check_size((out, channels // groups, *kernel), "weight")
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    if any(side + 2 * p < r for side, p, r in zip(sides, pad, reach, strict=True)):
+        raise KdError(f"a window of {shown(reach)} does not fit its input of {shown((channels, *sides))}")
+    size = [(side + 2 * p - r) // s + 1 for side, p, r, s in zip(sides, pad, reach, stride, strict=True)]
+    check_size((out, *size), "output")
+    return nn.Conv2d(channels, out, kernel, stride, pad, dilation, groups, bias), (out, *size)
+
+
+def deconv(
+    inputs: list[Shape],
+    *,
+    out: int,
+    kernel: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    pad: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    bias: bool = True,
+) -> tuple[nn.Module, Shape]:
+    """The transposed convolution; its padding is cut off the output."""
+    channels, *sides = only(inputs, maps=True)
+    kernel, stride, dilation, pad = pair(kernel, 1), pair(stride, 1), pair(dilation, 1), pair(pad, 0)
+    _check_groups(groups, channels, out)
+    check_size((channels, out // groups, *kernel), "weight")
+    size = [
+        s * (side - 1) + d * (k - 1) + 1 - 2 * p
+        for side, k, s, p, d in zip(sides, kernel, stride, pad, dilation, strict=True)
+    ]
+    check_size((out, *size), "output")
+    module = nn.ConvTranspose2d(channels, out, kernel, stride, pad, 0, groups, bias, dilation)
+    return module, (out, *size)
+
+
+def _check_groups(groups: int, channels: int, out: int) -> None:
+    if groups < 1 or channels % groups or out % groups:
+        raise KdError(f"{groups} groups do not divide {channels} input and {out} output channels")
+
+
+class InnerProduct(nn.Linear):
+    """Caffe's inner product: flattens what comes from `axis` on, first."""
+
+    def __init__(self, features: int, out: int, bias: bool, axis: int) -> None:
+        super().__init__(features, out, bias=bias)
+        self.axis = axis
+
+    def forward(self, values: Tensor) -> Tensor:
+        """(B, …) → (B, out_features), or with an axis beyond 1 (B, …, out_features)."""
+        return super().forward(values.flatten(self.axis))
+
+
+def linear(inputs: list[Shape], *, out: int, bias: bool = True, axis: int = 1) -> tuple[nn.Module, Shape]:
+    """Inner product over all that lies from `axis` on."""
+    shape = only(inputs)
+    axis = axis_of(axis, shape)
+    features = math.prod(shape[axis - 1 :])
+    check_size((out, features), "weight")
+    return InnerProduct(features, out, bias, axis), (*shape[: axis - 1], out)
+
+
+@dataclass(frozen=True)
+class Window:
+    """How Caffe's pooling walks along one axis, in terms that torch and ONNX agree upon.
+
+    The axis is padded explicitly by `before` and `after`; windows of `kernel` then lie inside it, but for the
+    last one where `overhang` says so: it is clipped.
+    """
+
+    out: int
+    kernel: int
+    before: int
+    after: int
+    overhang: bool
+
+
+def pool_window(
+    size: int, kernel: int, stride: int, pad: int, *, round_up: bool = True, padded: bool | None = None
+) -> Window:
+    """Caffe's geometry: `ceil((size + 2·pad − kernel) / stride) + 1` windows (or `floor`); with padding, one less
+    where the last would start at `size + pad` or after (from the padded start). It is clipped to `size + 2·pad`.
+
+    Args:
+        padded: whether this axis or the other one has padding; the rule looks at both.
+
+    Raises:
+        KdError: no window fits, or one would lie wholly outside.
+    """
+    if pad >= kernel:
+        raise KdError(f"padding {pad} is not below the window {kernel}")
+    span = size + 2 * pad - kernel
+    out = (-(-span // stride) if round_up else span // stride) + 1
+    if (pad if padded is None else padded) and (out - 1) * stride >= size + pad:
+        out -= 1
+    if out < 1:
+        raise KdError(f"a window of {kernel} with stride {stride} does not fit {size} + 2·{pad}")
+    if (out - 1) * stride >= size + pad:  # Caffe gives −3.4e38 (MAX) or 0/0 (AVE) there
+        raise KdError(f"window {kernel}, stride {stride} on {size}: the last window holds no value")
+    after = (out - 1) * stride + kernel - size - pad  # what the last window covers beyond the input
+    length = size + pad + min(max(after, 0), pad)
+    # A window longer than the padded axis is the only one, and clipped to it
+    return Window(out, min(kernel, length), pad, min(max(after, 0), pad), after > pad and kernel <= length)
+
+
+def _pool(
+    inputs: list[Shape],
+    kernel: Sequence[int] | None,
+    stride: Sequence[int],
+    pad: Sequence[int],
+    round_up: bool,
+    fill: float,
+    make: Callable[[tuple[int, int], tuple[int, int], bool], nn.Module],
+) -> tuple[nn.Module, Shape]:
+    channels, *sides = only(inputs, maps=True)
+    stride, pad = pair(stride, 1), pair(pad, 0)
+    kernel = (sides[0], sides[1]) if kernel is None else pair(kernel, 1)
+    y, x = (
+        pool_window(*axis, round_up=round_up, padded=any(pad))
+        for axis in zip(sides, kernel, stride, pad, strict=True)
+    )
+    module = make((y.kernel, x.kernel), stride, y.overhang or x.overhang)
+    if any((y.before, y.after, x.before, x.after)):
+        # torch, onnxruntime and Caffe disagree about windows that touch a pooling layer's own padding
+        module = nn.Sequential(nn.ConstantPad2d((x.before, x.after, y.before, y.after), fill), module)
+    return module, (channels, y.out, x.out)
+
+
+def max_pool(
+    inputs: list[Shape],
+    *,
+    kernel: Sequence[int] | None = None,
+    stride: Sequence[int] = (1, 1),
+    pad: Sequence[int] = (0, 0),
+    round_up: bool = True,
+) -> tuple[nn.Module, Shape]:
+    """`kernel=None` is global pooling."""
+    return _pool(
+        inputs,
+        kernel,
+        stride,
+        pad,
+        round_up,
+        -math.inf,
+        lambda k, s, ceil: nn.MaxPool2d(k, s, ceil_mode=ceil),
+    )
+
+
+def ave_pool(
+    inputs: list[Shape],
+    *,
+    kernel: Sequence[int] | None = None,
+    stride: Sequence[int] = (1, 1),
+    pad: Sequence[int] = (0, 0),
+    round_up: bool = True,
+) -> tuple[nn.Module, Shape]:
+    """`kernel=None` is global pooling. Padding counts in the divisor, what hangs over it does not."""
+    return _pool(
+        inputs,
+        kernel,
+        stride,
+        pad,
+        round_up,
+        0.0,
+        lambda k, s, ceil: nn.AvgPool2d(k, s, ceil_mode=ceil, count_include_pad=False),
+    )
