@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
 
 from kdcli import models
 from kdcli.cli import convert_caffe, validate
-from kdcli.errors import KdError
+from kdcli.errors import KdError, UsageError
+from tests.caffe_files import field, net, write
 from tests.conftest import command_line
-from tests.test_caffe import FC, INPUT, field, net, small, write
+from tests.test_caffe import FC, IMAGES, INPUT, small
 
 
 @pytest.fixture
@@ -113,3 +115,45 @@ def test_a_grey_network_without_a_declared_size_takes_its_images_from_the_data(
     assert models.load(Path("weights/teacher.pt")).input_size == (12, 12, 1)
     done = run("validate", "--data", pictures)
     assert "n = 15" in done.stdout
+
+
+def test_check_and_onnx_at_once(run: Any, workplace: Path, pictures: str) -> None:
+    pytest.importorskip("cv2")
+    write(workplace, net(small(), v1=False, inputs=INPUT))
+    done = run("convert-caffe", "net.caffemodel", "--check", "--to", "onnx", "--data", pictures)
+    assert done.exit_code == 0
+    assert "on 84 images" in done.stdout  # 64 of noise and the 20 of the train split
+    assert "next: kd bench exports/net.onnx" in done.stdout
+    session = onnxruntime.InferenceSession("exports/net.onnx", providers=["CPUExecutionProvider"])
+    images = torch.from_numpy(IMAGES)
+    run("convert-caffe", "net.caffemodel", "-o", "t.pt")
+    teacher = models.load(Path("t.pt"))
+    with torch.inference_mode():
+        prepared, logits = teacher.prepare(images).contiguous().numpy(), teacher(images).numpy()
+    np.testing.assert_allclose(session.run(None, {"input": prepared})[0], logits, rtol=1e-4, atol=1e-3)
+    assert not Path("weights").exists()
+    told = json.loads(run("convert-caffe", "net.caffemodel", "--check", "-o", "x.onnx", "--json").stdout)
+    assert told["check"]["holds"] is True
+    assert told["check"]["images"] == 64
+    assert told["output"] == "x.onnx"
+    assert Path("x.onnx").is_file()
+
+
+def test_a_check_that_fails_leaves_no_file(run: Any, workplace: Path) -> None:
+    pytest.importorskip("cv2")
+    norm = {"param": field(1, 3) + field(2, 0.1) + field(5, 2.0)}  # OpenCV takes k to be 1
+    write(workplace, net(small(norm1=norm), v1=False, inputs=INPUT))
+    with pytest.raises(KdError, match="OpenCV reads another network"):
+        run("convert-caffe", "net.caffemodel", "--check")
+    assert not Path("weights").exists()
+    assert run("convert-caffe", "net.caffemodel").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "words", [("--to", "onnx", "-o", "a.pt"), ("--to", "pt", "-o", "a.onnx"), ("--to", "caffe2")]
+)
+def test_what_to_write_must_be_clear(run: Any, workplace: Path, words: tuple[str, ...]) -> None:
+    write(workplace, net(small(), v1=False, inputs=INPUT))
+    with pytest.raises(UsageError):
+        run("convert-caffe", "net.caffemodel", *words)
+    assert [path.name for path in workplace.iterdir()] == ["net.caffemodel"]

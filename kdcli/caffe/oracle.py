@@ -20,6 +20,7 @@ from kdcli.events import OnEvent, Progress, ignore
 from kdcli.models import Classifier
 
 _BATCH = 64
+_MOST_REAL = 256
 
 
 TOLERANCE = 1e-4
@@ -53,6 +54,22 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {**asdict(self), "tolerance": self.tolerance, "holds": self.holds}
+
+
+def trial_images(
+    size: tuple[int, int, int], real: npt.NDArray[np.uint8] | None = None
+) -> npt.NDArray[np.uint8]:
+    """Images to compare on: 64 of noise, and up to 256 real ones spread over those given.
+
+    Args:
+        size: (H, W, C).
+        real: uint8 (N, H, W, C).
+    """
+    noise = np.random.default_rng(0).integers(0, 256, (_BATCH, *size), dtype=np.uint8)
+    if real is None:
+        return noise
+    count = min(len(real), _MOST_REAL)
+    return np.concatenate((noise, real[[index * len(real) // count for index in range(count)]]))
 
 
 def largest_difference(

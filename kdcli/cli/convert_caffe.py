@@ -10,10 +10,15 @@ import typer
 
 from kdcli.cli import _ui
 from kdcli.cli._options import options_of
-from kdcli.config import ConvertConfig, make
+from kdcli.config import ConvertConfig, ExportConfig, make
+from kdcli.errors import KdError, UsageError
 
 if TYPE_CHECKING:
     from kdcli.caffe import Conversion
+    from kdcli.caffe.oracle import Comparison
+    from kdcli.data import Splits
+    from kdcli.events import OnEvent
+    from kdcli.models import Classifier
 
 
 @options_of(ConvertConfig)
@@ -25,14 +30,20 @@ def convert_caffe(
 ) -> None:
     """Turn a Caffe network into a teacher: weights by layer name, Caffe's own arithmetic, its preprocessing.
 
-    Nothing in the files is executed. --data is read only to fit the preprocessing, or to learn the size.
+    Nothing in the files is executed. --data is read only to fit the preprocessing, to learn the size, or for --check.
     """
     config = make(ConvertConfig, options)
+    target, onnx = _target(model, config, typed="output" in options)
     from kdcli import caffe, data
+    from kdcli.caffe import oracle
     from kdcli.models import parameter_count
 
     with _ui.progress() as on_event:
         source = caffe.read(model, config)
+        if config.check and source.kind != "caffe":
+            raise UsageError(
+                "--check goes with a caffemodel", "OpenCV does not read caffe-tensorflow's .npy."
+            )
         splits = None
         if "data" in options or source.needs_images(config):
             splits = data.load(
@@ -52,12 +63,24 @@ def convert_caffe(
             data_label=splits.label if splits else None,
             on_event=on_event,
         )
-    conversion.classifier.save(config.output)
+        classifier = conversion.classifier
+        images = oracle.trial_images(classifier.input_size, splits.train.images if splits else None)
+        comparison = None
+        if config.check:
+            comparison = oracle.compare(classifier, model, config.prototxt, images, on_event=on_event)
+            if not comparison.holds:
+                raise KdError(
+                    f"OpenCV reads another network from {model}: {comparison.text()}",
+                    "Nothing was written. One of the two is wrong about a layer; convert without --check to go on.",
+                )
+        if onnx:
+            _write_onnx(classifier, target, images, splits, on_event)
+        else:
+            classifier.save(target)
     if _ui.settings.json:
-        _ui.json(_as_json(model, config, conversion))
+        _ui.json(_as_json(model, target, conversion, comparison))
         return
     _table(conversion)
-    classifier = conversion.classifier
     height, width, channels = classifier.input_size
     _ui.say()
     _ui.say(
@@ -67,13 +90,38 @@ def convert_caffe(
     )
     if conversion.known is None:
         _ui.note("these weights are not on kd's list: nothing is known of their accuracy")
-    _ui.say(f"wrote {config.output.as_posix()}")
+    if comparison is not None:
+        _ui.say(f"largest difference from OpenCV: {comparison.text()}")
+    _ui.say(f"wrote {target.as_posix()}")
+    if onnx:
+        _ui.next_command(shlex.join(["kd", "bench", target.as_posix()]))
+        return
     words = ["kd", "validate"]
-    words += ["--teacher", config.output.as_posix()] if "output" in options else []
+    words += ["--teacher", target.as_posix()] if "output" in options else []
     words += ["--data", config.data] if "data" in options else []
     words += ["--against", str(model)] if source.kind == "caffe" else []
     words += ["--prototxt", str(config.prototxt)] if source.kind == "caffe" and config.prototxt else []
     _ui.next_command(shlex.join(words))
+
+
+def _target(model: Path, config: ConvertConfig, *, typed: bool) -> tuple[Path, bool]:
+    """The file to write, and whether it is ONNX; before anything is read."""
+    ends = config.output.suffix.lower()
+    onnx = config.to == "onnx" or (config.to == "auto" and ends == ".onnx")
+    if not typed:
+        return (Path("exports") / f"{model.stem}.onnx" if onnx else config.output), onnx
+    if (ends == ".onnx") != onnx:
+        raise UsageError(f"--output {config.output} does not go with --to {config.to}")
+    return config.output, onnx
+
+
+def _write_onnx(
+    classifier: Classifier, target: Path, images: Any, splits: Splits | None, on_event: OnEvent
+) -> None:
+    from kdcli.export import export_classifier
+
+    label = f"noise and {splits.label}" if splits else "noise"
+    export_classifier(classifier, make(ExportConfig, {"output": target}), images, label, on_event)
 
 
 def _table(conversion: Conversion) -> None:
@@ -85,11 +133,14 @@ def _table(conversion: Conversion) -> None:
     _ui.table(["layer", "type", "output", "weights", "parameters"], rows, left=2)
 
 
-def _as_json(model: Path, config: ConvertConfig, conversion: Conversion) -> dict[str, Any]:
+def _as_json(
+    model: Path, target: Path, conversion: Conversion, comparison: Comparison | None
+) -> dict[str, Any]:
     classifier = conversion.classifier
     return {
         "model": str(model),
-        "output": str(config.output),
+        "output": str(target),
+        "check": None if comparison is None else comparison.to_json(),
         "arch": classifier.arch,
         "classes": list(classifier.classes),
         "input_size": list(classifier.input_size),
@@ -118,5 +169,6 @@ def register(app: typer.Typer) -> None:
         "convert-caffe",
         no_args_is_help=True,
         epilog="[bold]kd convert-caffe weights/cifar10_nin.caffemodel[/bold]\n\n"
-        "[bold]kd convert-caffe net.caffemodel --prototxt deploy.prototxt -o weights/net.pt[/bold]",
+        "[bold]kd convert-caffe net.caffemodel --prototxt deploy.prototxt -o weights/net.pt[/bold]\n\n"
+        "[bold]kd convert-caffe net.caffemodel --check --to onnx[/bold]",
     )(convert_caffe)

@@ -44,8 +44,20 @@ class ConvertConfig(DataSettings):
         description="Order of the colour planes; auto: as known, else bgr as in Caffe.",
         json_schema_extra=about("Caffe"),
     )
+    check: bool = Field(
+        False,
+        description="Compare with OpenCV's own importer on noise and on images of --data; write only what agrees.",
+        json_schema_extra=about("Check"),
+    )
+    to: Literal["auto", "pt", "onnx"] = Field(
+        "auto",
+        description="What to write: a checkpoint, or ONNX at once; auto: as --output ends.",
+        json_schema_extra=about(RUN),
+    )
     output: Path = Field(
-        TeacherPath, description="The checkpoint to write.", json_schema_extra=about(RUN, "-o")
+        TeacherPath,
+        description="The file to write; with --to onnx by default exports/<model>.onnx.",
+        json_schema_extra=about(RUN, "-o"),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -25,7 +26,15 @@ from kdcli.models import Classifier
 from kdcli.onnx_model.translate import finish, silence, to_onnx
 from kdcli.quantize import Quantisation
 
-__all__ = ["ExportResult", "Parity", "Quantisation", "default_output", "export", "to_onnx"]
+__all__ = [
+    "ExportResult",
+    "Parity",
+    "Quantisation",
+    "default_output",
+    "export",
+    "export_classifier",
+    "to_onnx",
+]
 
 EXPORTS_DIR = Path("exports")
 _Indices = npt.NDArray[np.int64]
@@ -137,6 +146,28 @@ def export(
         parity=parity,
         quantisation=quantisation,
     )
+
+
+def export_classifier(
+    classifier: Classifier,
+    config: ExportConfig,
+    images: npt.NDArray[np.uint8],
+    label: str,
+    on_event: OnEvent = ignore,
+) -> ExportResult:
+    """`export` of a classifier that lies in no file, proved on these images.
+
+    Args:
+        config: names the output.
+        images: uint8 (N, H, W, C).
+        label: what they are.
+    """
+    labels = np.zeros(len(images), np.int64)
+    split = ImageSet(images, labels, classifier.classes, fingerprint="")
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "classifier.pt"
+        classifier.save(checkpoint)
+        return export(checkpoint, config, Splits(label, label, split, split), on_event)
 
 
 def default_output(checkpoint: Path, config: ExportConfig) -> Path:
