@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,88 @@ def test_the_references_own_weights_are_known(tmp_path: Path, monkeypatch: pytes
     assert (preprocess.name, preprocess.channel_order) == ("mean-image", "rgb")
 
 
+def flat(layers: dict[str, Any], end: str = "") -> dict[str, Any]:
+    return {f"{name}/{part}{end}": array for name, both in layers.items() for part, array in both.items()}
+
+
+LAYOUTS: dict[str, Any] = {
+    "nested": lambda layers: layers,
+    "flat": flat,
+    "flat-numbered": lambda layers: flat(layers, ":0"),
+    "lists": lambda layers: {name: [both["weights"], both["biases"]] for name, both in layers.items()},
+    "tuples": lambda layers: {name: tuple(both.values()) for name, both in layers.items()},
+    "other-names": lambda layers: {f"scope/layer_{at}": both for at, both in enumerate(layers.values())},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("protocol", range(6))
+def test_every_layout_and_protocol_gives_the_same(tmp_path: Path, layout: str, protocol: int) -> None:
+    layers = lenet()
+    array = np.empty((), dtype=object)
+    array[()] = LAYOUTS[layout](layers)
+    path = tmp_path / "net.npy"
+    header = b"{'descr': '|O', 'fortran_order': False, 'shape': (), }"
+    header += b" " * (53 - len(header) % 64 % 64) + b"\n"
+    path.write_bytes(
+        b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + pickle.dumps(array, protocol)
+    )
+    images = R.integers(0, 256, (2, 20, 20, 3), dtype=np.uint8)
+    found = convert(path, images).classifier(torch.from_numpy(images)).detach().numpy()
+    wanted = np.stack([run_lenet(image, layers) for image in images])
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+def of_python_2(value: Any) -> bytes:
+    """Protocol 2 as Python 2 wrote it: names and data are `str`, read as bytes here."""
+    if isinstance(value, dict):
+        items = b"".join(of_python_2(key) + of_python_2(item) for key, item in value.items())
+        return b"}(" + items + b"u"
+    if isinstance(value, str):
+        return b"U" + bytes([len(value)]) + value.encode()
+    shape = b"".join(b"J" + side.to_bytes(4, "little") for side in value.shape)
+    data = value.tobytes()
+    return (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR(K\x01(" + shape + b"t"
+        b"cnumpy\ndtype\n(U\x02f4K\x00K\x01tR(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+        b"\x89T" + len(data).to_bytes(4, "little") + data + b"tb"
+    )
+
+
+@pytest.mark.parametrize("layout", ["nested", "flat", "other-names"])
+def test_what_python_2_wrote(tmp_path: Path, layout: str) -> None:
+    layers = lenet()
+    content = b"\x80\x02" + of_python_2(LAYOUTS[layout](layers)) + b"."
+    unpickled = pickle.loads(content, encoding="latin1")  # it is one: Python's own reader agrees
+    assert list(unpickled) == list(LAYOUTS[layout](layers))
+    path = tmp_path / "net.npy"
+    path.write_bytes(content)  # np.load takes a bare pickle, too
+    images = R.integers(0, 256, (2, 20, 20, 3), dtype=np.uint8)
+    found = convert(path, images).classifier(torch.from_numpy(images)).detach().numpy()
+    wanted = np.stack([run_lenet(image, layers) for image in images])
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_layers_of_other_names_must_fit_one_another(tmp_path: Path) -> None:
+    for change in ("order", "kernel", "width"):
+        layers = LAYOUTS["other-names"](lenet())
+        names = list(layers)
+        if change == "order":
+            layers = {name: layers[name] for name in reversed(names)}
+        elif change == "kernel":
+            layers[names[1]]["weights"] = values(3, 3, 3, 4)
+        else:
+            layers[names[3]]["weights"] = values(7, 10)
+        with pytest.raises(KdError, match="no known network has the layers"):
+            convert(write(tmp_path, layers), np.zeros((1, 20, 20, 3), np.uint8))
+
+
+def test_a_part_given_twice_is_damage(tmp_path: Path) -> None:
+    layers = {**lenet(), "conv1/weights": values(5, 5, 3, 3)}
+    with pytest.raises(KdError, match="layer conv1 holds weights twice"):
+        convert(write(tmp_path, layers), np.zeros((1, 20, 20, 3), np.uint8))
+
+
 def broken(change: str) -> Any:
     layers = lenet()
     match change:
@@ -150,6 +233,8 @@ def broken(change: str) -> Any:
             layers["ip2"] = {"weights": values(6, 10)}
         case "array":
             layers["ip2"] = values(6, 10)
+        case "three":
+            layers["ip2"] = [values(6, 10), values(10), values(10)]
         case "integers":
             layers["ip2"]["weights"] = np.ones((6, 10), int)
         case "nan":
@@ -174,6 +259,7 @@ def broken(change: str) -> Any:
         ("extra", "no known network has the layers"),
         ("parts", "layer ip2 holds weights, not weights and biases"),
         ("array", "layer ip2 is not a dict"),
+        ("three", "layer ip2 is a list of 3, not of weights and biases"),
         ("integers", "layer ip2, weights are not floating-point"),
         ("nan", "layer ip2, biases: some values are not finite"),
         ("axes", "layer conv2"),

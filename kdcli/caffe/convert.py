@@ -125,7 +125,7 @@ def _is_npy(model: Path) -> bool:
 
 
 def _read_npy(model: Path, config: ConvertConfig) -> Source:
-    layers = tensorflow.read_layers(model)
+    layers = tensorflow.known_names(tensorflow.read_layers(model))
     weights = tensorflow.caffe_layout(layers)
     content = weights_sha256(weights)
     known = catalog.KNOWN_WEIGHTS.get(content)

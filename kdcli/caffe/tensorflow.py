@@ -1,5 +1,7 @@
-"""caffe-tensorflow's `.npy`: a pickled dict {layer: {weights, biases}}, onto the networks kd knows by name.
+"""caffe-tensorflow's `.npy`: a pickled dict of layers, onto the networks kd knows by name.
 
+Layouts: {layer: {weights, biases}} of its later releases, {layer: [weights, biases]} of its first ones, and flat
+{layer/weights, layer/biases}.
 Convolutions are stored HWIO, inner products (K, N) with K in H, W, C order where they follow a convolution;
 kd holds OIHW and (N, K) with K in C, H, W order, as Caffe does.
 """
@@ -24,10 +26,19 @@ from kdcli.models.operations.shapes import Shape, shown
 Layers = dict[str, tuple[Array, Array]]  # name → weights, biases, as stored
 
 _NIN = ("conv1", "cccp1", "cccp2", "conv2", "cccp3", "cccp4", "conv3", "cccp5")
+_PARTS = ("weights", "biases")
 LAYOUTS: dict[str, tuple[str, ...]] = {  # registered network → its layers in order
     "nin": (*_NIN, "cccp6"),
     "nin-fc": (*_NIN, "ip1", "ip2"),
     "lenet": ("conv1", "conv2", "ip1", "ip2"),
+}
+
+
+_NIN_KERNELS = dict.fromkeys(_NIN, 1) | {"conv1": 5, "conv2": 5, "conv3": 3}
+_KERNELS: dict[str, dict[str, int]] = {  # of the convolutions
+    "nin": {**_NIN_KERNELS, "cccp6": 1},
+    "nin-fc": _NIN_KERNELS,
+    "lenet": {"conv1": 5, "conv2": 5},
 }
 
 
@@ -43,11 +54,7 @@ def read_layers(path: Path) -> Layers:
     if not isinstance(content, Mapping) or not content:
         raise KdError(f"{path} is not a caffe-tensorflow file: it holds no dict of layers")
     layers: Layers = {}
-    for key, value in content.items():
-        name = _text(key)
-        if not isinstance(value, Mapping):
-            raise KdError(f"{path}: layer {name} is not a dict of weights and biases")
-        parts = {_text(part): array for part, array in value.items()}
+    for name, parts in _by_layer(content, path).items():
         if set(parts) != {"weights", "biases"}:
             raise KdError(
                 f"{path}: layer {name} holds {', '.join(sorted(parts)) or 'nothing'}, not weights and biases"
@@ -60,6 +67,29 @@ def read_layers(path: Path) -> Layers:
                 f"{path}: layer {name}: weights {shown(weights.shape)}, biases {shown(biases.shape)}"
             )
         layers[name] = (weights, biases)
+    return layers
+
+
+def _by_layer(content: Mapping[Any, Any], path: Path) -> dict[str, dict[str, Any]]:
+    """Layer → part → values, from any of the layouts."""
+    layers: dict[str, dict[str, Any]] = {}
+    for key, value in content.items():
+        name = _text(key)
+        layer, _, part = name.rpartition("/")
+        if isinstance(value, Mapping):
+            found = {_text(word): array for word, array in value.items()}
+        elif isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.dtype == object):
+            if len(value) != len(_PARTS):
+                raise KdError(f"{path}: layer {name} is a list of {len(value)}, not of weights and biases")
+            found = dict(zip(_PARTS, value, strict=True))
+        elif layer and isinstance(value, np.ndarray):
+            name, found = layer, {part.removesuffix(":0"): value}  # TensorFlow numbers a variable's outputs
+        else:
+            raise KdError(f"{path}: layer {name} is not a dict of weights and biases")
+        twice = set(found) & set(layers.get(name, ()))
+        if twice:
+            raise KdError(f"{path}: layer {name} holds {', '.join(sorted(twice))} twice")
+        layers.setdefault(name, {}).update(found)
     return layers
 
 
@@ -76,6 +106,15 @@ def _numbers(value: object, where: str) -> Array:
     return values
 
 
+def known_names(layers: Layers) -> Layers:
+    """Layers under the names of the network they belong to: their own, or those of the network that has their kinds,
+    kernels and widths in the order of the file. Of none that kd knows: as they are."""
+    if any(set(names) == set(layers) for names in LAYOUTS.values()):
+        return layers
+    arch = next((arch for arch in LAYOUTS if _looks_like(arch, list(layers.values()))), None)
+    return layers if arch is None else dict(zip(LAYOUTS[arch], layers.values(), strict=True))
+
+
 def detect(layers: Layers) -> str:
     """The network whose layers these are.
 
@@ -87,6 +126,24 @@ def detect(layers: Layers) -> str:
             return arch
     known = "; ".join(f"{arch}: {', '.join(names)}" for arch, names in LAYOUTS.items())
     raise KdError(f"no known network has the layers {', '.join(layers)}", f"kd knows {known}.")
+
+
+def _looks_like(arch: str, stored: list[tuple[Array, Array]]) -> bool:
+    """Whether layers in this order have a network's kinds and kernels, each reading what the one before it writes."""
+    names = LAYOUTS[arch]
+    if len(stored) != len(names):
+        return False
+    before = 0
+    for name, (weights, _) in zip(names, stored, strict=True):
+        kernel = _KERNELS[arch].get(name)
+        if kernel is None:
+            fits = weights.ndim == 2 and before > 0 and weights.shape[0] % before == 0
+        else:
+            fits = weights.ndim == 4 and weights.shape[:3] == (kernel, kernel, before or weights.shape[2])
+        if not fits:
+            return False
+        before = weights.shape[-1]
+    return True
 
 
 def caffe_layout(layers: Layers) -> Weights:
