@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -575,3 +576,101 @@ def test_prototxt_in_any_encoding(tmp_path: Path) -> None:
     ):
         text.write_bytes(bytes_)
         assert converted(path, prototxt=text).rows[-1].name == "ip"
+
+
+# How a network may say what it takes
+
+
+def of_type(kind: str, settings: bytes, number: int = 0) -> bytes:
+    body = field(1, "d") + field(2, kind) + field(4, "data") + (field(4, "label") if kind != "Input" else b"")
+    return field(100, body + (field(number, settings) if number else b""))
+
+
+BATCH = field(1, b"".join(map(bytes, ([5], [3], [12], [12]))))
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        field(3, "data") + b"".join(field(4, side) for side in (5, 3, 12, 12)),
+        field(3, "data") + field(8, BATCH),
+        of_type("Input", field(1, BATCH), 143),
+        of_type("MemoryData", b"".join(field(n + 1, side) for n, side in enumerate((5, 3, 12, 12))), 119),
+        of_type("DummyData", field(6, BATCH) + field(6, field(1, b"\x05")), 109),
+        of_type("DummyData", b"".join(field(n + 2, side) for n, side in enumerate((5, 3, 12, 12))), 109),
+        of_type("Data", field(3, 12), 100),
+        of_type("ImageData", field(5, 12), 115),
+        of_type("WindowData", field(5, 12), 129),
+    ],
+)
+def test_every_declaration_of_the_input_is_read(declared: bytes, tmp_path: Path) -> None:
+    path = write(tmp_path, declared + net(small()[2:], v1=False))
+    assert caffe.read(path, ConvertConfig()).input_size == (12, 12, 3)
+    assert heard(path)[0].classifier.input_size == (12, 12, 3)
+
+
+def test_half_a_declaration_is_none(tmp_path: Path) -> None:
+    for declared in (
+        field(3, "data") + field(4, 1) + field(4, 3),
+        of_type("DummyData", field(3, 3), 109),
+        of_type("Input", field(1, field(1, bytes([1, 108]))), 143),
+    ):
+        path = write(tmp_path, declared + net(small()[2:], v1=False))
+        assert caffe.read(path, ConvertConfig()).input_size is None
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\x08\x01\x1f", "is not a mean image"),
+        (field(7, field(1, b"\x02\x03")) + field(5, np.ones(6, "<f4").tobytes()), "is C×H×W, this is (2, 3)"),
+        (field(7, field(1, b"\x01" * 40)) + field(5, np.ones(1, "<f4").tobytes()), "a shape of 40 numbers"),
+    ],
+)
+def test_a_mean_image_that_is_none(content: bytes, words: str, tmp_path: Path) -> None:
+    with pytest.raises(KdError) as raised:
+        read_mean(write(tmp_path, content, "mean.binaryproto"))
+    assert words in raised.value.message
+
+
+def test_doubles_one_by_one(tmp_path: Path) -> None:
+    shape = field(7, field(1, bytes([2])))
+    one_by_one = b"".join(bytes([8 << 3 | 1]) + np.float64(value).tobytes() for value in (1.5, -2.0))
+    body = field(1, "ip") + field(2, "InnerProduct") + field(7, shape + one_by_one)
+    model = read_caffemodel(write(tmp_path, field(100, body)))
+    assert model.weights["ip"][0].tolist() == [1.5, -2.0]
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ([small()[2], small()[2]], "two layers named conv1 hold weights"),
+        ([{**small()[2], "param": CONV1_PARAM + field(11, 3)}], "kernel_size and kernel_h/kernel_w exclude"),
+        ([{**small()[2], "param": CONV1_PARAM + field(6, 1) * 3}], "3 values of stride: kd knows two spatial axes"),
+        ([small()[2], {**small()[4], "param": field(12, 1) + field(3, 2)}], "neither stride nor padding"),
+        ([{**small()[-1], "blobs": (BIAS1,)}], "no layer that computes anything"),
+        ([layer("Softmax", "prob", "data", "prob", b"", (BIAS1,))], "nothing but a softmax"),
+    ],
+)  # fmt: skip
+def test_networks_that_cannot_be(layers: list[dict[str, Any]], words: str, tmp_path: Path) -> None:
+    bottoms = [{**one, "bottoms": ["data"]} for one in layers]
+    with pytest.raises(KdError) as raised:
+        heard(write(tmp_path, net(bottoms, v1=False, inputs=INPUT)))
+    assert words in raised.value.message
+
+
+def test_files_beyond_measure_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, binary = write(tmp_path, PROTOTXT.encode(), "net.prototxt"), write(tmp_path, net(small(), v1=True))
+    reader = sys.modules[read_caffemodel.__module__]
+    monkeypatch.setattr(reader, "_MOST_TEXT", 99)
+    with pytest.raises(KdError, match="kd reads at most 99 of text"):
+        read_caffemodel(text)
+    with pytest.raises(KdError, match="kd reads at most 99"):
+        read_prototxt(text)
+    assert read_caffemodel(binary).weights
+    monkeypatch.setattr(reader, "_MOST_BYTES", 999)
+    with pytest.raises(KdError, match="kd reads at most 999"):
+        read_caffemodel(binary)
+    with pytest.raises(KdError) as raised:
+        read_caffemodel(write(tmp_path, b"PK\x03\x04" + bytes(99), "net.pt"))
+    assert "zip or PyTorch file" in raised.value.hint
