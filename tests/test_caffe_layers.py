@@ -475,6 +475,12 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
         [layer("Pooling", "less", "x", "l", field(2, 2)), *one("Eltwise", bottoms="x l")],
         "layer it: its inputs differ: 4×6×5 and 4×5×4",
     ),
+    "pool-padding-bomb": (
+        one("Pooling", field(2, 1 << 30) + field(4, (1 << 30) - 1)), "layer it: its padded input of 4×2147483652",
+    ),
+    "lrn-bomb": (one("LRN", field(1, (1 << 31) - 1)), "layer it: its padded input of 2147483651×6×5"),
+    "lrn-within-bomb": (one("LRN", field(1, (1 << 31) - 1) + field(4, 1)), "layer it: its padded input"),
+    "argmax-bomb": (one("ArgMax", field(2, 101)), "the 101 largest of 120 values; kd takes up to 100"),
     "even-lrn": (one("LRN", field(1, 4) + field(4, 1)), "local size 4 must be odd"),
     "unknown": (one("SPP"), "layer it: unknown type SPP"),
 }  # fmt: skip

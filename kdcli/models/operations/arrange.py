@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from kdcli.errors import KdError
 from kdcli.models.operations.shapes import Shape, axis_of, check_size, only, shown
 
+_MOST_LARGEST = 100  # of ArgMax
+
 
 class Concat(nn.Module):
     """Concatenation; axis 1 is the channels."""
@@ -267,8 +269,8 @@ def argmax(
     if axis is not None:
         axis = axis_of(axis, shape)
     length = math.prod(shape) if axis is None else shape[axis - 1]
-    if not 1 <= top_k <= length:
-        raise KdError(f"the {top_k} largest of {length} values")
+    if not 1 <= top_k <= min(length, _MOST_LARGEST):
+        raise KdError(f"the {top_k} largest of {length} values; kd takes up to {_MOST_LARGEST}")
     if axis is not None:
         return ArgMax(axis, top_k, values), (*shape[: axis - 1], top_k, *shape[axis:])
     out = (2 if values else 1, top_k, *[1] * (len(shape) - 2))

@@ -43,8 +43,9 @@ def lrn(
     if size < 1 or size % 2 == 0:
         raise KdError(f"local size {size} must be odd")
     if within:
-        check_size((shape[0], shape[1] + size, shape[2] + size), "window")
+        check_size((shape[0], shape[1] + size, shape[2] + size), "padded input")
         return LocalResponseNormWithin(size, alpha, beta), shape
+    check_size((shape[0] + size, *shape[1:]), "padded input")
     return nn.LocalResponseNorm(size, alpha, beta, k), shape
 
 

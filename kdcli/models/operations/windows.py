@@ -146,6 +146,8 @@ def _pool(
         pool_window(*axis, round_up=round_up, padded=any(pad))
         for axis in zip(sides, kernel, stride, pad, strict=True)
     )
+    padded = (channels, *(side + w.before + w.after for side, w in zip(sides, (y, x), strict=True)))
+    check_size(padded, "padded input")
     module = make((y.kernel, x.kernel), stride, y.overhang or x.overhang)
     if any((y.before, y.after, x.before, x.after)):
         # torch, onnxruntime and Caffe disagree about windows that touch a pooling layer's own padding
