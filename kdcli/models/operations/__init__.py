@@ -7,6 +7,7 @@ Shapes leave the batch out: (C, H, W) for maps, (C,) for vectors; axes are count
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
@@ -15,7 +16,7 @@ from kdcli.models.operations.shapes import Shape
 
 OPS: dict[str, Callable[..., tuple[nn.Module, Shape]]] = {
     "conv": windows.conv,
-    "deconv": windows.deconv,
+    "deconv": partial(windows.conv, transposed=True),
     "linear": windows.linear,
     "max_pool": windows.max_pool,
     "ave_pool": windows.ave_pool,

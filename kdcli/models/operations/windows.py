@@ -22,48 +22,24 @@ def conv(
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
     bias: bool = True,
+    transposed: bool = False,
 ) -> tuple[nn.Module, Shape]:
-    """Convolution; windows that would hang over are left out."""
+    """Convolution, windows that would hang over left out; or transposed, its padding cut off the output."""
     channels, *sides = only(inputs, maps=True)
     kernel, stride, dilation, pad = pair(kernel, 1), pair(stride, 1), pair(dilation, 1), pair(pad, 0)
-    _check_groups(groups, channels, out)
+    if groups < 1 or channels % groups or out % groups:
+        raise KdError(f"{groups} groups do not divide {channels} input and {out} output channels")
     check_size((out, channels // groups, *kernel), "weight")
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    if transposed:
+        size = [s * (side - 1) + r - 2 * p for side, p, r, s in zip(sides, pad, reach, stride, strict=True)]
+        check_size((out, *size), "output")
+        return nn.ConvTranspose2d(channels, out, kernel, stride, pad, 0, groups, bias, dilation), (out, *size)
     if any(side + 2 * p < r for side, p, r in zip(sides, pad, reach, strict=True)):
         raise KdError(f"a window of {shown(reach)} does not fit its input of {shown((channels, *sides))}")
     size = [(side + 2 * p - r) // s + 1 for side, p, r, s in zip(sides, pad, reach, stride, strict=True)]
     check_size((out, *size), "output")
     return nn.Conv2d(channels, out, kernel, stride, pad, dilation, groups, bias), (out, *size)
-
-
-def deconv(
-    inputs: list[Shape],
-    *,
-    out: int,
-    kernel: Sequence[int],
-    stride: Sequence[int] = (1, 1),
-    pad: Sequence[int] = (0, 0),
-    dilation: Sequence[int] = (1, 1),
-    groups: int = 1,
-    bias: bool = True,
-) -> tuple[nn.Module, Shape]:
-    """The transposed convolution; its padding is cut off the output."""
-    channels, *sides = only(inputs, maps=True)
-    kernel, stride, dilation, pad = pair(kernel, 1), pair(stride, 1), pair(dilation, 1), pair(pad, 0)
-    _check_groups(groups, channels, out)
-    check_size((channels, out // groups, *kernel), "weight")
-    size = [
-        s * (side - 1) + d * (k - 1) + 1 - 2 * p
-        for side, k, s, p, d in zip(sides, kernel, stride, pad, dilation, strict=True)
-    ]
-    check_size((out, *size), "output")
-    module = nn.ConvTranspose2d(channels, out, kernel, stride, pad, 0, groups, bias, dilation)
-    return module, (out, *size)
-
-
-def _check_groups(groups: int, channels: int, out: int) -> None:
-    if groups < 1 or channels % groups or out % groups:
-        raise KdError(f"{groups} groups do not divide {channels} input and {out} output channels")
 
 
 class InnerProduct(nn.Linear):
