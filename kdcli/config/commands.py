@@ -173,6 +173,11 @@ class DownloadConfig(Settings):
         description="Take the file from here: a mirror's URL, or a file already on this machine.",
         json_schema_extra={**about("Download", metavar="FILE|URL"), "flag": "--from"},
     )
+    dry_run: bool = Field(
+        False,
+        description="Only list what would be fetched, from where, how much, and what is there already.",
+        json_schema_extra=about("Download"),
+    )
     data_dir: Path = Field(Path("data"), description="Datasets go here.", json_schema_extra=about("Download"))
     weights_dir: Path = Field(
         Path("weights"), description="Networks go here.", json_schema_extra=about("Download")
