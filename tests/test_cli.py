@@ -116,6 +116,7 @@ WRONG = [
     (["train", "--resume", "runs/none"], 1, "runs/none is not a run", "kd train"),
     (["train", "--resume", "runs/x", "--lr", "1"], 2, "--resume", ""),
     (["train"], 1, "CIFAR-10 is not in data", "kd download"),
+    (["train", "--data", "mnist", "--method", "ce"], 1, "MNIST is not in data/mnist", "kd download mnist"),
     (["train", "--data", "digits", *TINY], 1, "no teacher at weights/teacher.pt", "--teacher"),
     (["train", "--data", "digitz"], 2, "digitz", "digits"),
     (["train", "--data", "digits", *TINY, "--teacher", "text.pt"], 1, "text.pt is not a kd checkpoint", ""),

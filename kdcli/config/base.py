@@ -31,7 +31,8 @@ class Settings(BaseModel):
 DataSpec = Annotated[
     str,
     Field(
-        description="cifar10, digits, or a folder or archive with train/<class>/* and test/<class>/*.",
+        description="cifar10, cifar100, svhn, mnist, fashion-mnist, digits, or a folder or archive with "
+        "train/<class>/* and test/<class>/*.",
         json_schema_extra=about(DATA, metavar="NAME|PATH"),
     ),
 ]

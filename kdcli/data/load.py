@@ -13,8 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from kdcli.data.cifar import find_cifar10, is_cifar10, load_cifar10
+from kdcli.data.cifar100 import CIFAR100
 from kdcli.data.decode import fit, with_channels
+from kdcli.data.formats import Format, load_format
+from kdcli.data.idx import FASHION_MNIST, MNIST
 from kdcli.data.images import ImageSet, Splits, fingerprint_of
+from kdcli.data.svhn import SVHN
 from kdcli.data.tree import load_tree
 from kdcli.errors import KdError, UsageError
 from kdcli.events import Note, OnEvent, ignore
@@ -145,4 +149,20 @@ def _cifar10(request: Request) -> Splits:
     )
 
 
+def _loader(kind: Format) -> Callable[[Request], Splits]:
+    def load_it(request: Request) -> Splits:
+        return load_format(
+            kind,
+            request.spec,
+            data_dir=request.data_dir,
+            cache_dir=request.cache_dir,
+            image_size=request.image_size,
+            channels=request.channels,
+            on_event=request.on_event,
+        )
+
+    return load_it
+
+
 DATASETS: dict[str, Callable[[Request], Splits]] = {"cifar10": _cifar10, "digits": _digits}
+DATASETS |= {kind.name: _loader(kind) for kind in (CIFAR100, SVHN, MNIST, FASHION_MNIST)}

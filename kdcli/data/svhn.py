@@ -1,0 +1,50 @@
+"""SVHN, cropped digits: MATLAB 5 files with X (32, 32, 3, N) and y (N, 1), where 10 stands for the digit 0."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from kdcli import catalog
+from kdcli.data.formats import Format, Part
+from kdcli.errors import KdError
+
+MAX_FILE_BYTES = 2 << 30
+MAX_IMAGES = 1_000_000
+SIZE = (32, 32, 3)
+
+
+def read_mat(path: Path) -> Part:
+    """Images and labels of one file. Its variables are looked at before any is read, so that none is huge.
+
+    Raises:
+        KdError: damaged, or without X and y of the right shape and type.
+    """
+    from scipy.io import loadmat, whosmat
+
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise KdError(f"{path} is larger than {MAX_FILE_BYTES:,} bytes")
+        shapes = {name: (shape, kind) for name, shape, kind in whosmat(path)}
+        (shape, kind), (labels_shape, _) = (shapes.get(name, ((), "")) for name in ("X", "y"))
+        count = shape[3] if len(shape) == 4 else 0
+        if shape[:3] != SIZE or kind != "uint8" or labels_shape != (count, 1) or count > MAX_IMAGES:
+            raise KdError(f"{path} holds no X uint8 (32, 32, 3, N) and y (N, 1)")
+        held = loadmat(path, variable_names=["X", "y"])
+    except KdError:
+        raise
+    except Exception as error:  # what the reader raises on hostile bytes is not a closed set
+        raise KdError(f"cannot read {path}: {str(error) or type(error).__name__}") from error
+    images, labels = held["X"], held["y"]
+    if labels.dtype.kind not in "iuf" or not np.isin(labels, np.arange(1, 11)).all():
+        raise KdError(f"{path} has labels that are not 1 to 10")
+    return Part(np.ascontiguousarray(images.transpose(3, 0, 1, 2)), labels.reshape(-1).astype(np.int64) % 10)
+
+
+def _read(paths: Mapping[str, Path]) -> tuple[Part, Part, tuple[str, ...]]:
+    return read_mat(paths["train_32x32.mat"]), read_mat(paths["test_32x32.mat"]), catalog.DIGITS
+
+
+SVHN = Format("svhn", "SVHN", SIZE, _read)
