@@ -200,7 +200,7 @@ def _refusal(remote: RemoteFile, response: httpx.Response, url: str) -> Exceptio
 def _retry_after(headers: Mapping[str, str]) -> float:
     """Seconds that a server asks for, by number or date."""
     text = headers.get("retry-after", "").strip()
-    if text.isdecimal() and text.isascii():
+    if text.isdecimal():
         return float(text[:9])
     try:
         return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
