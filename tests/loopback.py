@@ -99,7 +99,7 @@ def send(
         if hold is not None:
             handler.wfile.flush()
             handler.loopback.waiting.set()
-            handler.loopback.gate.wait(60)
+            handler.loopback.gate.wait(600)
             handler.wfile.write(body[hold:])
 
     return answer

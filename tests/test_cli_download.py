@@ -96,7 +96,8 @@ def test_a_data_set_has_a_folder_of_its_own(
     assert result.exit_code == 0, result.output
     assert (workplace / "data/mnist/two.bin").read_bytes() == b"second"
     assert "next: kd train --method ce --data mnist" in result.stdout
-    assert kd().exit_code == 1 and not (workplace / "data/one.bin").exists()  # `all` is not all there is
+    every = json.loads(kd("--dry-run", "--json").stdout)["files"]  # `all` is not all there is
+    assert [file["name"] for file in every] == ["one.bin", "two.bin", "set.tar"]
     (mirror / "mnist").mkdir()
     (mirror / "one.bin").rename(mirror / "mnist/one.bin")
     (workplace / "data/mnist/one.bin").unlink()
@@ -174,3 +175,7 @@ def test_a_prefix_is_joined_with_each_name(workplace: Path, monkeypatch: pytest.
     assert kd("nin", "--from", "https://example.org/a/").exit_code == 0
     assert asked == ["https://example.org/a/one.bin", "https://example.org/a/two.bin"]
     assert kd("nin").exit_code == 0 and asked[2:] == [None, None]
+    file = RemoteFile("mnist/x.gz", "data", (), sha256="0" * 64)
+    monkeypatch.setitem(download.DOWNLOADS, "mnist", (file,))
+    assert kd("mnist", "--from", "https://example.org/a/").exit_code == 0
+    assert asked[4:] == ["https://example.org/a/x.gz"]

@@ -21,8 +21,8 @@ from tests.conftest import ROOT
 from tests.loopback import CONTENT, Loopback, honest, serving
 
 HALF = 500_000
-KEPT = 5_000  # less than a file's buffer
-PATIENCE_S = 60.0
+KEPT = 1_000  # less than a file's buffer
+PATIENCE_S = 40.0
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 Start = Callable[..., subprocess.Popen[str]]
 FETCH = """
