@@ -22,7 +22,7 @@ from tests.loopback import CONTENT, Loopback, honest, serving
 
 HALF = 500_000
 KEPT = 1_000  # less than a file's buffer
-PATIENCE_S = 40.0
+PATIENCE_S = 20.0  # less than the silence after which a client asks again
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 Start = Callable[..., subprocess.Popen[str]]
 FETCH = """
