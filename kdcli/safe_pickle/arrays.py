@@ -25,7 +25,7 @@ def dtype_of(code: str, order: str) -> np.dtype[Any]:
         raise KdError(f"refuses an array of type {code[:40]!r}: only plain numbers are read", HINT) from error
 
 
-def array_of(dtype: np.dtype[Any], shape: object, raw: bytes | bytearray, order: str) -> np.ndarray[Any, Any]:
+def array_of(dtype: np.dtype[Any], shape: object, raw: bytes | bytearray | memoryview, order: str) -> np.ndarray[Any, Any]:
     """An array that owns its memory.
 
     Raises:
@@ -41,8 +41,11 @@ def array_of(dtype: np.dtype[Any], shape: object, raw: bytes | bytearray, order:
             f"damaged array: shape {named(shape)} of {dtype} does not make {len(raw):,} bytes",
             "Fetch or write the file again.",
         )
-    flat = np.frombuffer(raw, dtype=dtype)
-    return np.array(flat.reshape(shape, order="F" if order == "F" else "C"), order="K")
+    try:
+        flat = np.frombuffer(raw, dtype=dtype) if len(raw) else np.zeros(0, dtype)
+        return np.array(flat.reshape(shape, order="F" if order == "F" else "C"), order="K")
+    except (ValueError, OverflowError) as error:  # a side of no array, beside one of length 0
+        raise KdError(f"damaged array: no array has shape {named(shape)}", "Fetch or write the file again.") from error
 
 
 def named(value: object) -> str:

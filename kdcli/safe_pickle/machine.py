@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import pickletools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +13,16 @@ import numpy as np
 
 from kdcli.errors import KdError
 from kdcli.safe_pickle.arrays import HINT, NUMERIC, OBJECT, array_of, dtype_of, named, raw_bytes
+from kdcli.safe_pickle.survey import survey
 
-MAX_OPCODES = 5_000_000
 MAX_STACK = 1_000_000
-MAX_MEMO_INDEX = 5_000_000
 MAX_INTEGER_BITS = 128
+MAX_KEY_BITS = 60  # larger integers can be chosen to have all one hash, which makes a dict take for ever
 MAX_NESTING = 64
 
 _OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 _SCALARS = (str, bytes, int, float, bool, type(None))
+_KEYS = (str, bytes, int, type(None))
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,11 @@ _MARK = _Mark()
 class Machine:
     """Runs one pickle."""
 
+    builders: Mapping[tuple[str, str], Callable[[Any, tuple[Any, ...]], object]]
+    handlers: Mapping[str, Callable[[Any, Any], Any]]
+
     def __init__(self, data: bytes) -> None:
+        self.builders, self.handlers = BUILDERS, _HANDLERS
         self.data = data
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
@@ -68,27 +73,28 @@ class Machine:
         self.array_budget = self.text_budget = len(data)
 
     def run(self) -> object:
-        for name, argument in self.opcodes():
+        return _Finisher().finish(self.outcome(), 0)
+
+    def outcome(self) -> object:
+        """What the program leaves on the stack, with stand-ins still in it."""
+        known = {"STOP", *_PUSH_ARGUMENT, *_CONSTANTS, *self.handlers}
+        for name, argument in self.opcodes(survey(self.data, known)):
             if name == "STOP":
-                return _Finisher().finish(self.stack.pop(), 0)
+                break
             self.step(name, argument)
             if len(self.stack) > MAX_STACK:
                 raise KdError("refuses a pickle with too deep a stack", HINT)
-        raise ValueError("ends before its STOP")
+        return self.stack.pop()
 
-    def opcodes(self) -> Iterator[tuple[str, Any]]:
+    def opcodes(self, count: int) -> Iterator[tuple[str, Any]]:
         """As `pickletools.genops`, except that text strings of protocol 0 may hold any byte."""
         stream = io.BytesIO(self.data)
-        for _ in range(MAX_OPCODES):
-            code = stream.read(1)
-            opcode = _OPCODES.get(code.decode("latin-1"))
-            if opcode is None:
-                raise ValueError(f"unknown instruction {code!r}" if code else "ends before its STOP")
+        for _ in range(count):
+            opcode = _OPCODES[stream.read(1).decode("latin-1")]
             if opcode.name == "STRING":
                 yield "STRING", _quoted(stream.readline())
             else:
                 yield opcode.name, None if opcode.arg is None else opcode.arg.reader(stream)
-        raise KdError(f"refuses a pickle of more than {MAX_OPCODES:,} instructions", HINT)
 
     def step(self, name: str, argument: Any) -> None:
         if name in _PUSH_ARGUMENT:
@@ -98,10 +104,7 @@ class Machine:
         elif name in _CONSTANTS:
             self.stack.append(_CONSTANTS[name]())
         else:
-            handler = _HANDLERS.get(name)
-            if handler is None:
-                raise KdError(f"refuses the pickle instruction {name}", HINT)
-            handler(self, argument)
+            self.handlers[name](self, argument)
 
     def pop(self) -> Any:
         value = self.stack.pop()
@@ -139,8 +142,6 @@ class Machine:
         self.top(set).update(_key(item) for item in items)
 
     def put(self, index: int) -> None:
-        if not 0 <= index <= MAX_MEMO_INDEX:
-            raise KdError("refuses a memo index out of range", HINT)
         if self.stack[-1] is _MARK:
             raise ValueError("a value is missing")
         self.memo[index] = self.stack[-1]
@@ -149,7 +150,7 @@ class Machine:
         if not isinstance(module, str) or not isinstance(name, str):
             raise ValueError("the name of a global is no text")
         found = _Global(module[:80], name[:80])
-        if (found.module, found.name) not in BUILDERS:
+        if (found.module, found.name) not in self.builders:
             raise KdError(f"refuses {found}: reading this pickle would run or import it", HINT)
         self.stack.append(found)
 
@@ -161,7 +162,7 @@ class Machine:
         arguments, function = self.pop(), self.pop()
         if not isinstance(function, _Global) or not isinstance(arguments, tuple):
             raise KdError("refuses a call of something that is not a known name", HINT)
-        self.stack.append(BUILDERS[function.module, function.name](self, arguments))
+        self.stack.append(self.builders[function.module, function.name](self, arguments))
 
     def build(self) -> None:
         state, target = self.pop(), self.stack[-1]
@@ -217,9 +218,15 @@ class Machine:
         buffer, dtype, shape, order, *axes = arguments
         array = self.filled(dtype, shape, buffer, order)
         if axes and axes[0] is not None and order == "K" and isinstance(array, np.ndarray):
-            if sorted(axes[0]) != list(range(array.ndim)):
+            order_of_axes = axes[0]
+            if (
+                not isinstance(order_of_axes, tuple)
+                or len(order_of_axes) != array.ndim
+                or not all(type(axis) is int for axis in order_of_axes)  # sorting others may take for ever
+                or sorted(order_of_axes) != list(range(array.ndim))
+            ):
                 raise ValueError("axes do not go with the shape")
-            return array.transpose(axes[0])
+            return array.transpose(order_of_axes)
         if order not in ("C", "F"):
             raise ValueError("unknown memory order")
         return array
@@ -312,8 +319,10 @@ def _quoted(line: bytes) -> str:
 
 
 def _key(value: Any) -> Any:
-    if not isinstance(value, _SCALARS):  # hashing nested tuples that share parts can take for ever
-        raise KdError(f"refuses a key of kind {type(value).__name__}", HINT)
+    if not isinstance(value, _KEYS):  # hashing nested tuples that share parts can take for ever
+        raise KdError(f"refuses a key of kind {type(value).__name__.strip('_').lower()}", HINT)
+    if isinstance(value, int) and value.bit_length() > MAX_KEY_BITS:
+        raise KdError("refuses a huge integer as a key", HINT)
     return value
 
 
