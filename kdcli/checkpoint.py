@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,9 +16,11 @@ from torch import Tensor
 
 from kdcli.errors import KdError
 from kdcli.files import atomic_path
+from kdcli.safe_pickle import torch_file
 
 FORMAT_VERSION = 1
 _SHARING = 4  # times the file's size that its tensors may have, some of them being the same
+_LONG_TEXT = 256
 _MOST_PARTS = 2_000_000  # tensors and plain values in one file
 _FORCE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _force_lock = threading.Lock()
@@ -119,18 +120,8 @@ def _read_checked(path: Path) -> dict[str, Any]:
         raise KdError(f"no such file: {path}", "kd convert-caffe makes a teacher, kd train a student.")
     if path.is_dir():
         raise KdError(f"{path} is a folder, not a checkpoint", "Name the .pt file itself.")
-    if not _is_zip(path):
-        raise KdError(
-            f"{path} is not a kd checkpoint", "kd reads .pt files that kd wrote; see kd convert-caffe."
-        )
     try:
-        with zipfile.ZipFile(path) as archive:
-            if not any(name.endswith("/data.pkl") for name in archive.namelist()):
-                raise KdError(f"{path} is a zip archive, not a checkpoint", "Name the .pt file itself.")
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise KdError(  # torch would unpack them without limit
-                    f"{path} holds compressed records, as no checkpoint does", "Write it again with kd."
-                )
+        torch_file.check(path)
         document = _read(path)
         _check_extent(path, document)
         sound = _is_sound(document)
@@ -168,15 +159,10 @@ def _check_extent(path: Path, value: Any) -> None:
             pending += [*part.keys(), *part.values()]
         elif isinstance(part, list | tuple | set | frozenset):
             pending += part
+        elif isinstance(part, str | bytes):
+            room -= len(part) if len(part) > _LONG_TEXT else 0  # one long text may be used a million times
         if room < 0 or parts + len(pending) > _MOST_PARTS:
             raise KdError(f"{path} claims to hold more than it can", "Write it again with kd.")
-
-
-def _is_zip(path: Path) -> bool:
-    try:
-        return zipfile.is_zipfile(path)
-    except (OSError, zipfile.BadZipFile):  # a damaged end record
-        return False
 
 
 def digest(value: Any, without: tuple[str, ...] = ()) -> str:

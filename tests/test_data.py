@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdcli.data import decode, load, sources, tree
+from kdcli.data import decode, load, sources, streams, tree
 from kdcli.data.images import Splits, fingerprint_of
 from kdcli.errors import KdError, UsageError
 from kdcli.events import Event, Note, Progress
@@ -114,7 +114,7 @@ def test_second_load_decodes_nothing(
 ) -> None:
     path = WRITERS[kind](tmp_path / kind, small_tree())
     first = read(path)
-    monkeypatch.setattr(decode, "decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(decode, "decode_into", lambda *_: pytest.fail("decoded again"))
     second = read(path)
     assert np.array_equal(first.train.images, second.train.images)
     with pytest.raises(pytest.fail.Exception):
@@ -294,7 +294,7 @@ def test_bombs(tmp_path: Path, read: Callable[..., Splits], monkeypatch: pytest.
         with pytest.raises(KdError, match=r"big\.png in .* is 20,000 bytes"):
             read(path)
     monkeypatch.setattr(sources, "MAX_MEMBER_BYTES", 1 << 30)
-    monkeypatch.setattr(sources, "EXPANSION_FLOOR", 1 << 20)
+    monkeypatch.setattr(streams, "EXPANSION_FLOOR", 1 << 20)
     huge = {"README": bytes(3 << 20), **small_tree()}
     path = write_tar(tmp_path / "y.tar.xz", huge)
     with pytest.raises(KdError, match="bomb"):
@@ -527,12 +527,12 @@ def test_batches_in_flight_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(tree, "BATCH_FILES", 1)
     read_ahead: list[int] = []
     state = {"read": 0, "decoded": 0}
-    real, real_batches = decode.decode, tree._batches
+    real, real_batches = decode.decode_into, tree._batches
 
-    def slow(data: bytes, name: str) -> Any:
+    def slow(*args: Any) -> Any:
         time.sleep(0.002)
         state["decoded"] += 1
-        return real(data, name)
+        return real(*args)
 
     def counted(*args: Any) -> Any:
         for batch in real_batches(*args):
@@ -540,7 +540,7 @@ def test_batches_in_flight_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             read_ahead.append(state["read"] - state["decoded"])
             yield batch
 
-    monkeypatch.setattr(decode, "decode", slow)
+    monkeypatch.setattr(decode, "decode_into", slow)
     monkeypatch.setattr(tree, "_batches", counted)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     files = {

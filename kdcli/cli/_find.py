@@ -63,6 +63,7 @@ def data_for(
         cache_dir=config.cache_dir,
         image_size=image_size,
         fit_to=model.input_size,
+        skip_broken=config.skip_broken,
         on_event=on_event,
     )
     reason = data.misfit(model.classes, model.input_size, splits.test)

@@ -20,6 +20,7 @@ from kdcli.events import Progress as ProgressEvent
 
 PLAIN_INTERVAL_S = 10.0
 FOLLOWER_WAITS_S = 3.0
+LINE_CHARACTERS = 2_000
 
 
 class _Settings:
@@ -49,7 +50,7 @@ def say(text: str = "") -> None:
 def note(text: str) -> None:
     """One line on stderr beside the result; nothing with --quiet."""
     if not settings.quiet and not settings.follower:
-        _err().print(f"[dim]{escape(text)}[/dim]")
+        _err().print(f"[dim]{escape(_line(text))}[/dim]")
 
 
 def note_unread(typed: Container[str], names: Iterable[str], why: str) -> None:
@@ -121,8 +122,11 @@ def error(problem: KdError) -> None:
 
 
 def _line(text: str) -> str:
-    """One line without control characters, whatever a file name holds."""
-    return "".join(mark if mark.isprintable() else " " for mark in " ".join(text.split()))
+    """One line without control characters, whatever a file name holds, and not endless."""
+    line = "".join(
+        mark if mark.isprintable() else " " for mark in " ".join(text[: 2 * LINE_CHARACTERS].split())
+    )
+    return line if len(line) <= LINE_CHARACTERS else line[: LINE_CHARACTERS - 1] + "…"
 
 
 @contextmanager
@@ -173,7 +177,7 @@ class _Bars:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Note):
-            self.bars.console.print(f"[dim]{escape(event.text)}[/dim]")
+            self.bars.console.print(f"[dim]{escape(_line(event.text))}[/dim]")
             return
         group = event.group or event.task
         if group not in self.tasks:

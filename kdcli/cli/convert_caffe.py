@@ -53,6 +53,7 @@ def convert_caffe(
                 image_size=config.image_size,
                 grey=source.channels == 1,
                 fit_to=source.input_size,
+                skip_broken=config.skip_broken,
                 on_event=on_event,
             )
         conversion = caffe.to_classifier(

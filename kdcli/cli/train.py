@@ -99,6 +99,7 @@ def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[Resu
                     cache_dir=config.cache_dir,
                     image_size=config.image_size,
                     grey=config.grey,
+                    skip_broken=config.skip_broken,
                     on_event=on_event,
                 )
             result = fit(config, splits, resume=run, world=world, on_event=on_event)

@@ -52,6 +52,13 @@ ImageSize = Annotated[
         json_schema_extra=about(DATA),
     ),
 ]
+SkipBroken = Annotated[
+    bool,
+    Field(
+        description="Leave out images that cannot be read, and say which; by default one is an error.",
+        json_schema_extra=about(DATA),
+    ),
+]
 CacheDir = Annotated[
     Path,
     Field(description="Packed images and teacher outputs are kept here.", json_schema_extra=about(DATA)),
@@ -71,6 +78,7 @@ class DataSettings(Settings):
 
     data: DataSpec = "cifar10"
     image_size: ImageSize = None
+    skip_broken: SkipBroken = False
     data_dir: DataDir = Path("data")
     cache_dir: CacheDir = Path("cache")
 

@@ -15,6 +15,7 @@ from kdcli.config.base import (
     DataSettings,
     ModelDataSpec,
     Settings,
+    SkipBroken,
     TeacherPath,
     Threads,
     about,
@@ -85,6 +86,7 @@ class TestConfig(Settings):
     """`kd test`."""
 
     data: ModelDataSpec = None
+    skip_broken: SkipBroken = False
     data_dir: DataDir = Path("data")
     cache_dir: CacheDir = Path("cache")
     teacher: Path | None = Field(
@@ -127,6 +129,7 @@ class ExportConfig(Settings):
         json_schema_extra=about("Export"),
     )
     data: ModelDataSpec = None
+    skip_broken: SkipBroken = False
     data_dir: DataDir = Path("data")
     cache_dir: CacheDir = Path("cache")
 
@@ -155,6 +158,7 @@ class BenchConfig(Settings):
         description="Measure accuracy and agreement on this data's test images.",
         json_schema_extra=about(DATA, metavar="NAME|PATH"),
     )
+    skip_broken: SkipBroken = False
     data_dir: DataDir = Path("data")
     cache_dir: CacheDir = Path("cache")
     plot: Path | None = Field(

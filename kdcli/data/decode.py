@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +18,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib")
 OTHER_SUFFIXES = (".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".ppm", ".pgm", ".tga")
 MAX_PIXELS = 64_000_000
+MAX_SCAN_PIXELS = 64 * MAX_PIXELS  # of a JPEG: its pixels times its passes over them
+STRIP_PIXELS = 1 << 20  # larger images are turned to RGB in strips, which costs less memory
 
 Pixels = npt.NDArray[np.uint8]
 _EXIF_KEYS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
@@ -28,6 +34,27 @@ def is_image(head: bytes) -> bool:
     )
 
 
+class Room:
+    """Keeps the images that are decoded at one time, on all threads, within one image's worth of memory."""
+
+    def __init__(self) -> None:
+        self._free = MAX_PIXELS
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def of(self, pixels: int) -> Iterator[None]:
+        """Wait until there is room, and hold it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
 def decode(data: bytes, name: str) -> Pixels:
     """Pixels of an image file, upright by its EXIF orientation.
 
@@ -40,25 +67,75 @@ def decode(data: bytes, name: str) -> Pixels:
     Raises:
         KdError: broken, not one of `FORMATS`, or more than `MAX_PIXELS`; names the file.
     """
+    return _pixels(_opened(data, name), name)
+
+
+def decode_into(keep: Callable[[Pixels], None], data: bytes, name: str, room: Room) -> None:
+    """As `decode`; `keep` gets the pixels while there is room for them.
+
+    Raises:
+        KdError: as `decode`.
+    """
+    image = _opened(data, name)
+    with room.of(image.width * image.height):
+        keep(_pixels(image, name))
+
+
+def _opened(data: bytes, name: str) -> Image.Image:
+    """An image of which no more than the header has been read."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise _too_big(name)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise _too_big(name) from error
+    except Exception as error:  # what a decoder raises on hostile bytes is not a closed set
+        raise _broken(name, error) from error
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_big(name)
+    if data.startswith(b"\xff\xd8") and scans(data) * image.width * image.height > MAX_SCAN_PIXELS:
+        raise KdError(f"image {name} has {scans(data):,} scans", "It is made to take for ever; remove it.")
+    return image
+
+
+def _pixels(image: Image.Image, name: str) -> Pixels:
+    try:
+        with image:
             image.load()
             upright: Image.Image = image
             if any(key in image.info for key in _EXIF_KEYS):
                 upright = ImageOps.exif_transpose(image)
-            return np.array(_to_rgb(upright), dtype=np.uint8)
-    except KdError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise _too_big(name) from error
-    except Exception as error:  # what a decoder raises on hostile bytes is not a closed set
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise KdError(
-            f"cannot read image {name}: {reason or type(error).__name__}",
-            "Replace or remove it; PNG, JPEG, WebP and BMP are read.",
-        ) from error
+            return _rgb_array(upright)
+    except Exception as error:  # as above
+        raise _broken(name, error) from error
+
+
+def _broken(name: str, error: Exception) -> KdError:
+    text = " ".join(str(error).split())[:200]
+    reason = "not an image" if isinstance(error, UnidentifiedImageError) else text
+    return KdError(
+        f"cannot read image {name}: {reason or type(error).__name__}",
+        "Replace or remove it, or leave such files out by --skip-broken; PNG, JPEG, WebP and BMP are read.",
+    )
+
+
+_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # a marker that is not part of the compressed data
+
+
+def scans(data: bytes) -> int:
+    """How many passes over its pixels a JPEG holds; its decoder makes them all before it gives any."""
+    at, count = 2, 0
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker in (0xFF, 0x01) or 0xD0 <= marker <= 0xD8:  # padding, and markers without a length
+            at += 1 if marker == 0xFF else 2
+        elif marker == 0xD9:
+            break
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == 0xDA or (at < len(data) and data[at] != 0xFF):
+            count += marker == 0xDA
+            found = _AFTER_SCAN.search(data, at)
+            at = found.start() if found else len(data)
+    return count
 
 
 def fit(pixels: Pixels, size: int) -> Pixels:
@@ -104,6 +181,17 @@ def _too_big(name: str) -> KdError:
         f"image {name} has more than {MAX_PIXELS // 1_000_000} million pixels",
         "Scale it down or remove it.",
     )
+
+
+def _rgb_array(image: Image.Image) -> Pixels:
+    if image.width * image.height <= STRIP_PIXELS:
+        return np.array(_to_rgb(image), dtype=np.uint8)
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        pixels[top:bottom] = np.asarray(_to_rgb(image.crop((0, top, image.width, bottom))))
+    return pixels
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

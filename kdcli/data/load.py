@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ class Request:
     image_size: int | None
     channels: int | None
     on_event: OnEvent
+    skip_broken: bool = False
 
 
 def load(
@@ -47,6 +49,7 @@ def load(
     image_size: int | None = None,
     grey: bool = False,
     fit_to: tuple[int, int, int] | None = None,
+    skip_broken: bool = False,
     on_event: OnEvent = ignore,
 ) -> Splits:
     """Images and labels of a named dataset, a folder or an archive.
@@ -60,6 +63,7 @@ def load(
         grey: turn colour images to grey (N, H, W, 1).
         fit_to: (H, W, C) that a model takes: images get its number of channels, and, if it is square and no
             `image_size` is given, its size.
+        skip_broken: leave images out that cannot be read, and say so in a note, instead of an error.
         on_event: gets progress while images are decoded, and the notes of the result.
 
     Raises:
@@ -69,14 +73,14 @@ def load(
     if image_size is None and fit_to is not None and fit_to[0] == fit_to[1]:
         image_size = fit_to[0]
     channels = 1 if grey else fit_to[2] if fit_to is not None and fit_to[2] in (1, 3) else None
-    request = Request(spec, data_dir, cache_dir, image_size, channels, on_event)
+    request = Request(spec, data_dir, cache_dir, image_size, channels, on_event, skip_broken)
     path = expand(spec)
     if spec in DATASETS:
         splits = DATASETS[spec](request)
     elif not spec or "\0" in spec or not path.exists():
         raise _unknown(spec)
     else:
-        read = load_cifar10 if is_cifar10(path) else load_tree
+        read = load_cifar10 if is_cifar10(path) else partial(load_tree, skip_broken=skip_broken)
         splits = read(
             path,
             spec,

@@ -6,28 +6,29 @@ pass, whatever its compression.
 
 from __future__ import annotations
 
-import bz2
-import gzip
 import hashlib
 import io
 import lzma
 import os
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Protocol, cast
+from typing import IO, Protocol
 
+from kdcli.data.streams import Forward, decompressed, expands_too_far, expansion_limit
 from kdcli.errors import KdError
 from kdcli.files import sha256_file
 
 MAX_MEMBER_BYTES = 256 << 20
-MAX_HEADER_BYTES = 16 << 20  # one read of tarfile itself: a long name or a pax header
-MAX_EXPANSION = 200  # of an archive, beyond a floor that any honest small one stays below
-EXPANSION_FLOOR = 4 << 30
+MAX_FILES = 2_000_000  # names in one source
+MAX_DIRECTORY_BYTES = 256 << 20  # of a zip file
+MAX_GLOBAL_HEADERS = 1_000
+ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)  # LZMA's header may ask for 4 GiB
 
 Wanted = Callable[[str], bool]
 
@@ -120,14 +121,12 @@ def _too_large(path: Path, name: str, size: int) -> KdError:
     )
 
 
-def _expansion_limit(path: Path) -> int:
-    return max(EXPANSION_FLOOR, MAX_EXPANSION * path.stat().st_size)
+def _needs_memory(path: Path) -> KdError:
+    return KdError(f"{path} needs more memory than there is", "Give its images as a folder.")
 
 
-def _expands_too_far(path: Path) -> KdError:
-    return KdError(
-        f"{path} expands to more than {_expansion_limit(path):,} bytes", "It looks like a decompression bomb."
-    )
+def _too_many(path: Path) -> KdError:
+    return KdError(f"{path} holds more than {MAX_FILES:,} files", "Split it.")
 
 
 @dataclass
@@ -142,35 +141,41 @@ class FolderSource:
 
     def _listing(self) -> list[tuple[str, int, int]]:
         if self._files is None:
-            found: list[tuple[str, int, int]] = []
             try:
-                self._walk(self.path, "", found, set())
+                self._files = sorted(self._walk())
             except OSError as error:
                 raise KdError(
                     f"cannot read {error.filename or self.path}: {error.strerror or error}"
                 ) from error
-            self._files = sorted(found)
         return self._files
 
-    def _walk(
-        self, folder: Path, prefix: str, found: list[tuple[str, int, int]], seen: set[tuple[int, int]]
-    ) -> None:
-        status = folder.stat()
-        if (status.st_dev, status.st_ino) in seen:  # a link back up
-            self.skipped.links += 1
-            return
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                try:
-                    info = entry.stat()
-                except FileNotFoundError:  # a dangling link
-                    self.skipped.links += 1
-                    continue
-                if stat.S_ISDIR(info.st_mode):
-                    self._walk(Path(entry.path), f"{prefix}{entry.name}/", found, seen)
-                elif stat.S_ISREG(info.st_mode):
-                    found.append((prefix + entry.name, info.st_size, max(info.st_mtime_ns, info.st_ctime_ns)))
+    def _walk(self) -> Iterator[tuple[str, int, int]]:
+        pending = [(self.path, "")]
+        seen: set[tuple[int, int]] = set()
+        count = 0
+        while pending:
+            folder, prefix = pending.pop()
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:  # a link back up, or to the same folder
+                self.skipped.links += 1
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    count += 1
+                    if count > MAX_FILES:
+                        raise _too_many(self.path)
+                    try:
+                        info = entry.stat()
+                    except OSError:
+                        if not entry.is_symlink():
+                            raise
+                        self.skipped.links += 1  # it leads nowhere, or to itself
+                        continue
+                    if stat.S_ISDIR(info.st_mode):
+                        pending.append((Path(entry.path), f"{prefix}{entry.name}/"))
+                    elif stat.S_ISREG(info.st_mode):
+                        yield prefix + entry.name, info.st_size, max(info.st_mtime_ns, info.st_ctime_ns)
 
     def key(self) -> str:
         """SHA-256 of the folder's place and its files' names, sizes and change times."""
@@ -187,7 +192,10 @@ class FolderSource:
             if size > MAX_MEMBER_BYTES:
                 raise _too_large(self.path, name, size)
             try:
-                data = (self.path / name).read_bytes()
+                with (self.path / name).open("rb") as handle:
+                    data = handle.read(MAX_MEMBER_BYTES + 1)
+                if len(data) > MAX_MEMBER_BYTES:  # it has grown, or its file system does not know its size
+                    raise _too_large(self.path, name, len(data))
             except OSError as error:
                 raise KdError(f"cannot read {self.path / name}: {error.strerror or error}") from error
             yield name, data
@@ -196,6 +204,19 @@ class FolderSource:
     def position(self) -> Position:
         """In files."""
         return Position(self._done, self._total, "images")
+
+
+class _Directory(io.BufferedReader):
+    """A file whose reads are capped: zipfile reads the whole directory, as long as the file says it is, in one."""
+
+    def __init__(self, raw: IO[bytes], path: Path) -> None:
+        super().__init__(raw)  # type: ignore[arg-type]
+        self._path = path
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > max(MAX_DIRECTORY_BYTES, MAX_MEMBER_BYTES + 1):
+            raise _too_many(self._path)
+        return super().read(size)
 
 
 @dataclass
@@ -214,9 +235,9 @@ class ZipSource:
     def read(self, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
         """Members in the order of the archive."""
         try:
-            with zipfile.ZipFile(self.path) as archive:
+            with self.path.open("rb") as raw, zipfile.ZipFile(_Directory(raw, self.path)) as archive:
                 yield from self._members(archive, wanted)
-        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, struct.error) as error:
             raise not_an_archive(self.path, str(error)) from error
         except (
             RuntimeError
@@ -224,9 +245,13 @@ class ZipSource:
             raise KdError(
                 f"cannot read {self.path}: {error}", "Repack it by zip -r, without a password."
             ) from error
+        except MemoryError as error:
+            raise _needs_memory(self.path) from error
 
     def _members(self, archive: zipfile.ZipFile, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
         chosen: list[tuple[str, zipfile.ZipInfo]] = []
+        if len(archive.infolist()) > MAX_FILES:
+            raise _too_many(self.path)
         for info in archive.infolist():
             if info.is_dir():
                 continue
@@ -242,80 +267,24 @@ class ZipSource:
         for name, info in chosen:
             if info.file_size > MAX_MEMBER_BYTES:
                 raise _too_large(self.path, name, info.file_size)
+            if info.compress_type not in ZIP_METHODS:
+                raise KdError(
+                    f"{name} in {self.path} is compressed by method {info.compress_type}",
+                    "Repack it by zip -r.",
+                )
             with archive.open(info) as member:
                 data = member.read(MAX_MEMBER_BYTES + 1)
             if len(data) > MAX_MEMBER_BYTES:  # a header that understates the size
                 raise _too_large(self.path, name, len(data))
             expanded += len(data)
-            if expanded > _expansion_limit(self.path):
-                raise _expands_too_far(self.path)
+            if expanded > expansion_limit(self.path):
+                raise expands_too_far(self.path)
             yield name, data
             self._done += 1
 
     def position(self) -> Position:
         """In files."""
         return Position(self._done, self._total, "images")
-
-
-class _Forward(io.RawIOBase):
-    """A decompressed stream that only goes forward, with a cap on each read and on the whole.
-
-    tarfile reads a long name or pax header in one call of the size that the header states, so without the
-    first cap a few compressed kilobytes could ask for gigabytes of memory.
-    """
-
-    def __init__(self, stream: IO[bytes], path: Path) -> None:
-        super().__init__()
-        self._stream = stream
-        self._path = path
-        self._offset = 0
-        self._last = b""
-        self._limit = _expansion_limit(path)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._offset
-
-    def read(self, size: int | None = -1) -> bytes:
-        if size is None or size < 0 or size > max(MAX_HEADER_BYTES, MAX_MEMBER_BYTES):
-            raise KdError(f"{self._path} has an oversized header", "It is damaged or made to do harm.")
-        data = self._stream.read(size)
-        self._advance(len(data))
-        self._last = data
-        return data
-
-    def finish(self) -> None:
-        """Check that the archive ended as archives do, and read on, so that a compressed one checks its sums.
-
-        tarfile takes a damaged or truncated header for the end, without a word.
-
-        Raises:
-            ReadError: the last thing read was no empty block.
-        """
-        if len(self._last) != tarfile.BLOCKSIZE or self._last.strip(b"\0"):
-            raise tarfile.ReadError("damaged or cut short")
-        while self.read(1 << 20):
-            pass
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        if whence != os.SEEK_SET or offset < self._offset:
-            raise tarfile.ReadError("a header points backwards")
-        while self._offset < offset:
-            skipped = len(self._stream.read(min(1 << 20, offset - self._offset)))
-            if not skipped:
-                break
-            self._advance(skipped)
-        return self._offset
-
-    def _advance(self, count: int) -> None:
-        self._offset += count
-        if self._offset > self._limit:
-            raise _expands_too_far(self._path)
 
 
 @dataclass
@@ -336,9 +305,9 @@ class TarSource:
         try:
             with self.path.open("rb") as raw:
                 self._raw = raw
-                stream = _Forward(_decompressed(raw), self.path)
+                stream = Forward(decompressed(raw), self.path)
                 with tarfile.open(fileobj=stream, mode="r:") as archive:
-                    yield from self._members(archive, wanted)
+                    yield from self._members(archive, stream, wanted)
                 stream.finish()
         except (
             tarfile.TarError,
@@ -347,15 +316,27 @@ class TarSource:
             EOFError,
             OSError,
             ValueError,
+            OverflowError,
             RecursionError,
         ) as error:
             raise not_an_archive(self.path, str(error)) from error
+        except MemoryError as error:
+            raise _needs_memory(self.path) from error
         finally:
             self._raw = None
 
-    def _members(self, archive: tarfile.TarFile, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
+    def _members(
+        self, archive: tarfile.TarFile, stream: Forward, wanted: Wanted
+    ) -> Iterator[tuple[str, bytes]]:
+        count = 0
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # else it keeps every header it has passed
+            count += 1
+            if count > MAX_FILES:
+                raise _too_many(self.path)
+            if len(archive.pax_headers) > MAX_GLOBAL_HEADERS:
+                raise tarfile.ReadError("too many global headers")
+            stream.next_header()
             if member.isdir():
                 continue
             if not member.isreg() or member.issparse():
@@ -364,10 +345,10 @@ class TarSource:
             name = _clean_name(member.name, self.path)
             if not wanted(name):
                 continue
-            if member.size > MAX_MEMBER_BYTES:
+            if not 0 <= member.size <= MAX_MEMBER_BYTES:
                 raise _too_large(self.path, name, member.size)
-            content = archive.extractfile(member)
-            data = content.read(member.size) if content else b""
+            stream.seek(member.offset_data)
+            data = stream.content(member.size)
             if len(data) != member.size:
                 raise tarfile.ReadError(f"ends within {name}")
             yield name, data
@@ -377,15 +358,3 @@ class TarSource:
         if self._raw is not None:
             self._done = self._raw.tell()
         return Position(self._done, self.path.stat().st_size, "bytes")
-
-
-def _decompressed(raw: IO[bytes]) -> IO[bytes]:
-    head = raw.read(6)
-    raw.seek(0)
-    if head.startswith(b"\x1f\x8b"):
-        return cast(IO[bytes], gzip.open(raw, "rb"))
-    if head == b"\xfd7zXZ\0":
-        return lzma.open(raw, "rb")
-    if head.startswith(b"BZh"):
-        return bz2.open(raw, "rb")
-    return raw

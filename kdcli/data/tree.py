@@ -7,9 +7,11 @@ import os
 import shutil
 import time
 import unicodedata
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,9 @@ SPLIT_NAMES = {"train": "train", "test": "test", "val": "val", "valid": "val", "
 JUNK_NAMES = ("thumbs.db", "desktop.ini")
 BATCH_FILES = 64
 BATCH_BYTES = 8 << 20
+WAITING_BYTES = 64 << 20  # of files that are read and not decoded; one more may be larger
 EVENT_SECONDS = 0.25
+SHOWN_BROKEN = 3
 LAYOUT_HINT = "It must hold train/<class>/* and test/<class>/* (val and validation stand in for test)."
 
 
@@ -66,35 +70,39 @@ def load_tree(
     image_size: int | None,
     channels: int,
     on_event: OnEvent,
+    skip_broken: bool = False,
 ) -> Splits:
     """A dataset from a folder or archive; decoded once, then read from the cache.
 
     Images that already have the size asked for are kept as they would be if no size were asked for: one entry of
-    the cache serves both.
+    the cache serves both. So it is with `skip_broken` and images none of which is broken.
 
     Raises:
-        KdError: not an archive, no such layout, a broken image.
+        KdError: not an archive, no such layout, a broken image; with `skip_broken` a class that is left empty.
     """
     source = open_source(path)
     content = source.key()
 
-    def cache_for(size: int | None) -> Cache:
+    def cache_for(size: int | None, skipping: bool) -> Cache:
         words = f"tree {FORMAT_VERSION} {content} {size} {path.name}" + (" grey" if channels == 1 else "")
+        words += " without broken images" if skipping else ""
         return Cache(cache_dir, hashlib.sha256(words.encode("utf-8", "replace")).hexdigest()[:32])
 
-    known = cache_for(None).load(spec)
-    if image_size is not None and (known is None or known.train.input_size[:2] != (image_size, image_size)):
-        known = cache_for(image_size).load(spec)
-    if known is not None:
-        return known
-    cache = cache_for(image_size)
+    for skipping in (False, True)[: 1 + skip_broken]:
+        known = cache_for(None, skipping).load(spec)
+        if image_size is not None and (
+            known is None or known.train.input_size[:2] != (image_size, image_size)
+        ):
+            known = cache_for(image_size, skipping).load(spec)
+        if known is not None:
+            return known
+    cache = cache_for(image_size, skip_broken)
     workspace = cache.workspace()
     try:
         spool = Spool(workspace, image_size, channels)
         try:
-            found = _decode_all(source, spool, on_event)
-            if not spool.resized:
-                cache = cache_for(None)
+            found = _decode_all(source, spool, on_event, skip_broken)
+            cache = cache_for(image_size if spool.resized else None, bool(found.broken))
             _store(found, source, content, spool, cache, workspace, image_size)
         finally:
             spool.close()
@@ -119,21 +127,28 @@ class _Found:
 
     images: dict[Place, int] = field(default_factory=dict)
     other: list[str] = field(default_factory=list)  # files that are no images
-    other_splits: set[str] = field(default_factory=set)
+    broken: list[str] = field(default_factory=list)  # images that were skipped
 
 
-def _decode_all(source: Source, spool: Spool, on_event: OnEvent) -> _Found:
+def _decode_all(source: Source, spool: Spool, on_event: OnEvent, skip_broken: bool) -> _Found:
     """Read on this thread, decode on a few others; at most a few batches wait."""
     found = _Found()
+    room = decode.Room()
+    broken: dict[int, str] = {}
     workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
     started = announced = time.monotonic()
-    pending: set[Future[int]] = set()
+    pending: dict[Future[int], int] = {}  # and the bytes that each holds
     done = 0
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
 
     def work(batch: list[tuple[int, str, bytes]]) -> int:
         for index, name, data in batch:
-            spool.put(index, decode.decode(data, name))
+            try:
+                decode.decode_into(partial(spool.put, index), data, name, room)
+            except KdError:
+                if not skip_broken:
+                    raise
+                broken[index] = name
         return len(batch)
 
     def announce() -> None:
@@ -141,23 +156,47 @@ def _decode_all(source: Source, spool: Spool, on_event: OnEvent) -> _Found:
         values = {"images_per_s": done / max(time.monotonic() - started, 1e-3)}
         on_event(Progress("decoding", at.done, at.total, at.unit, values))
 
-    try:
-        for batch in _batches(source, found):
-            pending.add(pool.submit(work, batch))
-            if len(pending) > 2 * workers:
-                finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-                done += sum(future.result() for future in finished)
-            if time.monotonic() - announced >= EVENT_SECONDS:
-                announced = time.monotonic()
-                announce()
-        done += sum(future.result() for future in pending)
-        announce()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow, on odd files: what matters is an error
+        try:
+            for batch in _batches(source, found, skip_broken):
+                size = sum(len(data) for _, _, data in batch)
+                while pending and (
+                    len(pending) > 2 * workers or sum(pending.values()) + size > WAITING_BYTES
+                ):
+                    for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                        del pending[future]
+                        done += future.result()
+                pending[pool.submit(work, batch)] = size
+                if time.monotonic() - announced >= EVENT_SECONDS:
+                    announced = time.monotonic()
+                    announce()
+            done += sum(future.result() for future in pending)
+            announce()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    _leave_out(found, broken, source.path)
     return found
 
 
-def _batches(source: Source, found: _Found) -> Iterator[list[tuple[int, str, bytes]]]:
+def _leave_out(found: _Found, broken: dict[int, str], path: Path) -> None:
+    """Take broken images off what was found.
+
+    Raises:
+        KdError: no image of a class is left in one of its splits.
+    """
+    before = {(place.split, place.class_name) for place in found.images}
+    found.images = {place: index for place, index in found.images.items() if index not in broken}
+    found.broken = sorted([*found.broken, *broken.values()])
+    lost = sorted(before - {(place.split, place.class_name) for place in found.images})
+    if lost:
+        raise KdError(
+            f"all images of {'/'.join(lost[0])} in {path} are broken, as {found.broken[0]}",
+            "A class needs images: mend them, or remove its folder.",
+        )
+
+
+def _batches(source: Source, found: _Found, skip_broken: bool) -> Iterator[list[tuple[int, str, bytes]]]:
     batch: list[tuple[int, str, bytes]] = []
     held = count = 0
     for name, data in source.read(lambda name: place_of(name) is not None):
@@ -165,12 +204,15 @@ def _batches(source: Source, found: _Found) -> Iterator[list[tuple[int, str, byt
         assert place is not None
         suffix = Path(name).suffix.lower()
         if not decode.is_image(data[:16]) and suffix not in decode.SUFFIXES:
-            if suffix in decode.OTHER_SUFFIXES:
+            if suffix in decode.OTHER_SUFFIXES and skip_broken:
+                found.broken.append(name)
+            elif suffix in decode.OTHER_SUFFIXES:
                 raise KdError(
                     f"cannot read image {name}: {suffix[1:]} is not supported",
                     "Convert it to PNG, JPEG, WebP or BMP.",
                 )
-            found.other.append(name)
+            else:
+                found.other.append(name)
             continue
         if not place.class_name.isprintable():
             raise KdError(f"unusable class name {place.class_name!r}", "Rename the folder.")
@@ -266,9 +308,16 @@ def _notes(found: _Found, source: Source, spool: Spool, image_size: int | None) 
             f"Images differ in size: cropped to squares and resized to {FALLBACK_SIZE}x{FALLBACK_SIZE}. "
             "--image-size sets another size."
         )
+    if found.broken:
+        more = "" if len(found.broken) <= SHOWN_BROKEN else ", …"
+        shown = ", ".join(_shown(name) for name in found.broken[:SHOWN_BROKEN])
+        notes.append(f"Skipped {len(found.broken):,} broken images ({shown}{more}).")
     if found.other:
-        first = found.other[0].encode("utf-8", "replace").decode()  # a name may be any bytes
-        notes.append(f"Skipped {len(found.other)} files that are no images ({first}).")
+        notes.append(f"Skipped {len(found.other)} files that are no images ({_shown(found.other[0])}).")
     if source.skipped.links:
         notes.append(f"Skipped {source.skipped.links} links and special files.")
     return notes
+
+
+def _shown(name: str) -> str:
+    return name.encode("utf-8", "replace").decode()  # a name may be any bytes

@@ -195,6 +195,7 @@ def load_data(classifier: Classifier, checkpoint: Path, config: ExportConfig, on
         data_dir=config.data_dir,
         cache_dir=config.cache_dir,
         fit_to=classifier.input_size,
+        skip_broken=config.skip_broken,
         on_event=on_event,
     )
 

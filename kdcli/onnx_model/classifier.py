@@ -15,9 +15,11 @@ from torch import Tensor
 
 from kdcli.errors import KdError
 from kdcli.onnx_model.facts import CHANNELS, image_input
-from kdcli.onnx_model.files import first_line, read, session
+from kdcli.onnx_model.files import first_line, read, serialized, session
 from kdcli.onnx_model.remarks import remarks_of
 from kdcli.preprocess import Preprocess
+
+MAX_SIDE = 4096
 
 _Floats = npt.NDArray[np.float32]
 
@@ -79,7 +81,7 @@ class OnnxClassifier:
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         layout, size = _input_of(path, model, input_size)
         one_by_one = _batch_is_one(path, model)
-        runner = session(model.SerializeToString(), threads, str(path))
+        runner = session(serialized(path, model), threads, str(path))
         count = _class_count(path, runner, layout, size)
         classes, provenance, preprocess = remarks_of(path, metadata, count)
         return cls(
@@ -166,6 +168,10 @@ def _input_of(
     if min(height, width, channels) < 1:
         raise KdError(
             f"{path} does not fix the size of its images", "Export it with a fixed height and width."
+        )
+    if max(height, width) > MAX_SIDE:
+        raise KdError(
+            f"{path} takes images of {height}x{width} pixels", f"kd runs files up to {MAX_SIDE:,} a side."
         )
     if channels not in CHANNELS:
         raise KdError(f"{path} takes {channels} channels in {layout} order, which is no image", hint)

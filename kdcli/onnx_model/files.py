@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import math
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import onnx
 import onnxruntime as ort
+from google.protobuf.message import Message
 
 from kdcli.errors import KdError
 from kdcli.runtime import available_cores
 
 MAX_BYTES = 2**31 - 1  # one protobuf message cannot be larger
+MAX_NODES = 1_000_000  # with every function written out wherever it is called
+MAX_CALL_DEPTH = 50
+LOOPS = ("Loop", "Scan")
+
+_M = TypeVar("_M", bound=Message)
 
 
 def read(path: Path, *, external: bool = False) -> tuple[onnx.ModelProto, int]:
@@ -33,14 +40,19 @@ def read(path: Path, *, external: bool = False) -> tuple[onnx.ModelProto, int]:
     if path.stat().st_size > MAX_BYTES:
         raise KdError(f"{path} is larger than 2 GiB", "kd reads ONNX models that fit one protobuf message.")
     try:
-        model = onnx.load_model(path, load_external_data=False)
+        model = onnx.ModelProto.FromString(path.read_bytes())  # load_model would go by the file's suffix
     except OSError as error:
         raise KdError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # protobuf raises whatever the bytes provoke
         raise KdError(f"{path} is not an ONNX model: {first_line(error)}") from error
     if not model.graph.node or not model.graph.output:
         raise KdError(f"{path} is not an ONNX model: it holds no network")
-    outside = [tensor for tensor in _all_tensors(model) if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    _check_work(path, model)
+    outside = [
+        tensor
+        for tensor in _messages(model, onnx.TensorProto)
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data
+    ]
     if outside and not external:
         raise KdError(
             f"{path} keeps weights in other files",
@@ -87,6 +99,18 @@ def _take_in(path: Path, tensors: list[onnx.TensorProto]) -> int:
     return sum(sizes.values())
 
 
+def serialized(path: Path, model: onnx.ModelProto) -> bytes:
+    """A model as bytes.
+
+    Raises:
+        KdError: it does not fit one message, or memory.
+    """
+    try:
+        return model.SerializeToString()
+    except Exception as error:  # protobuf raises whatever the content provokes
+        raise KdError(f"{path} cannot be laid out: {first_line(error)}") from error
+
+
 def session(model: bytes, threads: int = 0, name: str = "model") -> ort.InferenceSession:
     """An onnxruntime session on the CPU.
 
@@ -110,27 +134,45 @@ def session(model: bytes, threads: int = 0, name: str = "model") -> ort.Inferenc
         raise KdError(f"onnxruntime cannot run {name}: {first_line(error)}") from error
 
 
-def _all_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    yield from _graph_tensors(model.graph)
-    for function in model.functions:
-        yield from _node_tensors(function.node)
+def _check_work(path: Path, model: onnx.ModelProto) -> None:
+    """Raise KdError for what makes a small file endless: loops, and functions that call each other over and over.
+
+    Values that a file claims and does not hold are refused too, before anybody lays them out.
+    """
+    for node in _messages(model, onnx.NodeProto):
+        if node.op_type in LOOPS:
+            raise KdError(f"{path} holds a {node.op_type}", "kd reads classifiers, which need no loops.")
+    for sparse in _messages(model, onnx.SparseTensorProto):
+        if math.prod(sparse.dims) * 8 > MAX_BYTES:
+            raise KdError(f"{path} claims weights of more than 2 GiB")
+    functions = {(one.domain, one.name, one.overload): one for one in model.functions}
+    sizes: dict[tuple[str, str, str], int] = {}
+
+    def nodes_of(message: Message, within: tuple[tuple[str, str, str], ...]) -> int:
+        total = 0
+        for node in _messages(message, onnx.NodeProto):
+            key = (node.domain, node.op_type, node.overload)
+            if key in within or len(within) > MAX_CALL_DEPTH:
+                raise KdError(f"{path} holds functions that call each other without end")
+            if key in functions and key not in sizes:
+                sizes[key] = nodes_of(functions[key], (*within, key))
+            total += sizes.get(key, 1)
+        return total
+
+    if max(nodes_of(part, ()) for part in (model.graph, *model.functions)) > MAX_NODES:
+        raise KdError(f"{path} holds more than {MAX_NODES:,} operations")
 
 
-def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield sparse.values
-        yield sparse.indices
-    yield from _node_tensors(graph.node)
-
-
-def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
-    for node in nodes:
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            yield from (attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
-            for sub in (attribute.g, *attribute.graphs):
-                yield from _graph_tensors(sub)
+def _messages(message: Message, kind: type[_M]) -> Iterator[_M]:
+    """All messages of a kind, at any depth (protobuf reads at most 100) and in any field; inner ones too."""
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        for part in value if field.is_repeated else (value,):
+            if isinstance(part, kind):
+                yield part
+            if not isinstance(part, onnx.TensorProto):
+                yield from _messages(part, kind)
 
 
 def first_line(error: BaseException) -> str:

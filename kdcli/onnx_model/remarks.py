@@ -64,7 +64,16 @@ def remarks_of(
         classes = tuple(str(name) for name in json.loads(metadata["kd.classes"]))
         provenance = dict(json.loads(metadata["kd.provenance"]))
         preprocess = decode_preprocess(metadata["kd.preprocess"])
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, KdError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+        RuntimeError,
+        KdError,
+    ) as error:
         raise KdError(f"{path}: its metadata is damaged: {first_line(error)}", "Export it again.") from error
     if len(classes) != count:
         raise KdError(f"{path} names {len(classes)} classes and gives {count} values", "Export it again.")

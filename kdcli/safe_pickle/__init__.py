@@ -72,7 +72,8 @@ def load_npy(path: Path) -> object:
     """
     try:
         if not path.is_file():
-            raise KdError(f"cannot read {path}: it is {'not a file' if path.exists() else 'not there'}", "Check the path.")
+            reason = "it is not a file" if path.exists() else "it is not there"
+            raise KdError(f"cannot read {path}: {reason}", "Check the path.")
         if path.stat().st_size > MAX_FILE_BYTES:
             raise KdError(f"{path} is larger than {MAX_FILE_BYTES:,} bytes", "That is no file of weights.")
         data = path.read_bytes()
@@ -124,7 +125,11 @@ def _header(data: bytes) -> tuple[int, str, tuple[int, ...], bool]:
     while text.startswith("{") and (field := _HEADER_FIELD.match(text, at)) is not None:
         found[field["key"]] = field[{"fortran_order": "fortran"}.get(field["key"], field["key"])]
         at = field.end()
-    if text[at:].strip() != "}" or set(found) != {"descr", "fortran_order", "shape"} or None in found.values():
+    if (
+        text[at:].strip() != "}"
+        or set(found) != {"descr", "fortran_order", "shape"}
+        or None in found.values()
+    ):
         raise ValueError("no plain descr, fortran_order and shape; structured arrays are not read")
     sides = tuple(int(side.strip().rstrip("L")) for side in str(found["shape"]).split(",") if side.strip())
     return start + length, str(found["descr"])[1:-1], sides, found["fortran_order"] == "True"

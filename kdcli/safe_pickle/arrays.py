@@ -25,7 +25,9 @@ def dtype_of(code: str, order: str) -> np.dtype[Any]:
         raise KdError(f"refuses an array of type {code[:40]!r}: only plain numbers are read", HINT) from error
 
 
-def array_of(dtype: np.dtype[Any], shape: object, raw: bytes | bytearray | memoryview, order: str) -> np.ndarray[Any, Any]:
+def array_of(
+    dtype: np.dtype[Any], shape: object, raw: bytes | bytearray | memoryview, order: str
+) -> np.ndarray[Any, Any]:
     """An array that owns its memory.
 
     Raises:
@@ -45,7 +47,9 @@ def array_of(dtype: np.dtype[Any], shape: object, raw: bytes | bytearray | memor
         flat = np.frombuffer(raw, dtype=dtype) if len(raw) else np.zeros(0, dtype)
         return np.array(flat.reshape(shape, order="F" if order == "F" else "C"), order="K")
     except (ValueError, OverflowError) as error:  # a side of no array, beside one of length 0
-        raise KdError(f"damaged array: no array has shape {named(shape)}", "Fetch or write the file again.") from error
+        raise KdError(
+            f"damaged array: no array has shape {named(shape)}", "Fetch or write the file again."
+        ) from error
 
 
 def named(value: object) -> str:

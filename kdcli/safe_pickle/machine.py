@@ -254,7 +254,7 @@ class Machine:
         return b""
 
     def never_called(self, arguments: tuple[Any, ...]) -> object:
-        raise KdError("refuses to call numpy.ndarray", HINT)
+        raise KdError("refuses to call the name of a type", HINT)
 
 
 class _Finisher:
@@ -388,3 +388,8 @@ BUILDERS: dict[tuple[str, str], Callable[[Machine, tuple[Any, ...]], object]] = 
     ("collections", "OrderedDict"): Machine.ordered_dict,
     ("__builtin__", "bytes"): Machine.empty_bytes,
 }
+
+
+def handlers_with(more: Mapping[str, Callable[[Any, Any], Any]]) -> Mapping[str, Callable[[Any, Any], Any]]:
+    """The handlers of all instructions of a plain pickle, and some more."""
+    return {**_HANDLERS, **more}

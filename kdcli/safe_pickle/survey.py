@@ -1,4 +1,4 @@
-"""A first pass over a pickle's instructions: nothing is run, made or believed before the whole file is within limits."""
+"""A first pass over a pickle's instructions: nothing is run or made before the whole file is within limits."""
 
 from __future__ import annotations
 
