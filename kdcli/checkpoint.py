@@ -21,7 +21,7 @@ from kdcli.safe_pickle import torch_file
 FORMAT_VERSION = 1
 _SHARING = 4  # times the file's size that its tensors may have, some of them being the same
 _LONG_TEXT = 256
-_MOST_PARTS = 2_000_000  # tensors and plain values in one file
+_MOST_PARTS = 500_000  # tensors and plain values in one file
 _FORCE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _force_lock = threading.Lock()
 

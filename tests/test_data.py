@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import hashlib
 import io
 import lzma
 import os
@@ -14,6 +15,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable
@@ -89,7 +91,7 @@ WRITERS: dict[str, Callable[[Path, Files], Path]] = {
 
 @pytest.fixture
 def read(tmp_path: Path) -> Callable[..., Splits]:
-    return lambda path, **options: load(str(path), cache_dir=tmp_path / "cache", **options)
+    return lambda path, **options: load(str(path), **{"cache_dir": tmp_path / "cache", **options})
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -630,3 +632,136 @@ def test_a_full_disk_is_one_error(tmp_path: Path) -> None:
             pytest.skip(f"cannot mount here: {done.stderr.strip()[:80]}")
         assert done.returncode == 0, done
         assert "No space left on device" in done.stdout
+
+
+def broken_tree() -> Files:
+    return {
+        **small_tree(),
+        "train/zebra/c.png": png()[:40],
+        "test/zebra/0.png": b"",
+        "train/ape house/x.gif": b"GIF89a",
+    }
+
+
+@pytest.mark.parametrize("kind", ["folder", "set.tar", "set.zip"])
+def test_broken_images_are_left_out_if_asked(kind: str, tmp_path: Path, read: Callable[..., Splits]) -> None:
+    path = WRITERS[kind](tmp_path / kind, broken_tree())
+    with pytest.raises(KdError, match=r"cannot read image .*(c\.png|0\.png|x\.gif)") as caught:
+        read(path)
+    assert "--skip-broken" in caught.value.hint or "gif" in caught.value.message
+    events: list[Event] = []
+    found = read(path, skip_broken=True, on_event=events.append)
+    told = [event.text for event in events if isinstance(event, Note)]
+    assert told == ["Skipped 3 broken images (test/zebra/0.png, train/ape house/x.gif, train/zebra/c.png)."]
+    good = read(WRITERS[kind](tmp_path / ("good" + kind), small_tree()))
+    assert (
+        found.train.fingerprint == good.train.fingerprint and found.test.fingerprint == good.test.fingerprint
+    )
+    assert read(path, skip_broken=True).notes == found.notes  # of the cache
+    with pytest.raises(
+        KdError, match="cannot read image"
+    ):  # what was packed without them is not taken for the whole
+        read(path)
+
+
+def test_good_images_are_packed_once_with_and_without_the_flag(
+    tmp_path: Path, read: Callable[..., Splits], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tar(tmp_path / "x.tar", small_tree())
+    first = read(path, skip_broken=True)
+    monkeypatch.setattr(decode, "decode_into", lambda *_: pytest.fail("decoded again"))
+    for options in ({}, {"skip_broken": True}, {"image_size": None}):
+        again = read(path, **options)
+        assert again.train.fingerprint == first.train.fingerprint and not again.notes
+    assert len(list((tmp_path / "cache" / "data").iterdir())) == 1
+
+
+@pytest.mark.parametrize("prefix", ["train/ape house/", "test/ape house/"])
+def test_a_class_that_loses_all_its_images_is_an_error(
+    prefix: str, tmp_path: Path, read: Callable[..., Splits]
+) -> None:
+    files = {name: data[:30] if name.startswith(prefix) else data for name, data in small_tree().items()}
+    with pytest.raises(KdError, match=f"all images of {prefix[:-1]} in .* are broken"):
+        read(write_tar(tmp_path / "x.tar", files), skip_broken=True)
+
+
+def test_packed_bytes_of_good_images_are_what_they_always_were(
+    tmp_path: Path, read: Callable[..., Splits]
+) -> None:
+    """Worked out by hand: the fingerprint's words, labels and pixels of the small tree."""
+    found = read(write_tar(tmp_path / "x.tar", small_tree()))
+    pixels = np.array([[1, 0, 0], [2, 0, 0], [3, 0, 0]], np.uint8)[:, None, None].repeat(4, 1).repeat(6, 2)
+    assert found.train.images.tobytes() == pixels.tobytes()
+    words = repr(((3, 4, 6, 3), ("ape house", "zebra"))).encode()
+    content = words + np.array([0, 1, 1], "<i8").tobytes() + pixels.tobytes()
+    assert found.train.fingerprint == hashlib.sha256(content).hexdigest()
+
+
+def test_large_images_are_converted_in_strips_to_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    colours = Image.fromarray(random.integers(0, 256, (61, 47, 4), dtype=np.uint8))
+    wide = Image.fromarray(random.integers(0, 65536, (61, 47), dtype=np.uint16))
+    for image in (
+        colours,
+        colours.convert("RGB"),
+        colours.convert("RGB").convert("P"),
+        colours.convert("LA"),
+        wide,
+    ):
+        stream = io.BytesIO()
+        image.save(stream, "PNG")
+        monkeypatch.setattr(decode, "STRIP_PIXELS", 1 << 20)
+        whole = decode.decode(stream.getvalue(), "x")
+        monkeypatch.setattr(decode, "STRIP_PIXELS", 100)
+        assert np.array_equal(decode.decode(stream.getvalue(), "x"), whole) and whole.shape == (61, 47, 3)
+
+
+def test_large_images_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "MAX_PIXELS", 24)
+    held, most = [0], [0]
+    room = decode.Room()
+
+    def keep(pixels: np.ndarray) -> None:
+        held[0] += pixels.size // 3
+        most[0] = max(most[0], held[0])
+        time.sleep(0.02)
+        held[0] -= pixels.size // 3
+
+    threads = [threading.Thread(target=decode.decode_into, args=(keep, png(), "x", room)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert most[0] == 24
+
+
+def test_scans_of_a_jpeg_are_counted() -> None:
+    random = np.random.default_rng(0)
+    image = Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    for options, count in (({}, 1), ({"progressive": True}, 10)):
+        stream = io.BytesIO()
+        image.save(stream, "JPEG", icc_profile=b"\xff\xda" * 500, restart_marker_blocks=1, **options)
+        data = stream.getvalue()
+        assert decode.scans(data) == count
+        last = data[data.rindex(b"\xff\xda") : -2]
+        assert decode.scans(data[:-2] + last * 5 + b"\xff\xd9" + b"\xff\xda" * 9) == count + 5
+    assert decode.scans(b"\xff\xd8") == decode.scans(b"") == 0
+
+
+def test_a_folder_of_endless_names_is_bounded(
+    tmp_path: Path, read: Callable[..., Splits], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, write in (("set", write_folder), ("x.tar", write_tar), ("x.zip", write_zip)):
+        monkeypatch.setattr(sources, "MAX_FILES", 20)
+        path = write(tmp_path / name, small_tree())
+        assert len(read(path, cache_dir=tmp_path / "one").test) == 2 if name != "set" else True
+        monkeypatch.setattr(sources, "MAX_FILES", 4)
+        with pytest.raises(KdError, match="holds more than 4 files"):
+            read(path)
+
+
+def test_xz_of_several_streams_and_padding(tmp_path: Path, read: Callable[..., Splits]) -> None:
+    whole = write_tar(tmp_path / "x.tar", small_tree()).read_bytes()
+    parts = lzma.compress(whole[:3000]) + bytes(8) + lzma.compress(whole[3000:]) + bytes(4)
+    (tmp_path / "y.tar.xz").write_bytes(parts)
+    assert len(read(tmp_path / "y.tar.xz").train) == 3

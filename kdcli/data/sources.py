@@ -276,6 +276,8 @@ class ZipSource:
                 data = member.read(MAX_MEMBER_BYTES + 1)
             if len(data) > MAX_MEMBER_BYTES:  # a header that understates the size
                 raise _too_large(self.path, name, len(data))
+            if len(data) != info.file_size:
+                raise zipfile.BadZipFile(f"{name} is not as long as it says")
             expanded += len(data)
             if expanded > expansion_limit(self.path):
                 raise expands_too_far(self.path)

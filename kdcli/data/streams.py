@@ -18,7 +18,7 @@ MAX_HEADER_BYTES = 64 << 10  # one long name or pax header
 MAX_HEADERS_BYTES = 1 << 20  # all of them before one member
 MAX_XZ_MEMORY = 192 << 20  # xz -9 wants 65 MiB; a header may ask for 4 GiB
 MAX_EXPANSION = 100  # of an archive, beyond a floor that any honest small one stays below
-EXPANSION_FLOOR = 1 << 30
+EXPANSION_FLOOR = 512 << 20
 _CHUNK = 1 << 16
 _DIGITS = re.compile(rb"[0-9]{300}")  # tarfile's patterns take quadratic time on them
 

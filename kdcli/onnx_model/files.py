@@ -129,7 +129,12 @@ def session(model: bytes, threads: int = 0, name: str = "model") -> ort.Inferenc
     # idle threads would otherwise spin on after a run and slow down whatever is timed next
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            model,
+            options,
+            providers=["CPUExecutionProvider"],
+            enable_fallback=0,  # it would print, and try the same again
+        )
     except Exception as error:  # onnxruntime's exceptions share no base of their own
         raise KdError(f"onnxruntime cannot run {name}: {first_line(error)}") from error
 

@@ -1,0 +1,1 @@
+"""Fuzzing: `targets` are what is fuzzed, `run` fuzzes. pytest collects nothing here."""
