@@ -262,3 +262,97 @@ def test_a_small_file_that_claims_to_be_endless_is_refused_at_once(
         checkpoint.load(path)
     assert checkpoint.load_plain(path) is None
     assert time.monotonic() - started < 30  # not a measure of speed: without the bound it would never end
+
+
+def changed(path: Path, change: Callable[[str, bytes], bytes | None], **more: bytes) -> Path:
+    """The file's records, changed and written again by zipfile."""
+    with zipfile.ZipFile(path) as archive:
+        entries = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in [*entries, *((f"m/{name}", content) for name, content in more.items())]:
+            if (now := change(name, content)) is not None:
+                archive.writestr(name, now)
+    return path
+
+
+def same(name: str, content: bytes) -> bytes:
+    return content
+
+
+def test_a_file_that_another_zip_writer_packed_is_read(tmp_path: Path) -> None:
+    assert checkpoint.load(changed(saved(tmp_path), same)).arch == "convnet-tiny"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"K\x01t", b"J\x00\x00\x00\x10t", "more than its record holds"),
+        (b"storage", b"storagf", "something outside"),
+        (b"FloatStorage", b"FloatStoragf", "refuses torch"),
+        (b"_rebuild_tensor_v2", b"_rebuild_tensor_v3", "refuses torch._utils"),
+        (b"ctorch\nFloatStorage\n", b"N", "unknown kind"),
+        (b"X\x01\x00\x00\x000", b"X\x01\x00\x00\x00z", "more than its record holds"),
+        (b"\x89ccollections", b"\x89)ccollections", "unknown form"),
+    ],
+)
+def test_the_pickle_is_checked_before_torch_reads_it(
+    old: bytes, new: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({"format_version": 1, "state_dict": {"w": torch.zeros(1)}}, tmp_path / "m.pt")
+    if message == "unknown form":
+        old, new = b"QK\x00", b"QJ\xff\xff\xff\xff"
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch has read it"))
+
+    def change(name: str, content: bytes) -> bytes:
+        if name.endswith("data.pkl"):
+            assert old in content
+            content = content.replace(old, new, 1)
+        return content
+
+    with pytest.raises(KdError, match=message) as caught:
+        checkpoint.load(changed(tmp_path / "m.pt", change))
+    assert "m.pt" in caught.value.message
+
+
+def test_archives_that_can_be_read_in_two_ways_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = saved(tmp_path).read_bytes()
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch has read it"))
+    path, end = tmp_path / "x.pt", len(whole)
+    for content, message in (
+        (whole[:-2] + b"\x01\x00x", "something behind"),
+        (whole[: end - 98] + b"QQ" + whole[end - 96 :], "two directories"),
+        (whole[: end - 34] + b"\x01" + whole[end - 33 :], "two directories"),
+        (whole[: end - 50] + b"\x01" + whole[end - 49 :], "two directories"),
+        (whole[: end - 58] + b"\x01" + whole[end - 57 :], "two directories"),
+        (b"x" + whole, "two directories"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(KdError, match=message):
+            checkpoint.load(path)
+    for more in ({"constants.pkl": b"N."}, {"data.pkl": b"N."}):
+        path.write_bytes(whole)
+        with pytest.raises(KdError, match=r"TorchScript|claims to hold more"):
+            checkpoint.load(changed(path, same, **more))
+    os.mkfifo(tmp_path / "fifo.pt")
+    with pytest.raises(KdError, match="is not a file"):
+        checkpoint.load(tmp_path / "fifo.pt")
+
+
+def test_parameters_and_bytes_are_read(tmp_path: Path) -> None:
+    document = {
+        "format_version": 1,
+        "p": torch.nn.Parameter(torch.ones(2)),
+        "b": b"\xff\x00",
+        "o": {"step": 3},
+    }
+    checkpoint.save_plain(tmp_path / "x.pt", document)
+    found = checkpoint.load_plain(tmp_path / "x.pt")
+    assert found is not None and found["b"] == b"\xff\x00" and found["p"].tolist() == [1, 1]
+
+
+def test_one_long_text_used_often_is_refused(tmp_path: Path) -> None:
+    torch.save({"format_version": 1, "x": ["x" * 100_000] * 1000, "sha256": "0"}, tmp_path / "x.pt")
+    with pytest.raises(KdError, match="claims to hold more"):
+        checkpoint.load(tmp_path / "x.pt")

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kdcli import safe_pickle
 from kdcli.errors import KdError
@@ -283,3 +285,190 @@ def test_a_bytearray_that_is_used_often_is_kept_once() -> None:
     content = safe_pickle.read(pickle.dumps([bytearray(b"x" * 1000)] * 50, 5))
     assert isinstance(content, list)
     assert {id(item) for item in content} == {id(content[0])} and content[0] == b"x" * 1000
+
+
+def global_call(name: bytes, arguments: bytes) -> bytes:
+    return b"\x80\x04c" + name + b"\n(" + arguments + b"tR."
+
+
+K_ORDER = b"numpy.core.numeric\n_frombuffer"
+RECONSTRUCT = b"numpy.core.multiarray\n_reconstruct"
+U1 = b"cnumpy\ndtype\n(S'u1'\ntR"
+
+
+def test_axes_of_a_buffer() -> None:
+    array = np.arange(24).reshape(2, 3, 4).transpose(1, 0, 2)
+    assert np.array_equal(safe_pickle.read(pickle.dumps(array, 5)), array)  # type: ignore[arg-type]
+    whole = b"C\x02ab" + U1 + b"K\x02K\x01\x86"
+    for axes in (b"K\x00K\x00\x86", b"K\x00\x85", b"]", b"K\x00\x88\x86", b"X\x02\0\0\0ab"):
+        with pytest.raises(KdError, match="axes"):
+            safe_pickle.read(global_call(K_ORDER, whole + b"S'K'\n" + axes))
+    with pytest.raises(KdError, match="memory order"):
+        safe_pickle.read(global_call(K_ORDER, whole + b"S'Q'\n"))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\x80\x02}\x8a\x08" + struct.pack("<q", 2**60) + b"Ns.", "huge integer as a key"),
+        (b"\x80\x04\x8f(G" + bytes(8) + b"\x90.", "key of kind float"),
+        (b"(K\x01d.", "key without a value"),
+        (b"\x80\x04K\x01K\x02\x93.", "no text"),
+        (b"0.", "damaged"),
+        (b"e.", "mark is missing"),
+        (b"K\x01a.", "damaged"),
+        (b"(q\x00.", "value is missing"),
+        (b"K\x01)R.", "not a known name"),
+        (global_call(RECONSTRUCT, b"cnumpy\nndarray\nI0\nS'b'\n")[:-1] + b"K\x01\x85b.", "5-tuple"),
+        (U1 + b"(I3\nS'<'\nS'x'\nNNtb.", "structured"),
+        (U1 + b"(I3\nS'?'\nNNNtb.", "byte order"),
+        (U1 + b"K\x01b.", "structured"),
+        (global_call(K_ORDER, b"C\x01aK\x01K\x01\x85S'C'\n"), "no dtype"),
+        (global_call(K_ORDER, b"K\x01" + U1 + b"K\x01\x85S'C'\n"), "not bytes"),
+        (global_call(b"numpy.core.multiarray\nscalar", b"K\x01C\x01a"), "no dtype"),
+        (global_call(b"numpy\ndtype", b"C\x02u9"), "plain numbers"),
+        (global_call(b"numpy\ndtype", b"S'b8'\n")[:-1] + b"C\x08aaaaaaaa" + b"0.", "refuses"),
+        (global_call(b"collections\nOrderedDict", b"K\x01"), "without pairs"),
+        (global_call(b"__builtin__\nbytes", b"K\x09"), "a call of bytes"),
+        (global_call(b"__builtin__\nbytes", b""), None),
+        (b"\x80\x05\x96" + struct.pack("<Q", 3) + b"abc.", None),
+        (b"\x80\x04\x95" + struct.pack("<Q", 99) + b"N.", "frame"),
+        (b"I12", "within a line"),
+        (b"J\x00", "before its STOP"),
+        (b"T\xff\xff\xff\xffa.", "negative length"),
+        (b"F" + b"1" * 2000 + b"\n.", "line of more than"),
+        (b"\x80\x02\x8b" + struct.pack("<i", 18) + bytes(18) + b".", "huge integer"),
+    ],
+)  # fmt: skip
+def test_more_limits_and_damage(data: bytes, message: str | None) -> None:
+    if message is None:
+        safe_pickle.read(data)
+        return
+    with pytest.raises(KdError, match=message):
+        safe_pickle.read(data)
+
+
+def test_caps_of_the_first_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = b"\x80\x02(U\x05helloU\x05helloV\nt."
+    assert safe_pickle.read(text) == ("hello", "hello", "")
+    for name, value, message in (
+        ("MAX_STRINGS", 2, "more than 2 strings"),
+        ("MAX_STRING_BYTES", 4, "more than 4 bytes"),
+    ):
+        with monkeypatch.context() as patched, pytest.raises(KdError, match=message):
+            patched.setattr(survey, name, value)
+            safe_pickle.read(text)
+
+
+def test_text_is_encoded_no_more_often_than_the_file_is_long() -> None:
+    once = b"\x80\x02X\x64\0\0\0" + b"a" * 100 + b"q\x00X\x06\0\0\0latin1q\x01c_codecs\nencode\nq\x02("
+    assert safe_pickle.read(once + b"h\x02h\x00h\x01\x86R" + b"t.") == (b"a" * 100,)
+    with pytest.raises(KdError, match="text that is larger than the file"):
+        safe_pickle.read(once + b"h\x02h\x00h\x01\x86R" * 50 + b"t.")
+
+
+def test_keys_with_one_hash_cost_no_time() -> None:
+    """Integers that differ by 2**61 - 1 have the same hash: a dictionary of them takes quadratic time."""
+    assert hash(5 + 2 * (2**61 - 1)) == 5
+    with pytest.raises(KdError, match="as a key"):
+        safe_pickle.read(pickle.dumps(dict.fromkeys((5 + n * (2**61 - 1) for n in range(9)), 0)))
+    assert safe_pickle.read(pickle.dumps({2**59: 1, -(2**59): 2}, 2)) == {2**59: 1, -(2**59): 2}
+
+
+def test_memory_that_ends_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    path = tmp_path / "a.npy"
+    np.save(path, np.zeros(3))
+    for owner, name in ((np, "array"), (Path, "read_bytes"), (machine.Machine, "run")):
+        data = path.read_bytes()
+        with monkeypatch.context() as patched, pytest.raises(KdError, match="more memory than there is"):
+            patched.setattr(owner, name, full)
+            safe_pickle.read(data) if name == "run" else safe_pickle.load_npy(path)
+
+
+def test_npy_headers_in_other_words(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    for header in (
+        b"{'shape': (2,), 'descr': '<i2', 'fortran_order': False}",
+        b'{"descr": "<i2","fortran_order":True,"shape":(2L ,) ,}  \n',
+        b"{ 'fortran_order' : False , 'shape' : ( 1 , 2 ) , 'descr' : '<i2' , }",
+    ):
+        path.write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + b"\1\0\2\0")
+        found: Any = safe_pickle.load_npy(path)
+        assert found.ravel().tolist() == [1, 2] and found.dtype == np.int16
+    for changed in (b"(2,) + ()", b"[2]", b"(2,), 'x': 1", b"(-2,)", b"(2.0,)"):
+        header = b"{'descr': '<i2', 'fortran_order': False, 'shape': " + changed + b"}"
+        path.write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + b"\1\0\2\0")
+        with pytest.raises(KdError, match="header"):
+            safe_pickle.load_npy(path)
+    for array in (np.zeros((0, 3), np.int8), np.zeros((2, 0), ">f8", order="F")):
+        np.save(path, array)
+        found = safe_pickle.load_npy(path)
+        assert found.shape == array.shape and found.dtype == array.dtype
+    monkey = b"{'descr': '<i2', 'fortran_order': False, 'shape': (0, 9223372036854775807)}"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(monkey)) + monkey)
+    with suppress(KdError):
+        safe_pickle.load_npy(path)
+
+
+def test_what_is_not_a_file_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "fifo.npy")
+    for path in (tmp_path / "fifo.npy", tmp_path):
+        with pytest.raises(KdError, match="not a file"):
+            safe_pickle.load_npy(path)
+    np.save(tmp_path / "a.npy", np.zeros(9))
+    monkeypatch.setattr(safe_pickle, "MAX_FILE_BYTES", 100)
+    with pytest.raises(KdError, match="larger than 100 bytes"):
+        safe_pickle.load_npy(tmp_path / "a.npy")
+    monkeypatch.setattr(Path, "is_file", lambda _: True)
+    with pytest.raises(KdError, match="cannot read"):
+        safe_pickle.load_npy(tmp_path / "absent.npy")
+
+
+BOUNDED = settings(max_examples=150, deadline=None, derandomize=True)
+PLAIN = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**100), 2**100)
+    | st.floats(allow_nan=False)
+    | st.text()
+    | st.binary(),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text() | st.integers(-1000, 1000), inner, max_size=4)
+    ),
+    max_leaves=20,
+)
+
+
+@BOUNDED
+@given(PLAIN, st.integers(0, 5))
+def test_any_plain_value_comes_back(value: object, protocol: int) -> None:
+    """With Python's own pickle as the judge."""
+    data = pickle.dumps(value, protocol)
+    assert safe_pickle.read(data) == pickle.loads(data)
+
+
+@BOUNDED
+@given(st.binary(max_size=200) | st.binary(max_size=200).map(lambda data: b"\x80\x04" + data + b"."))
+def test_any_bytes_end_in_a_value_or_an_error(data: bytes) -> None:
+    for read in (safe_pickle.read, safe_pickle.read_npy):
+        with suppress(KdError):
+            read(data)
+
+
+@BOUNDED
+@given(
+    st.integers(0, 5), st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=6)
+)
+def test_any_changes_of_a_good_pickle_end_in_a_value_or_an_error(
+    protocol: int, changes: list[tuple[int, int]]
+) -> None:
+    data = bytearray(pickle.dumps(VALUE, protocol))
+    for at, value in changes:
+        data[at % len(data)] = value
+    with suppress(KdError):
+        safe_pickle.read(bytes(data))

@@ -253,7 +253,7 @@ class ZipSource:
         if len(archive.infolist()) > MAX_FILES:
             raise _too_many(self.path)
         for info in archive.infolist():
-            if info.is_dir():
+            if info.filename.endswith("/"):  # is_dir() fails on a name that is empty
                 continue
             kind = stat.S_IFMT(info.external_attr >> 16)
             if kind not in (0, stat.S_IFREG):

@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+EXTREMES = (b"\xff" * 4, b"\xff\xff\xff\x7f", bytes(4), b"\0\0\0\x80", b"9" * 4)
+
 
 def mutated(data: bytes, chance: random.Random, others: list[bytes]) -> bytes:
     """A few changes of the kinds that break parsers."""

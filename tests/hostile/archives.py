@@ -208,6 +208,7 @@ def acceptable() -> dict[str, bytes]:
         "NUL by pax.tar": tar(files, pax(record(b"path", b"train/a/\0/1.png"))),
         "not UTF-8.tar": tar(files, header(b"train/a/\xff\xfe.png", b"0", b"%011o" % len(png())) + padded(png())),
         "not UTF-8.zip": archive[:first] + b"train/a/\xff\xfe\xfd" + archive[first + 11 :],
+        "a name that is empty.zip": archive.replace(b"train/a/1.png", b"\0rain/a/1.png"),
         "a comment.zip": archive[:-2] + b"\x05\x00hello",
         "something before.zip": archive + archive,
         "rubbish behind.tar": tar(files) + b"x" * 512,
