@@ -36,8 +36,9 @@ tell = lambda event: print("note", event.text, flush=True) if isinstance(event, 
 print("end", fetch.fetch(file, Path("x.bin"), on_event=tell).status, flush=True)
 """
 KD = """
-import sys
+import signal, sys
 from kdcli import catalog, cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
 catalog.DOWNLOADS["mnist"] = (
     catalog.RemoteFile("mnist/x.bin", "data", (sys.argv.pop(1),), sys.argv.pop(1), size_bytes=1_024_000),
 )
