@@ -17,6 +17,7 @@ import torch
 
 from kdcli import checkpoint, models, preprocess
 from kdcli.errors import KdError
+from kdcli.safe_pickle import torch_file
 from tests.conftest import image_set
 
 
@@ -71,11 +72,14 @@ class _Canary:
         return os.system, (f"touch {self.path}",)
 
 
+@pytest.mark.parametrize("checked", [True, False])
 @pytest.mark.parametrize("forced", [None, "1"])
 def test_a_malicious_checkpoint_executes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forced: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forced: str | None, checked: bool
 ) -> None:
-    """Not even where the environment asks torch to trust everything."""
+    """Not even where the environment asks torch to trust everything, nor if only torch looked at it."""
+    if not checked:
+        monkeypatch.setattr(torch_file, "check", lambda _: None)
     if forced:
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", forced)
     canary = tmp_path / "canary"

@@ -60,7 +60,7 @@ def bombs() -> dict[str, bytes]:
     """Each must end in a KdError."""
     small = Image.new("RGB", (8, 8), (9, 8, 7))
     whole = {kind: saved(small, kind) for kind in ("PNG", "JPEG", "WEBP", "BMP")}
-    text = zlib.compress(bytes(100_000_000), 9)
+    text = zlib.compress(bytes(20_000_000), 9)
     found = {
         "PNG of 4 million million pixels": png(2**31 - 1, 2**31 - 1),
         "PNG of 100 million pixels": png(10_000, 10_000),
@@ -68,8 +68,8 @@ def bombs() -> dict[str, bytes]:
         "PNG without width": png(0, 10),
         "PNG of an unknown kind": png(4, 4, kind=5),
         "PNG, wrong sum": whole["PNG"][:20] + b"\xff" + whole["PNG"][21:],
-        "PNG, zTXt of 100 MB": png(4, 4, chunk(b"zTXt", b"a\0\0" + text)),
-        "PNG, iTXt of 100 MB": png(4, 4, chunk(b"iTXt", b"a\0\1\0\0\0" + text)),
+        "PNG, zTXt of 20 MB": png(4, 4, chunk(b"zTXt", b"a\0\0" + text)),
+        "PNG, iTXt of 20 MB": png(4, 4, chunk(b"iTXt", b"a\0\1\0\0\0" + text)),
         "PNG, chunk of 4 GiB": whole["PNG"][:33] + b"\xff\xff\xff\xffzTXt" + whole["PNG"][33:],
         "PNG, Adobe's JPEG inside": png(4, 4, data=b"\xff\xd8\xff"),
         "WebP of 268 million pixels": webp_of(16_383, 16_383),
@@ -113,14 +113,11 @@ def odd() -> dict[str, bytes]:
         ),
         "PNG of 4 million pixels, 16 bits": saved(wide, "PNG"),
         "BMP, packed, all in deltas": bmp(2_000, 2_000, 8, 1, b"\0\2\xff\xff" * 3_000 + b"\0\1"),
-        "JPEG of 10 scans": scans(10),
         "JPEG, EXIF of 65,535 entries": saved(small, "JPEG", exif=exif[:60_000]),
         "JPEG, CMYK of Adobe": saved(small.convert("CMYK"), "JPEG"),
         "JPEG, a profile of a megabyte": saved(small, "JPEG", icc_profile=bytes(1 << 20)),
         "PNG, EXIF of 65,535 entries": png(4, 4, chunk(b"eXIf", exif[6:])),
-        "PNG, a profile of 100 MB": png(
-            4, 4, chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(100_000_000), 9))
-        ),
+        "PNG, a profile of 20 MB": png(4, 4, chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(20_000_000), 9))),
         "PNG, animated": saved(frames[0], "PNG", save_all=True, append_images=frames[1:]),
         "WebP, animated": saved(frames[0], "WEBP", save_all=True, append_images=frames[1:]),
         "PNG, rubbish behind": saved(small, "PNG") + b"x" * 1_000_000,

@@ -214,14 +214,16 @@ def onnx_files() -> dict[str, bytes]:
     trip = onnx.numpy_helper.from_array(np.array(2**62), "n")
     yes = onnx.numpy_helper.from_array(np.array(True), "yes")
     body = helper.make_graph(
-        [helper.make_node("Identity", ["on"], ["still"])], "body",
-        [helper.make_tensor_value_info("i", TensorProto.INT64, []), helper.make_tensor_value_info("on", TensorProto.BOOL, [])],
-        [helper.make_tensor_value_info("still", TensorProto.BOOL, [])],
+        [helper.make_node("Identity", ["on"], ["still"]), helper.make_node("Relu", ["v"], ["next"])], "body",
+        [helper.make_tensor_value_info("i", TensorProto.INT64, []), helper.make_tensor_value_info("on", TensorProto.BOOL, []),
+         helper.make_tensor_value_info("v", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info("still", TensorProto.BOOL, []), helper.make_tensor_value_info("next", TensorProto.FLOAT, None)],
     )  # fmt: skip
     loop = [
         helper.make_node("Constant", [], ["n"], value=trip), helper.make_node("Constant", [], ["yes"], value=yes),
-        helper.make_node("Loop", ["n", "yes"], [], body=body), flatten, helper.make_node("MatMul", ["f", "w"], ["y"]),
+        helper.make_node("Loop", ["n", "yes", "x"], ["b"], body=body),
     ]  # fmt: skip
+    ending = [helper.make_node("Flatten", ["b"], ["f"]), helper.make_node("MatMul", ["f", "w"], ["y"])]
     many = onnx.numpy_helper.from_array(np.array([1 << 40], np.int64), "many")
     sparse = onnx.SparseTensorProto(
         values=onnx.numpy_helper.from_array(np.ones(1, np.float32), "w"),
@@ -249,8 +251,8 @@ def onnx_files() -> dict[str, bytes]:
             [helper.make_node("Constant", [], ["m"], value=many), helper.make_node("Flatten", ["x"], ["f"]),
              helper.make_node("ConstantOfShape", ["m"], ["z"]), helper.make_node("Add", ["f", "z"], ["y"])]
         ),
-        "a loop without end": network(loop),
-        "a loop in a branch": network(_if(_branch([*loop[:3], helper.make_node("Identity", ["x"], ["b"])]))),
+        "a loop without end": network([*loop, *ending]),
+        "a loop in a branch": network(_if(_branch(loop))),
         "a function that calls itself": network(calls, [], functions=[_function("F0", ["F0"])]),
         "functions in a circle": network(calls, [], functions=[_function("F0", ["F1"]), _function("F1", ["F0"])]),
         "2**40 operations in 40 functions": network(calls, [], functions=chain),
