@@ -625,6 +625,7 @@ def test_half_a_declaration_is_none(tmp_path: Path) -> None:
         (b"\x08\x01\x1f", "is not a mean image"),
         (field(7, field(1, b"\x02\x03")) + field(5, np.ones(6, "<f4").tobytes()), "is C×H×W, this is (2, 3)"),
         (field(7, field(1, b"\x01" * 40)) + field(5, np.ones(1, "<f4").tobytes()), "a shape of 40 numbers"),
+        (field(7, field(1, b"\xff" * 9 + b"\x01")) + field(5, bytes(4)), "shape (-1,) is not positive"),
     ],
 )
 def test_a_mean_image_that_is_none(content: bytes, words: str, tmp_path: Path) -> None:
@@ -668,6 +669,12 @@ def test_files_beyond_measure_are_not_read(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(KdError, match="kd reads at most 99"):
         read_prototxt(text)
     assert read_caffemodel(binary).weights
+    monkeypatch.setattr(reader, "_MOST_TEXT_MODEL", 99)
+    with pytest.raises(KdError, match="kd reads at most 99 of text"):
+        read_caffemodel(text)
+    monkeypatch.setattr(reader, "_MOST_UNPACKED", 100)
+    with pytest.raises(KdError, match="values one by one; kd reads up to 100 so"):
+        read_caffemodel(write(tmp_path, net(small(), v1=True, packed=False), "one-by-one.caffemodel"))
     monkeypatch.setattr(reader, "_MOST_BYTES", 999)
     with pytest.raises(KdError, match="kd reads at most 999"):
         read_caffemodel(binary)

@@ -26,7 +26,9 @@ Array = npt.NDArray[np.float32]
 Weights = dict[str, tuple[Array, ...]]  # layer name → its blobs
 
 _MOST_BYTES = 2**31 - 1  # protobuf reads no more
-_MOST_TEXT = 2**26
+_MOST_TEXT = 2**22  # seconds for the parser; the largest networks take a twentieth of it
+_MOST_TEXT_MODEL = 2**26  # with its weights
+_MOST_UNPACKED = 2_000_000
 _TEST = 1
 
 _V2_NAMES = {  # V1 enum → V2 type, where capitals do not give it
@@ -94,7 +96,9 @@ def read_caffemodel(path: Path) -> CaffeModel:
     message = schema.net_parameter()
     try:
         if _is_text(content):
-            _parse_text(_packed(_decoded(content, path)), message, path)
+            text = _decoded(content, path, _MOST_TEXT_MODEL)
+            _check_length(len(_VALUES.sub("", text)), path, _MOST_TEXT)
+            _parse_text(_packed(text), message, path)
         else:
             message.ParseFromString(content)
     except (DecodeError, ValueError, RecursionError) as error:
@@ -129,15 +133,19 @@ def read_prototxt(path: Path) -> Network:
         KdError: missing, not text, or malformed; names the line.
     """
     message = schema.net_parameter()
-    _parse_text(_decoded(read_bytes(path, _MOST_TEXT), path), message, path)
+    _parse_text(_decoded(read_bytes(path, _MOST_TEXT), path, _MOST_TEXT), message, path)
     if not message.layers and not message.layer:
         raise KdError(f"{path} holds no layers", "kd takes a deploy or train_val prototxt, not a solver.")
     return _network(message, path)
 
 
-def _decoded(content: bytes, path: Path) -> str:
-    if len(content) > _MOST_TEXT:
-        raise KdError(f"{path} is {len(content):,} bytes; kd reads at most {_MOST_TEXT:,} of text")
+def _check_length(length: int, path: Path, most: int) -> None:
+    if length > most:
+        raise KdError(f"{path} is {length:,} bytes; kd reads at most {most:,} of text")
+
+
+def _decoded(content: bytes, path: Path, most: int) -> str:
+    _check_length(len(content), path, most)
     text = content.decode("utf-8-sig", "replace")  # comments may be in any encoding
     if "\0" in text:
         raise KdError(
@@ -185,7 +193,7 @@ def read_mean(path: Path) -> Array:
     """`mean.binaryproto` → the mean image (C, H, W), in the network's channel order."""
     message = schema.blob_proto()
     try:
-        message.ParseFromString(read_bytes(path, _MOST_TEXT))
+        message.ParseFromString(read_bytes(path, _MOST_TEXT_MODEL))
     except (DecodeError, RecursionError) as error:
         raise KdError(f"{path} is not a mean image: {_first_line(error)}") from error
     mean = blob_array(message, str(path))
@@ -238,14 +246,14 @@ def blob_array(blob: Any, where: str) -> Array:
         shape = tuple(int(side) for side in blob.shape.dim)
     else:
         shape = (blob.num, blob.channels, blob.height, blob.width)
+    if len(shape) > 32:
+        raise KdError(f"{where}: a shape of {len(shape)} numbers")
     if any(side < 1 for side in shape):
         raise KdError(f"{where}: shape {shape} is not positive")
     kind, raw = ("<f8", b"".join(blob.double_data)) if blob.double_data else ("<f4", b"".join(blob.data))
     if not raw:
-        kind, raw = _unpacked(blob)
+        kind, raw = _unpacked(blob, where)
     width = np.dtype(kind).itemsize
-    if len(shape) > 32:
-        raise KdError(f"{where}: a shape of {len(shape)} numbers")
     if math.prod(shape) * width != len(raw):
         raise KdError(
             f"{where}: shape {shape} wants {math.prod(shape):,} values, it has {len(raw) / width:,g}"
@@ -256,10 +264,12 @@ def blob_array(blob: Any, where: str) -> Array:
     return values
 
 
-def _unpacked(blob: Any) -> tuple[str, bytes]:
+def _unpacked(blob: Any, where: str) -> tuple[str, bytes]:
     """Values one by one: legal, if unusual; they come as unknown fields because bytes are declared."""
     found: dict[int, list[int]] = {5: [], 8: []}
     fields: Any = unknown_fields.UnknownFieldSet(blob)
+    if len(fields) > _MOST_UNPACKED:  # an object each
+        raise KdError(f"{where}: {len(fields):,} values one by one; kd reads up to {_MOST_UNPACKED:,} so")
     for entry in fields:
         if (entry.field_number, entry.wire_type) in ((5, 5), (8, 1)):
             found[entry.field_number].append(entry.data)
