@@ -123,9 +123,8 @@ def error(problem: KdError) -> None:
 
 def _line(text: str) -> str:
     """One line without control characters, whatever a file name holds, and not endless."""
-    line = "".join(
-        mark if mark.isprintable() else " " for mark in " ".join(text[: 2 * LINE_CHARACTERS].split())
-    )
+    joined = " ".join(part.strip() for part in text[: 2 * LINE_CHARACTERS].splitlines())
+    line = "".join(mark if mark.isprintable() else " " for mark in joined)
     return line if len(line) <= LINE_CHARACTERS else line[: LINE_CHARACTERS - 1] + "…"
 
 
