@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdcli import methods
+from kdcli import files, methods
 from kdcli.cli import _ui
 from kdcli.cli._options import options_of
 from kdcli.config import METHOD, RUN, TrainConfig, make
@@ -82,10 +82,12 @@ def _check_place(config: TrainConfig, resume: Path) -> None:
 
 
 def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[Result | None, Any]:
+    if methods.get(config.method).needs_teacher:
+        files.hash_ahead(config.teacher)  # what is kept goes by these hashes
+    files.hash_ahead(files.expand(config.data))
     from kdcli import data, models, runtime
     from kdcli.engine import fit
 
-    methods.get(config.method)
     if not models.takes_dropout(config.student):
         _ui.note_unread(options, ("dropout",), f"with --student {config.student}, which has none")
     world = runtime.launch(config.accelerator, config.devices)
