@@ -18,7 +18,7 @@ import pytest
 from scipy.io import savemat
 
 from kdcli import catalog
-from kdcli.data import Splits, formats, idx, load, svhn
+from kdcli.data import Splits, idx, load, pack, svhn
 from kdcli.errors import KdError
 from kdcli.events import Event, Note, Progress
 
@@ -344,7 +344,7 @@ def test_a_full_or_closed_cache_is_one_error(
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(formats.Spool, "put", full)
+    monkeypatch.setattr(pack.Spool, "put", full)
     with pytest.raises(KdError, match=r"cannot write to .*: No space left") as caught:
         read("mnist")
     assert "--cache-dir" in caught.value.hint

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from pathlib import Path
 from typing import cast
 
@@ -13,7 +12,7 @@ import numpy.typing as npt
 from kdcli import catalog, safe_pickle
 from kdcli.data.decode import Pixels
 from kdcli.data.images import Splits
-from kdcli.data.pack import FORMAT_VERSION, Cache, Selection, Spool
+from kdcli.data.pack import FORMAT_VERSION, Cache, Selection
 from kdcli.data.sources import open_source
 from kdcli.errors import KdError
 from kdcli.events import OnEvent, Progress
@@ -69,55 +68,49 @@ def load_cifar10(
     for name, data in source.read(lambda name: name.split("/")[-1] in (*BATCHES, "batches.meta")):
         base = name.split("/")[-1]
         if base == "batches.meta":
-            classes = _class_names(_unpickled(data, name), name)
+            classes = _class_names(unpickled(data, name, "CIFAR-10", DOWNLOAD_HINT), name)
         else:
-            parts[base] = _batch(_unpickled(data, name), name)
+            parts[base] = _batch(unpickled(data, name, "CIFAR-10", DOWNLOAD_HINT), name)
             on_event(Progress("reading", len(parts), len(BATCHES), "batches"))
     missing = [name for name in BATCHES if name not in parts]
     if missing:
         raise KdError(f"{path} lacks {', '.join(missing)}", DOWNLOAD_HINT)
-    workspace = cache.workspace()
-    try:
-        labels = np.concatenate([parts[name][1] for name in BATCHES])
-        if labels.max() >= len(classes):
-            raise KdError(f"{path} has labels beyond its {len(classes)} classes", DOWNLOAD_HINT)
-        train_count = len(labels) - len(parts["test_batch"][1])
-        rows = np.arange(len(labels))
-        selections = [
-            Selection(rows[part], labels[part]) for part in (slice(train_count), slice(train_count, None))
-        ]
-        notes = []
-        if path.is_file() and catalog.KNOWN_ARCHIVES.get(content) != "CIFAR-10":
-            notes.append(f"{path.name} is not the official archive: its SHA-256 differs.")
-        spool = Spool(workspace, image_size, channels)  # resized images need not fit into memory
-        try:
-            images = (image for name in BATCHES for image in parts[name][0])
-            for number, image in enumerate(images):
-                spool.put(number, image)
-            cache.store(workspace, spool.view(), selections, classes=classes, label="CIFAR-10", notes=notes)
-        finally:
-            spool.close()
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
-    packed = cache.load(spec)
-    if packed is None:
-        raise KdError(
-            f"cannot read back {cache.folder}", "Is the disk full? Choose another with --cache-dir."
-        )
-    return packed
+    labels = np.concatenate([parts[name][1] for name in BATCHES])
+    if labels.max() >= len(classes):
+        raise KdError(f"{path} has labels beyond its {len(classes)} classes", DOWNLOAD_HINT)
+    train_count = len(labels) - len(parts["test_batch"][1])
+    rows = np.arange(len(labels))
+    selections = [
+        Selection(rows[part], labels[part]) for part in (slice(train_count), slice(train_count, None))
+    ]
+    notes = []
+    if path.is_file() and catalog.KNOWN_ARCHIVES.get(content) != "CIFAR-10":
+        notes.append(f"{path.name} is not the official archive: its SHA-256 differs.")
+    with cache.packing(image_size, channels) as (workspace, spool):  # resized images need not fit into memory
+        images = (image for name in BATCHES for image in parts[name][0])
+        for number, image in enumerate(images):
+            spool.put(number, image)
+        cache.store(workspace, spool.view(), selections, classes=classes, label="CIFAR-10", notes=notes)
+    return cache.stored(spec)
 
 
-def _unpickled(data: bytes, name: str) -> dict[str, object]:
+def unpickled(data: bytes, name: str, label: str, hint: str = "") -> dict[str, object]:
+    """The dictionary that one file of CIFAR-10 or CIFAR-100 holds.
+
+    Raises:
+        KdError: it holds none; names the file and the data set.
+    """
     try:
         value = safe_pickle.read(data)
     except KdError as error:
-        raise KdError(f"{name}: {error.message}", error.hint or DOWNLOAD_HINT) from error
+        raise KdError(f"{name}: {error.message}", error.hint or hint) from error
     if not isinstance(value, dict):
-        raise KdError(f"{name} is no CIFAR-10 batch: it holds no dictionary", DOWNLOAD_HINT)
-    return {_text(key): content for key, content in value.items()}
+        raise KdError(f"{name} is no {label} batch: it holds no dictionary", hint)
+    return {text_of(key): content for key, content in value.items()}
 
 
-def _text(value: object) -> str:
+def text_of(value: object) -> str:
+    """A name as text: Python 2 wrote bytes."""
     return value.decode("latin-1") if isinstance(value, bytes) else str(value)
 
 
@@ -141,4 +134,4 @@ def _class_names(meta: dict[str, object], name: str) -> tuple[str, ...]:
     names = meta.get("label_names")
     if not isinstance(names, list) or len(names) != 10 or not all(isinstance(n, str | bytes) for n in names):
         raise KdError(f"{name}: no ten label_names", DOWNLOAD_HINT)
-    return tuple(_text(n) for n in names)
+    return tuple(text_of(n) for n in names)

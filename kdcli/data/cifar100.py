@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kdcli import safe_pickle
+from kdcli.data.cifar import text_of, unpickled
 from kdcli.data.formats import Format, Part
 from kdcli.data.sources import open_source
 from kdcli.errors import KdError
@@ -24,7 +24,7 @@ def _read(paths: Mapping[str, Path]) -> tuple[Part, Part, tuple[str, ...]]:
     [path] = paths.values()
     held: dict[str, dict[str, object]] = {}
     for name, data in open_source(path).read(lambda name: name.split("/")[-1] in MEMBERS):
-        held[name.split("/")[-1]] = _unpickled(data, name)
+        held[name.split("/")[-1]] = unpickled(data, name, "CIFAR-100")
     absent = [name for name in MEMBERS if name not in held]
     if absent:
         raise KdError(f"{path} lacks {', '.join(absent)}")
@@ -35,21 +35,7 @@ def _read(paths: Mapping[str, Path]) -> tuple[Part, Part, tuple[str, ...]]:
         or not all(isinstance(name, str | bytes) for name in names)
     ):
         raise KdError(f"{path} has no {CLASSES} fine_label_names")
-    return _part(held["train"], "train"), _part(held["test"], "test"), tuple(map(_text, names))
-
-
-def _unpickled(data: bytes, name: str) -> dict[str, object]:
-    try:
-        value = safe_pickle.read(data)
-    except KdError as error:
-        raise KdError(f"{name}: {error.message}", error.hint) from error
-    if not isinstance(value, dict):
-        raise KdError(f"{name} is no CIFAR-100 batch: it holds no dictionary")
-    return {_text(key): content for key, content in value.items()}
-
-
-def _text(value: object) -> str:
-    return value.decode("latin-1") if isinstance(value, bytes) else str(value)
+    return _part(held["train"], "train"), _part(held["test"], "test"), tuple(map(text_of, names))
 
 
 def _part(batch: Mapping[str, object], name: str) -> Part:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy.typing as npt
 from kdcli import catalog
 from kdcli.data.decode import Pixels
 from kdcli.data.images import Splits
-from kdcli.data.pack import FORMAT_VERSION, Cache, Selection, Spool
+from kdcli.data.pack import FORMAT_VERSION, Cache, Selection
 from kdcli.data.sources import open_source
 from kdcli.errors import KdError
 from kdcli.events import OnEvent, Progress
@@ -103,36 +102,19 @@ def load_format(
         for path, key in zip(paths.values(), keys, strict=True)
         if path.is_file() and key not in official
     ]
-    workspace = cache.workspace()
-    try:
-        spool = Spool(workspace, image_size, channels)
-        try:
-            count = len(train.images) + len(test.images)
-            for part, offset in ((train, 0), (test, len(train.images))):
-                for number, image in enumerate(part.images, offset):
-                    spool.put(number, image)
-                    if number % EVENT_IMAGES == 0:
-                        on_event(Progress("packing", number, count))
-            selections = [
-                Selection(np.arange(start, start + len(part.labels)), part.labels)
-                for part, start in ((train, 0), (test, len(train.images)))
-            ]
-            cache.store(workspace, spool.view(), selections, classes=classes, label=kind.label, notes=notes)
-        finally:
-            spool.close()
-    except OSError as error:
-        raise KdError(
-            f"cannot write to {workspace.parent}: {error.strerror or error}",
-            "Choose another place with --cache-dir.",
-        ) from error
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
-    packed = cache.load(spec)
-    if packed is None:
-        raise KdError(
-            f"cannot read back {cache.folder}", "Is the disk full? Choose another with --cache-dir."
-        )
-    return packed
+    starts = ((train, 0), (test, len(train.images)))
+    count = len(train.images) + len(test.images)
+    with cache.packing(image_size, channels) as (workspace, spool):
+        for part, start in starts:
+            for number, image in enumerate(part.images, start):
+                spool.put(number, image)
+                if number % EVENT_IMAGES == 0:
+                    on_event(Progress("packing", number, count))
+        selections = [
+            Selection(np.arange(start, start + len(part.labels)), part.labels) for part, start in starts
+        ]
+        cache.store(workspace, spool.view(), selections, classes=classes, label=kind.label, notes=notes)
+    return cache.stored(spec)
 
 
 def _checked(kind: Format, paths: Mapping[str, Path]) -> tuple[Part, Part, tuple[str, ...]]:

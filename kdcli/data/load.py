@@ -168,5 +168,8 @@ def _loader(kind: Format) -> Callable[[Request], Splits]:
     return load_it
 
 
-DATASETS: dict[str, Callable[[Request], Splits]] = {"cifar10": _cifar10, "digits": _digits}
-DATASETS |= {kind.name: _loader(kind) for kind in (CIFAR100, SVHN, MNIST, FASHION_MNIST)}
+DATASETS: dict[str, Callable[[Request], Splits]] = {
+    "cifar10": _cifar10,
+    "digits": _digits,
+    **{kind.name: _loader(kind) for kind in (CIFAR100, SVHN, MNIST, FASHION_MNIST)},
+}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,12 @@ class Spool:
         self._handle.close()
 
 
+def _unwritable(folder: Path, error: OSError) -> KdError:
+    return KdError(
+        f"cannot write to {folder}: {error.strerror or error}", "Choose another place with --cache-dir."
+    )
+
+
 @dataclass(frozen=True)
 class Selection:
     """One split: `order` picks rows of the pixels; `labels` (N,) goes with them."""
@@ -139,10 +145,39 @@ class Cache:
         try:
             return files.scratch_folder(self.folder.parent)
         except OSError as error:
+            raise _unwritable(self.folder.parent, error) from error
+
+    @contextmanager
+    def packing(self, image_size: int | None, channels: int) -> Iterator[tuple[Path, Spool]]:
+        """A scratch folder for `store` and a spool in it; what is left of them is gone at the end.
+
+        Raises:
+            KdError: the cache folder cannot be written.
+        """
+        workspace = self.workspace()
+        try:
+            spool = Spool(workspace, image_size, channels)
+            try:
+                yield workspace, spool
+            finally:
+                spool.close()
+        except OSError as error:
+            raise _unwritable(workspace.parent, error) from error
+        finally:
+            shutil.rmtree(workspace, ignore_errors=True)
+
+    def stored(self, spec: str) -> Splits:
+        """The dataset that `store` has just written.
+
+        Raises:
+            KdError: it is not there.
+        """
+        packed = self.load(spec)
+        if packed is None:
             raise KdError(
-                f"cannot write to {self.folder.parent}: {error.strerror or error}",
-                "Choose another place with --cache-dir.",
-            ) from error
+                f"cannot read back {self.folder}", "Is the disk full? Choose another with --cache-dir."
+            )
+        return packed
 
     def store(
         self,

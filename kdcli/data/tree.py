@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import time
 import unicodedata
 import warnings
@@ -97,28 +96,11 @@ def load_tree(
         if known is not None:
             return known
     cache = cache_for(image_size, skip_broken)
-    workspace = cache.workspace()
-    try:
-        spool = Spool(workspace, image_size, channels)
-        try:
-            found = _decode_all(source, spool, on_event, skip_broken)
-            cache = cache_for(image_size if spool.resized else None, bool(found.broken))
-            _store(found, source, content, spool, cache, workspace, image_size)
-        finally:
-            spool.close()
-    except OSError as error:
-        raise KdError(
-            f"cannot write to {workspace.parent}: {error.strerror or error}",
-            "Choose another place with --cache-dir.",
-        ) from error
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
-    packed = cache.load(spec)
-    if packed is None:
-        raise KdError(
-            f"cannot read back {cache.folder}", "Is the disk full? Choose another with --cache-dir."
-        )
-    return packed
+    with cache.packing(image_size, channels) as (workspace, spool):
+        found = _decode_all(source, spool, on_event, skip_broken)
+        cache = cache_for(image_size if spool.resized else None, bool(found.broken))
+        _store(found, source, content, spool, cache, workspace, image_size)
+    return cache.stored(spec)
 
 
 @dataclass

@@ -173,7 +173,7 @@ def _messages(message: Message, kind: type[_M]) -> Iterator[_M]:
     for field, value in message.ListFields():
         if field.message_type is None:
             continue
-        for part in value if field.is_repeated else (value,):
+        for part in (value,) if isinstance(value, Message) else value:
             if isinstance(part, kind):
                 yield part
             if not isinstance(part, onnx.TensorProto):

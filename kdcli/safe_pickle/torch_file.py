@@ -51,18 +51,16 @@ def check(path: Path) -> None:
             pickles = [name for name in names if name.endswith("/data.pkl")]
             if not pickles:
                 raise KdError(f"{path} is a zip archive, not a checkpoint", "Name the .pt file itself.")
+            # torch would unpack compressed records without limit
             if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
-                raise KdError(
-                    f"{path} holds compressed records, as no checkpoint does", _AGAIN
-                )  # torch unpacks
+                raise KdError(f"{path} holds compressed records, as no checkpoint does", _AGAIN)
             if any(name.endswith("/constants.pkl") for name in names):
                 raise KdError(f"{path} is a TorchScript archive: a program, not weights", _AGAIN)
             if (
                 len(pickles) > 1
                 or len(set(names)) < len(names)
                 or len(names) > MAX_RECORDS
-                or sum(entry.file_size for entry in entries)
-                > path.stat().st_size  # records on top of each other
+                or sum(entry.file_size for entry in entries) > path.stat().st_size  # one on top of another
                 or archive.getinfo(pickles[0]).file_size > MAX_PICKLE_BYTES
             ):
                 raise KdError(f"{path} claims to hold more than it can", _AGAIN)

@@ -36,9 +36,7 @@ def mutated(data: bytes, chance: random.Random, others: list[bytes]) -> bytes:
         elif kind == 4:
             changed[at:at] = changed[at : at + chance.randrange(1, 65)]
         elif kind == 5:
-            changed[at : at + 4] = chance.choice(
-                (b"\xff" * 4, b"\xff\xff\xff\x7f", bytes(4), b"\0\0\0\x80", b"9" * 4)
-            )
+            changed[at : at + 4] = chance.choice(EXTREMES)
         else:
             other = chance.choice(others)
             start = chance.randrange(len(other) + 1)

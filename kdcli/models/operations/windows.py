@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -106,15 +106,20 @@ def pool_window(
     return Window(out, min(kernel, length), pad, min(max(after, 0), pad), after > pad and kernel <= length)
 
 
-def _pool(
+def pool(
     inputs: list[Shape],
-    kernel: Sequence[int] | None,
-    stride: Sequence[int],
-    pad: Sequence[int],
-    round_up: bool,
-    fill: float,
-    make: Callable[[tuple[int, int], tuple[int, int], bool], nn.Module],
+    *,
+    average: bool,
+    kernel: Sequence[int] | None = None,
+    stride: Sequence[int] = (1, 1),
+    pad: Sequence[int] = (0, 0),
+    round_up: bool = True,
 ) -> tuple[nn.Module, Shape]:
+    """The largest value of each window, or the average: padding counts in its divisor, what hangs over it does not.
+
+    Args:
+        kernel: None is global pooling.
+    """
     channels, *sides = only(inputs, maps=True)
     stride, pad = pair(stride, 1), pair(pad, 0)
     kernel = (sides[0], sides[1]) if kernel is None else pair(kernel, 1)
@@ -124,48 +129,14 @@ def _pool(
     )
     padded = (channels, *(side + w.before + w.after for side, w in zip(sides, (y, x), strict=True)))
     check_size(padded, "padded input")
-    module = make((y.kernel, x.kernel), stride, y.overhang or x.overhang)
+    window, overhang = (y.kernel, x.kernel), y.overhang or x.overhang
+    module: nn.Module
+    if average:
+        module = nn.AvgPool2d(window, stride, ceil_mode=overhang, count_include_pad=False)
+    else:
+        module = nn.MaxPool2d(window, stride, ceil_mode=overhang)
     if any((y.before, y.after, x.before, x.after)):
         # torch, onnxruntime and Caffe disagree about windows that touch a pooling layer's own padding
-        module = nn.Sequential(nn.ConstantPad2d((x.before, x.after, y.before, y.after), fill), module)
+        edge = nn.ConstantPad2d((x.before, x.after, y.before, y.after), 0.0 if average else -math.inf)
+        module = nn.Sequential(edge, module)
     return module, (channels, y.out, x.out)
-
-
-def max_pool(
-    inputs: list[Shape],
-    *,
-    kernel: Sequence[int] | None = None,
-    stride: Sequence[int] = (1, 1),
-    pad: Sequence[int] = (0, 0),
-    round_up: bool = True,
-) -> tuple[nn.Module, Shape]:
-    """`kernel=None` is global pooling."""
-    return _pool(
-        inputs,
-        kernel,
-        stride,
-        pad,
-        round_up,
-        -math.inf,
-        lambda k, s, ceil: nn.MaxPool2d(k, s, ceil_mode=ceil),
-    )
-
-
-def ave_pool(
-    inputs: list[Shape],
-    *,
-    kernel: Sequence[int] | None = None,
-    stride: Sequence[int] = (1, 1),
-    pad: Sequence[int] = (0, 0),
-    round_up: bool = True,
-) -> tuple[nn.Module, Shape]:
-    """`kernel=None` is global pooling. Padding counts in the divisor, what hangs over it does not."""
-    return _pool(
-        inputs,
-        kernel,
-        stride,
-        pad,
-        round_up,
-        0.0,
-        lambda k, s, ceil: nn.AvgPool2d(k, s, ceil_mode=ceil, count_include_pad=False),
-    )
