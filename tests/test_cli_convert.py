@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 
 from kdcli import models
+from kdcli.caffe import schema
 from kdcli.cli import convert_caffe, validate
 from kdcli.errors import KdError, UsageError
 from tests.caffe_files import field, net, write
 from tests.conftest import command_line
-from tests.test_caffe import FC, IMAGES, INPUT, small
+from tests.test_caffe import FC, IMAGES, INPUT, as_text, small
+from tests.test_caffe_layers import v0_net
 
 
 @pytest.fixture
@@ -137,6 +139,30 @@ def test_check_and_onnx_at_once(run: Any, workplace: Path, pictures: str) -> Non
     assert told["check"]["images"] == 64
     assert told["output"] == "x.onnx"
     assert Path("x.onnx").is_file()
+
+
+@pytest.mark.parametrize("form", ["text", "v0", "double", "one by one"])
+def test_check_of_a_form_that_opencv_does_not_read(run: Any, workplace: Path, form: str) -> None:
+    pytest.importorskip("cv2")
+    v1 = net(small(), v1=True, double=form == "double", packed=form != "one by one")
+    size = np.array([1, 3, 12, 12])
+    inputs = field(3, "data") + b"".join(field(4, int(side)) for side in size)
+    content = v0_net() if form == "v0" else inputs + v1
+    if form == "text":
+        message = schema.net_parameter()
+        message.ParseFromString(inputs + v1)
+        lines = "input: 'data' " + " ".join(f"input_dim: {side}" for side in size)
+        content = f"{lines}\n{as_text(message, how=lambda values: f'data: {values.tolist()}')}".encode()
+    write(workplace, content)
+    told = json.loads(run("convert-caffe", "net.caffemodel", "--check", "--json").stdout)
+    assert told["check"]["holds"] is True
+
+
+def test_check_on_images_of_another_size(run: Any, workplace: Path) -> None:
+    write(workplace, v0_net())  # 6×6, four colour planes
+    with pytest.raises(KdError, match=r"takes 6×6×4 images, .* has 6×6×1"):
+        run("convert-caffe", "net.caffemodel", "--check", "--data", "digits")
+    assert not Path("weights").exists()
 
 
 def test_a_check_that_fails_leaves_no_file(run: Any, workplace: Path) -> None:

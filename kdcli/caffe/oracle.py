@@ -14,7 +14,7 @@ from google.protobuf import text_format
 
 from kdcli.caffe import schema
 from kdcli.caffe.network import wire
-from kdcli.caffe.read import CaffeModel, Network, read_caffemodel, read_prototxt
+from kdcli.caffe.read import CaffeModel, Network, Weights, read_caffemodel, read_prototxt
 from kdcli.errors import KdError
 from kdcli.events import OnEvent, Progress, ignore
 from kdcli.models import Classifier
@@ -150,13 +150,29 @@ def _open(model: CaffeModel, text: str) -> Any:
         raise _missing("OpenCV is not installed") from error
     if not hasattr(getattr(cv2, "dnn", None), "readNetFromCaffe"):
         raise _missing(f"OpenCV {getattr(cv2, '__version__', '')} has no Caffe importer")
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what it complains of is raised, too
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "deploy.prototxt"
+        path, weights = Path(folder) / "deploy.prototxt", model.path
         path.write_text(text, encoding="utf-8")
+        if not model.widely_read:
+            weights = Path(folder) / "weights.caffemodel"
+            weights.write_bytes(_as_v2(model.weights))
         try:
-            return cv2.dnn.readNetFromCaffe(str(path), str(model.path))
+            return cv2.dnn.readNetFromCaffe(str(path), str(weights))
         except cv2.error as error:
             raise KdError(f"OpenCV cannot read {model.path}: {_first_line(error)}") from error
+
+
+def _as_v2(weights: Weights) -> bytes:
+    """Weights in the form that OpenCV reads; it knows no text, no V0 and no float64."""
+    message = schema.net_parameter()
+    for name, blobs in weights.items():
+        layer = message.layer.add(name=name)
+        for values in blobs:
+            blob = layer.blobs.add()
+            blob.shape.dim.extend(values.shape)
+            blob.data.append(values.astype("<f4").tobytes())
+    return bytes(message.SerializeToString())
 
 
 def _run(net: Any, prepared: npt.NDArray[np.float32], layer: str) -> npt.NDArray[np.float32]:

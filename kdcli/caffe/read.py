@@ -78,12 +78,17 @@ class Network:
 
 @dataclass(frozen=True)
 class CaffeModel:
-    """A caffemodel: the network recorded in it and its weights."""
+    """A caffemodel: the network recorded in it and its weights.
+
+    Attributes:
+        widely_read: whether it is what other readers take too: binary, V1 or V2, float32.
+    """
 
     path: Path
     sha256: str
     network: Network
     weights: Weights
+    widely_read: bool = True
 
 
 def read_caffemodel(path: Path) -> CaffeModel:
@@ -94,8 +99,9 @@ def read_caffemodel(path: Path) -> CaffeModel:
     """
     content = read_bytes(path, _MOST_BYTES)
     message = schema.net_parameter()
+    is_text = _is_text(content)
     try:
-        if _is_text(content):
+        if is_text:
             text = _decoded(content, path, _MOST_TEXT_MODEL)
             _check_length(len(_VALUES.sub("", text)), path, _MOST_TEXT)
             _parse_text(_packed(text), message, path)
@@ -123,7 +129,11 @@ def read_caffemodel(path: Path) -> CaffeModel:
             f"{path} holds no weights",
             "This looks like a network without its training: name the caffemodel first, and this with --prototxt.",
         )
-    return CaffeModel(path, hashlib.sha256(content).hexdigest(), network, blobs)
+    usual = not is_text and not any(param.HasField("layer") for param in message.layers)
+    usual = usual and not any(
+        b.double_data for layer in (*message.layers, *message.layer) for b in layer.blobs
+    )
+    return CaffeModel(path, hashlib.sha256(content).hexdigest(), network, blobs, usual)
 
 
 def read_prototxt(path: Path) -> Network:

@@ -65,6 +65,11 @@ def convert_caffe(
             on_event=on_event,
         )
         classifier = conversion.classifier
+        if splits and splits.train.input_size != classifier.input_size:
+            wanted, found = (
+                "×".join(map(str, size)) for size in (classifier.input_size, splits.train.input_size)
+            )
+            raise KdError(f"{model} takes {wanted} images, {splits.label} has {found}", "See --data.")
         images = oracle.trial_images(classifier.input_size, splits.train.images if splits else None)
         comparison = None
         if config.check:
