@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from kdcli import data, models
-from kdcli.cli import bench, export
+from kdcli.cli import bench, export, test, train
 from kdcli.errors import KdError, UsageError
 from kdcli.preprocess import fit
 from tests.conftest import command_line
 from tests.test_export import one_thread  # noqa: F401
+from tests.test_resume import image_folder
 
 
 def digits_student(path: Path, arch: str = "convnet-tiny", **provenance: Any) -> Path:
@@ -85,3 +86,17 @@ def test_wrong_usage(kd: Any, workplace: Path) -> None:
         with pytest.raises(UsageError):
             kd("export", "student.pt", *words)
     assert sorted(path.name for path in workplace.iterdir()) == ["student.pt"]
+
+
+def test_broken_images_that_training_left_out_are_left_out_again(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = command_line(monkeypatch, train, test, export)
+    image_folder(Path("images"))
+    Path("images/test/class-1/3.png").write_bytes(b"\x89PNG and no more")
+    words = "--data images --method ce --student convnet-tiny --epochs 1 --precision 32 --threads 1 --name a"
+    assert run("train", *words.split(), "--skip-broken").exit_code == 0
+    assert json.loads(run("test", "runs/a/student.pt", "--json").stdout)["test"]["count"] == 29
+    assert run("export", "runs/a/student.pt").exit_code == 0
+    with pytest.raises(KdError, match=r"3\.png"):
+        run("test", "runs/a/student.pt", "--data", "images")

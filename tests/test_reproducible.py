@@ -17,7 +17,13 @@ from torch import nn
 
 from kdcli import rows
 from kdcli.models import reproducible
-from kdcli.models.reproducible import Draw, GlobalBatchNorm2d, use_global_batch_norm, use_sample_dropout
+from kdcli.models.reproducible import (
+    Draw,
+    GlobalBatchNorm1d,
+    GlobalBatchNorm2d,
+    use_global_batch_norm,
+    use_sample_dropout,
+)
 from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
@@ -92,16 +98,26 @@ def test_gradient_passes_where_values_pass() -> None:
     assert torch.equal(values.grad, out.detach())
 
 
-def test_global_batch_norm_of_one_process_is_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("first", "plain_norm", "global_norm"),
+    [
+        (nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), GlobalBatchNorm2d),
+        (nn.Flatten(2), nn.BatchNorm1d(3), GlobalBatchNorm1d),
+        (nn.Flatten(1), nn.BatchNorm1d(126), GlobalBatchNorm1d),
+    ],
+)
+def test_global_batch_norm_of_one_process_is_batch_norm(
+    monkeypatch: pytest.MonkeyPatch, first: nn.Module, plain_norm: nn.Module, global_norm: type
+) -> None:
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)  # the sum over one
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5))
+    plain = nn.Sequential(copy.deepcopy(first), copy.deepcopy(plain_norm))
     with torch.no_grad():
-        plain[1].weight.uniform_(0.5, 2)
-        plain[1].bias.uniform_(-1, 1)
+        for value in plain[1].parameters():
+            value.uniform_(0.5, 2)
     other = copy.deepcopy(plain)
     use_global_batch_norm(other)
-    assert type(other[1]) is GlobalBatchNorm2d
+    assert type(other[1]) is global_norm
     for number in range(3):
         maps = torch.randn(4, 3, 6, 7, generator=torch.Generator().manual_seed(number)) * 3 + 1
         left, right = plain(maps), other(maps)

@@ -29,7 +29,8 @@ def test(
         report.check_target(config.plot)
     runtime.set_threads(config.threads)
     loaded = load_model(model, config.threads)
-    spec = data.spec_for(model, loaded.provenance, config.data)
+    spec, skip_broken = data.source_for(model, loaded.provenance, config.data, config.skip_broken)
+    config = config.model_copy(update={"skip_broken": skip_broken})
     with _ui.progress() as on_event:
         splits = data_for(loaded, model, spec, config, on_event)
         teacher_logits = None

@@ -77,6 +77,8 @@ def _check_place(config: TrainConfig, resume: Path) -> None:
     hint = "Resume from the folder where it was started."
     if methods.get(config.method).needs_teacher and not config.teacher.exists():
         raise UsageError(f"{resume} needs its teacher {config.teacher}", hint)
+    if config.student_file is not None and not config.student_file.exists():
+        raise UsageError(f"{resume} needs the student {config.student} that it began with", hint)
     if Path(config.data).parent != Path() and not Path(config.data).exists():
         raise UsageError(f"{resume} needs its data {config.data}", hint)
 
@@ -85,10 +87,17 @@ def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[Resu
     if methods.get(config.method).needs_teacher:
         files.hash_ahead(config.teacher)  # what is kept goes by these hashes
     files.hash_ahead(files.expand(config.data))
+    stored = config.student_file
+    if stored is not None and not stored.is_file():
+        raise UsageError(f"no such student: {stored}", "--student takes a network's name or a .pt file.")
     from kdcli import data, models, runtime
     from kdcli.engine import fit
 
-    if not models.takes_dropout(config.student):
+    fit_to = None
+    if stored is not None:
+        _ui.note_unread(options, ("dropout", "preprocess"), f"with --student {stored}, which brings its own")
+        fit_to = models.load(stored).input_size
+    elif not models.takes_dropout(config.student):
         _ui.note_unread(options, ("dropout",), f"with --student {config.student}, which has none")
     world = runtime.launch(config.accelerator, config.devices)
     failed = True
@@ -101,6 +110,7 @@ def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[Resu
                     cache_dir=config.cache_dir,
                     image_size=config.image_size,
                     grey=config.grey,
+                    fit_to=fit_to,
                     skip_broken=config.skip_broken,
                     on_event=on_event,
                 )

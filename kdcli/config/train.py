@@ -21,7 +21,7 @@ class TrainConfig(DataSettings):
     student: str = Field(
         "lenet",
         description="The network that is trained: lenet, lenet-caffe, nin, nin-fc, "
-        "convnet-tiny, convnet-small or convnet-large.",
+        "convnet-tiny, convnet-small or convnet-large; or a checkpoint (.pt), to go on from its weights.",
         json_schema_extra=about(METHOD),
     )
     teacher: Path = Field(
@@ -235,6 +235,22 @@ class TrainConfig(DataSettings):
         found = _SAVE_EVERY.fullmatch(self.save_every)
         assert found is not None
         return int(found[1]), found[2] or "epochs"
+
+    @property
+    def student_file(self) -> Path | None:
+        """The checkpoint that the student goes on from; None for a network's name."""
+        return Path(self.student) if self.student.lower().endswith(".pt") else None
+
+    @property
+    def student_name(self) -> str:
+        """The network's name, or what its file is called; a run's student by the run's name."""
+        path = self.student_file
+        if path is None:
+            return self.student
+        own = path.resolve()
+        return (
+            re.sub(r'[\\:*?"<>|]', "_", own.parent.name if own.stem == "student" else own.stem) or "student"
+        )
 
     @field_validator("name")
     @classmethod

@@ -94,16 +94,22 @@ def load(
     return splits
 
 
-def spec_for(model: Path, provenance: dict[str, object], named: str | None) -> str:
-    """The data to use with a model: what the user named, else what it was trained on.
+def source_for(
+    model: Path, provenance: dict[str, object], named: str | None, skip_broken: bool
+) -> tuple[str, bool]:
+    """The data to use with a model: what the user named, else what it was trained on, as it was read then.
+
+    Returns:
+        What stands after --data, and whether broken images are left out.
 
     Raises:
         KdError: the model does not say, or its data is not where it was.
     """
     if named:
-        return named
+        return named, skip_broken
     recorded = provenance.get("data")
-    spec = str(recorded.get("spec") or "") if isinstance(recorded, dict) else ""
+    recorded = recorded if isinstance(recorded, dict) else {}
+    spec = str(recorded.get("spec") or "")
     if not spec:
         raise KdError(
             f"{model} does not say what data it belongs to",
@@ -111,7 +117,7 @@ def spec_for(model: Path, provenance: dict[str, object], named: str | None) -> s
         )
     if spec not in DATASETS and not expand(spec).exists():
         raise KdError(f"{model} was trained on {Path(spec).name}, which is not here", "Name it with --data.")
-    return spec
+    return spec, skip_broken or recorded.get("skip_broken") is True
 
 
 def _unknown(spec: str) -> UsageError:

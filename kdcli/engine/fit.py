@@ -16,17 +16,18 @@ from kdcli.data import Splits
 from kdcli.engine import tensorboard
 from kdcli.engine.evaluate import Evaluation, measure
 from kdcli.engine.feed import Feed
-from kdcli.engine.plan import FILLED, fitted_preprocess, resolve, split
+from kdcli.engine.plan import FILLED, resolve, split
 from kdcli.engine.record import Record
 from kdcli.engine.result import Metrics, Result
 from kdcli.engine.run_dir import RunDir
 from kdcli.engine.schedule import learning_rate, make_optimizer
 from kdcli.engine.state import Due, State, made_with, newest, restore
 from kdcli.engine.step import Step
+from kdcli.engine.student import make_student
 from kdcli.engine.targets import Targets
 from kdcli.errors import Interrupted, KdError, UsageError
 from kdcli.events import Note, OnEvent, Progress, ignore
-from kdcli.models import Classifier
+from kdcli.files import sha256_file
 from kdcli.models.reproducible import Draw, use_global_batch_norm, use_sample_dropout
 from kdcli.runtime import World
 
@@ -104,12 +105,15 @@ class _Run:
         # everything that can be wrong with what the user asked for comes before a folder is made
         self.targets = Targets(config, self.method, data, self.train_samples, world, on_event, stop)
         self.teacher = self.targets.teacher
-        self.student = self._make_student()
+        self.student = make_student(config, train, self.train_samples, world.device, on_event)
+        self.student_sha256 = sha256_file(config.student_file) if config.student_file else None
         self.optimizer = make_optimizer(config, self.student.network)
         if resume is None and world.first:
             RunDir.check_free(config)
         self.targets.prepare()
         self.output = self.targets.output_for(self.student.network)
+        if self.output is not None and config.student_file is not None:
+            self.output.unfold(self.student.network)
         self.val_accuracy: float | None = None
         self.run = self._open_run(resume, filled)
         self.draw = Draw(config.seed)
@@ -126,26 +130,6 @@ class _Run:
             self.config, self.method, self.student, self.optimizer, self.output, self.draw, world
         )
         self.record = Record(self.config, self.run, self.weights, self.state, world)
-
-    def _make_student(self) -> Classifier:
-        config, train = self.config, self.data.train
-        arguments: dict[str, Any] = (
-            {"dropout": config.dropout} if models.takes_dropout(config.student) else {}
-        )
-        torch.manual_seed(config.seed)
-        network = models.build(
-            config.student, classes=len(train.classes), input_size=train.input_size, **arguments
-        )
-        own = fitted_preprocess(config, train, self.train_samples, self.on_event)
-        student = Classifier(
-            network.to(memory_format=torch.channels_last),
-            own,
-            arch=config.student,
-            arch_args=arguments,
-            classes=train.classes,
-            input_size=train.input_size,
-        )
-        return student.to(self.world.device).train()
 
     def _open_run(self, resume: RunDir | None, filled: list[str]) -> RunDir:
         """The run's folder, with its settings and what they depend on in it; `auto` is settled by now."""
@@ -293,6 +277,7 @@ class _Run:
         return {
             "data": [self.data.train.fingerprint, self.data.test.fingerprint],
             "teacher": self.teacher.sha256 if self.teacher else None,
+            "student": self.student_sha256,
         }
 
     def _save_state(self) -> None:
@@ -357,11 +342,13 @@ class _Run:
             "kind": "student" if teacher else "model",
             "method": config.method,
             "student": config.student,
+            "student_sha256": self.student_sha256,
             "teacher": {"path": teacher.path.as_posix(), "sha256": teacher.sha256} if teacher else None,
             "data": {
                 "spec": self.data.spec,
                 "label": self.data.label,
                 "image_size": config.image_size,
+                "skip_broken": config.skip_broken,
                 "fingerprint_train": self.data.train.fingerprint,
                 "fingerprint_test": self.data.test.fingerprint,
             },

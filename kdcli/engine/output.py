@@ -46,9 +46,21 @@ class Output:
 
     def fold(self, network: nn.Module) -> None:
         """Make the network itself give the logits. Its last layer must be linear (`models.head_of`)."""
-        head = models.head_of(network)
-        if head is None:
-            raise RuntimeError("only a network that ends in a linear layer can be given an output scale")
+        head = _head(network)
         with torch.no_grad():
             head.weight.mul_(self.scale)
             head.bias.mul_(self.scale).add_(self.shift)
+
+    def unfold(self, network: nn.Module) -> None:
+        """The reverse of `fold`: a network that gives the logits itself gives them by this scale."""
+        head = _head(network)
+        with torch.no_grad():
+            head.weight.div_(self.scale)
+            head.bias.sub_(self.shift).div_(self.scale)
+
+
+def _head(network: nn.Module) -> nn.Linear:
+    head = models.head_of(network)
+    if head is None:
+        raise RuntimeError("only a network that ends in a linear layer can be given an output scale")
+    return head

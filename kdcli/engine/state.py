@@ -149,7 +149,7 @@ def restore(
     run = source.parent
     try:
         for name, value in same.items():
-            if training[name] != value:
+            if training.get(name) != value:
                 raise KdError(f"the {name} is not what {run} began with", "Restore it, or start anew.")
         network.load_state_dict(stored.state_dict)
         optimizer.load_state_dict(training["optimizer"])

@@ -189,13 +189,13 @@ def load_data(classifier: Classifier, checkpoint: Path, config: ExportConfig, on
     Raises:
         KdError: neither is known, or it is not there.
     """
-    spec = data.spec_for(checkpoint, classifier.provenance, config.data)
+    spec, skip_broken = data.source_for(checkpoint, classifier.provenance, config.data, config.skip_broken)
     return data.load(
         spec,
         data_dir=config.data_dir,
         cache_dir=config.cache_dir,
         fit_to=classifier.input_size,
-        skip_broken=config.skip_broken,
+        skip_broken=skip_broken,
         on_event=on_event,
     )
 

@@ -123,7 +123,9 @@ def build(arch: str, *, classes: int, input_size: tuple[int, int, int], **arch_a
 def _function(arch: str) -> Callable[..., nn.Module]:
     if arch not in MODELS:
         known = ", ".join(name for name in MODELS if name != "graph")
-        raise UsageError(f"unknown network: {arch}", f"Known are {known}.")
+        raise UsageError(
+            f"unknown network: {arch}", f"Known are {known}; kd train also takes a checkpoint (.pt)."
+        )
     module, name = MODELS[arch].split(":")
     function: Callable[..., nn.Module] = getattr(importlib.import_module(module), name)
     return function

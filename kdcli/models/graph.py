@@ -20,6 +20,7 @@ class GraphNet(nn.Module):
 
     Attributes:
         shapes: node name → output shape of one image.
+        head: the node whose outputs are the logits as they are, if it is linear, see `models.head_of`.
     """
 
     def __init__(
@@ -37,6 +38,9 @@ class GraphNet(nn.Module):
             raise KdError(
                 f"layer {output}: its output is {shown(self.shapes[output])}, not {classes} classes"
             )
+        last = self._modules.get(output)
+        if isinstance(last, nn.Linear) and last.bias is not None and self.shapes[output] == (classes,):
+            self.head = output
 
     def _add(self, node: dict[str, Any]) -> None:
         try:
@@ -123,4 +127,4 @@ def safe_name(name: str, taken: Collection[str]) -> str:
     return candidate
 
 
-_OWN = {"shapes", "training"}  # attributes of a GraphNet that are not a class attribute of nn.Module
+_OWN = {"head", "shapes", "training"}  # attributes of a GraphNet that are not a class attribute of nn.Module

@@ -98,29 +98,31 @@ def _sum(values: Tensor) -> Tensor:
     return total
 
 
-class GlobalBatchNorm2d(nn.BatchNorm2d):
+class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over the parts of a batch that all processes hold, on any device.
 
     torch's `SyncBatchNorm` is for GPUs only.
     """
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(B, C, H, W) → the same, normalised by mean and variance over all processes' B, H and W."""
+        """(B, C, …) → the same, normalised by mean and variance over all processes' B and places."""
         if not self.training:
             return super().forward(maps)
         values = maps.float()
+        places = tuple(range(2, values.dim()))
+        column = (-1, *(1 for _ in places))  # a channel's number beside its values
         exact = torch.float64  # so that the order of summation does not show
         count = torch.tensor([values.numel() / values.shape[1]], dtype=exact, device=values.device)
-        sums = _sum(torch.cat([values.sum(dim=(0, 2, 3), dtype=exact), count]))
+        sums = _sum(torch.cat([values.sum(dim=(0, *places), dtype=exact), count]))
         total = sums[-1]
         mean = (sums[:-1] / total).float()
-        centred = values - mean[:, None, None]
-        variance = (_sum(centred.square().sum(dim=(0, 2, 3), dtype=exact)) / total).float()
+        centred = values - mean.reshape(column)
+        variance = (_sum(centred.square().sum(dim=(0, *places), dtype=exact)) / total).float()
         if self.running_mean is not None and self.running_var is not None:
             self._remember(mean.detach(), (variance * (total / (total - 1)).float()).detach())
-        normal: Tensor = centred * torch.rsqrt(variance + self.eps)[:, None, None]
+        normal: Tensor = centred * torch.rsqrt(variance + self.eps).reshape(column)
         if self.affine:
-            normal = normal * self.weight[:, None, None] + self.bias[:, None, None]
+            normal = normal * self.weight.reshape(column) + self.bias.reshape(column)
         return normal.to(maps.dtype)
 
     def _remember(self, mean: Tensor, variance: Tensor) -> None:
@@ -134,8 +136,18 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             self.running_var.lerp_(variance, momentum)
 
 
+class GlobalBatchNorm1d(_GlobalBatchNorm, nn.BatchNorm1d):
+    """Of vectors."""
+
+
+class GlobalBatchNorm2d(_GlobalBatchNorm, nn.BatchNorm2d):
+    """Of maps."""
+
+
 def use_global_batch_norm(network: nn.Module) -> None:
-    """Make each `nn.BatchNorm2d` of a network count over all processes."""
+    """Make each `nn.BatchNorm1d` and `nn.BatchNorm2d` of a network count over all processes."""
     for module in network.modules():
-        if type(module) is nn.BatchNorm2d:
+        if type(module) is nn.BatchNorm1d:
+            module.__class__ = GlobalBatchNorm1d
+        elif type(module) is nn.BatchNorm2d:
             module.__class__ = GlobalBatchNorm2d

@@ -1,0 +1,71 @@
+"""The network that is trained: a fresh one by its name, or one that goes on from its file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kdcli import data, models
+from kdcli.config import TrainConfig
+from kdcli.data import ImageSet
+from kdcli.engine.plan import fitted_preprocess
+from kdcli.errors import KdError
+from kdcli.events import OnEvent
+from kdcli.models import Classifier
+
+Int64 = npt.NDArray[np.int64]
+
+
+def make_student(
+    config: TrainConfig, train: ImageSet, samples: Int64, device: torch.device, on_event: OnEvent
+) -> Classifier:
+    """What `config.student` names, in training mode, its classes those of the data.
+
+    Args:
+        samples: numbers of the images that are trained on; a fresh network's preprocessing is measured on them.
+
+    Raises:
+        KdError: a file that cannot be read, or does not fit the data.
+        UsageError: no such network.
+    """
+    made = _fresh(config, train, samples, on_event) if config.student_file is None else _stored(config, train)
+    return made.to(device).train()
+
+
+def _fresh(config: TrainConfig, train: ImageSet, samples: Int64, on_event: OnEvent) -> Classifier:
+    arguments: dict[str, Any] = {"dropout": config.dropout} if models.takes_dropout(config.student) else {}
+    torch.manual_seed(config.seed)
+    network = models.build(
+        config.student, classes=len(train.classes), input_size=train.input_size, **arguments
+    )
+    return Classifier(
+        network.to(memory_format=torch.channels_last),
+        fitted_preprocess(config, train, samples, on_event),
+        arch=config.student,
+        arch_args=arguments,
+        classes=train.classes,
+        input_size=train.input_size,
+    )
+
+
+def _stored(config: TrainConfig, train: ImageSet) -> Classifier:
+    """Weights, and the preprocessing they were made for, from a file; nothing of where they came from."""
+    path = config.student_file
+    assert path is not None
+    stored = models.load(path)
+    reason = data.misfit(stored.classes, stored.input_size, train)
+    if reason:
+        raise KdError(f"student {path} {reason}", "Student and data must belong together; see --data.")
+    if models.parameter_count(stored.network) == 0:
+        raise KdError(f"student {path} has no weights that could be trained")
+    return Classifier(
+        stored.network,
+        stored.preprocess,
+        arch=stored.arch,
+        arch_args=stored.arch_args,
+        classes=train.classes,
+        input_size=stored.input_size,
+    )
