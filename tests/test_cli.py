@@ -84,9 +84,9 @@ def test_help_gives_defaults_and_networks_from_where_they_are_defined(kd: Kd) ->
             assert f"[default: {field.default}]" in out, name
     assert "|".join(methods.METHODS) in out
     described = TrainConfig.model_fields["student"].description or ""
-    assert [n for n in re.findall(r"[a-z]+(?:-[a-z]+)*", described.split(":")[1].split(";")[0]) if n != "or"] == [
-        name for name in models.MODELS if name != "graph"
-    ]
+    assert [
+        n for n in re.findall(r"[a-z]+(?:-[a-z]+)*", described.split(":")[1].split(";")[0]) if n != "or"
+    ] == [name for name in models.MODELS if name != "graph"]
 
 
 def test_no_arguments_and_version(kd: Kd) -> None:

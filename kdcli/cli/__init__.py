@@ -54,7 +54,7 @@ def kd(
 
 
 # in the order of --help; each is a module here with a function of its name and `register`
-COMMANDS = ("demo", "download", "convert-caffe", "validate", "train", "test", "export", "bench")
+COMMANDS = ("demo", "download", "convert-caffe", "validate", "train", "test", "export", "predict", "bench")
 
 
 def _register(arguments: list[str]) -> None:

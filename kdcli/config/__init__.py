@@ -11,6 +11,7 @@ from kdcli.config.commands import (
     DemoConfig,
     DownloadConfig,
     ExportConfig,
+    PredictConfig,
     TestConfig,
     ValidateConfig,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "DemoConfig",
     "DownloadConfig",
     "ExportConfig",
+    "PredictConfig",
     "Settings",
     "TestConfig",
     "TrainConfig",

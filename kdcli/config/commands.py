@@ -134,6 +134,20 @@ class ExportConfig(Settings):
     cache_dir: CacheDir = Path("cache")
 
 
+class PredictConfig(Settings):
+    """`kd predict`."""
+
+    top_k: int = Field(
+        3,
+        ge=1,
+        le=1_000_000,
+        description="Classes to name for each image.",
+        json_schema_extra=about("Output"),
+    )
+    skip_broken: SkipBroken = False
+    threads: Threads = 0
+
+
 class BenchConfig(Settings):
     """`kd bench`."""
 

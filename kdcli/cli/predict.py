@@ -1,0 +1,71 @@
+"""`kd predict`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kdcli.cli import _ui
+from kdcli.cli._find import existing_model
+from kdcli.cli._options import options_of
+from kdcli.config import PredictConfig, make
+
+
+@options_of(PredictConfig)
+def predict(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint (.pt) or an ONNX file.")],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE", help="Image files, folders or archives of them.")
+    ],
+    **options: Any,
+) -> None:
+    """Name what a model sees in images: its first classes and their probabilities."""
+    config = make(PredictConfig, options)
+    model = existing_model(model)
+    from kdcli import runtime
+    from kdcli.predict import predict as classify
+    from kdcli.teacher import load_model
+
+    runtime.set_threads(config.threads)
+    loaded = load_model(model, config.threads)
+    with _ui.progress() as on_event:
+        found = list(classify(loaded, images, config, on_event=on_event))
+    if _ui.settings.json:
+        _ui.json(
+            {
+                "model": str(model),
+                "classes": list(loaded.classes),
+                "images": [
+                    {
+                        "image": one.image,
+                        "top": [
+                            {"class": name, "probability": share}
+                            for name, share in zip(one.classes, one.probabilities, strict=True)
+                        ],
+                    }
+                    for one in found
+                ],
+            }
+        )
+        return
+    rows = [
+        [
+            one.image,
+            "\n".join(one.classes),
+            "\n".join(_ui.percent(100 * share) for share in one.probabilities),
+        ]
+        for one in found
+    ]
+    _ui.table(["image", "class", "probability, %"], rows, left=2)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(
+        "predict",
+        no_args_is_help=True,
+        epilog="[bold]kd predict exports/kd-lenet-1.onnx cat.jpg[/bold]\n\n"
+        "[bold]kd predict runs/kd-lenet-1/student.pt photos/ --top-k 1 --json[/bold]",
+    )(predict)
