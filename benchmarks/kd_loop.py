@@ -11,10 +11,10 @@ from pair import BATCH, LAMDA, LEARNING_RATE, SEED, STUDENT, TAU, Pair, Timing, 
 from torch import Tensor, nn
 
 from kdcli import runtime
-from kdcli.bench import count_macs
 from kdcli.config import TrainConfig
 from kdcli.engine import Result, fit
 from kdcli.events import OnEvent, ignore
+from kdcli.models.layers import count_macs
 
 _MATMUL_SIZES = (512, 1024, 2048)
 _MATMUL_SECONDS = 0.15  # at least, for each size

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from kdcli import bench as benching
-from kdcli.bench import BenchResult, bench, count_macs, default_models
+from kdcli.bench import BenchResult, bench, default_models
 from kdcli.bench import contenders as measuring
 from kdcli.bench.rows import in_words
 from kdcli.config import BenchConfig
 from kdcli.errors import KdError
 from kdcli.models import build
+from kdcli.models.layers import count_macs
 from tests.test_export import SPLITS, classifier, exported, one_thread  # noqa: F401
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kdcli import models
-from kdcli.bench import count_macs
 from kdcli.errors import UsageError
+from kdcli.models.layers import count_macs
 
 NAMES = [name for name in models.MODELS if name != "graph"]
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from kdcli import data, runtime
-from kdcli.bench.contenders import Contender, compared, contenders_of, count_macs, measure, timing
+from kdcli.bench.contenders import Contender, compared, contenders_of, measure, timing
 from kdcli.bench.quality import Quality, quality_of
 from kdcli.bench.rows import BenchResult, Row
 from kdcli.config import BenchConfig
@@ -27,7 +27,7 @@ from kdcli.models import Classifier
 from kdcli.onnx_model import OnnxClassifier
 from kdcli.teacher import load_model
 
-__all__ = ["BenchResult", "Row", "bench", "count_macs", "default_models"]
+__all__ = ["BenchResult", "Row", "bench", "default_models"]
 
 
 def bench(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdcli import export, models, onnx_model
 from kdcli.bench.rows import SAME, Row, in_words
@@ -19,6 +19,7 @@ from kdcli.config import BenchConfig
 from kdcli.errors import KdError
 from kdcli.events import OnEvent, Progress
 from kdcli.models import Classifier
+from kdcli.models.layers import count_macs
 from kdcli.onnx_model import OnnxClassifier
 
 TORCH, ORT = "torch", "onnxruntime"
@@ -120,34 +121,6 @@ def _onnx_contender(path: Path, name: str, model: OnnxClassifier, raw: Tensor, i
         notes=tuple(notes),
     )
     return Contender(row, lambda: model.run(inputs[:1]), lambda: model.run(inputs))
-
-
-def count_macs(network: nn.Module, prepared: Tensor) -> int:
-    """Multiply-accumulates of one image in convolutions and linear layers.
-
-    Args:
-        network: prepared (B, C, H, W) → logits.
-        prepared: any input of it.
-    """
-    total = 0
-
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        if isinstance(module, nn.Linear):
-            total += output[0].numel() * module.in_features
-        elif isinstance(module, nn.Conv2d):
-            kernel = module.kernel_size[0] * module.kernel_size[1]
-            total += output[0].numel() * module.in_channels // module.groups * kernel
-
-    layers = [module for module in network.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    handles = [layer.register_forward_hook(count) for layer in layers]
-    try:
-        with torch.inference_mode():
-            network(prepared[:1])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return total
 
 
 def measure(contenders: Sequence[Contender], rounds: int, on_event: OnEvent) -> None:

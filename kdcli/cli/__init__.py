@@ -54,7 +54,18 @@ def kd(
 
 
 # in the order of --help; each is a module here with a function of its name and `register`
-COMMANDS = ("demo", "download", "convert-caffe", "validate", "train", "test", "export", "predict", "bench")
+COMMANDS = (
+    "demo",
+    "download",
+    "convert-caffe",
+    "validate",
+    "train",
+    "test",
+    "export",
+    "info",
+    "predict",
+    "bench",
+)
 
 
 def _register(arguments: list[str]) -> None:

@@ -44,7 +44,7 @@ def _err() -> Console:
 def say(text: str = "") -> None:
     """One line of result on stdout; nothing with --json or --quiet."""
     if not settings.json and not settings.quiet:
-        _out().print(escape(text))
+        _out().print(escape(_printable(text)))
 
 
 def note(text: str) -> None:
@@ -102,7 +102,7 @@ def table(
             header_style="bold",
         )
     for number, row in enumerate(rows):
-        drawn.add_row(*(escape(cell) for cell in row), style="bold" if number == marked else None)
+        drawn.add_row(*(escape(_printable(cell)) for cell in row), style="bold" if number == marked else None)
     console = Console(highlight=False)
     if not console.is_terminal:  # a file has no width; do not squeeze a table into 80 columns there
         console = Console(highlight=False, width=max(80, console.measure(drawn).maximum))
@@ -123,9 +123,13 @@ def error(problem: KdError) -> None:
 
 def _line(text: str) -> str:
     """One line without control characters, whatever a file name holds, and not endless."""
-    joined = " ".join(part.strip() for part in text[: 2 * LINE_CHARACTERS].splitlines())
-    line = "".join(mark if mark.isprintable() else " " for mark in joined)
+    line = _printable(" ".join(part.strip() for part in text[: 2 * LINE_CHARACTERS].splitlines()))
     return line if len(line) <= LINE_CHARACTERS else line[: LINE_CHARACTERS - 1] + "…"
+
+
+def _printable(text: str) -> str:
+    """Without what would steer the terminal: class names and origins come from files."""
+    return "".join(mark if mark.isprintable() or mark == "\n" else " " for mark in text)
 
 
 @contextmanager

@@ -134,6 +134,30 @@ class ExportConfig(Settings):
     cache_dir: CacheDir = Path("cache")
 
 
+class InfoConfig(Settings):
+    """`kd info`."""
+
+    classes: int = Field(
+        10,
+        ge=1,
+        le=1_000_000,
+        description="Of a network named without its file: how many it tells apart.",
+        json_schema_extra=about("Network"),
+    )
+    image_size: int = Field(
+        32,
+        ge=4,
+        le=1024,
+        description="Of such a network: pixels of a side of its images.",
+        json_schema_extra=about("Network"),
+    )
+    grey: bool = Field(
+        False,
+        description="Of such a network: its images have one channel.",
+        json_schema_extra=about("Network"),
+    )
+
+
 class PredictConfig(Settings):
     """`kd predict`."""
 

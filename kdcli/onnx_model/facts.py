@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import onnx
 
+from kdcli.models.layers import LayerRow
+
 PREPROCESSING = "preprocess/"  # kd export names the nodes that prepare pixels so
 CHANNELS = (1, 2, 3, 4)
 
@@ -21,6 +23,7 @@ class Facts:
         preprocessing_bytes: constants of the preprocessing inside the file.
         macs: multiply-accumulates of one image in the network's Conv, Gemm and MatMul; None if not known.
         operators: kinds of nodes.
+        nodes: all of them, in the order they run.
     """
 
     parameters: int
@@ -28,6 +31,7 @@ class Facts:
     preprocessing_bytes: int
     macs: int | None
     operators: tuple[str, ...]
+    nodes: tuple[LayerRow, ...]
 
 
 def facts(model: onnx.ModelProto, input_size: tuple[int, int, int] | None = None) -> Facts:
@@ -45,7 +49,8 @@ def facts(model: onnx.ModelProto, input_size: tuple[int, int, int] | None = None
             of_network.update(node.input)
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             helpers.update(node.input[1:])
-    parameters = network_bytes = preprocessing_bytes = 0
+    network_bytes = preprocessing_bytes = 0
+    weights: dict[str, int] = {}  # values of each
     for name, tensor in constants.items():
         count = math.prod(tensor.dims)
         size = count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
@@ -54,42 +59,65 @@ def facts(model: onnx.ModelProto, input_size: tuple[int, int, int] | None = None
             continue
         network_bytes += size
         if name not in helpers and tensor.data_type != onnx.TensorProto.INT64:
-            parameters += count
+            weights[name] = count
+    nodes = _nodes(model, input_size, weights)
+    work = [node.macs for node in nodes]
     return Facts(
-        parameters=parameters,
+        parameters=sum(weights.values()),
         network_bytes=network_bytes,
         preprocessing_bytes=preprocessing_bytes,
-        macs=_macs(model, input_size),
+        macs=None if None in work else sum(count or 0 for count in work),
         operators=tuple(sorted({node.op_type for node in model.graph.node})),
+        nodes=nodes,
     )
 
 
-def _macs(model: onnx.ModelProto, input_size: tuple[int, int, int] | None) -> int | None:
+def _nodes(
+    model: onnx.ModelProto, input_size: tuple[int, int, int] | None, weights: dict[str, int]
+) -> tuple[LayerRow, ...]:
+    """Nodes with the shape and the work for one image; `weights` are values by name, counted where first used."""
+    shapes = _shapes(model, input_size)
+    left = dict(weights)
+    alive = {info.name for info in model.graph.input} - weights.keys()  # what depends on the image
+    rows = []
+    for node in model.graph.node:
+        shape: tuple[int, ...] = ()
+        if alive.intersection(node.input):
+            alive.update(node.output)
+            shape = shapes.get(node.output[0], ()) if node.output else ()
+        own = sum(left.pop(name, 0) for name in node.input)
+        kind = " ".join([node.op_type, *("×".join(map(str, shapes[n])) for n in node.input if n in weights)])
+        rows.append(LayerRow(node.name, kind, shape[1:], own, _macs(node, shapes)))
+    return tuple(rows)
+
+
+def _shapes(model: onnx.ModelProto, input_size: tuple[int, int, int] | None) -> dict[str, tuple[int, ...]]:
+    """Shapes by name for a batch of one, those that can be inferred."""
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
     fix_input(fixed, input_size)
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in fixed.graph.initializer}
     try:
         inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True)
     except Exception:  # a shape it cannot infer leaves the work unknown, which is what None says
-        return None
-    shapes = {tensor.name: tuple(tensor.dims) for tensor in inferred.graph.initializer}
+        return shapes
     for info in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output):
         sides = info.type.tensor_type.shape.dim
         if all(side.HasField("dim_value") for side in sides):
             shapes[info.name] = tuple(side.dim_value for side in sides)
-    total = 0
-    for node in inferred.graph.node:
-        if node.op_type not in ("Conv", "Gemm", "MatMul") or node.name.startswith(PREPROCESSING):
-            continue
-        if any(name not in shapes for name in (*node.input[:2], node.output[0])):
-            return None
-        outputs = math.prod(shapes[node.output[0]])
-        if node.op_type == "Conv":
-            total += outputs * math.prod(shapes[node.input[1]][1:])  # weight (M, C/groups, kernel …)
-        else:
-            transposed = any(a.name == "transA" and a.i for a in node.attribute)
-            total += outputs * shapes[node.input[0]][-2 if transposed else -1]
-    return total
+    return shapes
+
+
+def _macs(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int | None:
+    if node.op_type not in ("Conv", "Gemm", "MatMul") or node.name.startswith(PREPROCESSING):
+        return 0
+    if any(name not in shapes for name in (*node.input[:2], node.output[0])):
+        return None
+    outputs = math.prod(shapes[node.output[0]])
+    if node.op_type == "Conv":
+        return outputs * math.prod(shapes[node.input[1]][1:])  # weight (M, C/groups, kernel …)
+    transposed = any(a.name == "transA" and a.i for a in node.attribute)
+    return outputs * shapes[node.input[0]][-2 if transposed else -1]
 
 
 def fix_input(model: onnx.ModelProto, input_size: tuple[int, int, int] | None) -> None:

@@ -1,0 +1,105 @@
+"""`kd info`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kdcli.cli import _ui
+from kdcli.cli._find import existing_model
+from kdcli.cli._options import options_of
+from kdcli.config import InfoConfig, make
+from kdcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from kdcli.info import ModelInfo
+
+_SHOWN_CLASSES = 20
+
+
+@options_of(InfoConfig)
+def info(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A checkpoint (.pt), an ONNX file, or a network's name.")
+    ],
+    **options: Any,
+) -> None:
+    """Show what is in a model: layers, parameters and work, preprocessing, classes, origin."""
+    config = make(InfoConfig, options)
+    from kdcli import models
+    from kdcli.info import info as look
+
+    named = model in models.MODELS and not Path(model).is_file()
+    if not named:
+        if Path(model).parent == Path() and not Path(model).suffix and not Path(model).exists():
+            known = ", ".join(name for name in models.MODELS if name != "graph")
+            raise UsageError(f"no file and no network: {model}", f"Networks are {known}.")
+        model = str(existing_model(Path(model)))
+        _ui.note_unread(options, InfoConfig.model_fields, "with a file, which says so itself")
+    found = look(model, config)
+    if _ui.settings.json:
+        _ui.json({"model": model, **asdict(found)})
+        return
+    _show(model, found)
+
+
+def _show(model: str, found: ModelInfo) -> None:
+    rows = [
+        [
+            layer.name,
+            layer.kind,
+            "×".join(map(str, layer.output)) or "—",
+            f"{layer.parameters:,}" if layer.parameters else "",
+            "—" if layer.macs is None else f"{layer.macs:,}" if layer.macs else "",
+        ]
+        for layer in found.layers
+    ]
+    _ui.table(["layer", "computes", "output", "parameters", "MACs"], rows, left=3)
+    _ui.say()
+    height, width, channels = found.input_size
+    shown = ", ".join(found.classes[:_SHOWN_CLASSES])
+    more = len(found.classes) - _SHOWN_CLASSES
+    work = "unknown" if found.macs is None else f"{_ui.count(found.macs)} MACs an image"
+    facts = [
+        ["model", model],
+        ["is", " ".join(filter(None, (found.kind, found.arch)))],
+        ["parameters", f"{found.parameters:,}"],
+        ["work", work],
+        ["images", f"{height}×{width}×{channels}"],
+        ["gives", found.gives],
+        ["classes", f"{len(found.classes)}: {shown}{f' and {more} more' if more > 0 else ''}"],
+    ]
+    if found.preprocess is not None:
+        values = [f"{key} {value}" for key, value in found.preprocess.items() if key != "name"]
+        facts.append(["preprocessing", ", ".join([str(found.preprocess["name"]), *values])])
+    if found.file_bytes is not None:
+        facts += [["file", _ui.size(found.file_bytes)], ["SHA-256", str(found.sha256)]]
+    _ui.table(["", ""], [*facts, *_flat(found.provenance)], left=2)
+
+
+def _flat(values: dict[str, Any], before: str = "") -> Iterator[list[str]]:
+    """Nested values as rows, `data label`; what is not known is left out."""
+    for key, value in values.items():
+        name = f"{before} {key}".strip().replace("_", " ")
+        if isinstance(value, dict):
+            yield from _flat(value, name)
+        elif value is not None:
+            yield [
+                name,
+                value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str),
+            ]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(
+        "info",
+        no_args_is_help=True,
+        epilog="[bold]kd info exports/kd-lenet-1.onnx[/bold]\n\n"
+        "[bold]kd info lenet --classes 100 --image-size 64[/bold]",
+    )(info)
