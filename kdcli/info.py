@@ -61,7 +61,7 @@ def info(model: str, config: InfoConfig) -> ModelInfo:
     Raises:
         KdError: no such file or network, or not a model.
     """
-    if model in models.MODELS and not Path(model).is_file():
+    if model in models.names() and not Path(model).is_file():
         size = (config.image_size, config.image_size, 1 if config.grey else 3)
         with torch.random.fork_rng(devices=[]):
             network = models.build(model, classes=config.classes, input_size=size).eval()

@@ -152,5 +152,5 @@ def test_what_is_not_there(run: Any, workplace: Path) -> None:
         run("info", "m.pt")
     with pytest.raises(UsageError, match="too small for a LeNet"):
         run("info", "lenet", "--image-size", "8")
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match="no file and no network: graph"):
         run("info", "graph")

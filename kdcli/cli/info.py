@@ -34,11 +34,10 @@ def info(
     from kdcli import models
     from kdcli.info import info as look
 
-    named = model in models.MODELS and not Path(model).is_file()
+    named = model in models.names() and not Path(model).is_file()
     if not named:
         if Path(model).parent == Path() and not Path(model).suffix and not Path(model).exists():
-            known = ", ".join(name for name in models.MODELS if name != "graph")
-            raise UsageError(f"no file and no network: {model}", f"Networks are {known}.")
+            raise UsageError(f"no file and no network: {model}", f"Networks are {', '.join(models.names())}.")
         model = str(existing_model(Path(model)))
         _ui.note_unread(options, InfoConfig.model_fields, "with a file, which says so itself")
     found = look(model, config)

@@ -120,11 +120,16 @@ def build(arch: str, *, classes: int, input_size: tuple[int, int, int], **arch_a
     return network
 
 
+def names() -> tuple[str, ...]:
+    """The networks that can be asked for by name."""
+    return tuple(name for name in MODELS if name != "graph")
+
+
 def _function(arch: str) -> Callable[..., nn.Module]:
     if arch not in MODELS:
-        known = ", ".join(name for name in MODELS if name != "graph")
         raise UsageError(
-            f"unknown network: {arch}", f"Known are {known}; kd train also takes a checkpoint (.pt)."
+            f"unknown network: {arch}",
+            f"Known are {', '.join(names())}; kd train also takes a checkpoint (.pt).",
         )
     module, name = MODELS[arch].split(":")
     function: Callable[..., nn.Module] = getattr(importlib.import_module(module), name)
