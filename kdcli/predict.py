@@ -14,6 +14,7 @@ import torch
 from kdcli.config import PredictConfig
 from kdcli.data import decode
 from kdcli.data.sources import MAX_MEMBER_BYTES, open_source
+from kdcli.data.tree import is_junk
 from kdcli.errors import KdError
 from kdcli.events import Note, OnEvent, Progress, ignore
 from kdcli.models import Classifier
@@ -117,8 +118,14 @@ def _files(path: Path) -> Iterator[tuple[str, bytes, bool]]:
         raise KdError(
             f"{path} is neither an image nor an archive of images", "PNG, JPEG, WebP and BMP files are read."
         ) from error
-    for name, data in source.read(lambda name: True):
+    for name, data in source.read(_may_be_image):
         yield (path / name).as_posix(), data, False
+
+
+def _may_be_image(name: str) -> bool:
+    parts = name.split("/")
+    hidden = is_junk(parts) or any(part.startswith(".") for part in parts)
+    return not hidden and Path(name).suffix.lower() in ("", *decode.SUFFIXES)
 
 
 def _is_image_file(path: Path) -> bool:

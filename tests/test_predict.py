@@ -63,6 +63,12 @@ def test_files_folders_and_archives(run: Any, workplace: Path, model: models.Cla
     for number, pixels in enumerate(PIXELS):
         Image.fromarray(pixels).save(folder / f"{number:03}.{'PNG' if number % 2 else 'bmp'}")
     (folder / "notes.txt").write_text("no image")
+    (folder / "README").write_text("no image")
+    with (folder / "film.mp4").open("wb") as film:
+        film.truncate(300 << 20)  # larger than any image may be
+    for hidden in (".thumbnails", "__MACOSX"):
+        (folder / hidden).mkdir()
+        (folder / hidden / "000.png").write_bytes(b"what the system keeps there")
     with zipfile.ZipFile("some.zip", "w") as archive:
         archive.write(folder / "001.PNG", "deep/x.png")
     found = told(run("predict", "m.pt", "some.zip", "photos", "photos/more/003.PNG", "--json"))

@@ -7,7 +7,7 @@ import os
 import time
 import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,10 +43,15 @@ class Place:
     rest: str
 
 
+def is_junk(parts: Sequence[str]) -> bool:
+    """Whether a file, given as the parts of its path, is what systems leave beside images."""
+    return "__MACOSX" in parts or parts[-1].lower() in JUNK_NAMES
+
+
 def place_of(name: str) -> Place | None:
     """The place that a file's path gives it; None for a file that belongs to no class of no split."""
     parts = name.split("/")
-    if "__MACOSX" in parts or parts[-1].lower() in JUNK_NAMES:
+    if is_junk(parts):
         return None
     # The plain layout first: a folder *above* may be called test, and a class may be called train.
     positions = [len(parts) - 3, *range(len(parts) - 3)]
