@@ -16,7 +16,7 @@ from kdcli import models
 from kdcli.caffe import schema
 from kdcli.cli import convert_caffe, validate
 from kdcli.errors import KdError, UsageError
-from tests.caffe_files import field, net, write
+from tests.caffe_files import field, layer, net, write
 from tests.conftest import command_line
 from tests.test_caffe import FC, IMAGES, INPUT, as_text, small
 from tests.test_caffe_layers import v0_net
@@ -156,6 +156,24 @@ def test_check_of_a_form_that_opencv_does_not_read(run: Any, workplace: Path, fo
     write(workplace, content)
     told = json.loads(run("convert-caffe", "net.caffemodel", "--check", "--json").stdout)
     assert told["check"]["holds"] is True
+
+
+def test_check_allows_for_what_float32_loses(run: Any, workplace: Path) -> None:
+    """Large values that nearly cancel out: both readings are right, and neither to 1e-4."""
+    pytest.importorskip("cv2")
+    random = np.random.default_rng(3)
+    first = random.normal(0, 30, (40, 3 * 12 * 12)).astype(np.float32)
+    first[20:] = first[:20] * np.float32(1.0001)
+    second = np.concatenate([np.eye(20), -np.eye(20)], axis=1)[:5].astype(np.float32)
+    ends = (np.zeros(40, np.float32), np.zeros(5, np.float32))
+    layers = [
+        layer("InnerProduct", "a", "data", "a", field(1, 40), (first, ends[0])),
+        layer("InnerProduct", "b", "a", "b", field(1, 5), (second, ends[1])),
+    ]
+    write(workplace, net(layers, v1=False, inputs=INPUT))
+    told = json.loads(run("convert-caffe", "net.caffemodel", "--check", "--json").stdout)["check"]
+    assert told["largest_logit"] < 100
+    assert 1e-4 < told["largest_difference"] < told["tolerance"] == pytest.approx(8 * told["rounding"])
 
 
 def test_check_on_images_of_another_size(run: Any, workplace: Path) -> None:

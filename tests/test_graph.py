@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import weakref
 from typing import Any
 
 import numpy as np
@@ -263,3 +264,33 @@ def test_names_become_modules() -> None:
         net = GraphNet((1, 2, 2), [node(name, "relu")], name, None)
         assert name in dict(net.named_children())
     assert set(OPS) >= {"conv", "linear", "max_pool", "ave_pool", "relu", "dropout", "softmax", "flatten"}
+
+
+def test_what_no_later_layer_reads_is_let_go() -> None:
+    """Of a chain with branches, one of which ends nowhere, only what is still read is alive."""
+    nodes = [
+        node("a", "relu"),
+        node("b", "relu", "a"),
+        node("nowhere", "relu", "b"),
+        node("c", "relu", "b"),
+        node("sum", "eltwise", "a", "c", operation="sum"),
+        node("out", "relu", "sum"),
+    ]
+    network = GraphNet((2, 3, 3), nodes, "out", None)
+    made: dict[str, weakref.ref[torch.Tensor]] = {}
+    alive: dict[str, set[str]] = {}
+
+    def hook(name: str) -> Any:
+        def look(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+            alive[name] = {other for other, ref in made.items() if ref() is not None}
+            made[name] = weakref.ref(output)
+
+        return look
+
+    for name, module in network.named_children():
+        module.register_forward_hook(hook(name))
+    with torch.inference_mode():
+        assert network(torch.ones(1, 2, 3, 3)).tolist() == [[2.0] * 18]
+    assert alive["c"] == {"a", "b"}
+    assert alive["sum"] == {"a", "c"}
+    assert alive["out"] == {"sum"}

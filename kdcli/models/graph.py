@@ -38,6 +38,7 @@ class GraphNet(nn.Module):
             raise KdError(
                 f"layer {output}: its output is {shown(self.shapes[output])}, not {classes} classes"
             )
+        self._done = self._last_uses()
         last = self._modules.get(output)
         if isinstance(last, nn.Linear) and last.bias is not None and self.shapes[output] == (classes,):
             self.head = output
@@ -69,11 +70,23 @@ class GraphNet(nn.Module):
         self.shapes[name] = shape
         self._steps.append((name, sources))
 
+    def _last_uses(self) -> list[tuple[str, ...]]:
+        """What no later step reads, after each: kept no longer, for a deep network's outputs add up to gigabytes."""
+        last = {INPUT: 0} | {name: number for number, (name, _) in enumerate(self._steps)}
+        last |= {source: number for number, (_, sources) in enumerate(self._steps) for source in sources}
+        del last[self._output]
+        done: list[list[str]] = [[] for _ in self._steps]
+        for name, use in last.items():
+            done[use].append(name)
+        return [tuple(names) for names in done]
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Preprocessed pixels (B, C, H, W) → logits (B, classes)."""
         values = {INPUT: pixels}
-        for name, sources in self._steps:
+        for (name, sources), done in zip(self._steps, self._done, strict=True):
             values[name] = self._modules[name](*(values[source] for source in sources))  # type: ignore[misc]
+            for unused in done:
+                del values[unused]
         return values[self._output].flatten(1)
 
     def __repr__(self) -> str:
