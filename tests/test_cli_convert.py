@@ -91,6 +91,16 @@ def test_data_is_not_read_where_it_is_not_needed(run: Any, workplace: Path) -> N
     assert run("convert-caffe", "net.caffemodel").exit_code == 0  # cifar10 is not here
 
 
+def test_why_data_is_wanted_is_told(run: Any, workplace: Path) -> None:
+    write(workplace, net(small(), v1=True))
+    with pytest.raises(
+        KdError, match="does not say how large its images are, and CIFAR-10 is not in data"
+    ) as raised:
+        run("convert-caffe", "net.caffemodel")
+    assert "--image-size" in raised.value.hint
+    assert run("convert-caffe", "net.caffemodel", "--image-size", "12").exit_code == 0
+
+
 def test_data_that_does_not_belong_is_an_error(run: Any, workplace: Path, pictures: str) -> None:
     write(workplace, net([small()[2], {**FC, "bottoms": ["conv1"]}], v1=False), "net.caffemodel")
     with pytest.raises(KdError, match="layer fc: weight in the file is 2×6"):

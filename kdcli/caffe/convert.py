@@ -93,6 +93,8 @@ def read(model: Path, config: ConvertConfig) -> Source:
         size = (height, width, channels)
     elif known is not None:
         size = known.input_size
+    elif config.image_size:
+        size = (config.image_size, config.image_size, input_channels(network, stored.weights))
     folders = [path.parent for path in (config.prototxt, model) if path is not None]
     transform = transform_of(network, folders)
     if transform.is_identity():  # a deploy prototxt has no data layer; the snapshot recorded the trained one
@@ -169,7 +171,7 @@ def to_classifier(
         if train_images is None:
             raise KdError(
                 f"{source.path} does not say how large its images are",
-                "Name data of the right size with --data, or a deploy prototxt with --prototxt.",
+                "Name their side with --image-size, data of that size with --data, or a deploy prototxt.",
             )
         _, height, width, channels = train_images.shape
         size = (height, width, channels)

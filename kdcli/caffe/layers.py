@@ -27,16 +27,21 @@ def node_of(layer: Layer, part: int = 0) -> Node:
     Raises:
         KdError: a layer type, or a setting of it, that kd does not know; names layer and type.
     """
-    if layer.type not in LAYERS:
-        raise KdError(
-            f"layer {layer.name}: unknown type {layer.type or '(none)'}",
-            f"kd knows {', '.join(sorted({*LAYERS, 'Split', 'Silence'}))}.",
-        )
+    check_type(layer)
     try:
         operation, args = LAYERS[layer.type](layer)
         return operation, {**args, "part": part} if operation == "slice" else args
     except KdError as error:
         raise KdError(f"layer {layer.name} ({layer.type}): {error.message}", error.hint) from error
+
+
+def check_type(layer: Layer) -> None:
+    """Refuse a layer type that kd does not know; names layer and type."""
+    if layer.type not in LAYERS:
+        raise KdError(
+            f"layer {layer.name}: unknown type {layer.type or '(none)'}",
+            f"kd knows {', '.join(sorted({*LAYERS, 'Split', 'Silence'}))}.",
+        )
 
 
 def state_of(
@@ -119,7 +124,7 @@ def _convolution(layer: Layer) -> Node:
         "stride": _pair(param, "stride", 1),
         "pad": _pair(param, "pad", 0),
         "dilation": _pair(param, "dilation", 1),
-        "groups": int(param.group),
+        "groups": int(param.num_output if layer.type in DEPTHWISE else param.group),
         "bias": bool(param.bias_term),
     }
 
@@ -165,7 +170,8 @@ def _lrn(layer: Layer) -> Node:
 
 def _batch_norm(layer: Layer) -> Node:
     param = layer.param.batch_norm_param
-    if param.HasField("use_global_stats") and not param.use_global_stats:
+    trained = layer.param.HasField("phase") and layer.param.phase == 0  # as a solver records it
+    if param.HasField("use_global_stats") and not param.use_global_stats and not trained:
         raise KdError(
             "use_global_stats: false takes the statistics of each batch; a classifier needs the kept ones",
             "Give a deploy prototxt with --prototxt, in which it is true or absent.",
@@ -262,6 +268,8 @@ def _dropout(layer: Layer) -> Node:
     return "dropout", {"ratio": float(param.dropout_ratio), "scale_train": bool(param.scale_train)}
 
 
+DEPTHWISE = ("ConvolutionDepthwise", "DepthwiseConvolution")  # of forks: a convolution of one channel a group
+
 LAYERS: dict[str, Callable[[Layer], Node]] = {
     "AbsVal": lambda layer: ("abs", {}),
     "ArgMax": _argmax,
@@ -270,8 +278,10 @@ LAYERS: dict[str, Callable[[Layer], Node]] = {
     "Bias": _bias,
     "Concat": lambda layer: ("concat", {"axis": _axis(layer.param.concat_param, "concat_dim")}),
     "Convolution": _convolution,
+    "ConvolutionDepthwise": _convolution,
     "Crop": _crop,
     "Deconvolution": _convolution,
+    "DepthwiseConvolution": _convolution,
     "Dropout": _dropout,
     "ELU": lambda layer: ("elu", {"alpha": float(layer.param.elu_param.alpha)}),
     "Eltwise": _eltwise,

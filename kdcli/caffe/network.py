@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcli.caffe.layers import node_of, state_of
-from kdcli.caffe.read import DATA_TYPES, Layer, Network, Weights
+from kdcli.caffe.layers import check_type, node_of, state_of
+from kdcli.caffe.read import Layer, Network, Weights
 from kdcli.errors import KdError
 from kdcli.events import Note, OnEvent, ignore
 from kdcli.models.graph import INPUT, GraphNet, safe_name
@@ -75,8 +75,12 @@ def wire(network: Network, on_event: OnEvent = ignore) -> Wiring:
     blobs: dict[str, str] = {}
     outside: dict[str, str] = {}  # node standing for a blob that no layer makes → the blob
     steps: dict[str, _Step] = {}
+    losses: list[tuple[Layer, tuple[str, ...]]] = []  # with the nodes they read
     for layer in network.layers:
-        if layer.type in DATA_TYPES or layer.is_loss:
+        if layer.is_data:
+            continue
+        if layer.is_loss:
+            losses.append((layer, tuple(blobs[bottom] for bottom in layer.bottoms if bottom in blobs)))
             continue
         for bottom in layer.bottoms:
             if bottom not in blobs:
@@ -89,6 +93,7 @@ def wire(network: Network, on_event: OnEvent = ignore) -> Wiring:
             blobs.update(dict.fromkeys(layer.tops, sources[0]))
             continue
         if len(layer.tops) != 1 and (layer.type != "Slice" or not layer.tops):
+            check_type(layer)
             raise KdError(
                 f"layer {layer.name} ({layer.type}): it has {len(layer.tops)} outputs, kd knows one"
             )
@@ -109,10 +114,12 @@ def wire(network: Network, on_event: OnEvent = ignore) -> Wiring:
     for node in reversed(steps):
         if node in needed:
             needed.update(steps[node].inputs)
+    kept = [step for node, step in steps.items() if node in needed]
+    names = {step.layer.name for step in kept}
     dropped = [
         step.layer.name
-        for node, step in steps.items()
-        if node not in needed and step.layer.type not in _AFTER_LOGITS
+        for step in steps.values()
+        if step.layer.name not in names and step.layer.type not in _AFTER_LOGITS
     ]
     if dropped:
         on_event(
@@ -122,12 +129,14 @@ def wire(network: Network, on_event: OnEvent = ignore) -> Wiring:
         )
     inputs = [node for node in outside if node in needed]
     if len(inputs) != 1:
-        names = ", ".join(outside[node] for node in inputs[:5])
+        for step in kept:  # says more: a detector's regions, a layer of someone's own that reads labels
+            check_type(step.layer)
+        listed = ", ".join(outside[node] for node in inputs[:5])
         raise KdError(
-            f"the network reads {len(inputs)} inputs ({names}); kd takes one: the images",
+            f"the network reads {len(inputs)} inputs ({listed}); kd takes one: the images",
             "Give a deploy prototxt with --prototxt, in which labels are no input.",
         )
-    kept = (step for node, step in steps.items() if node in needed)
+    _check_labelled(output, losses, steps, inputs[0])
     return Wiring(
         tuple(
             replace(step, inputs=tuple(INPUT if n in outside else n for n in step.inputs)) for step in kept
@@ -135,6 +144,24 @@ def wire(network: Network, on_event: OnEvent = ignore) -> Wiring:
         outside[inputs[0]],
         output,
     )
+
+
+def _check_labelled(
+    output: str, losses: list[tuple[Layer, tuple[str, ...]]], steps: dict[str, _Step], images: str
+) -> None:
+    """Refuse logits that were trained to be like another thing made of the images, and on no label."""
+    seen = {images}
+    for node, step in steps.items():
+        if not seen.isdisjoint(step.inputs):
+            seen.add(node)
+    reading = [(layer, [node for node in read if node in seen]) for layer, read in losses if output in read]
+    if reading and all(len(read) > 1 for _, read in reading):
+        layer, _ = reading[0]
+        raise KdError(
+            f"layer {layer.name} ({layer.type}) compares {' with '.join(layer.bottoms[:2])}, "
+            "both made of the images: no classifier",
+            "kd distils image classifiers; give a deploy prototxt of one with --prototxt.",
+        )
 
 
 def declared_input(network: Network, weights: Weights) -> Shape | None:

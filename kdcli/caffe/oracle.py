@@ -14,6 +14,7 @@ import torch
 from google.protobuf import text_format
 
 from kdcli.caffe import schema
+from kdcli.caffe.layers import DEPTHWISE
 from kdcli.caffe.network import wire
 from kdcli.caffe.read import CaffeModel, Network, Weights, read_caffemodel, read_prototxt
 from kdcli.errors import KdError
@@ -144,8 +145,14 @@ def deploy_text(network: Network, shape: tuple[int, int, int]) -> tuple[str, str
     message.input.append(wiring.input_blob)
     message.input_dim.extend((1, *shape))
     last = next(step.layer.name for step in wiring.steps if step.node == wiring.output)
+    read: set[str] = set()
+    for layer in reversed(network.layers):
+        if layer.type == "Split" and not read.isdisjoint(layer.tops):
+            kept.add(id(layer))
+        if id(layer) in kept:
+            read.update(layer.bottoms)
     for layer in network.layers:
-        if id(layer) not in kept and layer.type != "Split":
+        if id(layer) not in kept:
             continue
         old = layer.param.DESCRIPTOR.name == "V1LayerParameter"
         copy = (message.layers if old else message.layer).add()
@@ -153,6 +160,12 @@ def deploy_text(network: Network, shape: tuple[int, int, int]) -> tuple[str, str
         for field in ("blobs", "include", "exclude", "phase"):
             if field in layer.param.DESCRIPTOR.fields_by_name:
                 copy.ClearField(field)
+        if layer.type == "Split":  # OpenCV stumbles over outputs that nothing reads
+            copy.top[:] = [blob for blob in copy.top if blob in read]
+        if layer.type in DEPTHWISE:
+            copy.type, copy.convolution_param.group = "Convolution", copy.convolution_param.num_output
+        if layer.type == "BatchNorm":
+            copy.batch_norm_param.use_global_stats = True
         if layer.type == "Pooling":
             copy.pooling_param.pool = copy.pooling_param.pool  # OpenCV wants the default written out
     return text_format.MessageToString(message), last

@@ -56,8 +56,16 @@ class Layer:
     param: Any
 
     @property
+    def is_data(self) -> bool:
+        """Whether it brings images or labels: Caffe's own source layers, and what others wrote in their place."""
+        own = self.type == "Python" or self.type.endswith("Data")
+        return self.type in DATA_TYPES or (own and not self.bottoms)
+
+    @property
     def is_loss(self) -> bool:
-        return self.type.endswith("Loss") or self.type in ("Accuracy", "Silence", "HDF5Output")
+        """Whether it measures what others compute; `loss_weight` makes a layer of any type one."""
+        measures = self.type.endswith("Loss") or self.type in ("Accuracy", "Silence", "HDF5Output")
+        return measures or any(self.param.loss_weight)
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,7 @@ def read_caffemodel(path: Path) -> CaffeModel:
         ) from error
     if not message.layers and not message.layer:
         raise KdError(f"{path} is not a caffemodel: it holds no layers", _kind_hint(content))
-    network = _network(message, path)
+    network = _network(message, path, recorded=True)
     blobs: Weights = {}
     for layer in _all_layers(message, path):
         if not layer.param.blobs:
@@ -312,12 +320,21 @@ def _v2_type(v1: str) -> str:
     return _V2_NAMES.get(v1, v1.title().replace("_", ""))
 
 
-def _network(message: Any, path: Path) -> Network:
+def _network(message: Any, path: Path, *, recorded: bool = False) -> Network:
     every = _all_layers(message, path)
     state = message.state
     tested = [layer for layer in every if _in_test(layer, state)]
-    sources = [layer for layer in tested if layer.type in DATA_TYPES]
-    sources += [layer for layer in every if layer.type in DATA_TYPES and not _in_test(layer, state)]
+    sources = [layer for layer in tested if layer.is_data]
+    sources += [layer for layer in every if layer.is_data and not _in_test(layer, state)]
+    if recorded:  # a solver saves the layers of training alone: the test phase's twins of some are not there
+        names = {layer.name for layer in tested}
+        read = {blob for layer in tested for blob in layer.bottoms}
+        twins = [layer.name not in names and not read.isdisjoint(layer.tops) for layer in every]
+        tested = [
+            layer
+            for layer, twin in zip(every, twins, strict=True)
+            if _in_test(layer, state) or (twin and layer.param.blobs)
+        ]
     inputs: dict[str, tuple[int, ...] | None] = {}
     for number, name in enumerate(message.input):
         shape: tuple[int, ...] | None = None

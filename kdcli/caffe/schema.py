@@ -102,7 +102,7 @@ _MESSAGES: dict[str, str] = {
         concat_dim 65 uint32 1
     """,
     "LayerParameter": """
-        name 1 string; type 2 string; bottom 3 string*; top 4 string*; blobs 7 BlobProto*
+        name 1 string; type 2 string; bottom 3 string*; top 4 string*; loss_weight 5 float*; blobs 7 BlobProto*
         include 8 NetStateRule*; exclude 9 NetStateRule*; phase 10 Phase
         transform_param 100 TransformationParameter; argmax_param 103 ArgMaxParameter
         concat_param 104 ConcatParameter
@@ -129,7 +129,7 @@ _MESSAGES: dict[str, str] = {
         power_param 21 PowerParameter; memory_data_param 22 MemoryDataParameter
         argmax_param 23 ArgMaxParameter; eltwise_param 24 EltwiseParameter
         dummy_data_param 26 DummyDataParameter; relu_param 30 ReLUParameter; slice_param 31 SliceParameter
-        include 32 NetStateRule*; exclude 33 NetStateRule*; mvn_param 34 MVNParameter
+        include 32 NetStateRule*; exclude 33 NetStateRule*; mvn_param 34 MVNParameter; loss_weight 35 float*
         transform_param 36 TransformationParameter; softmax_param 39 SoftmaxParameter
         exp_param 41 ExpParameter
     """,

@@ -46,16 +46,25 @@ def convert_caffe(
             )
         splits = None
         if "data" in options or source.needs_images(config):
-            splits = data.load(
-                config.data,
-                data_dir=config.data_dir,
-                cache_dir=config.cache_dir,
-                image_size=config.image_size,
-                grey=source.channels == 1,
-                fit_to=source.input_size,
-                skip_broken=config.skip_broken,
-                on_event=on_event,
-            )
+            try:
+                splits = data.load(
+                    config.data,
+                    data_dir=config.data_dir,
+                    cache_dir=config.cache_dir,
+                    image_size=config.image_size,
+                    grey=source.channels == 1,
+                    fit_to=source.input_size,
+                    skip_broken=config.skip_broken,
+                    on_event=on_event,
+                )
+            except KdError as error:
+                if "data" in options or source.input_size is not None:
+                    raise
+                raise KdError(
+                    f"{model} does not say how large its images are, and {error.message}",
+                    "Name their side with --image-size, data of that size with --data, or a deploy prototxt "
+                    "with --prototxt.",
+                ) from error
         conversion = caffe.to_classifier(
             source,
             config,
