@@ -178,3 +178,20 @@ def test_image_size_tells_what_the_files_do_not(tmp_path: Path) -> None:
     config = ConvertConfig(preprocess="none", image_size=4)
     assert not caffe.read(path, config).needs_images(config)
     assert caffe.convert(path, config).classifier.input_size == (4, 4, 3)
+
+
+def test_large_images_are_compared_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cv2")
+    pool = """layer { name: "pool" type: "Pooling" bottom: "data" top: "pool"
+      pooling_param { pool: AVE global_pooling: true } }"""
+    path = saved(tmp_path, DATA, pool, FC_TEXT % "pool", LOSS, fc=(FC[:, :3], FC_BIAS))
+    classifier = caffe.convert(path, ConvertConfig(preprocess="none", image_size=512)).classifier
+    counts: list[int] = []
+    run = oracle._run
+    monkeypatch.setattr(
+        oracle, "_run", lambda net, batch, name: counts.append(len(batch)) or run(net, batch, name)
+    )
+    compared = oracle.compare(classifier, path, None, R.integers(0, 256, (5, 512, 512, 3), dtype=np.uint8))
+    assert compared.holds
+    assert compared.images == 5
+    assert counts == [2, 2, 1]

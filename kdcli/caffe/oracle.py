@@ -23,6 +23,7 @@ from kdcli.models import Classifier
 
 _BATCH = 64
 _LOOKED_AT = 8  # images of a batch, in float64
+_MOST_PIXELS = 2**19  # of a batch: VGG-16 holds 0.15 GB of activations for each image of 224×224
 _MOST_REAL = 256
 
 
@@ -115,8 +116,9 @@ def compare(
     net = _open(model, text)
     classifier = classifier.eval()
     difference, logit, rounding = 0.0, 0.0, 0.0
-    for start in range(0, len(images), _BATCH):
-        batch = torch.from_numpy(np.array(images[start : start + _BATCH]))
+    step = max(1, min(_BATCH, _MOST_PIXELS // (height * width)))
+    for start in range(0, len(images), step):
+        batch = torch.from_numpy(np.array(images[start : start + step]))
         with torch.inference_mode():
             prepared = classifier.prepare(batch).contiguous()
             ours = classifier.network(prepared).numpy()
@@ -132,7 +134,7 @@ def compare(
             with torch.inference_mode():
                 wanted = exact(prepared[worst].double()).numpy()
             rounding = max(rounding, float(np.abs(ours[worst] - wanted).max()))
-        on_event(Progress("comparing with OpenCV", min(start + _BATCH, len(images)), len(images)))
+        on_event(Progress("comparing with OpenCV", min(start + step, len(images)), len(images)))
     return Comparison(difference, logit, len(images), rounding)
 
 
