@@ -83,6 +83,7 @@ def test_help_gives_defaults_and_networks_from_where_they_are_defined(kd: Kd) ->
         if isinstance(field.default, float | int) and not isinstance(field.default, bool):
             assert f"[default: {field.default}]" in out, name
     assert "|".join(methods.METHODS) in out
+    assert "'kdcli[tensorboard]'" in out  # not taken for markup
     described = TrainConfig.model_fields["student"].description or ""
     assert [
         n for n in re.findall(r"[a-z]+(?:-[a-z]+)*", described.split(":")[1].split(";")[0]) if n != "or"

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
+from rich.markup import escape
 
 from kdcli.cli import _ui
 from kdcli.config import Settings
@@ -91,7 +92,7 @@ def _value_type(annotation: Any) -> Any:
 
 def _help(field: FieldInfo) -> str:
     """The description and the default. (The option's own default is None: it tells typed from not typed.)"""
-    text, default = field.description or "", field.default
+    text, default = escape(field.description or ""), field.default
     if default is None or default == "" or default is False:
         return text
     shown = default.as_posix() if isinstance(default, Path) else str(default)
