@@ -277,6 +277,8 @@ def test_running_out_of_memory_is_no_fault_of_kd() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(10**15)
     assert cli._as_kd_error(caught.value, []).message == "out of memory"
+    on_gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    assert cli._as_kd_error(on_gpu, []).message == "out of memory"
 
 
 def test_sigterm_leaves_any_command_with_143() -> None:

@@ -163,7 +163,8 @@ def _as_kd_error(problem: Exception, arguments: list[str]) -> KdError:
             return KdError(
                 f"{where}{problem.strerror or problem}", "Check the path, its permissions and free space."
             )
-        if isinstance(problem, MemoryError) or "DefaultCPUAllocator" in str(problem):  # torch's own words
+        words = str(problem) if isinstance(problem, RuntimeError) else ""  # torch's own, of CPU and GPU
+        if isinstance(problem, MemoryError) or "DefaultCPUAllocator" in words or "out of memory" in words:
             return KdError("out of memory", "Use smaller images, fewer of them, or a smaller batch.")
         return KdError(
             f"unexpected {type(problem).__name__}: {problem}",
