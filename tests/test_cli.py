@@ -166,7 +166,10 @@ def test_the_hint_lists_the_students_there_are(kd: Kd) -> None:
     for name in ("alpha", "beta run"):
         Path(f"runs/{name}").mkdir(parents=True)
         Path(f"runs/{name}/student.pt").write_bytes(b"")
+    Path("runs/moved").mkdir()
+    Path("runs/moved/student.pt").symlink_to("nowhere.pt")
     outcome = kd("export", "student.pt")
+    assert "no such file: student.pt" in outcome.err
     assert outcome.code == 1
     assert "runs/alpha/student.pt" in outcome.err
     assert "'runs/beta run/student.pt'" in outcome.err

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def students() -> list[Path]:
     """Trained students below `runs/`, newest first."""
-    found = Path("runs").glob("*/student.pt")
+    found = (path for path in Path("runs").glob("*/student.pt") if path.is_file())  # not a link to nowhere
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
