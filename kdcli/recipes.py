@@ -49,10 +49,14 @@ def read_recipe(name: str, typed: Mapping[str, Any] | None = None) -> dict[str, 
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"recipe {name} is not TOML: {error}") from error
     filled = document.pop("filled", [])
-    names = [key.replace("-", "_") for key in document]
-    values = dict(
-        zip(("lamda" if name == "lambda" else name for name in names), document.values(), strict=True)
-    )
+    values: dict[str, Any] = {}
+    for key, value in document.items():
+        setting = "lamda" if key == "lambda" else key.replace("-", "_")
+        if setting in values:
+            raise UsageError(
+                f"recipe {name} sets {setting} twice, the second time as {key}", "Keep one of them."
+            )
+        values[setting] = value
     if isinstance(filled, list) and any(values.get(key) != value for key, value in (typed or {}).items()):
         values = {key: value for key, value in values.items() if key not in filled}
     return values

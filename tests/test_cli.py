@@ -229,6 +229,11 @@ def test_a_recipe_gives_way_to_what_is_typed(kd: Kd) -> None:
     outcome = kd("train", "--recipe", "bad.toml")
     assert outcome.code == 2
     assert "unknown setting: epoch" in outcome.err
+    for twice in ("lambda = 0.5\nlamda = 0.3\n", '"batch-size" = 8\nbatch_size = 16\n'):
+        Path("twice.toml").write_text(twice)
+        outcome = kd("train", "--recipe", "twice.toml")
+        assert outcome.code == 2
+        assert "twice, the second time as" in outcome.err
 
 
 def test_lambda_may_be_spelt_right(kd: Kd) -> None:
