@@ -222,7 +222,7 @@ def _store(
     workspace: Path,
     image_size: int | None,
 ) -> None:
-    train, test, classes = _choose(found, source.path)
+    train, test, classes = _choose(found, source)
     notes = _notes(found, source, spool, image_size)
     missing = sorted(set(classes) - {place.class_name for place in test})
     if missing:
@@ -235,18 +235,20 @@ def _store(
 Places = dict[Place, int]
 
 
-def _choose(found: _Found, path: Path) -> tuple[Places, Places, tuple[str, ...]]:
+def _choose(found: _Found, source: Source) -> tuple[Places, Places, tuple[str, ...]]:
     """Train, test and classes."""
+    path, links = source.path, source.skipped.links
+    hint = LAYOUT_HINT + (f" Skipped {links} links and special files." if links else "")
     by_split: dict[str, Places] = {"train": {}, "test": {}, "val": {}}
     for place, index in found.images.items():
         by_split[place.split][place] = index
     if not found.images:
-        raise KdError(f"no images found in {path}", LAYOUT_HINT)
+        raise KdError(f"no images found in train/<class> or test/<class> of {path}", hint)
     train, test = by_split["train"], by_split["test"] or by_split["val"]
     if not train:
-        raise KdError(f"{path} has no training images: no folder train/<class>", LAYOUT_HINT)
+        raise KdError(f"{path} has no training images: no folder train/<class>", hint)
     if not test:
-        raise KdError(f"{path} has no test images: no folder test/<class>", LAYOUT_HINT)
+        raise KdError(f"{path} has no test images: no folder test/<class>", hint)
     below = sorted({place.below for place in (*train, *test)})
     if len(below) > 1:
         raise KdError(
