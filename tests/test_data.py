@@ -392,6 +392,46 @@ def test_files_that_are_no_archives(tmp_path: Path, read: Callable[..., Splits])
         assert caught.value.hint
 
 
+def test_a_tar_of_the_oldest_form_is_known_by_its_checksum(
+    tmp_path: Path, read: Callable[..., Splits]
+) -> None:
+    data = bytearray(write_tar(tmp_path / "new.tar", small_tree()).read_bytes())
+    at = 0
+    while any(data[at : at + 512]):  # what `tar --format=v7` writes: no magic, version, owner's name
+        size = int(data[at + 124 : at + 135], 8)
+        data[at + 257 : at + 512] = bytes(255)
+        data[at + 148 : at + 156] = b" " * 8
+        data[at + 148 : at + 156] = b"%06o\0 " % sum(data[at : at + 512])
+        at += 512 + -(-size // 512) * 512
+    (tmp_path / "old.tar").write_bytes(data)
+    old, new = read(tmp_path / "old.tar"), read(tmp_path / "new.tar")
+    assert old.train.fingerprint == new.train.fingerprint
+    (tmp_path / "cut.tar").write_bytes(data[:700])
+    with pytest.raises(KdError, match=r"cut.tar is not an archive that can be read"):
+        read(tmp_path / "cut.tar")
+
+
+def test_layout_errors_tell_of_links_that_were_skipped(tmp_path: Path, read: Callable[..., Splits]) -> None:
+    folder = write_folder(tmp_path / "set", without(small_tree(), "test"))
+    (folder / "test").symlink_to("train")  # one folder, read once under one of its names
+    with pytest.raises(KdError, match=r"has no (training|test) images") as caught:
+        read(folder)
+    assert "Skipped 1 links" in (caught.value.hint or "")
+
+
+def test_an_encrypted_zip_is_named_as_such(tmp_path: Path, read: Callable[..., Splits]) -> None:
+    data = bytearray(write_zip(tmp_path / "x.zip", small_tree()).read_bytes())
+    at = data.find(b"PK\x01\x02")
+    while at >= 0:  # the flag of each entry of the directory
+        data[at + 8] |= 1
+        at = data.find(b"PK\x01\x02", at + 4)
+    (tmp_path / "x.zip").write_bytes(data)
+    with pytest.raises(KdError) as caught:
+        read(tmp_path / "x.zip")
+    assert caught.value.message == f"train/zebra/b.PNG in {tmp_path / 'x.zip'} is encrypted"
+    assert "password" in (caught.value.hint or "")
+
+
 def test_unknown_names() -> None:
     with pytest.raises(UsageError, match="digts") as caught:
         load("digts")

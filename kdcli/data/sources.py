@@ -85,9 +85,18 @@ def open_source(path: Path) -> Source:
         raise KdError(f"cannot read {path}: {error.strerror or error}") from error
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return ZipSource(path)
-    if head.startswith((b"\x1f\x8b", b"\xfd7zXZ\0", b"BZh")) or head[257:262] == b"ustar":
+    if head.startswith((b"\x1f\x8b", b"\xfd7zXZ\0", b"BZh")) or head[257:262] == b"ustar" or _is_header(head):
         return TarSource(path)
     raise not_an_archive(path)
+
+
+def _is_header(block: bytes) -> bool:
+    """Whether these are a tar member's 512 bytes by their checksum: the oldest form of tar has no other mark."""
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.TarError:
+        return False
+    return True
 
 
 def not_an_archive(path: Path, reason: str = "") -> KdError:
@@ -239,12 +248,8 @@ class ZipSource:
                 yield from self._members(archive, wanted)
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, struct.error) as error:
             raise not_an_archive(self.path, str(error)) from error
-        except (
-            RuntimeError
-        ) as error:  # zipfile's own, of an encrypted member or a compression it does not know
-            raise KdError(
-                f"cannot read {self.path}: {error}", "Repack it by zip -r, without a password."
-            ) from error
+        except RuntimeError as error:  # zipfile's own, of a feature it does not know
+            raise KdError(f"cannot read {self.path}: {error}", "Repack it by zip -r.") from error
         except MemoryError as error:
             raise _needs_memory(self.path) from error
 
@@ -267,6 +272,10 @@ class ZipSource:
         for name, info in chosen:
             if info.file_size > MAX_MEMBER_BYTES:
                 raise _too_large(self.path, name, info.file_size)
+            if info.flag_bits & 1:
+                raise KdError(
+                    f"{name} in {self.path} is encrypted", "Repack it by zip -r, without a password."
+                )
             if info.compress_type not in ZIP_METHODS:
                 raise KdError(
                     f"{name} in {self.path} is compressed by method {info.compress_type}",
