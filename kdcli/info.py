@@ -127,7 +127,7 @@ def _of_onnx(loaded: OnnxClassifier) -> ModelInfo:
         sha256=sha256_file(loaded.path),
         preprocess=None if loaded.preprocess is None else _constants(loaded.preprocess),
         provenance=loaded.provenance,
-        layers=tuple(LayerRow(n.name, n.kind, n.output, n.parameters, n.macs) for n in facts.nodes),
+        layers=facts.nodes,
     )
 
 

@@ -99,6 +99,12 @@ def reference(pixels: np.ndarray) -> np.ndarray:
     return IP.astype(float) @ maps.ravel() + IPB
 
 
+def test_one_number_for_an_image_is_no_classifier(tmp_path: Path) -> None:
+    one = small(ip={"param": field(1, 1), "blobs": (IP[:1], IPB[:1])})
+    with pytest.raises(KdError, match="gives one number"):
+        converted(write(tmp_path, net(one, v1=False)))
+
+
 @pytest.fixture(params=["v1", "v2"])
 def v1(request: pytest.FixtureRequest) -> bool:
     return bool(request.param == "v1")

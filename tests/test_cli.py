@@ -182,6 +182,14 @@ def test_a_file_name_with_control_characters_cannot_paint_the_terminal(kd: Kd) -
     assert "[31mred" in outcome.err
 
 
+def test_an_empty_name_of_data_is_not_passed_over(kd: Kd) -> None:
+    made = kd("train", "--method", "ce", *QUICK, "--name", "t")
+    assert made.code == 0, made
+    outcome = kd("test", "runs/t/student.pt", "--data", "")
+    assert outcome.code == 2
+    assert "error: no dataset or path: (empty)" in outcome.err
+
+
 QUICK = ["--data", "digits", "--student", "convnet-tiny", "--epochs", "2", "--batch-size", "64"]
 
 

@@ -442,6 +442,33 @@ def test_views_are_as_many_as_make_sense() -> None:
         views(method="kd", augment="flip", views=3)
 
 
+def test_what_is_kept_of_a_teacher_goes_with_one_that_is_kept() -> None:
+    for live in ({"teacher_cache": "off"}, {"teacher_dropout": 0.5}):
+        with pytest.raises(UsageError, match="--cache-top-k"):
+            resolve(config(cache_top_k=2, **live))
+        assert resolve(config(method="ce", cache_top_k=2, **live)).cache_top_k == 2  # it is named as unread
+    assert resolve(config(cache_top_k=2)).cache_top_k == 2
+
+
+@pytest.mark.parametrize(("batch", "epochs", "told"), [(64, 2, True), (64, 60, False), (16, 2, False)])
+def test_a_run_of_a_few_steps_is_told_so(
+    workplace: Path, splits: Splits, batch: int, epochs: int, told: bool
+) -> None:
+    """So few steps leave batch norm's averages, and all else, near where they began."""
+    notes: list[str] = []
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, Note):
+            notes.append(event.text)
+
+    fit(config(method="ce", batch_size=batch, epochs=epochs), splits, on_event=on_event)
+    said = [text for text in notes if "steps are few" in text]
+    assert bool(said) == told
+    if told:
+        steps = epochs * -(-round(0.9 * len(splits.train)) // batch)
+        assert said[0].startswith(f"{steps} steps")
+
+
 def test_learning_rates() -> None:
     step = [learning_rate("step", 1.0, number, 10) for number in (0, 7, 8, 9)]
     assert step == pytest.approx([1, 1, 0.1, 0.1])

@@ -176,6 +176,11 @@ def to_classifier(
         _, height, width, channels = train_images.shape
         size = (height, width, channels)
     built = source.build(size, on_event)
+    if built.classes < 2:
+        raise KdError(
+            f"{source.path} gives one number for an image: nothing to tell classes apart by",
+            "kd distils classifiers with an output for each of two classes or more.",
+        )
     preprocess, data_used = settle(
         config, source.known, source.transform, size=size, images=train_images, on_event=on_event
     )

@@ -11,6 +11,7 @@ import typer
 
 from kdcli import files, methods
 from kdcli.cli import _ui
+from kdcli.cli._imports import imports
 from kdcli.cli._options import options_of
 from kdcli.config import METHOD, RUN, TrainConfig, make
 from kdcli.errors import UsageError
@@ -79,7 +80,7 @@ def _check_place(config: TrainConfig, resume: Path) -> None:
         raise UsageError(f"{resume} needs its teacher {config.teacher}", hint)
     if config.student_file is not None and not config.student_file.exists():
         raise UsageError(f"{resume} needs the student {config.student} that it began with", hint)
-    if Path(config.data).parent != Path() and not Path(config.data).exists():
+    if Path(config.data).parent != Path() and not files.expand(config.data).exists():
         raise UsageError(f"{resume} needs its data {config.data}", hint)
 
 
@@ -90,8 +91,9 @@ def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[Resu
     stored = config.student_file
     if stored is not None and not stored.is_file():
         raise UsageError(f"no such student: {stored}", "--student takes a network's name or a .pt file.")
-    from kdcli import data, models, runtime
-    from kdcli.engine import fit
+    with imports():
+        from kdcli import data, models, runtime
+        from kdcli.engine import fit
 
     fit_to = None
     if stored is not None:

@@ -105,7 +105,7 @@ def source_for(
     Raises:
         KdError: the model does not say, or its data is not where it was.
     """
-    if named:
+    if named is not None:
         return named, skip_broken
     recorded = provenance.get("data")
     recorded = recorded if isinstance(recorded, dict) else {}

@@ -34,6 +34,7 @@ from kdcli.runtime import World
 Int64 = npt.NDArray[np.int64]
 _SHOW_EVERY_S = 0.5
 _AGREE_STEPS = 8
+_FEW_STEPS, _SMALL_BATCH = 50, 32
 
 
 def fit(
@@ -102,6 +103,10 @@ class _Run:
         self.train_samples, self.val_samples = split(train.labels, config.val_fraction)
         self.steps_per_epoch = -(-len(self.train_samples) // config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
+        if self.steps < _FEW_STEPS and config.batch_size > _SMALL_BATCH and resume is None:
+            count = f"{len(self.train_samples):,} images in batches of {config.batch_size}"
+            text = f"{self.steps} steps are few to learn from: {count}; --batch-size 32 or more --epochs make more"
+            on_event(Note(text))
         # everything that can be wrong with what the user asked for comes before a folder is made
         self.targets = Targets(config, self.method, data, self.train_samples, world, on_event, stop)
         self.teacher = self.targets.teacher

@@ -80,6 +80,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
             "--teacher-cache fixed does not go with mixup: the teacher has not seen the mixtures",
             "Use --teacher-cache views or off.",
         )
+    if config.cache_top_k and methods.get(config.method).needs_teacher and cache_mode(config) == "off":
+        raise UsageError(
+            "--cache-top-k says what is kept of the teacher's outputs, and here none are kept: it runs in each step",
+            "Leave out --cache-top-k, or --teacher-cache off and --teacher-dropout.",
+        )
     if config.views and distinct and config.views > distinct:
         raise UsageError(
             f"--views {config.views}: augment {config.augment} has {distinct} distinct view(s)", "Use fewer."
