@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from kdcli import export as exporting
-from kdcli import models
+from kdcli import models, onnx_model
 from kdcli.config import ExportConfig
 from kdcli.data import ImageSet, Splits
 from kdcli.errors import KdError, UsageError
@@ -261,6 +262,69 @@ def test_a_wrong_file_never_appears(
         exported(tmp_path, plain[0])
     assert earlier.read_bytes() == b"an earlier file"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.pt"]
+
+
+WRONG_AT = [  # network, with its preprocessing, number of the node that gets a wrong constant, who is to blame
+    ("lenet", False, 0, "conv1"),
+    ("lenet", False, 2, "conv2"),
+    ("lenet", True, -2, "ip2"),  # before the softmax
+    ("lenet", True, 2, "preprocess"),
+    (
+        "convnet-tiny",
+        False,
+        0,
+        "features.0 and features.1",
+    ),  # batch norm is part of the convolution in the file
+    ("convnet-tiny", False, -1, "fc"),
+    ("nin", False, 2, "cccp1"),
+]
+
+
+@pytest.mark.parametrize(("arch", "raw", "number", "layer"), WRONG_AT)
+def test_a_wrong_constant_is_found_where_it_is(
+    arch: str, raw: bool, number: int, layer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = exporting.finish
+
+    def corrupted(model: onnx.ModelProto, remarks: dict[str, str]) -> onnx.ModelProto:
+        broken = real(model, remarks)
+        node = broken.graph.node[number]
+        tensor = next(one for one in broken.graph.initializer if one.name in node.input)
+        values = onnx.numpy_helper.to_array(tensor)
+        values = (1.5 * values + 0.5).astype(values.dtype)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+        return broken
+
+    monkeypatch.setattr(exporting, "finish", corrupted)
+    with pytest.raises(KdError, match=f"first in layer {layer} \\(allowed"):
+        exported(tmp_path, classifier(arch), with_preprocessing=raw)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_every_level_of_optimisation_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is right only where it is optimised is not written."""
+    real, asked = onnx_model.session, []
+
+    def session(content: bytes, threads: int = 0, name: str = "model", *, level: str = "all") -> Any:
+        asked.append(level)
+        return real(content, threads, name, level=level)
+
+    monkeypatch.setattr(onnx_model, "session", session)
+    result = exported(tmp_path, classifier("lenet"))
+    assert asked == ["none", "basic", "extended", "all"] == list(result.parity.levels)
+    for wrong in asked[:4]:
+
+        def one_wrong(*args: Any, level: str = "all", wrong: str = wrong, **more: Any) -> Any:
+            runner = session(*args, level=level, **more)
+            run = runner.run
+            if level == wrong:
+                monkeypatch.setattr(runner, "run", lambda *given: [values + 1 for values in run(*given)])
+            return runner
+
+        with monkeypatch.context() as context:
+            context.setattr(onnx_model, "session", one_wrong)
+            with pytest.raises(KdError, match=f"at batch 1, optimisation {wrong}"):
+                exported(tmp_path, classifier("lenet"))
 
 
 def test_only_a_near_tie_may_change_the_class(

@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -20,10 +21,11 @@ from kdcli.config import ExportConfig
 from kdcli.data import ImageSet, Splits
 from kdcli.errors import KdError, UsageError
 from kdcli.events import OnEvent, Progress, ignore
+from kdcli.export.blame import first_difference
 from kdcli.export.parity import BATCHES, Parity, check_parity, run
 from kdcli.files import atomic_path, sha256_file
 from kdcli.models import Classifier
-from kdcli.onnx_model.translate import finish, silence, to_onnx
+from kdcli.onnx_model.translate import finish, interface_of, silence, to_onnx
 from kdcli.quantize import Quantisation
 
 __all__ = [
@@ -70,7 +72,6 @@ class ExportResult:
         """Plain values with a `schema_version`."""
         document = asdict(self)
         document["path"], document["checkpoint"] = self.path.as_posix(), self.checkpoint.as_posix()
-        document["parity"]["batches"] = list(self.parity.batches)
         return {"schema_version": 1, **document}
 
 
@@ -111,7 +112,9 @@ def export(
             inputs = _inputs(classifier, raw, config.with_preprocessing)
             with torch.inference_mode():
                 logits = models.predict(classifier, raw)
-            outputs, parity = check_parity(temporary, inputs, logits, config.with_preprocessing)
+            interface = interface_of(classifier, with_preprocessing=config.with_preprocessing)
+            explain = partial(first_difference, interface, model, temporary)
+            outputs, parity = check_parity(temporary, inputs, logits, config.with_preprocessing, explain)
             on_event(Progress("exporting", 2, 3, "steps"))
             if config.int8:
                 quantised, quantisation = _quantise(
@@ -217,8 +220,9 @@ def choose_images(available: int, parity: int, calibration: int) -> tuple[_Indic
 def metadata_of(classifier: Classifier, sha256: str, config: ExportConfig) -> dict[str, str]:
     """What the file says of itself: strings by key."""
     provenance = _without_paths(classifier.provenance)
-    teacher = provenance.get("teacher")
+    teacher, teacher_sha256 = provenance.get("teacher"), None
     if isinstance(teacher, dict):
+        teacher_sha256 = teacher.get("sha256")
         teacher = teacher.get("name") or teacher.get("path")
     remarks: dict[str, Any] = {
         "kd.format": onnx_model.FORMAT,
@@ -227,6 +231,7 @@ def metadata_of(classifier: Classifier, sha256: str, config: ExportConfig) -> di
         "kd.arch": classifier.arch,
         "kd.method": provenance.get("method"),
         "kd.teacher": teacher,
+        "kd.teacher_sha256": teacher_sha256,
         "kd.test_accuracy": provenance.get("test_accuracy"),
         "kd.provenance": json.dumps(provenance, ensure_ascii=False, sort_keys=True, default=str),
         "kd.preprocess": onnx_model.encode_preprocess(classifier.preprocess),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from kdcli.errors import KdError
 
 BATCHES = (1, 2, 7)
 TOLERANCE = 1e-4  # of the largest |logit|
+_EXPLAINED = 8  # images that are looked into
 TIE = 1e-5  # of the largest |logit|: nearer than this, two classes are equally good
 _LEAST_LOG = -60.0  # probabilities below e⁻⁶⁰ are all the same nothing
 
@@ -27,6 +30,7 @@ class Parity:
     Attributes:
         images: how many.
         batches: batch sizes that were run.
+        levels: of onnxruntime's optimisation, each at all of them.
         largest_difference: of any logit (with preprocessing: of any log-probability).
         scale: the largest |logit|; the difference may be 1e-4 of it.
         same_top1: images with the same first class.
@@ -35,6 +39,7 @@ class Parity:
 
     images: int
     batches: tuple[int, ...]
+    levels: tuple[str, ...]
     largest_difference: float
     scale: float
     same_top1: int
@@ -42,15 +47,20 @@ class Parity:
 
 
 def check_parity(
-    path: Path, inputs: npt.NDArray[Any], logits: Tensor, probabilities: bool
+    path: Path,
+    inputs: npt.NDArray[Any],
+    logits: Tensor,
+    probabilities: bool,
+    explain: Callable[[npt.NDArray[Any], str], str | None] = lambda inputs, level: None,
 ) -> tuple[Tensor, Parity]:
-    """Run a file on real images and compare with the checkpoint's logits.
+    """Run a file on real images, at each level of optimisation, and compare with the checkpoint's logits.
 
     Args:
         path: the file as it lies on disk.
         inputs: its input for all images.
         logits: the checkpoint's, float32 (N, classes).
         probabilities: the file gives probabilities; their logarithms are compared, which hides nothing.
+        explain: names the layer where images and level first give something else.
 
     Returns:
         The file's logits or log-probabilities (N, classes), and the figures.
@@ -59,15 +69,18 @@ def check_parity(
         KdError: a value is off by more than 1e-4 of the logits' scale, or a first class differs and is no
             tie.
     """
-    runner = onnx_model.session(path.read_bytes(), name="the exported file")
+    content = path.read_bytes()
     expected = logits.double()
     if probabilities:
         expected = expected.log_softmax(dim=1).clamp_min(_LEAST_LOG)
     scale = logits.abs().max().item()
     largest = 0.0
     whole: Tensor = expected
-    for batch in BATCHES:
-        count = len(inputs) if batch == max(BATCHES) else min(len(inputs), 4 * batch)
+    for level, batch in product(onnx_model.LEVELS, BATCHES):
+        if batch == BATCHES[0]:
+            runner = onnx_model.session(content, name="the exported file", level=level)
+        last = level == "all" and batch == max(BATCHES)  # as the file will be run: on all images
+        count = len(inputs) if last else min(len(inputs), 4 * batch)
         outputs = run(runner, inputs[:count], batch, probabilities)
         if outputs.shape != expected[:count].shape:
             raise KdError(
@@ -75,9 +88,11 @@ def check_parity(
             )
         difference = (outputs.double() - expected[:count]).abs().max().item()
         if not difference <= TOLERANCE * scale + 1e-12:  # NaN fails too
+            layer = explain(inputs[:count][:_EXPLAINED], level)
+            where = f", first in layer {layer}" if layer else ""
             raise KdError(
-                f"the exported network differs from the checkpoint by {difference:.2g} at batch {batch} "
-                f"(allowed: {TOLERANCE * scale:.2g}); no file was written",
+                f"the exported network differs from the checkpoint by {difference:.2g} at batch {batch}, "
+                f"optimisation {level}{where} (allowed: {TOLERANCE * scale:.2g}); no file was written",
                 "Try another --opset, or another onnxruntime version.",
             )
         largest = max(largest, difference)
@@ -96,6 +111,7 @@ def check_parity(
     return whole, Parity(
         images=len(inputs),
         batches=BATCHES,
+        levels=tuple(onnx_model.LEVELS),
         largest_difference=largest,
         scale=scale,
         same_top1=len(inputs) - int(differs.sum()),

@@ -6,11 +6,12 @@ Of any other file only its input and output are known.
 
 from kdcli.onnx_model.classifier import OnnxClassifier
 from kdcli.onnx_model.facts import PREPROCESSING, Facts, facts
-from kdcli.onnx_model.files import read, session
+from kdcli.onnx_model.files import LEVELS, read, session
 from kdcli.onnx_model.remarks import FORMAT, decode_preprocess, encode_preprocess
 
 __all__ = [
     "FORMAT",
+    "LEVELS",
     "PREPROCESSING",
     "Facts",
     "OnnxClassifier",

@@ -111,13 +111,24 @@ def serialized(path: Path, model: onnx.ModelProto) -> bytes:
         raise KdError(f"{path} cannot be laid out: {first_line(error)}") from error
 
 
-def session(model: bytes, threads: int = 0, name: str = "model") -> ort.InferenceSession:
+LEVELS = {  # of onnxruntime's optimisation; each does what those before it do, and more
+    "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+
+
+def session(
+    model: bytes, threads: int = 0, name: str = "model", *, level: str = "all"
+) -> ort.InferenceSession:
     """An onnxruntime session on the CPU.
 
     Args:
         model: a serialised ModelProto: from bytes nothing beside the file can be reached.
         threads: 0: all available cores.
         name: what an error calls it.
+        level: of optimisation, a name in `LEVELS`.
 
     Raises:
         KdError: onnxruntime refuses the model.
@@ -125,6 +136,7 @@ def session(model: bytes, threads: int = 0, name: str = "model") -> ort.Inferenc
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or available_cores()
     options.inter_op_num_threads = 1
+    options.graph_optimization_level = LEVELS[level]
     options.log_severity_level = 4  # its errors are raised; a log line beside that would be a second message
     # idle threads would otherwise spin on after a run and slow down whatever is timed next
     options.add_session_config_entry("session.force_spinning_stop", "1")

@@ -43,6 +43,11 @@ class ImageInterface(nn.Module):
         return logits.softmax(dim=1)
 
 
+def interface_of(classifier: Classifier, *, with_preprocessing: bool) -> nn.Module:
+    """The module that a file stands for, in eval mode."""
+    return (ImageInterface(classifier) if with_preprocessing else NetworkInterface(classifier)).eval()
+
+
 def to_onnx(classifier: Classifier, *, opset: int, with_preprocessing: bool) -> onnx.ModelProto:
     """Translate a classifier to ONNX; the result names no file, path or line of this machine.
 
@@ -54,21 +59,16 @@ def to_onnx(classifier: Classifier, *, opset: int, with_preprocessing: bool) -> 
     height, width, channels = classifier.input_size
     example = torch.arange(2 * height * width * channels).reshape(2, height, width, channels) % 251
     example = example.to(torch.uint8)
-    interface: nn.Module
     if with_preprocessing:
-        interface, inputs, names = ImageInterface(classifier), example, ("images", "probabilities")
+        inputs, names = example, ("images", "probabilities")
     else:
         with torch.inference_mode():
-            prepared = classifier.prepare(example)
-        interface, inputs, names = (
-            NetworkInterface(classifier),
-            prepared.contiguous().clone(),
-            ("input", "logits"),
-        )
+            inputs = classifier.prepare(example).contiguous().clone()
+        names = ("input", "logits")
     try:
         with silence():
             program = torch.onnx.export(
-                interface.eval(),
+                interface_of(classifier, with_preprocessing=with_preprocessing),
                 (inputs,),
                 dynamo=True,
                 external_data=False,
