@@ -14,6 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from kdcli.cli import _ui
+from kdcli.cli._bare import spell_out
 from kdcli.data import ImageSet, Splits
 from kdcli.data.images import fingerprint_of
 
@@ -66,7 +67,7 @@ def command_line(monkeypatch: pytest.MonkeyPatch, *commands: ModuleType) -> Any:
         command.register(app)
 
     def call(*words: str) -> Any:
-        result = CliRunner().invoke(app, list(words))
+        result = CliRunner().invoke(app, spell_out(words))
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         return result

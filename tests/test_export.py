@@ -16,10 +16,11 @@ import torch
 
 from kdcli import export as exporting
 from kdcli import models, onnx_model
-from kdcli.config import ExportConfig
+from kdcli.config import INT8_DEFAULT, ExportConfig
 from kdcli.data import ImageSet, Splits
 from kdcli.errors import KdError, UsageError
-from kdcli.export import ExportResult, choose_images, default_output, export, parity
+from kdcli.export import ExportResult, default_output, export, parity
+from kdcli.export.images import choose_images
 from kdcli.models import Classifier
 from kdcli.onnx_model import OnnxClassifier, decode_preprocess, encode_preprocess, facts
 from kdcli.preprocess import PREPROCESSES, fit
@@ -371,10 +372,10 @@ def test_preprocessing_survives_as_text(name: str, order: str) -> None:
 
 
 def test_images_for_calibration_and_parity_are_not_the_same() -> None:
-    check, calibration = choose_images(100, 30, 60)
+    check, calibration, _ = choose_images(100, 30, 60)
     assert (len(check), len(calibration)) == (30, 60)
     assert not set(check) & set(calibration)
-    check, calibration = choose_images(9, 30, 60)
+    check, calibration, _ = choose_images(9, 30, 60)
     assert not set(check) & set(calibration)
     assert len(check) + len(calibration) == 9
     assert len(choose_images(9, 30, 0)[0]) == 9
@@ -384,7 +385,7 @@ def test_default_names() -> None:
     config = ExportConfig()
     assert default_output(Path("runs/kd-lenet-1/student.pt"), config) == Path("exports/kd-lenet-1.onnx")
     assert default_output(Path("student.pt"), config) == Path("exports/student.onnx")
-    assert default_output(Path("w/t.pt"), ExportConfig(int8=True)) == Path("exports/t-int8.onnx")
+    assert default_output(Path("w/t.pt"), ExportConfig(int8=INT8_DEFAULT)) == Path("exports/t-int8.onnx")
     assert default_output(Path("w/t.pt"), ExportConfig(opset=21)) == Path("exports/t-opset21.onnx")
 
 

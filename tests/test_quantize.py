@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kdcli import quantize
+from kdcli.config import INT8_DEFAULT
 from kdcli.errors import KdError
 from kdcli.export import ExportResult
 from kdcli.models import Classifier
@@ -22,7 +23,7 @@ from tests.test_export import SPLITS, classifier, exported, one_thread  # noqa: 
 def whitened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, ExportResult]:
     model = classifier("lenet-caffe", "gcn-zca")
     folder = tmp_path_factory.mktemp("int8")
-    return model, exported(folder, model, int8=True, with_preprocessing=True, calibration_images=20)
+    return model, exported(folder, model, int8=INT8_DEFAULT, with_preprocessing=True, calibration_images=20)
 
 
 def test_weights_are_int8_per_channel_and_whitening_stays_float(
@@ -72,9 +73,9 @@ def test_it_still_classifies_and_is_a_quarter(whitened: tuple[Classifier, Export
 
 def test_costs_are_measured_on_the_parity_images(whitened: tuple[Classifier, ExportResult]) -> None:
     model, result = whitened
-    from kdcli.export import choose_images
+    from kdcli.export.images import choose_images
 
-    chosen, _ = choose_images(len(SPLITS.train), 30, 20)
+    chosen, *_ = choose_images(len(SPLITS.train), 30, 20)
     raw = torch.from_numpy(SPLITS.train.images[chosen])
     labels = SPLITS.train.labels[chosen]
     with torch.inference_mode():
@@ -113,7 +114,7 @@ def test_failure_leaves_no_file(
     def fail(*args: object, **settings: object) -> None:
         raise KdError("the network cannot be quantised: so there")
 
-    monkeypatch.setattr(quantize, "quantise", fail)
+    monkeypatch.setattr(quantize.Quantiser, "make", fail)
     with pytest.raises(KdError, match="so there"):
-        exported(tmp_path, classifier("convnet-tiny"), int8=True)
+        exported(tmp_path, classifier("convnet-tiny"), int8=INT8_DEFAULT)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]

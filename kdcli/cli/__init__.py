@@ -16,6 +16,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from kdcli.cli._bare import spell_out
 from kdcli.errors import Interrupted, KdError, UsageError
 
 app = typer.Typer(
@@ -125,7 +126,7 @@ def main() -> None:
     try:
         _register(arguments)
         _check_repeated(arguments)
-        code = app(args=arguments, prog_name="kd", standalone_mode=False)
+        code = app(args=spell_out(arguments), prog_name="kd", standalone_mode=False)
     except BrokenPipeError:  # `kd … | head`
         sys.stderr.close()
         sys.exit(1)

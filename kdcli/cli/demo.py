@@ -15,7 +15,7 @@ import typer
 from kdcli import methods
 from kdcli.cli import _ui
 from kdcli.cli._options import options_of
-from kdcli.config import BenchConfig, DemoConfig, ExportConfig, TrainConfig, make
+from kdcli.config import INT8_DEFAULT, BenchConfig, DemoConfig, ExportConfig, TrainConfig, make
 from kdcli.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _chain(config: DemoConfig) -> tuple[list[Result], list[Row], list[Path]]:
             results.append(train(f"2/4 {method}", values))
         best = max(results[1:], key=lambda result: result.val_accuracy or 0.0)
         exported = []
-        for int8 in (False, True):
+        for int8 in (None, INT8_DEFAULT):
             suffix = "-int8" if int8 else ""
             target = Path(f"exports/{best.config.method}{suffix}.onnx")
             wanted = make(ExportConfig, {"output": target, "int8": int8})

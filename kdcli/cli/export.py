@@ -51,10 +51,11 @@ def _show(result: ExportResult) -> None:
     )
     ties = f" ({parity.ties} ties)" if parity.ties else ""
     _ui.say(f"  first class: {parity.same_top1} of {parity.images} equal{ties}")
+    _show_trials(result)
     if result.quantisation is not None:
         cost = result.quantisation
         _ui.say(
-            f"int8, calibrated on {cost.calibration_images} other train images"
+            f"int8 by {cost.recipe}, calibrated on {cost.calibration_images} other train images"
             f"{', 7-bit weights: this CPU lacks VNNI' if cost.reduce_range else ''}:"
         )
         _ui.say(
@@ -62,9 +63,42 @@ def _show(result: ExportResult) -> None:
             f"{cost.int8_accuracy:.2f} % (n = {cost.images})"
         )
     takes = "uint8 (N, H, W, C)" if result.with_preprocessing else "preprocessed float32 (N, C, H, W)"
-    _ui.say(f"takes {takes}, any N")
+    if result.drop is not None:
+        drop = result.drop
+        _ui.say(
+            f"accuracy on {drop.images:,} images, the {drop.measured_on}: {drop.float_accuracy:.2f} % → "
+            f"{drop.accuracy:.2f} %: {drop.points:+.2f} points lost of {drop.allowed:g} allowed"
+        )
+    _ui.say(f"takes {takes}, {'any N' if result.batch is None else f'N = {result.batch}'}")
     _ui.say(f"wrote {result.path.as_posix()} ({_ui.size(result.size_bytes)})")
     _ui.next_command("kd bench")
+
+
+def _show_trials(result: ExportResult) -> None:
+    if not result.trials:
+        return
+    _ui.say()
+    _ui.table(
+        ["int8 recipe", "agree %", "faster", "95 % interval", ""],
+        [
+            [
+                trial.recipe,
+                "—" if trial.agreement is None else f"{trial.agreement:.2f}",
+                "—" if trial.speedup is None else f"{trial.speedup:.2f}×",
+                "—" if trial.speedup_interval is None else "{:.2f}–{:.2f}".format(*trial.speedup_interval),
+                "taken" if trial.chosen else "",
+            ]
+            for trial in result.trials
+        ],
+    )
+    for trial in result.trials:
+        if trial.problem:
+            _ui.say(f"{trial.recipe}: {trial.problem}")
+    _ui.say()
+    if result.quantisation is None:
+        _ui.say("int8 is not faster than float32 here: float32 is kept")
+    else:
+        _ui.say(f"--int8 {result.quantisation.recipe} makes the same without trying")
 
 
 def register(app: typer.Typer) -> None:

@@ -1,11 +1,13 @@
 """Settings: every default, bound and help text, once. The command line and the recipe files are made from these.
 
 A field's `description` is its help text; `json_schema_extra` may give `panel` (where --help lists it), `flag`
-(in place of the field's own name), `flags` (further spellings) and `metavar`.
+(in place of the field's own name), `flags` (further spellings), `metavar`, and, of a flag that may stand alone,
+`bare` (the value it then has) and `value` (what a value of its own looks like).
 """
 
 from kdcli.config.base import DATA, METHOD, OPTIMISER, RUN, DataSettings, Settings, make
 from kdcli.config.commands import (
+    INT8_DEFAULT,
     BenchConfig,
     ConvertConfig,
     DemoConfig,
@@ -21,6 +23,7 @@ from kdcli.config.train import AUGMENT_STEPS, TrainConfig
 __all__ = [
     "AUGMENT_STEPS",
     "DATA",
+    "INT8_DEFAULT",
     "METHOD",
     "OPTIMISER",
     "RUN",

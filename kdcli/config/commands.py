@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from kdcli.config.base import (
     DATA,
@@ -20,6 +21,9 @@ from kdcli.config.base import (
     Threads,
     about,
 )
+
+INT8_RECIPE = re.compile(r"[us]8s8-(channel|tensor)-(minmax|entropy|percentile)(-first)?(-last)?")
+INT8_DEFAULT = "u8s8-channel-minmax"
 
 
 class ConvertConfig(DataSettings):
@@ -108,14 +112,35 @@ class ExportConfig(Settings):
         description="The ONNX file; by default exports/<run or file name>.onnx.",
         json_schema_extra=about("Export", "-o"),
     )
-    int8: bool = Field(
-        False,
-        description="Quantise weights and activations (static QDQ, calibrated on train images).",
+    int8: str | None = Field(
+        None,
+        description="Quantise weights and activations (static QDQ, calibrated on train images): alone by "
+        f"{INT8_DEFAULT}; auto: by what agrees best with float32 and is fastest here, if int8 is faster; "
+        "or by a recipe: u8s8|s8s8 - channel|tensor - minmax|entropy|percentile, and -first, -last for a layer "
+        "that stays float32.",
+        json_schema_extra={
+            **about("Export", metavar="[auto|RECIPE]"),
+            "bare": INT8_DEFAULT,
+            "value": f"auto|{INT8_RECIPE.pattern}|[us]8s8.*",  # a misspelt recipe is no file's name
+        },
+    )
+    max_drop: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="Points of accuracy that the file may lose on the validation split; more: exit 1, no file.",
         json_schema_extra=about("Export"),
     )
     with_preprocessing: bool = Field(
         False,
         description="Take raw uint8 (N, H, W, C) images and give probabilities.",
+        json_schema_extra=about("Export"),
+    )
+    batch: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="Images a run, no more and no fewer; by default any number.",
         json_schema_extra=about("Export"),
     )
     opset: int = Field(18, ge=18, le=25, description="ONNX operator set.", json_schema_extra=about("Export"))
@@ -132,6 +157,13 @@ class ExportConfig(Settings):
     skip_broken: SkipBroken = False
     data_dir: DataDir = Path("data")
     cache_dir: CacheDir = Path("cache")
+
+    @field_validator("int8")
+    @classmethod
+    def _int8_known(cls, value: str | None) -> str | None:
+        if value is not None and value != "auto" and not INT8_RECIPE.fullmatch(value):
+            raise ValueError(f"must be auto, or a recipe such as {INT8_DEFAULT} or s8s8-tensor-entropy-last")
+        return value
 
 
 class InfoConfig(Settings):

@@ -353,6 +353,7 @@ class _Run:
                 "spec": self.data.spec,
                 "label": self.data.label,
                 "image_size": config.image_size,
+                "val_fraction": config.val_fraction,
                 "skip_broken": config.skip_broken,
                 "fingerprint_train": self.data.train.fingerprint,
                 "fingerprint_test": self.data.test.fingerprint,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,19 +15,22 @@ import onnx
 import torch
 from torch import Tensor
 
-from kdcli import __version__, data, metrics, models, onnx_model, quantize
+from kdcli import data, metrics, models, onnx_model, quantize
 from kdcli.config import ExportConfig
 from kdcli.data import ImageSet, Splits
 from kdcli.errors import KdError, UsageError
 from kdcli.events import OnEvent, Progress, ignore
 from kdcli.export.blame import first_difference
+from kdcli.export.images import Chosen, choose
 from kdcli.export.parity import BATCHES, Parity, check_parity, run
+from kdcli.export.remarks import metadata_of, of_int8
 from kdcli.files import atomic_path, sha256_file
 from kdcli.models import Classifier
-from kdcli.onnx_model.translate import finish, interface_of, silence, to_onnx
-from kdcli.quantize import Quantisation
+from kdcli.onnx_model.translate import finish, fix_batch, interface_of, to_onnx
+from kdcli.quantize import Quantisation, Quantiser, Recipe, Trial
 
 __all__ = [
+    "Drop",
     "ExportResult",
     "Parity",
     "Quantisation",
@@ -39,7 +41,26 @@ __all__ = [
 ]
 
 EXPORTS_DIR = Path("exports")
-_Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Drop:
+    """What accuracy the file lost, and was allowed to lose.
+
+    Attributes:
+        images: how many it was measured on.
+        measured_on: the model's validation split; train images kept apart, where no split is known.
+        float_accuracy, accuracy: of checkpoint and file, per cent.
+        points: the first minus the second.
+        allowed: `--max-drop`.
+    """
+
+    images: int
+    measured_on: str
+    float_accuracy: float
+    accuracy: float
+    points: float
+    allowed: float
 
 
 @dataclass(frozen=True)
@@ -56,6 +77,10 @@ class ExportResult:
         data_label: the data whose train images were used.
         parity: of the float32 network.
         quantisation: what int8 costs; None for a float32 file.
+        trials: the int8 recipes that `--int8 auto` tried; with `quantisation` None, none of them was faster than
+            float32, which was kept.
+        batch: images a run; None: any number.
+        drop: what `--max-drop` was asked for; None without it.
     """
 
     path: Path
@@ -67,6 +92,9 @@ class ExportResult:
     data_label: str
     parity: Parity
     quantisation: Quantisation | None = None
+    trials: tuple[Trial, ...] = ()
+    batch: int | None = None
+    drop: Drop | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values with a `schema_version`."""
@@ -78,18 +106,18 @@ class ExportResult:
 def export(
     checkpoint: Path, config: ExportConfig, images: Splits | None = None, on_event: OnEvent = ignore
 ) -> ExportResult:
-    """Write a checkpoint as one ONNX file with a dynamic batch, and prove that it gives the same.
+    """Write a checkpoint as one ONNX file, and prove that it gives the same.
 
     Args:
         checkpoint: a `.pt` file.
         config: what to write and where.
-        images: data whose *train* images calibrate int8 and prove parity; by default what `config` or the
-            checkpoint's provenance names.
+        images: data whose *train* images calibrate int8, choose its recipe and prove parity; by default what
+            `config` or the checkpoint's provenance names.
         on_event: told of progress.
 
     Raises:
-        KdError: the file cannot be written, or it does not give what the checkpoint gives. No file appears
-            then, and an earlier one of that name is untouched.
+        KdError: the file cannot be written, does not give what the checkpoint gives, or loses more than
+            `max_drop`. No file appears then, and an earlier one of that name is untouched.
     """
     target = config.output or default_output(checkpoint, config)
     if target.suffix.lower() != ".onnx" or target.is_dir():
@@ -97,15 +125,15 @@ def export(
     classifier = models.load(checkpoint).eval()
     images = images or load_data(classifier, checkpoint, config, on_event)
     _check_data(classifier, images.train)
-    parity_indices, calibration_indices = choose_images(
-        len(images.train), config.parity_images, config.calibration_images if config.int8 else 0
-    )
+    chosen = choose(classifier.provenance, images.train, config)
     on_event(Progress("exporting", 0, 3, "steps"))
     model = to_onnx(classifier, opset=config.opset, with_preprocessing=config.with_preprocessing)
     remarks = metadata_of(classifier, sha256_file(checkpoint), config)
     on_event(Progress("exporting", 1, 3, "steps"))
-    raw = np.asarray(images.train.images[parity_indices])
-    quantisation = None
+    raw = np.asarray(images.train.images[chosen.parity])
+    quantisation: Quantisation | None = None
+    trials: tuple[Trial, ...] = ()
+    drop: Drop | None = None
     try:
         with atomic_path(target) as temporary:
             _write(finish(model, remarks), temporary)
@@ -115,23 +143,28 @@ def export(
             interface = interface_of(classifier, with_preprocessing=config.with_preprocessing)
             explain = partial(first_difference, interface, model, temporary)
             outputs, parity = check_parity(temporary, inputs, logits, config.with_preprocessing, explain)
+            if config.batch is not None:
+                fixed = finish(fix_batch(model, config.batch), remarks)
+                _write(fixed, temporary)
+                outputs, parity = check_parity(
+                    temporary, inputs, logits, config.with_preprocessing, explain, (config.batch,)
+                )
             on_event(Progress("exporting", 2, 3, "steps"))
             if config.int8:
-                quantised, quantisation = _quantise(
-                    classifier,
-                    model,
-                    images.train,
-                    calibration_indices,
-                    with_preprocessing=config.with_preprocessing,
-                    on_event=on_event,
+                quantised, quantisation, trials = _quantise(
+                    classifier, model, temporary, images.train, chosen, config, on_event
                 )
                 _write(finish(quantised, remarks), temporary)
-                quantisation = _judge_int8(
-                    quantisation, temporary, inputs, outputs, images.train.labels[parity_indices]
-                )
-                _write(finish(quantised, _of_int8(remarks, quantisation)), temporary)
+                labels = images.train.labels[chosen.parity]
+                quantisation = _judge_int8(quantisation, temporary, inputs, outputs, labels)
+                _write(finish(quantised, of_int8(remarks, quantisation)), temporary)
+            if config.max_drop is not None:
+                drop = _dropped(classifier, temporary, images.train, chosen, config, on_event)
             size = temporary.stat().st_size
             digest = sha256_file(temporary)
+    except _Slower as slower:
+        kept = export(checkpoint, config.model_copy(update={"int8": None}), images, on_event)
+        return replace(kept, trials=slower.trials)
     except OSError as error:
         raise KdError(
             f"cannot write {target}: {error.strerror or error}",
@@ -148,7 +181,18 @@ def export(
         data_label=images.label,
         parity=parity,
         quantisation=quantisation,
+        trials=trials,
+        batch=config.batch,
+        drop=drop,
     )
+
+
+class _Slower(Exception):
+    """No int8 recipe is faster than float32 here."""
+
+    def __init__(self, trials: tuple[Trial, ...]) -> None:
+        super().__init__()
+        self.trials = trials
 
 
 def export_classifier(
@@ -181,6 +225,8 @@ def default_output(checkpoint: Path, config: ExportConfig) -> Path:
     )
     stem = folder.name if in_run else checkpoint.stem
     suffix = ("-images" if config.with_preprocessing else "") + ("-int8" if config.int8 else "")
+    if config.batch is not None:
+        suffix += f"-batch{config.batch}"
     if config.opset != ExportConfig.model_fields["opset"].default:
         suffix += f"-opset{config.opset}"
     return EXPORTS_DIR / f"{stem}{suffix}.onnx"
@@ -203,47 +249,6 @@ def load_data(classifier: Classifier, checkpoint: Path, config: ExportConfig, on
     )
 
 
-def choose_images(available: int, parity: int, calibration: int) -> tuple[_Indices, _Indices]:
-    """Disjoint train images for parity and calibration: always the same ones for the same numbers.
-
-    Returns:
-        Sorted indices (≤ parity,), (≤ calibration,). If there are too few, both shrink in proportion.
-    """
-    wanted = parity + calibration
-    if wanted > available:
-        parity = min(max(*BATCHES, available * parity // wanted), available)
-        calibration = available - parity if calibration else 0
-    order = np.random.default_rng(0).permutation(available)
-    return np.sort(order[:parity]), np.sort(order[parity : parity + calibration])
-
-
-def metadata_of(classifier: Classifier, sha256: str, config: ExportConfig) -> dict[str, str]:
-    """What the file says of itself: strings by key."""
-    provenance = _without_paths(classifier.provenance)
-    teacher, teacher_sha256 = provenance.get("teacher"), None
-    if isinstance(teacher, dict):
-        teacher_sha256 = teacher.get("sha256")
-        teacher = teacher.get("name") or teacher.get("path")
-    remarks: dict[str, Any] = {
-        "kd.format": onnx_model.FORMAT,
-        "kd.version": __version__,
-        "kd.classes": json.dumps(list(classifier.classes), ensure_ascii=False),
-        "kd.arch": classifier.arch,
-        "kd.method": provenance.get("method"),
-        "kd.teacher": teacher,
-        "kd.teacher_sha256": teacher_sha256,
-        "kd.test_accuracy": provenance.get("test_accuracy"),
-        "kd.provenance": json.dumps(provenance, ensure_ascii=False, sort_keys=True, default=str),
-        "kd.preprocess": onnx_model.encode_preprocess(classifier.preprocess),
-        "kd.preprocess_included": "yes" if config.with_preprocessing else "no",
-        "kd.input_size": json.dumps(list(classifier.input_size)),
-        "kd.layout": "uint8 NHWC RGB" if config.with_preprocessing else "float32 NCHW, preprocessed",
-        "kd.output": "probabilities" if config.with_preprocessing else "logits",
-        "kd.checkpoint_sha256": sha256,
-    }
-    return {key: str(value) for key, value in remarks.items() if value is not None}
-
-
 def _inputs(classifier: Classifier, raw: npt.NDArray[np.uint8], with_preprocessing: bool) -> npt.NDArray[Any]:
     """Raw images (N, H, W, C) as the exported file takes them."""
     if with_preprocessing:
@@ -255,34 +260,78 @@ def _inputs(classifier: Classifier, raw: npt.NDArray[np.uint8], with_preprocessi
 def _quantise(
     classifier: Classifier,
     model: onnx.ModelProto,
+    float_file: Path,
     train: ImageSet,
-    indices: _Indices,
-    *,
-    with_preprocessing: bool,
+    chosen: Chosen,
+    config: ExportConfig,
     on_event: OnEvent,
-) -> tuple[onnx.ModelProto, Quantisation]:
+) -> tuple[onnx.ModelProto, Quantisation, tuple[Trial, ...]]:
+    """The network by the recipe that is asked for, or by the one that is found.
+
+    Raises:
+        _Slower: none is faster than float32.
+    """
+    raw_inputs = config.with_preprocessing
+
     def batches() -> Iterator[npt.NDArray[Any]]:
-        for start in range(0, len(indices), 32):
-            raw = np.asarray(train.images[indices[start : start + 32]])
-            on_event(Progress("calibrating", min(start + 32, len(indices)), len(indices)))
-            yield _inputs(classifier, raw, with_preprocessing)
+        for start in range(0, len(chosen.calibration), 32):
+            numbers = chosen.calibration[start : start + 32]
+            on_event(Progress("calibrating", start + len(numbers), len(chosen.calibration)))
+            yield _inputs(classifier, np.asarray(train.images[numbers]), raw_inputs)
 
-    with silence():
-        return quantize.quantise(model, batches(), len(indices))
+    quantiser = Quantiser(model, batches)
+    trials: tuple[Trial, ...] = ()
+    if config.int8 == "auto":
+        raw = np.asarray(train.images[chosen.selection])
+        with torch.inference_mode():
+            reference = models.predict(classifier, raw)
+        inputs = _inputs(classifier, raw, raw_inputs)
+        trials, found = quantize.search(quantiser, float_file.read_bytes(), inputs, reference, on_event)
+        if found is None:
+            raise _Slower(trials)
+        quantised, recipe = found, next(trial.recipe for trial in trials if trial.chosen)
+    else:
+        recipe = str(config.int8)
+        quantised = quantiser.make(Recipe.parse(recipe))
+    if config.batch is not None:
+        quantised = fix_batch(quantised, config.batch)
+    count = len(chosen.calibration)
+    return quantised, Quantisation(recipe, count, reduce_range=quantiser.reduce_range), trials
 
 
-def _of_int8(remarks: dict[str, str], quantisation: Quantisation) -> dict[str, str]:
-    """The remarks of a quantised file: what was measured of the float network is not said of it."""
-    measured = ("test_accuracy", "agreement")
-    provenance = json.loads(remarks["kd.provenance"])
-    provenance = {f"float_{key}" if key in measured else key: value for key, value in provenance.items()}
-    kept = {"kd.float_test_accuracy" if key == "kd.test_accuracy" else key: v for key, v in remarks.items()}
-    how = {"weights": "int8 per channel", "activations": "uint8", **asdict(quantisation)}
-    return {
-        **kept,
-        "kd.provenance": json.dumps(provenance, ensure_ascii=False, sort_keys=True),
-        "kd.quantisation": json.dumps(how, sort_keys=True),
-    }
+def _dropped(
+    classifier: Classifier,
+    path: Path,
+    train: ImageSet,
+    chosen: Chosen,
+    config: ExportConfig,
+    on_event: OnEvent,
+) -> Drop:
+    """Measure what the file loses against the checkpoint, in points of accuracy.
+
+    Raises:
+        KdError: it is more than `config.max_drop`.
+    """
+    assert config.max_drop is not None
+    truth = torch.from_numpy(np.asarray(train.labels[chosen.held_out]))
+    name = f"accuracy on the {chosen.held_out_name}"
+    expected = models.predict(classifier, train.images, chosen.held_out, task=name, on_event=on_event)
+    runner = onnx_model.session(path.read_bytes(), name="the exported file")
+    parts = []
+    for start in range(0, len(truth), 256):
+        raw = np.asarray(train.images[chosen.held_out[start : start + 256]])
+        inputs = _inputs(classifier, raw, config.with_preprocessing)
+        parts.append(run(runner, inputs, config.batch or len(inputs), config.with_preprocessing))
+    accuracy, float_accuracy = metrics.accuracy(torch.cat(parts), truth), metrics.accuracy(expected, truth)
+    points = float_accuracy - accuracy
+    if points > config.max_drop:
+        raise KdError(
+            f"the file loses {points:.2f} points of accuracy on the {chosen.held_out_name} "
+            f"({float_accuracy:.2f} % → {accuracy:.2f} %, n = {len(truth):,}); --max-drop allows "
+            f"{config.max_drop:g}; no file was written",
+            "Try --int8 auto or another recipe, or allow more." if config.int8 else "Allow more.",
+        )
+    return Drop(len(truth), chosen.held_out_name, float_accuracy, accuracy, points, config.max_drop)
 
 
 def _judge_int8(
@@ -314,18 +363,3 @@ def _check_data(classifier: Classifier, train: ImageSet) -> None:
     reason = data.misfit(classifier.classes, classifier.input_size, train)
     if reason:
         raise KdError(f"the model {reason}", "Name data that fits with --data.")
-    if len(train) < max(BATCHES) + 1:
-        raise KdError(f"the data has {len(train)} train images; at least {max(BATCHES) + 1} are needed")
-
-
-def _without_paths(value: Any) -> Any:
-    """Absolute paths shortened to their last part: a file that is given away says nothing of this machine."""
-    if isinstance(value, dict):
-        return {str(key): _without_paths(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_paths(item) for item in value]
-    if isinstance(value, str):
-        for kind in (PurePosixPath(value), PureWindowsPath(value)):
-            if kind.is_absolute() or value.startswith("~"):
-                return kind.name
-    return value

@@ -52,6 +52,7 @@ def check_parity(
     logits: Tensor,
     probabilities: bool,
     explain: Callable[[npt.NDArray[Any], str], str | None] = lambda inputs, level: None,
+    batches: tuple[int, ...] = BATCHES,
 ) -> tuple[Tensor, Parity]:
     """Run a file on real images, at each level of optimisation, and compare with the checkpoint's logits.
 
@@ -60,6 +61,7 @@ def check_parity(
         inputs: its input for all images.
         logits: the checkpoint's, float32 (N, classes).
         probabilities: the file gives probabilities; their logarithms are compared, which hides nothing.
+        batches: images a run; the last is the one for all images.
         explain: names the layer where images and level first give something else.
 
     Returns:
@@ -76,10 +78,10 @@ def check_parity(
     scale = logits.abs().max().item()
     largest = 0.0
     whole: Tensor = expected
-    for level, batch in product(onnx_model.LEVELS, BATCHES):
-        if batch == BATCHES[0]:
+    for level, batch in product(onnx_model.LEVELS, batches):
+        if batch == batches[0]:
             runner = onnx_model.session(content, name="the exported file", level=level)
-        last = level == "all" and batch == max(BATCHES)  # as the file will be run: on all images
+        last = level == "all" and batch == max(batches)  # as the file will be run: on all images
         count = len(inputs) if last else min(len(inputs), 4 * batch)
         outputs = run(runner, inputs[:count], batch, probabilities)
         if outputs.shape != expected[:count].shape:
@@ -110,7 +112,7 @@ def check_parity(
         )
     return whole, Parity(
         images=len(inputs),
-        batches=BATCHES,
+        batches=batches,
         levels=tuple(onnx_model.LEVELS),
         largest_difference=largest,
         scale=scale,
@@ -120,16 +122,23 @@ def check_parity(
 
 
 def run(runner: Any, inputs: npt.NDArray[Any], batch: int, probabilities: bool) -> Tensor:
-    """A file's outputs (N, classes), `batch` images at a time; of probabilities their logarithms."""
-    name = runner.get_inputs()[0].name
+    """A file's outputs (N, classes), `batch` images at a time; of probabilities their logarithms.
+
+    A file that takes a fixed number is given that many, the last time with the first image again and again.
+    """
+    [taken] = runner.get_inputs()
+    count = len(inputs)
+    if isinstance(taken.shape[0], int):
+        batch = taken.shape[0]
+        inputs = np.concatenate([inputs, np.repeat(inputs[:1], -count % batch, axis=0)])
     try:
         parts = [
-            runner.run(None, {name: inputs[start : start + batch]})[0]
+            runner.run(None, {taken.name: inputs[start : start + batch]})[0]
             for start in range(0, len(inputs), batch)
         ]
     except Exception as error:  # onnxruntime's exceptions share no base of their own
         raise KdError(
             f"onnxruntime cannot run the exported file at batch {batch}: {str(error).splitlines()[0][:300]}"
         ) from error
-    outputs = torch.from_numpy(np.concatenate(parts))
+    outputs = torch.from_numpy(np.concatenate(parts)[:count])
     return outputs.double().log().clamp_min(_LEAST_LOG) if probabilities else outputs

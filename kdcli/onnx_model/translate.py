@@ -95,6 +95,15 @@ def to_onnx(classifier: Classifier, *, opset: int, with_preprocessing: bool) -> 
     return model
 
 
+def fix_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
+    """A copy that takes this many images at a time, no more and no fewer."""
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    for value in (*fixed.graph.input, *fixed.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    return fixed
+
+
 def finish(model: onnx.ModelProto, remarks: dict[str, str]) -> onnx.ModelProto:
     """A copy with kd's metadata alone, checked in full."""
     whole = onnx.ModelProto()
