@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+import scipy.stats
 import torch
 
 from kdcli import bench as benching
-from kdcli.bench import BenchResult, bench, default_models
+from kdcli.bench import BenchResult, bench, default_models, isolated, stats, tables
 from kdcli.bench import contenders as measuring
-from kdcli.bench.rows import in_words
-from kdcli.config import BenchConfig
+from kdcli.bench.rows import in_words, keeping
+from kdcli.config import INT8_DEFAULT, BenchConfig
 from kdcli.errors import KdError
 from kdcli.models import build
 from kdcli.models.layers import count_macs
@@ -34,7 +38,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> BenchResult:
     del stranger.metadata_props[:]
     onnx.save(stranger, folder / "stranger.onnx")
     paths = [teacher, student, *(folder / f"{name}.onnx" for name in ("tiny", "raw", "stranger"))]
-    return bench(paths, BenchConfig(rounds=3, batch=4, threads=1), SPLITS)
+    return bench(paths, BenchConfig(rounds=9, batch="1,4", threads=1), SPLITS)
 
 
 def test_a_row_for_each_model_and_engine(result: BenchResult) -> None:
@@ -50,10 +54,37 @@ def test_a_row_for_each_model_and_engine(result: BenchResult) -> None:
     assert result.threads == 1
     for row in result.rows:
         assert 0 < row.latency_ms <= row.latency_p90_ms <= row.latency_p95_ms
-        assert row.latency_n == 15
-        assert row.images_per_s > 0
-        assert row.speedup is not None
+        assert row.latency_p99_ms is None  # fewer than ten calls would lie beyond it
+        assert row.latency_n == result.rounds * 5
+        assert sorted(row.throughput) == [1, 4]
+        assert row.throughput[1] == pytest.approx(1e3 / row.latency_ms)
+        assert row.images_per_s == row.throughput[4] > 0
+        assert row.speedup is not None and row.speedup_interval is not None
+        low, high = row.speedup_interval
+        assert low <= row.speedup <= high
+        assert row.precision == "fp32"
     assert [row.speedup for row in result.rows if row.is_teacher] == [1.0, 1.0]
+    assert 8 <= result.sittings <= result.rounds <= 9
+
+
+def test_each_is_measured_in_a_process_of_its_own(result: BenchResult) -> None:
+    for row in result.rows:
+        alone = row.alone
+        assert alone is not None and alone.problem is None
+        assert None not in (alone.load_ms, alone.first_ms, alone.import_ms)
+        assert 0 < alone.base_rss_bytes <= alone.peak_rss_bytes <= alone.peak_rss_batch_bytes
+    of_torch = result.rows[0].alone
+    of_onnx = result.rows[1].alone
+    assert of_torch is not None and of_onnx is not None
+    # onnxruntime's process has not loaded torch, which alone has more than this
+    assert of_onnx.peak_rss_bytes < of_torch.base_rss_bytes
+
+
+def test_a_process_that_fails_is_a_note(tmp_path: Path) -> None:
+    (tmp_path / "no.onnx").write_bytes(b"no model")
+    found = isolated.alone(tmp_path / "no.onnx", "onnxruntime", 1, (3, 8, 8), "float32", 1)
+    assert found.peak_rss_bytes is None
+    assert found.problem and "\n" not in found.problem
 
 
 def test_size_is_the_networks_and_preprocessing_stands_beside(result: BenchResult) -> None:
@@ -104,38 +135,187 @@ def test_accuracy_and_agreement_are_the_models_own(result: BenchResult) -> None:
     assert any("with its preprocessing" in note for note in result.rows[5].notes)
 
 
-def test_ratios_pair_times_of_the_same_round_and_engine() -> None:
-    def contender(engine: str, is_teacher: bool, times: list[float]) -> measuring.Contender:
-        row = measuring.Row("x", Path("x.pt"), engine, is_teacher, 1, 100, 0, 1, 1)
-        return measuring.Contender(row, lambda: None, lambda: None, [[t] * 5 for t in times], times)
+def contender(engine: str, is_teacher: bool, times: list[float]) -> measuring.Contender:
+    """Its calls took these seconds, a round each, in two sittings."""
+    row = measuring.Row("x", Path("x.pt"), engine, is_teacher, 1, 100, 0, 1, 1)
+    half = len(times) // 2
+    singles = [[[t] * 5 for t in part] for part in (times[:half], times[half:])]
+    return measuring.Contender(row, lambda: lambda count: None, singles=singles, batches={4: times})
 
-    # the machine is ten times slower in the third round: the ratio of medians would be 4, not 2
+
+def test_ratios_pair_times_of_the_same_round_and_engine() -> None:
+    # the machine is ten times slower in the second sitting: the ratio of medians would be another
     contenders = [
-        contender("torch", True, [2, 4, 40]),
-        contender("onnxruntime", True, [9, 9, 9]),
-        contender("torch", False, [1, 2, 20]),
-        contender("onnxruntime", False, [18, 18, 18]),
+        contender("torch", True, [2, 4, 40, 60]),
+        contender("onnxruntime", True, [9, 9, 9, 9]),
+        contender("torch", False, [1, 2, 20, 30]),
+        contender("onnxruntime", False, [18, 18, 18, 18]),
     ]
     rows = [c.row for c in contenders]
-    speedups = [measuring.compared(c.row, c, contenders, rows).speedup for c in contenders]
-    assert speedups == [1, 1, 2, 0.5]
-    slow = measuring.compared(rows[3], contenders[3], contenders, rows)
-    assert (slow.verdict, slow.worse) == ("2.0× slower, same size", True)
-    assert measuring.timing(contenders[2], 64)["latency_ms"] == 2000
+    judged = [measuring.compared(c.row, c, contenders, rows) for c in contenders]
+    assert [row.speedup for row in judged] == pytest.approx([1, 1, 2, 0.5])
+    assert judged[2].speedup_interval == pytest.approx((2, 2))
+    assert [row.speed for row in judged] == [None, None, "faster", "slower"]
+    assert (judged[3].verdict, judged[3].worse) == ("2× slower, same size", True)
+    assert measuring.timing(contenders[2])["latency_ms"] == 11000
+    assert measuring.timing(contenders[2])["throughput"] == pytest.approx({1: 1 / 11, 4: 4 / 11})
 
 
-def test_times_are_interleaved_in_random_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
+def test_no_difference_is_said_so() -> None:
+    same = [contender("torch", True, [2, 4, 3, 5]), contender("torch", False, [2.02, 4, 2.98, 5])]
+    rows = [c.row for c in same]
+    judged = measuring.compared(rows[1], same[1], same, rows)
+    assert (judged.speed, judged.verdict, judged.worse) == (
+        "no difference",
+        "no difference in speed, same size",
+        False,
+    )
+
+
+def test_verdicts() -> None:
+    for (low, ratio, high), expected in {
+        (1.01, 1.05, 1.1): "faster",
+        (0.99, 1.5, 2.3): "no difference",  # may be chance
+        (1.005, 1.01, 1.015): "no difference",  # too little to matter
+        (0.90, 0.95, 0.99): "slower",
+        (0.985, 0.99, 0.995): "no difference",
+        (1, 1, 1): "no difference",
+    }.items():
+        assert stats.verdict(low, ratio, high) == expected
+
+
+def test_the_interval_is_the_bootstraps() -> None:
+    """SciPy's own bootstrap of the sittings' medians, at the level that few of them ask for."""
+    random = np.random.default_rng(3)
+    sittings = [np.exp(random.normal(0.2, 0.1, 30)) for _ in range(12)]
+    low, middle, high = stats.ratio_interval(sittings)
+    medians = np.array([np.median(np.log(one)) for one in sittings])
+    assert np.log(middle) == pytest.approx(medians.mean())
+    tail = scipy.stats.norm.sf((12 / 11) ** 0.5 * 2.2009852)  # t of 11 degrees of freedom, from a table
+    theirs = scipy.stats.bootstrap(
+        (medians,),
+        np.mean,
+        method="percentile",
+        n_resamples=20_000,
+        confidence_level=1 - 2 * tail,
+        rng=np.random.default_rng(1),
+    ).confidence_interval
+    assert np.log([low, high]) == pytest.approx(list(theirs), abs=0.003)
+    assert stats.ratio_interval([np.array([2.0])])[1] == pytest.approx(2)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    """Sittings differ by 1 %, rounds by 10 %: of 200 intervals about 190 hold the ratio."""
+    random = np.random.default_rng(4)
+    held = 0
+    for _ in range(200):
+        sittings = [
+            np.exp(np.log(1.3) + random.normal(0, 0.01) + random.normal(0, 0.1, 60)) for _ in range(8)
+        ]
+        low, _, high = stats.ratio_interval(sittings)
+        held += low <= 1.3 <= high
+    assert 180 <= held <= 197
+
+
+def test_percentiles_are_told_where_there_is_something_beyond_them() -> None:
+    values = np.arange(1.0, 1001.0)
+    assert stats.percentile(values, 99) == pytest.approx(990.01)
+    assert stats.percentile(values[:999], 99) is None
+    assert stats.percentile(values[:11], 90) == 10
+
+
+def test_models_are_loaded_anew_and_take_turns_in_random_order() -> None:
+    calls: list[tuple[int, int]] = []
+    made: list[int] = []
     row = measuring.Row("x", Path("x.pt"), "torch", False, 1, 1, 0, 1, 1)
+
+    def make(index: int) -> measuring.Runner:
+        made.append(index)
+        calls.append((-1, index))
+        return lambda count: calls.append((count, index))
+
     contenders = [
-        measuring.Contender(row, lambda index=index: calls.append(index), lambda: None) for index in range(3)
+        measuring.Contender(row if index else replace(row, is_teacher=True), lambda index=index: make(index))
+        for index in range(3)
     ]
-    measuring.measure(contenders, 8, lambda event: None)
-    rounds = np.array(calls[9:]).reshape(8, 3, 6)
-    assert (rounds == rounds[:, :, :1]).all()
-    orders = {tuple(order) for order in rounds[:, :, 0].tolist()}
-    assert all(sorted(order) == [0, 1, 2] for order in orders)
-    assert len(orders) > 1
+    config = BenchConfig(rounds=32, batch="1,4", max_seconds=600)
+    rounds = measuring.measure(contenders, config, lambda event: None)
+    sittings = len(contenders[0].singles)
+    assert made == [0, 1, 2] * sittings
+    assert all([len(one) for one in c.singles] == [2] * sittings for c in contenders)
+    assert rounds == 2 * sittings
+    assert all(len(times) == 5 for c in contenders for sitting in c.singles for times in sitting)
+    assert all(len(c.batches[4]) == 15 for c in contenders)
+    last = [index for count, index in calls if count == 1][-2 * 3 * 6 :]  # of the last sitting
+    turns = np.array(last).reshape(2, 3, 6)
+    assert (turns == turns[:, :, :1]).all()
+    assert all(sorted(order) == [0, 1, 2] for order in turns[:, :, 0].tolist())
+
+
+def test_a_budget_is_kept_by_what_is_known_to(result: BenchResult) -> None:
+    teacher, other = result.rows[0], result.rows[2]
+    rows = [
+        replace(teacher, accuracy=90.0, latency_ms=0.1),
+        replace(other, name="near", accuracy=89.5, latency_ms=3.0),
+        replace(other, name="far", accuracy=80.0, latency_ms=1.0),
+        replace(other, name="unknown", accuracy=None, latency_ms=2.0),
+    ]
+
+    def met(budget_ms: float | None, max_drop: float | None) -> list[str]:
+        return [name for name, _ in keeping(rows, budget_ms, max_drop).met]
+
+    assert met(2.5, None) == ["far", "unknown"]
+    assert met(None, 1.0) == ["near"]
+    assert met(2.5, 1.0) == []
+    assert met(5, 50) == ["far", "near"]
+
+
+def test_tables_for_programs_and_for_a_readme(result: BenchResult) -> None:
+    hostile = replace(result.rows[2], name="=1+1|x\n`y`", notes=("@evil",))
+    shown = replace(result, rows=(*result.rows[:2], hostile))
+    lines = list(csv.DictReader(io.StringIO(tables.to_csv(shown))))
+    assert len(lines) == 3
+    assert lines[2]["name"] == "'=1+1|x\n`y`"
+    assert lines[2]["notes"] == "'@evil"
+    assert float(lines[0]["latency_ms"]) == result.rows[0].latency_ms
+    assert float(lines[1]["images_per_s_batch_4"]) == result.rows[1].throughput[4]
+    text = tables.to_markdown(shown)
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 5
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {10}
+    assert r"=1+1\|x \`y\`" in text
+
+
+def test_kl_and_calibration_are_the_models_own(result: BenchResult) -> None:
+    images = torch.from_numpy(SPLITS.test.images)
+    with torch.inference_mode():
+        teacher = classifier("convnet-tiny", "gcn-zca")(images).double().numpy()
+        student = classifier("lenet-caffe")(images).double().numpy()
+
+    def softmax(logits: np.ndarray) -> np.ndarray:
+        raised = np.exp(logits - logits.max(1, keepdims=True))
+        return np.asarray(raised / raised.sum(1, keepdims=True))
+
+    t, s = softmax(teacher), softmax(student)
+    assert result.rows[2].kl == pytest.approx((t * np.log(t / s)).sum(1).mean(), rel=1e-4)
+    right, sure = s.argmax(1) == SPLITS.test.labels, s.max(1)
+    gaps = [
+        abs((right[chosen].astype(float) - sure[chosen]).sum())
+        for bin_ in range(15)
+        if (chosen := (sure > bin_ / 15) & (sure <= (bin_ + 1) / 15)).any()
+    ]
+    assert result.rows[2].ece == pytest.approx(100 * sum(gaps) / len(sure), rel=1e-4)
+    assert result.rows[0].kl is None
+
+
+def test_a_quantised_file_is_called_so_and_a_compiled_network_is_one(tmp_path: Path) -> None:
+    exported(tmp_path, classifier("convnet-tiny"), int8=INT8_DEFAULT, calibration_images=20)
+    config = BenchConfig(rounds=3, batch="2", threads=1, engine="compiled", no_memory=True)
+    result = bench([tmp_path / "model.pt", tmp_path / "model.onnx"], config)
+    assert result.rows[-1].precision == "int8"
+    assert result.rows[-1].alone is None
+    compiled = [row for row in result.rows if row.engine == "compiled"]
+    assert len(compiled) == 1 or "is not compiled here" in result.notes[0]
 
 
 def test_words() -> None:
@@ -156,7 +336,7 @@ def test_models_that_do_not_fit_the_data_get_a_dash(tmp_path: Path) -> None:
     teacher, other = tmp_path / "teacher.pt", tmp_path / "other.pt"
     classifier("convnet-tiny").save(teacher)
     classifier("convnet-tiny", side=8).save(other)
-    config = BenchConfig(rounds=3, batch=2, engine="torch", threads=1)
+    config = BenchConfig(rounds=3, batch=2, engine="torch", threads=1, no_memory=True)
     before = torch.get_num_threads()
     _, row = bench([teacher, other], config, SPLITS).rows
     assert (row.accuracy, row.agreement) == (None, None)
@@ -219,7 +399,7 @@ def test_a_batch_of_one_hidden_in_a_file_is_found_and_a_file_that_cannot_run_is_
         return tmp_path / name
 
     paths = [tmp_path / "teacher.pt", save("single.onnx", 1), save("broken.onnx", 3)]
-    config = BenchConfig(rounds=3, batch=4, threads=1, engine="torch")
+    config = BenchConfig(rounds=3, batch=4, threads=1, engine="torch", no_memory=True)
     result = bench(paths, config, SPLITS, skip=True)
     assert [row.name for row in result.rows] == ["teacher", "single.onnx"]
     assert any("run singly" in note for note in result.rows[1].notes)
@@ -232,6 +412,8 @@ def test_a_batch_of_one_hidden_in_a_file_is_found_and_a_file_that_cannot_run_is_
 def test_a_bigger_model_is_flagged_even_without_a_speed_ratio(result: BenchResult) -> None:
     teacher, student = result.rows[0], replace(result.rows[3], speedup=None, verdict="")
     rows = [replace(teacher, network_bytes=10), replace(student, network_bytes=30)]
-    own = [measuring.Contender(row, lambda: None, lambda: None, [[1.0]], [1.0]) for row in rows]
+    own = [
+        measuring.Contender(row, lambda: lambda count: None, singles=[[[1.0]]], batches={}) for row in rows
+    ]
     judged = measuring.compared(rows[1], own[1], own, rows)
     assert judged.worse and judged.verdict == "3.0× bigger" and judged.speedup is None

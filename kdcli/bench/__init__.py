@@ -1,8 +1,9 @@
-"""Was it worth it? Size, latency, throughput and accuracy of models against their teacher, on this CPU.
+"""Was it worth it? Size, latency, throughput, memory and accuracy of models against their teacher, on this CPU.
 
-All models run in one process, in rounds of random order: what slows the machine for a while slows all.
-Ratios are medians over rounds of (teacher's time ÷ model's time) within the round, on the same engine. Times
-are of the network on prepared input; only a file that has its preprocessing inside is timed with it.
+All models run in one process, in rounds of random order: what slows the machine for a while slows all. In each of
+several sittings they are loaded anew. Ratios are of times within a round, on the same engine, with an interval.
+Times are of the network on prepared input; only a file that has its preprocessing inside is timed with it. Memory
+and start-up are of a process for each model.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from kdcli import data, runtime
 from kdcli.bench.contenders import Contender, compared, contenders_of, measure, timing
 from kdcli.bench.quality import Quality, quality_of
-from kdcli.bench.rows import BenchResult, Row
+from kdcli.bench.rows import BenchResult, Row, Wanted, keeping
 from kdcli.config import BenchConfig
 from kdcli.data import Splits
 from kdcli.errors import KdError
@@ -27,7 +28,7 @@ from kdcli.models import Classifier
 from kdcli.onnx_model import OnnxClassifier
 from kdcli.teacher import load_model
 
-__all__ = ["BenchResult", "Row", "bench", "default_models"]
+__all__ = ["BenchResult", "Row", "Wanted", "bench", "default_models"]
 
 
 def bench(
@@ -62,13 +63,17 @@ def bench(
             on_event(Progress("preparing", index, len(paths), "models"))
             try:
                 model = _load(path, threads, loaded[paths[0]].input_size if loaded else None)
-                contenders += contenders_of(path, names[path], model, config, threads, is_teacher=index == 0)
+                made, problems = contenders_of(
+                    path, names[path], model, config, threads, is_teacher=index == 0
+                )
             except KdError as error:
                 if not skip or index == 0:
                     raise
                 skipped.append(f"left out: {error.message}")
             else:
                 loaded[path] = model
+                contenders += made
+                skipped += problems
         on_event(Progress("preparing", len(paths), len(paths), "models"))
         if images is None and config.data is not None:
             images = data.load(
@@ -82,9 +87,16 @@ def bench(
         quality = quality_of(
             [names[path] for path in loaded], list(loaded.values()), images.test if images else None, on_event
         )
-        measure(contenders, config.rounds, on_event)
+        if not contenders:
+            raise KdError("no model could be run", " ".join(skipped))
+        rounds = measure(contenders, config, on_event)
         environment = runtime.environment()
-    rows = [replace(contender.row, **timing(contender, config.batch)) for contender in contenders]
+    rows = [replace(contender.row, **timing(contender)) for contender in contenders]
+    if not config.no_memory:
+        rows = [
+            _with_memory(row, contender)
+            for row, contender in zip(rows, _told(contenders, on_event), strict=True)
+        ]
     rows = [
         compared(row, contender, contenders, rows) for row, contender in zip(rows, contenders, strict=True)
     ]
@@ -93,13 +105,17 @@ def bench(
     return BenchResult(
         rows=tuple(rows),
         teacher=names[paths[0]],
-        batch=config.batch,
-        rounds=config.rounds,
+        batches=config.batches,
+        rounds=rounds,
+        sittings=len(contenders[0].singles),
         threads=threads,
         data_label=images.label if images else None,
         test_images=len(images.test) if images else 0,
         environment=environment,
         notes=(*skipped, *_busy(environment)),
+        wanted=keeping(rows, config.budget_ms, config.max_drop)
+        if config.budget_ms is not None or config.max_drop is not None
+        else None,
     )
 
 
@@ -166,11 +182,26 @@ def _names(paths: Sequence[Path]) -> list[str]:
     ]
 
 
+def _told(contenders: list[Contender], on_event: OnEvent) -> Iterator[Contender]:
+    for number, contender in enumerate(contenders):
+        on_event(Progress("memory and start-up", number, len(contenders), "models"))
+        yield contender
+    on_event(Progress("memory and start-up", len(contenders), len(contenders), "models"))
+
+
+def _with_memory(row: Row, contender: Contender) -> Row:
+    found = contender.alone()
+    notes = (f"memory not measured: {found.problem}",) if found.problem else ()
+    return replace(row, alone=found, notes=(*row.notes, *notes))
+
+
 def _with_quality(row: Row, quality: Quality) -> Row:
     return replace(
         row,
         accuracy=quality.accuracy,
         accuracy_source=quality.source,
         agreement=quality.agreement,
+        kl=quality.kl,
+        ece=quality.ece,
         notes=(*row.notes, *quality.notes),
     )

@@ -21,6 +21,8 @@ class Quality:
     accuracy: float | None = None
     source: str | None = None
     agreement: float | None = None
+    kl: float | None = None
+    ece: float | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -45,13 +47,14 @@ def quality_of(
         if index == 0:
             teacher_logits = logits
         labels = torch.from_numpy(np.asarray(test.labels))
+        beside = teacher_logits if index else None
         found.append(
             Quality(
                 accuracy=metrics.accuracy(logits, labels),
                 source="measured",
-                agreement=metrics.agreement(logits, teacher_logits)
-                if index and teacher_logits is not None
-                else None,
+                agreement=None if beside is None else metrics.agreement(logits, beside),
+                kl=None if beside is None else metrics.divergence(logits, beside),
+                ece=metrics.calibration_error(logits, labels),
             )
         )
     return found

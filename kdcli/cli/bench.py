@@ -11,6 +11,8 @@ from kdcli.cli import _ui
 from kdcli.cli._find import existing_model
 from kdcli.cli._options import options_of
 from kdcli.config import BenchConfig, make
+from kdcli.errors import KdError, UsageError
+from kdcli.files import write_text
 
 if TYPE_CHECKING:
     from kdcli.bench import BenchResult, Row
@@ -31,10 +33,14 @@ def bench(
     config = make(BenchConfig, options)
     from kdcli import bench as engine
     from kdcli import report
+    from kdcli.bench import tables
 
     paths = _models(model or [], config, named_teacher="teacher" in options)
     if config.plot is not None:
         report.check_target(config.plot)
+    for table in (config.csv, config.markdown):
+        if table is not None and table.is_dir():
+            raise UsageError(f"{table} is a folder", "Name the file to write.")
     with _ui.progress() as on_event:
         result = engine.bench(paths, config, on_event=on_event, skip=not model)
     if _ui.settings.json:
@@ -44,6 +50,11 @@ def bench(
     if config.plot is not None:
         report.pareto(result.rows, config.plot)
         _ui.say(f"wrote {config.plot.as_posix()}")
+    for table, make_table in ((config.csv, tables.to_csv), (config.markdown, tables.to_markdown)):
+        if table is not None:
+            write_text(table, make_table(result))
+            _ui.say(f"wrote {table.as_posix()}")
+    _check(result)
 
 
 def _models(named: list[Path], config: BenchConfig, *, named_teacher: bool) -> list[Path]:
@@ -57,6 +68,30 @@ def _models(named: list[Path], config: BenchConfig, *, named_teacher: bool) -> l
         teacher = existing_model(config.teacher)
         return [teacher, *(path for path in paths if path.resolve() != teacher.resolve())]
     return paths
+
+
+def _check(result: BenchResult) -> None:
+    """Say what keeps to --budget-ms and --max-drop.
+
+    Raises:
+        KdError: nothing does.
+    """
+    wanted = result.wanted
+    if wanted is None:
+        return
+    asked = [f"--budget-ms {wanted.budget_ms:g}"] if wanted.budget_ms is not None else []
+    asked += [f"--max-drop {wanted.max_drop:g}"] if wanted.max_drop is not None else []
+    if not wanted.met:
+        unknown = wanted.max_drop is not None and any(row.accuracy is None for row in result.rows)
+        raise KdError(
+            f"no model keeps to {' and '.join(asked)}",
+            "Accuracy is not known of all: name --data."
+            if unknown
+            else "The table shows by how much they miss it.",
+        )
+    first, *others = (f"{name} ({_short(engine)})" for name, engine in wanted.met)
+    more = f"; so do {', '.join(others)}" if others else ""
+    _ui.say(f"{first} is the fastest that keeps to {' and '.join(asked)}{more}")
 
 
 def _show(result: BenchResult) -> None:
@@ -81,17 +116,29 @@ def _show(result: BenchResult) -> None:
     )
     _ui.say()
     _ui.table(
-        ["model", "engine", "parameters", "MACs", "file", "ms p90", "ms p95"],
-        [_more_cells(row) for row in result.rows],
+        ["model", "engine", "95 % of faster", "verdict", "p90", "p95", "p99"],
+        [_speed_cells(row) for row in result.rows],
         left=2,
     )
     _ui.say()
-    calls = result.rows[0].latency_n
-    _ui.say(
-        f"ms: one image, median of n = {calls}; "
-        f"img/s: batches of {result.batch}, n = {result.rounds}; prepared input"
+    measured = any(row.alone is not None for row in result.rows)
+    _ui.table(
+        ["model", "engine", "param.", "MACs", "file", *(["load", "1st", "memory"] if measured else [])],
+        [_more_cells(row, measured=measured) for row in result.rows],
+        left=2,
     )
-    _ui.say("faster, smaller: teacher ÷ model; size: the network alone")
+    _ui.say()
+    first = result.rows[0]
+    _ui.say(
+        f"ms, p90, p95, p99: one image, n = {first.latency_n:,} in {result.rounds} rounds; prepared input"
+    )
+    paces = ", ".join(f"{size}: {_ui.count(pace)}" for size, pace in first.throughput.items())
+    _ui.say(f"img/s: batches of {max(result.batches)}; of {first.name} ({_engine(first)}) by batch: {paces}")
+    _ui.say("faster, smaller: teacher ÷ model; size: the network alone; under 2 %: no difference")
+    if measured:
+        _ui.say(
+            "load: ms, file → ready; 1st: ms, first answer; memory: peak of a process for this model alone"
+        )
     for line in _footnotes(result):
         _ui.say(line)
 
@@ -112,20 +159,43 @@ def _cells(row: Row, *, agreed: bool) -> list[str]:
     ]
 
 
-def _more_cells(row: Row) -> list[str]:
+def _speed_cells(row: Row) -> list[str]:
+    low, high = row.speedup_interval or (None, None)
     return [
+        row.name,
+        _engine(row),
+        "—" if row.is_teacher or low is None else f"{low:.2f}–{high:.2f}",
+        "teacher" if row.is_teacher else row.speed or "—",
+        *(
+            "—" if value is None else f"{value:.3g}"
+            for value in (row.latency_p90_ms, row.latency_p95_ms, row.latency_p99_ms)
+        ),
+    ]
+
+
+def _more_cells(row: Row, *, measured: bool) -> list[str]:
+    cells = [
         row.name,
         _engine(row),
         _ui.count(row.parameters),
         "—" if row.macs is None else _ui.count(row.macs),
         _ui.size(row.file_bytes),
-        f"{row.latency_p90_ms:.3g}",
-        f"{row.latency_p95_ms:.3g}",
     ]
+    if not measured:
+        return cells
+    alone = row.alone
+    if alone is None or alone.load_ms is None or alone.first_ms is None:
+        return [*cells, "—", "—", "—"]
+    peak = "—" if alone.peak_rss_bytes is None else _ui.size(alone.peak_rss_bytes)
+    return [*cells, f"{alone.load_ms:.3g}", f"{alone.first_ms:.3g}", peak]
 
 
 def _engine(row: Row) -> str:
-    return {"onnxruntime": "ort"}.get(row.engine, row.engine)
+    return _short(row.engine) + (" int8" if row.precision == "int8" else "")
+
+
+def _short(engine: str) -> str:
+    return {"onnxruntime": "ort", "compiled": "comp."}.get(engine, engine)
 
 
 def _ratio(value: float | None) -> str:
@@ -148,7 +218,7 @@ def _footnotes(result: BenchResult) -> list[str]:
                 f"{_ui.size(row.preprocessing_bytes)} of it preprocessing"
             )
         seen.add(row.path)
-        label = f"{row.name} ({row.engine})"
+        label = f"{row.name} ({_short(row.engine)})"
         if row.worse:
             lines.append(f"{label} does not win in all: {row.verdict}")
         lines += [f"{label}: {note}" for note in row.notes]

@@ -207,18 +207,47 @@ class PredictConfig(Settings):
 class BenchConfig(Settings):
     """`kd bench`."""
 
-    batch: int = Field(
-        64,
-        ge=1,
-        le=65536,
-        description="Batch size of the throughput column.",
-        json_schema_extra=about("Measure"),
+    batch: str = Field(
+        "1,8,64",
+        description="Batch sizes of the throughput.",
+        json_schema_extra=about("Measure", metavar="N,N,…"),
     )
     rounds: int = Field(
-        30, ge=3, le=100_000, description="Interleaved rounds.", json_schema_extra=about("Measure")
+        480,
+        ge=3,
+        le=100_000,
+        description="Interleaved rounds at most; fewer where all ratios are known to 1 %.",
+        json_schema_extra=about("Measure"),
     )
-    engine: Literal["both", "torch", "onnxruntime"] = Field(
-        "both", description="What runs the .pt files.", json_schema_extra=about("Measure")
+    max_seconds: float = Field(
+        60,
+        ge=1,
+        le=86_400,
+        description="Rounds end after this time, with wider intervals.",
+        json_schema_extra=about("Measure"),
+    )
+    engine: Literal["both", "all", "torch", "compiled", "onnxruntime"] = Field(
+        "both",
+        description="What runs the .pt files: both is torch and onnxruntime, all adds torch.compile.",
+        json_schema_extra=about("Measure"),
+    )
+    no_memory: bool = Field(
+        False,
+        description="Leave out memory and start-up, for which each model is loaded in a process of its own.",
+        json_schema_extra=about("Measure"),
+    )
+    budget_ms: float | None = Field(
+        None,
+        gt=0,
+        description="Exit 1 unless a model answers for one image within this, median.",
+        json_schema_extra=about("Check"),
+    )
+    max_drop: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="Exit 1 unless a model (within --budget-ms) is at most this many points of accuracy behind.",
+        json_schema_extra=about("Check"),
     )
     teacher: Path = Field(
         TeacherPath, description="The model all ratios refer to.", json_schema_extra=about("Measure")
@@ -234,9 +263,28 @@ class BenchConfig(Settings):
     plot: Path | None = Field(
         None,
         description="Draw accuracy against latency (.png or .svg).",
-        json_schema_extra=about("Measure"),
+        json_schema_extra=about("Output"),
+    )
+    csv: Path | None = Field(
+        None, description="Write all figures as a table for programs.", json_schema_extra=about("Output")
+    )
+    markdown: Path | None = Field(
+        None, description="Write the table for a README.", json_schema_extra=about("Output")
     )
     threads: Threads = 0
+
+    @field_validator("batch", mode="before")
+    @classmethod
+    def _batch_sizes(cls, value: object) -> str:
+        words = [word.strip() for word in str(value).split(",")]
+        if not all(word.isdecimal() and len(word) <= 5 and 1 <= int(word) <= 65536 for word in words):
+            raise ValueError("must be numbers from 1 to 65536, joined by commas")
+        return ",".join(map(str, sorted(set(map(int, words)))))
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Batch sizes, ascending."""
+        return tuple(map(int, self.batch.split(",")))
 
 
 class DownloadConfig(Settings):

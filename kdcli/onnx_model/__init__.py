@@ -6,7 +6,7 @@ Of any other file only its input and output are known.
 
 from kdcli.onnx_model.classifier import OnnxClassifier
 from kdcli.onnx_model.facts import PREPROCESSING, Facts, facts
-from kdcli.onnx_model.files import LEVELS, read, session
+from kdcli.onnx_model.files import LEVELS, read, serialized, session
 from kdcli.onnx_model.remarks import FORMAT, decode_preprocess, encode_preprocess
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "encode_preprocess",
     "facts",
     "read",
+    "serialized",
     "session",
 ]

@@ -1,0 +1,138 @@
+"""Does `kd bench` see a difference where there is none, and one where there is?
+
+A model is measured against a copy of itself: the verdict has to be `no difference`. And against itself with 5 % more
+multiply-accumulates (a convolution of 1×1 beside the others, whose result is multiplied by zero): `slower`.
+
+    python benchmarks/bench_null.py --runs 20                  # kd's own NIN, random weights
+    python benchmarks/bench_null.py --runs 20 student.onnx
+
+Of 20 runs each, at least 19 should say so. Run it on an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from kdcli import models, onnx_model
+from kdcli.bench import bench
+from kdcli.config import BenchConfig
+from kdcli.onnx_model.translate import finish, to_onnx
+from kdcli.preprocess import fit
+
+
+def own_network(name: str, folder: Path) -> Path:
+    """A network of kd's with random weights as an ONNX file."""
+    torch.manual_seed(0)
+    classifier = models.Classifier(
+        models.build(name, classes=10, input_size=(32, 32, 3)),
+        fit("none", np.zeros((1, 32, 32, 3), np.uint8)),
+        arch=name,
+        arch_args={},
+        classes=tuple("0123456789"),
+        input_size=(32, 32, 3),
+    ).eval()
+    path = folder / f"{name}.onnx"
+    onnx.save(finish(to_onnx(classifier, opset=18, with_preprocessing=False), {}), path)
+    return path
+
+
+def with_added_work(source: Path, share: float, target: Path) -> float:
+    """Write a model that does `share` more work and gives the same; returns the share that was added in MACs."""
+    model = onnx.shape_inference.infer_shapes(onnx.load(source))
+    before = onnx_model.facts(model).macs
+    assert before, "its work is not known"
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.value_info}
+    name, place = next(
+        (node.output[0], index)
+        for index, node in enumerate(model.graph.node)
+        if node.op_type in ("Relu", "MaxPool", "AveragePool", "Conv")
+        and len(shapes.get(node.output[0], ())) == 4
+        and shapes[node.output[0]][1].dim_value >= 32
+    )
+    _, channels, height, width = (dim.dim_value for dim in shapes[name])
+    filters = max(1, round(share * before / (channels * height * width)))
+    weights = np.random.default_rng(0).normal(size=(filters, channels, 1, 1)).astype(np.float32)
+    output = model.graph.output[0].name
+    for node in model.graph.node:
+        node.output[:] = ["kd_plain" if one == output else one for one in node.output]
+    model.graph.initializer.extend(
+        [
+            numpy_helper.from_array(weights, "kd_weights"),
+            numpy_helper.from_array(np.zeros(1, np.float32), "kd_zero"),
+            numpy_helper.from_array(np.array([1, 2, 3]), "kd_axes"),
+        ]
+    )
+    added = [
+        helper.make_node("Conv", [name, "kd_weights"], ["kd_more"], "kd_more"),
+        helper.make_node("ReduceMax", ["kd_more", "kd_axes"], ["kd_one"], "kd_one", keepdims=0),
+        helper.make_node("Mul", ["kd_one", "kd_zero"], ["kd_none"], "kd_none"),
+        helper.make_node("Unsqueeze", ["kd_none", "kd_last"], ["kd_column"], "kd_column"),
+    ]
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1]), "kd_last"))
+    for offset, node in enumerate(added):
+        model.graph.node.insert(place + 1 + offset, node)
+    model.graph.node.append(helper.make_node("Add", ["kd_plain", "kd_column"], [output], "kd_sum"))
+    del model.graph.value_info[:]
+    onnx.checker.check_model(model, full_check=True)
+    assert all(node.data_type != TensorProto.UNDEFINED for node in model.graph.initializer)
+    onnx.save(model, target)
+    return filters * channels * height * width / before
+
+
+def main() -> None:
+    """Print the verdicts."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", type=Path, help="an ONNX classifier; by default --network")
+    parser.add_argument("--network", default="nin")
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--share", type=float, default=0.05)
+    parser.add_argument("--rounds", type=int, default=BenchConfig.model_fields["rounds"].default)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = asked.model or own_network(asked.network, folder)
+        (folder / "copy.onnx").write_bytes(model.read_bytes())
+        added = with_added_work(model, asked.share, folder / "more.onnx")
+        config = BenchConfig(batch="1", rounds=asked.rounds, threads=asked.threads, no_memory=True)
+        found: dict[str, list[tuple[str, float, float, float]]] = {"copy": [], "more": []}
+        begun = time.perf_counter()
+        for number in range(asked.runs):
+            for other, verdicts in found.items():
+                row = bench([model, folder / f"{other}.onnx"], config).rows[1]
+                assert row.speed is not None and row.speedup is not None and row.speedup_interval is not None
+                low, high = row.speedup_interval
+                verdicts.append((row.speed, low, row.speedup, high))
+                sys.stdout.write(
+                    f"{number + 1:3} {other}: {low:.3f} … {row.speedup:.3f} … {high:.3f} {row.speed}\n"
+                )
+                sys.stdout.flush()
+        for other, wanted in (("copy", "no difference"), ("more", "slower")):
+            counts = Counter(one[0] for one in found[other])
+            ratios = sorted(one[2] for one in found[other])
+            what = "a copy of itself" if other == "copy" else f"itself with {100 * added:.1f} % more MACs"
+            sys.stdout.write(
+                f"{what}: {counts[wanted]} of {asked.runs} say `{wanted}` ({dict(counts)}); "
+                f"median ratio {ratios[len(ratios) // 2]:.3f}\n"
+            )
+        sys.stdout.write(f"{time.perf_counter() - begun:.0f} s\n")
+    if asked.json:
+        asked.json.write_text(json.dumps({"added": added, **found}, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

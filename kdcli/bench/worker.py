@@ -1,0 +1,82 @@
+"""One model alone in a process: what it takes to load, to answer first, and in memory. Prints one JSON object.
+
+It is run as a file, not as a module of kdcli: an ONNX file is measured with onnxruntime and NumPy alone, as it will
+be deployed. Its argument is a JSON object with `path`, `engine`, `threads`, `input` (shape of one image's input),
+`dtype`, `batch`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def memory() -> tuple[int | None, int | None]:
+    """Bytes in use now, and the most that were (of this program alone: the rusage of a child counts its parent's)."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None, None
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    return tuple(1024 * int(fields[key].split()[0]) for key in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
+
+
+def main(asked: dict[str, Any]) -> dict[str, Any]:
+    """Load, answer once, answer some more; times in ms, memory in bytes."""
+    begin = time.perf_counter()
+    import numpy as np
+
+    shape = asked["input"]
+    runner: Callable[[int], Any]
+    if asked["engine"] == "onnxruntime":
+        import onnxruntime as ort
+
+        imported, before = time.perf_counter(), memory()[0]
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = asked["threads"]
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4
+        session = ort.InferenceSession(asked["path"], options, providers=["CPUExecutionProvider"])
+        name = session.get_inputs()[0].name
+
+        def runner(count: int) -> Any:
+            return session.run(None, {name: np.zeros((count, *shape), asked["dtype"])})
+    else:
+        import torch
+
+        from kdcli import models
+
+        imported, before = time.perf_counter(), memory()[0]
+        torch.set_num_threads(asked["threads"])
+        network: Any = models.load(Path(asked["path"])).network.eval().to(memory_format=torch.channels_last)
+        if asked["engine"] == "compiled":
+            network = torch.compile(network, dynamic=False)
+
+        def runner(count: int) -> Any:
+            with torch.inference_mode():
+                prepared = torch.zeros(count, *shape).contiguous(memory_format=torch.channels_last)
+                return network(prepared)
+
+    loaded = time.perf_counter()
+    runner(1)
+    answered = time.perf_counter()
+    for _ in range(3):
+        runner(1)
+    peak = memory()[1]
+    runner(asked["batch"])
+    return {
+        "import_ms": 1e3 * (imported - begin),
+        "load_ms": 1e3 * (loaded - imported),
+        "first_ms": 1e3 * (answered - loaded),
+        "base_rss_bytes": before,
+        "peak_rss_bytes": peak,
+        "peak_rss_batch_bytes": memory()[1],
+    }
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(main(json.loads(sys.argv[1]))))
