@@ -482,6 +482,24 @@ def test_damaged_metadata_is_an_error(tmp_path: Path, plain: tuple[Classifier, E
             OnnxClassifier.load(tmp_path / "x.onnx")
 
 
+def test_a_fixed_batch_is_filled_up(tmp_path: Path, plain: tuple[Classifier, ExportResult]) -> None:
+    result = exported(tmp_path, plain[0], batch=3)
+    three = OnnxClassifier.load(result.path)
+    assert three.batch == 3
+    assert three.classes == CLASSES
+    for count in (1, 3, 7):
+        images = torch.from_numpy(SPLITS.test.images[:count])
+        given = three(images)
+        assert given.shape == (count, 5)
+        assert torch.allclose(given, OnnxClassifier.load(plain[1].path)(images), atol=1e-6)
+    assert facts(three.model).macs == facts(OnnxClassifier.load(plain[1].path).model).macs
+    huge = onnx.load(result.path)
+    huge.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2**40
+    onnx.save(huge, tmp_path / "huge.onnx")
+    with pytest.raises(KdError, match="images at a time"):
+        OnnxClassifier.load(tmp_path / "huge.onnx")
+
+
 def test_a_batch_fixed_at_one_is_run_singly(tmp_path: Path, plain: tuple[Classifier, ExportResult]) -> None:
     model = onnx.load(plain[1].path)
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
@@ -489,5 +507,5 @@ def test_a_batch_fixed_at_one_is_run_singly(tmp_path: Path, plain: tuple[Classif
     onnx.save(model, tmp_path / "one.onnx")
     one = OnnxClassifier.load(tmp_path / "one.onnx")
     images = torch.from_numpy(SPLITS.test.images[:5])
-    assert one.one_by_one
+    assert one.batch == 1
     assert torch.allclose(one(images), OnnxClassifier.load(plain[1].path)(images), atol=1e-6)

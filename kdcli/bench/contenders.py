@@ -179,13 +179,15 @@ def _onnx_contender(
     if model.layout == "NHWC":
         notes.append("timed with its preprocessing, which is inside")
     model.run(inputs[:1])
-    if len(inputs) > 1 and not model.one_by_one:
+    if len(inputs) > 1 and model.batch is None:
         try:
             model.run(inputs)
         except KdError:  # it says that it takes any batch, and has a 1 in it somewhere
-            model = replace(model, one_by_one=True)
-    if model.one_by_one:
+            model = replace(model, batch=1)
+    if model.batch == 1:
         notes.append("its batch is fixed at 1; images of a batch are run singly")
+    elif model.batch is not None:
+        notes.append(f"its batch is fixed at {model.batch}; one image takes as long as {model.batch}")
     facts = onnx_model.facts(model.model, model.input_size)
     row = Row(
         name=name,
@@ -206,8 +208,8 @@ def _onnx_contender(
         fresh = replace(model, session=onnx_model.session(content, threads, str(path)))
         return lambda count: fresh.run(inputs[:count])
 
-    batch = 1 if model.one_by_one else len(inputs)
-    return Contender(row, make, _apart(row, inputs.shape[1:], threads, batch, content, str(inputs.dtype)))
+    most = model.batch or len(inputs)
+    return Contender(row, make, _apart(row, inputs.shape[1:], threads, most, content, str(inputs.dtype)))
 
 
 def _is_quantised(model: OnnxClassifier) -> bool:

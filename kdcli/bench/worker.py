@@ -41,10 +41,11 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
         options.inter_op_num_threads = 1
         options.log_severity_level = 4
         session = ort.InferenceSession(asked["path"], options, providers=["CPUExecutionProvider"])
-        name = session.get_inputs()[0].name
+        [taken] = session.get_inputs()
+        fixed = taken.shape[0] if isinstance(taken.shape[0], int) else None
 
         def runner(count: int) -> Any:
-            return session.run(None, {name: np.zeros((count, *shape), asked["dtype"])})
+            return session.run(None, {taken.name: np.zeros((fixed or count, *shape), asked["dtype"])})
     else:
         import torch
 

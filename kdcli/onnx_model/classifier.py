@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from kdcli.onnx_model.remarks import remarks_of
 from kdcli.preprocess import Preprocess
 
 MAX_SIDE = 4096
+MAX_BATCH = 4096
+MAX_VALUES = 2**27  # of a fixed batch: 0.5 GB as float32
 
 _Floats = npt.NDArray[np.float32]
 
@@ -37,7 +40,7 @@ class OnnxClassifier:
         layout: `NCHW` float32 prepared input, or `NHWC` uint8 raw images.
         preprocess: raw pixels → its input; None where it is not known (or not needed: `NHWC`).
         gives: `logits` or `probabilities`.
-        one_by_one: its batch is fixed at 1, so that images are run singly.
+        batch: images it takes at a time, no more and no fewer; None: any number.
         session: runs it.
         model: the parsed file.
         file_bytes: of the file, and of those beside it that hold its weights.
@@ -51,7 +54,7 @@ class OnnxClassifier:
     layout: str
     preprocess: Preprocess | None
     gives: str
-    one_by_one: bool
+    batch: int | None
     session: ort.InferenceSession = field(repr=False)
     model: onnx.ModelProto = field(repr=False)
     file_bytes: int
@@ -80,9 +83,9 @@ class OnnxClassifier:
         model, file_bytes = read(path, external=external)
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         layout, size = _input_of(path, model, input_size)
-        one_by_one = _batch_is_one(path, model)
+        batch = _fixed_batch(path, model, math.prod(size))
         runner = session(serialized(path, model), threads, str(path))
-        count = _class_count(path, runner, layout, size)
+        count = _class_count(path, runner, layout, size, batch or 1)
         classes, provenance, preprocess = remarks_of(path, metadata, count)
         return cls(
             path=path,
@@ -93,7 +96,7 @@ class OnnxClassifier:
             layout=layout,
             preprocess=preprocess,
             gives="probabilities" if _ends_in_softmax(model) else "logits",
-            one_by_one=one_by_one,
+            batch=batch,
             session=runner,
             model=model,
             file_bytes=file_bytes,
@@ -135,16 +138,24 @@ class OnnxClassifier:
             return np.ascontiguousarray(prepared.numpy())
 
     def run(self, inputs: npt.NDArray[Any]) -> _Floats:
-        """The network's own input → its first output (B, classes)."""
-        if self.one_by_one and len(inputs) > 1:
-            return np.concatenate([self.run(inputs[index : index + 1]) for index in range(len(inputs))])
+        """The network's own input → its first output (B, classes).
+
+        A file with a fixed batch is given that many images, the last time with the first again and again.
+        """
+        count, step = len(inputs), self.batch or len(inputs)
+        if count % step:
+            inputs = np.concatenate([inputs, np.repeat(inputs[:1], -count % step, axis=0)])
+        name = self.session.get_inputs()[0].name
         try:
-            outputs = self.session.run(None, {self.session.get_inputs()[0].name: inputs})[0]
+            parts = [
+                np.asarray(self.session.run(None, {name: inputs[start : start + step]})[0], dtype=np.float32)
+                for start in range(0, len(inputs), step)
+            ]
         except Exception as error:  # onnxruntime's exceptions share no base of their own
             raise KdError(
-                f"onnxruntime cannot run {self.path} on {len(inputs)} images: {first_line(error)}"
+                f"onnxruntime cannot run {self.path} on {step} images: {first_line(error)}"
             ) from error
-        return np.asarray(outputs, dtype=np.float32).reshape(len(inputs), -1)
+        return np.concatenate([part.reshape(step, -1) for part in parts])[:count]
 
 
 def _input_of(
@@ -178,32 +189,37 @@ def _input_of(
     return layout, (height, width, channels)
 
 
-def _batch_is_one(path: Path, model: onnx.ModelProto) -> bool:
+def _fixed_batch(path: Path, model: onnx.ModelProto, values: int) -> int | None:
+    """Images it takes at a time; `values` are one image's."""
     info = image_input(model)
     batch = info.type.tensor_type.shape.dim[0].dim_value if info is not None else 0  # 0: open
-    if batch > 1:
+    if batch > MAX_BATCH or batch * values > MAX_VALUES:
         raise KdError(
-            f"{path} takes {batch} images at a time, no more and no fewer", "Export it with an open batch."
+            f"{path} takes {batch} images at a time",
+            f"kd runs files that take up to {MAX_BATCH:,} small ones.",
         )
-    return batch == 1
+    return batch or None
 
 
-def _class_count(path: Path, runner: ort.InferenceSession, layout: str, size: tuple[int, int, int]) -> int:
-    """Found by running one black image: declared output shapes are often open."""
+def _class_count(
+    path: Path, runner: ort.InferenceSession, layout: str, size: tuple[int, int, int], batch: int
+) -> int:
+    """Found by running black images: declared output shapes are often open."""
     height, width, channels = size
-    shape = (1, height, width, channels) if layout == "NHWC" else (1, channels, height, width)
+    shape = (batch, height, width, channels) if layout == "NHWC" else (batch, channels, height, width)
     black = np.zeros(shape, np.uint8 if layout == "NHWC" else np.float32)
     try:
         outputs = runner.run(None, {runner.get_inputs()[0].name: black})
     except Exception as error:  # onnxruntime's exceptions share no base of their own
         raise KdError(f"onnxruntime cannot run {path}: {first_line(error)}") from error
     first = np.asarray(outputs[0])
-    if first.shape[:1] != (1,) or first.size < 2 or not np.issubdtype(first.dtype, np.floating):
+    classes = first.size // batch
+    if first.shape[:1] != (batch,) or classes < 2 or not np.issubdtype(first.dtype, np.floating):
         raise KdError(
-            f"{path} gives {first.dtype} {first.shape} for one image",
-            "A classifier gives float (1, classes).",
+            f"{path} gives {first.dtype} {first.shape} for {batch} image{'s' if batch > 1 else ''}",
+            "A classifier gives float (images, classes).",
         )
-    return int(first.size)
+    return classes
 
 
 # What may follow a softmax without making something else of it.
