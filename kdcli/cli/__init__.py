@@ -65,6 +65,7 @@ COMMANDS = (
     "info",
     "predict",
     "bench",
+    "report",
 )
 
 

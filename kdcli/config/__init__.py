@@ -13,6 +13,7 @@ from kdcli.config.commands import (
     ExportConfig,
     InfoConfig,
     PredictConfig,
+    ReportConfig,
     TestConfig,
     ValidateConfig,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "ExportConfig",
     "InfoConfig",
     "PredictConfig",
+    "ReportConfig",
     "Settings",
     "TestConfig",
     "TrainConfig",
