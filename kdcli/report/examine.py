@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ class _Examiner:
     hashes: dict[Path, str] = field(default_factory=dict)
 
     def all(self) -> list[Examined]:
-        found = []
+        found: list[Examined] = []
         for run in self.runs:
             self.on_event(Progress("report", len(found), len(self.runs), "runs"))
             try:
@@ -170,12 +170,12 @@ class _Examiner:
                 kept = self._teacher(path, test)
             except KdError as error:
                 why = error.message
-        common = {"label": splits.label, "bins": reliability(logits, labels), "notes": tuple(notes)}
+        base = Examined(label=splits.label, bins=reliability(logits, labels), notes=tuple(notes))
         if kept is None:
             evaluation = measure(logits, labels)
             is_teacher = self._hash(run.student) in self._named_teachers()
-            return Examined(
-                **common,
+            return replace(
+                base,
                 evaluation=evaluation,
                 is_teacher=is_teacher,
                 why_no_teacher="" if is_teacher else why,
@@ -185,8 +185,8 @@ class _Examiner:
         teacher_right = (teacher_logits.argmax(dim=1) == labels).long()
         cells = Counter(zip(right.tolist(), teacher_right.tolist(), strict=True))
         different = (logits.argmax(dim=1) != teacher_logits.argmax(dim=1)).nonzero().flatten().numpy()
-        return Examined(
-            **common,
+        return replace(
+            base,
             evaluation=measure(logits, labels, teacher_logits),
             teacher=figures,
             borrowed=not own,

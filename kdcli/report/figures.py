@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, INK, GRID = "#0072b2", "#d55e00", "#009e73", "#333333", "#d9d9d9"
+BLUE, ORANGE, GREEN, INK, GRID, FRONT = "#0072b2", "#d55e00", "#009e73", "#333333", "#d9d9d9", "#8c8c8c"
 _LONGEST_NAME = 22
 _STYLE = {
     "svg.hashsalt": "kd",  # element ids would be random
@@ -139,8 +139,8 @@ def pareto(rows: Sequence[Row], target: Target, size: tuple[float, float] = (7.2
         axes.plot(
             [row.latency_ms for row in front],
             [row.accuracy or 0 for row in front],
-            color=GRID,
-            linewidth=2,
+            color=FRONT,
+            linewidth=1.5,
             zorder=1,
         )
         for engine, colour in (("torch", ORANGE), ("onnxruntime", BLUE)):
@@ -167,7 +167,7 @@ def pareto(rows: Sequence[Row], target: Target, size: tuple[float, float] = (7.2
             loc="lower right",
             bbox_to_anchor=(1, 1),
             ncols=3,
-            title="area: size; dark edge: teacher",
+            title="area: size; outlined: teacher",
         )
         for handle in legend.legend_handles:
             if handle is not None:

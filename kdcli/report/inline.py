@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from io import BytesIO
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -12,19 +13,21 @@ from markupsafe import Markup
 
 from kdcli.bench import Row
 from kdcli.report.examine import Bin
-from kdcli.report.figures import GRID, INK, drawn_to, pareto, shown
+from kdcli.report.figures import FRONT, GRID, INK, drawn_to, pareto, shown
 from kdcli.report.gather import Run
 
 MOST_LINES = 14
+_SURE = 10  # images that make a share worth joining to the next
 _MOST_POINTS = 1_000
 # as drawn → the style sheet's name; told apart by dash and mark, too
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#a8437f", "#8a6d00", "#5b5ea6", "#5a5a5a")
-_DASHES: tuple[object, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (7, 2, 1, 2)))
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (7, 2, 1, 2)))
 _MARKS = "osD^vPX"
 _VARIABLES = {
     **{colour: f"var(--c{number})" for number, colour in enumerate(SERIES, 1)},
     INK: "var(--ink)",
     GRID: "var(--grid)",
+    FRONT: "var(--soft)",
     "#000000": "var(--ink)",
     "#ffffff": "var(--paper)",
 }
@@ -34,8 +37,10 @@ _XLINK = "http://www.w3.org/1999/xlink"
 
 def epochs(runs: Sequence[Run], key: str) -> Markup:
     """Validation accuracy over epochs, a line a run; only runs that have one."""
+    from matplotlib.ticker import MaxNLocator
+
     buffer = BytesIO()
-    with drawn_to(buffer, 5.4, 3.5 + 0.17 * ((len(runs) + 2) // 3)) as figure:
+    with drawn_to(buffer, 5.0, 3.3 + 0.17 * ((len(runs) + 2) // 3)) as figure:
         axes = figure.add_subplot()
         for number, run in enumerate(runs):
             points = [(line.epoch, line.val_accuracy) for line in run.epochs if line.val_accuracy is not None]
@@ -44,7 +49,7 @@ def epochs(runs: Sequence[Run], key: str) -> Markup:
                 [epoch for epoch, _ in points],
                 [value for _, value in points],
                 color=SERIES[number % len(SERIES)],
-                linestyle=_DASHES[number % len(_DASHES)],  # type: ignore[arg-type]
+                linestyle=_DASHES[number % len(_DASHES)],
                 marker=_MARKS[number % len(_MARKS)],
                 markevery=max(1, len(points) // 8),
                 markersize=4.5,
@@ -53,7 +58,7 @@ def epochs(runs: Sequence[Run], key: str) -> Markup:
             )
         axes.set_xlabel("epoch")
         axes.set_ylabel("validation accuracy, %")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(color=GRID, linewidth=0.6)
         handles, _ = axes.get_legend_handles_labels()
         figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False, fontsize=9)
@@ -63,7 +68,7 @@ def epochs(runs: Sequence[Run], key: str) -> Markup:
 def front(rows: Sequence[Row], key: str) -> Markup:
     """Accuracy against latency, with the Pareto front."""
     buffer = BytesIO()
-    pareto(rows, buffer, (5.4, 4.2))
+    pareto(rows, buffer, (5.0, 4.0))
     return _inlined(
         buffer,
         key,
@@ -83,28 +88,41 @@ def calibration(student: Sequence[Bin], teacher: Sequence[Bin], key: str, name: 
             (teacher, SERIES[1], "s", (0, (5, 2)), "teacher"),
             (student, SERIES[0], "o", "-", "student"),
         ):
-            if bins:
-                axes.plot(
-                    [part.confidence for part in bins],
-                    [part.accuracy for part in bins],
-                    color=colour,
-                    marker=mark,
-                    markersize=4.5,
-                    linestyle=dash,  # type: ignore[arg-type]
-                    linewidth=1.6,
-                    label=label,
-                )
+            sure = [part for part in bins if part.count >= _SURE]
+            axes.plot(
+                [part.confidence for part in sure],
+                [part.accuracy for part in sure],
+                color=colour,
+                marker=mark,
+                markersize=4.5,
+                linestyle=dash,
+                linewidth=1.6,
+                label=label if bins else None,
+                clip_on=False,
+            )
+            few = [part for part in bins if part.count < _SURE]
+            axes.plot(
+                [part.confidence for part in few],
+                [part.accuracy for part in few],
+                color=colour,
+                marker=mark,
+                markersize=4.5,
+                markerfacecolor="none",
+                linestyle="none",
+                clip_on=False,
+            )
         axes.set_xlim(0, 101)
         axes.set_ylim(0, 101)
         axes.set_xlabel("confidence, %")
         axes.set_ylabel("accuracy, %")
         axes.grid(color=GRID, linewidth=0.6)
-        axes.legend(frameon=False, loc="upper left", fontsize=9)
+        figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9)
     return _inlined(
         buffer,
         key,
         f"Reliability diagram of {shown(name)}",
-        "Accuracy of the images by how sure the model is; on the diagonal it is as often right as it claims.",
+        "Accuracy of the images by how sure the model is; on the diagonal it is as often right as it claims. "
+        f"Hollow marks: fewer than {_SURE} images.",
     )
 
 

@@ -193,7 +193,15 @@ def _render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"plain": text_of, "number": _number, "size": _size, "data_uri": picture}
+    environment.filters |= {
+        "plain": text_of,
+        "number": _number,
+        "size": _size,
+        "signed": _signed,
+        "ms": _ms,
+        "count": _count,
+        "data_uri": picture,
+    }
     script = _asset("report.js")
     drawn = [section for section in sections if _validated(section.run)]
     drawn_first = sorted(drawn, key=lambda section: -(section.run.recorded.val_accuracy or 0))[
@@ -244,11 +252,13 @@ def _details(section: Section) -> dict[str, Any]:
     teacher = found.teacher.evaluation if found.teacher else None
     matrix = evaluation.confusion
     listed, pair_count = pairs(matrix)
+    rows = _class_rows(run.classes, evaluation, teacher)
     source = recorded_teacher(run)[0]
     return {
         "section": section,
-        "classes": _class_rows(run.classes, evaluation, teacher),
+        "classes": rows,
         "class_count": count,
+        "widest": max((abs(row["difference"] or 0) for row in rows), default=0) or 1,
         "cells": _cells(matrix) if count <= MOST_CELLS else None,
         "heatmap": inline.heatmap(matrix, run.classes, f"{section.key}-confusion", run.name)
         if MOST_CELLS < count <= MOST_PIXELS
@@ -431,6 +441,22 @@ def _plain(section: Section) -> dict[str, Any]:
 
 def _number(value: float | None, digits: int = 2) -> str:
     return "—" if value is None else f"{value:,.{digits}f}"
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{value:+,.{digits}f}".replace("-", "−")
+
+
+def _ms(value: float) -> str:
+    """Three figures, zeros at the end included."""
+    return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:,.0f}"
+
+
+def _count(number: int) -> str:
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return str(number)
 
 
 def _size(count: float) -> str:
