@@ -1,4 +1,4 @@
-"""The page of `kd report` in a browser: silent, without a request, without barriers, wide and narrow, light and dark."""
+"""The page of `kd report` in a browser: silent, without a request, no barriers, wide and narrow, light and dark."""
 
 from __future__ import annotations
 

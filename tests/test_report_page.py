@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +249,7 @@ def test_headings_are_in_order_and_pictures_have_words(project: Path) -> None:
     levels = [int(tag[1]) for tag, _ in html.elements if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after <= before + 1 for before, after in pairwise(levels))
     pictures = [attributes for tag, attributes in html.elements if tag == "img"]
     assert pictures
     assert all(attributes.get("alt") for attributes in pictures)
