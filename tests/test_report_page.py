@@ -193,6 +193,12 @@ def test_the_teacher_runs_once_for_all_that_share_it(project: Path, monkeypatch:
 
 
 def test_a_run_that_is_the_teacher_is_called_so(project: Path) -> None:
+    bench = bench_file(project)
+    timed = make_report([Path("runs/base"), Path("runs/kd-1")], settings(bench=bench))
+    assert timed.runs[0]["latency_ms"] == 8.0  # of weights/teacher.pt, the same file
+    assert (
+        timed.html.count('<tr class="teacher">') == 2
+    )  # in the summary once, and among the models that were timed
     report = make_report([Path("runs/base"), Path("runs/kd-1")], settings())
     assert report.runs[0]["agreement"] is None
     assert "It is the teacher of the other runs." in Page(report.html).text

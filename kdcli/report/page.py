@@ -103,6 +103,14 @@ def make_report(
             speed = measured([run.student for run in runs], teacher, others, config, on_event)
     speed = replace(speed, rows=_with_accuracy(speed.rows, runs, examined))
     by_path = {_resolved(row.path): row for row in deployed(speed.rows)}
+    teachers = {found.teacher.sha256: found.teacher.path for found in examined if found.teacher is not None}
+    for run, found in zip(runs, examined, strict=True):
+        if (
+            found.is_teacher
+        ):  # one file under two names: a teacher's run, and the copy that others learned from
+            copy = teachers.pop(sha256_file(run.student), run.student)
+            if _resolved(copy) in by_path:
+                by_path[_resolved(run.student)] = by_path[_resolved(copy)]
     sections = [
         Section(
             f"run-{number}",
@@ -113,7 +121,7 @@ def make_report(
         )
         for number, (run, found) in enumerate(zip(runs, examined, strict=True), 1)
     ]
-    html = _render(sections, left_out, speed, config)
+    html = _render(sections, left_out, speed, config, set(teachers))
     notes = [f"{section.run.name}: {text}" for section in sections for text in _missing(section)]
     if speed.why_not:
         notes.append(speed.why_not)
@@ -184,7 +192,11 @@ def picture(pixels: npt.NDArray[np.uint8]) -> str:
 
 
 def _render(
-    sections: Sequence[Section], left_out: Sequence[tuple[str, str]], speed: Speed, config: ReportConfig
+    sections: Sequence[Section],
+    left_out: Sequence[tuple[str, str]],
+    speed: Speed,
+    config: ReportConfig,
+    listed: set[str],
 ) -> str:
     environment = Environment(
         loader=PackageLoader("kdcli.report", "assets"),
@@ -225,7 +237,10 @@ def _render(
         version=__version__,
         sections=sections,
         detailed=[_details(section) for section in detailed],
-        teachers=[(figures, rows_by_path.get(_resolved(figures.path))) for figures in teachers.values()],
+        teachers=[
+            (figures, rows_by_path.get(_resolved(figures.path)), sha256 in listed)
+            for sha256, figures in teachers.items()
+        ],
         labels=sorted({section.examined.label for section in sections if section.examined.label}),
         best=_best(sections),
         left_out=reason_groups(left_out),
