@@ -25,6 +25,7 @@ from kdcli.config import ReportConfig, TrainConfig, make
 from kdcli.data import ImageSet, Splits, load
 from kdcli.data.images import fingerprint_of
 from kdcli.engine import fit
+from kdcli.engine.evaluate import measure
 from kdcli.errors import KdError, UsageError
 from kdcli.report import examine, gather, make_report, page
 from tests.conftest import command_line, make_splits
@@ -464,3 +465,15 @@ def test_wrong_usage(project: Path, kd: Any) -> None:
     with pytest.raises(KdError, match="there are no runs"):
         kd()
     assert not Path("report.html").exists()
+
+
+def test_of_many_classes_those_that_differ_most() -> None:
+    names = [f"class {index}" for index in range(50)]
+    labels = torch.arange(50).repeat(2)
+    right = torch.eye(50)[labels]
+    wrong = right.clone()
+    wrong[7] = torch.eye(50)[8]  # one of the two images of class 7
+    rows = page._class_rows(names, measure(wrong, labels), measure(right, labels))
+    assert len(rows) == page.MOST_CLASSES
+    assert (rows[0]["name"], rows[0]["count"], rows[0]["difference"]) == ("class 7", 2, -50.0)
+    assert {row["difference"] for row in rows[1:]} == {0.0}
