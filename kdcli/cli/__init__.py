@@ -66,6 +66,7 @@ COMMANDS = (
     "info",
     "predict",
     "bench",
+    "report",
 )
 
 

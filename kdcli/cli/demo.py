@@ -15,7 +15,15 @@ import typer
 from kdcli import methods
 from kdcli.cli import _ui
 from kdcli.cli._options import options_of
-from kdcli.config import INT8_DEFAULT, BenchConfig, DemoConfig, ExportConfig, TrainConfig, make
+from kdcli.config import (
+    INT8_DEFAULT,
+    BenchConfig,
+    DemoConfig,
+    ExportConfig,
+    ReportConfig,
+    TrainConfig,
+    make,
+)
 from kdcli.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
@@ -27,11 +35,12 @@ if TYPE_CHECKING:
 TEACHER = {"method": "ce", "student": "convnet-large", "epochs": 20, "batch_size": 64, "lr": 3e-3}
 STUDENT = {"student": "convnet-tiny", "epochs": 60, "batch_size": 64, "lr": 1e-2}
 COMMON = {"data": "digits", "val_fraction": 0.15}
+QUICK_BENCH = {"rounds": 64, "max_seconds": 10, "no_memory": True}  # to be done in two minutes
 
 
 @options_of(DemoConfig)
 def demo(**options: Any) -> None:
-    """The whole chain on small real data: teacher, four students, ONNX, int8, benchmark. Offline, under 2 minutes.
+    """The chain on small real data: teacher, four students, ONNX, int8, benchmark, report. Offline, under 2 minutes.
 
     The data are the 1,797 handwritten digits that scikit-learn ships. The best student is the one with the highest
     accuracy on the validation split; the test images are used once, at the end of each run.
@@ -82,6 +91,7 @@ def _chain(config: DemoConfig) -> tuple[list[Result], list[Row], list[Path]]:
     from kdcli.engine import fit
     from kdcli.export import export
     from kdcli.files import write_text
+    from kdcli.report import speed
 
     write_text(Path("kd-demo.txt"), "Made by kd demo, which replaces runs/, exports/ and weights/ here.\n")
     teacher_path = Path("weights/teacher.pt")
@@ -113,10 +123,18 @@ def _chain(config: DemoConfig) -> tuple[list[Result], list[Row], list[Path]]:
         models = [teacher_path, *(result.run.student for result in results[1:]), *exported]
         measured = bench(
             models,
-            make(BenchConfig, {"teacher": teacher_path, "threads": config.threads}),
+            make(BenchConfig, QUICK_BENCH | {"teacher": teacher_path, "threads": config.threads}),
             splits,
             on_event=_titled("4/4 bench", on_event),
         )
+        of_bench = speed.of_bench(measured.rows, measured.threads, measured.environment, measured.notes)
+        page = report.make_report(
+            [result.run.path for result in results],
+            make(ReportConfig, {"output": Path("report.html"), "threads": config.threads}),
+            speed=of_bench,
+            on_event=_titled("4/4 report", on_event),
+        )
+        report.write_report(page, Path("report.html"))
     return results, list(measured.rows), exported
 
 
@@ -169,6 +187,7 @@ def _render(
         ("students", Path("runs/<method>/student.pt")),
         ("ONNX    ", exported[0]),
         ("int8    ", exported[1]),
+        ("report  ", Path("report.html")),
     ):
         _ui.say(f"  {text}  {path.as_posix()}")
     _ui.next_command(f"cd {shlex.quote(folder.as_posix())} && kd test {best.run.student.as_posix()}")

@@ -15,6 +15,7 @@ from kdcli.config.commands import (
     ExportConfig,
     InfoConfig,
     PredictConfig,
+    ReportConfig,
     TestConfig,
     ValidateConfig,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "ExportConfig",
     "InfoConfig",
     "PredictConfig",
+    "ReportConfig",
     "Settings",
     "TestConfig",
     "TrainConfig",

@@ -287,6 +287,49 @@ class BenchConfig(Settings):
         return tuple(map(int, self.batch.split(",")))
 
 
+class ReportConfig(Settings):
+    """`kd report`."""
+
+    output: Path = Field(
+        Path("report.html"), description="The page to write.", json_schema_extra=about("Page", "-o")
+    )
+    thumbnails: int = Field(
+        24,
+        ge=0,
+        le=500,
+        description="Images to show of each run where student and teacher disagree.",
+        json_schema_extra=about("Page"),
+    )
+    no_images: bool = Field(
+        False, description="Leave the images out of the page.", json_schema_extra=about("Page")
+    )
+    bench: Path | None = Field(
+        None,
+        description="Take latencies from what kd bench --json printed; by default they are measured now.",
+        json_schema_extra=about("Measure", metavar="FILE"),
+    )
+    bench_rounds: int = Field(
+        80,
+        ge=3,
+        le=100_000,
+        description="Interleaved rounds of that measurement.",
+        json_schema_extra=about("Measure"),
+    )
+    no_bench: bool = Field(
+        False, description="Leave latencies and sizes out.", json_schema_extra=about("Measure")
+    )
+    teacher: Path | None = Field(
+        None,
+        description="Compare with this teacher; by default the one each student learned from.",
+        json_schema_extra=about("Measure"),
+    )
+    data: ModelDataSpec = None
+    skip_broken: SkipBroken = False
+    data_dir: DataDir = Path("data")
+    cache_dir: CacheDir = Path("cache")
+    threads: Threads = 0
+
+
 class DownloadConfig(Settings):
     """`kd download`."""
 

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, INK, GRID = "#0072b2", "#d55e00", "#009e73", "#333333", "#d9d9d9"
+BLUE, ORANGE, GREEN, INK, GRID, FRONT = "#0072b2", "#d55e00", "#009e73", "#333333", "#d9d9d9", "#8c8c8c"
 _LONGEST_NAME = 22
 _STYLE = {
     "svg.hashsalt": "kd",  # element ids would be random
@@ -39,14 +40,17 @@ _STYLE = {
 }
 
 
-def curves(metrics_path: Path, target: Path) -> None:
+Target = Path | BytesIO  # a .png or .svg file, or a buffer for an SVG
+
+
+def curves(metrics_path: Path, target: Target) -> None:
     """Draw a run's loss and validation accuracy by epoch from its `metrics.jsonl`.
 
     Raises:
         KdError: there is nothing to draw, or the figure cannot be written.
     """
     epochs = _read_epochs(metrics_path)
-    with _figure(target, 7.2, 5.2) as figure:
+    with drawn_to(target, 7.2, 5.2) as figure:
         validated = any(epoch.get("val_accuracy") is not None for epoch in epochs)
         panels = list(figure.subplots(2 if validated else 1, 1, sharex=True, squeeze=False)[:, 0])
         numbers = [epoch["epoch"] for epoch in epochs]
@@ -55,7 +59,7 @@ def curves(metrics_path: Path, target: Path) -> None:
         if len(terms) > 1:
             for name, colour in zip(terms, (ORANGE, GREEN, "#cc79a7", "#e69f00") * len(terms), strict=False):
                 values = [(epoch.get("terms") or {}).get(name) for epoch in epochs]
-                _line(panels[0], numbers, values, colour, _shown(name), width=1.2)
+                _line(panels[0], numbers, values, colour, shown(name), width=1.2)
             panels[0].legend(frameon=False, ncols=4, loc="upper right", fontsize=9)
         panels[0].set_ylabel("training loss")
         if validated:
@@ -68,7 +72,7 @@ def curves(metrics_path: Path, target: Path) -> None:
             panel.grid(color=GRID, linewidth=0.6)
 
 
-def confusion(matrix: Any, classes: Sequence[str], target: Path) -> None:
+def confusion(matrix: Any, classes: Sequence[str], target: Target) -> None:
     """Draw a confusion matrix; cells are shares of their row.
 
     Args:
@@ -86,8 +90,8 @@ def confusion(matrix: Any, classes: Sequence[str], target: Path) -> None:
     shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     count = len(classes)
     side = min(40.0, max(5.0, 0.55 * count if count <= 20 else 3 + 0.14 * count))
-    names = [_shown(name) for name in classes]
-    with _figure(target, side + 1.6, side + 0.8) as figure:
+    names = [shown(name) for name in classes]
+    with drawn_to(target, side + 1.6, side + 0.8) as figure:
         axes = figure.add_subplot()
         # the root lets a confusion of 2 % be seen beside a diagonal of 90 %
         drawn = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=100))
@@ -109,10 +113,15 @@ def confusion(matrix: Any, classes: Sequence[str], target: Path) -> None:
         bar.set_ticks([0, 1, 5, 10, 25, 50, 100])
 
 
-def pareto(rows: Sequence[Row], target: Path) -> None:
+def pareto(rows: Sequence[Row], target: Target, size: tuple[float, float] = (7.2, 5.0)) -> None:
     """Draw accuracy against single-image latency; a disc's area is the size of the network.
 
     The line joins the models that no other beats in both.
+
+    Args:
+        rows: those without an accuracy are left out.
+        target: `.png` or `.svg`.
+        size: width and height in inches.
 
     Raises:
         KdError: no row has an accuracy, or the figure cannot be written.
@@ -123,15 +132,15 @@ def pareto(rows: Sequence[Row], target: Path) -> None:
             "no model's accuracy is known, so there is nothing to draw", "Give test images with --data."
         )
     largest = max(row.network_bytes for row in known) or 1
-    with _figure(target, 7.2, 5.0) as figure:
+    with drawn_to(target, *size) as figure:
         axes = figure.add_subplot()
         axes.set_xscale("log")
         front = pareto_front(known)
         axes.plot(
             [row.latency_ms for row in front],
             [row.accuracy or 0 for row in front],
-            color=GRID,
-            linewidth=2,
+            color=FRONT,
+            linewidth=1.5,
             zorder=1,
         )
         for engine, colour in (("torch", ORANGE), ("onnxruntime", BLUE)):
@@ -158,7 +167,7 @@ def pareto(rows: Sequence[Row], target: Path) -> None:
             loc="lower right",
             bbox_to_anchor=(1, 1),
             ncols=3,
-            title="area: size; dark edge: teacher",
+            title="area: size; outlined: teacher",
         )
         for handle in legend.legend_handles:
             if handle is not None:
@@ -189,19 +198,22 @@ def check_target(target: Path) -> str:
 
 
 @contextmanager
-def _figure(target: Path, width: float, height: float) -> Iterator[Figure]:
+def drawn_to(target: Target, width: float, height: float) -> Iterator[Figure]:
     """A figure of so many inches that is written to `target` when the block ends."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    kind = check_target(target)
+    kind = "svg" if isinstance(target, BytesIO) else check_target(target)
     with warnings.catch_warnings(), mpl.rc_context(_STYLE):  # type: ignore[arg-type]
         warnings.simplefilter("ignore")  # glyphs the font lacks; the viewer of an SVG has its own
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
         metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
+        if isinstance(target, BytesIO):
+            figure.savefig(target, format=kind, metadata=metadata)
+            return
         try:
             with atomic_path(target) as temporary:
                 figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
@@ -295,7 +307,7 @@ def _name_points(axes: Axes, rows: Sequence[Row], front: Sequence[Row], largest:
         dots = ((x1 + share * (x2 - x1) / 60, y1 + share * (y2 - y1) / 60) for share in range(61))
         taken += [(x - 2, y - 2, x + 2, y + 2) for x, y in dots]
     for row, x, y, radius in discs:
-        name = _shown(row.name)
+        name = shown(row.name)
         width, height, gap = 5.2 * len(name), 11.0, radius + 3
         places = [
             (gap, -height / 2),
@@ -328,7 +340,7 @@ def _overlap(one: _Box, other: _Box) -> float:
     return max(0.0, width) * max(0.0, height)
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
     """One short line of printable characters, whatever a class is called."""
     clean = "".join(mark if mark.isprintable() else " " for mark in name).strip() or "(no name)"
     return clean if len(clean) <= _LONGEST_NAME else clean[: _LONGEST_NAME - 1] + "…"

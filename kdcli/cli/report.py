@@ -1,0 +1,101 @@
+"""`kd report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kdcli.cli import _ui
+from kdcli.cli._options import options_of
+from kdcli.config import ReportConfig, make
+from kdcli.errors import KdError, UsageError
+
+if TYPE_CHECKING:
+    from kdcli.report import Report
+
+_SHOWN_NAMES = 8
+
+
+@options_of(ReportConfig)
+def report(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[RUN]…", help="Folders of runs; by default all finished ones below runs/."),
+    ] = None,
+    **options: Any,
+) -> None:
+    """Write one page on runs: accuracy, speed, per class, confusions, where student and teacher differ.
+
+    The page needs no network and no other file. Test data is only shown here; nothing is chosen by it.
+    """
+    config = make(ReportConfig, options)
+    if config.bench is not None and config.no_bench:
+        raise UsageError("--bench and --no-bench exclude each other", "Leave one of them out.")
+    for path in (config.bench, config.teacher):
+        if path is not None and not path.is_file():
+            raise KdError(f"no such file: {path}", "Name a file that is there, or leave the option out.")
+    if config.output.is_dir():
+        raise UsageError(f"{config.output} is a folder", "Name a file: -o report.html")
+    if config.no_bench or config.bench is not None:
+        why = "with --no-bench" if config.no_bench else "with --bench"
+        _ui.note_unread(options, ("bench_rounds",), why)
+    if config.no_images:
+        _ui.note_unread(options, ("thumbnails",), "with --no-images")
+    from kdcli import report as engine
+    from kdcli import runtime
+    from kdcli.report import gather
+
+    runtime.set_threads(config.threads)
+    folders = gather.folders(runs or [])
+    exports = () if runs else tuple(sorted(Path("exports").glob("*.onnx")))
+    with _ui.progress() as on_event:
+        made = engine.make_report(folders, config, others=exports, on_event=on_event)
+    engine.write_report(made, config.output)
+    _show(made, config)
+
+
+def _show(made: Report, config: ReportConfig) -> None:
+    from kdcli.report.page import reason_groups
+
+    size = config.output.stat().st_size
+    for reason, names in reason_groups(made.left_out):
+        more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
+        _ui.note(f"left out, {reason}: {', '.join(names[:_SHOWN_NAMES])}{more}")
+    for line in made.notes:
+        _ui.note(line)
+    if _ui.settings.json:
+        _ui.json(
+            {
+                "output": config.output.as_posix(),
+                "bytes": size,
+                "runs": list(made.runs),
+                "left_out": [{"run": name, "reason": reason} for name, reason in made.left_out],
+                "notes": list(made.notes),
+            }
+        )
+        return
+    _ui.table(
+        ["run", "test %", "agree %", "ms", "faster"],
+        [
+            [
+                Path(run["run"]).name,
+                _ui.percent(run["test_accuracy"]),
+                _ui.percent(run["agreement"]),
+                "—" if run["latency_ms"] is None else f"{run['latency_ms']:.3g}",
+                "—" if run["speedup"] is None else f"{run['speedup']:.2f}×",
+            ]
+            for run in made.runs
+        ],
+    )
+    _ui.say(f"wrote {config.output.as_posix()} ({_ui.size(size)}); it opens in any browser")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(
+        "report",
+        epilog="[bold]kd report -o report.html[/bold]\n\n"
+        "[bold]kd report runs/kd-lenet-1 runs/ce-lenet-1 --bench bench.json[/bold]",
+    )(report)

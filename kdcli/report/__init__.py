@@ -1,0 +1,15 @@
+"""Figures and pages from results."""
+
+from kdcli.report.figures import check_target, confusion, curves, pareto, pareto_front
+from kdcli.report.page import Report, make_report, write_report
+
+__all__ = [
+    "Report",
+    "check_target",
+    "confusion",
+    "curves",
+    "make_report",
+    "pareto",
+    "pareto_front",
+    "write_report",
+]

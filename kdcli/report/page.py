@@ -1,0 +1,485 @@
+"""`kd report`: one page that needs nothing beside itself.
+
+Every text in it may come from a file of unknown origin. Jinja2 escapes all of it; what it takes as markup is made
+here and in `inline` alone; and the page's own policy lets the browser run no script but the one whose hash it names.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from kdcli import __version__
+from kdcli.bench import Row
+from kdcli.config import ReportConfig
+from kdcli.engine.evaluate import Evaluation
+from kdcli.errors import KdError
+from kdcli.events import OnEvent, ignore
+from kdcli.files import atomic_path, sha256_file
+from kdcli.report import inline
+from kdcli.report.examine import Disagreement, Examined, TeacherFigures, examine, recorded_teacher
+from kdcli.report.figures import pareto_front
+from kdcli.report.gather import Run, gather
+from kdcli.report.speed import Speed, deployed, from_file, measured
+
+MOST_DETAILED = 20  # runs with a section of their own
+MOST_CLASSES = 40  # rows of a table of classes
+MOST_CELLS = 20  # classes of a matrix with figures in it
+MOST_PIXELS = 100  # classes of a matrix at all
+MOST_PAIRS = 15
+MOST_EPOCHS = 200
+_THUMBNAIL = 96  # pixels of a side, at most
+
+
+@dataclass(frozen=True)
+class Section:
+    """A run as the page shows it."""
+
+    key: str
+    run: Run
+    examined: Examined
+    evaluation: Any  # measured now, else as recorded: both have accuracy, per_class, confusion …
+    row: Row | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page, and what is in it.
+
+    Attributes:
+        html: the page.
+        runs: its figures, plain values.
+        left_out: name and reason of runs that are not in it.
+        notes: one line each on what is missing and why.
+    """
+
+    html: str
+    runs: tuple[dict[str, Any], ...]
+    left_out: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+
+
+def make_report(
+    folders: Sequence[Path],
+    config: ReportConfig,
+    *,
+    others: Sequence[Path] = (),
+    speed: Speed | None = None,
+    on_event: OnEvent = ignore,
+) -> Report:
+    """Read runs, measure what can be measured, and make the page.
+
+    Args:
+        folders: of runs.
+        config: see `ReportConfig`.
+        others: further models to time beside the students, as exported files.
+        speed: a measurement that has been made already.
+        on_event: told of progress.
+
+    Raises:
+        KdError: no run is finished, or the file named by `config.bench` is no benchmark.
+    """
+    runs, left_out = gather(folders)
+    speed = from_file(config.bench) if speed is None and config.bench is not None else speed
+    examined = examine(runs, config, on_event)
+    if speed is None:
+        if config.no_bench:
+            speed = Speed(why_not="Latencies were left out (--no-bench).")
+        else:
+            teacher = _teacher_file(runs, examined, config)
+            speed = measured([run.student for run in runs], teacher, others, config, on_event)
+    speed = replace(speed, rows=_with_accuracy(speed.rows, runs, examined))
+    by_path = {_resolved(row.path): row for row in deployed(speed.rows)}
+    teachers = {found.teacher.sha256: found.teacher.path for found in examined if found.teacher is not None}
+    for run, found in zip(runs, examined, strict=True):
+        if (
+            found.is_teacher
+        ):  # one file under two names: a teacher's run, and the copy that others learned from
+            copy = teachers.pop(sha256_file(run.student), run.student)
+            if _resolved(copy) in by_path:
+                by_path[_resolved(run.student)] = by_path[_resolved(copy)]
+    sections = [
+        Section(
+            f"run-{number}",
+            run,
+            found,
+            found.evaluation or run.recorded.test,
+            by_path.get(_resolved(run.student)),
+        )
+        for number, (run, found) in enumerate(zip(runs, examined, strict=True), 1)
+    ]
+    html = _render(sections, left_out, speed, config, set(teachers))
+    notes = [f"{section.run.name}: {text}" for section in sections for text in _missing(section)]
+    if speed.why_not:
+        notes.append(speed.why_not)
+    return Report(html, tuple(_plain(section) for section in sections), tuple(left_out), tuple(notes))
+
+
+def write_report(report: Report, target: Path) -> None:
+    """Write the page whole or not at all.
+
+    Raises:
+        KdError: it cannot be written.
+    """
+    try:
+        with atomic_path(target) as temporary:
+            temporary.write_text(report.html, encoding="utf-8")
+    except OSError as error:
+        raise KdError(
+            f"cannot write {target}: {error.strerror or error}", "Choose another place with -o."
+        ) from error
+
+
+def text_of(value: object, longest: int = 300) -> str:
+    """One line of printable characters: no marks that turn the direction of text, no control characters."""
+    raw = str(value)[: 2 * longest]
+    clean = " ".join("".join(mark if mark.isprintable() else " " for mark in raw).split()) or "(no name)"
+    return clean if len(clean) <= longest else clean[: longest - 1] + "…"
+
+
+def reason_groups(left_out: Sequence[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    """Runs that are left out for the same reason, together."""
+    ordered = sorted(left_out, key=lambda pair: pair[1])
+    return [(reason, [name for name, _ in group]) for reason, group in groupby(ordered, lambda pair: pair[1])]
+
+
+def pairs(
+    confusion: Sequence[Sequence[int]], most: int = MOST_PAIRS
+) -> tuple[list[tuple[int, int, int, float]], int]:
+    """The most frequent confusions (true, predicted, count, per cent of the true class), and how many there are."""
+    counts = np.asarray(confusion, dtype=np.int64)
+    totals = counts.sum(axis=1)
+    np.fill_diagonal(counts, 0)
+    found = np.flatnonzero(counts)
+    order = found[np.argsort(-counts.ravel()[found], kind="stable")][:most]
+    width = len(counts)
+    return (
+        [
+            (
+                int(at // width),
+                int(at % width),
+                int(counts.ravel()[at]),
+                100 * float(counts.ravel()[at] / totals[at // width]),
+            )
+            for at in order
+        ],
+        len(found),
+    )
+
+
+def picture(pixels: npt.NDArray[np.uint8]) -> str:
+    """A PNG as a data address; pixels (H, W, C) of one or three channels, made smaller if need be."""
+    from PIL import Image
+
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels[..., :3])
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _render(
+    sections: Sequence[Section],
+    left_out: Sequence[tuple[str, str]],
+    speed: Speed,
+    config: ReportConfig,
+    listed: set[str],
+) -> str:
+    environment = Environment(
+        loader=PackageLoader("kdcli.report", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "plain": text_of,
+        "number": _number,
+        "size": _size,
+        "signed": _signed,
+        "ms": _ms,
+        "count": _count,
+        "data_uri": picture,
+    }
+    script = _asset("report.js")
+    drawn = [section for section in sections if _validated(section.run)]
+    drawn_first = sorted(drawn, key=lambda section: -(section.run.recorded.val_accuracy or 0))[
+        : inline.MOST_LINES
+    ]
+    lines = [section for section in sections if section in drawn_first]
+    shown_rows = deployed(speed.rows)
+    known = [row for row in shown_rows if row.accuracy is not None]
+    detailed = sections[:MOST_DETAILED]
+    teachers: dict[str, TeacherFigures] = {
+        section.examined.teacher.sha256: section.examined.teacher
+        for section in sections
+        if section.examined.teacher
+    }
+    rows_by_path = {_resolved(row.path): row for row in shown_rows}
+    front_rows = pareto_front(known)
+    return environment.get_template("report.html.jinja").render(
+        css=Markup(_asset("report.css")),  # noqa: S704 — kd's own files
+        script=Markup(script),  # noqa: S704
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        version=__version__,
+        sections=sections,
+        detailed=[_details(section) for section in detailed],
+        teachers=[
+            (figures, rows_by_path.get(_resolved(figures.path)), sha256 in listed)
+            for sha256, figures in teachers.items()
+        ],
+        labels=sorted({section.examined.label for section in sections if section.examined.label}),
+        best=_best(sections),
+        left_out=reason_groups(left_out),
+        lines=lines,
+        drawn_count=len(drawn),
+        unvalidated=[section.run.name for section in sections if not _validated(section.run)],
+        epochs_figure=inline.epochs([section.run for section in lines], "epochs") if lines else None,
+        epoch_rows=_epoch_rows(lines),
+        speed=speed,
+        speed_rows=shown_rows,
+        front=[row.path for row in front_rows],
+        front_figure=inline.front(known, "front") if known else None,
+        command=_command(
+            ["kd", "report", *(_path(section.run.folder) for section in sections), "-o", _path(config.output)]
+        ),
+        no_images=config.no_images,
+    )
+
+
+def _details(section: Section) -> dict[str, Any]:
+    """What the page says of one run, ready to print."""
+    run, found, evaluation = section.run, section.examined, section.evaluation
+    count = len(run.classes)
+    teacher = found.teacher.evaluation if found.teacher else None
+    matrix = evaluation.confusion
+    listed, pair_count = pairs(matrix)
+    rows = _class_rows(run.classes, evaluation, teacher)
+    source = recorded_teacher(run)[0]
+    return {
+        "section": section,
+        "classes": rows,
+        "class_count": count,
+        "widest": max((abs(row["difference"] or 0) for row in rows), default=0) or 1,
+        "cells": _cells(matrix) if count <= MOST_CELLS else None,
+        "heatmap": inline.heatmap(matrix, run.classes, f"{section.key}-confusion", run.name)
+        if MOST_CELLS < count <= MOST_PIXELS
+        else None,
+        "pairs": listed,
+        "pair_count": pair_count,
+        "calibration": inline.calibration(
+            found.bins, found.teacher.bins if found.teacher else (), f"{section.key}-reliability", run.name
+        )
+        if found.bins
+        else None,
+        "thumbnails": [_thumbnail(item, run.classes) for item in found.shown],
+        "commands": _commands(run, source),
+        "missing": _missing(section),
+    }
+
+
+def _class_rows(classes: Sequence[str], student: Any, teacher: Evaluation | None) -> list[dict[str, Any]]:
+    """A row for each class; of many, those with the largest difference, or without a teacher the lowest accuracy."""
+    rows = []
+    for index, name in enumerate(classes):
+        own = student.per_class[index]
+        other = teacher.per_class[index] if teacher else None
+        rows.append(
+            {
+                "index": index,
+                "name": name,
+                "count": sum(student.confusion[index]),
+                "student": own,
+                "teacher": other,
+                "difference": own - other if own is not None and other is not None else None,
+            }
+        )
+    if len(rows) <= MOST_CLASSES:
+        return rows
+    if teacher:
+        return sorted(rows, key=lambda row: -abs(row["difference"] or 0))[:MOST_CLASSES]
+    return sorted(rows, key=lambda row: 101 if row["student"] is None else row["student"])[:MOST_CLASSES]
+
+
+def _cells(matrix: Sequence[Sequence[int]]) -> list[list[dict[str, Any]]]:
+    """Counts with how strongly to tint them."""
+    table = []
+    for true, row in enumerate(matrix):
+        total = max(1, sum(row))
+        table.append(
+            [
+                {"count": count, "tint": f"{0.62 * (count / total) ** 0.5:.3f}", "right": true == predicted}
+                for predicted, count in enumerate(row)
+            ]
+        )
+    return table
+
+
+def _thumbnail(item: Disagreement, classes: Sequence[str]) -> dict[str, Any]:
+    return {
+        "item": item,
+        "label": classes[item.label],
+        "student": classes[item.student],
+        "teacher": classes[item.teacher],
+    }
+
+
+def _commands(run: Run, teacher: Path | None) -> list[str]:
+    student = _path(run.student)
+    compared = [_path(teacher)] if teacher is not None else []
+    return [
+        _command(["kd", "train", "--config", _path(run.folder / "config.toml")]),
+        _command(["kd", "test", student]),
+        _command(["kd", "export", student]),
+        _command(["kd", "bench", *compared, student]),
+    ]
+
+
+def _command(words: Sequence[str]) -> str:
+    return " ".join(shlex.quote(word) for word in words)
+
+
+def _path(path: Path) -> str:
+    """A path as a word of a command; one that begins with a hyphen would be an option."""
+    text = path.as_posix()
+    return f"./{text}" if text.startswith("-") else text
+
+
+def _missing(section: Section) -> list[str]:
+    """What this run's part of the page lacks, and why."""
+    found = section.examined
+    lines = list(section.run.problems)
+    if found.why_not:
+        lines.append(
+            f"Not measured on test images now: {found.why_not}. Figures are those recorded when it ended."
+        )
+    elif found.why_no_teacher:
+        lines.append(f"No comparison with a teacher. {found.why_no_teacher}")
+    return lines + list(found.notes)
+
+
+def _best(sections: Sequence[Section]) -> Section | None:
+    """The student with the highest validation accuracy: test data selects nothing."""
+    known = [
+        section
+        for section in sections
+        if section.run.recorded.val_accuracy is not None and not section.examined.is_teacher
+    ]
+    return max(known, key=lambda section: section.run.recorded.val_accuracy or 0.0) if known else None
+
+
+def _validated(run: Run) -> bool:
+    return any(line.val_accuracy is not None for line in run.epochs)
+
+
+def _epoch_rows(sections: Sequence[Section]) -> dict[str, Any]:
+    """Validation accuracies as a table: epochs down, runs across."""
+    by_run = [{line.epoch: line.val_accuracy for line in section.run.epochs} for section in sections]
+    numbers = sorted(set().union(*by_run)) if by_run else []
+    step = -(-len(numbers) // MOST_EPOCHS) or 1
+    chosen = numbers[::step]
+    return {"rows": [(number, [values.get(number) for values in by_run]) for number in chosen], "step": step}
+
+
+def _teacher_file(runs: Sequence[Run], examined: Sequence[Examined], config: ReportConfig) -> Path | None:
+    """The teacher that ratios refer to: --teacher, else the one most runs learned from, if its file is there."""
+    if config.teacher is not None and config.teacher.is_file():
+        return config.teacher
+    used = [found.teacher.path for found in examined if found.teacher is not None]
+    for run in runs if not used else ():
+        path, sha256 = recorded_teacher(run)
+        if path is not None and path.is_file() and sha256_file(path) == sha256:
+            used.append(path)
+    return max(used, key=used.count) if used else None
+
+
+def _with_accuracy(rows: Sequence[Row], runs: Sequence[Run], examined: Sequence[Examined]) -> tuple[Row, ...]:
+    """Accuracies that were measured for this page take the place of those recorded in files."""
+    known: dict[Path, float] = {}
+    for run, found in zip(runs, examined, strict=True):
+        if found.evaluation is not None:
+            known[_resolved(run.student)] = found.evaluation.accuracy
+        if found.teacher is not None:
+            known[_resolved(found.teacher.path)] = found.teacher.evaluation.accuracy
+    return tuple(
+        replace(row, accuracy=known[_resolved(row.path)], accuracy_source="measured")
+        if _resolved(row.path) in known
+        else row
+        for row in rows
+    )
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, ValueError, RuntimeError):  # of a file of unknown origin: a NUL, a loop of links
+        return path
+
+
+def _plain(section: Section) -> dict[str, Any]:
+    run, row, found = section.run, section.row, section.examined
+    return {
+        "run": run.folder.as_posix(),
+        "method": run.recorded.method,
+        "student": run.recorded.student,
+        "seed": run.recorded.seed,
+        "parameters": run.recorded.parameters,
+        "val_accuracy": run.recorded.val_accuracy,
+        "measured": found.evaluation is not None,
+        "test_images": section.evaluation.count,
+        "test_accuracy": section.evaluation.accuracy,
+        "accuracy_interval": list(section.evaluation.accuracy_interval),
+        "calibration_error": section.evaluation.calibration_error,
+        "agreement": section.evaluation.agreement,
+        "teacher_accuracy": section.evaluation.teacher_accuracy,
+        "disagreements": found.disagreements if found.teacher else None,
+        "engine": row.engine if row else None,
+        "latency_ms": row.latency_ms if row else None,
+        "speedup": row.speedup if row else None,
+        "network_bytes": row.network_bytes if row else None,
+        "size_ratio": row.size_ratio if row else None,
+    }
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "—" if value is None else f"{value:,.{digits}f}"
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{value:+,.{digits}f}".replace("-", "−")
+
+
+def _ms(value: float) -> str:
+    """Three figures, zeros at the end included."""
+    return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:,.0f}"
+
+
+def _count(number: int) -> str:
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return str(number)
+
+
+def _size(count: float) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _asset(name: str) -> str:
+    return resources.files("kdcli.report").joinpath("assets", name).read_text(encoding="utf-8")
