@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 TEACHER = {"method": "ce", "student": "convnet-large", "epochs": 20, "batch_size": 64, "lr": 3e-3}
 STUDENT = {"student": "convnet-tiny", "epochs": 60, "batch_size": 64, "lr": 1e-2}
 COMMON = {"data": "digits", "val_fraction": 0.15}
-QUICK_BENCH = {"rounds": 64, "max_seconds": 10, "no_memory": True}  # to be done in two minutes
+QUICK_BENCH = {"rounds": 48, "max_seconds": 6, "no_memory": True}  # to be done in two minutes
 
 
 @options_of(DemoConfig)

@@ -62,6 +62,14 @@ def cpu_info() -> dict[str, Any]:
     return {"model": model, "flags": flags, "cores": available_cores()}
 
 
+def governor() -> str | None:
+    """How the kernel sets the processor's clock, such as `performance`; None where it does not say."""
+    try:
+        return Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text().strip()
+    except OSError:
+        return None
+
+
 def environment() -> dict[str, Any]:
     """What a figure depends on beside the code's input: versions, CPU, threads, load."""
     packages = ("torch", "torchvision", "onnx", "onnxruntime", "numpy", "scikit-learn")
@@ -71,7 +79,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: metadata.version(name) for name in packages},
-        "cpu": cpu_info(),
+        "cpu": {**cpu_info(), "governor": governor()},
         "threads": torch.get_num_threads(),
         "load_average_1min": load,
     }
