@@ -482,6 +482,39 @@ def test_damaged_metadata_is_an_error(tmp_path: Path, plain: tuple[Classifier, E
             OnnxClassifier.load(tmp_path / "x.onnx")
 
 
+@pytest.mark.parametrize("kind", ["FLOAT", "FLOAT16", "DOUBLE", "UINT8"])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("opset", [9, 13, 21])
+def test_images_of_any_order_and_type_are_taken(kind: str, layout: str, opset: int, tmp_path: Path) -> None:
+    """Global mean of each channel, whatever the input looks like; TensorFlow's exporter writes NHWC."""
+    helper, proto = onnx.helper, onnx.TensorProto
+    shape = ["n", 3, 6, 5] if layout == "NCHW" else ["n", 6, 5, 3]
+    nodes = [helper.make_node("Cast", ["x"], ["f"], to=proto.FLOAT)]
+    if layout == "NHWC":
+        nodes.append(helper.make_node("Transpose", ["f"], ["c"], perm=[0, 3, 1, 2]))
+    nodes += [
+        helper.make_node("GlobalAveragePool", ["f" if layout == "NCHW" else "c"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", getattr(proto, kind), shape)],
+        [helper.make_tensor_value_info("y", proto.FLOAT, ["n", 3])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    onnx.save(model, tmp_path / "x.onnx")
+    loaded = OnnxClassifier.load(tmp_path / "x.onnx")
+    assert loaded.layout == layout
+    assert loaded.input_size == (6, 5, 3)
+    images = np.random.default_rng(0).integers(0, 256, (4, 6, 5, 3), dtype=np.uint8)
+    given = loaded.run(loaded.laid_out(images))
+    np.testing.assert_allclose(given, images.astype(float).mean((1, 2)), rtol=1e-3)
+    assert (loaded.why_not_runnable is None) == (kind == "UINT8")
+    if kind == "UINT8":
+        np.testing.assert_allclose(loaded(torch.from_numpy(images)).numpy(), given)
+
+
 def test_a_fixed_batch_is_filled_up(tmp_path: Path, plain: tuple[Classifier, ExportResult]) -> None:
     result = exported(tmp_path, plain[0], batch=3)
     three = OnnxClassifier.load(result.path)

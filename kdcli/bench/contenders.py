@@ -172,11 +172,9 @@ def _onnx_contender(
     path: Path, name: str, model: OnnxClassifier, raw: Tensor, threads: int, is_teacher: bool
 ) -> Contender:
     notes = []
-    if model.why_not_runnable is None:
-        inputs = model.prepare(raw)
-    else:
-        inputs = np.ascontiguousarray(raw.permute(0, 3, 1, 2).numpy().astype(np.float32) / 255)
-    if model.layout == "NHWC":
+    known = model.why_not_runnable is None
+    inputs = model.prepare(raw) if known else model.laid_out(raw.numpy() / 255)
+    if model.takes_pixels:
         notes.append("timed with its preprocessing, which is inside")
     model.run(inputs[:1])
     if len(inputs) > 1 and model.batch is None:

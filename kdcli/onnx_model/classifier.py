@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kdcli.errors import KdError
-from kdcli.onnx_model.facts import CHANNELS, image_input
+from kdcli.onnx_model.facts import CHANNELS, image_input, layout_of
 from kdcli.onnx_model.files import first_line, read, serialized, session
 from kdcli.onnx_model.remarks import remarks_of
 from kdcli.preprocess import Preprocess
@@ -37,8 +37,9 @@ class OnnxClassifier:
         input_size: (H, W, C) of the raw images.
         provenance: what kd export wrote of its origin, else empty.
         metadata: all the file's own remarks.
-        layout: `NCHW` float32 prepared input, or `NHWC` uint8 raw images.
-        preprocess: raw pixels → its input; None where it is not known (or not needed: `NHWC`).
+        layout: `NCHW` or `NHWC`: the order of its input's sides.
+        dtype: of its input; uint8 is raw images, RGB.
+        preprocess: raw pixels → its input; None where it is not known (or not needed: uint8).
         gives: `logits` or `probabilities`.
         batch: images it takes at a time, no more and no fewer; None: any number.
         session: runs it.
@@ -52,6 +53,7 @@ class OnnxClassifier:
     provenance: dict[str, Any]
     metadata: dict[str, str]
     layout: str
+    dtype: np.dtype[Any]
     preprocess: Preprocess | None
     gives: str
     batch: int | None
@@ -71,8 +73,8 @@ class OnnxClassifier:
         """Read and prepare a classifier for inference.
 
         Args:
-            path: any ONNX file with one image input, float32 (N, C, H, W) or uint8 (N, H, W, C), whose first
-                output is (N, classes).
+            path: any ONNX file with one image input, (N, C, H, W) or (N, H, W, C), uint8 or of a float type, whose
+                first output is (N, classes).
             threads: CPU threads; 0: all available cores.
             input_size: (H, W, C) to assume where the file leaves height and width open.
             external: also take weights from files that lie beside it.
@@ -82,10 +84,10 @@ class OnnxClassifier:
         """
         model, file_bytes = read(path, external=external)
         metadata = {entry.key: entry.value for entry in model.metadata_props}
-        layout, size = _input_of(path, model, input_size)
+        layout, dtype, size = _input_of(path, model, input_size)
         batch = _fixed_batch(path, model, math.prod(size))
         runner = session(serialized(path, model), threads, str(path))
-        count = _class_count(path, runner, layout, size, batch or 1)
+        count = _class_count(path, runner, layout, dtype, size, batch or 1)
         classes, provenance, preprocess = remarks_of(path, metadata, count)
         return cls(
             path=path,
@@ -94,6 +96,7 @@ class OnnxClassifier:
             provenance=provenance,
             metadata=metadata,
             layout=layout,
+            dtype=dtype,
             preprocess=preprocess,
             gives="probabilities" if _ends_in_softmax(model) else "logits",
             batch=batch,
@@ -105,7 +108,7 @@ class OnnxClassifier:
     @property
     def why_not_runnable(self) -> str | None:
         """Why raw images cannot be given to it; None if they can."""
-        if self.layout == "NHWC" or self.preprocess is not None:
+        if self.takes_pixels or self.preprocess is not None:
             return None
         if self.metadata.get("kd.format"):
             return "its preprocessing is too large to be in the file"
@@ -126,8 +129,8 @@ class OnnxClassifier:
 
     def prepare(self, images: Tensor) -> npt.NDArray[Any]:
         """Raw images uint8 (B, H, W, C) → the array the network takes."""
-        if self.layout == "NHWC":
-            return np.ascontiguousarray(images.numpy())
+        if self.takes_pixels:
+            return self.laid_out(images.numpy())
         if self.preprocess is None:
             raise KdError(
                 f"{self.path} cannot be given images: {self.why_not_runnable}",
@@ -136,6 +139,16 @@ class OnnxClassifier:
         with torch.inference_mode():
             prepared = self.preprocess(images.permute(0, 3, 1, 2).float())
             return np.ascontiguousarray(prepared.numpy())
+
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether its input is raw images, so that its preprocessing is inside."""
+        return self.dtype == np.uint8
+
+    def laid_out(self, images: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Images (B, H, W, C) in the order and type of its input, values as they are."""
+        ordered = images if self.layout == "NHWC" else images.transpose(0, 3, 1, 2)
+        return np.ascontiguousarray(ordered.astype(self.dtype))
 
     def run(self, inputs: npt.NDArray[Any]) -> _Floats:
         """The network's own input → its first output (B, classes).
@@ -158,19 +171,27 @@ class OnnxClassifier:
         return np.concatenate([part.reshape(step, -1) for part in parts])[:count]
 
 
+_TYPES: dict[int, np.dtype[Any]] = {
+    onnx.TensorProto.FLOAT: np.dtype(np.float32),
+    onnx.TensorProto.FLOAT16: np.dtype(np.float16),
+    onnx.TensorProto.DOUBLE: np.dtype(np.float64),
+    onnx.TensorProto.UINT8: np.dtype(np.uint8),
+}
+
+
 def _input_of(
     path: Path, model: onnx.ModelProto, assumed: tuple[int, int, int] | None
-) -> tuple[str, tuple[int, int, int]]:
-    """Layout and (H, W, C) of the one image input."""
+) -> tuple[str, np.dtype[Any], tuple[int, int, int]]:
+    """Layout, type and (H, W, C) of the one image input."""
     info = image_input(model)
-    hint = "kd runs files with one input: float32 (N, C, H, W) or uint8 (N, H, W, C)."
+    hint = "kd runs files with one input: (N, C, H, W) or (N, H, W, C), uint8 or a float type."
     if info is None:
         raise KdError(f"{path} does not have exactly one input", hint)
     kind = info.type.tensor_type.elem_type
     sides = [side.dim_value for side in info.type.tensor_type.shape.dim]  # 0: open
-    if len(sides) != 4 or kind not in (onnx.TensorProto.FLOAT, onnx.TensorProto.UINT8):
+    if len(sides) != 4 or kind not in _TYPES:
         raise KdError(f"{path} does not take images", hint)
-    layout = "NHWC" if kind == onnx.TensorProto.UINT8 else "NCHW"
+    layout = layout_of(info)
     height, width, channels = sides[1:] if layout == "NHWC" else (sides[2], sides[3], sides[1])
     if assumed is not None:
         height, width, channels = (
@@ -186,7 +207,7 @@ def _input_of(
         )
     if channels not in CHANNELS:
         raise KdError(f"{path} takes {channels} channels in {layout} order, which is no image", hint)
-    return layout, (height, width, channels)
+    return layout, _TYPES[kind], (height, width, channels)
 
 
 def _fixed_batch(path: Path, model: onnx.ModelProto, values: int) -> int | None:
@@ -202,12 +223,17 @@ def _fixed_batch(path: Path, model: onnx.ModelProto, values: int) -> int | None:
 
 
 def _class_count(
-    path: Path, runner: ort.InferenceSession, layout: str, size: tuple[int, int, int], batch: int
+    path: Path,
+    runner: ort.InferenceSession,
+    layout: str,
+    dtype: np.dtype[Any],
+    size: tuple[int, int, int],
+    batch: int,
 ) -> int:
     """Found by running black images: declared output shapes are often open."""
     height, width, channels = size
     shape = (batch, height, width, channels) if layout == "NHWC" else (batch, channels, height, width)
-    black = np.zeros(shape, np.uint8 if layout == "NHWC" else np.float32)
+    black = np.zeros(shape, dtype)
     try:
         outputs = runner.run(None, {runner.get_inputs()[0].name: black})
     except Exception as error:  # onnxruntime's exceptions share no base of their own

@@ -128,13 +128,25 @@ def fix_input(model: onnx.ModelProto, input_size: tuple[int, int, int] | None) -
     sides[0].dim_value = 1
     if input_size is not None:
         height, width, channels = input_size
-        raw = info.type.tensor_type.elem_type == onnx.TensorProto.UINT8
-        values = (height, width, channels) if raw else (channels, height, width)
+        last = layout_of(info) == "NHWC"
+        values = (height, width, channels) if last else (channels, height, width)
         for side, value in zip(sides[1:], values, strict=True):
             side.dim_value = value
     for output in model.graph.output:  # a named batch side would contradict the 1
         output.type.tensor_type.ClearField("shape")
     del model.graph.value_info[:]
+
+
+def layout_of(info: onnx.ValueInfoProto) -> str:
+    """`NCHW` or `NHWC`: which of the second and the last side is a number of channels.
+
+    Where both or neither is, pixels lie NHWC and floats NCHW, as in kd's own files. TensorFlow's are NHWC.
+    """
+    sides = info.type.tensor_type.shape.dim
+    second, last = sides[1].dim_value, sides[3].dim_value
+    if info.type.tensor_type.elem_type == onnx.TensorProto.UINT8:
+        return "NCHW" if second in CHANNELS and last not in CHANNELS else "NHWC"
+    return "NHWC" if last in CHANNELS and second and second not in CHANNELS else "NCHW"
 
 
 def image_input(model: onnx.ModelProto) -> onnx.ValueInfoProto | None:
