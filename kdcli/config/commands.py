@@ -223,7 +223,7 @@ class BenchConfig(Settings):
         60,
         ge=1,
         le=86_400,
-        description="Rounds end after this time, with wider intervals.",
+        description="Rounds take no longer than this in all; intervals are wider then.",
         json_schema_extra=about("Measure"),
     )
     engine: Literal["both", "all", "torch", "compiled", "onnxruntime"] = Field(
