@@ -27,7 +27,7 @@ from kdcli.data.images import fingerprint_of
 from kdcli.engine import fit
 from kdcli.engine.evaluate import measure
 from kdcli.errors import KdError, UsageError
-from kdcli.report import examine, gather, make_report, page
+from kdcli.report import details, examine, gather, make_report
 from tests.conftest import command_line, make_splits
 
 HOSTILE = (
@@ -300,8 +300,8 @@ def test_reliability_is_the_calibration_error_taken_apart() -> None:
 
 def test_confused_pairs() -> None:
     matrix = [[5, 3, 0], [1, 9, 0], [7, 0, 0]]
-    assert page.pairs(matrix) == ([(2, 0, 7, 100.0), (0, 1, 3, 37.5), (1, 0, 1, 10.0)], 3)
-    assert page.pairs(matrix, 1) == ([(2, 0, 7, 100.0)], 3)
+    assert details.pairs(matrix) == ([(2, 0, 7, 100.0), (0, 1, 3, 37.5), (1, 0, 1, 10.0)], 3)
+    assert details.pairs(matrix, 1) == ([(2, 0, 7, 100.0)], 3)
 
 
 @pytest.mark.parametrize(("classes", "drawn"), [(20, "table"), (30, "svg"), (150, "list")])
@@ -473,7 +473,7 @@ def test_of_many_classes_those_that_differ_most() -> None:
     right = torch.eye(50)[labels]
     wrong = right.clone()
     wrong[7] = torch.eye(50)[8]  # one of the two images of class 7
-    rows = page._class_rows(names, measure(wrong, labels), measure(right, labels))
-    assert len(rows) == page.MOST_CLASSES
+    rows = details._class_rows(names, measure(wrong, labels), measure(right, labels))
+    assert len(rows) == details.MOST_CLASSES
     assert (rows[0]["name"], rows[0]["count"], rows[0]["difference"]) == ("class 7", 2, -50.0)
     assert {row["difference"] for row in rows[1:]} == {0.0}

@@ -17,6 +17,7 @@ from rich.table import Table
 from kdcli.errors import Interrupted, KdError
 from kdcli.events import Event, Note, OnEvent
 from kdcli.events import Progress as ProgressEvent
+from kdcli.units import size
 
 PLAIN_INTERVAL_S = 10.0
 FOLLOWER_WAITS_S = 3.0
@@ -233,23 +234,6 @@ def _value(name: str, value: float) -> str:
 def quantity(value: float, unit: str) -> str:
     """A number with its unit: `3.9 MB`, `412 images`."""
     return size(value) if unit == "bytes" else f"{value:,.0f} {unit}"
-
-
-def size(count: float) -> str:
-    """Bytes for people, powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
-
-
-def count(number: float) -> str:
-    """`966,986` as `967 k`, for tables."""
-    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= scale:
-            return f"{number / scale:.3g} {unit}"
-    return f"{number:.0f}"
 
 
 def clock(seconds: float) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kdcli import units
 from kdcli.cli import _ui
 from kdcli.cli._find import existing_model
 from kdcli.cli._options import options_of
@@ -132,7 +133,7 @@ def _show(result: BenchResult) -> None:
     _ui.say(
         f"ms, p90, p95, p99: one image, n = {first.latency_n:,} in {result.rounds} rounds; prepared input"
     )
-    paces = ", ".join(f"{size}: {_ui.count(pace)}" for size, pace in first.throughput.items())
+    paces = ", ".join(f"{size}: {units.count(pace)}" for size, pace in first.throughput.items())
     _ui.say(f"img/s: batches of {max(result.batches)}; of {first.name} ({_engine(first)}) by batch: {paces}")
     _ui.say("faster, smaller: teacher ÷ model; size: the network alone; under 2 %: no difference")
     if measured:
@@ -149,9 +150,9 @@ def _cells(row: Row, *, agreed: bool) -> list[str]:
     return [
         row.name,
         _engine(row),
-        _ui.size(row.network_bytes),
+        units.size(row.network_bytes),
         f"{row.latency_ms:.3g}",
-        _ui.count(row.images_per_s),
+        units.count(row.images_per_s),
         _ratio(row.speedup),
         _ratio(row.size_ratio),
         "—" if row.accuracy is None else f"{row.accuracy:.2f}{mark}",
@@ -177,16 +178,16 @@ def _more_cells(row: Row, *, measured: bool) -> list[str]:
     cells = [
         row.name,
         _engine(row),
-        _ui.count(row.parameters),
-        "—" if row.macs is None else _ui.count(row.macs),
-        _ui.size(row.file_bytes),
+        units.count(row.parameters),
+        "—" if row.macs is None else units.count(row.macs),
+        units.size(row.file_bytes),
     ]
     if not measured:
         return cells
     alone = row.alone
     if alone is None or alone.load_ms is None or alone.first_ms is None:
         return [*cells, "—", "—", "—"]
-    peak = "—" if alone.peak_rss_bytes is None else _ui.size(alone.peak_rss_bytes)
+    peak = "—" if alone.peak_rss_bytes is None else units.size(alone.peak_rss_bytes)
     return [*cells, f"{alone.load_ms:.3g}", f"{alone.first_ms:.3g}", peak]
 
 
@@ -214,8 +215,8 @@ def _footnotes(result: BenchResult) -> list[str]:
     for row in result.rows:
         if row.path not in seen and row.preprocessing_bytes > 0.05 * row.network_bytes:
             lines.append(
-                f"{row.name}: the file has {_ui.size(row.file_bytes)}, "
-                f"{_ui.size(row.preprocessing_bytes)} of it preprocessing"
+                f"{row.name}: the file has {units.size(row.file_bytes)}, "
+                f"{units.size(row.preprocessing_bytes)} of it preprocessing"
             )
         seen.add(row.path)
         label = f"{row.name} ({_short(row.engine)})"

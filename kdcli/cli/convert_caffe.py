@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kdcli import units
 from kdcli.cli import _ui
 from kdcli.cli._options import options_of
 from kdcli.config import ConvertConfig, ExportConfig, make
@@ -99,7 +100,7 @@ def convert_caffe(
     height, width, channels = classifier.input_size
     _ui.say()
     _ui.say(
-        f"{classifier.provenance['name']}: {_ui.count(parameter_count(classifier.network))} parameters, "
+        f"{classifier.provenance['name']}: {units.count(parameter_count(classifier.network))} parameters, "
         f"images {height}×{width}×{channels}, {len(classifier.classes)} classes, "
         f"preprocessing {classifier.preprocess.name} {classifier.preprocess.channel_order}"
     )

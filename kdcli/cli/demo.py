@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kdcli import methods
+from kdcli import methods, units
 from kdcli.cli import _ui
 from kdcli.cli._options import options_of
 from kdcli.config import (
@@ -201,8 +201,8 @@ def _cells(row: Row, is_export: bool) -> list[str]:
         name,
         _ui.percent(row.accuracy),
         _ui.percent(None if row.is_teacher else row.agreement),
-        _ui.count(row.parameters),
-        _ui.size(row.network_bytes),
+        units.count(row.parameters),
+        units.size(row.network_bytes),
         f"{row.latency_ms * 1e3:.0f} µs",
         "1.0×" if row.is_teacher or row.speedup is None else f"{row.speedup:.1f}×",
     ]

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from kdcli import catalog
+from kdcli import catalog, units
 from kdcli.catalog import DOWNLOADS, RemoteFile
 from kdcli.cli import Terminated, _ui
 from kdcli.cli._options import options_of
@@ -102,11 +102,13 @@ def _fetch(remote: RemoteFile, target: Path, source: str | None, command: str) -
         if state.status != "partial":
             raise Interrupted("stopped", f"{command} begins again.", exit_code=code) from stop
         raise Interrupted(
-            f"stopped: {_ui.size(state.kept_bytes)} of {remote.name} are kept in {state.kept.as_posix()}",
+            f"stopped: {units.size(state.kept_bytes)} of {remote.name} are kept in {state.kept.as_posix()}",
             f"{command} goes on from there.",
             exit_code=code,
         ) from stop
-    _ui.say(f"{result.path.as_posix()}  {_ui.size(result.size_bytes)}  {_DONE[result.status]}, hash verified")
+    _ui.say(
+        f"{result.path.as_posix()}  {units.size(result.size_bytes)}  {_DONE[result.status]}, hash verified"
+    )
     return result
 
 
@@ -139,7 +141,7 @@ def _list(wanted: Wanted, sources: dict[str, str | None]) -> None:
                 target.as_posix(),
                 _origin(remote, sources[remote.name]),
                 _state(state),
-                "unknown" if remote.size_bytes is None else _ui.size(remote.size_bytes),
+                "unknown" if remote.size_bytes is None else units.size(remote.size_bytes),
             ]
             for (remote, target), state in listed
         ],
@@ -147,7 +149,7 @@ def _list(wanted: Wanted, sources: dict[str, str | None]) -> None:
     )
     unknown = len(missing) - len(known)
     rest = f" and {unknown} file{'s' * (unknown > 1)} of unknown size" if unknown else ""
-    _ui.say(f"to fetch: {_ui.size(sum(known))}{rest}")
+    _ui.say(f"to fetch: {units.size(sum(known))}{rest}")
     if _ui.settings.json:
         _ui.json(
             {
@@ -172,7 +174,7 @@ def _list(wanted: Wanted, sources: dict[str, str | None]) -> None:
 def _state(state: State) -> str:
     return {
         "present": "there",
-        "partial": f"{_ui.size(state.kept_bytes)} there",
+        "partial": f"{units.size(state.kept_bytes)} there",
         "absent": "to fetch",
         "other": "another file, to replace",
     }[state.status]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kdcli import units
 from kdcli.cli import _ui
 from kdcli.cli._find import existing_model
 from kdcli.cli._options import options_of
@@ -70,7 +71,7 @@ def _show(result: ExportResult) -> None:
             f"{drop.accuracy:.2f} %: {drop.points:+.2f} points lost of {drop.allowed:g} allowed"
         )
     _ui.say(f"takes {takes}, {'any N' if result.batch is None else f'N = {result.batch}'}")
-    _ui.say(f"wrote {result.path.as_posix()} ({_ui.size(result.size_bytes)})")
+    _ui.say(f"wrote {result.path.as_posix()} ({units.size(result.size_bytes)})")
     _ui.next_command("kd bench")
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kdcli import units
 from kdcli.cli import _ui
 from kdcli.cli._find import existing_model
 from kdcli.cli._options import options_of
@@ -63,7 +64,7 @@ def _show(model: str, found: ModelInfo) -> None:
     height, width, channels = found.input_size
     shown = ", ".join(found.classes[:_SHOWN_CLASSES])
     more = len(found.classes) - _SHOWN_CLASSES
-    work = "unknown" if found.macs is None else f"{_ui.count(found.macs)} MACs an image"
+    work = "unknown" if found.macs is None else f"{units.count(found.macs)} MACs an image"
     facts = [
         ["model", model],
         ["is", " ".join(filter(None, (found.kind, found.arch)))],
@@ -77,7 +78,7 @@ def _show(model: str, found: ModelInfo) -> None:
         values = [f"{key} {value}" for key, value in found.preprocess.items() if key != "name"]
         facts.append(["preprocessing", ", ".join([str(found.preprocess["name"]), *values])])
     if found.file_bytes is not None:
-        facts += [["file", _ui.size(found.file_bytes)], ["SHA-256", str(found.sha256)]]
+        facts += [["file", units.size(found.file_bytes)], ["SHA-256", str(found.sha256)]]
     _ui.table(["", ""], [*facts, *_flat(found.provenance)], left=2)
 
 

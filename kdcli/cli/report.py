@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kdcli import units
 from kdcli.cli import _ui
 from kdcli.cli._options import options_of
 from kdcli.config import ReportConfig, make
@@ -89,7 +90,7 @@ def _show(made: Report, config: ReportConfig) -> None:
             for run in made.runs
         ],
     )
-    _ui.say(f"wrote {config.output.as_posix()} ({_ui.size(size)}); it opens in any browser")
+    _ui.say(f"wrote {config.output.as_posix()} ({units.size(size)}); it opens in any browser")
 
 
 def register(app: typer.Typer) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdcli import files, methods
+from kdcli import files, methods, units
 from kdcli.cli import _ui
 from kdcli.cli._imports import imports
 from kdcli.cli._options import options_of
@@ -143,7 +143,7 @@ def _finish(result: Result | None, splits: Any) -> None:
     if result.val_accuracy is not None:
         _ui.say(f"accuracy on the validation split {result.val_accuracy:.2f} %")
     _ui.say(
-        f"{_ui.count(result.parameters)} parameters, {result.images_per_s:,.0f} images/s, "
+        f"{units.count(result.parameters)} parameters, {result.images_per_s:,.0f} images/s, "
         f"{_ui.clock(result.seconds)} of training, teacher runs: {_teacher_runs(result)}"
     )
     for mark in result.marks:

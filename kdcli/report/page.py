@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -17,42 +15,24 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from kdcli import __version__
+from kdcli import __version__, units
 from kdcli.bench import Row
 from kdcli.config import ReportConfig
-from kdcli.engine.evaluate import Evaluation
 from kdcli.errors import KdError
 from kdcli.events import OnEvent, ignore
 from kdcli.files import atomic_path, sha256_file
-from kdcli.report import inline
-from kdcli.report.examine import Disagreement, Examined, TeacherFigures, examine, recorded_teacher
+from kdcli.report import inline, words
+from kdcli.report.details import Section, command, details_of, missing, path_word
+from kdcli.report.examine import Examined, TeacherFigures, examine, recorded_teacher
 from kdcli.report.figures import pareto_front
 from kdcli.report.gather import Run, gather
 from kdcli.report.speed import Speed, deployed, from_file, measured
 
 MOST_DETAILED = 20  # runs with a section of their own
-MOST_CLASSES = 40  # rows of a table of classes
-MOST_CELLS = 20  # classes of a matrix with figures in it
-MOST_PIXELS = 100  # classes of a matrix at all
-MOST_PAIRS = 15
 MOST_EPOCHS = 200
-_THUMBNAIL = 96  # pixels of a side, at most
-
-
-@dataclass(frozen=True)
-class Section:
-    """A run as the page shows it."""
-
-    key: str
-    run: Run
-    examined: Examined
-    evaluation: Any  # measured now, else as recorded: both have accuracy, per_class, confusion …
-    row: Row | None
 
 
 @dataclass(frozen=True)
@@ -122,7 +102,7 @@ def make_report(
         for number, (run, found) in enumerate(zip(runs, examined, strict=True), 1)
     ]
     html = _render(sections, left_out, speed, config, set(teachers))
-    notes = [f"{section.run.name}: {text}" for section in sections for text in _missing(section)]
+    notes = [f"{section.run.name}: {text}" for section in sections for text in missing(section)]
     if speed.why_not:
         notes.append(speed.why_not)
     return Report(html, tuple(_plain(section) for section in sections), tuple(left_out), tuple(notes))
@@ -143,52 +123,10 @@ def write_report(report: Report, target: Path) -> None:
         ) from error
 
 
-def text_of(value: object, longest: int = 300) -> str:
-    """One line of printable characters: no marks that turn the direction of text, no control characters."""
-    raw = str(value)[: 2 * longest]
-    clean = " ".join("".join(mark if mark.isprintable() else " " for mark in raw).split()) or "(no name)"
-    return clean if len(clean) <= longest else clean[: longest - 1] + "…"
-
-
 def reason_groups(left_out: Sequence[tuple[str, str]]) -> list[tuple[str, list[str]]]:
     """Runs that are left out for the same reason, together."""
     ordered = sorted(left_out, key=lambda pair: pair[1])
     return [(reason, [name for name, _ in group]) for reason, group in groupby(ordered, lambda pair: pair[1])]
-
-
-def pairs(
-    confusion: Sequence[Sequence[int]], most: int = MOST_PAIRS
-) -> tuple[list[tuple[int, int, int, float]], int]:
-    """The most frequent confusions (true, predicted, count, per cent of the true class), and how many there are."""
-    counts = np.asarray(confusion, dtype=np.int64)
-    totals = counts.sum(axis=1)
-    np.fill_diagonal(counts, 0)
-    found = np.flatnonzero(counts)
-    order = found[np.argsort(-counts.ravel()[found], kind="stable")][:most]
-    width = len(counts)
-    return (
-        [
-            (
-                int(at // width),
-                int(at % width),
-                int(counts.ravel()[at]),
-                100 * float(counts.ravel()[at] / totals[at // width]),
-            )
-            for at in order
-        ],
-        len(found),
-    )
-
-
-def picture(pixels: npt.NDArray[np.uint8]) -> str:
-    """A PNG as a data address; pixels (H, W, C) of one or three channels, made smaller if need be."""
-    from PIL import Image
-
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels[..., :3])
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _render(
@@ -206,13 +144,13 @@ def _render(
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "plain": text_of,
-        "number": _number,
-        "size": _size,
-        "signed": _signed,
-        "ms": _ms,
-        "count": _count,
-        "data_uri": picture,
+        "plain": words.text_of,
+        "number": words.number,
+        "size": units.size,
+        "signed": words.signed,
+        "ms": words.ms,
+        "count": units.count,
+        "data_uri": words.picture,
     }
     script = _asset("report.js")
     drawn = [section for section in sections if _validated(section.run)]
@@ -236,7 +174,7 @@ def _render(
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         version=__version__,
         sections=sections,
-        detailed=[_details(section) for section in detailed],
+        detailed=[details_of(section) for section in detailed],
         teachers=[
             (figures, rows_by_path.get(_resolved(figures.path)), sha256 in listed)
             for sha256, figures in teachers.items()
@@ -253,122 +191,17 @@ def _render(
         speed_rows=shown_rows,
         front=[row.path for row in front_rows],
         front_figure=inline.front(known, "front") if known else None,
-        command=_command(
-            ["kd", "report", *(_path(section.run.folder) for section in sections), "-o", _path(config.output)]
+        command=command(
+            [
+                "kd",
+                "report",
+                *(path_word(section.run.folder) for section in sections),
+                "-o",
+                path_word(config.output),
+            ]
         ),
         no_images=config.no_images,
     )
-
-
-def _details(section: Section) -> dict[str, Any]:
-    """What the page says of one run, ready to print."""
-    run, found, evaluation = section.run, section.examined, section.evaluation
-    count = len(run.classes)
-    teacher = found.teacher.evaluation if found.teacher else None
-    matrix = evaluation.confusion
-    listed, pair_count = pairs(matrix)
-    rows = _class_rows(run.classes, evaluation, teacher)
-    source = recorded_teacher(run)[0]
-    return {
-        "section": section,
-        "classes": rows,
-        "class_count": count,
-        "widest": max((abs(row["difference"] or 0) for row in rows), default=0) or 1,
-        "cells": _cells(matrix) if count <= MOST_CELLS else None,
-        "heatmap": inline.heatmap(matrix, run.classes, f"{section.key}-confusion", run.name)
-        if MOST_CELLS < count <= MOST_PIXELS
-        else None,
-        "pairs": listed,
-        "pair_count": pair_count,
-        "calibration": inline.calibration(
-            found.bins, found.teacher.bins if found.teacher else (), f"{section.key}-reliability", run.name
-        )
-        if found.bins
-        else None,
-        "thumbnails": [_thumbnail(item, run.classes) for item in found.shown],
-        "commands": _commands(run, source),
-        "missing": _missing(section),
-    }
-
-
-def _class_rows(classes: Sequence[str], student: Any, teacher: Evaluation | None) -> list[dict[str, Any]]:
-    """A row for each class; of many, those with the largest difference, or without a teacher the lowest accuracy."""
-    rows = []
-    for index, name in enumerate(classes):
-        own = student.per_class[index]
-        other = teacher.per_class[index] if teacher else None
-        rows.append(
-            {
-                "index": index,
-                "name": name,
-                "count": sum(student.confusion[index]),
-                "student": own,
-                "teacher": other,
-                "difference": own - other if own is not None and other is not None else None,
-            }
-        )
-    if len(rows) <= MOST_CLASSES:
-        return rows
-    if teacher:
-        return sorted(rows, key=lambda row: -abs(row["difference"] or 0))[:MOST_CLASSES]
-    return sorted(rows, key=lambda row: 101 if row["student"] is None else row["student"])[:MOST_CLASSES]
-
-
-def _cells(matrix: Sequence[Sequence[int]]) -> list[list[dict[str, Any]]]:
-    """Counts with how strongly to tint them."""
-    table = []
-    for true, row in enumerate(matrix):
-        total = max(1, sum(row))
-        table.append(
-            [
-                {"count": count, "tint": f"{0.62 * (count / total) ** 0.5:.3f}", "right": true == predicted}
-                for predicted, count in enumerate(row)
-            ]
-        )
-    return table
-
-
-def _thumbnail(item: Disagreement, classes: Sequence[str]) -> dict[str, Any]:
-    return {
-        "item": item,
-        "label": classes[item.label],
-        "student": classes[item.student],
-        "teacher": classes[item.teacher],
-    }
-
-
-def _commands(run: Run, teacher: Path | None) -> list[str]:
-    student = _path(run.student)
-    compared = [_path(teacher)] if teacher is not None else []
-    return [
-        _command(["kd", "train", "--config", _path(run.folder / "config.toml")]),
-        _command(["kd", "test", student]),
-        _command(["kd", "export", student]),
-        _command(["kd", "bench", *compared, student]),
-    ]
-
-
-def _command(words: Sequence[str]) -> str:
-    return " ".join(shlex.quote(word) for word in words)
-
-
-def _path(path: Path) -> str:
-    """A path as a word of a command; one that begins with a hyphen would be an option."""
-    text = path.as_posix()
-    return f"./{text}" if text.startswith("-") else text
-
-
-def _missing(section: Section) -> list[str]:
-    """What this run's part of the page lacks, and why."""
-    found = section.examined
-    lines = list(section.run.problems)
-    if found.why_not:
-        lines.append(
-            f"Not measured on test images now: {found.why_not}. Figures are those recorded when it ended."
-        )
-    elif found.why_no_teacher:
-        lines.append(f"No comparison with a teacher. {found.why_no_teacher}")
-    return lines + list(found.notes)
 
 
 def _best(sections: Sequence[Section]) -> Section | None:
@@ -452,33 +285,6 @@ def _plain(section: Section) -> dict[str, Any]:
         "network_bytes": row.network_bytes if row else None,
         "size_ratio": row.size_ratio if row else None,
     }
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "—" if value is None else f"{value:,.{digits}f}"
-
-
-def _signed(value: float, digits: int) -> str:
-    return f"{value:+,.{digits}f}".replace("-", "−")
-
-
-def _ms(value: float) -> str:
-    """Three figures, zeros at the end included."""
-    return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:,.0f}"
-
-
-def _count(number: int) -> str:
-    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= scale:
-            return f"{number / scale:.3g} {unit}"
-    return str(number)
-
-
-def _size(count: float) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count:.0f} B"
 
 
 def _asset(name: str) -> str:
