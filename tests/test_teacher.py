@@ -400,3 +400,17 @@ def test_a_live_onnx_teacher(workplace: Path, monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(live(images, 0, np.arange(9)), expected, rtol=1e-4, atol=1e-4)
     result = fit(config(method="kd", teacher=Path("t.onnx"), teacher_cache="off", epochs=1), make_splits())
     assert result.teacher_passes == 1  # the test images
+
+
+@pytest.mark.parametrize("count", [3, 63])
+def test_fewer_images_than_a_batch_have_views_too(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """A pass over all views is longer than the data: what is timed first must be taken from the images there are."""
+    make_teacher(Path("t.pt"))
+    splits = make_splits(train=count, test=6)
+    for worth_trying_s in (runner._WORTH_TRYING_S, 0.0):  # a short pass, and one that is measured first
+        monkeypatch.setattr(runner, "_WORTH_TRYING_S", worth_trying_s)
+        opened = teacher.Teacher.open(Path("t.pt"), Path(f"cache-{worth_trying_s}"))
+        views = opened.logits(splits.train, augment_name="flip-crop", views=30)
+        assert [len(view) for view in views] == [count] * 30

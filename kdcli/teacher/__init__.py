@@ -351,7 +351,7 @@ class _Pass:
         if world.first:
             plan = choose(
                 teacher.model,
-                lambda count: self.picture(0, np.arange(count)),
+                lambda count: self.picture(0, np.arange(min(count, len(self.data)))),
                 count=len(self.data) * self.views // world.size,
                 wanted="32" if self.exact else teacher.precision,
                 threads=teacher.threads,

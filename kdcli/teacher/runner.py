@@ -99,8 +99,8 @@ def choose(
 
     Args:
         model: a classifier, frozen, or an ONNX file.
-        take: the first n images, uint8 (n, H, W, C), on the teacher's device.
-        count: images of the pass.
+        take: the first n images, or all if there are fewer, uint8 (≤ n, H, W, C), on the teacher's device.
+        count: images of the pass: those of all views.
         wanted: precision: `auto`, `32` or `bf16` (taken without a check: the user has said so).
     """
     if not isinstance(model, Classifier):
