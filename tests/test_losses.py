@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from kdcli import augment, losses, methods
 from kdcli.config import TrainConfig, make
 from kdcli.errors import UsageError
+from tests import formulas
 
 Array = npt.NDArray[np.float64]
 
@@ -227,3 +228,39 @@ def test_mixup_weighs_two_labels() -> None:
         torch.tensor(logits), torch.tensor([2, 0]), torch.tensor([1, 0]), torch.tensor(shares)
     )
     assert float(found) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize(("batch", "classes", "seed"), CASES)
+def test_smoothed_cross_entropy_equals_the_formula(
+    batch: int, classes: int, seed: int, smoothing: float
+) -> None:
+    s = logits(batch, classes, seed)
+    labels = np.random.default_rng(seed).integers(0, classes, batch)
+    expected = formulas.smoothed(s, labels.tolist(), smoothing)
+    found = losses.cross_entropy(torch.from_numpy(s), torch.from_numpy(labels), smoothing)
+    assert found.item() == pytest.approx(expected, rel=1e-6)
+    single = losses.cross_entropy(t(s), torch.from_numpy(labels), smoothing)
+    assert single.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_smoothing_by_hand() -> None:
+    """Probabilities ¾ and ¼, smoothing 0.2 of two classes: targets 0.9 and 0.1."""
+    s, label = torch.tensor([[math.log(3), 0.0]]).double(), torch.tensor([0])
+    own = -0.9 * math.log(0.75) - 0.1 * math.log(0.25)
+    assert losses.cross_entropy(s, label, 0.2).item() == pytest.approx(own, rel=1e-6)
+    other = -0.1 * math.log(0.75) - 0.9 * math.log(0.25)
+    mixed = losses.mixed_cross_entropy(s, label, 1 - label, torch.tensor([0.3]), 0.2)
+    assert mixed.item() == pytest.approx(0.3 * own + 0.7 * other, rel=1e-6)
+
+
+def test_cross_entropies_promote_half_types_and_have_their_gradient() -> None:
+    half, labels = t(logits(4, 5, 0)).bfloat16(), torch.tensor([0, 1, 4, 2])
+    shares = torch.full((4,), 0.3)
+    for loss in (
+        lambda s: losses.cross_entropy(s, labels, 0.1),
+        lambda s: losses.mixed_cross_entropy(s, labels, labels.flip(0), shares, 0.1),
+    ):
+        assert loss(half).dtype == torch.float32
+        assert torch.equal(loss(half), loss(half.float()))
+        assert torch.autograd.gradcheck(loss, half.double().requires_grad_())
