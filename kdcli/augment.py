@@ -19,7 +19,7 @@ Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 # One number each: draws for different purposes must not be the same draws.
-FLIP, CROP, ORDER, NOISE, SPLIT, CUTOUT, MIXUP, DROPOUT = range(8)
+FLIP, CROP, ORDER, NOISE, SPLIT, CUTOUT, MIXUP, DROPOUT, CONTRAST = range(9)
 CROP_PADDING = 4
 GREY = 128  # what cutout leaves
 

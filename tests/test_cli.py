@@ -82,7 +82,8 @@ def test_help_gives_defaults_and_networks_from_where_they_are_defined(kd: Kd) ->
         assert f"--{name.replace('_', '-')}" in out
         if isinstance(field.default, float | int) and not isinstance(field.default, bool):
             assert f"[default: {field.default}]" in out, name
-    assert "|".join(methods.METHODS) in out
+    for name, method in methods.METHODS.items():
+        assert f"{name} {method.summary}" in out
     assert "'kdcli[tensorboard]'" in out  # not taken for markup
     described = TrainConfig.model_fields["student"].description or ""
     assert [

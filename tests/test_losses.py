@@ -152,6 +152,16 @@ def test_noise_follows_the_sample_and_the_epoch_not_the_batch() -> None:
     assert not torch.equal(methods.noise_of(noisy(seed=1), 1, samples, 10)[1], noise)
 
 
+def features_of(seed: int, *, grad: bool) -> methods.Features:
+    """Two stages and an embedding of six images."""
+    random = np.random.default_rng(seed)
+    maps = [t(random.normal(size=(6, channels, side, side))) for channels, side in ((4, 8), (6, 4))]
+    made = methods.Features(tuple(maps), t(random.normal(size=(6, 6))))
+    for value in (*made.stages, made.embedding):
+        value.requires_grad_(grad)
+    return made
+
+
 def batch_of(config: TrainConfig, seed: int = 0) -> methods.Batch:
     return methods.Batch(
         student_logits=t(logits(6, 4, seed)).requires_grad_(),
@@ -160,12 +170,22 @@ def batch_of(config: TrainConfig, seed: int = 0) -> methods.Batch:
         samples=np.arange(6),
         epoch=0,
         config=config,
+        student_features=features_of(seed, grad=True),
+        teacher_features=features_of(seed + 9, grad=False),
+        done=1.0,
     )
 
 
-def total(method: methods.Method, batch: methods.Batch) -> torch.Tensor:
+def adapters_of(method: methods.Objective, config: TrainConfig) -> dict[str, torch.nn.Module]:
+    shapes = methods.Shapes(((4, 8, 8), (6, 4, 4)), 6)
+    labels = np.array([0, 1, 2, 3, 0, 1])
+    return method.adapters(methods.Training(config, shapes, shapes, labels, np.arange(6)))
+
+
+def total(method: methods.Objective, batch: methods.Batch) -> torch.Tensor:
     weights = method.weights(batch.config)
-    terms = method.terms(batch)
+    terms = method.terms(batch, adapters_of(method, batch.config))
+    assert list(terms) == list(weights)
     return torch.stack([weights[name] * value for name, value in terms.items()]).sum()
 
 
@@ -179,19 +199,31 @@ def test_kd_is_lambda_times_ce_plus_the_rest_times_the_soft_term() -> None:
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
-def test_only_the_student_gets_a_gradient(name: str) -> None:
-    batch = batch_of(make(TrainConfig, {"method": name}))
-    total(methods.get(name), batch).backward()
-    assert batch.student_logits.grad is not None
-    assert float(batch.student_logits.grad.abs().sum()) > 0
+def test_only_the_student_and_what_learns_along_get_a_gradient(name: str) -> None:
+    config = make(TrainConfig, {"method": name, "ce_weight": 0.0} if name != "ce" else {"method": name})
+    batch, method = batch_of(config), methods.get(name)
+    adapters = adapters_of(method, config)
+    terms = method.terms(batch, adapters)
+    torch.stack(list(terms.values())).sum().backward()
+    reached = [
+        value.grad
+        for value in (batch.student_logits, *batch.features[0].stages, batch.features[0].embedding)
+        if value.grad is not None
+    ]
+    assert sum(float(grad.abs().sum()) for grad in reached) > 0
+    assert all(bool(torch.isfinite(grad).all()) for grad in reached)
     assert batch.targets.grad is None
+    assert all(value.grad is None for value in (*batch.features[1].stages, batch.features[1].embedding))
+    learning = [value for module in adapters.values() for value in module.parameters()]
+    assert bool(learning) == (method.own != () and method.own[0].adapter is not None)
+    assert all(value.grad is not None for value in learning)
 
 
 def test_weights_are_the_methods_own_unless_given() -> None:
-    assert methods.get("logits").weights(make(TrainConfig, {})) == {"kd": 1.0}
+    assert methods.get("logits").weights(make(TrainConfig, {})) == {"logits": 1.0}
     assert methods.get("ce").weights(make(TrainConfig, {"kd_weight": 5.0})) == {"ce": 1.0}
     assert methods.get("kd").weights(make(TrainConfig, {"lamda": 0.0})) == {"kd": 1.0}
-    assert methods.get("noisy").weights(make(TrainConfig, {"ce_weight": 2.0})) == {"ce": 2.0, "kd": 1.0}
+    assert methods.get("noisy").weights(make(TrainConfig, {"ce_weight": 2.0})) == {"ce": 2.0, "noisy": 1.0}
     with pytest.raises(UsageError, match="all weights"):
         methods.get("logits").weights(make(TrainConfig, {"kd_weight": 0.0}))
     with pytest.raises(UsageError, match="unknown method: magic"):

@@ -213,9 +213,9 @@ def targets_seen(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> list[tuple
     seen: list[tuple[Any, ...]] = []
     original = step.Step._step
 
-    def watch(self: Any, inputs: Any, epoch: int, rate: float, targets: torch.Tensor) -> torch.Tensor:
-        seen.append((epoch, inputs.samples, inputs.images.clone(), targets.clone()))
-        return original(self, inputs, epoch, rate, targets)
+    def watch(self: Any, inputs: Any, epoch: int, rate: float, done: float, told: Any) -> torch.Tensor:
+        seen.append((epoch, inputs.samples, inputs.images.clone(), told[0].clone()))
+        return original(self, inputs, epoch, rate, done, told)
 
     monkeypatch.setattr(step.Step, "_step", watch)
     fit(config(teacher=Path("t.pt"), method="kd", **settings), make_splits())

@@ -86,7 +86,9 @@ def _parameter(name: str, field: FieldInfo, metavar: str | None) -> inspect.Para
 
 
 def _value_type(annotation: Any) -> Any:
-    """`X | None` → X; pydantic has already taken `Annotated` off."""
+    """`X | None` → X, `tuple[X, ...]` → list[X]; pydantic has already taken `Annotated` off."""
+    if get_origin(annotation) is tuple:
+        return list[get_args(annotation)[0]]  # type: ignore[misc]
     if get_origin(annotation) in (Union, types.UnionType):
         return next(part for part in get_args(annotation) if part is not type(None))
     return annotation
@@ -95,7 +97,9 @@ def _value_type(annotation: Any) -> Any:
 def _help(field: FieldInfo) -> str:
     """The description and the default. (The option's own default is None: it tells typed from not typed.)"""
     text, default = escape(field.description or ""), field.default
-    if default is None or default == "" or default is False:
+    if default is None or default == "" or default is False or default == ():
         return text
+    if isinstance(default, tuple):
+        [default] = default
     shown = default.as_posix() if isinstance(default, Path) else str(default)
     return f"{text} [dim]\\[default: {shown}][/dim]"

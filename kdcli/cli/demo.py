@@ -108,7 +108,7 @@ def _chain(config: DemoConfig) -> tuple[list[Result], list[Row], list[Path]]:
         results = [train("1/4 teacher", {**TEACHER, "name": "teacher"})]
         teacher_path.parent.mkdir(exist_ok=True)
         shutil.copyfile(results[0].run.student, teacher_path)
-        for method in methods.METHODS:
+        for method in methods.REFERENCE:
             values = {**STUDENT, "method": method, "name": method, "teacher": teacher_path}
             results.append(train(f"2/4 {method}", values))
         best = max(results[1:], key=lambda result: result.val_accuracy or 0.0)

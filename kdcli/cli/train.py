@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kdcli.engine import Result
 
 
-@options_of(TrainConfig, metavars={"method": "|".join(methods.METHODS), "student": "NETWORK"})
+@options_of(TrainConfig, metavars={"method": "NAME[+NAME…]", "student": "NETWORK"})
 def train(
     *,
     recipe: Annotated[
@@ -76,8 +76,9 @@ def _started_by_another(config: TrainConfig) -> bool:
 def _check_place(config: TrainConfig, resume: Path) -> None:
     """A run's paths are as they were typed: relative ones hold in the folder where it was started."""
     hint = "Resume from the folder where it was started."
-    if methods.get(config.method).needs_teacher and not config.teacher.exists():
-        raise UsageError(f"{resume} needs its teacher {config.teacher}", hint)
+    for teacher in config.teacher if methods.get(config.method).needs_teacher else ():
+        if not teacher.exists():
+            raise UsageError(f"{resume} needs its teacher {teacher}", hint)
     if config.student_file is not None and not config.student_file.exists():
         raise UsageError(f"{resume} needs the student {config.student} that it began with", hint)
     if Path(config.data).parent != Path() and not files.expand(config.data).exists():
@@ -85,8 +86,8 @@ def _check_place(config: TrainConfig, resume: Path) -> None:
 
 
 def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[Result | None, Any]:
-    if methods.get(config.method).needs_teacher:
-        files.hash_ahead(config.teacher)  # what is kept goes by these hashes
+    for teacher in config.teacher if methods.get(config.method).needs_teacher else ():
+        files.hash_ahead(teacher)  # what is kept goes by these hashes
     files.hash_ahead(files.expand(config.data))
     stored = config.student_file
     if stored is not None and not stored.is_file():
@@ -163,6 +164,9 @@ def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command(
         "train",
-        epilog="[bold]kd train --method noisy --noisy-ratio 0.5[/bold]\n\n"
+        epilog="[bold]Methods[/bold]  "
+        + " · ".join(f"[bold]{name}[/bold] {entry.summary}" for name, entry in methods.METHODS.items())
+        + "\n\n"
+        "[bold]kd train --method noisy --noisy-ratio 0.5[/bold]\n\n"
         "[bold]kd train --method ce --student nin --data digits --image-size 32 --epochs 20[/bold]",
     )(train)

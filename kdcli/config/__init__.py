@@ -19,6 +19,7 @@ from kdcli.config.commands import (
     TestConfig,
     ValidateConfig,
 )
+from kdcli.config.ramp import Ramp
 from kdcli.config.train import AUGMENT_STEPS, TrainConfig
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "ExportConfig",
     "InfoConfig",
     "PredictConfig",
+    "Ramp",
     "ReportConfig",
     "Settings",
     "TestConfig",

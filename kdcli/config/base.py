@@ -84,6 +84,7 @@ class DataSettings(Settings):
 
 
 S = TypeVar("S", bound=Settings)
+_SEE_HELP = "See --help for what each option takes."
 
 
 def make(kind: type[S], values: Mapping[str, Any]) -> S:
@@ -102,8 +103,11 @@ def make(kind: type[S], values: Mapping[str, Any]) -> S:
             raise UsageError(
                 f"unknown setting: {name}", f"Known are {', '.join(kind.model_fields)}."
             ) from error
+        if not first["loc"]:  # of several settings together: the message names them
+            told, _, more = first["msg"].removeprefix("Value error, ").partition("; ")
+            raise UsageError(told, f"{more[:1].upper()}{more[1:]}." if more else _SEE_HELP) from error
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         raise UsageError(
             f"{flag} {first.get('input')!s}: must be {message.removeprefix('must be ')}",
-            "See --help for what each option takes.",
+            _SEE_HELP,
         ) from error

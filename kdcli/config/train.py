@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from kdcli.config.base import DATA, METHOD, OPTIMISER, RUN, DataSettings, TeacherPath, Threads, about
+from kdcli.config.ramp import Ramp, read_weight
 
 AUGMENT_STEPS = ("flip", "crop", "cutout", "mixup")
 _SAVE_EVERY = re.compile(r"(\d{1,9}) ?(epochs?|steps?|min|)")
@@ -17,23 +19,41 @@ _SAVE_EVERY = re.compile(r"(\d{1,9}) ?(epochs?|steps?|min|)")
 class TrainConfig(DataSettings):
     """`kd train`."""
 
-    method: str = Field("kd", description="How the student learns.", json_schema_extra=about(METHOD))
+    method: str = Field(
+        "kd",
+        description="How the student learns; several joined as in kd+at; or package.module:function, of your own.",
+        json_schema_extra=about(METHOD),
+    )
     student: str = Field(
         "lenet",
         description="The network that is trained: lenet, lenet-caffe, nin, nin-fc, "
         "convnet-tiny, convnet-small or convnet-large; or a checkpoint (.pt), to go on from its weights.",
         json_schema_extra=about(METHOD),
     )
-    teacher: Path = Field(
-        TeacherPath,
-        description="A checkpoint (.pt) or an ONNX file whose logits the student learns from.",
+    teacher: tuple[Path, ...] = Field(
+        (TeacherPath,),
+        description="A checkpoint (.pt) or an ONNX file that the student learns from; several, each with a --teacher "
+        "of its own, are averaged.",
+        json_schema_extra=about(METHOD, metavar="FILE"),
+    )
+    teacher_weight: tuple[float, ...] = Field(
+        (),
+        description="Weight of each teacher's logits in their mean, in the order of --teacher; by default equal.",
         json_schema_extra=about(METHOD),
     )
-    tau: float = Field(
-        3.0,
+    tau: float | None = Field(
+        None,
         gt=0,
         le=1000,
-        description="kd: temperature of the soft targets.",
+        description="Temperature of soft targets; by default the method's own: kd 3, dkd and dist 4, lskd 2, "
+        "born-again 1.",
+        json_schema_extra=about(METHOD),
+    )
+    tau_end: float | None = Field(
+        None,
+        gt=0,
+        le=1000,
+        description="The temperature moves in a straight line to this one; by default it stays.",
         json_schema_extra=about(METHOD),
     )
     lamda: float = Field(
@@ -62,6 +82,79 @@ class TrainConfig(DataSettings):
         description="noisy: one draw for all logits of a sample, or one for each.",
         json_schema_extra=about(METHOD),
     )
+    standardize: bool = Field(
+        False,
+        description="kd, dkd, born-again: standardize the logits of each image first (Sun et al. 2024).",
+        json_schema_extra=about(METHOD),
+    )
+    label_smoothing: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="ls: share of a label spread over all classes.",
+        json_schema_extra=about(METHOD),
+    )
+    dkd_alpha: float = Field(
+        1.0, ge=0, description="dkd: weight of the target class's part.", json_schema_extra=about(METHOD)
+    )
+    dkd_beta: float = Field(
+        8.0, ge=0, description="dkd: weight of the other classes' part.", json_schema_extra=about(METHOD)
+    )
+    dist_inter: float = Field(
+        2.0,
+        ge=0,
+        description="dist: weight of the relation within an image.",
+        json_schema_extra=about(METHOD),
+    )
+    dist_intra: float = Field(
+        2.0, ge=0, description="dist: weight of the relation within a class.", json_schema_extra=about(METHOD)
+    )
+    hint_stage: int = Field(
+        0,
+        ge=0,
+        le=1000,
+        description="fitnet: the stage that is guided, from 1; 0: the middle one.",
+        json_schema_extra=about(METHOD),
+    )
+    rkd_distance: float = Field(
+        25.0, ge=0, description="rkd: weight of distances.", json_schema_extra=about(METHOD)
+    )
+    rkd_angle: float = Field(
+        50.0, ge=0, description="rkd: weight of angles.", json_schema_extra=about(METHOD)
+    )
+    crd_dim: int = Field(
+        128, ge=1, le=65536, description="crd: width of the common space.", json_schema_extra=about(METHOD)
+    )
+    crd_negatives: int = Field(
+        1024,
+        ge=1,
+        le=1_000_000,
+        description="crd: images of other classes each image is told apart from.",
+        json_schema_extra=about(METHOD),
+    )
+    crd_temperature: float = Field(
+        0.07,
+        gt=0,
+        le=100,
+        description="crd: temperature of the similarities.",
+        json_schema_extra=about(METHOD),
+    )
+    student_stages: str = Field(
+        "",
+        description="Layers whose maps methods of features read, joined by commas; by default the network's stages.",
+        json_schema_extra=about(METHOD, metavar="LAYER,LAYER…"),
+    )
+    teacher_stages: str = Field(
+        "",
+        description="The same of the teacher; kd info lists layers.",
+        json_schema_extra=about(METHOD, metavar="LAYER,LAYER…"),
+    )
+    weight: tuple[str, ...] = Field(
+        (),
+        description="Weight of a term by its method's name, or ce; FIRST:LAST moves in a straight line, over all or "
+        "so many EPOCHS. Once for each term.",
+        json_schema_extra=about(METHOD, metavar="NAME=W|NAME=FIRST:LAST[:EPOCHS]"),
+    )
     ce_weight: float | None = Field(
         None,
         ge=0,
@@ -71,7 +164,7 @@ class TrainConfig(DataSettings):
     kd_weight: float | None = Field(
         None,
         ge=0,
-        description="Weight of the teacher's term; by default the method's own.",
+        description="Weight of the teacher's term, where there is one; by default the method's own.",
         json_schema_extra=about(METHOD),
     )
     teacher_dropout: float = Field(
@@ -212,6 +305,43 @@ class TrainConfig(DataSettings):
         json_schema_extra=about(RUN),
     )
 
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _one_teacher_or_several(cls, value: Any) -> Any:
+        found = (value,) if isinstance(value, str | Path) else value
+        if not found:
+            raise ValueError("must name a file")
+        return found
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Self:
+        if self.teacher_weight:
+            if len(self.teacher_weight) != len(self.teacher):
+                raise ValueError(
+                    f"--teacher-weight: {len(self.teacher_weight)} for {len(self.teacher)} teachers; give each one"
+                )
+            if min(self.teacher_weight) < 0 or not 0 < sum(self.teacher_weight) < math.inf:
+                raise ValueError("--teacher-weight: must be 0 or more, and above 0 in all")
+        names = [name for name, _ in self._read_weights()]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"--weight {twice}: given twice")
+        return self
+
+    def _read_weights(self) -> list[tuple[str, Ramp]]:
+        found = []
+        for text in self.weight:
+            try:
+                found.append(read_weight(text, self.epochs))
+            except ValueError as error:
+                raise ValueError(f"--weight {text}: {error}") from error
+        return found
+
+    @property
+    def weights(self) -> dict[str, Ramp]:
+        """What --weight says, by the term's name."""
+        return dict(self._read_weights())
+
     @field_validator("augment")
     @classmethod
     def _augment_of_known_steps(cls, value: str) -> str:
@@ -240,6 +370,11 @@ class TrainConfig(DataSettings):
     def student_file(self) -> Path | None:
         """The checkpoint that the student goes on from; None for a network's name."""
         return Path(self.student) if self.student.lower().endswith(".pt") else None
+
+    @property
+    def method_name(self) -> str:
+        """The method as a run's name has it; of a function of one's own, what follows the module."""
+        return "+".join(part.rpartition(":")[2] for part in self.method.split("+"))
 
     @property
     def student_name(self) -> str:

@@ -14,6 +14,7 @@ from kdcli import __version__, augment, methods, metrics, models, rows, runtime
 from kdcli.config import TrainConfig
 from kdcli.data import Splits
 from kdcli.engine import tensorboard
+from kdcli.engine.adapters import make_adapters, states_of
 from kdcli.engine.evaluate import Evaluation, measure
 from kdcli.engine.feed import Feed
 from kdcli.engine.plan import FILLED, resolve, split
@@ -90,13 +91,12 @@ class _Run:
         self.stop = stop
         self.data = data
         self.world = world
-        self.method = methods.get(config.method)
+        self.method = methods.get(config.method).active(config)
         tensorboard.require(config)
         if not config.compile:
             runtime.spare_the_compiler()
         filled = [name for name in FILLED if not getattr(config, name)]
         self.config = config = resolve(config)
-        self.weights = self.method.weights(config)
         runtime.set_threads(config.threads, world.local_size)
         runtime.keep_freed_memory()
         train = data.train
@@ -112,10 +112,13 @@ class _Run:
         self.teacher = self.targets.teacher
         self.student = make_student(config, train, self.train_samples, world.device, on_event)
         self.student_sha256 = sha256_file(config.student_file) if config.student_file else None
-        self.optimizer = make_optimizer(config, self.student.network)
         if resume is None and world.first:
             RunDir.check_free(config)
         self.targets.prepare()
+        stages, self.adapters = make_adapters(
+            config, self.method, self.student, self.targets, train, self.train_samples
+        )
+        self.optimizer = make_optimizer(config, self.student.network, *self.adapters.values())
         self.output = self.targets.output_for(self.student.network)
         if self.output is not None and config.student_file is not None:
             self.output.unfold(self.student.network)
@@ -124,7 +127,8 @@ class _Run:
         self.draw = Draw(config.seed)
         use_sample_dropout(self.student.network, self.draw)
         if world.size > 1:
-            use_global_batch_norm(self.student.network)
+            for module in (self.student.network, *self.adapters.values()):
+                use_global_batch_norm(module)
         self.state = State()
         self.saved_step: int | None = None
         if resume is not None:
@@ -132,9 +136,17 @@ class _Run:
         self.due = Due(self.config)
         self.feed = Feed(train, self.config.augment, self.config.seed, self.train_samples, world.device)
         self.step = Step(
-            self.config, self.method, self.student, self.optimizer, self.output, self.draw, world
+            self.config,
+            self.method,
+            self.student,
+            self.adapters,
+            stages,
+            self.optimizer,
+            self.output,
+            self.draw,
+            world,
         )
-        self.record = Record(self.config, self.run, self.weights, self.state, world)
+        self.record = Record(self.config, self.run, list(self.step.ramps), self.state, world)
 
     def _open_run(self, resume: RunDir | None, filled: list[str]) -> RunDir:
         """The run's folder, with its settings and what they depend on in it; `auto` is settled by now."""
@@ -210,7 +222,8 @@ class _Run:
         rate = config.lr
         for inputs in self.feed.batches(state.epoch % config.views, parts):
             rate = learning_rate(config.schedule, config.lr, state.step, self.steps)
-            self.record.add(self.step(inputs, state.epoch, rate, self.targets.of(inputs, state.epoch)))
+            told = self.targets.of(inputs, state.epoch)
+            self.record.add(self.step(inputs, state.epoch, rate, state.step / self.steps, told))
             state.step += 1
             state.step_in_epoch += 1
             state.images += inputs.count
@@ -290,6 +303,7 @@ class _Run:
         if self.world.first:
             training = {
                 "optimizer": self.optimizer.state_dict(),
+                "adapters": states_of(self.adapters),
                 "state": self.state.to_json(),
                 "made_with": made_with(self.config, self.world),
                 **self._same(),
@@ -307,6 +321,7 @@ class _Run:
                 stored,
                 path,
                 self.student.network,
+                self.adapters,
                 self.optimizer,
                 self._same(),
                 made_with(self.config, self.world),
@@ -348,7 +363,7 @@ class _Run:
             "method": config.method,
             "student": config.student,
             "student_sha256": self.student_sha256,
-            "teacher": {"path": teacher.path.as_posix(), "sha256": teacher.sha256} if teacher else None,
+            "teacher": teacher.record() if teacher else None,
             "data": {
                 "spec": self.data.spec,
                 "label": self.data.label,

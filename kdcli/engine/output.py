@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kdcli import models
 from kdcli.teacher import Outputs
+from kdcli.teacher.ensemble import MeanOutputs
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Output:
     scale: float
 
     @classmethod
-    def of(cls, outputs: Outputs, samples: npt.NDArray[np.int64], device: torch.device) -> Output:
+    def of(
+        cls, outputs: Outputs | MeanOutputs, samples: npt.NDArray[np.int64], device: torch.device
+    ) -> Output:
         """From the teacher's logits for the training images."""
         total = sum(chunk.sum(axis=0) for chunk in outputs.chunks(samples))
         mean = np.asarray(total / len(samples))  # (C,)

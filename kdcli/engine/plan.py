@@ -60,8 +60,12 @@ def fitted_preprocess(config: TrainConfig, data: ImageSet, samples: Int64, on_ev
 
 
 def cache_mode(config: TrainConfig) -> str:
-    """`views`, `fixed` or `off`: where the teacher's logits for training images come from."""
-    return "off" if config.teacher_dropout > 0 else config.teacher_cache
+    """`views`, `fixed` or `off`: where the teacher's logits for training images come from.
+
+    For features it runs in each step: they are larger than the images.
+    """
+    live = config.teacher_dropout > 0 or methods.get(config.method).active(config).needs_features
+    return "off" if live else config.teacher_cache
 
 
 FILLED = ("views",)  # by `resolve`, where they are not set
@@ -83,7 +87,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     if config.cache_top_k and methods.get(config.method).needs_teacher and cache_mode(config) == "off":
         raise UsageError(
             "--cache-top-k says what is kept of the teacher's outputs, and here none are kept: it runs in each step",
-            "Leave out --cache-top-k, or --teacher-cache off and --teacher-dropout.",
+            "Leave out --cache-top-k, or --teacher-cache off and --teacher-dropout; methods of features need it so.",
         )
     if config.views and distinct and config.views > distinct:
         raise UsageError(

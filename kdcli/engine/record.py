@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,20 +21,30 @@ class Record:
     """Sums of the terms over an epoch, on the device that computes them; nothing waits for it but what is written."""
 
     def __init__(
-        self, config: TrainConfig, run: RunDir, weights: dict[str, float], state: State, world: World
+        self, config: TrainConfig, run: RunDir, terms: Sequence[str], state: State, world: World
     ) -> None:
+        """Go on from the sums in the state.
+
+        Args:
+            terms: names, in the order in which a step gives them after the loss.
+
+        Raises:
+            KdError: the state has other sums.
+        """
         self.run = run
-        self.weights = weights
+        self.terms = tuple(terms)
         self.state = state
         self.world = world
-        rows = state.sums or [[0.0] * len(weights)]
+        rows = state.sums or [[0.0] * (1 + len(terms))]
+        if any(len(row) != 1 + len(terms) for row in rows):
+            raise KdError(f"the saved state of {run.path} has other terms", "Start the run anew.")
         mine = rows[world.rank] if len(rows) == world.size else list(np.mean(rows, axis=0))
         wide = torch.float32 if world.device.type == "mps" else torch.float64
-        self.sums = torch.tensor(mine, dtype=wide, device=world.device)  # (terms,)
+        self.sums = torch.tensor(mine, dtype=wide, device=world.device)  # (1 + terms,)
         self.board: Board = board(config, run.path, state.step, write=world.first)
 
     def add(self, terms: Tensor) -> None:
-        """One step's terms times its images, (terms,)."""
+        """One step's loss and terms times its images, (1 + terms,)."""
         self.sums += terms
 
     def store(self) -> None:
@@ -40,7 +52,7 @@ class Record:
         self.state.sums = self.world.rows(self.sums)
 
     def total(self) -> list[float]:
-        """Each term's sum over this epoch, all processes together. Waits for the device, and for the others."""
+        """Sums of the loss and the terms over this epoch, all processes together. Waits for device and others."""
         return [float(value) for value in self.world.mean(self.sums).tolist()]
 
     def loss_here(self) -> float:
@@ -81,8 +93,8 @@ class Record:
         self.board.close()
 
     def _means(self, sums: list[float], images: int) -> tuple[float, dict[str, float]]:
-        means = {name: value / images for name, value in zip(self.weights, sums, strict=True)}
-        return sum(weight * means[name] for name, weight in self.weights.items()), means
+        loss, *means = (value / images for value in sums)
+        return loss, dict(zip(self.terms, means, strict=True))
 
     def _write(
         self, kind: str, sums: list[float], images: int, since: float, rate: float, val_accuracy: float | None
@@ -92,7 +104,7 @@ class Record:
         if not np.isfinite(loss):
             raise KdError(
                 f"the loss is no longer finite (epoch {state.epoch + 1})",
-                "Lower --lr; for logits and noisy also --kd-weight.",
+                "Lower --lr, or the weights of the terms: --weight.",
             )
         if not self.world.first:
             return

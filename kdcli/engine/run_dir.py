@@ -53,7 +53,9 @@ class RunDir:
             made.path.chmod(0o755)
             number = 1
             while True:
-                path = config.runs_dir / (config.name or f"{config.method}-{config.student_name}-{number}")
+                path = config.runs_dir / (
+                    config.name or f"{config.method_name}-{config.student_name}-{number}"
+                )
                 try:
                     made.path.rename(path)  # never onto a folder that holds anything
                 except OSError:

@@ -37,9 +37,9 @@ def _cosine(first: float, last: float, share: float) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
 
 
-def make_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(config: TrainConfig, *modules: nn.Module) -> torch.optim.Optimizer:
     """The optimizer named in the settings; fused, which is one pass over the weights instead of many."""
-    parameters = network.parameters()
+    parameters = [value for module in modules for value in module.parameters()]
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             parameters,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from kdcli import __version__, checkpoint
 from kdcli.checkpoint import Checkpoint
 from kdcli.config import TrainConfig
+from kdcli.engine.adapters import restore_adapters
 from kdcli.engine.run_dir import PLACE, RunDir
 from kdcli.errors import KdError
 from kdcli.events import Note, OnEvent
@@ -33,7 +34,7 @@ _WITHOUT_EFFECT = {
 
 @dataclass
 class State:
-    """What changes while training; with the weights and the optimizer, all that a resume needs.
+    """What changes while training; with the weights, the adapters and the optimizer, all that a resume needs.
 
     Learning rate, order, views, noise and dropout are pure functions of seed, step, epoch and sample: no generator
     has to be restored.
@@ -131,12 +132,13 @@ def restore(
     stored: Checkpoint,
     source: Path,
     network: torch.nn.Module,
+    adapters: Mapping[str, torch.nn.Module],
     optimizer: torch.optim.Optimizer,
     same: dict[str, Any],
     circumstances: dict[str, Any],
     tell: Callable[[str], None],
 ) -> State:
-    """Fill in weights and optimizer, and return the position.
+    """Fill in weights, adapters and optimizer, and return the position.
 
     Args:
         same: entries that must be as they were: data and teacher.
@@ -152,6 +154,7 @@ def restore(
             if training.get(name) != value:
                 raise KdError(f"the {name} is not what {run} began with", "Restore it, or start anew.")
         network.load_state_dict(stored.state_dict)
+        restore_adapters(adapters, training["adapters"])
         optimizer.load_state_dict(training["optimizer"])
         state = State(**training["state"])
         before = training["made_with"]

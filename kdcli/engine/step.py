@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdcli.config import TrainConfig
 from kdcli.engine.feed import Inputs
 from kdcli.engine.output import Output
 from kdcli.errors import KdError
-from kdcli.methods import Batch, Method
+from kdcli.methods import Batch, Features, Objective
 from kdcli.models import Classifier
+from kdcli.models.features import Tap
 from kdcli.models.reproducible import Draw
 from kdcli.runtime import World, plain_step
 
@@ -23,8 +25,10 @@ class Step:
     def __init__(
         self,
         config: TrainConfig,
-        method: Method,
+        method: Objective,
         student: Classifier,
+        adapters: Mapping[str, nn.Module],
+        stages: Sequence[str],
         optimizer: torch.optim.Optimizer,
         output: Output | None,
         draw: Draw,
@@ -32,33 +36,46 @@ class Step:
     ) -> None:
         self.config = config
         self.method = method
-        self.weights = method.weights(config)
+        self.ramps = method.ramps(config)
         self.student = student
+        self.adapters = adapters
+        self.learning = [value for module in adapters.values() for value in module.parameters()]
+        self.stages = stages
         self.optimizer = optimizer
         self.output = output
         self.draw = draw
         self.world = world
-        network = torch.compile(student.network) if config.compile else student.network
-        self.network: Callable[[Tensor], Tensor] = world.replicate(network)  # type: ignore[arg-type]
+        network: nn.Module = Tap(student.network, stages) if stages else student.network
+        if config.compile:
+            network = torch.compile(network)  # type: ignore[assignment]
+        self.network: Callable[[Tensor], Any] = world.replicate(network)
         self.update = plain_step(optimizer)
         self.compiled = not config.compile  # whether what may fail in the compiler is behind us
 
-    def __call__(self, inputs: Inputs, epoch: int, rate: float, targets: Tensor | None) -> Tensor:
+    def __call__(
+        self,
+        inputs: Inputs,
+        epoch: int,
+        rate: float,
+        done: float,
+        told: tuple[Tensor | None, Features | None],
+    ) -> Tensor:
         """Update the student.
 
         Args:
             epoch: number of the pass, from 0.
             rate: the step's learning rate.
-            targets: the teacher's logits, (B, C).
+            done: share of the training that is done.
+            told: the teacher's logits, (B, C), and features.
 
         Returns:
-            (terms,): each unweighted term times the number of images it stands for, in the order of the weights.
-            Nothing waits for the device.
+            (1 + terms,): the loss, and each unweighted term, times the number of images it stands for, in the order
+            of the weights. Nothing waits for the device.
         """
         if self.compiled:
-            return self._step(inputs, epoch, rate, targets)
+            return self._step(inputs, epoch, rate, done, told)
         try:
-            result = self._step(inputs, epoch, rate, targets)
+            result = self._step(inputs, epoch, rate, done, told)
         except Exception as error:
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
@@ -70,29 +87,49 @@ class Step:
         self.compiled = True
         return result
 
-    def _step(self, inputs: Inputs, epoch: int, rate: float, targets: Tensor | None) -> Tensor:
+    def _step(
+        self,
+        inputs: Inputs,
+        epoch: int,
+        rate: float,
+        done: float,
+        told: tuple[Tensor | None, Features | None],
+    ) -> Tensor:
         config, world = self.config, self.world
         self.draw.step(epoch, inputs.samples, world.device)
         prepared = self.student.prepare(inputs.images)  # in float32, as in evaluation and in the export
         with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            logits = self.network(prepared)
-        logits = logits.float() if self.output is None else self.output(logits.float())
+            found = self.network(prepared)
+        features = None
+        if self.stages:
+            found, maps, embedding = found
+            features = Features(tuple(stage.float() for stage in maps), embedding.float())
+        logits = found.float() if self.output is None else self.output(found.float())
         terms = self.method.terms(
             Batch(
                 student_logits=logits,
-                teacher_logits=targets,
+                teacher_logits=told[0],
                 labels=inputs.labels,
                 samples=inputs.samples,
                 epoch=epoch,
                 config=config,
                 other_labels=inputs.other_labels,
                 shares=inputs.shares,
-            )
+                student_features=features,
+                teacher_features=told[1],
+                done=done,
+                gather=lambda values: world.gather(values, inputs.count),
+            ),
+            self.adapters,
         )
-        total = sum((self.weights[name] * terms[name] for name in self.weights), logits.new_zeros(()))
+        total = sum((ramp.at(done) * terms[name] for name, ramp in self.ramps.items()), logits.new_zeros(()))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         world.backward(total if world.size == 1 else total * inputs.weight)
+        for value in self.learning if world.size > 1 else ():
+            if value.grad is not None:
+                value.grad = world.mean(value.grad)
         self.update()
-        return torch.stack([terms[name].detach() for name in self.weights]) * (inputs.weight * inputs.count)
+        values = [total, *(terms[name] for name in self.ramps)]
+        return torch.stack([value.detach() for value in values]) * (inputs.weight * inputs.count)

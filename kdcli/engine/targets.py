@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from kdcli import models
+from kdcli import models, rows
 from kdcli.config import TrainConfig
 from kdcli.data import Splits
 from kdcli.engine.feed import Inputs
@@ -15,9 +17,10 @@ from kdcli.engine.output import Output
 from kdcli.engine.plan import cache_mode
 from kdcli.errors import Interrupted, KdError, UsageError
 from kdcli.events import OnEvent
-from kdcli.methods import Method
+from kdcli.methods import Features, Objective, Shapes
 from kdcli.runtime import StopFlag, World
 from kdcli.teacher import Live, Outputs, Teacher
+from kdcli.teacher.ensemble import Ensemble, MeanLive, MeanOutputs
 
 Int64 = npt.NDArray[np.int64]
 
@@ -26,13 +29,14 @@ class Targets:
     """The teacher's side of a run. A run that weighs no teacher's term has one that gives nothing.
 
     Attributes:
-        teacher: None without one.
+        teacher: None without one; several are one, too.
+        stages: names of the teacher's submodules whose maps are read; empty where the method reads logits alone.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        method: Method,
+        method: Objective,
         data: Splits,
         pool: Int64,
         world: World,
@@ -51,11 +55,12 @@ class Targets:
         self.world = world
         self.on_event = on_event
         self.stop = stop
-        self.teacher = self._open() if "kd" in method.weights(config) else None
-        self.live: Live | None = None
-        self.views: list[Outputs] = []
+        self.teacher = self._open() if method.needs_teacher else None
+        self.live: Live | MeanLive | None = None
+        self.views: Sequence[Outputs | MeanOutputs] = ()
+        self.stages: tuple[str, ...] = ()
 
-    def _open(self) -> Teacher:
+    def _open(self) -> Teacher | Ensemble:
         config, classes = self.config, len(self.data.train.classes)
         if config.cache_top_k and self.method.regresses:
             raise UsageError(
@@ -67,14 +72,23 @@ class Targets:
                 f"--cache-top-k {config.cache_top_k}: there are {classes} classes",
                 "Leave it out to keep all of them.",
             )
-        return Teacher.open(
-            config.teacher,
-            config.cache_dir,
-            config.threads or torch.get_num_threads(),
-            world=self.world,
-            precision=config.teacher_precision,
-            top_k=config.cache_top_k,
-        )
+        if self.method.needs_features and len(config.teacher) > 1:
+            raise UsageError(
+                f"method {config.method} reads features, and those of several teachers have no mean",
+                "Name one --teacher, or use a method of logits.",
+            )
+        found = [
+            Teacher.open(
+                path,
+                config.cache_dir,
+                config.threads or torch.get_num_threads(),
+                world=self.world,
+                precision=config.teacher_precision,
+                top_k=config.cache_top_k,
+            )
+            for path in config.teacher
+        ]
+        return found[0] if len(found) == 1 else Ensemble.of(found, config.teacher_weight)
 
     def prepare(self) -> None:
         """Make what training needs: the views that are not there yet, or the teacher itself.
@@ -87,13 +101,19 @@ class Targets:
             return
         config, mode = self.config, cache_mode(self.config)
         if self.method.regresses and self.teacher.gives_probabilities:
+            named = " and ".join(str(path) for path in config.teacher)
             raise KdError(
-                f"teacher {config.teacher} gives probabilities, and method {config.method} regresses logits",
+                f"teacher {named} gives probabilities, and method {config.method} regresses logits",
                 "Use --method kd, or a teacher that gives logits.",
             )
         if mode == "off":
             self.teacher.check(self.data.train)
-            self.live = self.teacher.live(config.teacher_dropout, config.seed)
+            about = config.teacher_dropout, config.seed, config.teacher_precision
+            if self.method.needs_features and isinstance(self.teacher, Teacher):
+                self.stages = self.teacher.stages(self._example(), config.teacher_stages)
+                self.live = self.teacher.live(*about, self.stages)
+            else:
+                self.live = self.teacher.live(*about)
             return
         count = 1 if mode == "fixed" else config.views
         self.views = self.teacher.logits(
@@ -113,22 +133,35 @@ class Targets:
                 exit_code=self.stop.exit_code,
             )
 
+    def _example(self) -> Tensor:
+        """Two raw images, uint8 (2, H, W, C), to try a network with."""
+        return torch.from_numpy(rows.take(self.data.train.images, self.pool[:1].repeat(2)))
+
+    def shapes(self) -> Shapes:
+        """Of the teacher's features."""
+        assert isinstance(self.live, Live)
+        images = self._example().to(self.world.device)
+        return shapes_of(self.live.features(images, 0, self.pool[:1].repeat(2)))
+
     def output_for(self, network: nn.Module) -> Output | None:
         """The scale a student regresses in; None where it needs none, or cannot be given one."""
         if not self.views or not self.method.regresses or models.head_of(network) is None:
             return None
         return Output.of(self.views[0], self.pool, self.world.device)
 
-    def of(self, inputs: Inputs, epoch: int) -> Tensor | None:
-        """Logits (B, C) for a batch; None without a teacher."""
+    def of(self, inputs: Inputs, epoch: int) -> tuple[Tensor | None, Features | None]:
+        """Logits (B, C) for a batch, and features where they are read; None without a teacher."""
         if self.views:
             logits = self.views[epoch % len(self.views)].logits(inputs.samples)
-            return logits.to(self.world.device, non_blocking=True)
-        if self.live is not None:
-            return self.live(inputs.images, epoch, inputs.samples).to(self.world.device)
-        return None
+            return logits.to(self.world.device, non_blocking=True), None
+        if self.live is None:
+            return None, None
+        if self.stages and isinstance(self.live, Live):
+            logits, maps, embedding = self.live.features(inputs.images, epoch, inputs.samples)
+            return logits, Features(maps, embedding)
+        return self.live(inputs.images, epoch, inputs.samples).to(self.world.device), None
 
-    def on_test(self, teacher: Teacher) -> Tensor | None:
+    def on_test(self, teacher: Teacher | Ensemble) -> Tensor | None:
         """The teacher's logits (N, C) for the test images; None if stopped before they were there."""
         kept = teacher.logits(
             self.data.test,
@@ -138,3 +171,10 @@ class Targets:
             stop=lambda: bool(self.stop),
         )
         return kept[0].logits() if kept else None
+
+
+def shapes_of(found: tuple[Tensor, Sequence[Tensor], Tensor]) -> Shapes:
+    """Of what a network with features gave: logits, maps, embedding."""
+    _, maps, embedding = found
+    sizes = [stage.shape[1:] for stage in maps]
+    return Shapes(tuple((channels, height, width) for channels, height, width in sizes), embedding.shape[1])

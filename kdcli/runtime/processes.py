@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
 from kdcli.errors import KdError, UsageError
@@ -78,6 +79,17 @@ class World:
             return samples, 1.0
         mine = np.array_split(samples, self.size)[self.rank]
         return mine, len(mine) * self.size / len(samples)
+
+    def gather(self, values: Tensor, count: int) -> Tensor:
+        """A batch's values (B, …) of all processes, from this one's part of them; gradients flow back.
+
+        Args:
+            count: images in the whole batch, which was divided by `share`.
+        """
+        if self.size == 1 or count < self.size:
+            return values
+        gathered: Tensor = _Gather.apply(values, count, self.rank, self.size)
+        return gathered
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over all processes."""
@@ -163,6 +175,25 @@ class World:
                 process.wait(timeout=_PATIENCE_S)
             if process.poll() is None:
                 process.kill()
+
+
+class _Gather(torch.autograd.Function):
+    """All parts of a batch, in order; each part's gradient is the sum of what all processes have for it."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, count: int, rank: int, size: int) -> Tensor:
+        ends = np.cumsum([len(part) for part in np.array_split(np.arange(count), size)])
+        ctx.part = slice(int(ends[rank]) - len(values), int(ends[rank]))
+        whole = values.new_zeros(count, *values.shape[1:])
+        whole[ctx.part] = values
+        torch.distributed.all_reduce(whole)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        total = gradients[0].contiguous().clone()
+        torch.distributed.all_reduce(total)
+        return total[ctx.part], None, None, None
 
 
 def launch(accelerator: str, devices: int) -> World:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from kdcli import augment, models, rows
 from kdcli.data import ImageSet, misfit
-from kdcli.errors import KdError
+from kdcli.errors import KdError, UsageError
 from kdcli.events import Note, OnEvent, Progress, ignore
 from kdcli.files import sha256_file
 from kdcli.models import Classifier
+from kdcli.models.features import Tap, stages_of
 from kdcli.models.reproducible import Draw, use_sample_dropout
 from kdcli.runtime import World
 from kdcli.teacher.runner import Plan, Run, choose, run_of
@@ -80,18 +81,34 @@ class Live:
     Attributes:
         run: uint8 (B, H, W, C) → logits float32 (B, classes).
         draw: what its dropout draws by; None where that is off.
+        tap: the same with features, for methods that read them: logits, maps of each stage, embedding.
     """
 
     run: Run
     draw: Draw | None = None
+    tap: Callable[[Tensor], tuple[Tensor, list[Tensor], Tensor]] | None = None
 
     def __call__(self, images: Tensor, epoch: int, samples: npt.NDArray[np.int64]) -> Tensor:
         """Logits (B, classes) for a batch, without gradient."""
-        if self.draw is not None:
-            self.draw.step(epoch, samples, images.device)
+        self._draw(images, epoch, samples)
         with torch.inference_mode():
             logits = self.run(images).float()
         return logits.clone()  # an inference tensor cannot be saved for backward
+
+    def features(
+        self, images: Tensor, epoch: int, samples: npt.NDArray[np.int64]
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """Logits (B, classes), maps (B, C, H, W) of each stage and embedding (B, D), without gradient."""
+        if self.tap is None:
+            raise RuntimeError("this teacher was not asked for features")
+        self._draw(images, epoch, samples)
+        with torch.no_grad():
+            logits, maps, embedding = self.tap(images)
+        return logits.float(), tuple(stage.float() for stage in maps), embedding.float()
+
+    def _draw(self, images: Tensor, epoch: int, samples: npt.NDArray[np.int64]) -> None:
+        if self.draw is not None:
+            self.draw.step(epoch, samples, images.device)
 
 
 @dataclass
@@ -147,24 +164,65 @@ class Teacher:
         """Whether it is an ONNX file that ends in a softmax: its logits are known only up to a shift."""
         return self.path.suffix.lower() == ".onnx" and getattr(self.model, "gives", "") == "probabilities"
 
-    def live(self, dropout: float = 0.0, seed: int = 0) -> Live:
+    def record(self) -> dict[str, Any]:
+        """For a student's provenance."""
+        return {"path": self.path.as_posix(), "sha256": self.sha256}
+
+    def live(
+        self, dropout: float = 0.0, seed: int = 0, precision: str = "32", stages: Sequence[str] = ()
+    ) -> Live:
         """The model for use in each step.
 
         Args:
             dropout: above 0, the network's dropout layers are on at this rate (the reference's teacher).
+            precision: `bf16`, or float32.
+            stages: names of the submodules whose maps are wanted; without, logits alone are given.
 
         Raises:
             KdError: dropout is asked of a file that has none.
         """
-        if dropout == 0:
-            model = self.model
-            return Live(model if isinstance(model, Classifier) else lambda images: model(images.cpu()))
-        model = load_model(self.path)
+        model, draw = self.model, None
+        if dropout > 0:
+            model = load_model(self.path)
+            if not isinstance(model, Classifier):
+                raise KdError("--teacher-dropout needs a .pt teacher", "An ONNX file has no dropout.")
+            draw = Draw(seed, _STREAM)
+            use_sample_dropout(freeze(model, dropout).to(self.world.device), draw)
         if not isinstance(model, Classifier):
-            raise KdError("--teacher-dropout needs a .pt teacher", "An ONNX file has no dropout.")
-        draw = Draw(seed, _STREAM)
-        use_sample_dropout(freeze(model, dropout).to(self.world.device), draw)
-        return Live(model, draw)
+            return Live(lambda images: model(images.cpu()))
+        plain = precision != "bf16"
+        run: Run = model if plain else run_of(model, Plan("torch", "bf16"))
+        if not stages:
+            return Live(run, draw)
+        tap = Tap(model.network, stages)
+
+        def with_features(images: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+            prepared = model.prepare(images)
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=not plain):
+                found: tuple[Tensor, list[Tensor], Tensor] = tap(prepared)
+            return found
+
+        return Live(run, draw, with_features)
+
+    def stages(self, images: Tensor, wanted: str = "") -> tuple[str, ...]:
+        """Names of the submodules whose maps methods of features read, see `models.features.stages_of`.
+
+        Args:
+            images: some, uint8 (B, H, W, C).
+
+        Raises:
+            KdError: the teacher is an ONNX file, whose maps cannot be read.
+            UsageError: there are none, or not those wanted.
+        """
+        if not isinstance(self.model, Classifier):
+            raise KdError(
+                f"teacher {self.path} is an ONNX file, which gives logits and no features",
+                "Use a .pt teacher, or a method of logits.",
+            )
+        try:
+            return stages_of(self.model.network, self.model.prepare(images.to(self.world.device)), wanted)
+        except UsageError as error:
+            raise UsageError(f"teacher {self.path}: {error.message}", error.hint) from error
 
     def check(self, data: ImageSet) -> None:
         """Raise KdError unless the teacher takes these images and knows these classes."""
