@@ -86,9 +86,11 @@ def test_help_gives_defaults_and_networks_from_where_they_are_defined(kd: Kd) ->
         assert f"{name} {method.summary}" in out
     assert "'kdcli[tensorboard]'" in out  # not taken for markup
     described = TrainConfig.model_fields["student"].description or ""
-    assert [
-        n for n in re.findall(r"[a-z]+(?:-[a-z]+)*", described.split(":")[1].split(";")[0]) if n != "or"
-    ] == [name for name in models.MODELS if name != "graph"]
+    listed = described.split(": ", 1)[1].split(" (")[0].replace(" or ", ", ")
+    named = [name.split("…")[0] for name in listed.split(", ")]
+    assert set(named) <= set(models.names())
+    families = {models.MODELS[name].split(":")[0] for name in models.names()}
+    assert {models.MODELS[name].split(":")[0] for name in named} == families
 
 
 def test_no_arguments_and_version(kd: Kd) -> None:

@@ -160,6 +160,21 @@ def test_relational_is_blind_to_rotation_and_shift(seed: int) -> None:
     assert losses.relational(turned, teacher).item() == pytest.approx(expected, rel=1e-7)
 
 
+def test_relational_is_as_precise_far_from_zero() -> None:
+    """Float32 products of such embeddings hold no more than whole numbers."""
+    student, teacher = tensors(500 + normal(6, 20, seed=14), normal(6, 4, seed=15), dtype=torch.float32)
+    expected = formulas.relational(student.double().numpy(), teacher.double().numpy(), 25, 50)
+    assert losses.relational(student, teacher).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_relational_of_two_samples_that_are_the_same_has_no_angle_there() -> None:
+    student, teacher = tensors(normal(4, 20, seed=16), normal(4, 4, seed=17), dtype=torch.float32)
+    student[1] = student[0]
+    expected = formulas.relational(student.double().numpy(), teacher.double().numpy(), 25, 50)
+    for scale in (1.0, 2.0**13):  # what rounding leaves of their difference is large then
+        assert losses.relational(scale * student, teacher).item() == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", MAPS)
 def test_the_mean_does_not_change_when_the_batch_is_there_twice(name: str) -> None:
     loss = MAPS[name][0]

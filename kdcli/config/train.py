@@ -26,8 +26,9 @@ class TrainConfig(DataSettings):
     )
     student: str = Field(
         "lenet",
-        description="The network that is trained: lenet, lenet-caffe, nin, nin-fc, "
-        "convnet-tiny, convnet-small or convnet-large; or a checkpoint (.pt), to go on from its weights.",
+        description="The network that is trained: lenet, lenet-caffe, nin, nin-fc, convnet-tiny…large, "
+        "resnet8…110, resnet8x4, resnet32x4, wrn-16-1…40-2, vgg8, vgg13, mobilenetv2-half, shufflenetv1 or "
+        "shufflenetv2 (kd info NETWORK shows it); or a checkpoint (.pt), to go on from its weights.",
         json_schema_extra=about(METHOD),
     )
     teacher: tuple[Path, ...] = Field(

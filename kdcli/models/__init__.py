@@ -1,7 +1,8 @@
 """Networks by name, and the `Classifier` that joins a network with its preprocessing.
 
 Adding a network: write a function named as the model in a file of its family, add a row to `MODELS`; if it ends
-in a linear layer, name that in the class attribute `head`.
+in a linear layer, which then reads vectors (B, D), name that in the class attribute `head`. The attribute `stages`
+names the submodules, each called once, whose outputs are the maps (B, C, H, W) at the end of each stage, in order.
 """
 
 from __future__ import annotations
@@ -33,6 +34,24 @@ MODELS = {
     "convnet-tiny": "kdcli.models.convnet:convnet_tiny",
     "convnet-small": "kdcli.models.convnet:convnet_small",
     "convnet-large": "kdcli.models.convnet:convnet_large",
+    "resnet8": "kdcli.models.resnet:resnet8",
+    "resnet14": "kdcli.models.resnet:resnet14",
+    "resnet20": "kdcli.models.resnet:resnet20",
+    "resnet32": "kdcli.models.resnet:resnet32",
+    "resnet44": "kdcli.models.resnet:resnet44",
+    "resnet56": "kdcli.models.resnet:resnet56",
+    "resnet110": "kdcli.models.resnet:resnet110",
+    "resnet8x4": "kdcli.models.resnet:resnet8x4",
+    "resnet32x4": "kdcli.models.resnet:resnet32x4",
+    "wrn-16-1": "kdcli.models.wide_resnet:wrn_16_1",
+    "wrn-16-2": "kdcli.models.wide_resnet:wrn_16_2",
+    "wrn-40-1": "kdcli.models.wide_resnet:wrn_40_1",
+    "wrn-40-2": "kdcli.models.wide_resnet:wrn_40_2",
+    "vgg8": "kdcli.models.vgg:vgg8",
+    "vgg13": "kdcli.models.vgg:vgg13",
+    "mobilenetv2-half": "kdcli.models.mobilenet:mobilenetv2_half",
+    "shufflenetv1": "kdcli.models.shufflenet:shufflenetv1",
+    "shufflenetv2": "kdcli.models.shufflenet:shufflenetv2",
     "graph": "kdcli.models.graph:graph",
 }
 
@@ -139,6 +158,11 @@ def _function(arch: str) -> Callable[..., nn.Module]:
 def takes_dropout(arch: str) -> bool:
     """Whether a network has dropout to set."""
     return "dropout" in inspect.signature(_function(arch)).parameters
+
+
+def takes_width(arch: str) -> bool:
+    """Whether a network has a multiplier of its channel counts, `width`."""
+    return "width" in inspect.signature(_function(arch)).parameters
 
 
 def from_checkpoint(stored: Checkpoint, source: str = "checkpoint") -> Classifier:

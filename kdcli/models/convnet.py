@@ -7,10 +7,15 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from kdcli.errors import UsageError
+from kdcli.models.parts import scaled
 
 
 class ConvNet(nn.Module):
-    """Stages of 3×3 convolution, batch norm, ReLU; max-pool 2 between stages; global average; linear."""
+    """Stages of 3×3 convolution, batch norm, ReLU; max-pool 2 between stages; global average; linear.
+
+    The models' `width` multiplies `widths`, to the nearest whole numbers, at least 1. The maps of `stages` are those
+    before pooling.
+    """
 
     head = "fc"
 
@@ -24,11 +29,14 @@ class ConvNet(nn.Module):
                 f"It needs {least}×{least} or more.",
             )
         layers: list[nn.Module] = []
+        ends: list[str] = []
         for stage, out in enumerate(widths):
             if stage:
                 layers.append(nn.MaxPool2d(2))
             layers += [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            ends.append(f"features.{len(layers) - 1}")
             channels = out
+        self.stages = tuple(ends)
         self.features = nn.Sequential(*layers)
         self.fc = nn.Linear(channels, classes)
 
@@ -39,20 +47,31 @@ class ConvNet(nn.Module):
         return logits
 
 
-def convnet_tiny(classes: int, input_size: tuple[int, int, int], widths: Sequence[int] = (8, 16)) -> ConvNet:
+def convnet_tiny(
+    classes: int,
+    input_size: tuple[int, int, int],
+    widths: Sequence[int] = (8, 16),
+    width: float = 1.0,
+) -> ConvNet:
     """A student for the digits: some 1,400 parameters."""
-    return ConvNet(classes, input_size, widths)
+    return ConvNet(classes, input_size, [scaled(count, width) for count in widths])
 
 
 def convnet_small(
-    classes: int, input_size: tuple[int, int, int], widths: Sequence[int] = (16, 32, 64)
+    classes: int,
+    input_size: tuple[int, int, int],
+    widths: Sequence[int] = (16, 32, 64),
+    width: float = 1.0,
 ) -> ConvNet:
     """Some 24 k parameters."""
-    return ConvNet(classes, input_size, widths)
+    return ConvNet(classes, input_size, [scaled(count, width) for count in widths])
 
 
 def convnet_large(
-    classes: int, input_size: tuple[int, int, int], widths: Sequence[int] = (64, 128, 128)
+    classes: int,
+    input_size: tuple[int, int, int],
+    widths: Sequence[int] = (64, 128, 128),
+    width: float = 1.0,
 ) -> ConvNet:
     """A teacher for the digits: some 220 k parameters."""
-    return ConvNet(classes, input_size, widths)
+    return ConvNet(classes, input_size, [scaled(count, width) for count in widths])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.errors import UsageError
+from kdcli.models.parts import scaled
 
 
 class LeNet(nn.Module):
@@ -17,6 +18,7 @@ class LeNet(nn.Module):
     """
 
     head = "ip2"
+    stages: tuple[str, ...] = ("pool1", "pool2")
 
     def __init__(self, classes: int, input_size: tuple[int, int, int], widths: Sequence[int]) -> None:
         super().__init__()
@@ -44,13 +46,24 @@ class LeNet(nn.Module):
         return logits
 
 
-def lenet(classes: int, input_size: tuple[int, int, int], widths: Sequence[int] = (64, 128, 1024)) -> LeNet:
-    """The reference's student: 3.50 M parameters and 27 M MACs on 32×32×3 with 10 classes."""
-    return LeNet(classes, input_size, widths)
+def lenet(
+    classes: int,
+    input_size: tuple[int, int, int],
+    widths: Sequence[int] = (64, 128, 1024),
+    width: float = 1.0,
+) -> LeNet:
+    """The reference's student: 3.50 M parameters and 27 M MACs on 32×32×3 with 10 classes.
+
+    `width` multiplies `widths`, to the nearest whole numbers, at least 1.
+    """
+    return LeNet(classes, input_size, [scaled(count, width) for count in widths])
 
 
 def lenet_caffe(
-    classes: int, input_size: tuple[int, int, int], widths: Sequence[int] = (20, 50, 500)
+    classes: int,
+    input_size: tuple[int, int, int],
+    widths: Sequence[int] = (20, 50, 500),
+    width: float = 1.0,
 ) -> LeNet:
-    """Caffe's classic LeNet, 20/50/500."""
-    return LeNet(classes, input_size, widths)
+    """Caffe's classic LeNet, 20/50/500; `width` as of `lenet`."""
+    return LeNet(classes, input_size, [scaled(count, width) for count in widths])

@@ -8,12 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdcli.errors import UsageError
+from kdcli.models.parts import scaled
 
 WIDTHS = (192, 160, 96, 192, 192, 192, 192, 192)  # conv1 cccp1 cccp2 conv2 cccp3 cccp4 conv3 cccp5
 
 
 class _Trunk(nn.Module):
     """Everything up to cccp5: (B, C, H, W) → (B, widths[7], H/4, W/4). ReLU after every convolution."""
+
+    stages: tuple[str, ...] = ("pool1", "pool2", "relu_cccp5")
 
     def __init__(self, input_size: tuple[int, int, int], widths: Sequence[int], dropout: float) -> None:
         super().__init__()
@@ -35,13 +38,15 @@ class _Trunk(nn.Module):
         self.drop6 = nn.Dropout(dropout)
         self.conv3 = nn.Conv2d(c4, w3, 3, padding=1)
         self.cccp5 = nn.Conv2d(w3, c5, 1)
+        self.relu_cccp5 = nn.ReLU()  # a module, so that its output can be asked for
 
     def features(self, pixels: Tensor) -> Tensor:
         maps = F.relu(self.cccp2(F.relu(self.cccp1(F.relu(self.conv1(pixels))))))
         maps = self.drop3(self.pool1(maps))  # (B, 96, 16, 16) for 32×32
         maps = F.relu(self.cccp4(F.relu(self.cccp3(F.relu(self.conv2(maps))))))
         maps = self.drop6(self.pool2(maps))  # (B, 192, 8, 8)
-        return F.relu(self.cccp5(F.relu(self.conv3(maps))))
+        last: Tensor = self.relu_cccp5(self.cccp5(F.relu(self.conv3(maps))))
+        return last
 
     def initialise(self) -> None:
         """He initialisation (He et al. 2015)."""
@@ -98,10 +103,17 @@ class NINFc(_Trunk):
 
 
 def nin(
-    classes: int, input_size: tuple[int, int, int], widths: Sequence[int] = WIDTHS, dropout: float = 0.5
+    classes: int,
+    input_size: tuple[int, int, int],
+    widths: Sequence[int] = WIDTHS,
+    dropout: float = 0.5,
+    width: float = 1.0,
 ) -> NIN:
-    """967 k parameters and 222 M MACs on 32×32×3 with 10 classes."""
-    return NIN(classes, input_size, widths, dropout)
+    """967 k parameters and 222 M MACs on 32×32×3 with 10 classes.
+
+    `width` multiplies `widths`, to the nearest whole numbers, at least 1; cccp6 has one map a class.
+    """
+    return NIN(classes, input_size, [scaled(count, width) for count in widths], dropout)
 
 
 def nin_fc(
@@ -110,6 +122,8 @@ def nin_fc(
     widths: Sequence[int] = WIDTHS,
     hidden: int = 1024,
     dropout: float = 0.5,
+    width: float = 1.0,
 ) -> NINFc:
-    """NIN with two inner products at the end; `hidden` is the width of ip1."""
-    return NINFc(classes, input_size, widths, hidden, dropout)
+    """NIN with two inner products at the end; `hidden` is the width of ip1. `width` multiplies it and `widths`."""
+    counts = [scaled(count, width) for count in widths]
+    return NINFc(classes, input_size, counts, scaled(hidden, width), dropout)
