@@ -98,7 +98,9 @@ def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[Resu
 
     fit_to = None
     if stored is not None:
-        _ui.note_unread(options, ("dropout", "preprocess"), f"with --student {stored}, which brings its own")
+        _ui.note_unread(
+            options, ("dropout", "preprocess", "width"), f"with --student {stored}, which brings its own"
+        )
         fit_to = models.load(stored).input_size
     elif not models.takes_dropout(config.student):
         _ui.note_unread(options, ("dropout",), f"with --student {config.student}, which has none")

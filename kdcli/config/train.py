@@ -244,6 +244,13 @@ class TrainConfig(DataSettings):
     weight_decay: float = Field(
         0.0, ge=0, le=1, description="L2 penalty (adamw: decoupled).", json_schema_extra=about(OPTIMISER)
     )
+    width: float = Field(
+        1.0,
+        gt=0,
+        le=100,
+        description="Channels of the network that is trained, times this.",
+        json_schema_extra=about(METHOD),
+    )
     dropout: float = Field(
         0.5,
         ge=0,

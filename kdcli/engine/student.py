@@ -37,6 +37,8 @@ def make_student(
 
 def _fresh(config: TrainConfig, train: ImageSet, samples: Int64, on_event: OnEvent) -> Classifier:
     arguments: dict[str, Any] = {"dropout": config.dropout} if models.takes_dropout(config.student) else {}
+    if config.width != 1 and models.takes_width(config.student):
+        arguments["width"] = config.width
     torch.manual_seed(config.seed)
     network = models.build(
         config.student, classes=len(train.classes), input_size=train.input_size, **arguments
