@@ -19,6 +19,7 @@ from kdcli.config.commands import (
     TestConfig,
     ValidateConfig,
 )
+from kdcli.config.compare import CompareConfig, ReproduceConfig
 from kdcli.config.train import AUGMENT_STEPS, TrainConfig
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "OPTIMISER",
     "RUN",
     "BenchConfig",
+    "CompareConfig",
     "ConvertConfig",
     "DataSettings",
     "DemoConfig",
@@ -37,6 +39,7 @@ __all__ = [
     "InfoConfig",
     "PredictConfig",
     "ReportConfig",
+    "ReproduceConfig",
     "Settings",
     "TestConfig",
     "TrainConfig",
