@@ -36,7 +36,7 @@ TRAIN: dict[str, Any] = {
     "data": "digits",
     "student": "convnet-tiny",
     "batch_size": 32,
-    "lr": 1e-2,
+    "lr": 3e-2,
     "val_fraction": 0.0,
     "precision": "32",
     "threads": 1,
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--comparisons", type=int, default=200)
     parser.add_argument("--method", default="ce")
     parser.add_argument("--images", type=int, default=400)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()

@@ -119,7 +119,7 @@ def _show(found: Comparison, plan: Plan) -> None:
         _ui.say("one seed shows nothing of chance, so no method is called better; --seeds 5 would")
     for line in found.notes:
         _ui.note(line)
-    _ui.say(f"the teacher was run over {found.teacher_passes} sets of images")
+    _ui.say(f"teacher runs over a set of images, all runs together: {found.teacher_passes}")
     _ui.say(f"wrote {plan.result_file.as_posix()} and figure.svg beside it")
     if found.failed:
         _ui.next_command(plan.resume_command)

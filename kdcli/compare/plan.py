@@ -116,7 +116,11 @@ class Plan:
 
     @property
     def needs_teacher(self) -> bool:
-        return any("kd" in methods.get(name).weights(self._config(name, 0)) for name in self.methods)
+        return any(
+            methods.get(name).needs_teacher
+            and set(methods.get(name).weights(self._config(name, 0))) != {"ce"}
+            for name in self.methods
+        )
 
     @cached_property
     def runs(self) -> tuple[PlannedRun, ...]:
