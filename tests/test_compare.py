@@ -215,9 +215,10 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
         "--methods ce,broken,kd --seeds 3 --data toy --student convnet-tiny --epochs 1 --batch-size 16"
     )
     words += shlex.split("--teacher runs/teacher/student.pt --precision 32 --threads 1 --lr 1e-2 --name c")
-    done = kd("compare", *words, "--json")
-    assert done.exit_code == 1
-    document = json.loads(done.stdout)
+    with pytest.raises(KdError, match="1 of 9 runs failed: the loss is no longer finite") as caught:
+        kd("compare", *words)
+    assert (caught.value.exit_code, caught.value.hint[:37]) == (1, "kd compare --resume comparisons/c tri")
+    document = json.loads(Path("comparisons/c/comparison.json").read_text())
     status = {run["run"].rsplit("/", 1)[1]: run["status"] for run in document["runs"]}
     assert {name for name, one in status.items() if one == "failed"} == {"broken-seed1"}
     assert len(status) == 9

@@ -12,7 +12,7 @@ from kdcli.cli import _ui
 from kdcli.cli._imports import imports
 from kdcli.cli._options import options_of
 from kdcli.config import METHOD, RUN, CompareConfig, TrainConfig, make
-from kdcli.errors import UsageError
+from kdcli.errors import KdError, UsageError
 from kdcli.recipes import RECIPES, read_recipe
 
 if TYPE_CHECKING:
@@ -77,7 +77,10 @@ def compare(
     else:
         _show(found, plan)
     if found.failed:
-        raise typer.Exit(1)
+        raise KdError(
+            f"{len(found.failed)} of {len(found.runs)} runs failed: {found.failed[0].reason}",
+            f"{plan.resume_command} tries them again.",
+        )
 
 
 def _shared(values: dict[str, Any]) -> dict[str, Any]:
@@ -121,9 +124,7 @@ def _show(found: Comparison, plan: Plan) -> None:
         _ui.note(line)
     _ui.say(f"teacher runs over a set of images, all runs together: {found.teacher_passes}")
     _ui.say(f"wrote {plan.result_file.as_posix()} and figure.svg beside it")
-    if found.failed:
-        _ui.next_command(plan.resume_command)
-    else:
+    if not found.failed:
         _ui.next_command(f"kd report {plan.resume_command.removeprefix('kd compare --resume ')}")
 
 

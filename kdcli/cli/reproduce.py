@@ -11,6 +11,7 @@ from kdcli.cli import _ui
 from kdcli.cli._imports import imports
 from kdcli.cli._options import options_of
 from kdcli.config import ReproduceConfig, make
+from kdcli.errors import KdError
 
 if TYPE_CHECKING:
     from kdcli.reproduce import Reproduction
@@ -38,7 +39,13 @@ def reproduce(
     else:
         _show(made)
     if not made.holds:
-        raise typer.Exit(1)
+        raise KdError(
+            f"{made.run} did not come out the same: test accuracy {made.accuracy:.2f} and "
+            f"{made.accuracy_again:.2f} %, more than {made.tolerance:g} points apart",
+            "What is different about machine and versions is listed above."
+            if made.circumstances
+            else "Machine, versions and threads are the same: was the run's folder changed?",
+        )
 
 
 def _show(made: Reproduction) -> None:
