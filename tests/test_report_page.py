@@ -21,7 +21,8 @@ from PIL import Image
 
 from kdcli import metrics, models
 from kdcli.cli import _ui, report
-from kdcli.config import ReportConfig, TrainConfig, make
+from kdcli.compare import compare, make_plan
+from kdcli.config import CompareConfig, ReportConfig, TrainConfig, make
 from kdcli.data import ImageSet, Splits, load
 from kdcli.data.images import fingerprint_of
 from kdcli.engine import fit
@@ -477,3 +478,79 @@ def test_of_many_classes_those_that_differ_most() -> None:
     assert len(rows) == details.MOST_CLASSES
     assert (rows[0]["name"], rows[0]["count"], rows[0]["difference"]) == ("class 7", 2, -50.0)
     assert {row["difference"] for row in rows[1:]} == {0.0}
+
+
+def test_a_comparison_has_its_table_and_figure_whatever_it_is_called(
+    project: Path, made: tuple[Path, Splits], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = {
+        "data": "toy",
+        "student": "convnet-tiny",
+        "epochs": 1,
+        "batch_size": 32,
+        "lr": 1e-2,
+        "threads": 1,
+    }
+    chosen = make(CompareConfig, {"seeds": 2, "name": "c"})
+    plan = make_plan(chosen, {**train, "precision": "32", "teacher": "weights/teacher.pt"})
+    compare(plan, made[1])
+    file = plan.result_file
+    document = json.loads(file.read_text())
+    assert document["standings"][1]["verdict"] == "inconclusive"
+    difference = document["standings"][1]["difference"]
+    difference |= {"mean": 1.25, "interval": [0.5, 2.0], "p": 0.01, "p_holm": 0.03}
+    document["standings"][1] |= {"verdict": "better", "method": HOSTILE[0]}
+    document |= {"student": HOSTILE[1], "data": HOSTILE[3], "notes": [HOSTILE[1], "\u202e" + HOSTILE[3]]}
+    file.write_text(json.dumps(document))
+    place = plan.folder.rename(plan.folder.with_name(EVIL_NAME))
+    made_page = make_report(gather.folders([place]), settings(), comparisons=gather.comparisons([place]))
+    assert made_page.comparisons == (place.as_posix(),)
+    assert [Path(run["run"]).name for run in made_page.runs] == [
+        "ce-seed0",
+        "ce-seed1",
+        "kd-seed0",
+        "kd-seed1",
+    ]
+    page = Page(made_page.html)
+    assert "Comparison: " + EVIL_NAME in page.text
+    assert "+0.50 … +2.00" in page.text
+    assert "2 1 comparison" not in page.text
+    assert (
+        "seeds 0, 1, the same for each method; paired t-interval over seeds; 1 comparison with ce"
+        in page.text
+    )
+    assert HOSTILE[0] in page.text
+    assert not [one for one in page.elements if one[0] == "img" and (one[1].get("src") or "") == "x"]
+    assert [one[0] for one in page.elements].count("script") == 1
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert "\u202e" not in made_page.html
+    assert f"points more than {plan.baseline}" in page.text  # the figure's text
+    for text in (
+        "{",
+        json.dumps({**document, "standings": 3}),
+        json.dumps(document).replace("1.25", "1e999"),
+    ):
+        (place / "comparison.json").write_text(text)
+        broken = make_report(gather.folders([place]), settings(), comparisons=gather.comparisons([place]))
+        assert broken.comparisons == ()
+        assert [(name, "comparison.json" in reason) for name, reason in broken.left_out] == [
+            (EVIL_NAME, True)
+        ]
+
+
+def test_comparisons_are_found_and_stand_for_their_runs(project: Path) -> None:
+    for name in ("b", "a"):
+        folder = Path("comparisons") / name
+        (folder / "runs/kd-seed10").mkdir(parents=True)
+        (folder / "runs/kd-seed9").mkdir()
+        (folder / "comparison.json").write_text("{}")
+    assert gather.comparisons(()) == [Path("comparisons/a"), Path("comparisons/b")]
+    assert gather.comparisons([Path("runs/kd-1")]) == []
+    named = gather.folders([Path("runs/kd-1"), Path("comparisons/a")])
+    assert named == [
+        Path("runs/kd-1"),
+        *(Path("comparisons/a/runs") / name for name in ("kd-seed9", "kd-seed10")),
+    ]
+    assert all(path.parent == Path("runs") for path in gather.folders(()))
+    shutil.rmtree("runs")
+    assert len(gather.folders(())) == 4

@@ -7,8 +7,7 @@ import io
 from typing import Any
 
 from kdcli.bench.rows import BenchResult, Row
-
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would compute what begins so
+from kdcli.cells import csv_cell, markdown_cell
 
 
 def to_csv(result: BenchResult) -> str:
@@ -31,12 +30,12 @@ def to_markdown(result: BenchResult) -> str:
         peak = alone.peak_rss_bytes if alone is not None else None
         lines.append(
             [
-                _cell(row.name),
+                markdown_cell(row.name),
                 f"{row.engine}{' int8' if row.precision == 'int8' else ''}",
                 f"{row.network_bytes / 1e6:.3g}",
                 f"{row.latency_ms:.3g}",
                 _speedup(row),
-                _cell(row.verdict),
+                markdown_cell(row.verdict),
                 f"{row.images_per_s:,.0f}",
                 "" if peak is None else f"{peak / 1e6:,.0f}",
                 "" if row.accuracy is None else f"{row.accuracy:.2f}",
@@ -45,11 +44,11 @@ def to_markdown(result: BenchResult) -> str:
     cpu = result.environment["cpu"]
     size = max(result.batches)
     notes = [
-        f"{_cell(str(cpu['model']))}, {result.threads} threads. One image: median of "
+        f"{markdown_cell(str(cpu['model']))}, {result.threads} threads. One image: median of "
         f"{result.rows[0].latency_n:,} calls in {result.rounds} rounds; images/s in batches of {size}."
     ]
     if result.data_label:
-        notes.append(f"Accuracy: {result.test_images:,} test images of {_cell(result.data_label)}.")
+        notes.append(f"Accuracy: {result.test_images:,} test images of {markdown_cell(result.data_label)}.")
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{table}\n\n{' '.join(notes)}\n"
 
@@ -64,8 +63,8 @@ def _speedup(row: Row) -> str:
 def _flat(row: Row) -> dict[str, Any]:
     low, high = row.speedup_interval or (None, None)
     flat: dict[str, Any] = {
-        "name": _text(row.name),
-        "path": _text(row.path.as_posix()),
+        "name": csv_cell(row.name),
+        "path": csv_cell(row.path.as_posix()),
         "engine": row.engine,
         "precision": row.precision,
         "is_teacher": row.is_teacher,
@@ -103,18 +102,5 @@ def _flat(row: Row) -> dict[str, Any]:
         "kl": row.kl,
         "ece": row.ece,
         "verdict": row.verdict,
-        "notes": _text("; ".join(row.notes)),
+        "notes": csv_cell("; ".join(row.notes)),
     }
-
-
-def _text(value: str) -> str:
-    """Text of a cell, that no spreadsheet takes for a formula."""
-    return "'" + value if value.startswith(_FORMULA) else value
-
-
-def _cell(text: str) -> str:
-    """Text that ends neither its cell nor its line, and is no markup."""
-    plain = " ".join("".join(mark if mark.isprintable() else " " for mark in text).split())
-    for mark in "\\`*_[]<>|":
-        plain = plain.replace(mark, "\\" + mark)
-    return plain

@@ -61,6 +61,8 @@ COMMANDS = (
     "convert-caffe",
     "validate",
     "train",
+    "compare",
+    "reproduce",
     "test",
     "export",
     "info",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -17,7 +17,7 @@ from kdcli.config import Settings
 
 
 def options_of(
-    settings: type[Settings], *, metavars: Mapping[str, str] | None = None
+    *settings: type[Settings], metavars: Mapping[str, str] | None = None, without: Container[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command one option for each field of `settings`, in place of its `**options`.
 
@@ -26,21 +26,25 @@ def options_of(
 
     Args:
         metavars: what --help shows as a field's value, where it is not known to `config` (registry names).
+        without: fields of all but the first that get no option.
     """
+    fields = {
+        name: field
+        for number, kind in enumerate(settings)
+        for name, field in kind.model_fields.items()
+        if number == 0 or name not in without
+    }
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        added = [
-            _parameter(name, field, (metavars or {}).get(name))
-            for name, field in settings.model_fields.items()
-        ]
+        added = [_parameter(name, field, (metavars or {}).get(name)) for name, field in fields.items()]
         added += [_output_flag(name, *about) for name, about in _OUTPUT.items()]
 
         def run(**values: Any) -> None:
             for name in _OUTPUT:
                 setattr(_ui.settings, name, values.pop(name))
-            command(**{n: v for n, v in values.items() if n not in settings.model_fields or v is not None})
+            command(**{n: v for n, v in values.items() if n not in fields or v is not None})
 
         run.__name__ = command.__name__
         run.__doc__ = command.__doc__

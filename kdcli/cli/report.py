@@ -23,7 +23,10 @@ _SHOWN_NAMES = 8
 def report(
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[RUN]…", help="Folders of runs; by default all finished ones below runs/."),
+        typer.Argument(
+            metavar="[RUN]…",
+            help="Folders of runs and comparisons; by default all below runs/ and comparisons/.",
+        ),
     ] = None,
     **options: Any,
 ) -> None:
@@ -52,7 +55,9 @@ def report(
     folders = gather.folders(runs or [])
     exports = () if runs else tuple(sorted(Path("exports").glob("*.onnx")))
     with _ui.progress() as on_event:
-        made = engine.make_report(folders, config, others=exports, on_event=on_event)
+        made = engine.make_report(
+            folders, config, others=exports, comparisons=gather.comparisons(runs or []), on_event=on_event
+        )
     engine.write_report(made, config.output)
     _show(made, config)
 
@@ -72,6 +77,7 @@ def _show(made: Report, config: ReportConfig) -> None:
                 "output": config.output.as_posix(),
                 "bytes": size,
                 "runs": list(made.runs),
+                "comparisons": list(made.comparisons),
                 "left_out": [{"run": name, "reason": reason} for name, reason in made.left_out],
                 "notes": list(made.notes),
             }

@@ -20,6 +20,7 @@ from kdcli.config.commands import (
     ValidateConfig,
 )
 from kdcli.config.ramp import Ramp
+from kdcli.config.compare import CompareConfig, ReproduceConfig
 from kdcli.config.train import AUGMENT_STEPS, TrainConfig
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "OPTIMISER",
     "RUN",
     "BenchConfig",
+    "CompareConfig",
     "ConvertConfig",
     "DataSettings",
     "DemoConfig",
@@ -39,6 +41,7 @@ __all__ = [
     "PredictConfig",
     "Ramp",
     "ReportConfig",
+    "ReproduceConfig",
     "Settings",
     "TestConfig",
     "TrainConfig",

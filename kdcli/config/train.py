@@ -266,6 +266,14 @@ class TrainConfig(DataSettings):
         description="Initial weights, order, views and noise all follow from it.",
         json_schema_extra=about(RUN),
     )
+    view_seed: int | None = Field(
+        None,
+        ge=0,
+        lt=2**63,
+        description="Seed of the views alone, so that runs of several seeds share what is kept of the teacher; "
+        "by default that of the run.",
+        json_schema_extra=about(RUN),
+    )
     precision: Literal["auto", "32", "bf16"] = Field(
         "auto", description="auto measures which is faster here.", json_schema_extra=about(RUN)
     )
@@ -366,6 +374,11 @@ class TrainConfig(DataSettings):
             raise ValueError("must be a number of epochs, or as in 500steps or 10min")
         unit = found[2].rstrip("s")
         return found[1] + {"epoch": "", "step": "steps"}.get(unit, unit)
+
+    @property
+    def augment_seed(self) -> int:
+        """What views are drawn by."""
+        return self.seed if self.view_seed is None else self.view_seed
 
     @property
     def saving(self) -> tuple[int, str]:

@@ -134,7 +134,9 @@ class _Run:
         if resume is not None:
             self._restore()
         self.due = Due(self.config)
-        self.feed = Feed(train, self.config.augment, self.config.seed, self.train_samples, world.device)
+        self.feed = Feed(
+            train, self.config.augment, self.config.augment_seed, self.train_samples, world.device
+        )
         self.step = Step(
             self.config,
             self.method,

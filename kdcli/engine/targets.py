@@ -119,7 +119,7 @@ class Targets:
         self.views = self.teacher.logits(
             self.data.train,
             augment_name="none" if mode == "fixed" else config.augment,
-            seed=config.seed,
+            seed=config.augment_seed,
             views=count,
             pool=self.pool,
             task="teacher on train images",

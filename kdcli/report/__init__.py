@@ -1,11 +1,12 @@
 """Figures and pages from results."""
 
-from kdcli.report.figures import check_target, confusion, curves, pareto, pareto_front
+from kdcli.report.figures import check_target, comparison, confusion, curves, pareto, pareto_front
 from kdcli.report.page import Report, make_report, write_report
 
 __all__ = [
     "Report",
     "check_target",
+    "comparison",
     "confusion",
     "curves",
     "make_report",

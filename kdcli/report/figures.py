@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcli.bench import Row
+from kdcli.compare import Comparison
 from kdcli.errors import KdError, UsageError
 from kdcli.files import atomic_path
 
@@ -174,6 +175,51 @@ def pareto(rows: Sequence[Row], target: Target, size: tuple[float, float] = (7.2
                 handle.set_sizes([60])  # type: ignore[attr-defined]
         figure.draw_without_rendering()  # the layout is settled only now
         _name_points(axes, known, front, largest)
+
+
+def comparison(found: Comparison, target: Target, width: float = 8.4) -> None:
+    """Draw the runs of a comparison: each seed, each mean with its interval, and the differences to the baseline.
+
+    Raises:
+        KdError: no run is finished, or the figure cannot be written.
+    """
+    rows = [row for row in found.standings if row.test_mean is not None]
+    if not rows:
+        raise KdError("no run of the comparison is finished, so there is nothing to draw")
+    with drawn_to(target, width, 1.5 + 0.5 * len(rows)) as figure:
+        left, right = figure.subplots(1, 2, sharey=True)
+        for place, row in enumerate(rows):
+            own = list(found.accuracies(row.method).values())
+            _spread(
+                left, place, own, row.test_mean or 0.0, row.test_interval, INK if row.is_baseline else BLUE
+            )
+            if row.difference is not None:
+                points = [value for _, value in row.difference.by_seed]
+                colour = {"better": GREEN, "worse": ORANGE}.get(row.verdict, BLUE)
+                _spread(right, place, points, row.difference.mean, row.difference.interval, colour)
+        right.axvline(0, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+        left.set_yticks(range(len(rows)), [shown(row.method) for row in rows])
+        left.set_ylim(len(rows) - 0.5, -0.5)
+        left.set_xlabel("test accuracy, %")
+        right.set_xlabel(f"points more than {shown(found.baseline)}, same seed")
+        for panel in (left, right):
+            panel.grid(color=GRID, linewidth=0.6, axis="x")
+            panel.tick_params(axis="y", length=0)
+
+
+def _spread(
+    axes: Axes,
+    place: int,
+    values: Sequence[float],
+    mean: float,
+    interval: tuple[float, float] | None,
+    colour: str,
+) -> None:
+    """A row of points, beside it the mean and, if there is one, its 95 % interval."""
+    axes.scatter(values, [place + 0.16] * len(values), s=16, color=colour, alpha=0.55, linewidths=0)
+    if interval is not None:
+        axes.plot(interval, [place - 0.12] * 2, color=colour, linewidth=1.8)
+    axes.plot([mean], [place - 0.12], color=colour, marker="D", markersize=5, linestyle="none")
 
 
 def pareto_front(rows: Sequence[Row]) -> list[Row]:

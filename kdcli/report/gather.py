@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from kdcli import checkpoint
 from kdcli.engine.run_dir import RunDir
 from kdcli.errors import KdError
 
+COMPARISON = "comparison.json"
 MOST_BYTES = 64 << 20  # of result.json and metrics.jsonl; a matrix of 1,000 classes takes 11 MB
 _SETTINGS_BYTES = 1 << 20  # of config.toml and environment.json
 _MOST_ROWS = 200
@@ -101,7 +103,10 @@ class Run:
 
 
 def folders(named: Sequence[Path], runs_dir: Path = Path("runs")) -> list[Path]:
-    """The run folders that are meant: those named (or whose student.pt is), else all below `runs_dir`.
+    """The run folders that are meant: those named (or whose student.pt is), else all below `runs_dir`, or,
+    where there are none, those of all comparisons.
+
+    A comparison stands for its runs.
 
     Raises:
         KdError: one that is named is not there, or there are none.
@@ -113,12 +118,27 @@ def folders(named: Sequence[Path], runs_dir: Path = Path("runs")) -> list[Path]:
                     f"no such run: {path}",
                     "Name folders below runs/, or leave them out to take all finished runs.",
                 )
-        found = [path.parent if path.is_file() else path for path in named]
+        found = []
+        for path in named:
+            whole = path / COMPARISON
+            found += _runs_of(path) if whole.is_file() else [path.parent if path.is_file() else path]
         return list({folder.resolve(): folder for folder in found}.values())
     found = [path for path in runs_dir.glob("*") if path.is_dir() and not path.name.startswith(".")]
+    found = found or [run for path in comparisons(()) for run in _runs_of(path)]
     if not found:
         raise KdError("there are no runs below runs/", "kd train makes one; or name run folders.")
     return sorted(found)
+
+
+def comparisons(named: Sequence[Path], below: Path = Path("comparisons")) -> list[Path]:
+    """The comparisons among the folders named; where none is named, all below `below`."""
+    return [path for path in named or sorted(below.glob("*")) if (path / COMPARISON).is_file()]
+
+
+def _runs_of(comparison: Path) -> list[Path]:
+    """In the order of the names: methods, and each method's seeds."""
+    found = [path for path in (comparison / "runs").glob("*") if re.search(r"-seed\d+$", path.name)]
+    return sorted(found, key=lambda path: (path.name.rpartition("-seed")[0], len(path.name), path.name))
 
 
 def gather(paths: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]]]:

@@ -12,8 +12,10 @@ import numpy as np
 from markupsafe import Markup
 
 from kdcli.bench import Row
+from kdcli.compare import Comparison
 from kdcli.report.examine import Bin
 from kdcli.report.figures import FRONT, GRID, INK, drawn_to, pareto, shown
+from kdcli.report.figures import comparison as draw_comparison
 from kdcli.report.gather import Run
 
 MOST_LINES = 14
@@ -75,6 +77,19 @@ def front(rows: Sequence[Row], key: str) -> Markup:
         "Accuracy against latency",
         "Each disc is a model, its area the size of the network. A line joins the models that no other beats in "
         "both. The table below has the same figures.",
+    )
+
+
+def comparison(found: Comparison, key: str) -> Markup:
+    """Each run of a comparison, and the differences to its baseline."""
+    buffer = BytesIO()
+    draw_comparison(found, buffer, 7.0)
+    return _inlined(
+        buffer,
+        key,
+        "Test accuracy of each method and its difference to the baseline",
+        "A row for each method: a dot is a run, the diamond the mean, the line its 95 % interval over seeds. "
+        "The table has the same figures.",
     )
 
 

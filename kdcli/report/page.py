@@ -20,6 +20,9 @@ from markupsafe import Markup
 
 from kdcli import __version__, units
 from kdcli.bench import Row
+from kdcli.compare import Comparison
+from kdcli.compare import read as read_comparison
+from kdcli.compare.tables import cells, explained
 from kdcli.config import ReportConfig
 from kdcli.errors import KdError
 from kdcli.events import OnEvent, ignore
@@ -28,11 +31,13 @@ from kdcli.report import inline, words
 from kdcli.report.details import Section, command, details_of, missing, path_word
 from kdcli.report.examine import Examined, TeacherFigures, examine, recorded_teacher
 from kdcli.report.figures import pareto_front
-from kdcli.report.gather import Run, gather
+from kdcli.report.gather import COMPARISON, Run, gather
 from kdcli.report.speed import Speed, deployed, from_file, measured
 
 MOST_DETAILED = 20  # runs with a section of their own
 MOST_EPOCHS = 200
+MOST_COMPARISONS = 20
+MOST_METHODS = 60  # rows of a comparison
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Report:
     Attributes:
         html: the page.
         runs: its figures, plain values.
+        comparisons: the folders of those that have a section.
         left_out: name and reason of runs that are not in it.
         notes: one line each on what is missing and why.
     """
@@ -50,6 +56,7 @@ class Report:
     runs: tuple[dict[str, Any], ...]
     left_out: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
+    comparisons: tuple[str, ...] = ()
 
 
 def make_report(
@@ -57,6 +64,7 @@ def make_report(
     config: ReportConfig,
     *,
     others: Sequence[Path] = (),
+    comparisons: Sequence[Path] = (),
     speed: Speed | None = None,
     on_event: OnEvent = ignore,
 ) -> Report:
@@ -66,6 +74,7 @@ def make_report(
         folders: of runs.
         config: see `ReportConfig`.
         others: further models to time beside the students, as exported files.
+        comparisons: folders of kd compare, for a section each.
         speed: a measurement that has been made already.
         on_event: told of progress.
 
@@ -101,11 +110,19 @@ def make_report(
         )
         for number, (run, found) in enumerate(zip(runs, examined, strict=True), 1)
     ]
-    html = _render(sections, left_out, speed, config, set(teachers))
+    compared, unread = _compared(comparisons)
+    left_out += unread
+    html = _render(sections, left_out, speed, config, set(teachers), compared)
     notes = [f"{section.run.name}: {text}" for section in sections for text in missing(section)]
     if speed.why_not:
         notes.append(speed.why_not)
-    return Report(html, tuple(_plain(section) for section in sections), tuple(left_out), tuple(notes))
+    return Report(
+        html,
+        tuple(_plain(section) for section in sections),
+        tuple(left_out),
+        tuple(notes),
+        tuple(path.as_posix() for path, _ in compared),
+    )
 
 
 def write_report(report: Report, target: Path) -> None:
@@ -135,6 +152,7 @@ def _render(
     speed: Speed,
     config: ReportConfig,
     listed: set[str],
+    compared: Sequence[tuple[Path, Comparison]],
 ) -> str:
     environment = Environment(
         loader=PackageLoader("kdcli.report", "assets"),
@@ -191,17 +209,57 @@ def _render(
         speed_rows=shown_rows,
         front=[row.path for row in front_rows],
         front_figure=inline.front(known, "front") if known else None,
+        comparisons=[
+            _comparison(f"comparison-{number}", path, found)
+            for number, (path, found) in enumerate(compared, 1)
+        ],
         command=command(
             [
                 "kd",
                 "report",
-                *(path_word(section.run.folder) for section in sections),
+                *_named(sections, [path for path, _ in compared]),
                 "-o",
                 path_word(config.output),
             ]
         ),
         no_images=config.no_images,
     )
+
+
+def _compared(folders: Sequence[Path]) -> tuple[list[tuple[Path, Comparison]], list[tuple[str, str]]]:
+    """The comparisons that can be read, and (name, reason) of the others."""
+    found: list[tuple[Path, Comparison]] = []
+    left_out: list[tuple[str, str]] = []
+    for path in folders[:MOST_COMPARISONS]:
+        try:
+            found.append((path, read_comparison(path / COMPARISON)))
+        except KdError as error:
+            left_out.append((path.name or path.as_posix(), error.message))
+    left_out += [(path.name, "more comparisons than a page shows") for path in folders[MOST_COMPARISONS:]]
+    return found, left_out
+
+
+def _comparison(key: str, path: Path, found: Comparison) -> dict[str, Any]:
+    """What the page says of a comparison, ready to print."""
+    rows = found.standings[:MOST_METHODS]
+    drawn = found.model_copy(update={"standings": rows})
+    return {
+        "key": key,
+        "name": path.name or path.resolve().name,
+        "found": found,
+        "rows": [(row, cells(row)) for row in rows],
+        "explained": explained(found),
+        "figure": inline.comparison(drawn, key) if any(row.count for row in rows) else None,
+    }
+
+
+def _named(sections: Sequence[Section], compared: Sequence[Path]) -> list[str]:
+    """The folders that make this page: a comparison stands for its runs."""
+    own = {_resolved(path) for path in compared}
+    runs = [
+        section.run.folder for section in sections if not own & set(_resolved(section.run.folder).parents)
+    ]
+    return [path_word(path) for path in (*compared, *runs)]
 
 
 def _best(sections: Sequence[Section]) -> Section | None:

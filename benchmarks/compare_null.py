@@ -1,0 +1,201 @@
+"""Does `kd compare` see a difference where there is none, and one where there is?
+
+Real runs on scikit-learn's digits: one method is compared with itself.
+
+- Paired, as `kd compare` does it: a second name for the method, the same seeds. All differences must be 0.
+- Independent: the second name has seeds of its own, so that its runs differ by all the chance there is in training.
+  Of 200 comparisons of 5 seeds each, at most 7 % may call it better or worse; 5 % are expected.
+- The same runs, 10 seeds a comparison, the second name's accuracies raised by one standard deviation of the paired
+  differences: how often is it called better? The noncentral t-distribution says 80 %.
+
+    python benchmarks/compare_null.py                        # 200 comparisons, 4,000 runs: minutes on 2 cores
+    python benchmarks/compare_null.py --comparisons 10       # a look
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+SEEDS, MORE_SEEDS = 5, 10
+OTHER_SEEDS = 1_000_000  # where those of the second name begin
+TRAIN: dict[str, Any] = {
+    "data": "digits",
+    "student": "convnet-tiny",
+    "batch_size": 32,
+    "lr": 3e-2,
+    "val_fraction": 0.0,
+    "precision": "32",
+    "threads": 1,
+    "save_every": "0",
+    "keep": 1,
+    "log_every": 0,
+}
+
+
+@cache
+def digits(count: int) -> Any:
+    """The digits, cut to so many training images; the 360 test images are whole."""
+    import numpy as np
+
+    from kdcli import data
+    from kdcli.data import ImageSet
+    from kdcli.data.images import fingerprint_of
+
+    splits = data.load("digits")
+    train = splits.train
+    chosen = np.sort(np.random.default_rng(0).permutation(len(train))[:count])
+    images, labels = np.asarray(train.images)[chosen], train.labels[chosen]
+    fewer = ImageSet(images, labels, train.classes, fingerprint_of(images, labels, train.classes))
+    return replace(splits, train=fewer)
+
+
+def accuracy(method: str, seed: int, asked: dict[str, Any]) -> float:
+    """Test accuracy of one run, per cent."""
+    from kdcli.config import TrainConfig, make
+    from kdcli.engine import fit
+
+    with tempfile.TemporaryDirectory(dir=asked["folder"]) as name:
+        values = {
+            **TRAIN,
+            "method": method,
+            "seed": seed,
+            "view_seed": 0,
+            "epochs": asked["epochs"],
+            "runs_dir": name,
+            "teacher": asked["teacher"],
+            "cache_dir": asked["cache"],
+        }
+        return fit(make(TrainConfig, values), digits(asked["images"])).evaluation.accuracy
+
+
+def pairs(number: int, asked: dict[str, Any]) -> list[tuple[float, float]]:
+    """One comparison: runs of the method and of the same method with other seeds."""
+    first = MORE_SEEDS * number
+    return [
+        (accuracy(asked["method"], seed, asked), accuracy(asked["method"], OTHER_SEEDS + seed, asked))
+        for seed in range(first, first + MORE_SEEDS)
+    ]
+
+
+def paired(asked: dict[str, Any]) -> list[float]:
+    """Differences of a method and its second name by `kd compare` itself."""
+    from kdcli import methods
+    from kdcli.compare import compare, make_plan
+    from kdcli.config import CompareConfig, make
+
+    own = methods.get(asked["method"])
+    methods.METHODS["twin"] = replace(own, name="twin")
+    settings = make(
+        CompareConfig,
+        {"methods": f"{own.name},twin", "seeds": SEEDS, "out": asked["folder"], "baseline": own.name},
+    )
+    train = {**TRAIN, "epochs": asked["epochs"], "teacher": asked["teacher"], "cache_dir": asked["cache"]}
+    found = compare(make_plan(settings, train), digits(asked["images"]))
+    difference = found.standings[1].difference
+    assert difference is not None
+    return [value for _, value in difference.by_seed]
+
+
+def claims(found: list[list[float]], resolution: float) -> dict[str, float]:
+    """Shares of verdicts, per cent."""
+    from kdcli.compare.stats import summary, verdict
+
+    verdicts = [verdict(summary(values, resolution)) for values in found]
+    return {name: 100 * verdicts.count(name) / len(verdicts) for name in ("better", "worse", "inconclusive")}
+
+
+def teacher_of(asked: dict[str, Any]) -> str:
+    """A teacher for methods that need one."""
+    from kdcli.config import TrainConfig, make
+    from kdcli.engine import fit
+
+    values = {**TRAIN, "method": "ce", "student": "convnet-small", "epochs": 10, "name": "teacher"}
+    values |= {"runs_dir": asked["folder"], "cache_dir": asked["cache"]}
+    return fit(make(TrainConfig, values), digits(asked["images"])).run.student.as_posix()
+
+
+def main() -> None:
+    """Print the rates; exit 1 if the null claims too often."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--comparisons", type=int, default=200)
+    parser.add_argument("--method", default="ce")
+    parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    memory = Path("/dev/shm")  # runs are written and synced; nothing of them is kept
+    folder = tempfile.mkdtemp(dir=memory if memory.is_dir() else None)
+    begun = time.perf_counter()
+    try:
+        asked: dict[str, Any] = {
+            "method": given.method,
+            "images": given.images,
+            "epochs": given.epochs,
+            "folder": folder,
+            "cache": f"{folder}/cache",
+            "teacher": "",
+        }
+        asked["teacher"] = teacher_of(asked)
+        twins = paired(asked)
+        with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
+            futures = [pool.submit(pairs, number, asked) for number in range(given.comparisons)]
+            runs = []
+            for number, future in enumerate(futures, 1):
+                runs.append(future.result())
+                if number % 10 == 0 or number == len(futures):
+                    seconds = time.perf_counter() - begun
+                    sys.stderr.write(f"{number} of {len(futures)} comparisons, {seconds:.0f} s\n")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    resolution = 100 / len(digits(given.images).test)
+    differences = [[other - own for own, other in one] for one in runs]
+    every = [value for one in differences for value in one]
+    deviation = statistics.stdev(every)
+    results = {
+        "method": given.method,
+        "comparisons": given.comparisons,
+        "accuracy_mean": statistics.fmean(value for one in runs for pair in one for value in pair),
+        "deviation_of_differences": deviation,
+        "paired_twin_differences": twins,
+        "null_5_seeds": claims([one[:SEEDS] for one in differences], resolution),
+        "null_10_seeds": claims(differences, resolution),
+        "planted_10_seeds": claims([[value + deviation for value in one] for one in differences], resolution),
+        "seconds": time.perf_counter() - begun,
+    }
+    null = [100 - results[f"null_{count}_seeds"]["inconclusive"] for count in (SEEDS, MORE_SEEDS)]
+    error = 100 * math.sqrt(0.05 * 0.95 / given.comparisons)
+    sys.stdout.write(
+        f"{given.method}, {given.images} digits, {given.epochs} epochs: {results['accuracy_mean']:.2f} % right, "
+        f"differences of independent pairs have deviation {deviation:.2f} points\n"
+        f"the same seeds under two names: differences {sorted(set(twins))}\n"
+        f"no difference, {SEEDS} seeds: {null[0]:.1f} % of {given.comparisons} comparisons claim one "
+        f"(5 ± {error:.1f} expected, at most 7 wanted)\n"
+        f"no difference, {MORE_SEEDS} seeds: {null[1]:.1f} %\n"
+        f"one standard deviation more, {MORE_SEEDS} seeds: {results['planted_10_seeds']['better']:.1f} % say better "
+        f"(80 expected)\n{results['seconds']:.0f} s\n"
+    )
+    if given.json:
+        given.json.write_text(json.dumps({**results, "runs": runs}, indent=1), encoding="utf-8")
+    if any(twins) or null[0] > 7:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

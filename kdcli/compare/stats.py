@@ -1,0 +1,76 @@
+"""What paired runs say: the interval of a mean difference, and what may be claimed from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+BETTER, WORSE, INCONCLUSIVE = "better", "worse", "inconclusive"
+ONE_SEED = "one seed: no claim"
+NO_RUNS = "no runs"
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A sample in short.
+
+    Attributes:
+        count: of values.
+        mean: of them.
+        deviation: the sample's standard deviation (n − 1); None for one value.
+        interval: 95 % interval of the mean by Student's t with n − 1 degrees of freedom; None for one value.
+        p: two-sided, of the mean being 0; None for one value.
+    """
+
+    count: int
+    mean: float
+    deviation: float | None = None
+    interval: tuple[float, float] | None = None
+    p: float | None = None
+
+
+def summary(values: Sequence[float], resolution: float = 0.0) -> Summary:
+    """Mean, spread and t-interval (Student 1908).
+
+    Of paired differences this is the paired t-test. Accuracies are shares of whole images: a few differences may be
+    equal by that alone, and would then seem to be known exactly. Their deviation is therefore taken to be at least
+    that of the rounding of two accuracies, resolution / √6.
+
+    Args:
+        values: at least one, finite.
+        resolution: the step in which a value of either side can change; 0: no limit.
+    """
+    from scipy import special
+
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count == 1:
+        return Summary(1, mean)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
+    error = max(deviation, resolution / math.sqrt(6)) / math.sqrt(count)
+    half = float(special.stdtrit(count - 1, 0.5 + LEVEL / 2)) * error
+    ratio = abs(mean) / error if error > 0 else math.inf if mean else 0.0
+    p = 2 * float(special.stdtr(count - 1, -ratio))
+    return Summary(count, mean, deviation, (mean - half, mean + half), p)
+
+
+def verdict(difference: Summary | None) -> str:
+    """`better` or `worse` only if the whole interval is on one side of 0."""
+    if difference is None:
+        return NO_RUNS
+    if difference.interval is None:
+        return ONE_SEED
+    low, high = difference.interval
+    return BETTER if low > 0 else WORSE if high < 0 else INCONCLUSIVE
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values that hold for all of these comparisons together (Holm 1979), in the order given."""
+    ranked = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(ranked):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted

@@ -1,0 +1,31 @@
+"""The images a run's settings name."""
+
+from __future__ import annotations
+
+from kdcli import data, models
+from kdcli.config import TrainConfig
+from kdcli.data import Splits
+from kdcli.errors import UsageError
+from kdcli.events import OnEvent, ignore
+
+
+def load_data(config: TrainConfig, on_event: OnEvent = ignore) -> Splits:
+    """Training and test images; where the student is a file, in the shape that it takes.
+
+    Raises:
+        KdError: there are none, or they cannot be read.
+        UsageError: the student's file is not there.
+    """
+    stored = config.student_file
+    if stored is not None and not stored.is_file():
+        raise UsageError(f"no such student: {stored}", "--student takes a network's name or a .pt file.")
+    return data.load(
+        config.data,
+        data_dir=config.data_dir,
+        cache_dir=config.cache_dir,
+        image_size=config.image_size,
+        grey=config.grey,
+        fit_to=None if stored is None else models.load(stored).input_size,
+        skip_broken=config.skip_broken,
+        on_event=on_event,
+    )
