@@ -61,6 +61,7 @@ COMMANDS = (
     "convert-caffe",
     "validate",
     "train",
+    "tune",
     "test",
     "export",
     "info",

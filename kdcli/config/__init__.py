@@ -20,6 +20,7 @@ from kdcli.config.commands import (
     ValidateConfig,
 )
 from kdcli.config.train import AUGMENT_STEPS, TrainConfig
+from kdcli.config.tune import SEARCH, TuneConfig
 
 __all__ = [
     "AUGMENT_STEPS",
@@ -28,6 +29,7 @@ __all__ = [
     "METHOD",
     "OPTIMISER",
     "RUN",
+    "SEARCH",
     "BenchConfig",
     "ConvertConfig",
     "DataSettings",
@@ -40,6 +42,7 @@ __all__ = [
     "Settings",
     "TestConfig",
     "TrainConfig",
+    "TuneConfig",
     "ValidateConfig",
     "make",
 ]
