@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -345,10 +346,10 @@ def test_a_hopeless_trial_is_ended_early(
         return 10 * epoch - math.log10(run.lr)  # the lower the rate the better
 
     monkeypatch.setattr(search, "fit", fake_fit(accuracy))
-    found = search_for(splits, "lr=1e-5:1", trials=12, epochs=4, sampler="random")
+    found = search_for(splits, "lr=1e-5:1", trials=10, epochs=2, sampler="random")
     done = [trial for trial in found.trials if trial.state == "complete"]
     pruned = [trial for trial in found.trials if trial.state == "pruned"]
-    assert len(done) + len(pruned) == 12 and len(pruned) >= 2
+    assert len(done) + len(pruned) == 10 and len(pruned) >= 2
     for trial in pruned:  # by the rule: worse than the median of those finished before it, at its first epoch
         before = [1 * 10 - math.log10(t.values["lr"]) for t in done if t.number < trial.number]  # type: ignore[arg-type]
         mine = 10 - math.log10(trial.values["lr"])  # type: ignore[arg-type]
@@ -363,9 +364,9 @@ def test_a_hopeless_trial_is_ended_early(
     assert min(done, key=lambda trial: trial.values["lr"]) == found.best
     notes: list[Event] = []
     unpruned = search_for(
-        splits, "lr=1e-5:1", trials=12, epochs=4, sampler="random", pruner="none", study="all"
+        splits, "lr=1e-5:1", trials=8, epochs=2, sampler="random", pruner="none", study="all"
     )
-    assert unpruned.count("complete") == 12
+    assert unpruned.count("complete") == 8
     search_for(splits, "epochs=2:9", trials=1, study="long", on_event=notes.append)
     assert any(isinstance(event, Note) and "--epochs differ" in event.text for event in notes)
 
@@ -731,6 +732,36 @@ def test_processes_elsewhere_are_given_up_when_nothing_is_heard_of_them(
     time.sleep(2.1)  # the database's clock counts seconds
     again = opened().claim(9)
     assert again is not None and again.user_attrs["again"] == lost.number and again.params == lost.params
+
+
+@pytest.mark.parametrize("under_lock", [True, False])
+def test_those_who_ask_at_once_get_as_many_trials_as_are_wanted(workplace: Path, under_lock: bool) -> None:
+    """Under the lock of files, as with SQLite; and by numbers alone, as on a server."""
+    url = storage.read_url("", Path("study.db"))
+    space = space_of("lr=1e-3:1", method="ce")
+    askers = [studies.Study(url, "toy", space, pruner="none", sampler="tpe", seed=0) for _ in range(4)]
+    begin = threading.Barrier(len(askers))
+    got: list[int] = []
+
+    def ask(study: studies.Study) -> None:
+        if not under_lock:
+            study._lock = None
+        begin.wait()
+        while (trial := study.claim(6)) is not None:
+            got.append(trial.number)
+            time.sleep(0.01)
+            study.complete(trial, [50.0], "32")
+
+    threads = [threading.Thread(target=ask, args=(study,)) for study in askers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    trials = stored(Path("study.db"))
+    assert sorted(got) == [trial.number for trial in trials if trial.state == TrialState.COMPLETE]
+    assert len(got) == 6
+    others = [trial for trial in trials if trial.number not in got]
+    assert all(trial.user_attrs.get("dropped") for trial in others) and (not others or not under_lock)
 
 
 def test_killed_and_gone_on_with_by_two_processes_every_trial_is_recorded_once(workplace: Path) -> None:

@@ -63,4 +63,4 @@ def history(trials: Sequence[Trial], target: Target) -> None:
         axes.set_ylabel("validation accuracy, %")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(color=GRID, linewidth=0.6)
-        axes.legend(frameon=False, loc="lower right", fontsize=9)
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=9)
