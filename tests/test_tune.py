@@ -459,6 +459,19 @@ def test_what_is_wrong_with_the_command_stops_everything_and_is_no_trial(
     assert [trial.state for trial in found.trials] == ["complete"]
 
 
+def test_a_full_disk_is_no_fault_of_the_trial(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def accuracy(run: TrainConfig, epoch: int) -> float:
+        raise KdError("cannot write", "kd train --resume") from OSError(28, "No space left on device")
+
+    monkeypatch.setattr(search, "fit", fake_fit(accuracy))
+    with pytest.raises(KdError, match="cannot write") as caught:
+        search_for(splits, "lr=1e-3:1", trials=2)
+    assert caught.value.hint == "Mend it, then type the same command again."
+    assert [trial.state for trial in stored()] == [TrialState.FAIL, TrialState.WAITING]
+
+
 def test_a_fault_of_kd_gives_the_trial_back(
     workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -785,13 +798,13 @@ def test_killed_and_gone_on_with_by_two_processes_every_trial_is_recorded_once(w
     while not Path("runs/toy/trial-0002/metrics.jsonl").exists():  # in the middle of the third
         assert first.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
-    first.kill()
-    first.wait()
+    first.kill()  # nobody asks after it: until the end it stays in the list of processes
     before = stored()
     running = [trial.number for trial in before if trial.state == TrialState.RUNNING]
     assert running == [2]
     pair = [subprocess.Popen(command, env=ENVIRONMENT) for _ in range(2)]
     assert [one.wait(timeout=120) for one in pair] == [0, 0]
+    assert first.wait() == -signal.SIGKILL
     trials = stored()
     done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     assert len(done) == 8

@@ -280,7 +280,7 @@ class _Search:
                 raise
             if isinstance(problem.__cause__, OSError):  # a full disk is no fault of the trial's
                 self.study.interrupt(trial)
-                raise
+                raise KdError(problem.message, "Mend it, then type the same command again.") from problem
             self.study.fail(trial, problem.message)
             self._tell_end(trial.number)
         except Exception as problem:

@@ -265,10 +265,12 @@ class Study:
         if owner["host"] != files.host_name():
             return False
         try:
-            started = psutil.Process(owner["process"]).create_time()
+            process = psutil.Process(owner["process"])
+            over = process.status() == psutil.STATUS_ZOMBIE  # dead, and not yet asked after by its parent
+            another = abs(process.create_time() - owner["started"]) > _CLOCKS_APART_S
         except psutil.NoSuchProcess:
             return True
-        return bool(abs(started - owner["started"]) > _CLOCKS_APART_S)  # the number is another's by now
+        return bool(over or another)
 
     def _queue_again(self) -> None:
         """Let the values of trials that were given up wait, once each.
