@@ -28,7 +28,23 @@ class Note:
     text: str
 
 
-Event = Progress | Note
+@dataclass(frozen=True)
+class Epoch:
+    """An epoch of a training is over.
+
+    Attributes:
+        epoch: its number, from 1, of `epochs`.
+        loss: mean over its images.
+        val_accuracy: per cent on the validation split; None without one.
+    """
+
+    epoch: int
+    epochs: int
+    loss: float
+    val_accuracy: float | None
+
+
+Event = Progress | Note | Epoch
 OnEvent = Callable[[Event], None]
 
 

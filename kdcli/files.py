@@ -146,7 +146,7 @@ def clear_abandoned(parent: Path, prefix: str) -> None:
         with suppress(OSError):  # another process may be clearing too
             alive = (
                 psutil.pid_exists(int(process))
-                if host == _host()
+                if host == host_name()
                 else time.time() - path.lstat().st_mtime < _FOREIGN_AGE_S
             )
             if not alive and path.is_dir() and not path.is_symlink():
@@ -156,10 +156,10 @@ def clear_abandoned(parent: Path, prefix: str) -> None:
 
 
 def _owner() -> str:
-    return f"{_host()}.{os.getpid()}."
+    return f"{host_name()}.{os.getpid()}."
 
 
-def _host() -> str:
+def host_name() -> str:
     """Where process numbers mean the same: the host, and on Linux its process namespace (containers)."""
     namespace = 0
     with suppress(OSError):

@@ -63,6 +63,7 @@ COMMANDS = (
     "train",
     "compare",
     "reproduce",
+    "tune",
     "test",
     "export",
     "info",

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from kdcli.errors import Interrupted, KdError
-from kdcli.events import Event, Note, OnEvent
+from kdcli.events import Epoch, Event, Note, OnEvent
 from kdcli.events import Progress as ProgressEvent
 from kdcli.units import size
 
@@ -183,6 +183,8 @@ class _Bars:
         if isinstance(event, Note):
             self.bars.console.print(f"[dim]{escape(_line(event.text))}[/dim]")
             return
+        if isinstance(event, Epoch):  # the bar's own figures say as much
+            return
         group = event.group or event.task
         if group not in self.tasks:
             for name in list(self.tasks):  # one bar at a time
@@ -210,6 +212,8 @@ class _Plain:
     def __call__(self, event: Event) -> None:
         if isinstance(event, Note):
             note(event.text)
+            return
+        if isinstance(event, Epoch):
             return
         group = event.group or event.task
         now = time.monotonic()

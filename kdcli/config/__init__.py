@@ -22,6 +22,7 @@ from kdcli.config.commands import (
 from kdcli.config.ramp import Ramp
 from kdcli.config.compare import CompareConfig, ReproduceConfig
 from kdcli.config.train import AUGMENT_STEPS, TrainConfig
+from kdcli.config.tune import SEARCH, TuneConfig
 
 __all__ = [
     "AUGMENT_STEPS",
@@ -30,6 +31,7 @@ __all__ = [
     "METHOD",
     "OPTIMISER",
     "RUN",
+    "SEARCH",
     "BenchConfig",
     "CompareConfig",
     "ConvertConfig",
@@ -45,6 +47,7 @@ __all__ = [
     "Settings",
     "TestConfig",
     "TrainConfig",
+    "TuneConfig",
     "ValidateConfig",
     "make",
 ]

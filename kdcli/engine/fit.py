@@ -27,7 +27,7 @@ from kdcli.engine.step import Step
 from kdcli.engine.student import make_student
 from kdcli.engine.targets import Targets
 from kdcli.errors import Interrupted, KdError, UsageError
-from kdcli.events import Note, OnEvent, Progress, ignore
+from kdcli.events import Epoch, Note, OnEvent, Progress, ignore
 from kdcli.files import sha256_file
 from kdcli.models.reproducible import Draw, use_global_batch_norm, use_sample_dropout
 from kdcli.runtime import World
@@ -44,13 +44,17 @@ def fit(
     *,
     resume: RunDir | None = None,
     world: World | None = None,
+    test: bool = True,
     on_event: OnEvent = ignore,
 ) -> Result:
     """Train a student as the settings say, and measure it once on the test data.
 
+    What `on_event` raises ends a run of one process there: what has been written by then is whole.
+
     Args:
         resume: an interrupted run to continue from its newest state; `config` is then that run's own.
         world: the processes that share the work, from `runtime.launch`; by default this one alone.
+        test: False leaves the test images unread, for a search among runs: the result has no `evaluation`.
 
     Raises:
         KdError: teacher and data do not fit, the loss stopped being finite, or a file cannot be written.
@@ -63,7 +67,7 @@ def fit(
             )
         world = World.alone(config.accelerator)
     with runtime.stop_on_signals() as stop, world.losses_told():
-        run = _Run(config, data, resume, world, on_event if world.first else ignore, stop)
+        run = _Run(config, data, resume, world, test, on_event if world.first else ignore, stop)
         try:
             return run.go()
         except OSError as error:
@@ -84,9 +88,11 @@ class _Run:
         data: Splits,
         resume: RunDir | None,
         world: World,
+        test: bool,
         on_event: OnEvent,
         stop: runtime.StopFlag,
     ) -> None:
+        self.test = test
         self.on_event = on_event
         self.stop = stop
         self.data = data
@@ -179,25 +185,21 @@ class _Run:
     # --- the loop ----------------------------------------------------------------------------------------
 
     def go(self) -> Result:
-        """Train, then test once."""
+        """Train, then test once, if at all."""
         while self.state.epoch < self.config.epochs:
             self._epoch()
         val_accuracy = self._validate()
         self.student.eval()
         if self.output is not None:
             self.output.fold(self.student.network)
-        teacher_logits = None if self.teacher is None else self.targets.on_test(self.teacher)
-        if self.teacher is not None and teacher_logits is None:
-            self._interrupted("training is finished, only the test is missing")
-        logits = models.predict(self.student, self.data.test.images, task="testing", on_event=self.on_event)
-        evaluation = measure(logits, torch.tensor(self.data.test.labels), teacher_logits)
+        evaluation = self._evaluate() if self.test else None
         self.student.provenance = self._provenance(evaluation)
         seconds = self.state.seconds
         lines = self.run.read_metrics()
         result = Result(
             run=self.run,
             config=self.config,
-            evaluation=evaluation,
+            tested=evaluation,
             val_accuracy=val_accuracy,
             epochs=tuple(Metrics(**line) for line in lines if line["kind"] == "epoch"),
             parameters=models.parameter_count(self.student.network),
@@ -211,6 +213,14 @@ class _Run:
             self.run.write_result(result.to_json())
         self.world.wait()
         return result
+
+    def _evaluate(self) -> Evaluation:
+        """The one look at the test images."""
+        teacher_logits = None if self.teacher is None else self.targets.on_test(self.teacher)
+        if self.teacher is not None and teacher_logits is None:
+            self._interrupted("training is finished, only the test is missing")
+        logits = models.predict(self.student, self.data.test.images, task="testing", on_event=self.on_event)
+        return measure(logits, torch.tensor(self.data.test.labels), teacher_logits)
 
     def _epoch(self) -> None:
         """One pass, or the rest of one that was interrupted."""
@@ -247,9 +257,11 @@ class _Run:
         self._end_epoch(rate)
 
     def _end_epoch(self, rate: float) -> None:
-        """Look at the epoch's loss, validate, log and save."""
+        """Look at the epoch's loss, validate, log, tell and save."""
         config, state = self.config, self.state
-        self.record.epoch(rate, self._validate())
+        val_accuracy = self._validate()
+        loss = self.record.epoch(rate, val_accuracy)
+        self.on_event(Epoch(state.epoch, config.epochs, loss, val_accuracy))
         last = state.epoch == config.epochs
         stop, save = self._agreed(0, self.due.after_epoch(state.epoch, state.step))
         if last or stop or save:
@@ -358,7 +370,7 @@ class _Run:
             exit_code=self.stop.exit_code,
         )
 
-    def _provenance(self, evaluation: Evaluation) -> dict[str, Any]:
+    def _provenance(self, evaluation: Evaluation | None) -> dict[str, Any]:
         config, teacher = self.config, self.teacher
         return {
             "kind": "student" if teacher else "model",
@@ -377,8 +389,8 @@ class _Run:
             },
             "seed": config.seed,
             "epochs": config.epochs,
-            "test_accuracy": evaluation.accuracy,
-            "agreement": evaluation.agreement,
+            "test_accuracy": evaluation.accuracy if evaluation else None,
+            "agreement": evaluation.agreement if evaluation else None,
             "run": self.run.path.name,
             "kd_version": __version__,
         }

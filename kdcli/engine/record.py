@@ -71,14 +71,14 @@ class Record:
         self._write("step", fresh, state.images - state.logged_images, state.logged_seconds, rate, None)
         state.logged, state.logged_images, state.logged_seconds = sums, state.images, state.seconds
 
-    def epoch(self, rate: float, val_accuracy: float | None) -> None:
-        """Write the epoch's line, and begin the next one.
+    def epoch(self, rate: float, val_accuracy: float | None) -> float:
+        """Write the epoch's line, and begin the next one; gives the epoch's mean loss.
 
         Raises:
             KdError: the loss is no longer finite.
         """
         state = self.state
-        self._write("epoch", self.total(), state.images, state.epoch_seconds, rate, val_accuracy)
+        loss = self._write("epoch", self.total(), state.images, state.epoch_seconds, rate, val_accuracy)
         state.epoch, state.step_in_epoch, state.images, state.epoch_seconds = (
             state.epoch + 1,
             0,
@@ -87,6 +87,7 @@ class Record:
         )
         state.logged, state.logged_images, state.logged_seconds = [], 0, state.seconds
         self.sums = torch.zeros_like(self.sums)
+        return loss
 
     def close(self) -> None:
         """No more lines."""
@@ -98,7 +99,7 @@ class Record:
 
     def _write(
         self, kind: str, sums: list[float], images: int, since: float, rate: float, val_accuracy: float | None
-    ) -> None:
+    ) -> float:
         state = self.state
         loss, terms = self._means(sums, images)
         if not np.isfinite(loss):
@@ -107,7 +108,7 @@ class Record:
                 "Lower --lr, or the weights of the terms: --weight.",
             )
         if not self.world.first:
-            return
+            return loss
         line = Metrics(
             kind=kind,
             epoch=state.epoch + 1,
@@ -121,3 +122,4 @@ class Record:
         )
         self.run.append_metrics(line.to_json())
         self.board.write(line)
+        return loss

@@ -43,6 +43,7 @@ class Result:
     """What a finished run has to say.
 
     Attributes:
+        tested: figures on the test images; None of a run that was not to read them.
         teacher_passes: runs of the teacher over a data set that this run had to make; 0 with a warm cache.
         epochs: a line each, those before a resume included.
         seconds: wall time of training, without the teacher's passes.
@@ -51,7 +52,7 @@ class Result:
 
     run: RunDir
     config: TrainConfig
-    evaluation: Evaluation
+    tested: Evaluation | None
     val_accuracy: float | None
     epochs: tuple[Metrics, ...]
     parameters: int
@@ -59,6 +60,13 @@ class Result:
     seconds: float
     images_per_s: float
     marks: tuple[str, ...] = field(default=())
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """Figures on the test images, of a run that has read them."""
+        if self.tested is None:
+            raise RuntimeError("this run has not read the test images")
+        return self.tested
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; the curve is in metrics.jsonl."""
@@ -70,7 +78,7 @@ class Result:
             "epochs": self.config.epochs,
             "parameters": self.parameters,
             "val_accuracy": self.val_accuracy,
-            "test": self.evaluation.to_json(),
+            "test": self.tested.to_json() if self.tested else None,
             "teacher_passes": self.teacher_passes,
             "seconds": self.seconds,
             "images_per_s": self.images_per_s,

@@ -25,9 +25,15 @@ class StopFlag:
         return 128 + (self.signal or signal.SIGINT)
 
 
+_entered: list[StopFlag] = []
+
+
 @contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
-    """Turn the first SIGINT or SIGTERM into a flag; a second one ends the process at once."""
+    """Turn the first SIGINT or SIGTERM into a flag; a second one ends the process at once.
+
+    A block within another sets the other's flag as well: what it is a part of is to stop, too.
+    """
     flag = StopFlag()
     if threading.current_thread() is not threading.main_thread():
         yield flag  # handlers can only be set in the main thread
@@ -36,11 +42,14 @@ def stop_on_signals() -> Iterator[StopFlag]:
     def note(number: int, frame: FrameType | None) -> None:
         if flag.signal is not None:
             os._exit(128 + number)
-        flag.signal = number
+        for each in _entered:
+            each.signal = number
 
+    _entered.append(flag)
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield flag
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _entered.remove(flag)

@@ -1,0 +1,183 @@
+"""`kd tune`."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kdcli import methods
+from kdcli.cli import _ui
+from kdcli.cli._imports import imports
+from kdcli.cli._options import options_of
+from kdcli.config import METHOD, SEARCH, TuneConfig, make
+from kdcli.errors import Interrupted, KdError, UsageError
+from kdcli.recipes import RECIPES, read_recipe
+
+if TYPE_CHECKING:
+    from kdcli.tune.search import Tuned
+
+
+@options_of(TuneConfig, metavars={"method": "|".join(methods.METHODS), "student": "NETWORK"})
+def tune(
+    *,
+    ranges: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tune",
+            help="A setting to search, once for each: NAME=LOW:HIGH, NAME=LOW:HIGH:log, or 'NAME=a|b|c'.",
+            metavar="NAME=RANGE",
+            rich_help_panel=SEARCH,
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            "--config",
+            help="Settings to start from; options typed beside it win.",
+            metavar="|".join([*RECIPES, "FILE.toml"]),
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    **options: Any,
+) -> None:
+    """Search for good settings of kd train, judged on validation images; test images are not read.
+
+    Stopped or killed, it is gone on with by the same command, by several processes at once if wanted.
+    """
+    config = make(TuneConfig, {**(read_recipe(recipe, options) if recipe else {}), **options})
+    from kdcli.tune import space as spaces
+    from kdcli.tune import storage
+
+    storage.require()
+    space = spaces.read_space(ranges or [], config.train)
+    _note_unread(config, space, options)
+    again = _again(config, ranges or [], recipe, options)
+    try:
+        found = _search(config, space)
+    except Interrupted as stopped:
+        raise Interrupted(stopped.message, again, exit_code=stopped.exit_code) from stopped
+    _finish(found, config, again)
+
+
+def _note_unread(config: TuneConfig, space: Any, options: dict[str, Any]) -> None:
+    tuned = {part.name for part in space}
+    for name in sorted(tuned & set(options)):
+        raise UsageError(f"--{name.replace('_', '-')} is both set and tuned", "Leave one of them out.")
+    if "method" not in tuned:
+        _ui.note_unread(options, methods.unread(config.method, options), f"with --method {config.method}")
+    _ui.note_unread(options, ("save_every", "keep"), "in kd tune: a trial that is killed is begun anew")
+
+
+def _again(config: TuneConfig, ranges: list[str], recipe: str | None, options: dict[str, Any]) -> str:
+    """The command to go on with; a password of the storage is not in it."""
+    from kdcli.tune import storage
+
+    words = ["kd", "tune"]
+    for text in ranges:
+        words += ["--tune", text]
+    if recipe:
+        words += ["--recipe", recipe]
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words += [flag] if value else []
+        elif name == "storage":
+            words += [flag, storage.shown(storage.read_url(str(value), Path("study.db")))]
+        else:
+            words += [flag, value.as_posix() if isinstance(value, Path) else str(value)]
+    return shlex.join(words)
+
+
+def _search(config: TuneConfig, space: Any) -> Tuned:
+    stored = config.student_file
+    if stored is not None and not stored.is_file():
+        raise UsageError(f"no such student: {stored}", "--student takes a network's name or a .pt file.")
+    with imports():
+        from kdcli import data, models
+        from kdcli.tune import search
+    search.check(config, space)
+    with _ui.progress() as on_event:
+        splits = data.load(
+            config.data,
+            data_dir=config.data_dir,
+            cache_dir=config.cache_dir,
+            image_size=config.image_size,
+            grey=config.grey,
+            fit_to=models.load(stored).input_size if stored is not None else None,
+            skip_broken=config.skip_broken,
+            on_event=on_event,
+        )
+        return search.tune(config, space, splits, on_event=on_event)
+
+
+def _finish(found: Tuned, config: TuneConfig, again: str) -> None:
+    from kdcli.tune.summary import command_of
+
+    best, reasons = found.best, [trial.reason for trial in found.trials if trial.reason]
+    if best is None or found.config is None:
+        why = f": {reasons[0]}" if reasons else ""
+        raise KdError(
+            f"no trial of {found.study} is finished{why}",
+            "Choose other ranges and another --study." if reasons else f"Go on: {again}",
+        )
+    if _ui.settings.json:
+        _ui.json(found.to_json())
+        return
+    names = list(dict.fromkeys(name for trial in found.trials for name in trial.values))
+    ended = sorted(
+        (trial for trial in found.trials if trial.state == "complete"),
+        key=lambda trial: (-(trial.accuracy or 0.0), trial.number),
+    )
+    _ui.table(
+        ["trial", *(name.replace("_", "-") for name in names), "val %"],
+        [
+            [
+                str(trial.number),
+                *(_cell(trial.values.get(name)) for name in names),
+                _ui.percent(trial.accuracy),
+            ]
+            for trial in ended[:10]
+        ],
+        title=f"best of {len(ended)} finished trials",
+        marked=0,
+    )
+    _ui.say()
+    if found.importance:
+        _ui.table(
+            ["setting", "share of what accuracies differ by"],
+            [
+                ["--" + name.replace("_", "-"), f"{100 * share:.0f} %"]
+                for name, share in found.importance.items()
+            ],
+        )
+    else:
+        _ui.say(found.why_not)
+    _ui.say()
+    of_seeds = f", mean over {config.seeds} seeds" if config.seeds > 1 else ""
+    _ui.say(
+        f"best on the validation split: {best.accuracy:.2f} % in trial {best.number}{of_seeds}; "
+        f"{found.count('complete')} finished, {found.count('pruned')} ended early, {found.count('failed')} failed"
+    )
+    _ui.say("the highest of many is a little lucky: what it is worth, the test images say")
+    for path in found.figures:
+        _ui.say(f"wrote {path.as_posix()}")
+    _ui.next_command(command_of(found.config))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "—"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(
+        "tune",
+        epilog="[bold]kd tune --tune tau=1:10 --tune lamda=0:1 --trials 30[/bold]\n\n"
+        "[bold]kd tune --method ce --tune lr=1e-4:1e-1 --tune 'optimizer=adam|sgd' --data digits[/bold]",
+    )(tune)
