@@ -28,7 +28,7 @@ from kdcli.models.shufflenet import GroupUnit, HalvingUnit, SplitUnit, shuffled
 from kdcli.onnx_model.translate import to_onnx
 from tests.conftest import ROOT
 
-# parameters with 100 classes, as published; also by hand, layer by layer
+# parameters with 100 classes: the literature's figures; ResNets, WRN-16-1 and VGG8 added up by hand as well
 PUBLISHED = {
     "resnet8": 83_892,
     "resnet14": 181_108,
