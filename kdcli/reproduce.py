@@ -22,6 +22,7 @@ from kdcli.engine.inputs import load_data
 from kdcli.engine.run_dir import PLACE
 from kdcli.errors import Interrupted, KdError, UsageError
 from kdcli.events import Note, OnEvent, ignore
+from kdcli.teacher.recorded import teachers_of
 
 IDENTICAL, WITHIN, DIFFERENT = "bit-identical", "within tolerance", "different"
 _MOST_BYTES = 64 << 20
@@ -134,9 +135,9 @@ def check_inputs(found: Finished, on_event: OnEvent = ignore) -> Splits:
         KdError: one is missing, or is not the one that the run had.
     """
     provenance, folder, config = found.student.provenance, found.place.path, found.config
-    teacher = provenance.get("teacher")
+    recorded = teachers_of(provenance)
     for what, path, sha256 in (
-        ("teacher", config.teacher, teacher.get("sha256") if isinstance(teacher, dict) else None),
+        *(("teacher", path, sha256) for path, (_, sha256) in zip(config.teacher, recorded, strict=False)),
         ("student's file", config.student_file, provenance.get("student_sha256")),
     ):
         if sha256 is None or path is None:
@@ -149,10 +150,10 @@ def check_inputs(found: Finished, on_event: OnEvent = ignore) -> Splits:
                 f"Restore the file with SHA-256 {sha256}.",
             )
     data = load_data(config, on_event)
-    recorded = provenance.get("data")
-    recorded = recorded if isinstance(recorded, dict) else {}
+    about = provenance.get("data")
+    about = about if isinstance(about, dict) else {}
     for part, images in (("train", data.train), ("test", data.test)):
-        if recorded.get(f"fingerprint_{part}") != images.fingerprint:
+        if about.get(f"fingerprint_{part}") != images.fingerprint:
             raise KdError(
                 f"the {part} images of {config.data} are not those {folder} was made with: their SHA-256 is another",
                 "Restore the data, or train anew.",

@@ -208,7 +208,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
     def soft(batch: methods.Batch) -> Any:
         return batch.student_logits.mean() * (float("nan") if batch.config.seed == 1 else 1.0)
 
-    broken = {**vars(methods.METHODS["kd"]), "name": "broken", "soft_term": soft, "reads": ()}
+    broken = {**vars(methods.METHODS["kd"]), "name": "broken", "loss": soft, "reads": ()}
     monkeypatch.setitem(methods.METHODS, "broken", methods.Method(**broken))
     kd = command_line(monkeypatch, command, train)
     words = shlex.split(
@@ -229,7 +229,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
     monkeypatch.setitem(
         methods.METHODS,
         "broken",
-        methods.Method(**{**broken, "soft_term": lambda b: b.student_logits.mean()}),
+        methods.Method(**{**broken, "loss": lambda b: b.student_logits.mean()}),
     )
     shutil.rmtree("comparisons/c/runs/broken-seed1")
     assert kd("compare", "--resume", "comparisons/c").exit_code == 0

@@ -21,6 +21,7 @@ from kdcli.config import ExportConfig, InfoConfig
 from kdcli.errors import KdError, UsageError
 from kdcli.info import info
 from kdcli.models import Classifier
+from kdcli.models.features import stages_of
 from kdcli.models.layers import count_macs
 from kdcli.models.mobilenet import InvertedResidual
 from kdcli.models.parts import scaled
@@ -273,7 +274,22 @@ def test_a_converted_network_has_the_last_node_of_each_size_as_stages() -> None:
         ],
         output="whole",
     )
-    assert network.stages == ("relu", "last")
+    example = torch.zeros(2, 3, 8, 8)
+    assert stages_of(network, example) == ("relu", "last")
+    answers = models.build(
+        "graph",
+        classes=2,
+        input_size=(8, 8, 3),
+        input=(3, 8, 8),
+        nodes=[
+            node("maps", "input", "conv", out=5, kernel=[3, 3], pad=[1, 1]),
+            node("relu", "maps", "relu"),
+            node("scores", "relu", "conv", out=2, kernel=[1, 1]),
+            node("whole", "scores", "ave_pool", kernel=[8, 8]),
+        ],
+        output="whole",
+    )
+    assert stages_of(answers, example) == ("relu",)  # one map a class is the answer, not a feature
 
 
 def norm(maps: Tensor, state: dict[str, Tensor], name: str) -> Tensor:

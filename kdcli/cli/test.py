@@ -81,16 +81,20 @@ def test(
 
 def _recorded_teacher(provenance: dict[str, Any]) -> Path | None:
     """The teacher the student learned from, if its file is still the same."""
-    recorded = provenance.get("teacher") or {}
-    if not recorded:
+    from kdcli.teacher.recorded import teachers_of
+
+    found = teachers_of(provenance)
+    if len(found) > 1:
+        _ui.note(f"it learned from {len(found)} teachers: name one with --teacher to compare with it")
+    if len(found) != 1:
         return None
-    path = Path(str(recorded.get("path", "")))
+    [(path, sha256)] = found
     if not path.is_file():
         _ui.note(f"the teacher {path} is not here: agreement is not measured; name it with --teacher")
         return None
     from kdcli.files import sha256_file
 
-    if sha256_file(path) != recorded.get("sha256"):
+    if sha256_file(path) != sha256:
         _ui.note(
             f"{path} is not the teacher this student learned from; compare with --teacher if it is meant"
         )

@@ -159,9 +159,10 @@ class Plan:
         for name in self.methods:
             config = resolve(self._config(name, 0))
             methods.get(name).weights(config)
-        if self.needs_teacher and not self.train.teacher.is_file():
+        missing = [path for path in self.train.teacher if not path.is_file()]
+        if self.needs_teacher and missing:
             raise KdError(
-                f"no teacher at {self.train.teacher}",
+                f"no teacher at {missing[0]}",
                 "kd convert-caffe makes one from a Caffe network, kd train --method ce trains one; "
                 "name it with --teacher.",
             )

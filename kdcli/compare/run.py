@@ -76,7 +76,8 @@ def _begin(plan: Plan, data: Splits, jobs: int, on_event: OnEvent) -> Plan:
     """The comparison with all that its runs must have in common, in its folder."""
     inputs = {"train images": data.train.fingerprint, "test images": data.test.fingerprint}
     if plan.needs_teacher:
-        inputs["teacher"] = files.sha256_file(plan.train.teacher)
+        for path in plan.train.teacher:
+            inputs[f"teacher {path}" if len(plan.train.teacher) > 1 else "teacher"] = files.sha256_file(path)
     if plan.train.student_file is not None:
         inputs["student"] = files.sha256_file(plan.train.student_file)
     plan = plan.as_begun()
@@ -138,6 +139,8 @@ class _Shown:
                 if event.text not in self.told:
                     self.told.add(event.text)
                     self.on_event(event)
+                return
+            if not isinstance(event, Progress):
                 return
             if event.group != "training":
                 if event.task.startswith("teacher"):

@@ -19,7 +19,7 @@ from kdcli.config import TrainConfig, make
 from kdcli.engine import RunDir, fit
 from kdcli.engine.inputs import load_data
 from kdcli.errors import Interrupted, KdError, UsageError
-from kdcli.events import Event, Note
+from kdcli.events import Event, Note, Progress
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     def on_event(event: Event) -> None:
         if isinstance(event, Note):
             answer(note=event.text)
-        else:
+        elif isinstance(event, Progress):
             answer(progress=[event.task, event.done, event.total, dict(event.values), event.group])
 
     asked = json.loads(sys.stdin.buffer.readline())

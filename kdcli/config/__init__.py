@@ -19,8 +19,8 @@ from kdcli.config.commands import (
     TestConfig,
     ValidateConfig,
 )
-from kdcli.config.ramp import Ramp
 from kdcli.config.compare import CompareConfig, ReproduceConfig
+from kdcli.config.ramp import Ramp
 from kdcli.config.train import AUGMENT_STEPS, TrainConfig
 from kdcli.config.tune import SEARCH, TuneConfig
 

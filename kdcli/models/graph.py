@@ -20,7 +20,6 @@ class GraphNet(nn.Module):
 
     Attributes:
         shapes: node name → output shape of one image.
-        stages: the last node of each size of map above 1×1, in the order they run.
         head: the node whose outputs are the logits as they are, if it is linear, see `models.head_of`.
     """
 
@@ -40,7 +39,6 @@ class GraphNet(nn.Module):
                 f"layer {output}: its output is {shown(self.shapes[output])}, not {classes} classes"
             )
         self._done = self._last_uses()
-        self.stages = self._last_of_each_size()
         last = self._modules.get(output)
         if isinstance(last, nn.Linear) and last.bias is not None and self.shapes[output] == (classes,):
             self.head = output
@@ -71,11 +69,6 @@ class GraphNet(nn.Module):
         self.add_module(name, module)
         self.shapes[name] = shape
         self._steps.append((name, sources))
-
-    def _last_of_each_size(self) -> tuple[str, ...]:
-        maps = {name: shape for name, shape in self.shapes.items() if name != INPUT and len(shape) == 3}
-        last = {shape[1:]: name for name, shape in maps.items() if shape[1:] != (1, 1)}
-        return tuple(name for name in maps if name in last.values())
 
     def _last_uses(self) -> list[tuple[str, ...]]:
         """What no later step reads, after each: kept no longer, for a deep network's outputs add up to gigabytes."""
@@ -147,5 +140,4 @@ def safe_name(name: str, taken: Collection[str]) -> str:
     return candidate
 
 
-# Attributes of a GraphNet that are not a class attribute of nn.Module
-_OWN = {"head", "shapes", "stages", "training"}
+_OWN = {"head", "shapes", "training"}  # attributes of a GraphNet that are not a class attribute of nn.Module

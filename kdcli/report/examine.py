@@ -22,6 +22,7 @@ from kdcli.events import Event, OnEvent, Progress
 from kdcli.files import sha256_file
 from kdcli.report.gather import Run
 from kdcli.teacher import Teacher
+from kdcli.teacher.recorded import teachers_of
 
 MOST_CLASSES = 5_000  # a confusion matrix of more is gigabytes
 BINS = 15  # as metrics.calibration_error
@@ -242,7 +243,8 @@ class _Examiner:
         elif path is None:
             named = self._named_teachers()
             if len(named) != 1:
-                return None, False, "It learned from no teacher; --teacher names one to compare with."
+                learned = "several teachers" if len(teachers_of(run.provenance)) > 1 else "no teacher"
+                return None, False, f"It learned from {learned}; --teacher names one to compare with."
             [(sha256, path)] = named.items()
         if not path.is_file():
             return None, own, f"The teacher {path} is not here; --teacher names it."
@@ -266,15 +268,9 @@ class _Examiner:
 
 
 def recorded_teacher(run: Run) -> tuple[Path | None, str]:
-    """Path and SHA-256 of the teacher that a run learned from; None where there was none."""
-    recorded = run.provenance.get("teacher")
-    if (
-        not isinstance(recorded, dict)
-        or not isinstance(recorded.get("path"), str)
-        or "\0" in recorded["path"]
-    ):
-        return None, ""
-    return Path(recorded["path"]), str(recorded.get("sha256"))
+    """Path and SHA-256 of the teacher that a run learned from; None where there was none, or several."""
+    found = teachers_of(run.provenance)
+    return found[0] if len(found) == 1 else (None, "")
 
 
 def _pictures(

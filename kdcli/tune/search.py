@@ -166,7 +166,7 @@ def _record(config: TuneConfig, space: Space, data: Splits) -> dict[str, Any]:
     if "student" not in tuned:
         files["student"] = config.student_file
     if "teacher" not in tuned and ("method" in tuned or methods.get(config.method).needs_teacher):
-        files["teacher"] = config.teacher
+        files |= {f"teacher {number}": path for number, path in enumerate(config.train.teacher, 1)}
     return json.loads(  # type: ignore[no-any-return]
         json.dumps(
             {
