@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.trial import TrialState
 from PIL import Image
+from sqlalchemy.exc import OperationalError
 
 from kdcli import engine
 from kdcli.cli import train as cli_train
@@ -451,11 +452,10 @@ def test_what_is_wrong_with_the_command_stops_everything_and_is_no_trial(
     with pytest.raises(UsageError, match="unknown network"):
         search_for(splits, "lr=1e-3:1", student="resnet9000")
     with pytest.raises(UsageError, match="has 1 distinct view"):
-        search_for(splits, "lr=1e-3:1", views=7)
-    assert not any("reason" in trial.user_attrs for trial in stored())
-    found = search_for(
-        splits, "lr=1e-3:1", trials=1
-    )  # the study has had no trial, so it takes these settings
+        search_for(splits, "optimizer=adam|sgd", views=7)
+    assert stored() and not any("reason" in trial.user_attrs for trial in stored())
+    # the study has had no trial, so it takes other settings and other values of them
+    found = search_for(splits, "optimizer=adam|adamw", trials=1)
     assert [trial.state for trial in found.trials] == ["complete"]
 
 
@@ -556,6 +556,12 @@ def test_a_storage_that_cannot_be_used_is_one_line_without_its_password(
         assert said in caught.value.message, (url, caught.value.message)
         assert "s3cret" not in caught.value.message + caught.value.hint
         assert "\n" not in caught.value.message and caught.value.hint
+    url = storage.read_url("postgresql://user:s3cret@host/name?sslpassword=pr1vate", Path("unused"))
+    with pytest.raises(KdError) as caught, storage.faults_told(url):
+        raise OperationalError("SELECT 1", {}, Exception("no role user with s3cret and pr1vate\nin line 2"))
+    assert caught.value.message == (
+        "storage postgresql://user:***@host/name?sslpassword=hidden: no role user with *** and ***"
+    )
     braces = search_for(splits, "lr=1e-3:1", storage="sqlite:///{SCHEMA_VERSION.__class__}.db", trials=1)
     assert len(braces.trials) == 1
     assert Path("{SCHEMA_VERSION.__class__}.db").is_file()  # a name, and not filled in
@@ -710,7 +716,10 @@ def test_a_trial_that_was_given_up_for_dead_is_not_counted_twice(
     """The process was only asleep: when it wakes, the trial is another's."""
     notes: list[Event] = []
 
+    seen: list[tuple[str, int]] = []
+
     def accuracy(run: TrainConfig, epoch: int) -> float:
+        seen.append((run.name, epoch))
         if run.name == "trial-0001" and epoch == 1:
             study = optuna.load_study(study_name="toy", storage="sqlite:///runs/toy/study.db")
             study.tell(1, state=TrialState.FAIL)  # as Optuna does by heartbeats
@@ -722,6 +731,7 @@ def test_a_trial_that_was_given_up_for_dead_is_not_counted_twice(
         (0, "complete"), (2, "complete"), (3, "complete"),
     ]  # fmt: skip
     assert found.trials[1].values == stored()[1].params
+    assert ("trial-0001", 2) not in seen  # it did not go on for nothing
     assert any(isinstance(event, Note) and "trial 1 was given up" in event.text for event in notes)
 
 

@@ -57,7 +57,7 @@ def read_url(text: str, default: Path) -> URL:
 
 def shown(url: URL) -> str:
     """The address without its secrets."""
-    query = {key: "***" if _SECRET.search(key) else value for key, value in url.query.items()}
+    query = {key: "hidden" if _SECRET.search(key) else value for key, value in url.query.items()}
     return url.set(query=query).render_as_string(hide_password=True)
 
 
