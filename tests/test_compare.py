@@ -174,7 +174,7 @@ def test_other_settings_or_inputs_are_not_mixed_in(splits: Splits) -> None:
     compare(planned(seeds="1", epochs=1), splits)
     for changes, told in (
         ({"epochs": 2}, "was begun with --epochs 1, not 2"),
-        ({"tau": 2.0}, "was begun with --tau 3.0, not 2.0"),
+        ({"tau": 2.0}, "was begun with --tau as by default, not 2.0"),
         ({"seeds": "2"}, "was begun with --seeds 0, not 0,1"),
         ({"compared": "ce,logits"}, "was begun with --methods ce,kd, not ce,logits"),
     ):

@@ -217,7 +217,10 @@ def test_no_text_is_more_than_an_error(text: str) -> None:
             "batch_size": st.integers(1, 10**6),
             "optimizer": st.sampled_from(["adam", "adamw", "sgd"]),
             "grey": st.booleans(),
-            "teacher": st.sampled_from(["weights/teacher.pt", "my teacher's.pt", "$(x).onnx"]),
+            "teacher": st.sampled_from(
+                ["weights/teacher.pt", "my teacher's.pt", "$(x).onnx", ("a.pt", "b.pt")]
+            ),
+            "weight": st.sampled_from([(), ("at=0:1000:1", "kd=2")]),
             "seed": st.integers(0, 2**63 - 1),
             "ce_weight": st.none() | st.floats(0, 9),
         },
@@ -230,7 +233,8 @@ def test_the_command_of_settings_gives_these_settings(values: dict[str, Any]) ->
     typed: dict[str, Any] = {}
     rest = iter(words[2:])
     for word in rest:
-        typed[word[2:].replace("-", "_")] = True if word == "--grey" else next(rest)
+        name, value = word[2:].replace("-", "_"), True if word == "--grey" else next(rest)
+        typed[name] = (*typed.get(name, ()), value) if name in ("teacher", "weight") else value
     assert make(TrainConfig, typed) == wanted
 
 

@@ -282,4 +282,6 @@ def _flag(name: str) -> str:
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return "as by default"
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -26,6 +26,9 @@ FIXED = {
     **dict.fromkeys(("data", "data_dir", "image_size", "skip_broken", "grey"), _OF_DATA),
     **dict.fromkeys(("cache_dir", "runs_dir", "threads", "devices", "accelerator", "compile"), _OF_PLACE),
     **dict.fromkeys(("name", "save_every", "keep", "log_every", "tensorboard"), _OF_RECORD),
+    "view_seed": "the luckiest views are no better setting",
+    "teacher_weight": "it is a list, a weight for each teacher",
+    "weight": "it is a list, a weight for each term; ce-weight and kd-weight can be tuned",
     "val_fraction": "the validation split is what trials are judged by",
     "seed": "the luckiest seed is no better setting; --seeds K takes the mean over several",
 }
@@ -160,6 +163,8 @@ def _kind(field: FieldInfo) -> type:
     parts: list[Any] = [field.annotation]
     if get_origin(field.annotation) in (Union, types.UnionType):
         parts = [part for part in get_args(field.annotation) if part is not type(None)]
+    if get_origin(field.annotation) is tuple:  # one that may be given several times: a trial has one
+        parts = [get_args(field.annotation)[0]]
     kinds: tuple[type, ...] = (bool, float, int)
     for kind in kinds:
         if kind in parts:
@@ -197,6 +202,7 @@ def _within_bounds(part: Range | Choice, config: TrainConfig, text: str) -> Rang
             one = getattr(apply(config, {part.name: value}), part.name)
         except UsageError as error:
             raise UsageError(f"--tune {text}: {error.message}", error.hint) from error
+        one = one[0] if isinstance(one, tuple) else one
         understood.append(one.as_posix() if isinstance(one, Path) else one)
     return part if isinstance(part, Range) else Choice(part.name, tuple(understood))
 

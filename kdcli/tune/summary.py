@@ -42,7 +42,8 @@ def command_of(config: TrainConfig) -> str:
         if isinstance(value, bool):
             words += [flag] if value else []
             continue
-        words += [flag, value.as_posix() if isinstance(value, Path) else str(value)]
+        for one in value if isinstance(value, tuple) else (value,):
+            words += [flag, one.as_posix() if isinstance(one, Path) else str(one)]
     return shlex.join(words)
 
 
