@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -296,3 +297,112 @@ def test_cross_entropies_promote_half_types_and_have_their_gradient() -> None:
         assert loss(half).dtype == torch.float32
         assert torch.equal(loss(half), loss(half.float()))
         assert torch.autograd.gradcheck(loss, half.double().requires_grad_())
+
+
+# --- several methods, weights, temperatures -------------------------------------------------------------------
+
+
+def weights(method: str, done: float = 1.0, **settings: object) -> dict[str, float]:
+    config = make(TrainConfig, {"method": method, **settings})
+    return methods.get(method).active(config).weights(config, done)
+
+
+def test_joined_methods_have_the_first_ones_cross_entropy_and_each_its_term() -> None:
+    assert weights("kd+at") == {"ce": 0.3, "kd": 0.7, "at": 1000.0}
+    assert weights("at+kd") == {"ce": 1.0, "at": 1000.0, "kd": 0.7}
+    assert weights("logits+sp") == {"logits": 1.0, "sp": 3000.0}
+    assert weights("logits+ce") == {"ce": 1.0, "logits": 1.0}
+    assert weights("kd+at", weight=["at=5", "ce=0"]) == {"kd": 0.7, "at": 5.0}
+    assert weights("at+kd", weight=["at=0"]) == {"ce": 1.0, "kd": 0.7}
+    assert weights("kd", kd_weight=0.0) == {"ce": 0.3}
+    with pytest.raises(UsageError, match="has 2 terms of the teacher"):
+        weights("kd+at", kd_weight=1.0)
+    with pytest.raises(UsageError, match="kd has no such term"):
+        weights("kd", weight=["at=1"])
+    with pytest.raises(UsageError, match="named twice"):
+        methods.get("kd+at+kd")
+    for name in ("kd+", "+", "kd++at", ""):
+        with pytest.raises(UsageError, match="no name"):
+            methods.get(name)
+
+
+def test_what_weighs_nothing_is_not_asked_for() -> None:
+    config = make(TrainConfig, {"method": "kd+at", "weight": ["at=0"]})
+    active = methods.get("kd+at").active(config)
+    assert methods.get("kd+at").needs_features and not active.needs_features and active.needs_teacher
+    labels = make(TrainConfig, {"method": "kd", "kd_weight": 0.0})
+    assert not methods.get("kd").active(labels).needs_teacher
+    soft = make(TrainConfig, {"method": "kd", "lamda": 0.0})
+    assert not methods.get("kd").needs_labels(soft)
+    assert methods.get("kd").needs_labels(labels) and methods.get("dkd+at").needs_labels(config_of("dkd+at"))
+
+
+def config_of(method: str, **settings: object) -> TrainConfig:
+    return make(TrainConfig, {"method": method, **settings})
+
+
+def test_weights_and_temperatures_move_in_a_straight_line() -> None:
+    by_epoch = {"epochs": 10, "weight": ["at=0:1000:5"]}
+    assert [weights("at", done, **by_epoch)["at"] for done in (0.0, 0.1, 0.25, 0.5, 1.0)] == [
+        0.0,
+        200.0,
+        500.0,
+        1000.0,
+        1000.0,
+    ]
+    assert weights("kd", 0.25, weight=["kd=4:0"])["kd"] == 3.0
+    # dkd's own warm-up: the first twelfth of training, 20 of 240 epochs
+    assert weights("dkd", 1 / 24) == {"ce": 1.0, "dkd": pytest.approx(0.5)}
+    assert weights("dkd", 0.5) == {"ce": 1.0, "dkd": 1.0}
+    config = make(TrainConfig, {"method": "kd", "tau": 8.0, "tau_end": 2.0, "lamda": 0.0})
+    batch = batch_of(config)
+    for done, tau in ((0.0, 8.0), (0.5, 5.0), (1.0, 2.0)):
+        s, teacher = batch.student_logits.detach(), batch.targets
+        expected = losses.soft_targets(s, teacher, tau)
+        found = methods.get("kd").terms(replace(batch, done=done))["kd"]
+        torch.testing.assert_close(found, expected)
+
+
+def test_each_method_has_its_own_temperature_unless_one_is_given() -> None:
+    for name, tau in {"kd": 3.0, "dkd": 4.0, "dist": 4.0, "lskd": 2.0, "born-again": 1.0}.items():
+        plain = methods.get(name).terms(batch_of(config_of(name)))[name]
+        assert torch.equal(plain, methods.get(name).terms(batch_of(config_of(name, tau=tau)))[name])
+        assert not torch.equal(plain, methods.get(name).terms(batch_of(config_of(name, tau=7.0)))[name])
+
+
+def test_standardized_kd_at_the_same_temperature_is_lskd() -> None:
+    standard = methods.get("kd").terms(batch_of(config_of("kd", standardize=True, tau=2.0)))["kd"]
+    assert torch.equal(standard, methods.get("lskd").terms(batch_of(config_of("lskd")))["lskd"])
+
+
+def test_dkd_of_a_mixture_takes_each_label_with_its_share() -> None:
+    batch = batch_of(config_of("dkd"))
+    others, shares = torch.tensor([1, 2, 3, 0, 1, 2]), torch.tensor([0.25, 1.0, 0.5, 0.0, 0.75, 0.6])
+    found = methods.get("dkd").terms(replace(batch, other_labels=others, shares=shares))["dkd"]
+    each = [
+        losses.decoupled(batch.student_logits[[i]], batch.targets[[i]], torch.tensor([label]), 4.0, 1.0, 8.0)
+        * share
+        for i in range(6)
+        for label, share in ((batch.labels[i], shares[i]), (others[i], 1 - shares[i]))
+    ]
+    torch.testing.assert_close(found, torch.stack(each).sum() / 6)
+
+
+def test_the_contrasted_images_are_of_other_classes_and_follow_the_sample() -> None:
+    from kdcli.methods.features import Others
+
+    labels = np.array([0, 2, 1, 0, 1, 2, 0, 0, 1, 2, 2, 0])
+    trained = np.array([0, 1, 2, 3, 4, 5, 6, 8, 9])
+    draw = Others(labels, trained, 4001)
+    samples = np.array([3, 1, 8, 0])
+    found = draw(samples, seed=5, epoch=2)
+    assert found.shape == (4, 4001)
+    for row, sample in zip(found, samples, strict=True):
+        allowed = [number for number in trained if labels[number] != labels[sample]]
+        numbers, counts = np.unique(row, return_counts=True)
+        assert list(numbers) == allowed
+        assert counts.min() > 0.8 * 4001 / len(allowed)
+    assert np.array_equal(draw(samples[::-1], 5, 2)[::-1], found)
+    assert not np.array_equal(draw(samples, 5, 3), found)
+    with pytest.raises(UsageError, match="one class only"):
+        Others(np.zeros(4, np.int64), np.arange(4), 3)

@@ -68,23 +68,27 @@ def cache_mode(config: TrainConfig) -> str:
     return "off" if live else config.teacher_cache
 
 
-FILLED = ("views",)  # by `resolve`, where they are not set
+FILLED = ("views", "tau")  # by `resolve`, where they are not set
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """Fill in `views`: all there are, or, of endless ones, as many as a teacher can be run over.
+    """Fill in `tau`, where the methods that read it have one default, and `views`: all there are, or, of endless ones, as many as a teacher can be run over.
 
     A run without a teacher gets a fresh view each epoch, and so does one whose teacher is live or sees plain images
     only: limiting the baseline would flatter the others.
     """
+    objective = methods.get(config.method)
+    taus = {part.tau for part in objective.own if "tau" in part.reads}
+    if config.tau is None and len(taus) == 1:
+        config = config.model_copy(update={"tau": taus.pop()})
     distinct = augment.distinct_views(config.augment)
-    fixed = config.teacher_cache == "fixed" and methods.get(config.method).needs_teacher
+    fixed = config.teacher_cache == "fixed" and objective.needs_teacher
     if fixed and augment.MIXUP_NAME in config.augment.split("-"):
         raise UsageError(
             "--teacher-cache fixed does not go with mixup: the teacher has not seen the mixtures",
             "Use --teacher-cache views or off.",
         )
-    if config.cache_top_k and methods.get(config.method).needs_teacher and cache_mode(config) == "off":
+    if config.cache_top_k and objective.needs_teacher and cache_mode(config) == "off":
         raise UsageError(
             "--cache-top-k says what is kept of the teacher's outputs, and here none are kept: it runs in each step",
             "Leave out --cache-top-k, or --teacher-cache off and --teacher-dropout; methods of features need it so.",
@@ -95,6 +99,6 @@ def resolve(config: TrainConfig) -> TrainConfig:
         )
     if config.views:
         return config
-    cached = methods.get(config.method).needs_teacher and cache_mode(config) == "views"
+    cached = objective.needs_teacher and cache_mode(config) == "views"
     views = distinct or (min(_CACHED_VIEWS, config.epochs) if cached else config.epochs)
     return config.model_copy(update={"views": min(views, config.epochs)})

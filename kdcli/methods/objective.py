@@ -74,23 +74,24 @@ class Objective:
 
     name: str
     parts: tuple[Method, ...]
+    idle: tuple[str, ...] = ()  # methods whose term weighs nothing, see `active`
 
     @property
     def needs_teacher(self) -> bool:
-        return any(part.needs_teacher for part in self.parts)
+        return any(part.needs_teacher for part in self.own)
 
     @property
     def needs_features(self) -> bool:
-        return any(part.needs_features for part in self.parts)
+        return any(part.needs_features for part in self.own)
 
     @property
     def regresses(self) -> bool:
-        return any(part.regresses for part in self.parts)
+        return any(part.regresses for part in self.own)
 
     @property
     def own(self) -> tuple[Method, ...]:
-        """The methods that have a term of their own."""
-        return tuple(part for part in self.parts if part.loss is not None)
+        """The methods that have a term of their own, and one that weighs something."""
+        return tuple(part for part in self.parts if part.loss is not None and part.name not in self.idle)
 
     def ramps(self, config: TrainConfig) -> dict[str, Ramp]:
         """Weight of each term: the user's, else the method's own; terms that never weigh anything are left out.
@@ -100,9 +101,10 @@ class Objective:
         """
         named = any(part.loss is None for part in self.parts)
         ce = 1.0 if named else self.parts[0].ce_weight(config)
-        found = {CE: Ramp(ce, ce)} | {part.name: part.weight(config) for part in self.own}
+        found = {CE: Ramp(ce, ce)}
+        found |= {part.name: part.weight(config) for part in self.parts if part.loss is not None}
         if config.kd_weight is not None:
-            teachers = [part.name for part in self.own if part.needs_teacher]
+            teachers = [part.name for part in self.parts if part.needs_teacher]
             if len(teachers) > 1:
                 raise UsageError(
                     f"--kd-weight: method {self.name} has {len(teachers)} terms of the teacher",
@@ -127,10 +129,9 @@ class Objective:
         return {name: ramp.at(done) for name, ramp in self.ramps(config).items()}
 
     def active(self, config: TrainConfig) -> Objective:
-        """What is left of it under these settings: without methods whose term weighs nothing."""
+        """The same, knowing which terms weigh nothing under these settings, so that nothing is done for them."""
         chosen = self.ramps(config)
-        parts = tuple(part for part in self.parts if part.loss is None or part.name in chosen)
-        return replace(self, parts=parts)
+        return replace(self, idle=tuple(part.name for part in self.parts if part.name not in chosen))
 
     def needs_labels(self, config: TrainConfig) -> bool:
         """Whether a term that weighs anything reads labels."""
