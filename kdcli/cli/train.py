@@ -52,12 +52,12 @@ def train(
                 "--resume takes a run as it was started; no other setting goes with it",
                 "Leave the other options out, or start a new run.",
             )
-        from kdcli.engine import RunDir
+        from kdcli.engine import RunDir, continued
 
         run = RunDir.existing(resume)
-        config = run.read_config()
+        config = continued(run)
         _ui.settings.follower = _started_by_another(config)
-        _check_place(config, resume)
+        _check_place(run.read_config(), resume)
     else:
         run = None
         config = make(TrainConfig, {**(read_recipe(recipe, options) if recipe else {}), **options})
@@ -85,7 +85,7 @@ def _check_place(config: TrainConfig, resume: Path) -> None:
         raise UsageError(f"{resume} needs its data {config.data}", hint)
 
 
-def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[Result | None, Any]:
+def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[tuple[Result, ...], Any]:
     for teacher in config.teacher if methods.get(config.method).needs_teacher else ():
         files.hash_ahead(teacher)  # what is kept goes by these hashes
     files.hash_ahead(files.expand(config.data))
@@ -94,7 +94,7 @@ def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[Resu
         raise UsageError(f"no such student: {stored}", "--student takes a network's name or a .pt file.")
     with imports():
         from kdcli import data, models, runtime
-        from kdcli.engine import fit
+        from kdcli.engine import fit_chain
 
     fit_to = None
     if stored is not None:
@@ -102,7 +102,7 @@ def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[Resu
             options, ("dropout", "preprocess", "width"), f"with --student {stored}, which brings its own"
         )
         fit_to = models.load(stored).input_size
-    elif not models.takes_dropout(config.student):
+    elif not any(models.takes_dropout(network) for network in (*config.assistant, config.student)):
         _ui.note_unread(options, ("dropout",), f"with --student {config.student}, which has none")
     world = runtime.launch(config.accelerator, config.devices)
     failed = True
@@ -119,22 +119,30 @@ def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[Resu
                     skip_broken=config.skip_broken,
                     on_event=on_event,
                 )
-            result = fit(config, splits, resume=run, world=world, on_event=on_event)
+            results = fit_chain(config, splits, resume=run, world=world, on_event=on_event)
         failed = False
     finally:
         world.close(failed=failed)
-    return (result if world.first else None), splits
+    return (results if world.first else ()), splits
 
 
-def _finish(result: Result | None, splits: Any) -> None:
+def _finish(results: tuple[Result, ...], splits: Any) -> None:
     from kdcli import report
 
-    if result is None:  # another process tells
+    if not results:  # another process tells
         return
-    report.curves(result.run.metrics_file, result.run.path / "curves.svg")
+    for each in results:
+        report.curves(each.run.metrics_file, each.run.path / "curves.svg")
+    *before, result = results
     if _ui.settings.json:
-        _ui.json(result.to_json())
+        chain = {"chain": [each.to_json() for each in before]} if before else {}
+        _ui.json({**result.to_json(), **chain})
         return
+    for each in before:
+        _ui.say(
+            f"{each.run.path.name}: {each.config.student}, test accuracy {each.evaluation.accuracy:.2f} %, "
+            f"agreement with its teacher {_ui.percent(each.evaluation.agreement)} %"
+        )
     test = result.evaluation
     low, high = test.accuracy_interval
     _ui.say(

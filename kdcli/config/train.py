@@ -42,6 +42,19 @@ class TrainConfig(DataSettings):
         description="Weight of each teacher's logits in their mean, in the order of --teacher; by default equal.",
         json_schema_extra=about(METHOD),
     )
+    assistant: tuple[str, ...] = Field(
+        (),
+        description="A network between teacher and student: the teacher teaches it, and it the next one. Once for "
+        "each, in this order; each is a run, NAME-assistant-1 and so on.",
+        json_schema_extra=about(METHOD, metavar="NETWORK"),
+    )
+    generations: int = Field(
+        1,
+        ge=1,
+        le=100,
+        description="Train the student so many times, each time from the one before; the seed rises by 1.",
+        json_schema_extra=about(METHOD),
+    )
     tau: float | None = Field(
         None,
         gt=0,
@@ -330,7 +343,7 @@ class TrainConfig(DataSettings):
         return found
 
     @model_validator(mode="after")
-    def _weights_fit(self) -> Self:
+    def _settings_fit_together(self) -> Self:
         if self.teacher_weight:
             if len(self.teacher_weight) != len(self.teacher):
                 raise ValueError(
@@ -338,6 +351,9 @@ class TrainConfig(DataSettings):
                 )
             if min(self.teacher_weight) < 0 or not 0 < sum(self.teacher_weight) < math.inf:
                 raise ValueError("--teacher-weight: must be 0 or more, and above 0 in all")
+        file = next((name for name in self.assistant if name.lower().endswith(".pt")), None)
+        if file is not None:
+            raise ValueError(f"--assistant {file}: an assistant is trained anew; name a network")
         names = [name for name, _ in self._read_weights()]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:

@@ -40,6 +40,21 @@ class Evaluation:
         """Plain values."""
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Evaluation:
+        """What `to_json` gave, after a way through a file.
+
+        Raises:
+            TypeError, ValueError, KeyError: something else.
+        """
+        low, high = values["accuracy_interval"]
+        tuples = {
+            "accuracy_interval": (low, high),
+            "per_class": tuple(values["per_class"]),
+            "confusion": tuple(tuple(row) for row in values["confusion"]),
+        }
+        return cls(**{**values, **tuples})
+
 
 def measure(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None) -> Evaluation:
     """Figures from logits (N, C), labels (N,) and, if given, the teacher's logits (N, C)."""

@@ -46,6 +46,7 @@ def fit(
     world: World | None = None,
     test: bool = True,
     on_event: OnEvent = ignore,
+    chain: TrainConfig | None = None,
 ) -> Result:
     """Train a student as the settings say, and measure it once on the test data.
 
@@ -55,6 +56,7 @@ def fit(
         resume: an interrupted run to continue from its newest state; `config` is then that run's own.
         world: the processes that share the work, from `runtime.launch`; by default this one alone.
         test: False leaves the test images unread, for a search among runs: the result has no `evaluation`.
+        chain: the settings of the whole chain that this is a link of, for its folder; see `fit_chain`.
 
     Raises:
         KdError: teacher and data do not fit, the loss stopped being finite, or a file cannot be written.
@@ -66,8 +68,10 @@ def fit(
                 "fit() runs in one process", "Start the others with runtime.launch, or use kd train."
             )
         world = World.alone(config.accelerator)
+    if config.assistant or config.generations > 1:
+        raise UsageError("fit() trains one student", "fit_chain() trains a chain of them.")
     with runtime.stop_on_signals() as stop, world.losses_told():
-        run = _Run(config, data, resume, world, test, on_event if world.first else ignore, stop)
+        run = _Run(config, data, resume, world, test, on_event if world.first else ignore, stop, chain)
         try:
             return run.go()
         except OSError as error:
@@ -91,10 +95,12 @@ class _Run:
         test: bool,
         on_event: OnEvent,
         stop: runtime.StopFlag,
+        chain: TrainConfig | None,
     ) -> None:
         self.test = test
         self.on_event = on_event
         self.stop = stop
+        self.chain = chain
         self.data = data
         self.world = world
         self.method = methods.get(config.method).active(config)
@@ -121,6 +127,7 @@ class _Run:
         if resume is None and world.first:
             RunDir.check_free(config)
         self.targets.prepare()
+        self.targets.note_other_networks(self.student.arch)
         stages, self.adapters = make_adapters(
             config, self.method, self.student, self.targets, train, self.train_samples
         )
@@ -178,7 +185,7 @@ class _Run:
                 "precision": precision,
                 "precision_step_ms": timings,
             }
-            made = RunDir.create(config, environment, filled), config
+            made = RunDir.create(config, environment, filled, self.chain), config
         run, self.config = world.of_first(made) or (RunDir(self.config.runs_dir), self.config)
         return run
 

@@ -72,7 +72,9 @@ FILLED = ("views", "tau")  # by `resolve`, where they are not set
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """Fill in `tau`, where the methods that read it have one default, and `views`: all there are, or, of endless ones, as many as a teacher can be run over.
+    """Fill in `tau`, where the methods that read it have one default, and `views`.
+
+    All views there are, or, of endless ones, as many as a teacher can be run over.
 
     A run without a teacher gets a fresh view each epoch, and so does one whose teacher is live or sees plain images
     only: limiting the baseline would flatter the others.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kdcli.config import TrainConfig
 from kdcli.engine.evaluate import Evaluation
 from kdcli.engine.run_dir import RunDir
+from kdcli.errors import KdError
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,32 @@ class Result:
     seconds: float
     images_per_s: float
     marks: tuple[str, ...] = field(default=())
+
+    @classmethod
+    def read(cls, run: RunDir) -> Result:
+        """What a finished run has said.
+
+        Raises:
+            KdError: its files are not those of a finished run.
+        """
+        try:
+            told = json.loads(run.result_file.read_text(encoding="utf-8"))
+            return cls(
+                run=run,
+                config=run.read_config(),
+                tested=Evaluation.from_json(told["test"]),
+                val_accuracy=told["val_accuracy"],
+                epochs=tuple(Metrics(**line) for line in run.read_metrics() if line["kind"] == "epoch"),
+                parameters=told["parameters"],
+                teacher_passes=told["teacher_passes"],
+                seconds=told["seconds"],
+                images_per_s=told["images_per_s"],
+                marks=tuple(told["resumed_with_differences"]),
+            )
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise KdError(
+                f"{run.result_file} cannot be read: {error}", "Remove the run, and start anew."
+            ) from error
 
     @property
     def evaluation(self) -> Evaluation:

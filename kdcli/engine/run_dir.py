@@ -31,7 +31,13 @@ class RunDir:
     path: Path
 
     @classmethod
-    def create(cls, config: TrainConfig, environment: dict[str, Any], filled: Sequence[str] = ()) -> RunDir:
+    def create(
+        cls,
+        config: TrainConfig,
+        environment: dict[str, Any],
+        filled: Sequence[str] = (),
+        chain: TrainConfig | None = None,
+    ) -> RunDir:
         """Make a new folder, named by the user or by method, student and the next free number.
 
         It gets its name with settings and environment in it: whenever a run is killed, it can be resumed.
@@ -40,6 +46,7 @@ class RunDir:
             config: the settings, resolved.
             environment: what `environment.json` says.
             filled: names of settings that were not typed but resolved from others.
+            chain: the settings of the chain of trainings that this run is a link of.
 
         Raises:
             UsageError: the name is taken.
@@ -50,12 +57,12 @@ class RunDir:
             made = cls(scratch_folder(config.runs_dir))
             made.write_config(config, filled)
             write_json(made.environment_file, {"schema_version": 1, **environment})
+            if chain is not None:
+                write_text(made.chain_file, tomli_w.dumps(chain.model_dump(mode="json", exclude_none=True)))
             made.path.chmod(0o755)
             number = 1
             while True:
-                path = config.runs_dir / (
-                    config.name or f"{config.method_name}-{config.student_name}-{number}"
-                )
+                path = config.runs_dir / (config.name or name_of(config, number))
                 try:
                     made.path.rename(path)  # never onto a folder that holds anything
                 except OSError:
@@ -98,6 +105,10 @@ class RunDir:
     @property
     def config_file(self) -> Path:
         return self.path / "config.toml"
+
+    @property
+    def chain_file(self) -> Path:
+        return self.path / "chain.toml"
 
     @property
     def metrics_file(self) -> Path:
@@ -154,6 +165,17 @@ class RunDir:
         values = read_recipe(str(self.config_file))
         return make(TrainConfig, {**values, "name": self.path.name, "runs_dir": self.path.parent})
 
+    def read_chain(self) -> TrainConfig | None:
+        """The settings of the chain that this run is a link of, where it lies now; None if it is none.
+
+        Raises:
+            UsageError: there are some, and they cannot be read.
+        """
+        if not self.chain_file.is_file():
+            return None
+        values = read_recipe(str(self.chain_file))
+        return make(TrainConfig, {**values, "runs_dir": self.path.parent})
+
     def append_metrics(self, *lines: dict[str, Any]) -> None:
         """Add JSON lines, and see to it that they are on the disk before a state that comes after them."""
         with self.metrics_file.open("a", encoding="utf-8") as handle:
@@ -182,6 +204,11 @@ class RunDir:
 
     def write_result(self, result: dict[str, Any]) -> None:
         write_json(self.result_file, {"schema_version": 1, **result})
+
+
+def name_of(config: TrainConfig, number: int) -> str:
+    """What a run is called that the user has not named."""
+    return f"{config.method_name}-{config.student_name}-{number}"
 
 
 def _taken(config: TrainConfig) -> UsageError:

@@ -20,7 +20,7 @@ from kdcli.events import Note, OnEvent
 from kdcli.runtime import World
 
 # settings that say where the run computes or what it writes, not what it computes
-_WITHOUT_EFFECT = {
+WITHOUT_EFFECT = {
     "keep",
     "save_every",
     "tensorboard",
@@ -70,7 +70,7 @@ class State:
 
 def made_with(config: TrainConfig, world: World) -> dict[str, Any]:
     """What must be the same for a resumed run to end with the same bits."""
-    settings = config.model_dump(mode="json", exclude=PLACE | _WITHOUT_EFFECT)
+    settings = config.model_dump(mode="json", exclude=PLACE | WITHOUT_EFFECT)
     return {
         "kd": __version__,
         "torch": str(torch.__version__),

@@ -8,13 +8,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kdcli import data, models
+from kdcli import data, methods, models
 from kdcli.config import TrainConfig
 from kdcli.data import ImageSet
 from kdcli.engine.plan import fitted_preprocess
 from kdcli.errors import KdError
 from kdcli.events import OnEvent
 from kdcli.models import Classifier
+from kdcli.models.features import stages_of
 
 Int64 = npt.NDArray[np.int64]
 
@@ -33,6 +34,24 @@ def make_student(
     """
     made = _fresh(config, train, samples, on_event) if config.student_file is None else _stored(config, train)
     return made.to(device).train()
+
+
+def check_student(config: TrainConfig, train: ImageSet) -> None:
+    """See whether `make_student` will find what it needs, and the stages asked for; nothing is allocated.
+
+    Raises:
+        KdError: a file that cannot be read, or does not fit the data.
+        UsageError: no such network or stage, or images too small for it.
+    """
+    height, width, channels = train.input_size
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if config.student_file is None else "cpu"):
+        if config.student_file is None:
+            network = models.build(config.student, classes=len(train.classes), input_size=train.input_size)
+        else:
+            network = _stored(config, train).network
+        method = methods.get(config.method).active(config)
+        if method.needs_features and config.student_stages:
+            stages_of(network, torch.zeros(2, channels, height, width), config.student_stages)
 
 
 def _fresh(config: TrainConfig, train: ImageSet, samples: Int64, on_event: OnEvent) -> Classifier:

@@ -9,14 +9,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from kdcli import models, rows
+from kdcli import checkpoint, models, rows
 from kdcli.config import TrainConfig
 from kdcli.data import Splits
 from kdcli.engine.feed import Inputs
 from kdcli.engine.output import Output
 from kdcli.engine.plan import cache_mode
 from kdcli.errors import Interrupted, KdError, UsageError
-from kdcli.events import OnEvent
+from kdcli.events import Note, OnEvent
 from kdcli.methods import Features, Objective, Shapes
 from kdcli.runtime import StopFlag, World
 from kdcli.teacher import Live, Outputs, Teacher
@@ -132,6 +132,19 @@ class Targets:
                 "Type the same command again.",
                 exit_code=self.stop.exit_code,
             )
+
+    def note_other_networks(self, arch: str) -> None:
+        """Say so where the method wants a teacher of the student's own network, and one is of another."""
+        if self.teacher is None or not self.method.own_network or not self.world.first:
+            return
+        for path in self.config.teacher:
+            found = checkpoint.load(path).arch if path.suffix.lower() == ".pt" else arch
+            if found != arch:
+                networks = f"teacher {path.as_posix()} is {found}, the student {arch}"
+                text = (
+                    f"{networks}: {self.method.name} is meant for one network, and is plain distillation here"
+                )
+                self.on_event(Note(text))
 
     def _example(self) -> Tensor:
         """Two raw images, uint8 (2, H, W, C), to try a network with."""

@@ -136,6 +136,7 @@ METHODS = {
             "labels and an earlier student of the same network",
             "Furlanello et al., ICML 2018",
             reads=("tau", "tau_end", "standardize"),
+            own_network=True,
         ),
         _method(
             "fitnet",

@@ -29,6 +29,7 @@ class Method:
         needs_teacher: it reads the teacher's logits, or its features.
         needs_features: it reads maps or embeddings of both: the teacher runs in each step.
         needs_labels: its own term reads labels.
+        own_network: the teacher is to be of the student's own network.
         regresses: the student's logits must take on the teacher's values, not only their softmax.
         adapter: makes a module that learns along with the student and is not exported.
     """
@@ -44,6 +45,7 @@ class Method:
     needs_teacher: bool = True
     needs_features: bool = False
     needs_labels: bool = False
+    own_network: bool = False
     regresses: bool = False
     adapter: Callable[[Training], nn.Module] | None = None
 
@@ -56,6 +58,7 @@ _OF_TEACHERS = (  # settings that only a method with a teacher reads
     "teacher_precision",
     "cache_top_k",
     "assistant",
+    "generations",
 )
 _OF_CACHES = (
     "cache_top_k",
@@ -87,6 +90,10 @@ class Objective:
     @property
     def regresses(self) -> bool:
         return any(part.regresses for part in self.own)
+
+    @property
+    def own_network(self) -> bool:
+        return any(part.own_network for part in self.parts)
 
     @property
     def own(self) -> tuple[Method, ...]:

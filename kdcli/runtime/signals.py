@@ -25,31 +25,33 @@ class StopFlag:
         return 128 + (self.signal or signal.SIGINT)
 
 
-_entered: list[StopFlag] = []
+_in_force: list[StopFlag] = []  # of the main thread; at most one
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
     """Turn the first SIGINT or SIGTERM into a flag; a second one ends the process at once.
 
-    A block within another sets the other's flag as well: what it is a part of is to stop, too.
+    Inside another of these it is the same flag: what a part of the work has noticed, the whole of it knows.
     """
-    flag = StopFlag()
     if threading.current_thread() is not threading.main_thread():
-        yield flag  # handlers can only be set in the main thread
+        yield StopFlag()  # handlers can only be set in the main thread
         return
+    if _in_force:
+        yield _in_force[0]
+        return
+    flag = StopFlag()
 
     def note(number: int, frame: FrameType | None) -> None:
         if flag.signal is not None:
             os._exit(128 + number)
-        for each in _entered:
-            each.signal = number
+        flag.signal = number
 
-    _entered.append(flag)
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    _in_force.append(flag)
     try:
         yield flag
     finally:
+        _in_force.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
-        _entered.remove(flag)
