@@ -331,7 +331,7 @@ def test_all_of_them_and_no_validation_image_are_trained_on_and_mixed_in(
 def test_another_method_does_not_run_the_teacher_again_and_other_images_do(place: Path) -> None:
     assert fit(taught(epochs=1), loaded()).teacher_passes == 2  # train and test images
     assert fit(taught(epochs=1, method="kd", lamda=0.0), loaded()).teacher_passes == 0
-    Path("more/a/deep/000.png").unlink()
+    save(Path("more/a/deep/000.png"), np.zeros(SIZE, np.uint8))
     assert fit(taught(epochs=1), loaded()).teacher_passes == 1
 
 
@@ -340,7 +340,10 @@ def test_features_of_them_are_learned_from(place: Path) -> None:
     assert set(result.epochs[0].terms) == {"at"}
 
 
-def test_a_run_that_was_interrupted_ends_as_the_whole_one(place: Path) -> None:
+def test_a_run_that_was_interrupted_ends_as_the_whole_one(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(fit.__globals__, "_SHOW_EVERY_S", 0.0)
     changes = {"epochs": 3, "augment": "flip", "batch_size": 8, "val_fraction": 0.2}
     whole = fit(taught(**changes), loaded())
     with pytest.raises(Interrupted):
@@ -425,7 +428,8 @@ def test_train_test_and_export_by_the_command_line(place: Path, monkeypatch: pyt
     shutil.make_archive("more", "tar", "more")
     call = command_line(monkeypatch, train_command, test_command, export_command)
     words = "train --method kd --lamda 0 --teacher teacher.pt --data toy --student convnet-tiny --epochs 1"
-    call(*shlex.split(words), *shlex.split("--name one --threads 1 --unlabelled more.tar --json"))
+    more = "--name one --threads 1 --unlabelled more.tar --json"
+    assert call(*shlex.split(words), *shlex.split(more)).exit_code == 0
     written = json.loads(Path("runs/one/result.json").read_text())
     assert written["unlabelled"]["count"] == MORE
     assert 'unlabelled = "more.tar"' in Path("runs/one/config.toml").read_text()
@@ -433,8 +437,9 @@ def test_train_test_and_export_by_the_command_line(place: Path, monkeypatch: pyt
     assert stored["data"]["unlabelled"] == written["unlabelled"]
     assert written["unlabelled"]["spec"] == "more.tar"
     Path("more.tar").unlink()
-    call("test", "runs/one/student.pt", "--threads", "1")
-    call("export", "runs/one/student.pt", "--threads", "1")
+    assert call("test", "runs/one/student.pt", "--threads", "1").exit_code == 0
+    assert call("export", "runs/one/student.pt").exit_code == 0
+    assert Path("exports/one.onnx").is_file()
     with pytest.raises(UsageError, match=r"runs/one needs its images without labels, more\.tar"):
         call("train", "--resume", "runs/one")
 
