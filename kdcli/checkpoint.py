@@ -85,7 +85,8 @@ def save_plain(path: Path, document: dict[str, Any]) -> None:
     document = {**document, "sha256": digest(document)}
     try:
         with atomic_path(path) as temporary:
-            torch.save(document, temporary)
+            with temporary.open("wb") as handle:  # by a path, torch writes the temporary name into the file
+                torch.save(document, handle)
             if not _is_sound(_read(temporary)):
                 raise OSError("it does not read back as it was written")
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError

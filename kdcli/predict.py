@@ -14,7 +14,7 @@ import torch
 from kdcli.config import PredictConfig
 from kdcli.data import decode
 from kdcli.data.sources import MAX_MEMBER_BYTES, open_source
-from kdcli.data.tree import is_junk
+from kdcli.data.tree import is_aside
 from kdcli.errors import KdError
 from kdcli.events import Note, OnEvent, Progress, ignore
 from kdcli.models import Classifier
@@ -104,7 +104,7 @@ def _images(
                     raise
                 on_event(Note(f"left out: {error.message}"))
                 continue
-            yield name, _fitted(pixels, name, size)
+            yield name, decode.fit_to(pixels, name, size, "the model takes")
 
 
 def _files(path: Path) -> Iterator[tuple[str, bytes, bool]]:
@@ -123,9 +123,7 @@ def _files(path: Path) -> Iterator[tuple[str, bytes, bool]]:
 
 
 def _may_be_image(name: str) -> bool:
-    parts = name.split("/")
-    hidden = is_junk(parts) or any(part.startswith(".") for part in parts)
-    return not hidden and Path(name).suffix.lower() in ("", *decode.SUFFIXES)
+    return not is_aside(name) and Path(name).suffix.lower() in ("", *decode.SUFFIXES)
 
 
 def _is_image_file(path: Path) -> bool:
@@ -133,15 +131,3 @@ def _is_image_file(path: Path) -> bool:
         return False
     with path.open("rb") as handle:
         return decode.is_image(handle.read(16)) or path.suffix.lower() in decode.SUFFIXES
-
-
-def _fitted(pixels: Pixels, name: str, size: tuple[int, int, int]) -> Pixels:
-    height, width, channels = size
-    pixels = decode.with_channels(pixels, channels) if channels in (1, 3) else pixels
-    pixels = decode.fit(pixels, height) if height == width else pixels
-    if pixels.shape != size:
-        found, wanted = ("×".join(map(str, shape)) for shape in (pixels.shape, size))
-        raise KdError(
-            f"image {name} is {found}, the model takes {wanted}", "kd scales images to squares only."
-        )
-    return pixels

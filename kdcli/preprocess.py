@@ -18,7 +18,7 @@ from kdcli import rows
 from kdcli.errors import KdError, UsageError
 from kdcli.events import Note, OnEvent, ignore
 
-UInt8Images = npt.NDArray[np.uint8]  # (N, H, W, C)
+UInt8Images = rows.Images  # (N, H, W, C)
 _CHUNK = 4096
 _EXACT = (
     256  # images whose squared pixels add up to less than 2²⁴: float32 holds the sum exactly, and is fast
@@ -156,7 +156,7 @@ class _Sample:
     def __len__(self) -> int:
         return len(self.images) if self.samples is None else len(self.samples)
 
-    def chunks(self) -> Iterator[UInt8Images]:
+    def chunks(self) -> Iterator[npt.NDArray[np.uint8]]:
         for start in range(0, len(self), _CHUNK):
             chosen = slice(start, start + _CHUNK)
             yield rows.take(self.images, chosen if self.samples is None else self.samples[chosen])

@@ -94,7 +94,7 @@ class Finished:
         return float(self.test["accuracy"])
 
 
-def read_finished(folder: Path) -> Finished:
+def read_finished(folder: Path, method: str = "") -> Finished:
     """A run to repeat.
 
     Raises:
@@ -107,6 +107,7 @@ def read_finished(folder: Path) -> Finished:
             f"{folder} is not finished", f"kd train --resume {shlex.quote(folder.as_posix())} finishes it."
         )
     config = place.read_config()
+    methods.check_own_method(config, method, str(folder))
     methods.get(config.method)
     result, environment = _json(place.result_file), _json(place.environment_file)
     test = result.get("test")

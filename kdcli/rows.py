@@ -6,7 +6,7 @@ import mmap
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -52,8 +52,53 @@ def _resident_file_bytes() -> int | None:
         return None
 
 
-def take(images: npt.NDArray[np.uint8], chosen: slice | npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+class Joined:
+    """Two arrays of images of one shape as one, without a copy; each may be a memory map, larger than memory."""
+
+    def __init__(self, first: Images, second: Images) -> None:
+        if first.shape[1:] != second.shape[1:]:
+            raise ValueError(f"images of {first.shape[1:]} and {second.shape[1:]} cannot be joined")
+        self.first, self.second = first, second
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, H, W, C)."""
+        return (len(self), *self.first.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype[np.uint8]:
+        return np.dtype(np.uint8)
+
+    @property
+    def nbytes(self) -> int:
+        return self.first.nbytes + self.second.nbytes
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def __getitem__(self, chosen: slice | npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+        """A copy of the chosen images, uint8 (B, H, W, C), in the order asked for.
+
+        Raises:
+            IndexError: there is no such image; numbers from the end are none.
+        """
+        numbers = np.arange(*chosen.indices(len(self))) if isinstance(chosen, slice) else chosen
+        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
+            raise IndexError(f"images {numbers.min()} to {numbers.max()} of {len(self)}")
+        later = numbers >= len(self.first)
+        found = np.empty((len(numbers), *self.shape[1:]), np.uint8)
+        found[~later] = take(self.first, numbers[~later])
+        found[later] = take(self.second, numbers[later] - len(self.first))
+        return found
+
+
+Images: TypeAlias = npt.NDArray[np.uint8] | Joined
+
+
+def take(images: Images, chosen: slice | npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
     """A copy of the chosen images, uint8 (B, H, W, C), contiguous; what a memory map holds in memory is bounded."""
+    if isinstance(images, Joined):
+        return images[chosen]
     if not isinstance(images, np.memmap):
         return np.array(images[chosen], order="C")
     if _residence.before is None:

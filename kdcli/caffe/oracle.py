@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from google.protobuf import text_format
 
+from kdcli import rows
 from kdcli.caffe import schema
 from kdcli.caffe.layers import DEPTHWISE
 from kdcli.caffe.network import wire
@@ -66,9 +67,7 @@ class Comparison:
         return {**asdict(self), "tolerance": self.tolerance, "holds": self.holds}
 
 
-def trial_images(
-    size: tuple[int, int, int], real: npt.NDArray[np.uint8] | None = None
-) -> npt.NDArray[np.uint8]:
+def trial_images(size: tuple[int, int, int], real: rows.Images | None = None) -> npt.NDArray[np.uint8]:
     """Images to compare on: 64 of noise, and up to 256 real ones spread over those given.
 
     Args:
@@ -79,7 +78,7 @@ def trial_images(
     if real is None:
         return noise
     count = min(len(real), _MOST_REAL)
-    return np.concatenate((noise, real[[index * len(real) // count for index in range(count)]]))
+    return np.concatenate((noise, rows.take(real, np.arange(count) * len(real) // count)))
 
 
 def largest_difference(

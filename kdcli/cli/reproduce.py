@@ -30,7 +30,7 @@ def reproduce(
     with imports():
         from kdcli import reproduce as engine
 
-    found = engine.read_finished(run)
+    found = engine.read_finished(run, config.method)
     with _ui.progress() as on_event:
         data = engine.check_inputs(found, on_event)
         made = engine.reproduce(found, data, config.tolerance, on_event)

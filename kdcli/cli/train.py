@@ -47,7 +47,9 @@ def train(
     The teacher's outputs are computed once a view and kept: a second run does not touch the teacher.
     """
     if resume is not None:
-        if recipe is not None or options:
+        typed = options.get("method")
+        own = typed is not None and methods.any_own(typed)
+        if recipe is not None or set(options) - ({"method"} if own else set()):
             raise UsageError(
                 "--resume takes a run as it was started; no other setting goes with it",
                 "Leave the other options out, or start a new run.",
@@ -55,13 +57,21 @@ def train(
         from kdcli.engine import RunDir, continued
 
         run = RunDir.existing(resume)
-        config = continued(run)
+        config = run.read_config()
         _ui.settings.follower = _started_by_another(config)
-        _check_place(run.read_config(), resume)
+        methods.check_own_method(config, typed, str(resume))
+        if own and typed != config.method:
+            raise UsageError(
+                f"{resume} was started with --method {config.method}",
+                "Leave --method out, or start a new run.",
+            )
+        _check_place(config, resume)
+        config = continued(run)
     else:
         run = None
         config = make(TrainConfig, {**(read_recipe(recipe, options) if recipe else {}), **options})
         _ui.settings.follower = _started_by_another(config)
+        methods.check_own_method(config, options.get("method"), str(recipe))
         unread = methods.unread(config.method, options)
         _ui.note_unread(options, unread, f"with --method {config.method}")
     _finish(*_train(config, run, options))
@@ -83,9 +93,14 @@ def _check_place(config: TrainConfig, resume: Path) -> None:
         raise UsageError(f"{resume} needs the student {config.student} that it began with", hint)
     if Path(config.data).parent != Path() and not files.expand(config.data).exists():
         raise UsageError(f"{resume} needs its data {config.data}", hint)
+    if config.unlabelled is not None and not files.expand(str(config.unlabelled)).exists():
+        raise UsageError(f"{resume} needs its images without labels, {config.unlabelled}", hint)
 
 
 def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[tuple[Result, ...], Any]:
+    if config.unlabelled is not None:
+        methods.check_unlabelled(config)
+        files.hash_ahead(files.expand(str(config.unlabelled)))
     for teacher in config.teacher if methods.get(config.method).needs_teacher else ():
         files.hash_ahead(teacher)  # what is kept goes by these hashes
     files.hash_ahead(files.expand(config.data))
@@ -93,15 +108,14 @@ def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[tupl
     if stored is not None and not stored.is_file():
         raise UsageError(f"no such student: {stored}", "--student takes a network's name or a .pt file.")
     with imports():
-        from kdcli import data, models, runtime
+        from kdcli import models, runtime
         from kdcli.engine import fit_chain
+        from kdcli.engine.inputs import load_data
 
-    fit_to = None
     if stored is not None:
         _ui.note_unread(
             options, ("dropout", "preprocess", "width"), f"with --student {stored}, which brings its own"
         )
-        fit_to = models.load(stored).input_size
     elif not any(models.takes_dropout(network) for network in (*config.assistant, config.student)):
         _ui.note_unread(options, ("dropout",), f"with --student {config.student}, which has none")
     world = runtime.launch(config.accelerator, config.devices)
@@ -109,16 +123,7 @@ def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[tupl
     try:
         with _ui.progress() as on_event:
             with world.first_alone():
-                splits = data.load(
-                    config.data,
-                    data_dir=config.data_dir,
-                    cache_dir=config.cache_dir,
-                    image_size=config.image_size,
-                    grey=config.grey,
-                    fit_to=fit_to,
-                    skip_broken=config.skip_broken,
-                    on_event=on_event,
-                )
+                splits = load_data(config, on_event)
             results = fit_chain(config, splits, resume=run, world=world, on_event=on_event)
         failed = False
     finally:

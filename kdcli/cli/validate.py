@@ -25,9 +25,12 @@ def validate(**options: Any) -> None:
     config = make(ValidateConfig, options)
     if config.against is None:
         _ui.note_unread(options, ("images", "prototxt"), "without --against")
+    import numpy as np
+
     from kdcli import models, runtime
     from kdcli.caffe import oracle
     from kdcli.engine import evaluate
+    from kdcli.rows import take
 
     runtime.set_threads(config.threads)
     teacher = models.load(config.teacher)
@@ -36,7 +39,7 @@ def validate(**options: Any) -> None:
         comparison = None
         if config.against is not None:
             count = min(config.images, len(splits.test))  # spread: the images of a folder are sorted by class
-            images = splits.test.images[[index * len(splits.test) // count for index in range(count)]]
+            images = take(splits.test.images, np.arange(count) * len(splits.test) // count)
             comparison = oracle.compare(teacher, config.against, config.prototxt, images, on_event=on_event)
         result = evaluate(teacher, splits.test, task="validating", on_event=on_event)
     published = str(teacher.provenance.get("published") or "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -189,11 +189,15 @@ class Plan:
             ) from error
 
     @classmethod
-    def load(cls, folder: Path) -> Plan:
+    def load(cls, folder: Path, typed: Collection[str] = ()) -> Plan:
         """The comparison that a folder remembers.
+
+        Args:
+            typed: methods that the command line names: a method that is code has to be among them.
 
         Raises:
             KdError: there is none, or it cannot be read.
+            UsageError: it names code that the user has not.
         """
         path = folder / "comparison.toml"
         try:
@@ -209,6 +213,12 @@ class Plan:
             train = make(TrainConfig, stored.train)
         except UsageError as error:
             raise KdError(f"{path}: {error.message}", "Start the comparison anew.") from error
+        code = next((name for name in stored.methods if methods.any_own(name) and name not in typed), None)
+        if code is not None:
+            raise UsageError(
+                f"{path} names a method that is code, {code}, and kd runs none because a file says so",
+                f"If it is yours, go on by the command it was begun with: --methods …,{code} --name {folder.name}",
+            )
         plan = cls(
             folder, stored.methods, stored.seeds, stored.baseline, train, stored.settled, stored.inputs
         )
@@ -225,7 +235,7 @@ class Plan:
             if self.folder.exists() and not self.folder.is_dir():
                 raise UsageError(f"{self.folder} is a file", "Choose another --name.")
             return self
-        stored = Plan.load(self.folder)
+        stored = Plan.load(self.folder, self.methods)
         mine, theirs = self._asked(), stored._asked()
         name = next(_differing(mine, theirs), None)
         if name is not None:

@@ -97,6 +97,11 @@ class CompareConfig(Settings):
 class ReproduceConfig(Settings):
     """`kd reproduce`."""
 
+    method: str = Field(
+        "",
+        description="The run's method again, where it is code of your own: a file alone does not make kd run it.",
+        json_schema_extra=about("Check", metavar="MODULE:FUNCTION"),
+    )
     tolerance: float = Field(
         0.5,
         ge=0,

@@ -215,6 +215,12 @@ class TrainConfig(DataSettings):
         description="How training images are varied: any of flip, crop, cutout and mixup, joined by hyphens.",
         json_schema_extra=about(DATA, metavar="none|flip|flip-crop|…"),
     )
+    unlabelled: Path | None = Field(
+        None,
+        description="A folder or archive of further images to train on, without labels, at any depth; for methods "
+        "that read none, as logits, or kd with --lamda 0.",
+        json_schema_extra=about(DATA, metavar="FOLDER|ARCHIVE"),
+    )
     views: int = Field(
         0,
         ge=0,

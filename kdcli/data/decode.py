@@ -159,6 +159,25 @@ def fit(pixels: Pixels, size: int) -> Pixels:
     return np.array(resized, dtype=np.uint8).reshape(size, size, channels)
 
 
+def fit_to(pixels: Pixels, name: str, size: tuple[int, int, int], taker: str) -> Pixels:
+    """What an image becomes for something that takes one size: grey or colour, and scaled if that is a square.
+
+    Args:
+        size: (H, W, C).
+        taker: who takes it, for the message, as `the model takes`.
+
+    Raises:
+        KdError: it cannot become that; names the image.
+    """
+    height, width, channels = size
+    pixels = with_channels(pixels, channels) if channels in (1, 3) else pixels
+    pixels = fit(pixels, height) if height == width else pixels
+    if pixels.shape != size:
+        found, wanted = ("×".join(map(str, shape)) for shape in (pixels.shape, size))
+        raise KdError(f"image {name} is {found}, {taker} {wanted}", "kd scales images to squares only.")
+    return pixels
+
+
 def with_channels(pixels: Pixels, channels: int) -> Pixels:
     """Colour to grey by ITU-R 601 luma, or grey to three equal planes.
 

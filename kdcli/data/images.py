@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from kdcli import rows
+
+NO_LABEL = -1
 
 
 @dataclass(frozen=True)
@@ -16,13 +18,13 @@ class ImageSet:
     """Images and labels of one split.
 
     Attributes:
-        images: uint8 (N, H, W, C), RGB or grey, in memory or a read-only memory map.
-        labels: int64 (N,), in 0 … len(classes) − 1.
+        images: uint8 (N, H, W, C), RGB or grey, in memory or a read-only memory map, or two of these as one.
+        labels: int64 (N,), in 0 … len(classes) − 1; `NO_LABEL` of an image without one.
         classes: class names in label order.
         fingerprint: SHA-256 of the content (see `fingerprint_of`).
     """
 
-    images: npt.NDArray[np.uint8]
+    images: rows.Images
     labels: npt.NDArray[np.int64]
     classes: tuple[str, ...]
     fingerprint: str
@@ -41,7 +43,8 @@ class ImageSet:
 class Splits:
     """A dataset: `spec` as the user gave it, `label` as tables print it, and its two splits.
 
-    `notes` are things the user should know (images resized, folders skipped).
+    `notes` are things the user should know (images resized, folders skipped). `unlabelled` are further images to
+    train on, without labels and classes.
     """
 
     spec: str
@@ -49,6 +52,21 @@ class Splits:
     train: ImageSet
     test: ImageSet
     notes: tuple[str, ...] = field(default=())
+    unlabelled: ImageSet | None = None
+
+    @property
+    def trained_on(self) -> ImageSet:
+        """The images of `train`, and after them those without labels; nothing is copied."""
+        train, more = self.train, self.unlabelled
+        if more is None:
+            return train
+        digest = hashlib.sha256(f"{train.fingerprint} {more.fingerprint}".encode())
+        return replace(
+            train,
+            images=rows.Joined(train.images, more.images),
+            labels=np.concatenate([train.labels, more.labels]),
+            fingerprint=digest.hexdigest(),
+        )
 
 
 def misfit(classes: tuple[str, ...], input_size: tuple[int, int, int], data: ImageSet) -> str | None:
@@ -69,9 +87,7 @@ def misfit(classes: tuple[str, ...], input_size: tuple[int, int, int], data: Ima
     return None
 
 
-def fingerprint_of(
-    images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], classes: tuple[str, ...]
-) -> str:
+def fingerprint_of(images: rows.Images, labels: npt.NDArray[np.int64], classes: tuple[str, ...]) -> str:
     """Hexadecimal SHA-256 over shape, class names, labels and pixels."""
     digest = hashlib.sha256()
     digest.update(repr((images.shape, classes)).encode())

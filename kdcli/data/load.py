@@ -21,6 +21,7 @@ from kdcli.data.idx import FASHION_MNIST, MNIST
 from kdcli.data.images import ImageSet, Splits, fingerprint_of
 from kdcli.data.svhn import SVHN
 from kdcli.data.tree import load_tree
+from kdcli.data.unlabelled import add_unlabelled
 from kdcli.errors import KdError, UsageError
 from kdcli.events import Note, OnEvent, ignore
 from kdcli.files import expand
@@ -50,6 +51,7 @@ def load(
     grey: bool = False,
     fit_to: tuple[int, int, int] | None = None,
     skip_broken: bool = False,
+    unlabelled: Path | None = None,
     on_event: OnEvent = ignore,
 ) -> Splits:
     """Images and labels of a named dataset, a folder or an archive.
@@ -64,6 +66,7 @@ def load(
         fit_to: (H, W, C) that a model takes: images get its number of channels, and, if it is square and no
             `image_size` is given, its size.
         skip_broken: leave images out that cannot be read, and say so in a note, instead of an error.
+        unlabelled: a folder or archive of further images to train on, see `add_unlabelled`.
         on_event: gets progress while images are decoded, and the notes of the result.
 
     Raises:
@@ -88,6 +91,10 @@ def load(
             image_size=image_size,
             channels=channels or 3,
             on_event=on_event,
+        )
+    if unlabelled is not None:
+        splits = add_unlabelled(
+            splits, expand(str(unlabelled)), cache_dir=cache_dir, skip_broken=skip_broken, on_event=on_event
         )
     for note in splits.notes:
         on_event(Note(note))

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from kdcli import files, rows
 from kdcli.data.decode import Pixels, fit, with_channels
-from kdcli.data.images import ImageSet, Splits, fingerprint_of
+from kdcli.data.images import NO_LABEL, ImageSet, Splits, fingerprint_of
 from kdcli.errors import KdError
 
 FORMAT_VERSION = 2  # raise it when packing or decoding gives other pixels
@@ -113,14 +113,21 @@ class Cache:
 
     def load(self, spec: str) -> Splits | None:
         """The dataset as packed before; None if it is not there, half-written or damaged."""
+        found = self.parts(SPLITS)
+        if found is None:
+            return None
+        (train, test), label, notes = found
+        return Splits(spec=spec, label=label, train=train, test=test, notes=notes)
+
+    def parts(self, names: Sequence[str]) -> tuple[list[ImageSet], str, tuple[str, ...]] | None:
+        """The named parts as packed before, label and notes; None as for `load`."""
         try:
             meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             if meta["format_version"] != FORMAT_VERSION:
                 return None
             classes = tuple(str(name) for name in meta["classes"])
-            train, test = (self._load_split(split, meta["splits"][split], classes) for split in SPLITS)
-            notes = tuple(str(note) for note in meta["notes"])
-            return Splits(spec=spec, label=str(meta["label"]), train=train, test=test, notes=notes)
+            found = [self._load_split(name, meta["splits"][name], classes) for name in names]
+            return found, str(meta["label"]), tuple(str(note) for note in meta["notes"])
         except (OSError, ValueError, KeyError, TypeError, EOFError):
             return None
 
@@ -132,7 +139,8 @@ class Cache:
         labels = np.load(labels_path, allow_pickle=False)
         if images.dtype != np.uint8 or list(images.shape) != meta["shape"] or labels.dtype != np.int64:
             raise ValueError("not what was written")
-        if labels.shape != (len(images),) or labels.min() < 0 or labels.max() >= len(classes):
+        least = 0 if classes else NO_LABEL
+        if labels.shape != (len(images),) or labels.min() < least or labels.max() >= len(classes):
             raise ValueError("labels damaged")
         return ImageSet(images, labels, classes, str(meta["fingerprint"]))
 
@@ -174,10 +182,14 @@ class Cache:
         """
         packed = self.load(spec)
         if packed is None:
-            raise KdError(
-                f"cannot read back {self.folder}", "Is the disk full? Choose another with --cache-dir."
-            )
+            raise self.unreadable()
         return packed
+
+    def unreadable(self) -> KdError:
+        """The error for an entry that has just been written and is not there."""
+        return KdError(
+            f"cannot read back {self.folder}", "Is the disk full? Choose another with --cache-dir."
+        )
 
     def store(
         self,
@@ -188,10 +200,11 @@ class Cache:
         classes: tuple[str, ...],
         label: str,
         notes: Sequence[str],
+        names: Sequence[str] = SPLITS,
     ) -> None:
-        """Write the entry in `workspace` and give it its name. `selections` are train and test."""
+        """Write the entry in `workspace` and give it its name. `selections` are its parts."""
         split_meta: dict[str, Any] = {}
-        for split, chosen in zip(SPLITS, selections, strict=True):
+        for split, chosen in zip(names, selections, strict=True):
             pixels_path, labels_path = workspace / f"{split}-images.npy", workspace / f"{split}-labels.npy"
             shape = (len(chosen.order), *pixels.shape[1:])
             with pixels_path.open("wb") as handle:  # not through a map, where a full disk is a bus error
@@ -221,7 +234,7 @@ class Cache:
         try:
             workspace.rename(self.folder)
         except OSError:
-            if self.load("") is not None:  # another process was quicker, and wrote the same
+            if self.parts(names) is not None:  # another process was quicker, and wrote the same
                 return
             shutil.rmtree(self.folder, ignore_errors=True)  # damaged
             with suppress(OSError):

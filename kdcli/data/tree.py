@@ -7,7 +7,7 @@ import os
 import time
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,7 +38,7 @@ class Place:
     """Where an image belongs: `below` are the folders above its split, `rest` its path below the class."""
 
     below: str
-    split: str  # train, test or val
+    split: str  # train, test or val; "" of an image without a label
     class_name: str
     rest: str
 
@@ -46,6 +46,12 @@ class Place:
 def is_junk(parts: Sequence[str]) -> bool:
     """Whether a file, given as the parts of its path, is what systems leave beside images."""
     return "__MACOSX" in parts or parts[-1].lower() in JUNK_NAMES
+
+
+def is_aside(name: str) -> bool:
+    """Whether a file is hidden, lies in a hidden folder, or is junk."""
+    parts = name.split("/")
+    return is_junk(parts) or any(part.startswith(".") for part in parts)
 
 
 def place_of(name: str) -> Place | None:
@@ -102,24 +108,46 @@ def load_tree(
             return known
     cache = cache_for(image_size, skip_broken)
     with cache.packing(image_size, channels) as (workspace, spool):
-        found = _decode_all(source, spool, on_event, skip_broken)
+        found = decode_all(source, lambda index, _, pixels: spool.put(index, pixels), on_event, skip_broken)
+        if found.lost:
+            raise KdError(
+                f"all images of {'/'.join(found.lost[0])} in {path} are broken, as {found.broken[0]}",
+                "A class needs images: mend them, or remove its folder.",
+            )
         cache = cache_for(image_size if spool.resized else None, bool(found.broken))
         _store(found, source, content, spool, cache, workspace, image_size)
     return cache.stored(spec)
 
 
 @dataclass
-class _Found:
+class Found:
     """What a source held: each place with the number of its image in the spool."""
 
     images: dict[Place, int] = field(default_factory=dict)
     other: list[str] = field(default_factory=list)  # files that are no images
     broken: list[str] = field(default_factory=list)  # images that were skipped
+    lost: list[tuple[str, str]] = field(
+        default_factory=list
+    )  # splits' classes all of whose images are broken
 
 
-def _decode_all(source: Source, spool: Spool, on_event: OnEvent, skip_broken: bool) -> _Found:
-    """Read on this thread, decode on a few others; at most a few batches wait."""
-    found = _Found()
+def decode_all(
+    source: Source,
+    keep: Callable[[int, str, decode.Pixels], None],
+    on_event: OnEvent,
+    skip_broken: bool,
+    place: Callable[[str], Place | None] = place_of,
+) -> Found:
+    """Read on this thread, decode on a few others; at most a few batches wait.
+
+    Args:
+        keep: called from any thread with each image's number, name and pixels (H, W, 3).
+        place: where a file belongs by its name; None for one that is not wanted.
+
+    Raises:
+        KdError: a broken image, without `skip_broken`.
+    """
+    found = Found()
     room = decode.Room()
     broken: dict[int, str] = {}
     workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
@@ -131,7 +159,7 @@ def _decode_all(source: Source, spool: Spool, on_event: OnEvent, skip_broken: bo
     def work(batch: list[tuple[int, str, bytes]]) -> int:
         for index, name, data in batch:
             try:
-                decode.decode_into(partial(spool.put, index), data, name, room)
+                decode.decode_into(partial(keep, index, name), data, name, room)
             except KdError:
                 if not skip_broken:
                     raise
@@ -146,7 +174,7 @@ def _decode_all(source: Source, spool: Spool, on_event: OnEvent, skip_broken: bo
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, on odd files: what matters is an error
         try:
-            for batch in _batches(source, found, skip_broken):
+            for batch in _batches(source, found, skip_broken, place):
                 size = sum(len(data) for _, _, data in batch)
                 while pending and (
                     len(pending) > 2 * workers or sum(pending.values()) + size > WAITING_BYTES
@@ -162,32 +190,25 @@ def _decode_all(source: Source, spool: Spool, on_event: OnEvent, skip_broken: bo
             announce()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-    _leave_out(found, broken, source.path)
+    _leave_out(found, broken)
     return found
 
 
-def _leave_out(found: _Found, broken: dict[int, str], path: Path) -> None:
-    """Take broken images off what was found.
-
-    Raises:
-        KdError: no image of a class is left in one of its splits.
-    """
+def _leave_out(found: Found, broken: dict[int, str]) -> None:
+    """Take broken images off what was found."""
     before = {(place.split, place.class_name) for place in found.images}
     found.images = {place: index for place, index in found.images.items() if index not in broken}
     found.broken = sorted([*found.broken, *broken.values()])
-    lost = sorted(before - {(place.split, place.class_name) for place in found.images})
-    if lost:
-        raise KdError(
-            f"all images of {'/'.join(lost[0])} in {path} are broken, as {found.broken[0]}",
-            "A class needs images: mend them, or remove its folder.",
-        )
+    found.lost = sorted(before - {(place.split, place.class_name) for place in found.images})
 
 
-def _batches(source: Source, found: _Found, skip_broken: bool) -> Iterator[list[tuple[int, str, bytes]]]:
+def _batches(
+    source: Source, found: Found, skip_broken: bool, place_of_name: Callable[[str], Place | None]
+) -> Iterator[list[tuple[int, str, bytes]]]:
     batch: list[tuple[int, str, bytes]] = []
     held = count = 0
-    for name, data in source.read(lambda name: place_of(name) is not None):
-        place = place_of(name)
+    for name, data in source.read(lambda name: place_of_name(name) is not None):
+        place = place_of_name(name)
         assert place is not None
         suffix = Path(name).suffix.lower()
         if not decode.is_image(data[:16]) and suffix not in decode.SUFFIXES:
@@ -214,7 +235,7 @@ def _batches(source: Source, found: _Found, skip_broken: bool) -> Iterator[list[
 
 
 def _store(
-    found: _Found,
+    found: Found,
     source: Source,
     content: str,
     spool: Spool,
@@ -235,7 +256,7 @@ def _store(
 Places = dict[Place, int]
 
 
-def _choose(found: _Found, source: Source) -> tuple[Places, Places, tuple[str, ...]]:
+def _choose(found: Found, source: Source) -> tuple[Places, Places, tuple[str, ...]]:
     """Train, test and classes."""
     path, links = source.path, source.skipped.links
     hint = LAYOUT_HINT + (f" Skipped {links} links and special files." if links else "")
@@ -282,7 +303,7 @@ def _selection(places: Places, classes: tuple[str, ...]) -> Selection:
     return Selection(np.array([index for _, _, index in rows], dtype=np.int64), labels)
 
 
-def _notes(found: _Found, source: Source, spool: Spool, image_size: int | None) -> list[str]:
+def _notes(found: Found, source: Source, spool: Spool, image_size: int | None) -> list[str]:
     notes = []
     splits = {place.split for place in found.images}
     below = next(place.below for place in found.images if place.split == "train")
@@ -297,6 +318,12 @@ def _notes(found: _Found, source: Source, spool: Spool, image_size: int | None) 
             f"Images differ in size: cropped to squares and resized to {FALLBACK_SIZE}x{FALLBACK_SIZE}. "
             "--image-size sets another size."
         )
+    return notes + left_out(found, source)
+
+
+def left_out(found: Found, source: Source) -> list[str]:
+    """Notes on files that a source holds and that are not used."""
+    notes = []
     if found.broken:
         more = "" if len(found.broken) <= SHOWN_BROKEN else ", …"
         shown = ", ".join(_shown(name) for name in found.broken[:SHOWN_BROKEN])

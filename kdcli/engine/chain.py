@@ -11,7 +11,7 @@ from kdcli.config import TrainConfig
 from kdcli.data import Splits
 from kdcli.engine.fit import fit
 from kdcli.engine.result import Result
-from kdcli.engine.run_dir import PLACE, RunDir, name_of
+from kdcli.engine.run_dir import PLACE, RunDir, name_of, resume_command
 from kdcli.engine.state import WITHOUT_EFFECT
 from kdcli.engine.student import check_student
 from kdcli.errors import Interrupted, UsageError
@@ -60,10 +60,12 @@ def continued(run: RunDir) -> TrainConfig:
 
     A link that has been given another name since is a run like any other.
     """
-    chain = run.read_chain()
-    if chain is not None and run.path.name in [link.name for link in links(chain)]:
-        return chain
-    return run.read_config()
+    own, chain = run.read_config(), run.read_chain()
+    if (
+        chain is None or chain.method != own.method
+    ):  # a method may be code: it is the one that has been checked
+        return own
+    return chain if run.path.name in [link.name for link in links(chain)] else own
 
 
 def fit_chain(
@@ -231,7 +233,7 @@ def _go_on(chain: tuple[TrainConfig, ...], stop: StopFlag, world: World) -> None
 def _interrupted(chain: tuple[TrainConfig, ...], message: str, stopped: Interrupted) -> Interrupted:
     """With what continues the whole chain: a resume of the last link that is there."""
     begun = [_run(link).path for link in chain if _run(link).config_file.is_file()]
-    hint = f"kd train --resume {shlex.quote(begun[-1].as_posix())}" if begun else stopped.hint
+    hint = resume_command(begun[-1], chain[0].method) if begun else stopped.hint
     return Interrupted(message, hint or "Type the same command again.", exit_code=stopped.exit_code)
 
 

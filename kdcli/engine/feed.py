@@ -61,7 +61,7 @@ class Feed:
             device.type == "cuda"
             and data.images.nbytes < _RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
         ):
-            self.resident = torch.from_numpy(np.array(data.images)).to(device)
+            self.resident = torch.from_numpy(rows.take(data.images, slice(None))).to(device)
 
     def batches(self, view: int, parts: Sequence[tuple[Int64, float, int]]) -> Iterator[Inputs]:
         """The batches of one epoch in order; each part is samples, weight and count of `Inputs`."""

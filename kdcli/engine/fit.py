@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from typing import Any
 
@@ -20,7 +19,7 @@ from kdcli.engine.feed import Feed
 from kdcli.engine.plan import FILLED, resolve, split
 from kdcli.engine.record import Record
 from kdcli.engine.result import Metrics, Result
-from kdcli.engine.run_dir import RunDir
+from kdcli.engine.run_dir import RunDir, resume_command
 from kdcli.engine.schedule import learning_rate, make_optimizer
 from kdcli.engine.state import Due, State, made_with, newest, restore
 from kdcli.engine.step import Step
@@ -77,7 +76,7 @@ def fit(
         except OSError as error:
             raise KdError(
                 f"cannot write to {run.run.path}: {error.strerror or error}",
-                f"Free some space; then kd train --resume {shlex.quote(run.run.path.as_posix())}",
+                f"Free some space; then {resume_command(run.run.path, config.method)}",
             ) from error
         finally:
             run.record.close()
@@ -104,6 +103,8 @@ class _Run:
         self.data = data
         self.world = world
         self.method = methods.get(config.method).active(config)
+        if data.unlabelled is not None:
+            methods.check_unlabelled(config)
         tensorboard.require(config)
         if not config.compile:
             runtime.spare_the_compiler()
@@ -111,8 +112,9 @@ class _Run:
         self.config = config = resolve(config)
         runtime.set_threads(config.threads, world.local_size)
         runtime.keep_freed_memory()
-        train = data.train
-        self.train_samples, self.val_samples = split(train.labels, config.val_fraction)
+        self.train = train = data.trained_on
+        labelled, self.val_samples = split(data.train.labels, config.val_fraction)
+        self.train_samples = np.concatenate([labelled, np.arange(len(data.train), len(train))])
         self.steps_per_epoch = -(-len(self.train_samples) // config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
         if self.steps < _FEW_STEPS and config.batch_size > _SMALL_BATCH and resume is None:
@@ -120,9 +122,11 @@ class _Run:
             text = f"{self.steps} steps are few to learn from: {count}; --batch-size 32 or more --epochs make more"
             on_event(Note(text))
         # everything that can be wrong with what the user asked for comes before a folder is made
-        self.targets = Targets(config, self.method, data, self.train_samples, world, on_event, stop)
+        self.targets = Targets(
+            config, self.method, train, data.test, self.train_samples, world, on_event, stop
+        )
         self.teacher = self.targets.teacher
-        self.student = make_student(config, train, self.train_samples, world.device, on_event)
+        self.student = make_student(config, data.train, labelled, world.device, on_event)
         self.student_sha256 = sha256_file(config.student_file) if config.student_file else None
         if resume is None and world.first:
             RunDir.check_free(config)
@@ -173,7 +177,7 @@ class _Run:
             config = self.config
             sample = self.train_samples[: config.batch_size]
             example = self.student.prepare(
-                torch.from_numpy(rows.take(self.data.train.images, sample)).to(world.device)
+                torch.from_numpy(rows.take(self.train.images, sample)).to(world.device)
             )
             precision, timings = runtime.choose_precision(
                 config.precision, self.student.network, example, len(self.student.classes)
@@ -214,6 +218,7 @@ class _Run:
             seconds=seconds,
             images_per_s=len(self.train_samples) * self.config.epochs / seconds if seconds else 0.0,
             marks=tuple(self.state.marks),
+            unlabelled=self._unlabelled(),
         )
         if self.world.first:
             self.student.save(self.run.student)
@@ -315,6 +320,7 @@ class _Run:
         """What a resumed run must find as it was."""
         return {
             "data": [self.data.train.fingerprint, self.data.test.fingerprint],
+            "unlabelled set": self.data.unlabelled.fingerprint if self.data.unlabelled else None,
             "teacher": self.teacher.sha256 if self.teacher else None,
             "student": self.student_sha256,
         }
@@ -373,9 +379,17 @@ class _Run:
     def _interrupted(self, kept: str) -> None:
         raise Interrupted(
             f"stopped at epoch {min(self.state.epoch + 1, self.config.epochs)} of {self.config.epochs}; {kept}",
-            f"kd train --resume {shlex.quote(self.run.path.as_posix())}",
+            resume_command(self.run.path, self.config.method),
             exit_code=self.stop.exit_code,
         )
+
+    def _unlabelled(self) -> dict[str, Any] | None:
+        """What is recorded of the images without labels."""
+        images, path = self.data.unlabelled, self.config.unlabelled
+        if images is None:
+            return None
+        spec = None if path is None else path.as_posix()
+        return {"spec": spec, "count": len(images), "fingerprint": images.fingerprint}
 
     def _provenance(self, evaluation: Evaluation | None) -> dict[str, Any]:
         config, teacher = self.config, self.teacher
@@ -393,6 +407,7 @@ class _Run:
                 "skip_broken": config.skip_broken,
                 "fingerprint_train": self.data.train.fingerprint,
                 "fingerprint_test": self.data.test.fingerprint,
+                "unlabelled": self._unlabelled(),
             },
             "seed": config.seed,
             "epochs": config.epochs,

@@ -27,5 +27,6 @@ def load_data(config: TrainConfig, on_event: OnEvent = ignore) -> Splits:
         grey=config.grey,
         fit_to=None if stored is None else models.load(stored).input_size,
         skip_broken=config.skip_broken,
+        unlabelled=config.unlabelled,
         on_event=on_event,
     )

@@ -49,6 +49,7 @@ class Result:
         teacher_passes: runs of the teacher over a data set that this run had to make; 0 with a warm cache.
         epochs: a line each, those before a resume included.
         seconds: wall time of training, without the teacher's passes.
+        unlabelled: path, count and fingerprint of the images without labels; None without any.
         marks: what was different when the run was resumed; empty if it is what an uninterrupted run would be.
     """
 
@@ -62,6 +63,7 @@ class Result:
     seconds: float
     images_per_s: float
     marks: tuple[str, ...] = field(default=())
+    unlabelled: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, run: RunDir) -> Result:
@@ -110,5 +112,6 @@ class Result:
             "teacher_passes": self.teacher_passes,
             "seconds": self.seconds,
             "images_per_s": self.images_per_s,
+            "unlabelled": self.unlabelled,
             "resumed_with_differences": list(self.marks),
         }

@@ -14,6 +14,7 @@ from typing import Any
 
 import tomli_w
 
+from kdcli import methods
 from kdcli.checkpoint import Checkpoint, save
 from kdcli.config import TrainConfig, make
 from kdcli.errors import KdError, UsageError
@@ -211,9 +212,15 @@ def name_of(config: TrainConfig, number: int) -> str:
     return f"{config.method_name}-{config.student_name}-{number}"
 
 
+def resume_command(run: Path, method: str) -> str:
+    """What to type to go on with a run; its method again where that is code, which no file may name."""
+    typed = f" --method {method}" if methods.any_own(method) else ""
+    return f"kd train --resume {shlex.quote(run.as_posix())}{typed}"
+
+
 def _taken(config: TrainConfig) -> UsageError:
     path = config.runs_dir / config.name
-    more = f", or continue it: kd train --resume {shlex.quote(path.as_posix())}"
+    more = f", or continue it: {resume_command(path, config.method)}"
     return UsageError(
         f"run {config.name} exists in {config.runs_dir}",
         f"Choose another --name{more if RunDir(path).config_file.is_file() else ''}",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdcli import checkpoint, models, rows
 from kdcli.config import TrainConfig
-from kdcli.data import Splits
+from kdcli.data import ImageSet
 from kdcli.engine.feed import Inputs
 from kdcli.engine.output import Output
 from kdcli.engine.plan import cache_mode
@@ -37,20 +37,22 @@ class Targets:
         self,
         config: TrainConfig,
         method: Objective,
-        data: Splits,
+        train: ImageSet,
+        test: ImageSet,
         pool: Int64,
         world: World,
         on_event: OnEvent,
         stop: StopFlag,
     ) -> None:
-        """Find the teacher's file, without reading it; `pool` are the samples that are trained on.
+        """Find the teacher's file, without reading it; `pool` are the samples of `train` that are trained on.
 
         Raises:
             KdError: there is no such file, or settings do not go together.
         """
         self.config = config
         self.method = method
-        self.data = data
+        self.train = train
+        self.test = test
         self.pool = pool
         self.world = world
         self.on_event = on_event
@@ -61,7 +63,7 @@ class Targets:
         self.stages: tuple[str, ...] = ()
 
     def _open(self) -> Teacher | Ensemble:
-        config, classes = self.config, len(self.data.train.classes)
+        config, classes = self.config, len(self.train.classes)
         if config.cache_top_k and self.method.regresses:
             raise UsageError(
                 f"--cache-top-k: method {config.method} regresses all logits",
@@ -107,7 +109,7 @@ class Targets:
                 "Use --method kd, or a teacher that gives logits.",
             )
         if mode == "off":
-            self.teacher.check(self.data.train)
+            self.teacher.check(self.train)
             about = config.teacher_dropout, config.seed, config.teacher_precision
             if self.method.needs_features and isinstance(self.teacher, Teacher):
                 self.stages = self.teacher.stages(self._example(), config.teacher_stages)
@@ -117,7 +119,7 @@ class Targets:
             return
         count = 1 if mode == "fixed" else config.views
         self.views = self.teacher.logits(
-            self.data.train,
+            self.train,
             augment_name="none" if mode == "fixed" else config.augment,
             seed=config.augment_seed,
             views=count,
@@ -148,7 +150,7 @@ class Targets:
 
     def _example(self) -> Tensor:
         """Two raw images, uint8 (2, H, W, C), to try a network with."""
-        return torch.from_numpy(rows.take(self.data.train.images, self.pool[:1].repeat(2)))
+        return torch.from_numpy(rows.take(self.train.images, self.pool[:1].repeat(2)))
 
     def shapes(self) -> Shapes:
         """Of the teacher's features."""
@@ -177,7 +179,7 @@ class Targets:
     def on_test(self, teacher: Teacher | Ensemble) -> Tensor | None:
         """The teacher's logits (N, C) for the test images; None if stopped before they were there."""
         kept = teacher.logits(
-            self.data.test,
+            self.test,
             exact=True,
             task="teacher on test images",
             on_event=self.on_event,

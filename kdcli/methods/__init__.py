@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kdcli.config import Ramp
+from kdcli.config import Ramp, TrainConfig
 from kdcli.errors import UsageError
 from kdcli.methods import features, logits
 from kdcli.methods.batch import Batch, Features, Shapes, Training, paired
 from kdcli.methods.logits import noise_of
 from kdcli.methods.objective import CE, Method, Objective
-from kdcli.methods.own import check_own_method, is_own, load, method
+from kdcli.methods.own import any_own, check_own_method, is_own, load, method
 
 __all__ = [
     "CE",
@@ -26,7 +26,9 @@ __all__ = [
     "Objective",
     "Shapes",
     "Training",
+    "any_own",
     "check_own_method",
+    "check_unlabelled",
     "get",
     "is_own",
     "method",
@@ -237,6 +239,21 @@ def _part(name: str) -> Method:
             f"Known are {', '.join(METHODS)}; joined as in kd+at; or package.module:function, of your own.",
         )
     return METHODS[name]
+
+
+def check_unlabelled(config: TrainConfig) -> None:
+    """Raise UsageError where a term that weighs anything reads labels: there are images without any."""
+    method = get(config.method)
+    if not method.needs_labels(config):
+        return
+    chosen = method.ramps(config)
+    rest = [part for part in method.own if part.name in chosen]
+    if not rest or any(part.needs_labels for part in rest):
+        hint = "Use a method without labels, as --method logits, or leave --unlabelled out."
+    else:  # cross-entropy alone is why
+        more = " or, so that the soft term gets its share, --lamda 0" if "lamda" in method.reads else ""
+        hint = f"Leave cross-entropy out: --ce-weight 0{more}."
+    raise UsageError(f"method {config.method} reads labels, and unlabelled images have none", hint)
 
 
 def unread(name: str, settings: Iterable[str]) -> list[str]:

@@ -43,7 +43,7 @@ class Training:
 
     Attributes:
         student, teacher: shapes of their features.
-        labels: int64 (N,), of all images of the data set.
+        labels: int64 (N,), of all images of the data set; −1 of those without one.
         samples: int64, numbers of those that are trained on.
     """
 
@@ -61,7 +61,7 @@ class Batch:
     Attributes:
         student_logits: (B, C), float32, with gradient.
         teacher_logits: (B, C), float32; None for a method that does not need them.
-        labels: int64 (B,).
+        labels: int64 (B,); −1 of an image without one, which methods that say `needs_labels` never see.
         samples: int64 (B,), the images' numbers in the data set: randomness is drawn by them.
         epoch: number of the pass, from 0.
         config: the run's settings.

@@ -96,6 +96,11 @@ class Objective:
         return any(part.own_network for part in self.parts)
 
     @property
+    def reads(self) -> set[str]:
+        """Settings of its methods."""
+        return {setting for part in self.parts for setting in part.reads}
+
+    @property
     def own(self) -> tuple[Method, ...]:
         """The methods that have a term of their own, and one that weighs something."""
         return tuple(part for part in self.parts if part.loss is not None and part.name not in self.idle)
@@ -170,8 +175,7 @@ class Objective:
 
     def unread(self, settings: Iterable[str], others: Iterable[Method]) -> list[str]:
         """Those of some settings that belong to methods, and that none of these reads."""
-        own = {setting for part in self.parts for setting in part.reads}
-        foreign = {setting for other in others for setting in other.reads} - own
+        foreign = {setting for other in others for setting in other.reads} - self.reads
         if not self.needs_teacher:
             foreign |= {*_OF_TEACHERS, "kd_weight"}
         if not self.needs_features:

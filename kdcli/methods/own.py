@@ -6,9 +6,12 @@ That is code, and kd runs code only where it is named on the command line, never
 from __future__ import annotations
 
 import importlib
+import math
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +26,30 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _ABOUT = "__kd_method__"
+_HINT = "It is package.module:function; the function takes a kdcli.methods.Batch and returns a scalar tensor."
+
+
+@dataclass(frozen=True)
+class _About:
+    """What is said of a function; see `Method`."""
+
+    ce_weight: float = 0.0
+    weight: float = 1.0
+    tau: float = 1.0
+    needs_teacher: bool = True
+    needs_features: bool = False
+    needs_labels: bool = False
+    regresses: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("ce_weight", "weight", "tau"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"@method: {name} must be a number, 0 or more, not {value!r}")
+        if not self.tau:
+            raise ValueError("@method: tau must be above 0")
+        if self.needs_features and not self.needs_teacher:
+            raise ValueError("@method: features are the teacher's, too: needs_teacher must be true")
 
 
 def method(
@@ -35,8 +62,12 @@ def method(
     needs_labels: bool = False,
     regresses: bool = False,
 ) -> Callable[[F], F]:
-    """Say of a function what `Method` says of kd's own; without it, it has these defaults."""
-    about = dict(locals())
+    """Say of a function what `Method` says of kd's own; without it, it has these defaults.
+
+    Raises:
+        ValueError: a weight or temperature that cannot be.
+    """
+    about = _About(ce_weight, weight, tau, needs_teacher, needs_features, needs_labels, regresses)
 
     def mark(function: F) -> F:
         setattr(function, _ABOUT, about)
@@ -46,8 +77,13 @@ def method(
 
 
 def is_own(name: str) -> bool:
-    """Whether a method, or one of several joined by `+`, is a function of the user's own."""
+    """Whether a method is a function of the user's own."""
     return ":" in name
+
+
+def any_own(name: str) -> bool:
+    """Whether one of the methods joined by `+` is."""
+    return any(is_own(part) for part in name.split("+"))
 
 
 def load(name: str, taken: Collection[str]) -> Method:
@@ -59,39 +95,59 @@ def load(name: str, taken: Collection[str]) -> Method:
     Raises:
         UsageError: it cannot be imported, or is no function.
     """
-    hint = (
-        "It is package.module:function; the function takes a kdcli.methods.Batch and returns a scalar tensor."
-    )
     if _NAME.fullmatch(name) is None:
-        raise UsageError(f"--method {name} does not name a function", hint)
+        raise UsageError(f"--method {name} does not name a function", _HINT)
     module_name, function_name = name.split(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (Exception, SystemExit) as error:  # whatever the user's own code does
-        told = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UsageError(f"--method {name} cannot be imported: {told}", hint) from error
-    if not callable(function):
-        raise UsageError(f"--method {name} is no function", hint)
     if function_name in {*taken, CE}:
         raise UsageError(
             f"--method {name}: kd has a method {function_name}", "Give the function another name."
         )
-    about = getattr(function, _ABOUT, None) or method()(lambda batch: batch).__dict__[_ABOUT]
-    ce_weight, weight = float(about["ce_weight"]), float(about["weight"])
-    rest = {key: value for key, value in about.items() if key not in ("ce_weight", "weight")}
+    try:
+        with _current_folder_searched():
+            function = getattr(importlib.import_module(module_name), function_name)
+    except (Exception, SystemExit) as error:  # whatever the user's own code does
+        raise UsageError(f"--method {name} cannot be imported: {_told(error)}", _HINT) from error
+    if not callable(function):
+        raise UsageError(f"--method {name} is no function", _HINT)
+    marked = getattr(function, _ABOUT, None)
+    about = marked if isinstance(marked, _About) else _About()
+    lines = str(function.__doc__ or "").strip().splitlines()
+    ce_weight, weight = float(about.ce_weight), Ramp(float(about.weight), float(about.weight))
     return Method(
         function_name,
         _checked(name, function),
         lambda config: ce_weight,
-        lambda config: Ramp(weight, weight),
-        (function.__doc__ or "of your own").strip().splitlines()[0],
+        lambda config: weight,
+        lines[0] if lines else "of your own",
         module_name,
         reads=("tau", "tau_end"),
-        **rest,
+        tau=float(about.tau),
+        needs_teacher=bool(about.needs_teacher),
+        needs_features=bool(about.needs_features),
+        needs_labels=bool(about.needs_labels),
+        regresses=bool(about.regresses),
     )
+
+
+@contextmanager
+def _current_folder_searched() -> Iterator[None]:
+    """Python looks in the current folder, after all else, and only meanwhile.
+
+    A file there that is called like a module that kd imports must not be run in its place, nor one that is called
+    like a module that kd would import if it were installed.
+    """
+    here = str(Path.cwd())
+    sys.path.append(here)
+    importlib.invalidate_caches()  # the file may be younger than Python's listing of the folder
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # the user's own code may have taken it off
+            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(here)]
+
+
+def _told(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _checked(name: str, function: Callable[[Batch], Any]) -> Callable[[Batch], Tensor]:
@@ -103,12 +159,16 @@ def _checked(name: str, function: Callable[[Batch], Any]) -> Callable[[Batch], T
         except KdError:
             raise
         except Exception as error:
-            told = " ".join(str(error).split())[:200]
             raise KdError(
-                f"method {name} failed: {type(error).__name__}: {told}", "--debug shows where."
+                f"method {name} failed: {type(error).__name__}: {_told(error)}", "--debug shows where."
             ) from error
-        if not isinstance(value, Tensor) or value.dim() != 0:
+        if not isinstance(value, Tensor) or value.dim() != 0 or not value.is_floating_point():
             raise KdError(f"method {name} must return a scalar tensor", "Take the mean over the batch.")
+        if batch.student_logits.requires_grad and not value.requires_grad:
+            raise KdError(
+                f"method {name} returns what does not depend on the student",
+                "Compute it from batch.student_logits or batch.student_features, without detach().",
+            )
         return value
 
     return loss
@@ -118,10 +178,11 @@ def check_own_method(config: TrainConfig, typed: str | None, source: str) -> Non
     """Raise UsageError where a file names code and the user has not.
 
     Args:
+        config: of a run or recipe.
         typed: `--method` of the command line.
         source: what names the method, for the message.
     """
-    if is_own(config.method) and typed != config.method:
+    if any_own(config.method) and typed != config.method:
         raise UsageError(
             f"{source} names a method that is code, {config.method}, and kd runs none because a file says so",
             f"If it is yours, name it: --method {config.method}",

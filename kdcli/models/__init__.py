@@ -242,7 +242,7 @@ def parameter_count(module: nn.Module) -> int:
 
 def predict(
     model: Callable[[Tensor], Tensor],
-    images: npt.NDArray[np.uint8],
+    images: rows.Images,
     samples: npt.NDArray[np.int64] | None = None,
     *,
     batch_size: int = 64,
