@@ -131,6 +131,35 @@ def test_dropout_and_mixup_do_not_depend_on_the_number_of_processes(folder: Path
     assert_same_losses(folder, "dropout-one", "dropout-two")
 
 
+# what compares images with each other, what learns along, what remembers; dist and mlkd compare logits
+FEATURES = shlex.split(
+    "--method sp+rkd+pkt+crd+vid+dist+mlkd --teacher runs/teacher/student.pt --student convnet-tiny --optimizer sgd "
+    "--lr 1e-4 --augment flip-crop --crd-negatives 20 --batch-size 250 "
+    "--weight sp=1 --weight pkt=10 --weight dist=0.1 --weight mlkd=0.1"
+)
+
+
+def test_methods_that_compare_images_see_the_whole_batch_in_each_process(folder: Path) -> None:
+    train(folder, *FEATURES, "--name", "features-two", "--devices", "2")
+    train(folder, *FEATURES, "--name", "features-one")
+    one, two = lines(folder, "features-one"), lines(folder, "features-two")
+    assert len(one) == len(two)
+    for left, right in zip(one, two, strict=True):
+        for name, value in left["terms"].items():
+            assert right["terms"][name] == pytest.approx(value, rel=2e-5), name
+    stored = [
+        checkpoint.load(folder / f"runs/features-{name}/last.pt").training["adapters"]  # type: ignore[index]
+        for name in ("one", "two")
+    ]
+    for name in ("student_bank", "teacher_bank", "student.weight"):
+        torch.testing.assert_close(stored[1]["crd"][name], stored[0]["crd"][name], rtol=1e-4, atol=1e-5)
+    weights = [
+        checkpoint.load(folder / f"runs/features-{name}/student.pt").state_dict for name in ("one", "two")
+    ]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-5)
+
+
 def test_two_processes_stop_together_and_resume_exactly(folder: Path) -> None:
     settings = (*NOISY, "--devices", "2", "--save-every", "4steps")
     train(folder, *settings, "--name", "whole")

@@ -159,6 +159,59 @@ def test_each_part_of_the_state_is_needed(
     assert same == (part is None)
 
 
+FEATURES: dict[str, Any] = {
+    "method": "crd+reviewkd+vid",
+    "student": "convnet-small",
+    "lr": 1e-3,
+    "crd_negatives": 5,
+    "augment": "flip-crop",
+}
+
+
+@pytest.fixture(scope="module")
+def splits_and_teacher(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    splits = make_splits(size=(16, 16, 3))
+    folder = tmp_path_factory.mktemp("teacher")
+    made = config(method="ce", student="convnet-small", epochs=1, runs_dir=folder, cache_dir=folder, name="t")
+    return splits, fit(made, splits).run.student
+
+
+@pytest.mark.parametrize("part", [None, "crd", "reviewkd", "vid", "student_bank", "scaled", "all"])
+def test_what_learns_along_is_part_of_the_state(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, splits_and_teacher: tuple[Any, Path], part: str | None
+) -> None:
+    monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
+    splits, teacher = splits_and_teacher
+    settings = {**FEATURES, "teacher": teacher}
+    whole = fit(config(**settings, name="whole"), splits)
+    with pytest.raises(Interrupted):
+        fit(config(**settings, name="start"), splits, on_event=_StopAfter(1, signal.SIGINT))
+    fresh = checkpoint.load(Path("runs/start/last.pt")).training["adapters"]  # type: ignore[index]
+    run = stopped("cut", splits, **settings)
+
+    def drop(document: dict[str, Any]) -> None:
+        training = document["training"]
+        kept = training["adapters"]
+        if part == "all":
+            training["adapters"] = {}
+        elif part in kept:
+            assert checkpoint.digest(kept[part]) != checkpoint.digest(fresh[part])
+            kept[part] = fresh[part]
+        elif part == "scaled":
+            kept["crd"][part] = torch.tensor(False)
+        elif part is not None:
+            kept["crd"][part] = fresh["crd"][part]
+
+    rewrite(run, drop)
+    try:
+        resumed = fit(run.read_config(), splits, resume=run)
+        same = state_of(resumed.run) == state_of(whole.run)
+    except KdError as error:
+        assert "does not fit its run" in error.message
+        same = False
+    assert same == (part is None)
+
+
 def stopped_at_start(splits: Any) -> RunDir:
     with pytest.raises(Interrupted):
         fit(config(**SETTINGS, name="start"), splits, on_event=_StopAfter(1, signal.SIGINT))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcli import augment, models, teacher
+from kdcli import augment, checkpoint, models, teacher
 from kdcli.data import ImageSet
 from kdcli.engine import fit
 from kdcli.engine.plan import resolve
@@ -25,6 +25,8 @@ from kdcli.events import Event, Note, Progress
 from kdcli.models import Classifier
 from kdcli.preprocess import MeanStd
 from kdcli.teacher import Teacher, runner
+from kdcli.teacher.ensemble import Ensemble
+from kdcli.teacher.recorded import teachers_of
 from kdcli.teacher.runner import Plan, choose
 from kdcli.teacher.views import Outputs, top_k_of
 from tests.conftest import ROOT, image_set, make_splits
@@ -414,3 +416,55 @@ def test_fewer_images_than_a_batch_have_views_too(
         opened = teacher.Teacher.open(Path("t.pt"), Path(f"cache-{worth_trying_s}"))
         views = opened.logits(splits.train, augment_name="flip-crop", views=30)
         assert [len(view) for view in views] == [count] * 30
+
+
+# --- several teachers ------------------------------------------------------------------------------------------
+
+
+def test_several_teachers_are_the_weighted_mean_of_their_logits(workplace: Path) -> None:
+    splits = make_splits()
+    first, second = make_teacher(Path("a.pt")), make_teacher(Path("b.pt"), scale=3.0)
+    both = Ensemble.of([Teacher.open(Path(name), Path("cache")) for name in ("a.pt", "b.pt")], (3.0, 1.0))
+    [kept] = both.logits(splits.train)
+    images = torch.from_numpy(splits.train.images)
+    expected = 0.75 * first(images) + 0.25 * second(images)
+    torch.testing.assert_close(kept.logits(), expected.detach(), rtol=2e-3, atol=2e-3)  # kept as float16
+    samples = np.array([4, 1])
+    torch.testing.assert_close(kept.logits(samples), kept.logits()[[4, 1]])
+    wide = np.concatenate(list(kept.chunks(np.arange(len(splits.train)))))
+    np.testing.assert_allclose(wide, kept.logits().numpy(), rtol=1e-6, atol=1e-6)
+    live = both.live()(images[:5], 0, np.arange(5))
+    torch.testing.assert_close(live, expected[:5].detach(), rtol=1e-5, atol=1e-5)
+    assert both.passes == 2
+    turned = Ensemble.of([Teacher.open(Path(name), Path("cache")) for name in ("b.pt", "a.pt")])
+    turned.logits(splits.train)
+    assert turned.passes == 0  # each has its own outputs in the cache
+    assert len({both.sha256, turned.sha256, Ensemble.of(both.teachers).sha256}) == 3
+
+
+def test_a_student_of_several_teachers_says_which(workplace: Path) -> None:
+    splits = make_splits()
+    for name, scale in (("a.pt", 1.0), ("b.pt", 3.0)):
+        make_teacher(Path(name), scale=scale)
+    result = fit(config(method="logits", teacher=["a.pt", "b.pt"], teacher_weight=[1, 3], epochs=1), splits)
+    assert result.teacher_passes == 4  # two over the train images, two over the test images
+    recorded = checkpoint.load(result.run.student).provenance
+    assert [
+        (path.name, round(entry["weight"], 6))
+        for (path, _), entry in zip(teachers_of(recorded), recorded["teacher"]["teachers"], strict=True)
+    ] == [("a.pt", 0.25), ("b.pt", 0.75)]
+    assert result.config.teacher == (Path("a.pt"), Path("b.pt"))
+    again = fit(config(method="kd", teacher=["b.pt"], epochs=1), splits)
+    assert again.teacher_passes == 0
+    for weights, told in (([1], "1 for 2 teachers"), ([0, 0], "above 0"), ([-1, 2], "0 or more")):
+        with pytest.raises(UsageError, match=told):
+            config(teacher=["a.pt", "b.pt"], teacher_weight=weights)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [None, "x", {}, {"path": 3}, {"path": "a\0b"}, {"teachers": [3, {"path": "a.pt", "sha256": "0"}]}, []],
+)
+def test_what_a_file_says_of_its_teachers_is_read_as_anything(word: object) -> None:
+    found = teachers_of({"teacher": word})
+    assert found == ([(Path("a.pt"), "0")] if isinstance(word, dict) and "teachers" in word else [])
