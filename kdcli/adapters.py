@@ -68,7 +68,7 @@ class Contrast(nn.Module):
     score is exp(cos/T)/Z; Z is such that the first batch's mean is 1/`samples`, and then stays. In eval mode nothing
     is remembered.
 
-    Each process remembers what it has seen itself.
+    Where several processes share a batch, each must be given the whole of it: then all remember the same.
     """
 
     student_bank: Tensor
@@ -82,7 +82,6 @@ class Contrast(nn.Module):
         teacher_width: int,
         samples: int,
         dim: int = 128,
-        negatives: int = 4096,
         temperature: float = 0.07,
         momentum: float = 0.5,
     ) -> None:
@@ -92,12 +91,11 @@ class Contrast(nn.Module):
             student_width, teacher_width: D of the two embeddings.
             samples: how many training images there are; their numbers are below it.
             dim: width of what is compared.
-            negatives: K, how many the caller is to draw for each image.
             temperature: T.
             momentum: m, in [0, 1].
         """
         super().__init__()
-        self.samples, self.negatives = samples, negatives
+        self.samples = samples
         self.temperature, self.momentum = temperature, momentum
         self.student = nn.Linear(student_width, dim)
         self.teacher = nn.Linear(teacher_width, dim)

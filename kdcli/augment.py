@@ -50,15 +50,19 @@ def philox(counter: npt.NDArray[np.uint64], key: tuple[int, int]) -> UInt32:
     return np.stack([c0, c1, c2, c3]).astype(np.uint32)
 
 
-def words(seed: int, purpose: int, view: int, samples: Int64, block: int = 0) -> UInt32:
-    """uint32 (4, N): four random words for each sample in one view, for one purpose."""
+def words(seed: int, purpose: int, view: int, samples: Int64, block: int | Int64 = 0) -> UInt32:
+    """uint32 (4, N): four random words for each sample in one view, for one purpose.
+
+    Args:
+        block: tells further words of one sample apart; one number, or one for each sample.
+    """
     numbers = samples.astype(np.uint64)
     counter = np.stack(
         [
             numbers & np.uint64(0xFFFFFFFF),
             (numbers >> np.uint64(32)) | np.uint64(purpose << 16),
             np.full_like(numbers, view & 0xFFFFFFFF),
-            np.full_like(numbers, block),
+            np.broadcast_to(np.asarray(block, np.uint64), numbers.shape),
         ]
     )
     return philox(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))

@@ -31,7 +31,7 @@ def weights(module: nn.Module) -> dict[str, Array]:
 
 def contrast(**changes: float) -> adapters.Contrast:
     torch.manual_seed(0)
-    return adapters.Contrast(6, 9, **{"samples": 10, "dim": 4, "negatives": 3, **changes}).double()
+    return adapters.Contrast(6, 9, **{"samples": 10, "dim": 4, **changes}).double()
 
 
 def review() -> adapters.Review:

@@ -406,3 +406,25 @@ def test_the_contrasted_images_are_of_other_classes_and_follow_the_sample() -> N
     assert not np.array_equal(draw(samples, 5, 3), found)
     with pytest.raises(UsageError, match="one class only"):
         Others(np.zeros(4, np.int64), np.arange(4), 3)
+
+
+def test_a_weight_of_the_teachers_term_keeps_its_warm_up() -> None:
+    assert [weights("dkd", done, kd_weight=2.0)["dkd"] for done in (0.0, 1 / 24, 1.0)] == [
+        0.0,
+        pytest.approx(1.0),
+        2.0,
+    ]
+    assert weights("dkd", 0.0, weight=["dkd=2"])["dkd"] == 2.0
+    assert weights("kd", 0.0, kd_weight=2.0) == {"ce": 0.3, "kd": 2.0}
+
+
+def test_a_method_that_leaves_the_last_layer_alone_is_refused() -> None:
+    for method, settings_of in (
+        ("at", {"ce_weight": 0.0}),
+        ("sp+crd", {"weight": ["ce=0"]}),
+        ("logits+at", {"weight": ["logits=0"]}),
+    ):
+        with pytest.raises(UsageError, match="nothing trains the student's last layer"):
+            methods.check_head(config_of(method, **settings_of))
+    for method in (*methods.METHODS, "logits+at", "at+ls"):
+        methods.check_head(config_of(method, **({"ce_weight": 0.0} if "+" in method else {})))

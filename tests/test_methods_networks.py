@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from kdcli import checkpoint, engine, methods, models
+from kdcli.config import ExportConfig, make
 from kdcli.data import ImageSet, Splits
 from kdcli.engine import RunDir, fit
 from kdcli.errors import Interrupted
+from kdcli.export import export
 from kdcli.models import Classifier
 from kdcli.preprocess import fit as fit_preprocess
 from tests.conftest import make_splits
@@ -105,3 +108,20 @@ def test_two_steps_an_exact_resume_and_nothing_but_the_student_in_its_file(
     stored = checkpoint.load(whole.run.student)
     assert set(stored.state_dict) == set(bare.state_dict())
     assert stored.training is None
+
+
+@pytest.mark.parametrize("method", [*methods.METHODS, *COMBINED])
+def test_a_student_of_each_method_is_exported_alone(workplace: Path, method: str) -> None:
+    """The ONNX file gives what the checkpoint gives, and has the weights of the bare network and no others."""
+    small = make_splits(train=24, test=6, size=(16, 16, 3))
+    teacher = write_teacher(Path("teacher.pt"), "convnet-small", small.train)
+    settings = {"method": method, "teacher": teacher, "student": "convnet-tiny", "crd_negatives": 5}
+    student = fit(config(**settings, epochs=1, val_fraction=0.0, name="s"), small).run.student
+
+    made = export(student, make(ExportConfig, {"output": Path("s.onnx")}), small)
+
+    assert made.path == Path("s.onnx")
+    held = sum(
+        int(np.prod(value.dims)) for value in onnx.load("s.onnx").graph.initializer if value.data_type == 1
+    )
+    assert held <= sum(value.numel() for value in checkpoint.load(student).state_dict.values())

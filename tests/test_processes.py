@@ -133,9 +133,9 @@ def test_dropout_and_mixup_do_not_depend_on_the_number_of_processes(folder: Path
 
 # what compares images with each other, what learns along, what remembers; dist and mlkd compare logits
 FEATURES = shlex.split(
-    "--method sp+rkd+pkt+crd+vid+dist+mlkd --teacher runs/teacher/student.pt --student convnet-tiny --optimizer sgd "
-    "--lr 1e-4 --augment flip-crop --crd-negatives 20 --batch-size 250 "
-    "--weight sp=1 --weight pkt=10 --weight dist=0.1 --weight mlkd=0.1"
+    "--method sp+rkd+pkt+crd+vid+dist+mlkd+reviewkd+fitnet+at --teacher runs/teacher/student.pt "
+    "--student convnet-tiny --optimizer sgd --lr 1e-4 --augment flip-crop --crd-negatives 20 --batch-size 250 "
+    "--weight sp=1 --weight pkt=10 --weight dist=0.1 --weight mlkd=0.1 --weight fitnet=1 --weight at=1"
 )
 
 
@@ -146,7 +146,10 @@ def test_methods_that_compare_images_see_the_whole_batch_in_each_process(folder:
     assert len(one) == len(two)
     for left, right in zip(one, two, strict=True):
         for name, value in left["terms"].items():
-            assert right["terms"][name] == pytest.approx(value, rel=2e-5), name
+            # differences of what is nearly equal: sp and pkt have fewer digits than the float32 they are made of
+            assert right["terms"][name] == pytest.approx(value, rel=1e-4, abs=1e-8 if name == "pkt" else 0), (
+                name
+            )
     stored = [
         checkpoint.load(folder / f"runs/features-{name}/last.pt").training["adapters"]  # type: ignore[index]
         for name in ("one", "two")

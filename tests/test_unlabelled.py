@@ -336,8 +336,8 @@ def test_another_method_does_not_run_the_teacher_again_and_other_images_do(place
 
 
 def test_features_of_them_are_learned_from(place: Path) -> None:
-    result = fit(taught(method="at", ce_weight=0.0, epochs=1), loaded())
-    assert set(result.epochs[0].terms) == {"at"}
+    result = fit(taught(method="logits+at", epochs=1), loaded())
+    assert set(result.epochs[0].terms) == {"logits", "at"}
 
 
 def test_a_run_that_was_interrupted_ends_as_the_whole_one(
@@ -380,7 +380,7 @@ def _one_less() -> Splits:
         ({"method": "kd"}, "--ce-weight 0 or, so that the soft term gets its share, --lamda 0"),
         ({"method": "kd", "lamda": 0.0, "ce_weight": 0.5}, "--ce-weight 0"),
         ({"method": "logits", "weight": ("ce=0:1",)}, "--ce-weight 0"),
-        ({"method": "at"}, "--ce-weight 0."),
+        ({"method": "at"}, "--method logits+at"),
         ({"method": "dkd", "ce_weight": 0.0}, "logits"),
         ({"method": "crd", "ce_weight": 0.0}, "logits"),
         ({"method": "logits+ls"}, "logits"),
@@ -412,7 +412,7 @@ def test_a_method_that_reads_labels_is_refused_before_anything_is_read(
         {"method": "noisy"},
         {"method": "kd", "lamda": 0.0},
         {"method": "kd", "ce_weight": 0.0},
-        {"method": "at", "ce_weight": 0.0},
+        {"method": "logits+at"},
         {"method": "logits+dkd", "weight": ("dkd=0",)},
     ],
     ids=str,

@@ -18,6 +18,10 @@ class Ramp:
     last: float
     over: float = 1.0
 
+    def to(self, weight: float) -> Ramp:
+        """The same on its way to another value: one that rises from 0 still does."""
+        return Ramp(0.0 if self.first == 0 else weight, weight, self.over)
+
     def at(self, done: float) -> float:
         """The value when a share of the training is done, 0 … 1."""
         if self.first == self.last:

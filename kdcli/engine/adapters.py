@@ -46,6 +46,11 @@ def make_adapters(
         stages = stages_of(student.network, prepared, config.student_stages)
     except UsageError as error:
         raise UsageError(f"student {config.student}: {error.message}", error.hint) from error
+    if config.student_stages and config.teacher_stages and len(stages) != len(targets.stages):
+        raise UsageError(
+            f"--student-stages names {len(stages)} layers, --teacher-stages {len(targets.stages)}",
+            "They are paired: name as many of each.",
+        )
     shapes = shapes_of(_looked_at(student.network, prepared, stages))
     training = Training(config, shapes, targets.shapes(), train.labels, samples)
     with torch.random.fork_rng(devices=[]):

@@ -26,7 +26,8 @@ def links(config: TrainConfig) -> tuple[TrainConfig, ...]:
     """The settings of each training in turn: assistants, then generations; one alone where there are neither.
 
     Each is an ordinary run. The teacher of each but the first is the student of the one before, so that the weights
-    of teachers hold for the first alone; layers named in `student_stages` are the student's, learning or teaching.
+    of teachers and --teacher-dropout hold for the first alone; layers named in `student_stages` are the student's,
+    learning or teaching.
     Generation k has the seed + k - 1 (Furlanello et al. 2018 begin each from weights of its own).
     """
     alone = config.model_copy(update={"assistant": (), "generations": 1})
@@ -49,6 +50,7 @@ def links(config: TrainConfig) -> tuple[TrainConfig, ...]:
             changes |= {
                 "teacher": (_run(made[-1]).student,),
                 "teacher_weight": (),
+                "teacher_dropout": 0.0,
                 "teacher_stages": made[-1].student_stages,
             }
         made.append(alone.model_copy(update=changes))
@@ -205,9 +207,16 @@ def _check_finished(link: TrainConfig, data: Splits) -> None:
     provenance = checkpoint.load(run.student).provenance
     recorded, images = provenance.get("teacher") or {}, provenance.get("data") or {}
     seen = [each.get("sha256") for each in recorded.get("teachers", [recorded])]
+    stored = link.student_file
     for name, was, now in (
         ("data", images.get("fingerprint_train"), data.train.fingerprint),
         ("data", images.get("fingerprint_test"), data.test.fingerprint),
+        ("student", provenance.get("student_sha256"), sha256_file(stored) if stored else None),
+        (
+            "set of images without labels",
+            (images.get("unlabelled") or {}).get("fingerprint"),
+            None if data.unlabelled is None else data.unlabelled.fingerprint,
+        ),
         ("teacher", seen, [_hash_of(path, sha256) for path, sha256 in zip(link.teacher, seen, strict=False)]),
     ):
         if was != now:

@@ -103,6 +103,7 @@ class _Run:
         self.data = data
         self.world = world
         self.method = methods.get(config.method).active(config)
+        methods.check_head(config)
         if data.unlabelled is not None:
             methods.check_unlabelled(config)
         tensorboard.require(config)

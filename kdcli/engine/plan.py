@@ -79,12 +79,12 @@ def resolve(config: TrainConfig) -> TrainConfig:
     A run without a teacher gets a fresh view each epoch, and so does one whose teacher is live or sees plain images
     only: limiting the baseline would flatter the others.
     """
-    objective = methods.get(config.method)
+    objective = methods.get(config.method).active(config)
     taus = {part.tau for part in objective.own if "tau" in part.reads}
     if config.tau is None and len(taus) == 1:
         config = config.model_copy(update={"tau": taus.pop()})
     distinct = augment.distinct_views(config.augment)
-    fixed = config.teacher_cache == "fixed" and objective.needs_teacher
+    fixed = objective.needs_teacher and cache_mode(config) == "fixed"
     if fixed and augment.MIXUP_NAME in config.augment.split("-"):
         raise UsageError(
             "--teacher-cache fixed does not go with mixup: the teacher has not seen the mixtures",

@@ -12,7 +12,7 @@ from kdcli import data, methods, models
 from kdcli.config import TrainConfig
 from kdcli.data import ImageSet
 from kdcli.engine.plan import fitted_preprocess
-from kdcli.errors import KdError
+from kdcli.errors import KdError, UsageError
 from kdcli.events import OnEvent
 from kdcli.models import Classifier
 from kdcli.models.features import stages_of
@@ -50,8 +50,13 @@ def check_student(config: TrainConfig, train: ImageSet) -> None:
         else:
             network = _stored(config, train).network
         method = methods.get(config.method).active(config)
-        if method.needs_features and config.student_stages:
-            stages_of(network, torch.zeros(2, channels, height, width), config.student_stages)
+        if not method.needs_features:
+            return
+        stages = stages_of(network, torch.zeros(2, channels, height, width), config.student_stages)
+        if any("hint_stage" in part.reads for part in method.own) and config.hint_stage > len(stages):
+            raise UsageError(
+                f"--hint-stage {config.hint_stage}: {config.student} has {len(stages)} stages", "Use fewer."
+            )
 
 
 def _fresh(config: TrainConfig, train: ImageSet, samples: Int64, on_event: OnEvent) -> Classifier:

@@ -27,6 +27,7 @@ __all__ = [
     "Shapes",
     "Training",
     "any_own",
+    "check_head",
     "check_own_method",
     "check_unlabelled",
     "get",
@@ -148,6 +149,7 @@ METHODS = {
             weight=100.0,
             reads=("hint_stage",),
             needs_features=True,
+            headless=True,
             adapter=features.hint_adapter,
         ),
         _method(
@@ -157,6 +159,7 @@ METHODS = {
             "Zagoruyko & Komodakis, ICLR 2017",
             weight=1000.0,
             needs_features=True,
+            headless=True,
         ),
         _method(
             "sp",
@@ -165,6 +168,7 @@ METHODS = {
             "Tung & Mori, ICCV 2019",
             weight=3000.0,
             needs_features=True,
+            headless=True,
         ),
         _method(
             "rkd",
@@ -173,6 +177,7 @@ METHODS = {
             "Park et al., CVPR 2019",
             reads=("rkd_distance", "rkd_angle"),
             needs_features=True,
+            headless=True,
         ),
         _method(
             "pkt",
@@ -181,6 +186,7 @@ METHODS = {
             "Passalis & Tefas, ECCV 2018",
             weight=30000.0,
             needs_features=True,
+            headless=True,
         ),
         _method(
             "vid",
@@ -188,6 +194,7 @@ METHODS = {
             "predict the teacher's maps, with a variance",
             "Ahn et al., CVPR 2019",
             needs_features=True,
+            headless=True,
             adapter=features.variational_adapter,
         ),
         _method(
@@ -198,6 +205,7 @@ METHODS = {
             weight=0.8,
             reads=("crd_dim", "crd_negatives", "crd_temperature"),
             needs_features=True,
+            headless=True,
             needs_labels=True,
             adapter=features.contrastive_adapter,
         ),
@@ -208,6 +216,7 @@ METHODS = {
             "Chen et al., CVPR 2021",
             warm_up=_WARM_UP,
             needs_features=True,
+            headless=True,
             adapter=features.review_adapter,
         ),
     )
@@ -241,6 +250,16 @@ def _part(name: str) -> Method:
     return METHODS[name]
 
 
+def check_head(config: TrainConfig) -> None:
+    """Raise UsageError where no term trains the student's last layer: it would guess for good."""
+    method = get(config.method)
+    if not method.trains_head(config):
+        raise UsageError(
+            f"method {config.method} reads features alone, and nothing trains the student's last layer",
+            f"Join it with a method of logits, as --method kd+{config.method}, or give cross-entropy a weight.",
+        )
+
+
 def check_unlabelled(config: TrainConfig) -> None:
     """Raise UsageError where a term that weighs anything reads labels: there are images without any."""
     method = get(config.method)
@@ -248,7 +267,11 @@ def check_unlabelled(config: TrainConfig) -> None:
         return
     chosen = method.ramps(config)
     rest = [part for part in method.own if part.name in chosen]
-    if not rest or any(part.needs_labels for part in rest):
+    if rest and all(part.headless for part in rest) and not any(part.needs_labels for part in rest):
+        hint = (
+            f"Join it with a method of logits, which trains the last layer: --method logits+{config.method}"
+        )
+    elif not rest or any(part.needs_labels for part in rest):
         hint = "Use a method without labels, as --method logits, or leave --unlabelled out."
     else:  # cross-entropy alone is why
         more = " or, so that the soft term gets its share, --lamda 0" if "lamda" in method.reads else ""

@@ -60,7 +60,8 @@ def probabilistic(batch: Batch) -> Tensor:
 
 def variational(batch: Batch) -> Tensor:
     """The teacher's maps under a Gaussian whose mean the student's predict, all stages."""
-    return _sum(layer(*pair) for layer, pair in zip(_parts(batch), batch.stages, strict=True))
+    layers: Any = batch.adapter
+    return _sum(layer(*pair) for layer, pair in zip(layers, batch.stages, strict=True))
 
 
 def variational_adapter(training: Training) -> nn.Module:
@@ -94,7 +95,6 @@ def contrastive_adapter(training: Training) -> nn.Module:
         training.teacher.embedding,
         len(training.labels),
         dim=config.crd_dim,
-        negatives=config.crd_negatives,
         temperature=config.crd_temperature,
     )
     module.others = Others(training.labels, training.samples, config.crd_negatives)
@@ -127,14 +127,14 @@ class Others:
 
         own = self.labels[samples]
         limit = (len(self.by_class) - self.sizes[own]).astype(np.uint64)  # (B,)
-        columns = []
-        for block in range(-(-self.count // 4)):
-            random = augment.words(seed, augment.CONTRAST, epoch, samples, block=block).astype(np.uint64)
-            columns += list((random * limit) >> np.uint64(32))
-        places = np.stack(columns[: self.count], axis=1).astype(np.int64)  # (B, count), own class skipped
+        blocks = -(-self.count // 4)
+        each, numbers = np.repeat(samples, blocks), np.tile(np.arange(blocks), len(samples))
+        random = augment.words(seed, augment.CONTRAST, epoch, each, block=numbers).astype(np.uint64)
+        drawn = random.T.reshape(len(samples), 4 * blocks)[:, : self.count]  # (B, count)
+        places = ((drawn * limit[:, None]) >> np.uint64(32)).astype(np.int64)  # own class skipped
         places += np.where(places >= self.starts[own][:, None], self.sizes[own][:, None], 0)
-        numbers: npt.NDArray[np.int64] = self.by_class[places]
-        return numbers
+        found: npt.NDArray[np.int64] = self.by_class[places]
+        return found
 
 
 def review(batch: Batch) -> Tensor:
@@ -173,10 +173,6 @@ def _adapted(batch: Batch) -> Callable[..., Tensor]:
     if batch.adapter is None:
         raise RuntimeError("the method's adapter was not made")
     return batch.adapter
-
-
-def _parts(batch: Batch) -> Any:
-    return _adapted(batch)
 
 
 def _sum(terms: Any) -> Tensor:

@@ -31,6 +31,7 @@ class Method:
         needs_labels: its own term reads labels.
         own_network: the teacher is to be of the student's own network.
         regresses: the student's logits must take on the teacher's values, not only their softmax.
+        headless: its own term reads features alone, and trains all of the student but the last layer.
         adapter: makes a module that learns along with the student and is not exported.
     """
 
@@ -47,6 +48,7 @@ class Method:
     needs_labels: bool = False
     own_network: bool = False
     regresses: bool = False
+    headless: bool = False
     adapter: Callable[[Training], nn.Module] | None = None
 
 
@@ -60,11 +62,7 @@ _OF_TEACHERS = (  # settings that only a method with a teacher reads
     "assistant",
     "generations",
 )
-_OF_CACHES = (
-    "cache_top_k",
-    "teacher_precision",
-    "teacher_cache",
-)  # and that a teacher run in each step does not
+_OF_CACHES = ("cache_top_k", "teacher_cache")  # and that a teacher run in each step does not
 _OF_FEATURES = ("student_stages", "teacher_stages")
 
 
@@ -122,7 +120,7 @@ class Objective:
                     f"--kd-weight: method {self.name} has {len(teachers)} terms of the teacher",
                     f"Say which: --weight {teachers[0]}={config.kd_weight:g}",
                 )
-            found |= {name: Ramp(config.kd_weight, config.kd_weight) for name in teachers}
+            found |= {name: found[name].to(config.kd_weight) for name in teachers}
         if config.ce_weight is not None:
             found[CE] = Ramp(config.ce_weight, config.ce_weight)
         for name, ramp in config.weights.items():
@@ -149,6 +147,11 @@ class Objective:
         """Whether a term that weighs anything reads labels."""
         chosen = self.ramps(config)
         return CE in chosen or any(part.needs_labels for part in self.own if part.name in chosen)
+
+    def trains_head(self, config: TrainConfig) -> bool:
+        """Whether a term reads the student's logits; else its last layer would stay as it was made."""
+        chosen = self.ramps(config)
+        return CE in chosen or any(part.name in chosen and not part.headless for part in self.own)
 
     def adapters(self, training: Training) -> dict[str, nn.Module]:
         """The modules that learn along with the student, by the method's name."""
@@ -178,10 +181,7 @@ class Objective:
         foreign = {setting for other in others for setting in other.reads} - self.reads
         if not self.needs_teacher:
             foreign |= {*_OF_TEACHERS, "kd_weight"}
-        if not self.needs_features:
-            foreign |= set(_OF_FEATURES)
-        elif self.needs_features:
-            foreign |= set(_OF_CACHES)
+        foreign |= set(_OF_CACHES if self.needs_features else _OF_FEATURES)
         return [setting for setting in settings if setting in foreign]
 
 

@@ -87,6 +87,8 @@ def stages_of(network: nn.Module, example: Tensor, wanted: str = "") -> tuple[st
                 raise UsageError(
                     f"layer {name} does not give maps (B, C, H, W), once", "kd info lists layers."
                 )
+        if len(set(names)) < len(names):
+            raise UsageError(f"{wanted} names a layer twice", "Name each once.")
         order = list(ran)
         return tuple(sorted(names, key=order.index))
     own = getattr(network, "stages", None)

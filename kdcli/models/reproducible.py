@@ -147,7 +147,9 @@ class GlobalBatchNorm2d(_GlobalBatchNorm, nn.BatchNorm2d):
 def use_global_batch_norm(network: nn.Module) -> None:
     """Make each `nn.BatchNorm1d` and `nn.BatchNorm2d` of a network count over all processes."""
     for module in network.modules():
-        if type(module) is nn.BatchNorm1d:
+        if isinstance(module, _GlobalBatchNorm):
+            continue
+        if isinstance(module, nn.BatchNorm1d):
             module.__class__ = GlobalBatchNorm1d
-        elif type(module) is nn.BatchNorm2d:
+        elif isinstance(module, nn.BatchNorm2d):
             module.__class__ = GlobalBatchNorm2d

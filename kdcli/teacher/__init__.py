@@ -169,7 +169,12 @@ class Teacher:
         return {"path": self.path.as_posix(), "sha256": self.sha256}
 
     def live(
-        self, dropout: float = 0.0, seed: int = 0, precision: str = "32", stages: Sequence[str] = ()
+        self,
+        dropout: float = 0.0,
+        seed: int = 0,
+        precision: str = "32",
+        stages: Sequence[str] = (),
+        stream: int = _STREAM,
     ) -> Live:
         """The model for use in each step.
 
@@ -177,6 +182,7 @@ class Teacher:
             dropout: above 0, the network's dropout layers are on at this rate (the reference's teacher).
             precision: `bf16`, or float32.
             stages: names of the submodules whose maps are wanted; without, logits alone are given.
+            stream: what tells the draws of its dropout from those of other networks of the run.
 
         Raises:
             KdError: dropout is asked of a file that has none.
@@ -186,7 +192,7 @@ class Teacher:
             model = load_model(self.path)
             if not isinstance(model, Classifier):
                 raise KdError("--teacher-dropout needs a .pt teacher", "An ONNX file has no dropout.")
-            draw = Draw(seed, _STREAM)
+            draw = Draw(seed, stream)
             use_sample_dropout(freeze(model, dropout).to(self.world.device), draw)
         if not isinstance(model, Classifier):
             return Live(lambda images: model(images.cpu()))

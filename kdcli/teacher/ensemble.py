@@ -93,7 +93,11 @@ class Ensemble:
     def live(self, dropout: float = 0.0, seed: int = 0, precision: str = "32") -> MeanLive:
         """All models for use in each step."""
         return MeanLive(
-            tuple(teacher.live(dropout, seed, precision) for teacher in self.teachers), self.weights
+            tuple(
+                teacher.live(dropout, seed, precision, stream=number)
+                for number, teacher in enumerate(self.teachers, 1)
+            ),
+            self.weights,
         )
 
     def logits(self, data: ImageSet, **settings: Any) -> list[MeanOutputs]:
