@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from kdcli.errors import UsageError
 
 DATA, METHOD, OPTIMISER, RUN = "Data", "Method", "Optimiser", "Run"
+OF_METHODS = "Settings of methods"
 
 
 def about(panel: str, *flags: str, metavar: str | None = None) -> dict[str, Any]:

@@ -9,7 +9,17 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from kdcli.config.base import DATA, METHOD, OPTIMISER, RUN, DataSettings, TeacherPath, Threads, about
+from kdcli.config.base import (
+    DATA,
+    METHOD,
+    OF_METHODS,
+    OPTIMISER,
+    RUN,
+    DataSettings,
+    TeacherPath,
+    Threads,
+    about,
+)
 from kdcli.config.ramp import Ramp, read_weight
 
 AUGMENT_STEPS = ("flip", "crop", "cutout", "mixup")
@@ -40,7 +50,7 @@ class TrainConfig(DataSettings):
     teacher_weight: tuple[float, ...] = Field(
         (),
         description="Weight of each teacher's logits in their mean, in the order of --teacher; by default equal.",
-        json_schema_extra=about(METHOD),
+        json_schema_extra=about(METHOD, metavar="WEIGHT"),
     )
     assistant: tuple[str, ...] = Field(
         (),
@@ -61,107 +71,114 @@ class TrainConfig(DataSettings):
         le=1000,
         description="Temperature of soft targets; by default the method's own: kd 3, dkd and dist 4, lskd 2, "
         "born-again 1.",
-        json_schema_extra=about(METHOD),
+        json_schema_extra=about(OF_METHODS),
     )
     tau_end: float | None = Field(
         None,
         gt=0,
         le=1000,
         description="The temperature moves in a straight line to this one; by default it stays.",
-        json_schema_extra=about(METHOD),
+        json_schema_extra=about(OF_METHODS),
     )
     lamda: float = Field(
         0.3,
         ge=0,
         le=1,
         description="kd: share of cross-entropy; the soft term gets the rest.",
-        json_schema_extra=about(METHOD, "--lambda"),
+        json_schema_extra=about(OF_METHODS, "--lambda"),
     )
     noisy_ratio: float = Field(
         0.5,
         ge=0,
         le=1,
         description="noisy: probability that a sample's target is perturbed.",
-        json_schema_extra=about(METHOD),
+        json_schema_extra=about(OF_METHODS),
     )
     noisy_sigma: float = Field(
         0.9,
         ge=0,
         le=100,
         description="noisy: standard deviation of the relative noise.",
-        json_schema_extra=about(METHOD),
+        json_schema_extra=about(OF_METHODS),
     )
     noise_scope: Literal["sample", "logit"] = Field(
         "sample",
         description="noisy: one draw for all logits of a sample, or one for each.",
-        json_schema_extra=about(METHOD),
+        json_schema_extra=about(OF_METHODS),
     )
     standardize: bool = Field(
         False,
         description="kd, dkd, born-again: standardize the logits of each image first (Sun et al. 2024).",
-        json_schema_extra=about(METHOD),
+        json_schema_extra=about(OF_METHODS),
     )
     label_smoothing: float = Field(
         0.1,
         ge=0,
         lt=1,
         description="ls: share of a label spread over all classes.",
-        json_schema_extra=about(METHOD),
+        json_schema_extra=about(OF_METHODS),
     )
     dkd_alpha: float = Field(
-        1.0, ge=0, description="dkd: weight of the target class's part.", json_schema_extra=about(METHOD)
+        1.0, ge=0, description="dkd: weight of the target class's part.", json_schema_extra=about(OF_METHODS)
     )
     dkd_beta: float = Field(
-        8.0, ge=0, description="dkd: weight of the other classes' part.", json_schema_extra=about(METHOD)
+        8.0, ge=0, description="dkd: weight of the other classes' part.", json_schema_extra=about(OF_METHODS)
     )
     dist_inter: float = Field(
         2.0,
         ge=0,
         description="dist: weight of the relation within an image.",
-        json_schema_extra=about(METHOD),
+        json_schema_extra=about(OF_METHODS),
     )
     dist_intra: float = Field(
-        2.0, ge=0, description="dist: weight of the relation within a class.", json_schema_extra=about(METHOD)
+        2.0,
+        ge=0,
+        description="dist: weight of the relation within a class.",
+        json_schema_extra=about(OF_METHODS),
     )
     hint_stage: int = Field(
         0,
         ge=0,
         le=1000,
         description="fitnet: the stage that is guided, from 1; 0: the middle one.",
-        json_schema_extra=about(METHOD),
+        json_schema_extra=about(OF_METHODS),
     )
     rkd_distance: float = Field(
-        25.0, ge=0, description="rkd: weight of distances.", json_schema_extra=about(METHOD)
+        25.0, ge=0, description="rkd: weight of distances.", json_schema_extra=about(OF_METHODS)
     )
     rkd_angle: float = Field(
-        50.0, ge=0, description="rkd: weight of angles.", json_schema_extra=about(METHOD)
+        50.0, ge=0, description="rkd: weight of angles.", json_schema_extra=about(OF_METHODS)
     )
     crd_dim: int = Field(
-        128, ge=1, le=65536, description="crd: width of the common space.", json_schema_extra=about(METHOD)
+        128,
+        ge=1,
+        le=65536,
+        description="crd: width of the common space.",
+        json_schema_extra=about(OF_METHODS),
     )
     crd_negatives: int = Field(
         1024,
         ge=1,
         le=1_000_000,
         description="crd: images of other classes each image is told apart from.",
-        json_schema_extra=about(METHOD),
+        json_schema_extra=about(OF_METHODS),
     )
     crd_temperature: float = Field(
         0.07,
         gt=0,
         le=100,
         description="crd: temperature of the similarities.",
-        json_schema_extra=about(METHOD),
+        json_schema_extra=about(OF_METHODS),
     )
     student_stages: str = Field(
         "",
         description="Layers whose maps methods of features read, joined by commas; by default the network's stages.",
-        json_schema_extra=about(METHOD, metavar="LAYER,LAYER…"),
+        json_schema_extra=about(OF_METHODS, metavar="LAYER,LAYER…"),
     )
     teacher_stages: str = Field(
         "",
         description="The same of the teacher; kd info lists layers.",
-        json_schema_extra=about(METHOD, metavar="LAYER,LAYER…"),
+        json_schema_extra=about(OF_METHODS, metavar="LAYER,LAYER…"),
     )
     weight: tuple[str, ...] = Field(
         (),
