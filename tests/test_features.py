@@ -99,6 +99,20 @@ def test_features_come_from_the_pass_that_gave_the_logits() -> None:
     assert logits.shape == (2, 2)
 
 
+def test_features_of_a_compiled_network_are_those_of_its_own_pass() -> None:
+    torch.manual_seed(0)
+    network = models.build("resnet8", classes=4, input_size=(8, 8, 3), width=0.25).eval()
+    tap = Tap(network, ("layer1", "layer3"))
+    compiled = torch.compile(tap, backend="eager")
+    for seed in range(3):
+        pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        logits, maps, embedding = compiled(pixels)
+        network(-pixels)  # as validation does between steps
+        expected = tap(pixels)
+        for found, wanted in ((logits, expected[0]), (maps[0], expected[1][0]), (embedding, expected[2])):
+            torch.testing.assert_close(found, wanted)
+
+
 def test_an_onnx_teacher_and_several_teachers_have_no_features(workplace: Path) -> None:
     from kdcli.config import ExportConfig, make
     from kdcli.export import export
