@@ -86,7 +86,7 @@ def _started_by_another(config: TrainConfig) -> bool:
 def _check_place(config: TrainConfig, resume: Path) -> None:
     """A run's paths are as they were typed: relative ones hold in the folder where it was started."""
     hint = "Resume from the folder where it was started."
-    for teacher in config.teacher if methods.get(config.method).needs_teacher else ():
+    for teacher in config.teacher if methods.get(config.method).active(config).needs_teacher else ():
         if not teacher.exists():
             raise UsageError(f"{resume} needs its teacher {teacher}", hint)
     if config.student_file is not None and not config.student_file.exists():
@@ -101,7 +101,7 @@ def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[tupl
     if config.unlabelled is not None:
         methods.check_unlabelled(config)
         files.hash_ahead(files.expand(str(config.unlabelled)))
-    for teacher in config.teacher if methods.get(config.method).needs_teacher else ():
+    for teacher in config.teacher if methods.get(config.method).active(config).needs_teacher else ():
         files.hash_ahead(teacher)  # what is kept goes by these hashes
     files.hash_ahead(files.expand(config.data))
     stored = config.student_file
@@ -171,7 +171,8 @@ def _finish(results: tuple[Result, ...], splits: Any) -> None:
 def _teacher_runs(result: Result) -> str:
     from kdcli.engine.plan import cache_mode
 
-    live = methods.get(result.config.method).needs_teacher and cache_mode(result.config) == "off"
+    config = result.config
+    live = methods.get(config.method).active(config).needs_teacher and cache_mode(config) == "off"
     return "in every step" if live else str(result.teacher_passes)
 
 

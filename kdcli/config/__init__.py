@@ -5,7 +5,7 @@ A field's `description` is its help text; `json_schema_extra` may give `panel` (
 `bare` (the value it then has) and `value` (what a value of its own looks like).
 """
 
-from kdcli.config.base import DATA, METHOD, OPTIMISER, RUN, DataSettings, Settings, make
+from kdcli.config.base import DATA, METHOD, OPTIMISER, RUN, DataSettings, Settings, make, words_of
 from kdcli.config.commands import (
     INT8_DEFAULT,
     BenchConfig,
@@ -50,4 +50,5 @@ __all__ = [
     "TuneConfig",
     "ValidateConfig",
     "make",
+    "words_of",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from kdcli.errors import UsageError
 
@@ -74,6 +74,15 @@ Threads = Annotated[
 TeacherPath = Path("weights/teacher.pt")
 
 
+def _one_folder(value: str) -> str:
+    if value in (".", "..") or any(mark in value for mark in '/\\\0:*?"<>|') or value.startswith("-"):
+        raise ValueError("must be a plain folder name")
+    return value
+
+
+FolderName = Annotated[str, AfterValidator(_one_folder)]  # empty: none was given
+
+
 class DataSettings(Settings):
     """Where images come from."""
 
@@ -82,6 +91,14 @@ class DataSettings(Settings):
     skip_broken: SkipBroken = False
     data_dir: DataDir = Path("data")
     cache_dir: CacheDir = Path("cache")
+
+
+def words_of(flag: str, value: Any) -> list[str]:
+    """What is typed to give an option a value: the flag alone if it is true, once for each of several values."""
+    if isinstance(value, bool):
+        return [flag] if value else []
+    found = value if isinstance(value, list | tuple) else (value,)
+    return [word for one in found for word in (flag, one.as_posix() if isinstance(one, Path) else str(one))]
 
 
 S = TypeVar("S", bound=Settings)

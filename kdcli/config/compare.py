@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field, field_validator
 
-from kdcli.config.base import RUN, Settings, about
+from kdcli.config.base import RUN, FolderName, Settings, about
 
 COMPARE = "Comparison"
 MOST_SEEDS = 1000
@@ -37,7 +37,7 @@ class CompareConfig(Settings):
         description="Runs at a time, each with its share of the cores; 0: one for each 4 cores.",
         json_schema_extra=about(RUN),
     )
-    name: str = Field(
+    name: FolderName = Field(
         "",
         description="Name of the comparison; by default its methods, student and data.",
         json_schema_extra=about(RUN),
@@ -72,13 +72,6 @@ class CompareConfig(Settings):
         if len(set(map(int, listed))) < len(listed) or len(listed) > MOST_SEEDS:
             raise ValueError(f"must be seeds that differ, at most {MOST_SEEDS}")
         return ",".join(str(int(word)) if word else "" for word in words)
-
-    @field_validator("name")
-    @classmethod
-    def _name_is_one_folder(cls, value: str) -> str:
-        if value in (".", "..") or any(mark in value for mark in '/\\\0:*?"<>|') or value.startswith("-"):
-            raise ValueError("must be a plain folder name")
-        return value
 
     @property
     def method_names(self) -> tuple[str, ...]:

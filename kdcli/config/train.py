@@ -16,6 +16,7 @@ from kdcli.config.base import (
     OPTIMISER,
     RUN,
     DataSettings,
+    FolderName,
     TeacherPath,
     Threads,
     about,
@@ -328,7 +329,7 @@ class TrainConfig(DataSettings):
         json_schema_extra=about(RUN),
     )
     threads: Threads = 0
-    name: str = Field(
+    name: FolderName = Field(
         "",
         description="Name of the run; by default method, student and a number.",
         json_schema_extra=about(RUN),
@@ -447,10 +448,3 @@ class TrainConfig(DataSettings):
         return (
             re.sub(r'[\\:*?"<>|]', "_", own.parent.name if own.stem == "student" else own.stem) or "student"
         )
-
-    @field_validator("name")
-    @classmethod
-    def _name_is_one_folder(cls, value: str) -> str:
-        if value in (".", "..") or any(mark in value for mark in '/\\\0:*?"<>|') or value.startswith("-"):
-            raise ValueError("must be a plain folder name")
-        return value

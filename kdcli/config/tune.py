@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from kdcli.config.base import about, make
+from kdcli.config.base import FolderName, about, make
 from kdcli.config.train import TrainConfig
 
 SEARCH = "Search"
@@ -22,7 +22,7 @@ class TuneConfig(TrainConfig):
         description="Trials of the study in all: typed again, the command does those that are missing.",
         json_schema_extra=about(SEARCH),
     )
-    study: str = Field(
+    study: FolderName = Field(
         "",
         max_length=200,
         description="Name of the study and of its folder in --runs-dir; by default of method and student.",
@@ -58,15 +58,10 @@ class TuneConfig(TrainConfig):
         json_schema_extra=about(SEARCH, metavar="MINUTES"),
     )
 
-    @field_validator("study")
-    @classmethod
-    def _study_is_one_folder(cls, value: str) -> str:
-        return cls._name_is_one_folder(value)
-
     @property
     def study_name(self) -> str:
         """The study's name, by default made of what is tuned."""
-        return self.study or f"tune-{self.method}-{self.student_name}"
+        return self.study or f"tune-{self.method_name}-{self.student_name}"
 
     @property
     def train(self) -> TrainConfig:

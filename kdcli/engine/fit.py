@@ -16,7 +16,7 @@ from kdcli.engine import tensorboard
 from kdcli.engine.adapters import make_adapters, states_of
 from kdcli.engine.evaluate import Evaluation, measure
 from kdcli.engine.feed import Feed
-from kdcli.engine.plan import FILLED, resolve, split
+from kdcli.engine.plan import FILLED, check, resolve, split
 from kdcli.engine.record import Record
 from kdcli.engine.result import Metrics, Result
 from kdcli.engine.run_dir import RunDir, resume_command
@@ -67,8 +67,6 @@ def fit(
                 "fit() runs in one process", "Start the others with runtime.launch, or use kd train."
             )
         world = World.alone(config.accelerator)
-    if config.assistant or config.generations > 1:
-        raise UsageError("fit() trains one student", "fit_chain() trains a chain of them.")
     with runtime.stop_on_signals() as stop, world.losses_told():
         run = _Run(config, data, resume, world, test, on_event if world.first else ignore, stop, chain)
         try:
@@ -96,6 +94,7 @@ class _Run:
         stop: runtime.StopFlag,
         chain: TrainConfig | None,
     ) -> None:
+        check(config, data)
         self.test = test
         self.on_event = on_event
         self.stop = stop
@@ -103,9 +102,7 @@ class _Run:
         self.data = data
         self.world = world
         self.method = methods.get(config.method).active(config)
-        methods.check_head(config)
-        if data.unlabelled is not None:
-            methods.check_unlabelled(config)
+        self.sources = methods.sources(config.method)  # as they are now: the files may change meanwhile
         tensorboard.require(config)
         if not config.compile:
             runtime.spare_the_compiler()
@@ -397,6 +394,7 @@ class _Run:
         return {
             "kind": "student" if teacher else "model",
             "method": config.method,
+            "method_sha256": self.sources,
             "student": config.student,
             "student_sha256": self.student_sha256,
             "teacher": teacher.record() if teacher else None,

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from kdcli import augment, checkpoint, methods, preprocess
 from kdcli.config import TrainConfig
-from kdcli.data import ImageSet
+from kdcli.data import ImageSet, Splits
 from kdcli.errors import KdError, UsageError
 from kdcli.events import OnEvent
 from kdcli.preprocess import Preprocess
@@ -104,3 +104,39 @@ def resolve(config: TrainConfig) -> TrainConfig:
     cached = objective.needs_teacher and cache_mode(config) == "views"
     views = distinct or (min(_CACHED_VIEWS, config.epochs) if cached else config.epochs)
     return config.model_copy(update={"views": min(views, config.epochs)})
+
+
+def check(config: TrainConfig, data: Splits | None = None) -> None:
+    """Look at all that can be wrong with a run's settings by themselves, and with what is known of its data.
+
+    Raises:
+        UsageError: settings that do not go together.
+    """
+    if config.assistant or config.generations > 1:
+        flags = "--assistant" if config.assistant else "--generations"
+        raise UsageError(
+            f"a chain of students is asked for, and this trains one student; leave out {flags}",
+            "kd train, and fit_chain(), train chains.",
+        )
+    method = methods.get(config.method).active(config)
+    methods.check_head(config)
+    if config.unlabelled is not None or (data is not None and data.unlabelled is not None):
+        methods.check_unlabelled(config)
+    resolve(config)
+    if not method.needs_teacher:
+        return
+    if config.cache_top_k and method.regresses:
+        raise UsageError(
+            f"--cache-top-k: method {config.method} regresses all logits",
+            "Use --method kd, or leave it out.",
+        )
+    if data is not None and config.cache_top_k >= len(data.train.classes):
+        raise UsageError(
+            f"--cache-top-k {config.cache_top_k}: there are {len(data.train.classes)} classes",
+            "Leave it out to keep all of them.",
+        )
+    if method.needs_features and len(config.teacher) > 1:
+        raise UsageError(
+            f"method {config.method} reads features, and those of several teachers have no mean",
+            "Name one --teacher, or use a method of logits.",
+        )

@@ -15,7 +15,7 @@ from kdcli.data import ImageSet
 from kdcli.engine.feed import Inputs
 from kdcli.engine.output import Output
 from kdcli.engine.plan import cache_mode
-from kdcli.errors import Interrupted, KdError, UsageError
+from kdcli.errors import Interrupted, KdError
 from kdcli.events import Note, OnEvent
 from kdcli.methods import Features, Objective, Shapes
 from kdcli.runtime import StopFlag, World
@@ -47,7 +47,7 @@ class Targets:
         """Find the teacher's file, without reading it; `pool` are the samples of `train` that are trained on.
 
         Raises:
-            KdError: there is no such file, or settings do not go together.
+            KdError: there is no such file.
         """
         self.config = config
         self.method = method
@@ -63,22 +63,7 @@ class Targets:
         self.stages: tuple[str, ...] = ()
 
     def _open(self) -> Teacher | Ensemble:
-        config, classes = self.config, len(self.train.classes)
-        if config.cache_top_k and self.method.regresses:
-            raise UsageError(
-                f"--cache-top-k: method {config.method} regresses all logits",
-                "Use --method kd, or leave it out.",
-            )
-        if config.cache_top_k >= classes:
-            raise UsageError(
-                f"--cache-top-k {config.cache_top_k}: there are {classes} classes",
-                "Leave it out to keep all of them.",
-            )
-        if self.method.needs_features and len(config.teacher) > 1:
-            raise UsageError(
-                f"method {config.method} reads features, and those of several teachers have no mean",
-                "Name one --teacher, or use a method of logits.",
-            )
+        config = self.config
         found = [
             Teacher.open(
                 path,

@@ -14,7 +14,7 @@ from kdcli.methods import features, logits
 from kdcli.methods.batch import Batch, Features, Shapes, Training, paired
 from kdcli.methods.logits import noise_of
 from kdcli.methods.objective import CE, Method, Objective
-from kdcli.methods.own import any_own, check_own_method, is_own, load, method
+from kdcli.methods.own import any_own, check_own_method, is_own, load, method, source_sha256, sources
 
 __all__ = [
     "CE",
@@ -35,6 +35,8 @@ __all__ = [
     "method",
     "noise_of",
     "paired",
+    "source_sha256",
+    "sources",
     "unread",
 ]
 

@@ -5,6 +5,7 @@ That is code, and kd runs code only where it is named on the command line, never
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import math
 import re
@@ -127,6 +128,28 @@ def load(name: str, taken: Collection[str]) -> Method:
         needs_labels=bool(about.needs_labels),
         regresses=bool(about.regresses),
     )
+
+
+def source_sha256(name: str) -> str:
+    """SHA-256 of the module that a function of the user's own is in; it is imported if need be.
+
+    Of a module without a file of its own (it is part of Python) it is that of nothing.
+
+    Raises:
+        UsageError: it cannot be imported or read.
+    """
+    load(name, taken=())
+    path = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+    try:
+        source = b"" if path is None else Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(f"--method {name}: cannot read {path}: {error.strerror or error}", _HINT) from error
+    return hashlib.sha256(source).hexdigest()
+
+
+def sources(name: str) -> dict[str, str]:
+    """`source_sha256` of each of the methods joined by `+` that is the user's own."""
+    return {part: source_sha256(part) for part in name.split("+") if is_own(part)}
 
 
 @contextmanager

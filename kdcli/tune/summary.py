@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
 import optuna
 
-from kdcli.config import TrainConfig
+from kdcli.config import TrainConfig, words_of
 from kdcli.tune.space import apply
 from kdcli.tune.study import Trial
 
@@ -39,11 +38,7 @@ def command_of(config: TrainConfig) -> str:
             continue
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         flag = str(extra.get("flag", "--" + name.replace("_", "-")))
-        if isinstance(value, bool):
-            words += [flag] if value else []
-            continue
-        for one in value if isinstance(value, tuple) else (value,):
-            words += [flag, one.as_posix() if isinstance(one, Path) else str(one)]
+        words += words_of(flag, value)
     return shlex.join(words)
 
 
