@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,14 @@ def test_claims_are_made_where_all_seeds_say_so(splits: Splits, monkeypatch: pyt
     assert (kd.verdict, logits.verdict) == ("better", "inconclusive")
     assert kd.difference.p == pytest.approx(0.0351, abs=1e-4)
     assert kd.difference.p_holm == pytest.approx(2 * kd.difference.p)
+    plan.runs[-1].place.result_file.unlink()  # of logits, of which nothing can be claimed then
+    found = conclude(plan, {}, "toy")
+    _, alone, logits = found.standings
+    assert alone.difference is not None
+    assert logits.difference is not None
+    assert alone.difference.p_holm == alone.difference.p == kd.difference.p
+    assert (logits.difference.p, logits.difference.p_holm) == (None, None)
+    assert found.comparisons == 1
 
 
 def test_runs_that_are_left_when_others_failed_make_no_claim(splits: Splits) -> None:
@@ -271,6 +280,7 @@ def test_runs_that_are_left_when_others_failed_make_no_claim(splits: Splits) -> 
         assert other.difference is not None
         assert other.difference.interval == pytest.approx((3.01 - 0.127062, 3.01 + 0.127062), abs=1e-5)
         assert other.verdict == "inconclusive"
+        assert (other.difference.p, other.difference.p_holm, found.comparisons) == (None, None, 0)
         assert f"{lost.label} failed: it broke" in found.notes
         assert any("no fair sample" in note for note in found.notes)
         lost.place.result_file.write_bytes(kept)
@@ -380,3 +390,87 @@ def test_two_at_a_time_are_what_one_after_another_is(workplace: Path) -> None:
     one = planned("one", compared="ce,kd", seeds="1", **common)
     assert without_clock(found) == without_clock(compare(one, data, jobs=1))
     assert students(plan) == students(one)
+
+
+def test_a_weight_goes_to_the_methods_that_have_its_term(splits: Splits) -> None:
+    plan = planned(compared="ce,kd,logits+ls", weight=("kd=2", "ce=0:0.5", "ls=3"))
+    assert [config.weight for config in plan.each] == [
+        ("ce=0:0.5",),
+        ("kd=2", "ce=0:0.5"),
+        ("ce=0:0.5", "ls=3"),
+    ]
+    with pytest.raises(UsageError, match="--weight at=1: none of these methods has such a term") as caught:
+        planned(weight=("at=1",))
+    assert caught.value.hint == "They have ce, kd."
+
+
+@pytest.mark.parametrize(
+    ("compared", "train", "told"),
+    [
+        ("ce,kd", {"assistant": ("lenet",)}, "leave out --assistant"),
+        ("ce,kd", {"generations": 2}, "leave out --generations"),
+        ("logits,kd", {"unlabelled": "more"}, "method kd reads labels"),
+        ("kd,logits", {"cache_top_k": 2}, "method logits regresses all logits"),
+        ("kd,at", {"teacher": ("runs/teacher/student.pt",) * 2}, "method at reads features"),
+    ],
+)
+def test_what_one_method_cannot_have_is_refused_before_any_runs(
+    splits: Splits, compared: str, train: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(UsageError, match=told):
+        planned(compared=compared, **train)
+
+
+def test_what_the_data_shows_to_be_wrong_is_refused_before_any_runs(splits: Splits) -> None:
+    for compared, values, told in (
+        ("ce,at", {"student_stages": "nowhere"}, "nowhere"),
+        ("ce,kd", {"cache_top_k": 3}, "there are 3 classes"),
+        ("ce,kd", {"student": "resnet9000"}, "unknown network"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            compare(planned(compared=compared, **values), splits, jobs=1)
+        assert not Path("comparisons/c/comparison.toml").exists()
+        assert not Path("comparisons/c/runs").exists()
+
+
+def test_a_term_that_weighs_nothing_wants_no_teacher(splits: Splits) -> None:
+    none = {"kd_weight": 0.0, "teacher": "gone.pt"}
+    assert not planned(compared="ce,kd+ls", **none).needs_teacher
+    settings = make(TrainConfig, {"data": "digits", "method": "kd", **none})
+    train._check_place(settings, Path("runs/x"))
+    with pytest.raises(UsageError, match=r"needs its teacher gone\.pt"):
+        train._check_place(settings.model_copy(update={"kd_weight": 0.5}), Path("runs/x"))
+
+
+def test_what_followed_in_a_run_from_its_method_does_not_hold_for_others(
+    splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = fit(make(TrainConfig, {**TRAIN, "method": "kd", "augment": "crop", "name": "r"}), splits).run
+    assert (made.read_config().views, made.read_config().tau) == (2, 3.0)
+    seen: list[Plan] = []
+
+    def stop(plan: Plan, *given: Any, **named: Any) -> None:
+        seen.append(plan)
+        raise KdError("seen")
+
+    monkeypatch.setattr("kdcli.compare.compare", stop)
+    kd = command_line(monkeypatch, command, train)
+    with pytest.raises(KdError, match="seen"):
+        kd("compare", "--config", made.config_file.as_posix(), "--methods", "kd,dkd")
+    assert (seen[0].train.views, seen[0].train.tau, seen[0].train.lr) == (0, None, TRAIN["lr"])
+    Path("chain.toml").write_text("generations = 2\n")
+    with pytest.raises(UsageError, match="leave out --generations"):
+        kd("compare", "--config", "chain.toml", "--teacher", TRAIN["teacher"])
+    assert "--generations" not in kd("compare", "--help").stdout
+
+
+def test_processes_that_find_other_images_make_no_run(workplace: Path) -> None:
+    image_folder(Path("images"))
+    plan = planned("c", compared="ce,ls", seeds="1", data="images", epochs=1, teacher="none.pt")
+    data = load("images")
+    other = replace(data, train=replace(data.train, fingerprint="0" * 64))
+    found = compare(plan, other, jobs=2)
+    assert [run.status for run in found.runs] == ["failed", "failed"]
+    for run in found.runs:
+        assert run.reason == f"the train images of {run.run} changed since it was begun"
+        assert not Path(run.run).exists()

@@ -26,13 +26,13 @@ def options_of(
 
     Args:
         metavars: what --help shows as a field's value, where it is not known to `config` (registry names).
-        without: fields of all but the first that get no option.
+        without: fields of the last that get no option.
     """
     fields = {
         name: field
         for number, kind in enumerate(settings)
         for name, field in kind.model_fields.items()
-        if number == 0 or name not in without
+        if number < len(settings) - 1 or name not in without
     }
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:

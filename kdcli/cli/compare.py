@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
     from kdcli.compare import Comparison, Plan
 
 _OWN = {"method", "seed", "name", "runs_dir", "devices"}  # of each run, not of the comparison
+_CHAIN = {"assistant", "generations"}  # a comparison trains single students
 _AFTERWARDS = {"csv", "markdown", "jobs"}  # go with --resume
 
 
-@options_of(CompareConfig, TrainConfig, metavars={"student": "NETWORK"}, without=_OWN)
+@options_of(CompareConfig, TrainConfig, metavars={"student": "NETWORK"}, without=_OWN | _CHAIN)
 def compare(
     *,
     recipe: Annotated[
@@ -60,7 +62,8 @@ def compare(
         )
     if resume is None:
         _note_unread(settings, train)
-        train = {**(_shared(read_recipe(recipe, train)) if recipe else {}), **train}
+        # its method is another than the file's: what followed from that does not hold
+        train = {**(_shared(read_recipe(recipe, {**train, "method": None})) if recipe else {}), **train}
     with imports():
         from kdcli import compare as engine
         from kdcli import report
@@ -79,7 +82,7 @@ def compare(
     if found.failed:
         raise KdError(
             f"{len(found.failed)} of {len(found.runs)} runs failed: {found.failed[0].reason}",
-            f"{plan.resume_command} tries them again.",
+            f"{plan.resume_command or 'The same command'} tries them again.",
         )
 
 
@@ -125,7 +128,7 @@ def _show(found: Comparison, plan: Plan) -> None:
     _ui.say(f"teacher runs over a set of images, all runs together: {found.teacher_passes}")
     _ui.say(f"wrote {plan.result_file.as_posix()} and figure.svg beside it")
     if not found.failed:
-        _ui.next_command(f"kd report {plan.resume_command.removeprefix('kd compare --resume ')}")
+        _ui.next_command(f"kd report {shlex.quote(plan.folder.as_posix())}")
 
 
 def register(app: typer.Typer) -> None:

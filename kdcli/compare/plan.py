@@ -9,13 +9,14 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import tomli_w
+from pydantic import Field
 
 from kdcli import methods
 from kdcli.config import CompareConfig, Settings, TrainConfig, make
-from kdcli.engine.plan import resolve
+from kdcli.engine.plan import check, resolve
 from kdcli.engine.run_dir import PLACE, RunDir
 from kdcli.errors import KdError, UsageError
 from kdcli.files import write_text
@@ -26,14 +27,21 @@ _FREE = {"save_every", "keep", "tensorboard", "cache_dir", "data_dir"}
 _LONGEST_NAME = 80
 
 
+class Settled(Settings):
+    """What is decided once for all runs: those that differ in it differ by more than their method."""
+
+    threads: Annotated[int, Field(strict=True, ge=1, le=1024)]
+    precision: Literal["32", "bf16"]
+
+
 class _Stored(Settings):
     """A comparison.toml."""
 
     methods: tuple[str, ...]
-    seeds: tuple[int, ...]
+    seeds: tuple[Annotated[int, Field(strict=True, ge=0, lt=2**63)], ...]
     baseline: str
     train: dict[str, Any]
-    settled: dict[str, str | int]
+    settled: Settled
     inputs: dict[str, str]
 
 
@@ -87,7 +95,7 @@ class Plan:
         baseline: the method that the others are compared with.
         train: what all runs share; its method and seed mean nothing.
         settled: `precision` and `threads` where `train` leaves them open: the same for all runs, from the first on.
-        inputs: fingerprints of data, teacher and student.
+        inputs: fingerprints of data, teacher, student and methods that are code.
     """
 
     folder: Path
@@ -95,7 +103,7 @@ class Plan:
     seeds: tuple[int, ...]
     baseline: str
     train: TrainConfig
-    settled: Mapping[str, str | int] | None = None
+    settled: Settled | None = None
     inputs: Mapping[str, str] | None = None
 
     @property
@@ -112,15 +120,19 @@ class Plan:
 
     @property
     def resume_command(self) -> str:
+        """What goes on with it; empty where a method is code, which only the command it was begun with names."""
+        if any(map(methods.any_own, self.methods)):
+            return ""
         return f"kd compare --resume {shlex.quote(self.folder.as_posix())}"
 
     @property
+    def each(self) -> tuple[TrainConfig, ...]:
+        """The settings of a run of each method."""
+        return tuple(self._config(name, 0) for name in self.methods)
+
+    @property
     def needs_teacher(self) -> bool:
-        return any(
-            methods.get(name).needs_teacher
-            and set(methods.get(name).weights(self._config(name, 0))) != {"ce"}
-            for name in self.methods
-        )
+        return any(methods.get(config.method).active(config).needs_teacher for config in self.each)
 
     @cached_property
     def runs(self) -> tuple[PlannedRun, ...]:
@@ -133,8 +145,10 @@ class Plan:
             "seed": seed,
             "name": f"{_folder_name(method)}-seed{seed}",
             "runs_dir": self.folder / "runs",
+            "weight": tuple(text for text in self.train.weight if _term(text) in _terms(method)),
         }
-        return self.train.model_copy(update={**own, **(self.settled or {})})
+        settled = self.settled.model_dump() if self.settled else {}
+        return self.train.model_copy(update={**settled, **own})
 
     def check(self) -> None:
         """Look at what can be wrong before anything is trained.
@@ -156,9 +170,14 @@ class Plan:
                 "kd compare makes each run in one process",
                 "Leave out --devices; --jobs makes several at a time.",
             )
-        for name in self.methods:
-            config = resolve(self._config(name, 0))
-            methods.get(name).weights(config)
+        terms = dict.fromkeys(term for name in self.methods for term in _terms(name))
+        stray = next((text for text in self.train.weight if _term(text) not in terms), None)
+        if stray is not None:
+            raise UsageError(
+                f"--weight {stray}: none of these methods has such a term", f"They have {', '.join(terms)}."
+            )
+        for config in self.each:
+            check(config)
         missing = [path for path in self.train.teacher if not path.is_file()]
         if self.needs_teacher and missing:
             raise KdError(
@@ -178,7 +197,7 @@ class Plan:
             "seeds": list(self.seeds),
             "baseline": self.baseline,
             "train": _plain(self.train),
-            "settled": dict(self.settled or {}),
+            "settled": self.settled.model_dump() if self.settled else {},
             "inputs": dict(self.inputs or {}),
         }
         try:
@@ -210,6 +229,9 @@ class Plan:
             raise KdError(f"{path} is not TOML: {error}", "Start the comparison anew.") from error
         try:
             stored = make(_Stored, document)
+            each = next((name for name in EACH if name in stored.train), None)
+            if each is not None:
+                raise UsageError(f"train has {each}, which each run has of its own")
             train = make(TrainConfig, stored.train)
         except UsageError as error:
             raise KdError(f"{path}: {error.message}", "Start the comparison anew.") from error
@@ -242,7 +264,8 @@ class Plan:
             raise UsageError(
                 f"{self.folder} was begun with {_flag(name)} {_shown(theirs.get(name))}, "
                 f"not {_shown(mine.get(name))}",
-                f"Choose another --name; {stored.resume_command} goes on with it as it is.",
+                "Choose another --name; "
+                f"{stored.resume_command or 'the command it was begun with'} goes on with it as it is.",
             )
         return replace(stored, train=self.train)
 
@@ -270,6 +293,16 @@ def make_plan(settings: CompareConfig, train: Mapping[str, Any]) -> Plan:
     plan = Plan(settings.out / name[:_LONGEST_NAME], names, settings.seed_numbers, baseline, config)
     plan.check()
     return plan
+
+
+def _term(text: str) -> str:
+    """The term that a --weight is for."""
+    return text.partition("=")[0].strip()
+
+
+def _terms(method: str) -> dict[str, None]:
+    """Names of the terms that a method may have, in order."""
+    return dict.fromkeys((methods.CE, *(part.name for part in methods.get(method).parts)))
 
 
 def _plain(config: TrainConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -84,8 +85,8 @@ class Difference(_Model):
     Attributes:
         count: seeds with which both runs are finished.
         by_seed: (seed, difference) of each.
-        deviation, interval, p: None for one seed.
-        p_holm: p that holds for all comparisons of this table together.
+        deviation, interval, p: None for one seed; p also where a run is missing.
+        p_holm: p that holds for all comparisons of this table that have one together.
     """
 
     count: Annotated[int, Field(ge=1, lt=2**53)]
@@ -126,7 +127,7 @@ class Comparison(_Model):
         folder: where it lies.
         test_images: the step of an accuracy is 100 / test_images.
         teacher_passes: over a data set, of all runs together.
-        comparisons: with the baseline, in this table.
+        comparisons: with the baseline, in this table, without those that runs are missing of.
         notes: what a reader must know, a line each.
     """
 
@@ -206,7 +207,7 @@ def conclude(plan: Plan, failures: Mapping[str, str], label: str) -> Comparison:
         baseline=plan.baseline,
         level=LEVEL,
         test_images=test_images,
-        comparisons=len(plan.methods) - 1,
+        comparisons=len(plan.methods) - 1 - len(_withheld(plan, runs)),
         teacher_passes=sum(run.teacher_passes for run in runs),
         standings=standings,
         runs=runs,
@@ -264,6 +265,8 @@ def _standings(plan: Plan, runs: Sequence[RunFigures], resolution: float) -> lis
     summaries = {
         name: summary([value for _, value in pairs], resolution) for name, pairs in paired.items() if pairs
     }
+    withheld = _withheld(plan, runs)
+    summaries |= {name: replace(summaries[name], p=None) for name in withheld if name in summaries}
     tested = [name for name, found in summaries.items() if found.p is not None]
     adjusted = dict(zip(tested, holm([summaries[name].p or 0.0 for name in tested]), strict=True))
     standings = []
@@ -272,16 +275,15 @@ def _standings(plan: Plan, runs: Sequence[RunFigures], resolution: float) -> lis
         values = [run.test_accuracy for run in own.values() if run.test_accuracy is not None]
         validated = [run.val_accuracy for run in own.values() if run.val_accuracy is not None]
         alone = summary(values, resolution) if values else None
-        failed = len(plan.seeds) - len(own)
         claim = "baseline" if name == plan.baseline else verdict(found)
-        if (failed or len(base) < len(plan.seeds)) and found is not None and found.interval is not None:
-            claim = INCONCLUSIVE if claim != "baseline" else claim  # those that are left are no fair sample
+        if name in withheld and found is not None and found.interval is not None:
+            claim = INCONCLUSIVE
         standings.append(
             Standing(
                 method=name,
                 is_baseline=name == plan.baseline,
                 count=len(values),
-                failed=failed,
+                failed=len(plan.seeds) - len(own),
                 test_mean=None if alone is None else alone.mean,
                 test_deviation=None if alone is None else alone.deviation,
                 test_interval=None if alone is None else alone.interval,
@@ -291,6 +293,15 @@ def _standings(plan: Plan, runs: Sequence[RunFigures], resolution: float) -> lis
             )
         )
     return standings
+
+
+def _withheld(plan: Plan, runs: Sequence[RunFigures]) -> set[str]:
+    """Methods of which nothing is claimed, for a run of theirs or of the baseline is missing.
+
+    Those that are left are no fair sample.
+    """
+    missing = {run.method for run in runs if run.test_accuracy is None}
+    return {name for name in plan.methods if name != plan.baseline and missing & {name, plan.baseline}}
 
 
 def _difference(found: Summary, by_seed: list[tuple[int, float]], p_holm: float | None) -> Difference:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -18,12 +18,14 @@ import torch
 
 import kdcli
 from kdcli import files, rows, runtime
-from kdcli.compare.plan import Plan, PlannedRun
+from kdcli.compare.plan import Plan, PlannedRun, Settled
 from kdcli.compare.result import Comparison, conclude
+from kdcli.config import make
 from kdcli.data import Splits
 from kdcli.engine import fit
-from kdcli.engine.plan import split
-from kdcli.engine.student import make_student
+from kdcli.engine.inputs import check_unchanged, fingerprints
+from kdcli.engine.plan import check, split
+from kdcli.engine.student import check_student, make_student
 from kdcli.errors import Interrupted, KdError, UsageError
 from kdcli.events import Event, Note, OnEvent, Progress, ignore
 
@@ -74,32 +76,24 @@ def _default_jobs(plan: Plan) -> int:
 
 def _begin(plan: Plan, data: Splits, jobs: int, on_event: OnEvent) -> Plan:
     """The comparison with all that its runs must have in common, in its folder."""
-    inputs = {"train images": data.train.fingerprint, "test images": data.test.fingerprint}
-    if plan.needs_teacher:
-        for path in plan.train.teacher:
-            inputs[f"teacher {path}" if len(plan.train.teacher) > 1 else "teacher"] = files.sha256_file(path)
-    if plan.train.student_file is not None:
-        inputs["student"] = files.sha256_file(plan.train.student_file)
     plan = plan.as_begun()
+    for config in plan.each:
+        check(config, data)
+        check_student(config, data.train)
+    inputs = {name: sha256 for config in plan.each for name, sha256 in fingerprints(config, data).items()}
     if plan.inputs is None:
         plan = replace(plan, inputs=inputs, settled=_settle(plan, data, jobs, on_event))
         plan.save()
-    known = plan.inputs or {}
-    for name in {**known, **inputs}:
-        if known.get(name) != inputs.get(name):
-            raise KdError(
-                f"the {name} of {plan.folder} changed since it was begun",
-                "Restore what it began with, or choose another --name.",
-            )
+    check_unchanged(plan.inputs or {}, inputs, str(plan.folder))
     return plan
 
 
-def _settle(plan: Plan, data: Splits, jobs: int, on_event: OnEvent) -> dict[str, str | int]:
+def _settle(plan: Plan, data: Splits, jobs: int, on_event: OnEvent) -> Settled:
     """Threads and precision, decided once: runs that differ in them differ by more than their method."""
     threads = runtime.set_threads(plan.train.threads or max(1, runtime.available_cores() // jobs))
     config = plan.runs[0].config
     if config.precision != "auto":
-        return {"threads": threads, "precision": config.precision}
+        return make(Settled, {"threads": threads, "precision": config.precision})
     train = data.train
     samples, _ = split(train.labels, config.val_fraction)
     device = torch.device(runtime.choose_device(config.accelerator))
@@ -108,14 +102,14 @@ def _settle(plan: Plan, data: Splits, jobs: int, on_event: OnEvent) -> dict[str,
     precision, _ = runtime.choose_precision(
         "auto", student.network, student.prepare(pixels), len(train.classes)
     )
-    return {"threads": threads, "precision": precision}
+    return make(Settled, {"threads": threads, "precision": precision})
 
 
 def _interrupted(plan: Plan, exit_code: int) -> Interrupted:
     done = sum(run.is_finished() for run in plan.runs)
     return Interrupted(
         f"stopped with {done} of {len(plan.runs)} runs finished; what was begun is saved",
-        plan.resume_command,
+        plan.resume_command or "Type the same command again.",
         exit_code=exit_code,
     )
 
@@ -198,11 +192,16 @@ def _here(
 class _Worker:
     """A process with one run, and a thread that hears it."""
 
-    def __init__(self, run: PlannedRun, answers: queue.Queue[tuple[_Worker, dict[str, Any] | None]]) -> None:
+    def __init__(
+        self,
+        run: PlannedRun,
+        inputs: Mapping[str, str],
+        answers: queue.Queue[tuple[_Worker, dict[str, Any] | None]],
+    ) -> None:
         self.run = run
         self.end: dict[str, Any] | None = None
         self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 — closed in `close`
-        asked: dict[str, Any] = {"run": run.place.path.as_posix()}
+        asked: dict[str, Any] = {"run": run.place.path.as_posix(), "inputs": dict(inputs)}
         if not run.is_begun():
             asked["config"] = run.config.model_dump(mode="json")
         # a session of its own: Ctrl-C in the terminal reaches it by way of this process
@@ -266,7 +265,7 @@ def _in_processes(
     try:
         while left or working:
             while left and len(working) < jobs and not stop and refused is None:
-                working.append(_Worker(left.pop(0), answers))
+                working.append(_Worker(left.pop(0), plan.inputs or {}, answers))
             if (stop or refused is not None) and not passed_on:
                 passed_on = True
                 left = []

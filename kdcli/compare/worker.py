@@ -1,8 +1,8 @@
 """One run in a process of its own: `python -m kdcli.compare.worker`, asked on stdin, answering on stdout.
 
-The first line of stdin is a JSON object: `run`, the run's folder, and either `config`, its settings, or nothing more,
-to resume it. Each line of stdout is a JSON object: `progress`, `note` or, last, `end`. When stdin ends before the run
-does, whoever asked is dead, and the run saves its state and stops.
+The first line of stdin is a JSON object: `run`, the run's folder, `inputs`, SHA-256 of what it is made of, and either
+`config`, its settings, or nothing more, to resume it. Each line of stdout is a JSON object: `progress`, `note` or,
+last, `end`. When stdin ends before the run does, whoever asked is dead, and the run saves its state and stops.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from kdcli.config import TrainConfig, make
 from kdcli.engine import RunDir, fit
-from kdcli.engine.inputs import load_data
+from kdcli.engine.inputs import check_unchanged, fingerprints, load_data
 from kdcli.errors import Interrupted, KdError, UsageError
 from kdcli.events import Event, Note, Progress
 
@@ -44,7 +44,10 @@ def main() -> None:
     try:
         resume = "config" not in asked
         config = place.read_config() if resume else make(TrainConfig, asked["config"])
-        fit(config, load_data(config), resume=place if resume else None, on_event=on_event)
+        data = load_data(config)
+        mine = fingerprints(config, data)
+        check_unchanged({name: asked["inputs"].get(name) for name in mine}, mine, asked["run"])
+        fit(config, data, resume=place if resume else None, on_event=on_event)
     except KdError as error:
         kind = "failed"
         if isinstance(error, Interrupted | UsageError):
