@@ -502,6 +502,14 @@ def test_a_fault_of_kd_gives_the_trial_back(
         ({"devices": 2}, ["lr=1e-3:1"], "--devices"),
         ({"method": "magic"}, ["lr=1e-3:1"], "unknown method"),
         ({}, ["dropout=0:0.5"], "convnet-tiny has none"),
+        ({"assistant": ("lenet",)}, ["lr=1e-3:1"], "leave out --assistant"),
+        ({"generations": 2}, ["lr=1e-3:1"], "leave out --generations"),
+        ({"unlabelled": "more"}, ["lr=1e-3:1"], "method ce reads labels"),
+        ({"cache_top_k": 2}, ["method=kd|logits"], "method logits regresses all logits"),
+        ({"teacher": ("a.pt", "b.pt")}, ["method=kd|at"], "method at reads features"),
+        ({"views": 2}, ["augment=flip|none"], "augment none has 1 distinct view"),
+        ({"augment": "flip"}, ["views=1:3"], "augment flip has 2 distinct view"),
+        ({"weight": ("kd=2",)}, ["method=kd|logits"], "method logits has no such term"),
     ],
 )
 def test_settings_that_make_no_search_are_refused_before_it(
@@ -522,6 +530,8 @@ def test_other_settings_than_the_study_was_begun_with_are_an_error(
         ({"seed": 1}, "seed was 0, now 1"),
         ({"sampler": "random"}, "sampler was tpe, now random"),
         ({"seeds": 2}, "seeds was 1, now 2"),
+        ({"weight": ("ce=2",)}, r"weight was \[\], now \['ce=2'\]"),
+        ({"view_seed": 3}, "view seed was None, now 3"),
     ]:
         with pytest.raises(UsageError, match=said) as caught:
             search_for(splits, "lr=1e-3:1", trials=1, **changes)
@@ -531,7 +541,7 @@ def test_other_settings_than_the_study_was_begun_with_are_an_error(
     with pytest.raises(UsageError, match="data was"):
         search_for(make_splits(train=93), "lr=1e-3:1", trials=1)
     # where it works, and how many trials there are, may change
-    assert len(search_for(splits, "lr=1e-3:1", trials=2, threads=2, cache_dir="c").trials) == 2
+    assert len(search_for(splits, "lr=1e-3:1", trials=2, threads=2, cache_dir="c", data_dir="d").trials) == 2
     Path("runs/toy/study.db").unlink()
     with pytest.raises(UsageError, match="trials of a study that is not in the storage"):
         search_for(splits, "lr=1e-3:1", trials=1)
@@ -839,3 +849,77 @@ def test_killed_and_gone_on_with_by_two_processes_every_trial_is_recorded_once(w
         Path(f"runs/toy/trial-{best.number:04d}/student.pt")
     ]
     assert not list(Path("runs/toy").glob("*/last*.pt"))
+
+
+class _Elsewhere:
+    """A study of which another process finishes a better trial as soon as it has been looked at once."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def _there(self) -> tuple[studies.Trial, ...]:
+        self.looks += 1
+        both = studies.Trial(0, "complete", {}, 50.0), studies.Trial(1, "complete", {}, 60.0)
+        return both[: self.looks]
+
+    def trials(self) -> tuple[studies.Trial, ...]:
+        return self._there()
+
+    def numbers_over(self) -> set[int]:
+        return {trial.number for trial in self._there()}
+
+
+def test_the_best_trial_that_another_process_has_just_finished_keeps_its_student(
+    workplace: Path, splits: Splits
+) -> None:
+    for number in (0, 1):
+        place = Path(f"runs/toy/trial-{number:04d}")
+        place.mkdir(parents=True)
+        (place / "student.pt").touch()
+    tidying = search._Search.__new__(search._Search)
+    tidying.config, tidying.folder, tidying.tidied = config(), Path("runs/toy"), set()
+    tidying.study = _Elsewhere()  # type: ignore[assignment]
+    tidying._tidy()
+    assert [path.parent.name for path in Path("runs/toy").glob("*/student.pt")] == ["trial-0001"]
+
+
+def test_the_command_to_go_on_with_has_each_value_of_a_list() -> None:
+    options = {"teacher": [Path("a.pt"), Path("my b.pt")], "weight": ["kd=2"], "grey": True, "trials": 3}
+    again = cli_tune._again(config(), ["tau=1:2"], None, options)
+    assert again == (
+        "kd tune --tune tau=1:2 --teacher a.pt --teacher 'my b.pt' --weight kd=2 --grey --trials 3"
+    )
+
+
+def test_what_followed_in_a_run_from_a_setting_that_is_tuned_does_not_hold(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make(TrainConfig, {k: v for k, v in PLAIN.items() if k in TrainConfig.model_fields})
+    made = engine.fit(run.model_copy(update={"epochs": 1}), splits).run
+    assert engine.RunDir(made.path).read_config().views == 1
+    seen: list[TuneConfig] = []
+
+    def stop(wanted: TuneConfig, space: Space) -> None:
+        seen.append(wanted)
+        raise KdError("seen")
+
+    monkeypatch.setattr(search, "check", stop)
+    call = command_line(monkeypatch, cli_train, cli_tune)
+    words = ["tune", "--config", made.config_file.as_posix(), "--tune"]
+    for tuned in ("epochs=2|3", "kd-weight=0:1", "method=kd|logits"):
+        with pytest.raises(KdError, match="seen"):
+            call(*words, tuned, *(["--method", "kd"] if "kd-weight" in tuned else []))
+        assert seen.pop().views == 0
+    with pytest.raises(KdError, match="seen"):
+        call(*words, "lr=0.1:1", "--trials", "3")
+    assert seen.pop().lr == PLAIN["lr"]
+
+
+def test_chains_are_no_part_of_a_search(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("assistant", "generations"):
+        with pytest.raises(UsageError, match="a trial trains a single student") as caught:
+            space_of(f"{name}=1|2")
+        assert caught.value.hint == "Leave it out."
+    help_text = command_line(monkeypatch, cli_train, cli_tune)("tune", "--help").stdout
+    assert "--generations" not in help_text and "--student" in help_text
+    assert config(study="", method="kd+my.module:f").study_name == "tune-kd+f-convnet-tiny"

@@ -12,7 +12,7 @@ from kdcli import methods
 from kdcli.cli import _ui
 from kdcli.cli._imports import imports
 from kdcli.cli._options import options_of
-from kdcli.config import METHOD, SEARCH, TuneConfig, make
+from kdcli.config import METHOD, SEARCH, TuneConfig, make, words_of
 from kdcli.errors import Interrupted, KdError, UsageError
 from kdcli.recipes import RECIPES, read_recipe
 
@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from kdcli.tune.search import Tuned
 
 
-@options_of(TuneConfig, metavars={"method": "|".join(methods.METHODS), "student": "NETWORK"})
+@options_of(
+    TuneConfig,
+    metavars={"method": "|".join(methods.METHODS), "student": "NETWORK"},
+    without=("assistant", "generations"),  # a trial trains a single student
+)
 def tune(
     *,
     ranges: Annotated[
@@ -48,11 +52,17 @@ def tune(
 
     Stopped or killed, it is gone on with by the same command, by several processes at once if wanted.
     """
-    config = make(TuneConfig, {**(read_recipe(recipe, options) if recipe else {}), **options})
     from kdcli.tune import space as spaces
     from kdcli.tune import storage
 
     storage.require()
+    tuned = spaces.names_of(ranges or [])
+    started: dict[str, Any] = {}
+    if recipe:  # what followed from a setting that is tuned does not hold
+        started = read_recipe(recipe, {**options, **dict.fromkeys(tuned, ...)})
+        started = {name: value for name, value in started.items() if name != "method" or name not in tuned}
+    config = make(TuneConfig, {**started, **options})
+    methods.check_own_method(config, options.get("method"), str(recipe))
     space = spaces.read_space(ranges or [], config.train)
     _note_unread(config, space, options)
     again = _again(config, ranges or [], recipe, options)
@@ -82,36 +92,18 @@ def _again(config: TuneConfig, ranges: list[str], recipe: str | None, options: d
     if recipe:
         words += ["--recipe", recipe]
     for name, value in options.items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            words += [flag] if value else []
-        elif name == "storage":
-            words += [flag, storage.shown(storage.read_url(str(value), Path("study.db")))]
-        else:
-            words += [flag, value.as_posix() if isinstance(value, Path) else str(value)]
+        shown = storage.shown(storage.read_url(str(value), Path("study.db"))) if name == "storage" else value
+        words += words_of("--" + name.replace("_", "-"), shown)
     return shlex.join(words)
 
 
 def _search(config: TuneConfig, space: Any) -> Tuned:
-    stored = config.student_file
-    if stored is not None and not stored.is_file():
-        raise UsageError(f"no such student: {stored}", "--student takes a network's name or a .pt file.")
     with imports():
-        from kdcli import data, models
+        from kdcli.engine.inputs import load_data
         from kdcli.tune import search
     search.check(config, space)
     with _ui.progress() as on_event:
-        splits = data.load(
-            config.data,
-            data_dir=config.data_dir,
-            cache_dir=config.cache_dir,
-            image_size=config.image_size,
-            grey=config.grey,
-            fit_to=models.load(stored).input_size if stored is not None else None,
-            skip_broken=config.skip_broken,
-            on_event=on_event,
-        )
-        return search.tune(config, space, splits, on_event=on_event)
+        return search.tune(config, space, load_data(config, on_event), on_event=on_event)
 
 
 def _finish(found: Tuned, config: TuneConfig, again: str) -> None:

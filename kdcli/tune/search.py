@@ -16,12 +16,13 @@ from kdcli import methods, models, runtime
 from kdcli.config import TrainConfig, TuneConfig, make
 from kdcli.data import Splits
 from kdcli.engine import fit
+from kdcli.engine.plan import check as check_run
 from kdcli.engine.plan import split
 from kdcli.errors import Interrupted, KdError, UsageError
 from kdcli.events import Epoch, Event, Note, OnEvent, Progress, ignore
 from kdcli.files import sha256_file
 from kdcli.tune import figures, storage, summary
-from kdcli.tune.space import FIXED, Choice, Space, Value, apply
+from kdcli.tune.space import UNSEEN, Choice, Space, Value, apply, methods_of, tried
 from kdcli.tune.study import Study, TakenAway, Trial
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _OTHERWISE_KNOWN = (
     "data",
+    "unlabelled",
     "teacher",
     "student",
 )  # by content; where it lies may differ from machine to machine
@@ -136,8 +138,8 @@ def check(config: TuneConfig, space: Space) -> None:
             "--devices: a trial is trained in one process",
             "Start kd tune once for each device, with the same settings.",
         )
-    if not any(part.name == "method" for part in space):
-        methods.get(config.method)
+    for settings in tried(space, config.train):
+        check_run(settings)
 
 
 def _check_dropout(config: TuneConfig, space: Space) -> None:
@@ -158,10 +160,12 @@ def _check_dropout(config: TuneConfig, space: Space) -> None:
 def _record(config: TuneConfig, space: Space, data: Splits) -> dict[str, Any]:
     """What must be the same for all processes of a study, as plain values."""
     tuned = {part.name for part in space}
-    left_out = {
-        name for name in FIXED if name not in ("seed", "val_fraction", "grey", "image_size", "skip_broken")
+    fixed = config.train.model_dump(mode="json", exclude={*UNSEEN, *tuned, *_OTHERWISE_KNOWN})
+    code = {
+        name: sha256
+        for method in methods_of(space, config.train)
+        for name, sha256 in methods.sources(method).items()
     }
-    fixed = config.train.model_dump(mode="json", exclude={*left_out, *tuned, *_OTHERWISE_KNOWN})
     files: dict[str, Path | None] = {}
     if "student" not in tuned:
         files["student"] = config.student_file
@@ -173,6 +177,8 @@ def _record(config: TuneConfig, space: Space, data: Splits) -> dict[str, Any]:
                 "tune": sorted(map(str, space)),
                 "settings": fixed,
                 "data": data.train.fingerprint,
+                "images without labels": data.unlabelled.fingerprint if data.unlabelled else None,
+                "code": code,
                 "files": {name: _content(path) if path else config.student for name, path in files.items()},
                 "sampler": config.sampler,
                 "pruner": config.pruner,
@@ -349,8 +355,10 @@ class _Search:
 
     def _tidy(self) -> None:
         """Of trials that are over keep records, and the student of the best alone: many would fill the disk."""
+        # in this order: what ends in between, elsewhere, is not among these, and may be the best
+        over = self.study.numbers_over() - self.tidied
         best = summary.best_of(self.study.trials())
-        for number in self.study.numbers_over() - self.tidied:
+        for number in over:
             place = self._place(number)
             kept = best is not None and best.number == number
             for path in (*place.glob("**/last*.pt"), *place.glob("**/student.pt")):

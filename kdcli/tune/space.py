@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -22,20 +23,28 @@ Value = bool | int | float | str
 _OF_DATA = "it says which images there are, so accuracies could not be compared"
 _OF_PLACE = "it says where or on what a run works, and not how a student learns"
 _OF_RECORD = "it says what is kept of a run, and not how a student learns"
+_OF_CHAINS = "a trial trains a single student, and no chain"
 FIXED = {
-    **dict.fromkeys(("data", "data_dir", "image_size", "skip_broken", "grey"), _OF_DATA),
-    **dict.fromkeys(("cache_dir", "runs_dir", "threads", "devices", "accelerator", "compile"), _OF_PLACE),
+    **dict.fromkeys(("data", "unlabelled", "image_size", "skip_broken", "grey"), _OF_DATA),
+    **dict.fromkeys(
+        ("data_dir", "cache_dir", "runs_dir", "threads", "devices", "accelerator", "compile"), _OF_PLACE
+    ),
     **dict.fromkeys(("name", "save_every", "keep", "log_every", "tensorboard"), _OF_RECORD),
+    **dict.fromkeys(("assistant", "generations"), _OF_CHAINS),
     "view_seed": "the luckiest views are no better setting",
     "teacher_weight": "it is a list, a weight for each teacher",
     "weight": "it is a list, a weight for each term; ce-weight and kd-weight can be tuned",
     "val_fraction": "the validation split is what trials are judged by",
     "seed": "the luckiest seed is no better setting; --seeds K takes the mean over several",
 }
+UNSEEN = {
+    name for name, why in FIXED.items() if why in (_OF_PLACE, _OF_RECORD)
+}  # in what a student has learned
 BY_RATIO = (
     "lr",
     "weight_decay",
 )  # twice as much means the same anywhere: logarithmic unless `:linear` says otherwise
+_MOST_TRIED = 256
 _RANGE = re.compile(r"([^:|]+):([^:|]+)(?::(log|linear))?")
 
 
@@ -89,6 +98,31 @@ def read_space(texts: Sequence[str], config: TrainConfig) -> Space:
     return space
 
 
+def names_of(texts: Sequence[str]) -> set[str]:
+    """Names of the settings that are searched; nothing is made of their values, nor any method looked up.
+
+    Raises:
+        UsageError: kd train has no such setting.
+    """
+    return {_setting(text.partition("=")[0].strip()) for text in texts if "=" in text}
+
+
+def methods_of(space: Space, config: TrainConfig) -> tuple[str, ...]:
+    """The methods that trials may have."""
+    tuned = next((part.values for part in space if isinstance(part, Choice) and part.name == "method"), None)
+    return tuple(map(str, tuned or (config.method,)))
+
+
+def tried(space: Space, config: TrainConfig) -> Iterator[TrainConfig]:
+    """Settings that trials may have: each method with all choices, at most so many, and the upper ends of ranges."""
+    for method in methods_of(space, config):
+        parts = [part for part in read_by(space, method) if part.name != "method"]
+        values = [part.values if isinstance(part, Choice) else (part.high,) for part in parts]
+        for chosen in itertools.islice(itertools.product(*values), _MOST_TRIED):
+            named = dict(zip((part.name for part in parts), chosen, strict=True))
+            yield apply(config, {**named, "method": method})
+
+
 def read_by(space: Space, method: str) -> Space:
     """The part of a space that a method reads."""
     without = methods.unread(method, [part.name for part in space])
@@ -110,7 +144,11 @@ def _read(text: str, config: TrainConfig) -> Range | Choice:
         )
     name = _setting(typed.strip())
     if name in FIXED:
-        raise UsageError(f"--tune {typed}: {FIXED[name]}", f"Give it to all trials: {_flag(name)}")
+        offered = FIXED[name] != _OF_CHAINS
+        raise UsageError(
+            f"--tune {typed}: {FIXED[name]}",
+            f"Give it to all trials: {_flag(name)}" if offered else "Leave it out.",
+        )
     kind = _kind(TrainConfig.model_fields[name])
     found = _RANGE.fullmatch(rest.strip())
     made: Range | Choice
@@ -209,8 +247,7 @@ def _within_bounds(part: Range | Choice, config: TrainConfig, text: str) -> Rang
 
 def _check_read(space: Space, config: TrainConfig) -> None:
     """Raise UsageError if a setting is read by none of the methods in question."""
-    tuned = next((part.values for part in space if isinstance(part, Choice) and part.name == "method"), None)
-    asked = [str(name) for name in tuned or (config.method,)]
+    asked = methods_of(space, config)
     for part in space:
         if all(methods.unread(method, [part.name]) for method in asked):
             names = f"method {asked[0]} does" if len(asked) == 1 else f"methods {', '.join(asked)} do"
