@@ -19,7 +19,7 @@ from kdcli.config import TrainConfig
 from kdcli.data import Splits
 from kdcli.engine import RunDir, fit
 from kdcli.engine.inputs import load_data
-from kdcli.engine.run_dir import PLACE
+from kdcli.engine.run_dir import PLACE, resume_command
 from kdcli.errors import Interrupted, KdError, UsageError
 from kdcli.events import Note, OnEvent, ignore
 from kdcli.teacher.recorded import teachers_of
@@ -102,11 +102,9 @@ def read_finished(folder: Path, method: str = "") -> Finished:
         UsageError: it had several processes.
     """
     place = RunDir.existing(folder)
-    if not place.result_file.is_file():
-        raise KdError(
-            f"{folder} is not finished", f"kd train --resume {shlex.quote(folder.as_posix())} finishes it."
-        )
     config = place.read_config()
+    if not place.result_file.is_file():
+        raise KdError(f"{folder} is not finished", f"{resume_command(folder, config.method)} finishes it.")
     methods.check_own_method(config, method, str(folder))
     methods.get(config.method)
     result, environment = _json(place.result_file), _json(place.environment_file)
@@ -130,7 +128,7 @@ def read_finished(folder: Path, method: str = "") -> Finished:
 
 
 def check_inputs(found: Finished, on_event: OnEvent = ignore) -> Splits:
-    """The run's data, when teacher, data and student's file are all those it recorded.
+    """The run's data, when it, teacher, student's file and code of one's own are all those that were recorded.
 
     Raises:
         KdError: one is missing, or is not the one that the run had.
@@ -150,13 +148,26 @@ def check_inputs(found: Finished, on_event: OnEvent = ignore) -> Splits:
                 f"the {what} {path} is not the one {folder} was made with: its SHA-256 is another",
                 f"Restore the file with SHA-256 {sha256}.",
             )
+    code = provenance.get("method_sha256")
+    for name, sha256 in methods.sources(config.method).items():
+        if isinstance(code, dict) and code.get(name) != sha256:
+            raise KdError(
+                f"the code of {name} is not the one {folder} was made with: its SHA-256 is another",
+                f"Restore the file with SHA-256 {code.get(name)}, or train anew.",
+            )
     data = load_data(config, on_event)
     about = provenance.get("data")
     about = about if isinstance(about, dict) else {}
-    for part, images in (("train", data.train), ("test", data.test)):
-        if about.get(f"fingerprint_{part}") != images.fingerprint:
+    more = about.get("unlabelled")
+    more = more if isinstance(more, dict) else {}
+    for what, recorded_as, images in (
+        (f"train images of {config.data}", about.get("fingerprint_train"), data.train),
+        (f"test images of {config.data}", about.get("fingerprint_test"), data.test),
+        (f"images without labels, {config.unlabelled},", more.get("fingerprint"), data.unlabelled),
+    ):
+        if recorded_as != (None if images is None else images.fingerprint):
             raise KdError(
-                f"the {part} images of {config.data} are not those {folder} was made with: their SHA-256 is another",
+                f"the {what} are not those {folder} was made with: their SHA-256 is another",
                 "Restore the data, or train anew.",
             )
     return data
@@ -176,16 +187,18 @@ def reproduce(
     """
     for mark in found.marks:
         on_event(Note(f"{found.place.path} was itself resumed with a difference: {mark}"))
-    again, begun = _place_of(found)
-    try:
-        result = fit(_config_of(found, again), data, resume=again if begun else None, on_event=on_event)
-    except Interrupted as error:
-        raise Interrupted(
-            error.message,
-            f"kd reproduce {shlex.quote(found.place.path.as_posix())}",
-            exit_code=error.exit_code,
-        ) from error
-    other = read_finished(result.run.path)
+    path = found.place.path.resolve()
+    with files.locked(
+        path.parent / f".{path.name}.lock",
+        lambda: on_event(Note("another kd reproduce is at work on this run; waiting for it")),
+    ):
+        again, begun = _place_of(found)
+        try:
+            result = fit(_config_of(found, again), data, resume=again if begun else None, on_event=on_event)
+        except Interrupted as error:
+            hint = _command(found.place.path, found.config.method)
+            raise Interrupted(error.message, hint, exit_code=error.exit_code) from error
+    other = read_finished(result.run.path, found.config.method)
     differ, largest = _compared(found.student.state_dict, other.student.state_dict)
     digests = [checkpoint.digest(one.student.state_dict) for one in (found, other)]
     if digests[0] == digests[1] and found.test == other.test:
@@ -209,6 +222,12 @@ def reproduce(
         largest_difference=largest,
         circumstances=tuple(_circumstances(found, other)),
     )
+
+
+def _command(run: Path, method: str) -> str:
+    """What to type again; the method where that is code, which no file may name."""
+    typed = f" --method {method}" if methods.any_own(method) else ""
+    return f"kd reproduce {shlex.quote(run.as_posix())}{typed}"
 
 
 def _config_of(found: Finished, again: RunDir) -> TrainConfig:

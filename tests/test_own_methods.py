@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -19,15 +20,24 @@ import pytest
 import torch
 
 from kdcli import checkpoint, data, methods
+from kdcli.cli import compare as compare_command
 from kdcli.cli import export as export_command
 from kdcli.cli import info as info_command
 from kdcli.cli import predict as predict_command
 from kdcli.cli import report as report_command
+from kdcli.cli import reproduce as reproduce_command
 from kdcli.cli import test as test_command
 from kdcli.cli import train as train_command
+from kdcli.cli import tune as tune_command
+from kdcli.compare import compare, make_plan
+from kdcli.config import CompareConfig, TuneConfig, make
 from kdcli.data import Splits
 from kdcli.engine import RunDir, fit
 from kdcli.errors import Interrupted, KdError, UsageError
+from kdcli.events import Event, Progress
+from kdcli.reproduce import check_inputs, read_finished, reproduce
+from kdcli.tune.search import tune
+from kdcli.tune.space import read_space
 from tests.conftest import ROOT, command_line, make_splits
 from tests.test_engine import CLOCKS, _StopAfter, config
 from tests.test_resume import image_folder
@@ -263,6 +273,7 @@ def canary(write: Write, monkeypatch: pytest.MonkeyPatch) -> Any:
     call = command_line(
         monkeypatch,
         *(train_command, test_command, info_command, export_command, predict_command, report_command),
+        *(compare_command, tune_command, reproduce_command),
     )
     words = "train --data digits --student convnet-tiny --epochs 1 --threads 1 --precision 32 --name sung"
     call(*shlex.split(words), "--method", "kd+canary:sing", "--teacher", str(teacher_of_digits()))
@@ -285,6 +296,31 @@ def test_no_file_makes_kd_run_code(canary: Any) -> None:
         with pytest.raises(UsageError, match=r"names a method that is code, kd\+canary:sing") as caught:
             canary("train", *words.split())
         assert caught.value.hint == hint
+        assert not Path("touched").exists()
+    for words in (
+        "tune --config recipe.toml --tune lr=1e-3:1e-1",
+        "tune --config recipe.toml --tune epochs=1|2",
+        "reproduce runs/sung",
+    ):
+        with pytest.raises(UsageError, match=r"names a method that is code, kd\+canary:sing") as caught:
+            canary(*words.split())
+        assert caught.value.hint == hint
+        assert not Path("touched").exists()
+    canary(*["compare", "--config", "recipe.toml", "--methods", "ce,ls", "--seeds", "1", "--name", "c"])
+    plan = Path("comparisons/c/comparison.toml")
+    whole = plan.read_text()
+    shutil.rmtree("comparisons/c/runs")
+    for before, after in (
+        ("[settled]", '[settled]\nmethod = "canary:sing"'),
+        ("[train]", '[train]\nmethod = "canary:sing"'),
+        ("threads = 1\n", 'threads = "1"\n'),
+        ('precision = "32"\n', 'precision = "canary:sing"\n'),
+        ('    "ls",', '    "canary:sing",'),
+    ):
+        assert before in whole
+        plan.write_text(whole.replace(before, after))
+        with pytest.raises(KdError, match=r"comparison\.toml"):
+            canary("compare", "--resume", "comparisons/c")
         assert not Path("touched").exists()
     for words in (
         "info runs/sung/student.pt",
@@ -339,3 +375,72 @@ def test_a_run_with_code_goes_on_where_the_same_code_is_typed(
     fit(config(method="ce", data="digits", epochs=1, name="plain"), digits())
     with pytest.raises(UsageError, match="runs/plain was started with --method ce"):
         call("--resume", "runs/plain", "--method", "resumed:sing")
+
+
+# --- code is an input like any other --------------------------------------------------------------------------
+
+SONG = "@method(needs_teacher=False)\ndef song(batch):\n    return batch.student_logits.square().mean()\n"
+
+
+class _StopOnce:
+    """SIGINT at the first progress of training."""
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Progress) and event.group in ("training", "comparison"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_comparison_with_code_goes_on_by_its_own_command_and_with_that_code_only(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(fit.__globals__, "_SHOW_EVERY_S", 0.0)
+    write("sheet", SONG)
+    settings = make(CompareConfig, {"methods": "ce,sheet:song", "seeds": "1", "name": "c"})
+    train = {"student": "convnet-tiny", "epochs": 1, "batch_size": 16, "precision": "32", "threads": 1}
+    splits = make_splits()
+    with pytest.raises(Interrupted) as stopped:
+        compare(make_plan(settings, train), splits, jobs=1, on_event=_StopOnce())
+    assert stopped.value.hint == "Type the same command again."
+    plan = make_plan(settings, train)
+    compare(plan, splits, jobs=1)
+    source = Path("sheet.py")
+    sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
+    stored = checkpoint.load(plan.runs[1].place.student)
+    assert stored.provenance["method_sha256"] == {"sheet:song": sha256}
+    assert checkpoint.load(plan.runs[0].place.student).provenance["method_sha256"] == {}
+    source.write_text(source.read_text() + "# another\n")
+    with pytest.raises(KdError, match="code of sheet:song of comparisons/c changed"):
+        compare(make_plan(settings, train), splits, jobs=1)
+
+
+def test_a_run_with_code_is_repeated_where_the_same_code_is_typed(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(fit.__globals__, "_SHOW_EVERY_S", 0.0)
+    write("verse", SONG)
+    fit(config(method="verse:song", data="digits", epochs=1, batch_size=256, name="r"), digits())
+    found = read_finished(Path("runs/r"), "verse:song")
+    images = check_inputs(found)
+    with pytest.raises(Interrupted) as stopped:
+        reproduce(found, images, on_event=_StopOnce())
+    assert stopped.value.hint == "kd reproduce runs/r --method verse:song"
+    call = command_line(monkeypatch, train_command, reproduce_command)
+    done = json.loads(call(*shlex.split(str(stopped.value.hint))[1:], "--json").stdout)
+    assert (done["verdict"], done["again"]) == ("bit-identical", "runs/r-reproduced-1")
+    source = Path("verse.py")
+    source.write_text(source.read_text() + "# another\n")
+    with pytest.raises(KdError, match="code of verse:song is not the one runs/r was made with"):
+        check_inputs(read_finished(Path("runs/r"), "verse:song"))
+
+
+def test_a_search_with_code_goes_on_with_that_code_only(write: Write) -> None:
+    write("tuned_song", SONG)
+    values = {"student": "convnet-tiny", "epochs": 1, "batch_size": 16, "precision": "32", "threads": 1}
+    wanted = make(TuneConfig, {**values, "method": "tuned_song:song", "trials": 1, "val_fraction": 0.2})
+    space = read_space(["lr=1e-3:1e-1"], wanted.train)
+    splits = make_splits()
+    assert tune(wanted, space, splits).study == "tune-song-convnet-tiny"
+    source = Path("tuned_song.py")
+    source.write_text(source.read_text() + "# another\n")
+    with pytest.raises(UsageError, match="begun with other settings: tuned song:song was"):
+        tune(wanted, space, splits)

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import signal
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +19,9 @@ from kdcli.cli import reproduce as command
 from kdcli.cli import train
 from kdcli.config import TrainConfig, make
 from kdcli.data import Splits, load
-from kdcli.engine import fit
+from kdcli.engine import RunDir, fit
 from kdcli.errors import Interrupted, KdError, UsageError
-from kdcli.events import Event, Progress
+from kdcli.events import Event, Note, Progress
 from kdcli.reproduce import check_inputs, read_finished, reproduce
 from tests.conftest import command_line, make_splits
 
@@ -165,3 +167,32 @@ def test_a_repetition_that_was_stopped_is_gone_on_with(
     assert (caught.value.hint, caught.value.exit_code) == ("kd reproduce runs/s", 130)
     made = reproduce(found, data)
     assert (made.verdict, made.again) == ("bit-identical", "runs/s-reproduced-1")
+
+
+def test_two_at_once_do_not_share_a_folder(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = read_finished(Path("runs/s"))
+    data = check_inputs(found)
+    waits, made = threading.Event(), []
+    second = threading.Thread(
+        target=lambda: made.append(
+            reproduce(found, data, on_event=lambda event: waits.set() if isinstance(event, Note) else None)
+        )
+    )
+    begun: list[tuple[str, bool]] = []
+
+    def trained(config: TrainConfig, *given: Any, resume: RunDir | None, **named: Any) -> Any:
+        place = RunDir(config.runs_dir / config.name)
+        begun.append((config.name, resume is not None))
+        if len(begun) == 1:  # under way: its folder is there, its result is not
+            place.path.mkdir()
+            place.write_config(config, [])
+            second.start()
+            assert waits.wait(20)
+        shutil.copytree("runs/s", place.path, dirs_exist_ok=True)
+        return SimpleNamespace(run=place)
+
+    monkeypatch.setitem(reproduce.__globals__, "fit", trained)
+    made.append(reproduce(found, data))
+    second.join(20)
+    assert begun == [("s-reproduced-1", False), ("s-reproduced-2", False)]
+    assert sorted(one.again for one in made) == ["runs/s-reproduced-1", "runs/s-reproduced-2"]

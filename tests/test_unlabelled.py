@@ -24,12 +24,17 @@ from kdcli import checkpoint, data, methods, models, rows
 from kdcli.cli import export as export_command
 from kdcli.cli import test as test_command
 from kdcli.cli import train as train_command
+from kdcli.cli import tune as tune_command
+from kdcli.compare import compare, make_plan
+from kdcli.config import CompareConfig, make
 from kdcli.data import Splits, unlabelled
 from kdcli.engine import Result, RunDir, fit
 from kdcli.engine.feed import Feed
+from kdcli.engine.inputs import load_data
 from kdcli.engine.plan import split
 from kdcli.errors import Interrupted, KdError, UsageError
 from kdcli.events import Event, Note
+from kdcli.reproduce import check_inputs, read_finished
 from tests.conftest import command_line, image_set
 from tests.test_engine import CLOCKS, _StopAfter, config
 
@@ -455,3 +460,43 @@ def test_a_header_that_lies_is_no_traceback(place: Path, monkeypatch: pytest.Mon
             *shlex.split("--method logits --teacher teacher.pt --data toy --unlabelled more")
         )
     assert not Path("runs").exists()
+
+
+# --- comparisons, searches and repetitions --------------------------------------------------------------------
+
+
+def test_runs_with_other_images_are_not_taken_for_those_with_these(place: Path) -> None:
+    settings = make(CompareConfig, {"methods": "logits,noisy", "seeds": "1", "name": "c"})
+    values = taught(epochs=1, data="toy", unlabelled="more").model_dump(exclude_defaults=True)
+    plan = make_plan(settings, {name: value for name, value in values.items() if name != "method"})
+    compare(plan, load_data(plan.train), jobs=1)
+    run = plan.runs[0].place.path
+    assert check_inputs(read_finished(run)).unlabelled is not None
+    Path("more/a/deep/000.png").unlink()
+    with pytest.raises(KdError, match="images without labels of comparisons/c changed"):
+        compare(plan, load_data(plan.train), jobs=1)
+    with pytest.raises(KdError, match="the images without labels, more, are not those"):
+        check_inputs(read_finished(run))
+    plain = fit(taught(epochs=1, data="toy", name="plain"), data.load("toy")).run
+    with plain.config_file.open("a") as file:
+        file.write('unlabelled = "more"\n')
+    with pytest.raises(KdError, match="the images without labels, more, are not those"):
+        check_inputs(read_finished(plain.path))
+
+
+def test_a_search_trains_on_them_and_knows_them_by_their_content(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = command_line(monkeypatch, train_command, tune_command)
+    words = shlex.split(
+        "tune --tune lr=1e-3:1e-1 --method logits --teacher teacher.pt --student convnet-tiny --data toy "
+        "--epochs 1 --threads 1 --precision 32 --val-fraction 0.2 --trials 1 --study s --unlabelled"
+    )
+    assert call(*words, "more").exit_code == 0
+    [result] = [json.loads(path.read_text()) for path in Path("runs/s").glob("trial-*/result.json")]
+    assert result["unlabelled"]["count"] == MORE
+    shutil.move("more", "moved")
+    assert call(*words, "moved").exit_code == 0
+    Path("moved/a/deep/000.png").unlink()
+    with pytest.raises(UsageError, match="images without labels was"):
+        call(*words, "moved")
