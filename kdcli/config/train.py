@@ -221,8 +221,8 @@ class TrainConfig(DataSettings):
     )
     teacher_precision: Literal["auto", "32", "bf16"] = Field(
         "auto",
-        description="auto: what is fastest here and gives 99.9 % of images the same class as float32; of a teacher that "
-        "runs in each step, float32.",
+        description="auto: what is fastest here and gives 99.9 % of images the same class as float32; of a teacher "
+        "that runs in each step, float32.",
         json_schema_extra=about(METHOD),
     )
 

@@ -119,9 +119,9 @@ def check(config: TrainConfig, data: Splits | None = None) -> None:
             "kd train, and fit_chain(), train chains.",
         )
     method = methods.get(config.method).active(config)
-    methods.check_head(config)
     if config.unlabelled is not None or (data is not None and data.unlabelled is not None):
         methods.check_unlabelled(config)
+    methods.check_head(config)
     resolve(config)
     if not method.needs_teacher:
         return
