@@ -97,7 +97,7 @@ def paired(asked: dict[str, Any]) -> list[float]:
     from kdcli.compare import compare, make_plan
     from kdcli.config import CompareConfig, make
 
-    own = methods.get(asked["method"])
+    own = methods.METHODS[asked["method"]]
     methods.METHODS["twin"] = replace(own, name="twin")
     settings = make(
         CompareConfig,

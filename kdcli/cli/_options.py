@@ -13,7 +13,19 @@ from pydantic.fields import FieldInfo
 from rich.markup import escape
 
 from kdcli.cli import _bare, _ui
-from kdcli.config import Settings
+from kdcli.config import METHOD, Settings
+from kdcli.recipes import RECIPES
+
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        "--config",
+        help="Settings of kd train to start from; options typed beside it win. seed is the reference's own.",
+        metavar="|".join([*RECIPES, "FILE.toml"]),
+        rich_help_panel=METHOD,
+    ),
+]
 
 
 def options_of(

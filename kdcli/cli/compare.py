@@ -11,10 +11,10 @@ import typer
 from kdcli import files, methods
 from kdcli.cli import _ui
 from kdcli.cli._imports import imports
-from kdcli.cli._options import options_of
-from kdcli.config import METHOD, RUN, CompareConfig, TrainConfig, make
+from kdcli.cli._options import Recipe, options_of
+from kdcli.config import RUN, CompareConfig, TrainConfig, make
 from kdcli.errors import KdError, UsageError
-from kdcli.recipes import RECIPES, read_recipe
+from kdcli.recipes import read_recipe
 
 if TYPE_CHECKING:
     from kdcli.compare import Comparison, Plan
@@ -27,16 +27,7 @@ _AFTERWARDS = {"csv", "markdown", "jobs"}  # go with --resume
 @options_of(CompareConfig, TrainConfig, metavars={"student": "NETWORK"}, without=_OWN | _CHAIN)
 def compare(
     *,
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            "--recipe",
-            "--config",
-            help="Settings of kd train to start from; options typed beside it win.",
-            metavar="|".join([*RECIPES, "FILE.toml"]),
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
+    recipe: Recipe = None,
     resume: Annotated[
         Path | None,
         typer.Option(

@@ -12,10 +12,10 @@ import typer
 from kdcli import files, methods, units
 from kdcli.cli import _ui
 from kdcli.cli._imports import imports
-from kdcli.cli._options import options_of
-from kdcli.config import METHOD, RUN, TrainConfig, make
+from kdcli.cli._options import Recipe, options_of
+from kdcli.config import RUN, TrainConfig, make
 from kdcli.errors import UsageError
-from kdcli.recipes import RECIPES, read_recipe
+from kdcli.recipes import read_recipe
 
 if TYPE_CHECKING:
     from kdcli.engine import Result
@@ -24,16 +24,7 @@ if TYPE_CHECKING:
 @options_of(TrainConfig, metavars={"method": "NAME[+NAME…]", "student": "NETWORK"})
 def train(
     *,
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            "--recipe",
-            "--config",
-            help="Settings to start from; options typed beside it win. seed is the reference's own.",
-            metavar="|".join([*RECIPES, "FILE.toml"]),
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
+    recipe: Recipe = None,
     resume: Annotated[
         Path | None,
         typer.Option(

@@ -11,10 +11,10 @@ import typer
 from kdcli import methods
 from kdcli.cli import _ui
 from kdcli.cli._imports import imports
-from kdcli.cli._options import options_of
-from kdcli.config import METHOD, SEARCH, TuneConfig, make, words_of
+from kdcli.cli._options import Recipe, options_of
+from kdcli.config import SEARCH, TuneConfig, make, words_of
 from kdcli.errors import Interrupted, KdError, UsageError
-from kdcli.recipes import RECIPES, read_recipe
+from kdcli.recipes import read_recipe
 
 if TYPE_CHECKING:
     from kdcli.tune.search import Tuned
@@ -36,16 +36,7 @@ def tune(
             rich_help_panel=SEARCH,
         ),
     ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            "--recipe",
-            "--config",
-            help="Settings to start from; options typed beside it win.",
-            metavar="|".join([*RECIPES, "FILE.toml"]),
-            rich_help_panel=METHOD,
-        ),
-    ] = None,
+    recipe: Recipe = None,
     **options: Any,
 ) -> None:
     """Search for good settings of kd train, judged on validation images; test images are not read.

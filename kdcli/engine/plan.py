@@ -123,6 +123,11 @@ def check(config: TrainConfig, data: Splits | None = None) -> None:
         methods.check_unlabelled(config)
     methods.check_head(config)
     resolve(config)
+    if augment.MIXUP_NAME in config.augment.split("-") and any(part.unmixed for part in method.own):
+        raise UsageError(
+            f"method {config.method} tells images of different classes apart, and mixup's have two",
+            "Leave mixup out of --augment.",
+        )
     if not method.needs_teacher:
         return
     if config.cache_top_k and method.regresses:

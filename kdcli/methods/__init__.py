@@ -208,6 +208,7 @@ METHODS = {
             reads=("crd_dim", "crd_negatives", "crd_temperature"),
             needs_features=True,
             headless=True,
+            unmixed=True,
             needs_labels=True,
             adapter=features.contrastive_adapter,
         ),

@@ -32,6 +32,7 @@ class Method:
         own_network: the teacher is to be of the student's own network.
         regresses: the student's logits must take on the teacher's values, not only their softmax.
         headless: its own term reads features alone, and trains all of the student but the last layer.
+        unmixed: an image has one class for it, so that mixup does not go with it.
         adapter: makes a module that learns along with the student and is not exported.
     """
 
@@ -49,6 +50,7 @@ class Method:
     own_network: bool = False
     regresses: bool = False
     headless: bool = False
+    unmixed: bool = False
     adapter: Callable[[Training], nn.Module] | None = None
 
 
