@@ -241,7 +241,7 @@ def test_settings_of_other_methods_are_told_from_its_own() -> None:
 
 def test_noise_zero_is_plain_logit_regression() -> None:
     calm, plain = batch_of(noisy(noisy_sigma=0.0)), batch_of(make(TrainConfig, {"method": "logits"}))
-    assert float(total(methods.get("noisy"), calm)) == float(total(methods.get("logits"), plain))
+    assert total(methods.get("noisy"), calm).item() == total(methods.get("logits"), plain).item()
 
 
 def test_noisy_uses_the_purpose_of_its_own() -> None:
@@ -428,3 +428,12 @@ def test_a_method_that_leaves_the_last_layer_alone_is_refused() -> None:
             methods.check_head(config_of(method, **settings_of))
     for method in (*methods.METHODS, "logits+at", "at+ls"):
         methods.check_head(config_of(method, **({"ce_weight": 0.0} if "+" in method else {})))
+
+
+def test_contrast_does_not_go_with_mixup() -> None:
+    from kdcli.engine.plan import check
+
+    check(config_of("crd", augment="flip-crop"))
+    check(config_of("at", augment="flip-mixup"))
+    with pytest.raises(UsageError, match="mixup's have two"):
+        check(config_of("kd+crd", augment="flip-mixup"))
