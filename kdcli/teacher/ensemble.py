@@ -12,7 +12,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from kdcli.data import ImageSet
-from kdcli.teacher import Live, Outputs, Teacher
+from kdcli.teacher import Outputs, Teacher
+from kdcli.teacher.live import Live
 
 
 @dataclass(frozen=True)
