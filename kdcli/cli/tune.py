@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @options_of(
     TuneConfig,
-    metavars={"method": "|".join(methods.METHODS), "student": "NETWORK"},
+    metavars={"method": "NAME[+NAME…]", "student": "NETWORK"},
     without=("assistant", "generations"),  # a trial trains a single student
 )
 def tune(

@@ -52,8 +52,7 @@ def standardized(batch: Batch) -> Tensor:
     """τ²·KL of the softened probabilities of standardized logits."""
     from kdcli import losses
 
-    student, teacher = losses.standardize(batch.student_logits), losses.standardize(batch.targets)
-    return losses.soft_targets(student, teacher, batch.tau)
+    return losses.soft_targets(*_standardized(batch), batch.tau)
 
 
 def decoupled(batch: Batch) -> Tensor:
@@ -86,8 +85,10 @@ def multi_level(batch: Batch) -> Tensor:
 
 def _logits(batch: Batch) -> tuple[Tensor, Tensor]:
     """The student's and the teacher's, standardized where that is asked for."""
-    if not batch.config.standardize:
-        return batch.student_logits, batch.targets
+    return _standardized(batch) if batch.config.standardize else (batch.student_logits, batch.targets)
+
+
+def _standardized(batch: Batch) -> tuple[Tensor, Tensor]:
     from kdcli import losses
 
     return losses.standardize(batch.student_logits), losses.standardize(batch.targets)
