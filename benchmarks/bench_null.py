@@ -24,11 +24,12 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from kdcli import models, onnx_model
-from kdcli.bench import bench
-from kdcli.config import BenchConfig
-from kdcli.onnx_model.translate import finish, to_onnx
-from kdcli.preprocess import fit
+from kdcli import models
+from kdcli.base.config import BenchConfig
+from kdcli.data.preprocess import fit
+from kdcli.deploy import onnx_model
+from kdcli.deploy.bench import bench
+from kdcli.deploy.onnx_model.translate import finish, to_onnx
 
 
 def own_network(name: str, folder: Path) -> Path:

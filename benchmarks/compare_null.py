@@ -65,7 +65,7 @@ def digits(count: int) -> Any:
 
 def accuracy(method: str, seed: int, asked: dict[str, Any]) -> float:
     """Test accuracy of one run, per cent."""
-    from kdcli.config import TrainConfig, make
+    from kdcli.base.config import TrainConfig, make
     from kdcli.engine import fit
 
     with tempfile.TemporaryDirectory(dir=asked["folder"]) as name:
@@ -94,8 +94,8 @@ def pairs(number: int, asked: dict[str, Any]) -> list[tuple[float, float]]:
 def paired(asked: dict[str, Any]) -> list[float]:
     """Differences of a method and its second name by `kd compare` itself."""
     from kdcli import methods
-    from kdcli.compare import compare, make_plan
-    from kdcli.config import CompareConfig, make
+    from kdcli.base.config import CompareConfig, make
+    from kdcli.studies.compare import compare, make_plan
 
     own = methods.METHODS[asked["method"]]
     methods.METHODS["twin"] = replace(own, name="twin")
@@ -112,7 +112,7 @@ def paired(asked: dict[str, Any]) -> list[float]:
 
 def claims(found: list[list[float]], resolution: float) -> dict[str, float]:
     """Shares of verdicts, per cent."""
-    from kdcli.compare.stats import summary, verdict
+    from kdcli.studies.compare.stats import summary, verdict
 
     verdicts = [verdict(summary(values, resolution)) for values in found]
     return {name: 100 * verdicts.count(name) / len(verdicts) for name in ("better", "worse", "inconclusive")}
@@ -120,7 +120,7 @@ def claims(found: list[list[float]], resolution: float) -> dict[str, float]:
 
 def teacher_of(asked: dict[str, Any]) -> str:
     """A teacher for methods that need one."""
-    from kdcli.config import TrainConfig, make
+    from kdcli.base.config import TrainConfig, make
     from kdcli.engine import fit
 
     values = {**TRAIN, "method": "ce", "student": "convnet-small", "epochs": 10, "name": "teacher"}

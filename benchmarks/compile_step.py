@@ -14,7 +14,8 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from kdcli import models, runtime
+from kdcli import models
+from kdcli.base import runtime
 
 BATCH = 256
 

@@ -10,10 +10,10 @@ import torch
 from pair import BATCH, LAMDA, LEARNING_RATE, SEED, STUDENT, TAU, Pair, Timing, kd_loss
 from torch import Tensor, nn
 
-from kdcli import runtime
-from kdcli.config import TrainConfig
+from kdcli.base import runtime
+from kdcli.base.config import TrainConfig
+from kdcli.base.events import OnEvent, ignore
 from kdcli.engine import Result, fit
-from kdcli.events import OnEvent, ignore
 from kdcli.models.layers import count_macs
 
 _MATMUL_SIZES = (512, 1024, 2048)

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import transforms
 
-from kdcli import losses, models, preprocess
-from kdcli.data import ImageSet, Splits
+from kdcli import models
+from kdcli.data import ImageSet, Splits, preprocess
 from kdcli.data.images import fingerprint_of
-from kdcli.engine.plan import split
+from kdcli.data.split import split
+from kdcli.methods import losses
 from kdcli.models import Classifier
 
 Int64 = npt.NDArray[np.int64]

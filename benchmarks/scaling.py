@@ -79,12 +79,13 @@ def run_case(case: dict[str, Any], folder: Path) -> None:
 
     import torch
 
-    from kdcli import models, runtime
-    from kdcli.config import TrainConfig, make
+    from kdcli import models
+    from kdcli.base import runtime
+    from kdcli.base.config import TrainConfig, make
     from kdcli.data import ImageSet, Splits
+    from kdcli.data.preprocess import MeanStd
     from kdcli.engine import fit
     from kdcli.models import Classifier
-    from kdcli.preprocess import MeanStd
 
     world = runtime.launch("cpu", case["processes"])
     names = tuple(f"class {number}" for number in range(case["classes"]))
@@ -223,7 +224,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), file=sys.stderr)
     show(rows)
     if arguments.json:
-        from kdcli import runtime
+        from kdcli.base import runtime
 
         arguments.json.write_text(
             json.dumps({"environment": runtime.environment(), "cases": rows}, indent=2) + "\n"

@@ -13,7 +13,7 @@ from kd_loop import KdLoop
 from naive_loop import NaiveLoop
 from pair import tell
 
-from kdcli.events import Event, Note, Progress
+from kdcli.base.events import Event, Note, Progress
 
 
 def kd_to(percent: float, loop: KdLoop, cache_dir: Path, epochs: int) -> dict[str, Any]:

@@ -34,10 +34,11 @@ from throughput_table import Measured, summary, table
 from to_accuracy import kd_to, line_of, naive_to
 from torchdistill_loop import TorchdistillLoop, reason_against
 
-from kdcli import data, runtime
+from kdcli import data
+from kdcli.base import runtime
+from kdcli.base.errors import KdError
+from kdcli.base.events import Event, Note
 from kdcli.data import Splits
-from kdcli.errors import KdError
-from kdcli.events import Event, Note
 
 SIDES = ("a", "b", "c", "d1", "d2", "d3")
 SLOW = ("c", "d1")  # a teacher in every step

@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 
-from kdcli import catalog
+from kdcli.base.config import ConvertConfig
+from kdcli.base.errors import KdError, UsageError
+from kdcli.base.events import OnEvent, ignore
+from kdcli.base.files import git_blob_sha1_file, sha256_file
 from kdcli.caffe import tensorflow
 from kdcli.caffe.network import Built, LayerRow, assemble, declared_input, input_channels
 from kdcli.caffe.preprocessing import Transform, needs_images, settle, transform_of
 from kdcli.caffe.read import Weights, read_caffemodel, read_prototxt, weights_sha256
-from kdcli.catalog import KnownNetwork
-from kdcli.checkpoint import Checkpoint
-from kdcli.config import ConvertConfig
-from kdcli.errors import KdError, UsageError
-from kdcli.events import OnEvent, ignore
-from kdcli.files import git_blob_sha1_file, sha256_file
+from kdcli.data import catalog
+from kdcli.data.catalog import KnownNetwork
+from kdcli.data.preprocess import Preprocess, UInt8Images
 from kdcli.models import Classifier, from_checkpoint
-from kdcli.preprocess import Preprocess, UInt8Images
+from kdcli.models.checkpoint import Checkpoint
 
 # The reference's weights were trained on RGB less the mean image of the train data
 _REFERENCE = Transform(mean_file="the reference's mean image", channel_order="rgb")

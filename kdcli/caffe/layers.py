@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from kdcli.base.errors import KdError
 from kdcli.caffe.read import Array, Layer, squeezed
-from kdcli.errors import KdError
 from kdcli.models.operations.shapes import shown
 
 Node = tuple[str, dict[str, Any]]

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdcli.base.errors import KdError
+from kdcli.base.events import Note, OnEvent, ignore
 from kdcli.caffe.layers import check_type, node_of, state_of
 from kdcli.caffe.read import Layer, Network, Weights
-from kdcli.errors import KdError
-from kdcli.events import Note, OnEvent, ignore
 from kdcli.models.graph import INPUT, GraphNet, safe_name
 from kdcli.models.operations.shapes import Shape, is_vector, shown
 

@@ -13,13 +13,13 @@ import numpy.typing as npt
 import torch
 from google.protobuf import text_format
 
-from kdcli import rows
+from kdcli.base.errors import KdError
+from kdcli.base.events import OnEvent, Progress, ignore
 from kdcli.caffe import schema
 from kdcli.caffe.layers import DEPTHWISE
 from kdcli.caffe.network import wire
 from kdcli.caffe.read import CaffeModel, Network, Weights, read_caffemodel, read_prototxt
-from kdcli.errors import KdError
-from kdcli.events import OnEvent, Progress, ignore
+from kdcli.data import rows
 from kdcli.models import Classifier
 
 _BATCH = 64

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kdcli.base.config import ConvertConfig
+from kdcli.base.errors import KdError
+from kdcli.base.events import Note, OnEvent
 from kdcli.caffe.read import Array, Network, read_mean
-from kdcli.catalog import KnownNetwork
-from kdcli.config import ConvertConfig
-from kdcli.errors import KdError
-from kdcli.events import Note, OnEvent
-from kdcli.preprocess import Preprocess, ScaleShift, UInt8Images, fit
+from kdcli.data.catalog import KnownNetwork
+from kdcli.data.preprocess import Preprocess, ScaleShift, UInt8Images, fit
 
 _FITTED = ("gcn-zca", "mean-std", "mean-image")
 

@@ -19,8 +19,8 @@ import numpy.typing as npt
 from google.protobuf import text_format, unknown_fields
 from google.protobuf.message import DecodeError
 
+from kdcli.base.errors import KdError
 from kdcli.caffe import schema, v0
-from kdcli.errors import KdError
 
 Array = npt.NDArray[np.float32]
 Weights = dict[str, tuple[Array, ...]]  # layer name → its blobs

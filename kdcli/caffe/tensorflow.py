@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdcli import models, safe_pickle
+from kdcli import models
+from kdcli.base import safe_pickle
+from kdcli.base.errors import KdError
 from kdcli.caffe.network import Built, LayerRow
 from kdcli.caffe.read import Array, Weights
-from kdcli.errors import KdError
 from kdcli.models.operations.shapes import Shape, shown
 
 Layers = dict[str, tuple[Array, Array]]  # name → weights, biases, as stored

@@ -16,8 +16,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.cli._bare import spell_out
-from kdcli.errors import Interrupted, KdError, UsageError
 
 app = typer.Typer(
     name="kd",

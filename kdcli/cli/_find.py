@@ -6,14 +6,14 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdcli.errors import KdError
+from kdcli.base.errors import KdError
 
 if TYPE_CHECKING:
-    from kdcli.config import TestConfig, ValidateConfig
+    from kdcli.base.config import TestConfig, ValidateConfig
+    from kdcli.base.events import OnEvent
     from kdcli.data import Splits
-    from kdcli.events import OnEvent
+    from kdcli.deploy.onnx_model import OnnxClassifier
     from kdcli.models import Classifier
-    from kdcli.onnx_model import OnnxClassifier
 
 
 def students() -> list[Path]:

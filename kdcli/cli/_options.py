@@ -12,9 +12,9 @@ import typer
 from pydantic.fields import FieldInfo
 from rich.markup import escape
 
+from kdcli.base.config import METHOD, Settings
+from kdcli.base.recipes import RECIPES
 from kdcli.cli import _bare, _ui
-from kdcli.config import METHOD, Settings
-from kdcli.recipes import RECIPES
 
 Recipe = Annotated[
     str | None,

@@ -14,10 +14,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from kdcli.errors import Interrupted, KdError
-from kdcli.events import Epoch, Event, Note, OnEvent
-from kdcli.events import Progress as ProgressEvent
-from kdcli.units import size
+from kdcli.base.errors import Interrupted, KdError
+from kdcli.base.events import Epoch, Event, Note, OnEvent
+from kdcli.base.events import Progress as ProgressEvent
+from kdcli.base.units import size
 
 PLAIN_INTERVAL_S = 10.0
 FOLLOWER_WAITS_S = 3.0

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdcli import units
+from kdcli.base import units
+from kdcli.base.config import BenchConfig, make
+from kdcli.base.errors import KdError, UsageError
+from kdcli.base.files import write_text
 from kdcli.cli import _ui
 from kdcli.cli._find import existing_model
 from kdcli.cli._options import options_of
-from kdcli.config import BenchConfig, make
-from kdcli.errors import KdError, UsageError
-from kdcli.files import write_text
 
 if TYPE_CHECKING:
-    from kdcli.bench import BenchResult, Row
+    from kdcli.deploy.bench import BenchResult, Row
 
 
 @options_of(BenchConfig)
@@ -32,13 +32,14 @@ def bench(
     By default weights/teacher.pt, every runs/*/student.pt and every exports/*.onnx.
     """
     config = make(BenchConfig, options)
-    from kdcli import bench as engine
     from kdcli import report
-    from kdcli.bench import tables
+    from kdcli.base import plotting
+    from kdcli.deploy import bench as engine
+    from kdcli.deploy.bench import tables
 
     paths = _models(model or [], config, named_teacher="teacher" in options)
     if config.plot is not None:
-        report.check_target(config.plot)
+        plotting.check_target(config.plot)
     for table in (config.csv, config.markdown):
         if table is not None and table.is_dir():
             raise UsageError(f"{table} is a folder", "Name the file to write.")
@@ -61,7 +62,7 @@ def bench(
 def _models(named: list[Path], config: BenchConfig, *, named_teacher: bool) -> list[Path]:
     """The teacher first: --teacher, else weights/teacher.pt if there is one, else the first model named."""
     if not named:
-        from kdcli.bench import default_models
+        from kdcli.deploy.bench import default_models
 
         return default_models(config)
     paths = list(dict.fromkeys(existing_model(path) for path in named))

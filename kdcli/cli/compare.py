@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdcli import files, methods
+from kdcli import methods
+from kdcli.base import files
+from kdcli.base.config import RUN, CompareConfig, TrainConfig, make
+from kdcli.base.errors import KdError, UsageError
+from kdcli.base.recipes import read_recipe
 from kdcli.cli import _ui
 from kdcli.cli._imports import imports
 from kdcli.cli._options import Recipe, options_of
-from kdcli.config import RUN, CompareConfig, TrainConfig, make
-from kdcli.errors import KdError, UsageError
-from kdcli.recipes import read_recipe
 
 if TYPE_CHECKING:
-    from kdcli.compare import Comparison, Plan
+    from kdcli.studies.compare import Comparison, Plan
 
 _OWN = {"method", "seed", "name", "runs_dir", "devices"}  # of each run, not of the comparison
 _CHAIN = {"assistant", "generations"}  # a comparison trains single students
@@ -56,9 +57,9 @@ def compare(
         # its method is another than the file's: what followed from that does not hold
         train = {**(_shared(read_recipe(recipe, {**train, "method": None})) if recipe else {}), **train}
     with imports():
-        from kdcli import compare as engine
         from kdcli import report
         from kdcli.engine.inputs import load_data
+        from kdcli.studies import compare as engine
 
     plan = engine.Plan.load(resume) if resume is not None else engine.make_plan(settings, train)
     with _ui.progress() as on_event:
@@ -89,7 +90,7 @@ def _note_unread(settings: CompareConfig, train: dict[str, Any]) -> None:
 
 
 def _tables(found: Comparison, settings: CompareConfig) -> None:
-    from kdcli.compare import tables
+    from kdcli.studies.compare import tables
 
     for path, make_table in ((settings.csv, tables.to_csv), (settings.markdown, tables.to_markdown)):
         if path is not None:
@@ -97,7 +98,7 @@ def _tables(found: Comparison, settings: CompareConfig) -> None:
 
 
 def _show(found: Comparison, plan: Plan) -> None:
-    from kdcli.compare import tables
+    from kdcli.studies.compare import tables
 
     _ui.say(
         f"{found.student} on {found.data}: {len(found.methods)} methods × {len(found.seeds)} seeds, "

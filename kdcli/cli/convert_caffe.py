@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdcli import units
+from kdcli.base import units
+from kdcli.base.config import ConvertConfig, ExportConfig, make
+from kdcli.base.errors import KdError, UsageError
 from kdcli.cli import _ui
 from kdcli.cli._options import options_of
-from kdcli.config import ConvertConfig, ExportConfig, make
-from kdcli.errors import KdError, UsageError
 
 if TYPE_CHECKING:
+    from kdcli.base.events import OnEvent
     from kdcli.caffe import Conversion
     from kdcli.caffe.oracle import Comparison
     from kdcli.data import Splits
-    from kdcli.events import OnEvent
     from kdcli.models import Classifier
 
 
@@ -134,7 +134,7 @@ def _target(model: Path, config: ConvertConfig, *, typed: bool) -> tuple[Path, b
 def _write_onnx(
     classifier: Classifier, target: Path, images: Any, splits: Splits | None, on_event: OnEvent
 ) -> None:
-    from kdcli.export import export_classifier
+    from kdcli.deploy.export import export_classifier
 
     label = f"noise and {splits.label}" if splits else "noise"
     export_classifier(classifier, make(ExportConfig, {"output": target}), images, label, on_event)

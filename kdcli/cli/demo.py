@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kdcli import methods, units
-from kdcli.cli import _ui
-from kdcli.cli._options import options_of
-from kdcli.config import (
+from kdcli import methods
+from kdcli.base import units
+from kdcli.base.config import (
     INT8_DEFAULT,
     BenchConfig,
     DemoConfig,
@@ -24,12 +23,14 @@ from kdcli.config import (
     TrainConfig,
     make,
 )
-from kdcli.errors import Interrupted, UsageError
+from kdcli.base.errors import Interrupted, UsageError
+from kdcli.cli import _ui
+from kdcli.cli._options import options_of
 
 if TYPE_CHECKING:
-    from kdcli.bench import Row
+    from kdcli.base.events import OnEvent
+    from kdcli.deploy.bench import Row
     from kdcli.engine import Result
-    from kdcli.events import OnEvent
 
 # What kd demo trains; every value is one a user could type to kd train.
 TEACHER = {"method": "ce", "student": "convnet-large", "epochs": 20, "batch_size": 64, "lr": 3e-3}
@@ -87,10 +88,10 @@ def _chain(config: DemoConfig) -> tuple[list[Result], list[Row], list[Path]]:
     import shutil
 
     from kdcli import data, report
-    from kdcli.bench import bench
+    from kdcli.base.files import write_text
+    from kdcli.deploy.bench import bench
+    from kdcli.deploy.export import export
     from kdcli.engine import fit
-    from kdcli.export import export
-    from kdcli.files import write_text
     from kdcli.report import speed
 
     write_text(Path("kd-demo.txt"), "Made by kd demo, which replaces runs/, exports/ and weights/ here.\n")
@@ -142,7 +143,7 @@ def _titled(title: str, on_event: OnEvent) -> OnEvent:
     """Say which step of the demo a bar belongs to; leave its parts' own notes out."""
     from dataclasses import replace
 
-    from kdcli.events import Event, Progress
+    from kdcli.base.events import Event, Progress
 
     def tell(event: Event) -> None:
         if isinstance(event, Progress):

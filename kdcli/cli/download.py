@@ -10,16 +10,17 @@ from urllib.parse import urlsplit
 
 import typer
 
-from kdcli import catalog, units
-from kdcli.catalog import DOWNLOADS, RemoteFile
+from kdcli.base import units
+from kdcli.base.config import DownloadConfig, make
+from kdcli.base.errors import Interrupted, KdError, UsageError
+from kdcli.base.files import expand
 from kdcli.cli import Terminated, _ui
 from kdcli.cli._options import options_of
-from kdcli.config import DownloadConfig, make
-from kdcli.errors import Interrupted, KdError, UsageError
-from kdcli.files import expand
+from kdcli.data import catalog
+from kdcli.data.catalog import DOWNLOADS, RemoteFile
 
 if TYPE_CHECKING:
-    from kdcli.fetch import FetchResult, State
+    from kdcli.data.fetch import FetchResult, State
 
 ALL = "all"
 Wanted = list[tuple[RemoteFile, Path]]
@@ -91,7 +92,7 @@ def _fetch(remote: RemoteFile, target: Path, source: str | None, command: str) -
     Raises:
         Interrupted: by Ctrl-C or SIGTERM; it says what is kept, and that `command` goes on from there.
     """
-    from kdcli import fetch
+    from kdcli.data import fetch
 
     try:
         with _ui.progress() as on_event:
@@ -124,7 +125,7 @@ def _command(what: str, config: DownloadConfig) -> str:
 
 def _list(wanted: Wanted, sources: dict[str, str | None]) -> None:
     """What would be fetched; nothing is asked of any server."""
-    from kdcli import fetch
+    from kdcli.data import fetch
 
     states = [fetch.look(remote, target) for remote, target in wanted]
     missing = [
@@ -212,7 +213,7 @@ def _sources(what: str, wanted: Wanted, source: str | None) -> dict[str, str | N
     Raises:
         UsageError: --from does not say which file it stands for.
     """
-    from kdcli import fetch
+    from kdcli.data import fetch
 
     if source is None:
         return {remote.name: None for remote, _ in wanted}

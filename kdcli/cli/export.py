@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdcli import units
+from kdcli.base import units
+from kdcli.base.config import ExportConfig, make
 from kdcli.cli import _ui
 from kdcli.cli._find import existing_model
 from kdcli.cli._options import options_of
-from kdcli.config import ExportConfig, make
 
 if TYPE_CHECKING:
-    from kdcli.export import ExportResult
+    from kdcli.deploy.export import ExportResult
 
 
 @options_of(ExportConfig)
@@ -30,7 +30,7 @@ def export(
     if not config.int8:
         _ui.note_unread(options, ("calibration_images",), "without --int8")
     source = existing_model(checkpoint)
-    from kdcli.export import export as write
+    from kdcli.deploy.export import export as write
 
     with _ui.progress() as on_event:
         result = write(source, config, on_event=on_event)

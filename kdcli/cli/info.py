@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdcli import units
+from kdcli.base import units
+from kdcli.base.config import InfoConfig, make
+from kdcli.base.errors import UsageError
 from kdcli.cli import _ui
 from kdcli.cli._find import existing_model
 from kdcli.cli._options import options_of
-from kdcli.config import InfoConfig, make
-from kdcli.errors import UsageError
 
 if TYPE_CHECKING:
-    from kdcli.info import ModelInfo
+    from kdcli.deploy.info import ModelInfo
 
 _SHOWN_CLASSES = 20
 
@@ -33,7 +33,7 @@ def info(
     """Show what is in a model: layers, parameters and work, preprocessing, classes, origin."""
     config = make(InfoConfig, options)
     from kdcli import models
-    from kdcli.info import info as look
+    from kdcli.deploy.info import info as look
 
     named = model in models.names() and not Path(model).is_file()
     if not named:

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from kdcli.base.config import PredictConfig, make
 from kdcli.cli import _ui
 from kdcli.cli._find import existing_model
 from kdcli.cli._options import options_of
-from kdcli.config import PredictConfig, make
 
 
 @options_of(PredictConfig)
@@ -24,9 +24,9 @@ def predict(
     """Name what a model sees in images: its first classes and their probabilities."""
     config = make(PredictConfig, options)
     model = existing_model(model)
-    from kdcli import runtime
-    from kdcli.predict import predict as classify
-    from kdcli.teacher import load_model
+    from kdcli.base import runtime
+    from kdcli.deploy.load import load_model
+    from kdcli.deploy.predict import predict as classify
 
     runtime.set_threads(config.threads)
     loaded = load_model(model, config.threads)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdcli import units
+from kdcli.base import units
+from kdcli.base.config import ReportConfig, make
+from kdcli.base.errors import KdError, UsageError
 from kdcli.cli import _ui
 from kdcli.cli._options import options_of
-from kdcli.config import ReportConfig, make
-from kdcli.errors import KdError, UsageError
 
 if TYPE_CHECKING:
     from kdcli.report import Report
@@ -48,7 +48,7 @@ def report(
     if config.no_images:
         _ui.note_unread(options, ("thumbnails",), "with --no-images")
     from kdcli import report as engine
-    from kdcli import runtime
+    from kdcli.base import runtime
     from kdcli.report import gather
 
     runtime.set_threads(config.threads)

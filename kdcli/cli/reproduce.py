@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kdcli.base.config import ReproduceConfig, make
+from kdcli.base.errors import KdError
 from kdcli.cli import _ui
 from kdcli.cli._imports import imports
 from kdcli.cli._options import options_of
-from kdcli.config import ReproduceConfig, make
-from kdcli.errors import KdError
 
 if TYPE_CHECKING:
-    from kdcli.reproduce import Reproduction
+    from kdcli.studies.reproduce import Reproduction
 
 
 @options_of(ReproduceConfig)
@@ -28,7 +28,7 @@ def reproduce(
     """
     config = make(ReproduceConfig, options)
     with imports():
-        from kdcli import reproduce as engine
+        from kdcli.studies import reproduce as engine
 
     found = engine.read_finished(run, config.method)
     with _ui.progress() as on_event:

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from kdcli.base.config import TestConfig, make
 from kdcli.cli import _ui
 from kdcli.cli._find import data_for, existing_model
 from kdcli.cli._options import options_of
-from kdcli.config import TestConfig, make
 
 
 @options_of(TestConfig)
@@ -21,12 +21,14 @@ def test(
     """Measure a student on test data: accuracy, per class, agreement with its teacher."""
     config = make(TestConfig, options)
     model = existing_model(model)
-    from kdcli import data, report, runtime
+    from kdcli import data, report
+    from kdcli.base import plotting, runtime
+    from kdcli.deploy.load import load_model
     from kdcli.engine import evaluate
-    from kdcli.teacher import Teacher, load_model
+    from kdcli.teacher import Teacher
 
     if config.plot is not None:
-        report.check_target(config.plot)
+        plotting.check_target(config.plot)
     runtime.set_threads(config.threads)
     loaded = load_model(model, config.threads)
     spec, skip_broken = data.source_for(model, loaded.provenance, config.data, config.skip_broken)
@@ -92,7 +94,7 @@ def _recorded_teacher(provenance: dict[str, Any]) -> Path | None:
     if not path.is_file():
         _ui.note(f"the teacher {path} is not here: agreement is not measured; name it with --teacher")
         return None
-    from kdcli.files import sha256_file
+    from kdcli.base.files import sha256_file
 
     if sha256_file(path) != sha256:
         _ui.note(

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdcli import files, methods, units
+from kdcli import methods
+from kdcli.base import files, units
+from kdcli.base.config import RUN, TrainConfig, make
+from kdcli.base.errors import UsageError
+from kdcli.base.recipes import read_recipe
 from kdcli.cli import _ui
 from kdcli.cli._imports import imports
 from kdcli.cli._options import Recipe, options_of
-from kdcli.config import RUN, TrainConfig, make
-from kdcli.errors import UsageError
-from kdcli.recipes import read_recipe
 
 if TYPE_CHECKING:
     from kdcli.engine import Result
@@ -99,7 +100,8 @@ def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[tupl
     if stored is not None and not stored.is_file():
         raise UsageError(f"no such student: {stored}", "--student takes a network's name or a .pt file.")
     with imports():
-        from kdcli import models, runtime
+        from kdcli import models
+        from kdcli.base import runtime
         from kdcli.engine import fit_chain
         from kdcli.engine.inputs import load_data
 

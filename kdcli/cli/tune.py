@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdcli import methods
+from kdcli.base.config import SEARCH, TuneConfig, make, words_of
+from kdcli.base.errors import Interrupted, KdError, UsageError
+from kdcli.base.recipes import read_recipe
 from kdcli.cli import _ui
 from kdcli.cli._imports import imports
 from kdcli.cli._options import Recipe, options_of
-from kdcli.config import SEARCH, TuneConfig, make, words_of
-from kdcli.errors import Interrupted, KdError, UsageError
-from kdcli.recipes import read_recipe
 
 if TYPE_CHECKING:
-    from kdcli.tune.search import Tuned
+    from kdcli.studies.tune.search import Tuned
 
 
 @options_of(
@@ -43,8 +43,8 @@ def tune(
 
     Stopped or killed, it is gone on with by the same command, by several processes at once if wanted.
     """
-    from kdcli.tune import space as spaces
-    from kdcli.tune import storage
+    from kdcli.studies.tune import space as spaces
+    from kdcli.studies.tune import storage
 
     storage.require()
     tuned = spaces.names_of(ranges or [])
@@ -75,7 +75,7 @@ def _note_unread(config: TuneConfig, space: Any, options: dict[str, Any]) -> Non
 
 def _again(config: TuneConfig, ranges: list[str], recipe: str | None, options: dict[str, Any]) -> str:
     """The command to go on with; a password of the storage is not in it."""
-    from kdcli.tune import storage
+    from kdcli.studies.tune import storage
 
     words = ["kd", "tune"]
     for text in ranges:
@@ -91,14 +91,14 @@ def _again(config: TuneConfig, ranges: list[str], recipe: str | None, options: d
 def _search(config: TuneConfig, space: Any) -> Tuned:
     with imports():
         from kdcli.engine.inputs import load_data
-        from kdcli.tune import search
+        from kdcli.studies.tune import search
     search.check(config, space)
     with _ui.progress() as on_event:
         return search.tune(config, space, load_data(config, on_event), on_event=on_event)
 
 
 def _finish(found: Tuned, config: TuneConfig, again: str) -> None:
-    from kdcli.tune.summary import command_of
+    from kdcli.studies.tune.summary import command_of
 
     best, reasons = found.best, [trial.reason for trial in found.trials if trial.reason]
     if best is None or found.config is None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import typer
 
+from kdcli.base.config import ValidateConfig, make
+from kdcli.base.errors import KdError
 from kdcli.cli import _ui
 from kdcli.cli._find import data_for
 from kdcli.cli._options import options_of
-from kdcli.config import ValidateConfig, make
-from kdcli.errors import KdError
 
 
 @options_of(ValidateConfig)
@@ -27,10 +27,11 @@ def validate(**options: Any) -> None:
         _ui.note_unread(options, ("images", "prototxt"), "without --against")
     import numpy as np
 
-    from kdcli import models, runtime
+    from kdcli import models
+    from kdcli.base import runtime
     from kdcli.caffe import oracle
+    from kdcli.data.rows import take
     from kdcli.engine import evaluate
-    from kdcli.rows import take
 
     runtime.set_threads(config.threads)
     teacher = models.load(config.teacher)

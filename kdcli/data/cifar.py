@@ -9,13 +9,14 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from kdcli import catalog, safe_pickle
+from kdcli.base import safe_pickle
+from kdcli.base.errors import KdError
+from kdcli.base.events import OnEvent, Progress
+from kdcli.data import catalog
 from kdcli.data.decode import Pixels
 from kdcli.data.images import Splits
 from kdcli.data.pack import FORMAT_VERSION, Cache, Selection
 from kdcli.data.sources import open_source
-from kdcli.errors import KdError
-from kdcli.events import OnEvent, Progress
 
 FOLDER = "cifar-10-batches-py"
 ARCHIVE = "cifar-10-python.tar.gz"

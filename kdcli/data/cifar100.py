@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from kdcli.base.errors import KdError
 from kdcli.data.cifar import text_of, unpickled
 from kdcli.data.formats import Format, Part
 from kdcli.data.sources import open_source
-from kdcli.errors import KdError
 
 FOLDER = "cifar-100-python"
 MEMBERS = ("train", "test", "meta")

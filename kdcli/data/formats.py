@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from kdcli import catalog
+from kdcli.base.errors import KdError
+from kdcli.base.events import OnEvent, Progress
+from kdcli.base.files import sha256_file
+from kdcli.data import catalog
 from kdcli.data.decode import Pixels
 from kdcli.data.images import Splits
 from kdcli.data.pack import FORMAT_VERSION, Cache, Selection
 from kdcli.data.sources import open_source
-from kdcli.errors import KdError
-from kdcli.events import OnEvent, Progress
-from kdcli.files import sha256_file
 
 EVENT_IMAGES = 2048
 

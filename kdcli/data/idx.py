@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from kdcli import catalog
+from kdcli.base.errors import KdError
+from kdcli.data import catalog
 from kdcli.data.formats import Format, Part
-from kdcli.errors import KdError
 
 MAX_BYTES = 256 << 20  # of one file's content; MNIST's largest has 47 million
 UNSIGNED_BYTES = 0x08

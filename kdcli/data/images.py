@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
-from kdcli import rows
+from kdcli.data import rows
 
 NO_LABEL = -1
 

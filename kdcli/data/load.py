@@ -13,6 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from kdcli.base.errors import KdError, UsageError
+from kdcli.base.events import Note, OnEvent, ignore
+from kdcli.base.files import expand
 from kdcli.data.cifar import find_cifar10, is_cifar10, load_cifar10
 from kdcli.data.cifar100 import CIFAR100
 from kdcli.data.decode import fit, with_channels
@@ -22,9 +25,6 @@ from kdcli.data.images import ImageSet, Splits, fingerprint_of
 from kdcli.data.svhn import SVHN
 from kdcli.data.tree import load_tree
 from kdcli.data.unlabelled import add_unlabelled
-from kdcli.errors import KdError, UsageError
-from kdcli.events import Note, OnEvent, ignore
-from kdcli.files import expand
 
 DIGITS_TRAIN = 1437  # of 1,797: the split is contiguous, so that writers mostly do not overlap
 

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kdcli import files, rows
+from kdcli.base import files
+from kdcli.base.errors import KdError
+from kdcli.data import rows
 from kdcli.data.decode import Pixels, fit, with_channels
 from kdcli.data.images import NO_LABEL, ImageSet, Splits, fingerprint_of
-from kdcli.errors import KdError
 
 FORMAT_VERSION = 2  # raise it when packing or decoding gives other pixels
 FALLBACK_SIZE = 32

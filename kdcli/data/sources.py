@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Protocol
 
+from kdcli.base.errors import KdError
+from kdcli.base.files import sha256_file
 from kdcli.data.streams import Forward, decompressed, expands_too_far, expansion_limit
-from kdcli.errors import KdError
-from kdcli.files import sha256_file
 
 MAX_MEMBER_BYTES = 256 << 20
 MAX_FILES = 2_000_000  # names in one source

@@ -12,7 +12,7 @@ import tarfile
 from pathlib import Path
 from typing import IO, cast
 
-from kdcli.errors import KdError
+from kdcli.base.errors import KdError
 
 MAX_HEADER_BYTES = 64 << 10  # one long name or pax header
 MAX_HEADERS_BYTES = 1 << 20  # all of them before one member

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kdcli import catalog
+from kdcli.base.errors import KdError
+from kdcli.data import catalog
 from kdcli.data.formats import Format, Part
-from kdcli.errors import KdError
 
 MAX_FILE_BYTES = 2 << 30
 MAX_IMAGES = 1_000_000

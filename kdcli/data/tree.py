@@ -15,13 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from kdcli import catalog
-from kdcli.data import decode
+from kdcli.base.errors import KdError
+from kdcli.base.events import OnEvent, Progress
+from kdcli.data import catalog, decode
 from kdcli.data.images import Splits
 from kdcli.data.pack import FALLBACK_SIZE, FORMAT_VERSION, Cache, Selection, Spool
 from kdcli.data.sources import Source, open_source
-from kdcli.errors import KdError
-from kdcli.events import OnEvent, Progress
 
 SPLIT_NAMES = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 JUNK_NAMES = ("thumbs.db", "desktop.ini")

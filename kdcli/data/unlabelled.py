@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from kdcli import rows
-from kdcli.data import decode
+from kdcli.base.errors import KdError, UsageError
+from kdcli.base.events import OnEvent, Progress
+from kdcli.data import decode, rows
 from kdcli.data.images import NO_LABEL, ImageSet, Splits
 from kdcli.data.pack import FORMAT_VERSION, Cache, Selection
 from kdcli.data.sources import Source, open_source
 from kdcli.data.tree import Place, decode_all, is_aside, left_out
-from kdcli.errors import KdError, UsageError
-from kdcli.events import OnEvent, Progress
 
 _PART = "unlabelled"
 _CHUNK = 1024  # images looked at together

@@ -9,11 +9,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from kdcli import rows
-from kdcli.config import TrainConfig
-from kdcli.data import ImageSet
+from kdcli.base.config import TrainConfig
+from kdcli.base.errors import UsageError
+from kdcli.data import ImageSet, rows
 from kdcli.engine.targets import Targets, shapes_of
-from kdcli.errors import UsageError
 from kdcli.methods import Objective, Training
 from kdcli.models import Classifier
 from kdcli.models.features import Tap, stages_of

@@ -6,18 +6,20 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
-from kdcli import checkpoint, methods, runtime
-from kdcli.config import TrainConfig
+from kdcli import methods
+from kdcli.base import runtime
+from kdcli.base.config import TrainConfig
+from kdcli.base.errors import Interrupted, UsageError
+from kdcli.base.events import Event, Note, OnEvent, Progress, ignore
+from kdcli.base.files import sha256_file
+from kdcli.base.runtime import StopFlag, World
 from kdcli.data import Splits
 from kdcli.engine.fit import fit
 from kdcli.engine.result import Result
 from kdcli.engine.run_dir import PLACE, RunDir, name_of, resume_command
 from kdcli.engine.state import WITHOUT_EFFECT
 from kdcli.engine.student import check_student
-from kdcli.errors import Interrupted, UsageError
-from kdcli.events import Event, Note, OnEvent, Progress, ignore
-from kdcli.files import sha256_file
-from kdcli.runtime import StopFlag, World
+from kdcli.models import checkpoint
 
 _SEEDS = 2**63
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcli import metrics, models
+from kdcli import models
+from kdcli.base import metrics
+from kdcli.base.events import OnEvent, ignore
 from kdcli.data import ImageSet
-from kdcli.events import OnEvent, ignore
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdcli import augment, rows
-from kdcli.data import ImageSet
+from kdcli.data import ImageSet, augment, rows
 
 Int64 = npt.NDArray[np.int64]
 _RESIDENT_SHARE = 0.25  # of a GPU's free memory that images may take for good

@@ -9,14 +9,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kdcli import __version__, augment, methods, metrics, models, rows, runtime
-from kdcli.config import TrainConfig
-from kdcli.data import Splits
+from kdcli import __version__, methods, models
+from kdcli.base import metrics, runtime
+from kdcli.base.config import TrainConfig
+from kdcli.base.errors import Interrupted, KdError, UsageError
+from kdcli.base.events import Epoch, Note, OnEvent, Progress, ignore
+from kdcli.base.files import sha256_file
+from kdcli.base.runtime import World
+from kdcli.data import Splits, augment, rows
+from kdcli.data.split import split
 from kdcli.engine import tensorboard
 from kdcli.engine.adapters import make_adapters, states_of
 from kdcli.engine.evaluate import Evaluation, measure
 from kdcli.engine.feed import Feed
-from kdcli.engine.plan import FILLED, check, resolve, split
+from kdcli.engine.plan import FILLED, check, resolve
 from kdcli.engine.record import Record
 from kdcli.engine.result import Metrics, Result
 from kdcli.engine.run_dir import RunDir, resume_command
@@ -25,11 +31,7 @@ from kdcli.engine.state import Due, State, made_with, newest, restore
 from kdcli.engine.step import Step
 from kdcli.engine.student import make_student
 from kdcli.engine.targets import Targets
-from kdcli.errors import Interrupted, KdError, UsageError
-from kdcli.events import Epoch, Note, OnEvent, Progress, ignore
-from kdcli.files import sha256_file
 from kdcli.models.reproducible import Draw, use_global_batch_norm, use_sample_dropout
-from kdcli.runtime import World
 
 Int64 = npt.NDArray[np.int64]
 _SHOW_EVERY_S = 0.5

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from kdcli import data, files, methods, models
-from kdcli.config import TrainConfig
+from kdcli import data, methods, models
+from kdcli.base import files
+from kdcli.base.config import TrainConfig
+from kdcli.base.errors import KdError, UsageError
+from kdcli.base.events import OnEvent, ignore
 from kdcli.data import Splits
-from kdcli.errors import KdError, UsageError
-from kdcli.events import OnEvent, ignore
 
 
 def load_data(config: TrainConfig, on_event: OnEvent = ignore) -> Splits:

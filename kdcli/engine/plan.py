@@ -9,35 +9,17 @@ from contextlib import suppress
 import numpy as np
 import numpy.typing as npt
 
-from kdcli import augment, checkpoint, methods, preprocess
-from kdcli.config import TrainConfig
-from kdcli.data import ImageSet, Splits
-from kdcli.errors import KdError, UsageError
-from kdcli.events import OnEvent
-from kdcli.preprocess import Preprocess
+from kdcli import methods
+from kdcli.base.config import TrainConfig
+from kdcli.base.errors import KdError, UsageError
+from kdcli.base.events import OnEvent
+from kdcli.data import ImageSet, Splits, augment, preprocess
+from kdcli.data.preprocess import Preprocess
+from kdcli.models import checkpoint
 
 Int64 = npt.NDArray[np.int64]
 _CONSTANTS_VERSION = 1  # raise it when a preprocessing's fit gives other constants
 _CACHED_VIEWS = 8  # of an augmentation with endless variants, when a teacher has to be run over each
-
-
-def split(labels: Int64, fraction: float) -> tuple[Int64, Int64]:
-    """Numbers of the training and of the validation samples, stratified by class.
-
-    The same for every seed and method, so that runs can be compared; at least one sample of each class is
-    trained on.
-    """
-    samples = np.arange(len(labels))
-    shuffled = augment.order(0, augment.SPLIT, samples)
-    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    counts = np.unique(labels, return_counts=True)[1]
-    starts = np.cumsum(counts) - counts
-    validation = [
-        by_class[start : start + min(round(fraction * count), count - 1)]
-        for start, count in zip(starts.tolist(), counts.tolist(), strict=True)
-    ]
-    chosen = np.sort(np.concatenate(validation)) if validation else samples[:0]
-    return np.setdiff1d(samples, chosen), chosen
 
 
 def fitted_preprocess(config: TrainConfig, data: ImageSet, samples: Int64, on_event: OnEvent) -> Preprocess:

@@ -15,11 +15,11 @@ from typing import Any
 import tomli_w
 
 from kdcli import methods
-from kdcli.checkpoint import Checkpoint, save
-from kdcli.config import TrainConfig, make
-from kdcli.errors import KdError, UsageError
-from kdcli.files import scratch_folder, write_json, write_text
-from kdcli.recipes import read_recipe
+from kdcli.base.config import TrainConfig, make
+from kdcli.base.errors import KdError, UsageError
+from kdcli.base.files import scratch_folder, write_json, write_text
+from kdcli.base.recipes import read_recipe
+from kdcli.models.checkpoint import Checkpoint, save
 
 # Where the run lies is not part of what it computes: the file can be used as a recipe for another run.
 PLACE = {"name", "runs_dir"}

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from kdcli import __version__, checkpoint
-from kdcli.checkpoint import Checkpoint
-from kdcli.config import TrainConfig
+from kdcli import __version__
+from kdcli.base.config import TrainConfig
+from kdcli.base.errors import KdError
+from kdcli.base.events import Note, OnEvent
+from kdcli.base.runtime import World
 from kdcli.engine.adapters import restore_adapters
 from kdcli.engine.run_dir import PLACE, RunDir
-from kdcli.errors import KdError
-from kdcli.events import Note, OnEvent
-from kdcli.runtime import World
+from kdcli.models import checkpoint
+from kdcli.models.checkpoint import Checkpoint
 
 # settings that say where the run computes or what it writes, not what it computes
 WITHOUT_EFFECT = {

@@ -9,16 +9,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from kdcli import checkpoint, models, rows
-from kdcli.config import TrainConfig
-from kdcli.data import ImageSet
+from kdcli import models
+from kdcli.base.config import TrainConfig
+from kdcli.base.errors import Interrupted, KdError
+from kdcli.base.events import Note, OnEvent
+from kdcli.base.runtime import StopFlag, World
+from kdcli.data import ImageSet, rows
 from kdcli.engine.feed import Inputs
 from kdcli.engine.output import Output
 from kdcli.engine.plan import cache_mode
-from kdcli.errors import Interrupted, KdError
-from kdcli.events import Note, OnEvent
 from kdcli.methods import Features, Objective, Shapes
-from kdcli.runtime import StopFlag, World
+from kdcli.models import checkpoint
 from kdcli.teacher import Live, Outputs, Teacher
 from kdcli.teacher.ensemble import Ensemble, MeanLive, MeanOutputs
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kdcli.config import Ramp, TrainConfig
-from kdcli.errors import UsageError
+from kdcli.base.config import Ramp, TrainConfig
+from kdcli.base.errors import UsageError
 from kdcli.methods import features, logits
 from kdcli.methods.batch import Batch, Features, Shapes, Training, paired
 from kdcli.methods.logits import noise_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from kdcli.errors import UsageError
+from kdcli.base.errors import UsageError
 from kdcli.methods.batch import Batch, Training, paired
 
 if TYPE_CHECKING:  # names for --help must not cost an import
@@ -22,7 +22,7 @@ def hint(batch: Batch) -> Tensor:
 
 def hint_adapter(training: Training) -> nn.Module:
     """A regressor from the guided stage's channels to the hint's."""
-    from kdcli import adapters
+    from kdcli.methods import adapters
 
     pairs = _stages(training)
     return adapters.Hint(*pairs[_middle(len(pairs), training.config.hint_stage)])
@@ -30,14 +30,14 @@ def hint_adapter(training: Training) -> nn.Module:
 
 def attention(batch: Batch) -> Tensor:
     """Attention maps of all stages."""
-    from kdcli import losses
+    from kdcli.methods import losses
 
     return _sum(losses.attention(student, teacher) for student, teacher in batch.stages)
 
 
 def similarity(batch: Batch) -> Tensor:
     """Which images of the batch the last stage takes for alike."""
-    from kdcli import losses
+    from kdcli.methods import losses
 
     student, teacher = batch.stages[-1]
     return losses.similarity(batch.gather(student), batch.gather(teacher))
@@ -45,7 +45,7 @@ def similarity(batch: Batch) -> Tensor:
 
 def relational(batch: Batch) -> Tensor:
     """Distances and angles between embeddings."""
-    from kdcli import losses
+    from kdcli.methods import losses
 
     student, teacher = _embeddings(batch)
     return losses.relational(student, teacher, batch.config.rkd_distance, batch.config.rkd_angle)
@@ -53,7 +53,7 @@ def relational(batch: Batch) -> Tensor:
 
 def probabilistic(batch: Batch) -> Tensor:
     """Neighbourhood probabilities of embeddings."""
-    from kdcli import losses
+    from kdcli.methods import losses
 
     return losses.probabilistic(*_embeddings(batch))
 
@@ -68,7 +68,7 @@ def variational_adapter(training: Training) -> nn.Module:
     """A regressor and a variance for each stage."""
     from torch import nn
 
-    from kdcli import adapters
+    from kdcli.methods import adapters
 
     return nn.ModuleList(adapters.Variational(*pair) for pair in _stages(training))
 
@@ -87,7 +87,7 @@ def contrastive(batch: Batch) -> Tensor:
 
 def contrastive_adapter(training: Training) -> nn.Module:
     """Projections of both sides, and a memory of what they gave for each image."""
-    from kdcli import adapters
+    from kdcli.methods import adapters
 
     config = training.config
     module: Any = adapters.Contrast(
@@ -123,7 +123,7 @@ class Others:
         """Numbers (B, count) of trained images whose class is not the sample's; a function of its arguments."""
         import numpy as np
 
-        from kdcli import augment
+        from kdcli.data import augment
 
         own = self.labels[samples]
         limit = (len(self.by_class) - self.sizes[own]).astype(np.uint64)  # (B,)
@@ -145,7 +145,7 @@ def review(batch: Batch) -> Tensor:
 
 def review_adapter(training: Training) -> nn.Module:
     """The attention-based fusion of stages."""
-    from kdcli import adapters
+    from kdcli.methods import adapters
 
     pairs = _stages(training)
     return adapters.Review([student for student, _ in pairs], [teacher for _, teacher in pairs])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kdcli.config import TrainConfig
+from kdcli.base.config import TrainConfig
 from kdcli.methods.batch import Batch
 from kdcli.methods.objective import labelled
 
@@ -18,7 +18,7 @@ MULTI_LEVEL_TAUS = (2.0, 3.0, 4.0, 5.0, 6.0)
 
 def smoothed(batch: Batch) -> Tensor:
     """Cross-entropy on smoothed labels."""
-    from kdcli import losses
+    from kdcli.methods import losses
 
     settings = {"smoothing": batch.config.label_smoothing}
     return labelled(losses.cross_entropy, losses.mixed_cross_entropy, **settings)(batch)
@@ -26,14 +26,14 @@ def smoothed(batch: Batch) -> Tensor:
 
 def regression(batch: Batch) -> Tensor:
     """½‖s − t‖²."""
-    from kdcli import losses
+    from kdcli.methods import losses
 
     return losses.logit_regression(batch.student_logits, batch.targets)
 
 
 def noisy(batch: Batch) -> Tensor:
     """½‖s − t′‖², t′ scaled by noise."""
-    from kdcli import losses
+    from kdcli.methods import losses
 
     targets = batch.targets
     selected, noise = noise_of(batch.config, batch.epoch, batch.samples, targets.shape[1])
@@ -43,21 +43,21 @@ def noisy(batch: Batch) -> Tensor:
 
 def soft_targets(batch: Batch) -> Tensor:
     """τ²·KL of softened probabilities."""
-    from kdcli import losses
+    from kdcli.methods import losses
 
     return losses.soft_targets(*_logits(batch), batch.tau)
 
 
 def standardized(batch: Batch) -> Tensor:
     """τ²·KL of the softened probabilities of standardized logits."""
-    from kdcli import losses
+    from kdcli.methods import losses
 
     return losses.soft_targets(*_standardized(batch), batch.tau)
 
 
 def decoupled(batch: Batch) -> Tensor:
     """Target and other classes apart; of a mixture, each label with its share."""
-    from kdcli import losses
+    from kdcli.methods import losses
 
     student, teacher = _logits(batch)
     settings = batch.tau, batch.config.dkd_alpha, batch.config.dkd_beta
@@ -69,7 +69,7 @@ def decoupled(batch: Batch) -> Tensor:
 
 def correlated(batch: Batch) -> Tensor:
     """Correlation of rows and columns of probabilities."""
-    from kdcli import losses
+    from kdcli.methods import losses
 
     student, teacher = batch.gather(batch.student_logits), batch.gather(batch.targets)
     return losses.dist(student, teacher, batch.tau, batch.config.dist_inter, batch.config.dist_intra)
@@ -77,7 +77,7 @@ def correlated(batch: Batch) -> Tensor:
 
 def multi_level(batch: Batch) -> Tensor:
     """Instances, the batch and the classes, at several temperatures."""
-    from kdcli import losses
+    from kdcli.methods import losses
 
     student, teacher = batch.gather(batch.student_logits), batch.gather(batch.targets)
     return losses.multi_level(student, teacher, MULTI_LEVEL_TAUS)
@@ -89,7 +89,7 @@ def _logits(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _standardized(batch: Batch) -> tuple[Tensor, Tensor]:
-    from kdcli import losses
+    from kdcli.methods import losses
 
     return losses.standardize(batch.student_logits), losses.standardize(batch.targets)
 
@@ -105,7 +105,7 @@ def noise_of(
     import numpy as np
     import torch
 
-    from kdcli import augment
+    from kdcli.data import augment
 
     random = augment.words(config.seed, augment.NOISE, epoch, samples)
     selected = augment.uniform(random[0]) < config.noisy_ratio

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from kdcli.config import Ramp, TrainConfig
-from kdcli.errors import UsageError
+from kdcli.base.config import Ramp, TrainConfig
+from kdcli.base.errors import UsageError
 from kdcli.methods.batch import Batch, Training
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class Objective:
 
     def terms(self, batch: Batch, adapters: Mapping[str, nn.Module] | None = None) -> dict[str, Tensor]:
         """The named, unweighted terms whose weight is not 0, each a scalar."""
-        from kdcli import losses
+        from kdcli.methods import losses
 
         wanted = self.ramps(batch.config)
         found: dict[str, Tensor] = {}

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kdcli.config import Ramp, TrainConfig
-from kdcli.errors import KdError, UsageError
+from kdcli.base.config import Ramp, TrainConfig
+from kdcli.base.errors import KdError, UsageError
 from kdcli.methods.batch import Batch
 from kdcli.methods.objective import CE, Method
 

@@ -19,11 +19,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from kdcli import checkpoint, rows
-from kdcli.checkpoint import Checkpoint
-from kdcli.errors import KdError, UsageError
-from kdcli.events import OnEvent, Progress, ignore
-from kdcli.preprocess import Preprocess, from_spec
+from kdcli.base.errors import KdError, UsageError
+from kdcli.base.events import OnEvent, Progress, ignore
+from kdcli.data import rows
+from kdcli.data.preprocess import Preprocess, from_spec
+from kdcli.models import checkpoint
+from kdcli.models.checkpoint import Checkpoint
 
 # name -> where its function lives; `graph` is what kd convert-caffe builds and cannot be asked for by name
 MODELS = {

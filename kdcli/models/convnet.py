@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from kdcli.errors import UsageError
+from kdcli.base.errors import UsageError
 from kdcli.models.parts import scaled
 
 

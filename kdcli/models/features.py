@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcli.errors import UsageError
+from kdcli.base.errors import UsageError
 
 _PASSING = (nn.Dropout, nn.Dropout2d, nn.Identity)  # what they give is what they got
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdcli.errors import KdError
+from kdcli.base.errors import KdError
 from kdcli.models.operations import OPS
 from kdcli.models.operations.shapes import Shape, check_size, is_vector, shown
 

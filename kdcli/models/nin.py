@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdcli.errors import UsageError
+from kdcli.base.errors import UsageError
 from kdcli.models.parts import scaled
 
 WIDTHS = (192, 160, 96, 192, 192, 192, 192, 192)  # conv1 cccp1 cccp2 conv2 cccp3 cccp4 conv3 cccp5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from kdcli.errors import UsageError
+from kdcli.base.errors import UsageError
 
 _WIDEST = 64
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from kdcli import augment
+from kdcli.data import augment
 
 _GOLDEN, _FIRST, _SECOND = -1640531527, 0x21F0AAAD, 0x735A2D97  # odd constants; the first is 0x9E3779B9
 

@@ -1,11 +1,10 @@
 """Figures and pages from results."""
 
-from kdcli.report.figures import check_target, comparison, confusion, curves, pareto, pareto_front
+from kdcli.report.figures import comparison, confusion, curves, pareto, pareto_front
 from kdcli.report.page import Report, make_report, write_report
 
 __all__ = [
     "Report",
-    "check_target",
     "comparison",
     "confusion",
     "curves",

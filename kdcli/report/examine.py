@@ -13,13 +13,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdcli import data, models, rows
-from kdcli.config import ReportConfig
-from kdcli.data import Splits
+from kdcli import data, models
+from kdcli.base.config import ReportConfig
+from kdcli.base.errors import KdError
+from kdcli.base.events import Event, OnEvent, Progress
+from kdcli.base.files import sha256_file
+from kdcli.data import Splits, rows
 from kdcli.engine.evaluate import Evaluation, measure
-from kdcli.errors import KdError
-from kdcli.events import Event, OnEvent, Progress
-from kdcli.files import sha256_file
 from kdcli.report.gather import Run
 from kdcli.teacher import Teacher
 from kdcli.teacher.recorded import teachers_of

@@ -4,44 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from io import BytesIO
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcli.bench import Row
-from kdcli.compare import Comparison
-from kdcli.errors import KdError, UsageError
-from kdcli.files import atomic_path
+from kdcli.base.errors import KdError
+from kdcli.base.plotting import BLUE, FRONT, GREEN, GRID, INK, ORANGE, Target, drawn_to, shown
+from kdcli.deploy.bench import Row
+from kdcli.studies.compare import Comparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-BLUE, ORANGE, GREEN, INK, GRID, FRONT = "#0072b2", "#d55e00", "#009e73", "#333333", "#d9d9d9", "#8c8c8c"
-_LONGEST_NAME = 22
-_STYLE = {
-    "svg.hashsalt": "kd",  # element ids would be random
-    "svg.fonttype": "none",  # text stays text: any script, searchable
-    "text.parse_math": False,  # a class may be called $x_1
-    "font.family": ["DejaVu Sans", "sans-serif"],
-    "font.size": 10,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "savefig.facecolor": "white",
-}
-
-
-Target = Path | BytesIO  # a .png or .svg file, or a buffer for an SVG
 
 
 def curves(metrics_path: Path, target: Target) -> None:
@@ -231,42 +205,6 @@ def pareto_front(rows: Sequence[Row]) -> list[Row]:
     return front
 
 
-def check_target(target: Path) -> str:
-    """The kind of figure a file name asks for: `png` or `svg`.
-
-    Raises:
-        UsageError: neither.
-    """
-    kind = target.suffix.lower().removeprefix(".")
-    if kind not in ("png", "svg"):
-        raise UsageError(f"cannot draw {target}", "Figures are .png or .svg files.")
-    return kind
-
-
-@contextmanager
-def drawn_to(target: Target, width: float, height: float) -> Iterator[Figure]:
-    """A figure of so many inches that is written to `target` when the block ends."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    kind = "svg" if isinstance(target, BytesIO) else check_target(target)
-    with warnings.catch_warnings(), mpl.rc_context(_STYLE):  # type: ignore[arg-type]
-        warnings.simplefilter("ignore")  # glyphs the font lacks; the viewer of an SVG has its own
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure
-        metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
-        if isinstance(target, BytesIO):
-            figure.savefig(target, format=kind, metadata=metadata)
-            return
-        try:
-            with atomic_path(target) as temporary:
-                figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
-        except OSError as error:
-            raise KdError(f"cannot write {target}: {error.strerror or error}") from error
-
-
 def _read_epochs(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics.jsonl; a run that was killed may have left half a one."""
     try:
@@ -384,9 +322,3 @@ def _overlap(one: _Box, other: _Box) -> float:
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     return max(0.0, width) * max(0.0, height)
-
-
-def shown(name: str) -> str:
-    """One short line of printable characters, whatever a class is called."""
-    clean = "".join(mark if mark.isprintable() else " " for mark in name).strip() or "(no name)"
-    return clean if len(clean) <= _LONGEST_NAME else clean[: _LONGEST_NAME - 1] + "…"

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from kdcli import checkpoint
+from kdcli.base.errors import KdError
 from kdcli.engine.run_dir import RunDir
-from kdcli.errors import KdError
+from kdcli.models import checkpoint
 
 COMPARISON = "comparison.json"
 MOST_BYTES = 64 << 20  # of result.json and metrics.jsonl; a matrix of 1,000 classes takes 11 MB

@@ -11,12 +11,13 @@ from xml.etree import ElementTree
 import numpy as np
 from markupsafe import Markup
 
-from kdcli.bench import Row
-from kdcli.compare import Comparison
+from kdcli.base.plotting import FRONT, GRID, INK, drawn_to, shown
+from kdcli.deploy.bench import Row
 from kdcli.report.examine import Bin
-from kdcli.report.figures import FRONT, GRID, INK, drawn_to, pareto, shown
 from kdcli.report.figures import comparison as draw_comparison
+from kdcli.report.figures import pareto
 from kdcli.report.gather import Run
+from kdcli.studies.compare import Comparison
 
 MOST_LINES = 14
 _SURE = 10  # images that make a share worth joining to the next

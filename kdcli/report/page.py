@@ -18,21 +18,22 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from kdcli import __version__, units
-from kdcli.bench import Row
-from kdcli.compare import Comparison
-from kdcli.compare import read as read_comparison
-from kdcli.compare.tables import cells, explained
-from kdcli.config import ReportConfig
-from kdcli.errors import KdError
-from kdcli.events import OnEvent, ignore
-from kdcli.files import atomic_path, sha256_file
+from kdcli import __version__
+from kdcli.base import units
+from kdcli.base.config import ReportConfig
+from kdcli.base.errors import KdError
+from kdcli.base.events import OnEvent, ignore
+from kdcli.base.files import atomic_path, sha256_file
+from kdcli.deploy.bench import Row
 from kdcli.report import inline, words
 from kdcli.report.details import Section, command, details_of, missing, path_word
 from kdcli.report.examine import Examined, TeacherFigures, examine, recorded_teacher
 from kdcli.report.figures import pareto_front
 from kdcli.report.gather import COMPARISON, Run, gather
 from kdcli.report.speed import Speed, deployed, from_file, measured
+from kdcli.studies.compare import Comparison
+from kdcli.studies.compare import read as read_comparison
+from kdcli.studies.compare.tables import cells, explained
 
 MOST_DETAILED = 20  # runs with a section of their own
 MOST_EPOCHS = 200

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kdcli.bench import Row, bench
-from kdcli.config import BenchConfig, ReportConfig, make
-from kdcli.errors import KdError
-from kdcli.events import OnEvent
+from kdcli.base.config import BenchConfig, ReportConfig, make
+from kdcli.base.errors import KdError
+from kdcli.base.events import OnEvent
+from kdcli.deploy.bench import Row, bench
 from kdcli.report.gather import Count, Share, complaint, read_json
 
 _BENCH_BYTES = 16 << 20

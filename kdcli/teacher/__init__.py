@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,40 +17,24 @@ import torch
 from filelock import Timeout
 from torch import Tensor, nn
 
-from kdcli import augment, models, rows
-from kdcli.data import ImageSet, misfit
-from kdcli.errors import KdError, UsageError
-from kdcli.events import Note, OnEvent, Progress, ignore
-from kdcli.files import sha256_file
+from kdcli.base.errors import KdError, UsageError
+from kdcli.base.events import Note, OnEvent, Progress, ignore
+from kdcli.base.files import sha256_file
+from kdcli.base.runtime import World
+from kdcli.data import ImageSet, augment, misfit, rows
+from kdcli.deploy.load import load_model
 from kdcli.models import Classifier
 from kdcli.models.features import Tap, stages_of
 from kdcli.models.reproducible import Draw, use_sample_dropout
-from kdcli.runtime import World
 from kdcli.teacher.live import Live
 from kdcli.teacher.runner import Plan, Run, choose, run_of
 from kdcli.teacher.views import PART, Outputs, ViewStore
 
-if TYPE_CHECKING:  # onnxruntime is a third of a second that a run with a warm cache need not pay
-    from kdcli.onnx_model import OnnxClassifier
-
-__all__ = ["Live", "Outputs", "Teacher", "freeze", "load_model"]
+__all__ = ["Live", "Outputs", "Teacher", "freeze"]
 
 CACHE_VERSION = 2
 _POLL_S = 0.5  # how often it is looked whether another run has finished a view
 _STREAM = 1  # of dropout's draws: the student's is 0
-
-
-def load_model(path: Path, threads: int = 0) -> Classifier | OnnxClassifier:
-    """Any model that gives logits for images: a checkpoint (.pt) or an ONNX file.
-
-    Raises:
-        KdError: missing, unreadable, or neither.
-    """
-    if path.suffix.lower() == ".onnx":
-        from kdcli.onnx_model import OnnxClassifier
-
-        return OnnxClassifier.load(path, threads)
-    return models.load(path)
 
 
 def freeze(model: Classifier, dropout: float = 0.0) -> Classifier:

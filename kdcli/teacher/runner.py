@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcli import metrics
-from kdcli.errors import KdError
-from kdcli.events import Note, OnEvent
+from kdcli.base import metrics
+from kdcli.base.errors import KdError
+from kdcli.base.events import Note, OnEvent
 from kdcli.models import Classifier
 
 _WORTH_TRYING_S = 15.0  # a pass shorter than this is not measured first
@@ -53,8 +53,8 @@ class _InOnnxruntime:
     """A classifier whose network runs in onnxruntime; its preprocessing stays in torch."""
 
     def __init__(self, model: Classifier, threads: int) -> None:
-        from kdcli import onnx_model
-        from kdcli.onnx_model.translate import to_onnx
+        from kdcli.deploy import onnx_model
+        from kdcli.deploy.onnx_model.translate import to_onnx
 
         translated = to_onnx(model, opset=18, with_preprocessing=False)
         self.model = model

@@ -18,8 +18,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from kdcli.errors import KdError
-from kdcli.files import atomic_path, sha256_file, write_json
+from kdcli.base.errors import KdError
+from kdcli.base.files import atomic_path, sha256_file, write_json
 
 PART = 4096  # images: at most so many are run again after a kill
 _CHUNK = 1 << 16  # rows looked at together

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdcli import checkpoint, safe_pickle
+from kdcli.base import safe_pickle
+from kdcli.base.errors import KdError
 from kdcli.caffe.read import read_caffemodel, read_mean, read_prototxt
 from kdcli.data import decode, load
-from kdcli.errors import KdError
-from kdcli.onnx_model import OnnxClassifier
+from kdcli.deploy.onnx_model import OnnxClassifier
+from kdcli.models import checkpoint
 from tests.hostile import archives, images, models
 
 Target = Callable[[bytes], None]

@@ -31,11 +31,12 @@ import torch
 from google.protobuf import text_format  # noqa: F401
 from PIL import BmpImagePlugin, Image, JpegImagePlugin, MpoImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401
 
-from kdcli import checkpoint, safe_pickle
+from kdcli.base import safe_pickle
+from kdcli.base.errors import KdError
 from kdcli.caffe.read import read_caffemodel, read_mean, read_prototxt
 from kdcli.data import decode, load
-from kdcli.errors import KdError
-from kdcli.onnx_model import OnnxClassifier
+from kdcli.deploy.onnx_model import OnnxClassifier
+from kdcli.models import checkpoint
 
 SECONDS = 20
 MEMORY = 3 << 30

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from kdcli.errors import KdError
+from kdcli.base.errors import KdError
 from kdcli.models.operations.shapes import Shape, axis_of, check_size, only, shown
 
 _MOST_LARGEST = 100  # of ArgMax

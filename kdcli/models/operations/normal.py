@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdcli.errors import KdError
+from kdcli.base.errors import KdError
 from kdcli.models.operations.shapes import Shape, axis_of, check_size, only, shown
 
 

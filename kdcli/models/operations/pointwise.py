@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor, nn
 
-from kdcli.errors import KdError
+from kdcli.base.errors import KdError
 from kdcli.models.operations.shapes import Shape, only, shown
 
 

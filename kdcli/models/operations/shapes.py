@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from kdcli.errors import KdError
+from kdcli.base.errors import KdError
 
 Shape = tuple[int, ...]
 _MOST_VALUES = 2**29  # per layer, parameters or activations of one image; a damaged file may ask for anything

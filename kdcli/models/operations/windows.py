@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from kdcli.errors import KdError
+from kdcli.base.errors import KdError
 from kdcli.models.operations.shapes import Shape, axis_of, check_size, only, pair, shown
 
 

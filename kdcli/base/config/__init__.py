@@ -1,0 +1,54 @@
+"""Settings: every default, bound and help text, once. The command line and the recipe files are made from these.
+
+A field's `description` is its help text; `json_schema_extra` may give `panel` (where --help lists it), `flag`
+(in place of the field's own name), `flags` (further spellings), `metavar`, and, of a flag that may stand alone,
+`bare` (the value it then has) and `value` (what a value of its own looks like).
+"""
+
+from kdcli.base.config.commands import (
+    INT8_DEFAULT,
+    BenchConfig,
+    ConvertConfig,
+    DemoConfig,
+    DownloadConfig,
+    ExportConfig,
+    InfoConfig,
+    PredictConfig,
+    ReportConfig,
+    TestConfig,
+    ValidateConfig,
+)
+from kdcli.base.config.compare import CompareConfig, ReproduceConfig
+from kdcli.base.config.ramp import Ramp
+from kdcli.base.config.settings import DATA, METHOD, OPTIMISER, RUN, DataSettings, Settings, make, words_of
+from kdcli.base.config.train import AUGMENT_STEPS, TrainConfig
+from kdcli.base.config.tune import SEARCH, TuneConfig
+
+__all__ = [
+    "AUGMENT_STEPS",
+    "DATA",
+    "INT8_DEFAULT",
+    "METHOD",
+    "OPTIMISER",
+    "RUN",
+    "SEARCH",
+    "BenchConfig",
+    "CompareConfig",
+    "ConvertConfig",
+    "DataSettings",
+    "DemoConfig",
+    "DownloadConfig",
+    "ExportConfig",
+    "InfoConfig",
+    "PredictConfig",
+    "Ramp",
+    "ReportConfig",
+    "ReproduceConfig",
+    "Settings",
+    "TestConfig",
+    "TrainConfig",
+    "TuneConfig",
+    "ValidateConfig",
+    "make",
+    "words_of",
+]

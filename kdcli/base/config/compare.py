@@ -1,0 +1,104 @@
+"""Settings of `kd compare`, beside those of `kd train` that its runs share, and of `kd reproduce`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, field_validator
+
+from kdcli.base.config.settings import RUN, FolderName, Settings, about
+
+COMPARE = "Comparison"
+MOST_SEEDS = 1000
+
+
+class CompareConfig(Settings):
+    """`kd compare`, beside `TrainConfig`."""
+
+    methods: str = Field(
+        "ce,kd",
+        description="The methods to compare, joined by commas.",
+        json_schema_extra=about(COMPARE, metavar="NAME,NAME,…"),
+    )
+    seeds: str = Field(
+        "5",
+        description="How many seeds each method runs with, from 0 on; or which, as in 3,7,11 (and 7, is seed 7).",
+        json_schema_extra=about(COMPARE, metavar="N|S,S,…"),
+    )
+    baseline: str = Field(
+        "",
+        description="The method that the others are compared with; by default ce, else the first.",
+        json_schema_extra=about(COMPARE, metavar="NAME"),
+    )
+    jobs: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="Runs at a time, each with its share of the cores; 0: one for each 4 cores.",
+        json_schema_extra=about(RUN),
+    )
+    name: FolderName = Field(
+        "",
+        description="Name of the comparison; by default its methods, student and data.",
+        json_schema_extra=about(RUN),
+    )
+    out: Path = Field(
+        Path("comparisons"), description="Comparisons are written here.", json_schema_extra=about(RUN)
+    )
+    csv: Path | None = Field(
+        None, description="Write all figures as a table for programs.", json_schema_extra=about("Output")
+    )
+    markdown: Path | None = Field(
+        None, description="Write the table for a README.", json_schema_extra=about("Output")
+    )
+
+    @field_validator("methods")
+    @classmethod
+    def _methods_are_named_once(cls, value: str) -> str:
+        names = [name.strip() for name in value.split(",")]
+        if not all(names) or len(set(names)) < len(names):
+            raise ValueError("must be names of methods, each once, joined by commas")
+        return ",".join(names)
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _seeds_are_a_count_or_a_list(cls, value: object) -> str:
+        words = [word.strip() for word in str(value).split(",")]
+        listed = words[:-1] if len(words) > 1 and not words[-1] else words
+        if not all(word.isascii() and word.isdecimal() and int(word) < 2**63 for word in listed):
+            raise ValueError("must be a number of seeds, or seeds joined by commas")
+        if len(words) == 1 and not 1 <= int(listed[0]) <= MOST_SEEDS:
+            raise ValueError(f"must be a number from 1 to {MOST_SEEDS}, or seeds joined by commas")
+        if len(set(map(int, listed))) < len(listed) or len(listed) > MOST_SEEDS:
+            raise ValueError(f"must be seeds that differ, at most {MOST_SEEDS}")
+        return ",".join(str(int(word)) if word else "" for word in words)
+
+    @property
+    def method_names(self) -> tuple[str, ...]:
+        """In the order given."""
+        return tuple(self.methods.split(","))
+
+    @property
+    def seed_numbers(self) -> tuple[int, ...]:
+        """`5` is 0 … 4, `3,7,11` are these."""
+        words = self.seeds.split(",")
+        if len(words) == 1:
+            return tuple(range(int(words[0])))
+        return tuple(int(word) for word in words if word)
+
+
+class ReproduceConfig(Settings):
+    """`kd reproduce`."""
+
+    method: str = Field(
+        "",
+        description="The run's method again, where it is code of your own: a file alone does not make kd run it.",
+        json_schema_extra=about("Check", metavar="MODULE:FUNCTION"),
+    )
+    tolerance: float = Field(
+        0.5,
+        ge=0,
+        le=100,
+        description="How many points of test accuracy may lie between the two where the bits differ.",
+        json_schema_extra=about("Check"),
+    )

@@ -1,0 +1,80 @@
+"""Plotting primitives: colours, style, and a figure that is written whole."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdcli.base.errors import KdError, UsageError
+from kdcli.base.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, INK, GRID, FRONT = "#0072b2", "#d55e00", "#009e73", "#333333", "#d9d9d9", "#8c8c8c"
+_LONGEST_NAME = 22
+_STYLE = {
+    "svg.hashsalt": "kd",  # element ids would be random
+    "svg.fonttype": "none",  # text stays text: any script, searchable
+    "text.parse_math": False,  # a class may be called $x_1
+    "font.family": ["DejaVu Sans", "sans-serif"],
+    "font.size": 10,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "savefig.facecolor": "white",
+}
+
+
+Target = Path | BytesIO  # a .png or .svg file, or a buffer for an SVG
+
+
+def check_target(target: Path) -> str:
+    """The kind of figure a file name asks for: `png` or `svg`.
+
+    Raises:
+        UsageError: neither.
+    """
+    kind = target.suffix.lower().removeprefix(".")
+    if kind not in ("png", "svg"):
+        raise UsageError(f"cannot draw {target}", "Figures are .png or .svg files.")
+    return kind
+
+
+@contextmanager
+def drawn_to(target: Target, width: float, height: float) -> Iterator[Figure]:
+    """A figure of so many inches that is written to `target` when the block ends."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    kind = "svg" if isinstance(target, BytesIO) else check_target(target)
+    with warnings.catch_warnings(), mpl.rc_context(_STYLE):  # type: ignore[arg-type]
+        warnings.simplefilter("ignore")  # glyphs the font lacks; the viewer of an SVG has its own
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+        metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
+        if isinstance(target, BytesIO):
+            figure.savefig(target, format=kind, metadata=metadata)
+            return
+        try:
+            with atomic_path(target) as temporary:
+                figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
+        except OSError as error:
+            raise KdError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def shown(name: str) -> str:
+    """One short line of printable characters, whatever a class is called."""
+    clean = "".join(mark if mark.isprintable() else " " for mark in name).strip() or "(no name)"
+    return clean if len(clean) <= _LONGEST_NAME else clean[: _LONGEST_NAME - 1] + "…"

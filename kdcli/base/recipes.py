@@ -1,0 +1,62 @@
+"""Recipes: named sets of kd train's settings, and TOML files of them."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kdcli.base.errors import UsageError
+
+# `seed` is the reference's own.
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "seed": {
+        "optimizer": "adam",
+        "lr": 1e-3,
+        "schedule": "step",
+        "batch_size": 256,
+        "epochs": 100,
+        "augment": "none",
+        "preprocess": "mean-image",
+        "teacher_dropout": 0.5,
+        "dropout": 0.5,
+    },
+}
+
+
+def read_recipe(name: str, typed: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Settings of a named recipe or a TOML file; keys are kd train's options with underscores or hyphens.
+
+    Args:
+        name: of a recipe in `RECIPES`, or the file's path.
+        typed: options that will override it. A run's own config.toml says in `filled` which settings followed
+            from others; where something else is typed, these are left out, so that they follow from that.
+
+    Raises:
+        UsageError: no such recipe or file, or not TOML.
+    """
+    if name in RECIPES:
+        return dict(RECIPES[name])
+    path = Path(name)
+    if path.suffix != ".toml":
+        raise UsageError(f"unknown recipe: {name}", f"It is {', '.join(RECIPES)}, or a .toml file.")
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read recipe {name}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {name} is not TOML: {error}") from error
+    filled = document.pop("filled", [])
+    values: dict[str, Any] = {}
+    for key, value in document.items():
+        setting = "lamda" if key == "lambda" else key.replace("-", "_")
+        if setting in values:
+            raise UsageError(
+                f"recipe {name} sets {setting} twice, the second time as {key}", "Keep one of them."
+            )
+        values[setting] = value
+    if isinstance(filled, list) and any(values.get(key) != value for key, value in (typed or {}).items()):
+        values = {key: value for key, value in values.items() if key not in filled}
+    return values

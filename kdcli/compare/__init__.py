@@ -1,7 +1,0 @@
-"""Which method is better: the same recipe for each, paired seeds, and no claim that the runs do not bear out."""
-
-from kdcli.compare.plan import Plan, PlannedRun, make_plan
-from kdcli.compare.result import Comparison, RunFigures, Standing, read
-from kdcli.compare.run import compare
-
-__all__ = ["Comparison", "Plan", "PlannedRun", "RunFigures", "Standing", "compare", "make_plan", "read"]

@@ -1,0 +1,29 @@
+"""Train and validation samples."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from kdcli.data import augment
+
+Int64 = npt.NDArray[np.int64]
+
+
+def split(labels: Int64, fraction: float) -> tuple[Int64, Int64]:
+    """Numbers of the training and of the validation samples, stratified by class.
+
+    The same for every seed and method, so that runs can be compared; at least one sample of each class is
+    trained on.
+    """
+    samples = np.arange(len(labels))
+    shuffled = augment.order(0, augment.SPLIT, samples)
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    counts = np.unique(labels, return_counts=True)[1]
+    starts = np.cumsum(counts) - counts
+    validation = [
+        by_class[start : start + min(round(fraction * count), count - 1)]
+        for start, count in zip(starts.tolist(), counts.tolist(), strict=True)
+    ]
+    chosen = np.sort(np.concatenate(validation)) if validation else samples[:0]
+    return np.setdiff1d(samples, chosen), chosen

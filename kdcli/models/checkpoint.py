@@ -1,0 +1,263 @@
+"""Checkpoints: one `.pt` file with everything a model needs, read without executing anything in it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdcli.base.errors import KdError
+from kdcli.base.files import atomic_path
+from kdcli.base.safe_pickle import torch_file
+
+FORMAT_VERSION = 1
+_SHARING = 4  # times the file's size that its tensors may have, some of them being the same
+_LONG_TEXT = 256
+_MOST_PARTS = 500_000  # tensors and plain values in one file
+_FORCE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+_force_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model as it lies on disk.
+
+    Attributes:
+        arch: name in `kdcli.models.MODELS`.
+        arch_args: keyword arguments that build the network, plain JSON values.
+        state_dict: the network's parameters and buffers.
+        preprocess: `{"name", "args", "state"}`, see `kdcli.data.preprocess`.
+        classes: class names in the order of the logits.
+        input_size: `(H, W, C)` of the raw uint8 images it takes.
+        provenance: where it came from: plain JSON values.
+        training: optimizer, step, RNG and config of an unfinished run; None in a finished model.
+    """
+
+    arch: str
+    arch_args: dict[str, Any]
+    state_dict: dict[str, Tensor]
+    preprocess: dict[str, Any]
+    classes: tuple[str, ...]
+    input_size: tuple[int, int, int]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] | None = None
+
+
+def save(path: Path, checkpoint: Checkpoint) -> None:
+    """Write temp → flush → fsync → re-read → rename → fsync of the directory.
+
+    The file holds the SHA-256 of its own content: torch's reader would not notice a flipped bit.
+
+    Raises:
+        KdError: the file cannot be written or does not read back; an older file of that name is untouched.
+    """
+    document = {
+        "format_version": FORMAT_VERSION,
+        "arch": checkpoint.arch,
+        "arch_args": checkpoint.arch_args,
+        "state_dict": {
+            name: value.detach().cpu().contiguous() for name, value in checkpoint.state_dict.items()
+        },
+        "preprocess": checkpoint.preprocess,
+        "classes": list(checkpoint.classes),
+        "input_size": list(checkpoint.input_size),
+        "provenance": checkpoint.provenance,
+    }
+    if checkpoint.training is not None:
+        document["training"] = checkpoint.training
+    save_plain(path, document)
+
+
+def save_plain(path: Path, document: dict[str, Any]) -> None:
+    """Write tensors and plain values as `save` does a checkpoint.
+
+    Raises:
+        KdError: the file cannot be written or does not read back; an older file of that name is untouched.
+    """
+    document = {**document, "sha256": digest(document)}
+    try:
+        with atomic_path(path) as temporary:
+            with temporary.open("wb") as handle:  # by a path, torch writes the temporary name into the file
+                torch.save(document, handle)
+            if not _is_sound(_read(temporary)):
+                raise OSError("it does not read back as it was written")
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+        raise KdError(
+            f"cannot write {path}: {reason}",
+            "Check free space and permissions; an earlier file of that name is unchanged.",
+        ) from error
+
+
+def load_plain(path: Path) -> dict[str, Any] | None:
+    """What `save_plain` wrote; None if it is not there, damaged, or something else."""
+    try:
+        document = _read_checked(path)
+    except KdError:
+        return None
+    return document if "sha256" in document else None
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint with `weights_only=True`, whatever the environment says.
+
+    Raises:
+        KdError: missing, unreadable, damaged, not a checkpoint of kd, or made by a newer version.
+    """
+    return _to_checkpoint(path, _read_checked(path))
+
+
+def _read_checked(path: Path) -> dict[str, Any]:
+    """What a file holds; nothing is unpacked, allocated or believed before it is known to be what it claims."""
+    if not path.exists():
+        raise KdError(f"no such file: {path}", "kd convert-caffe makes a teacher, kd train a student.")
+    if path.is_dir():
+        raise KdError(f"{path} is a folder, not a checkpoint", "Name the .pt file itself.")
+    try:
+        torch_file.check(path)
+        document = _read(path)
+        _check_extent(path, document)
+        sound = _is_sound(document)
+    except KdError:
+        raise
+    except Exception as error:  # the unpickler and the zip reader raise whatever the bytes provoke
+        raise KdError(
+            f"{path} cannot be read safely: {_first_line(error)}",
+            "The file is damaged, or holds more than tensors and plain values; kd never executes what it reads.",
+        ) from error
+    if not sound:
+        raise KdError(
+            f"{path} is damaged: its content has not the SHA-256 it had when it was written",
+            "Restore it, or write it again.",
+        )
+    return document
+
+
+def _check_extent(path: Path, value: Any) -> None:
+    """Raise KdError if a file claims more than it can hold.
+
+    A few bytes can be laid out as terabytes, or as lists in lists that never end. Weights that two layers share are
+    counted twice, hence not to the byte.
+    """
+    room, parts = _SHARING * path.stat().st_size, 0
+    pending = [value]
+    while pending:
+        part = pending.pop()
+        parts += 1
+        if isinstance(part, Tensor):
+            if part.layout is not torch.strided or part.is_quantized or part.device.type != "cpu":
+                raise KdError(f"{path} holds a tensor that is not plain numbers", "Write it again with kd.")
+            room -= part.numel() * part.element_size()
+        elif isinstance(part, dict):
+            pending += [*part.keys(), *part.values()]
+        elif isinstance(part, list | tuple | set | frozenset):
+            pending += part
+        elif isinstance(part, str | bytes):
+            room -= len(part) if len(part) > _LONG_TEXT else 0  # one long text may be used a million times
+        if room < 0 or parts + len(pending) > _MOST_PARTS:
+            raise KdError(f"{path} claims to hold more than it can", "Write it again with kd.")
+
+
+def digest(value: Any, without: tuple[str, ...] = ()) -> str:
+    """Hexadecimal SHA-256 of tensors and plain values, nested in any way; the order of a dictionary does not count.
+
+    Args:
+        without: dictionary keys to leave out, at any depth.
+    """
+    sha = hashlib.sha256()
+
+    def add(part: Any) -> None:
+        if isinstance(part, Tensor):
+            plain = part.detach().cpu().contiguous()
+            sha.update(f"tensor {plain.dtype} {tuple(plain.shape)} ".encode())
+            sha.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(part, dict):
+            keys = sorted(
+                (key for key in part if key not in without), key=lambda key: (str(type(key)), str(key))
+            )
+            sha.update(f"dict {len(keys)} ".encode())
+            for key in keys:
+                add(key)
+                add(part[key])
+        elif isinstance(part, list | tuple):
+            sha.update(f"list {len(part)} ".encode())
+            for item in part:
+                add(item)
+        else:
+            sha.update(f"{type(part).__name__} {part!r} ".encode())
+
+    add(value)
+    return sha.hexdigest()
+
+
+def _is_sound(document: dict[str, Any]) -> bool:
+    """Whether the content is what was written; files of the first versions do not say."""
+    return "sha256" not in document or document["sha256"] == digest(
+        {key: value for key, value in document.items() if key != "sha256"}
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with _safe_only():
+        document = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(document, dict):
+        raise KdError(f"{path} is not a kd checkpoint", "kd reads .pt files that kd wrote.")
+    return document
+
+
+@contextmanager
+def _safe_only() -> Iterator[None]:
+    """torch lets an environment variable undo `weights_only`; not here."""
+    with _force_lock:
+        forced = os.environ.pop(_FORCE, None)
+        try:
+            yield
+        finally:
+            if forced is not None:
+                os.environ[_FORCE] = forced
+
+
+def _to_checkpoint(path: Path, document: dict[str, Any]) -> Checkpoint:
+    version = document.get("format_version")
+    if not isinstance(version, int):
+        raise KdError(
+            f"{path} is not a kd checkpoint", "It has no format version; kd reads .pt files that kd wrote."
+        )
+    if version > FORMAT_VERSION:
+        raise KdError(
+            f"{path} was written by a newer kd (format {version}, this one reads {FORMAT_VERSION})",
+            "pip install --upgrade kdcli",
+        )
+    try:
+        state = document["state_dict"]
+        preprocess = document["preprocess"]
+        height, width, channels = (int(value) for value in document["input_size"])
+        if not all(isinstance(value, Tensor) for value in state.values()):
+            raise TypeError("state_dict holds something that is not a tensor")
+        if not {"name", "args", "state"} <= set(preprocess):
+            raise KeyError("preprocess")
+        return Checkpoint(
+            arch=str(document["arch"]),
+            arch_args=dict(document["arch_args"]),
+            state_dict=dict(state),
+            preprocess=dict(preprocess),
+            classes=tuple(str(name) for name in document["classes"]),
+            input_size=(height, width, channels),
+            provenance=dict(document["provenance"]),
+            training=document.get("training"),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise KdError(f"{path} is not a whole kd checkpoint: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]

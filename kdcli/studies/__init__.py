@@ -1,0 +1,1 @@
+"""Many runs of the engine and what they show together."""

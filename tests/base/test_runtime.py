@@ -1,0 +1,176 @@
+"""Cores, precision, signals, whole files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from kdcli.base import files, runtime
+from kdcli.base.runtime import machine
+
+
+@pytest.mark.parametrize(
+    ("content", "cores"),
+    [("max 100000", None), ("200000 100000", 2.0), ("50000 100000", 1.0), ("junk", None)],
+)
+def test_quota_of_cgroup_2(tmp_path: Path, content: str, cores: float | None) -> None:
+    (tmp_path / "cpu.max").write_text(content)
+    assert machine._cgroup_quota(tmp_path) == cores
+
+
+def test_quota_of_cgroup_1(tmp_path: Path) -> None:
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("350000\n")
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    assert machine._cgroup_quota(tmp_path) == 3.5
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("-1\n")
+    assert machine._cgroup_quota(tmp_path) is None
+
+
+def test_precision_is_measured_and_leaves_network_and_chance_alone() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    before = [parameter.clone() for parameter in network.parameters()]
+    example = torch.randn(4, 3, 2, 2)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    chosen, timings = runtime.choose_precision("auto", network, example, 3, budget_s=0.05)
+    assert chosen in ("32", "bf16")
+    assert set(timings) == {"32", "bf16"}
+    assert torch.equal(torch.rand(1), expected)
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert runtime.choose_precision("bf16", network, torch.zeros(1, 3, 2, 2), 3) == ("bf16", {})
+
+
+class _SlowInBf16(nn.Module):
+    """A network that a machine without such instructions would run at half the speed in bf16; it counts its steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(12, 3)
+        self.steps: list[str] = []
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _SlowInBf16:
+        return self  # the trial's steps are counted here
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bf16 = torch.is_autocast_enabled("cpu")
+        self.steps.append("bf16" if bf16 else "32")
+        time.sleep(0.04 if bf16 else 0.02)
+        return self.layer(x.flatten(1))
+
+
+def test_precision_is_not_measured_longer_than_it_is_in_doubt() -> None:
+    network = _SlowInBf16()
+    chosen, _ = runtime.choose_precision("auto", network, torch.zeros(1, 3, 2, 2), 3, budget_s=60)
+    assert chosen == "32"
+    assert network.steps == ["32", "32", "bf16", "bf16"]
+
+
+def test_first_signal_sets_the_flag_and_handlers_come_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with runtime.stop_on_signals() as stop:
+        assert not stop
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop
+        assert stop.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_second_signal_ends_the_process_at_once() -> None:
+    code = (
+        "import os, signal, time\nfrom kdcli import runtime\n"
+        "with runtime.stop_on_signals():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 130
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "x.txt"
+    with pytest.raises(ZeroDivisionError), files.atomic_path(target) as temporary:
+        temporary.write_text("half")
+        _ = 1 / 0
+    assert list(target.parent.iterdir()) == []
+    files.write_text(target, "one")
+    with pytest.raises(KeyboardInterrupt), files.atomic_path(target) as temporary:
+        temporary.write_text("two")
+        raise KeyboardInterrupt
+    assert target.read_text() == "one"
+
+
+def test_git_blob_hash_is_gits(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"hello\n")
+    # `printf 'hello\n' | git hash-object --stdin`
+    assert files.git_blob_sha1_file(tmp_path / "x") == "ce013625030ba8dba906f756967f9e9ca394464a"
+
+
+def test_scratch_of_a_killed_process_is_cleared_and_of_a_living_one_kept(tmp_path: Path) -> None:
+    target = tmp_path / "a.json"
+    with files.atomic_path(target) as temporary:
+        mine = temporary.name
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    of_dead = mine.replace(f".{os.getpid()}.", f".{dead.pid}.")
+    of_other_host = re.sub(r"\.kd-[^.]*\.", ".kd-elsewhere.", of_dead)
+    for name in (mine, of_dead, of_other_host, ".a.json.5.tmp", ".a.json"):
+        (tmp_path / name).write_text("x")
+    old = tmp_path / of_other_host.replace(".tmp", "old.tmp")
+    old.write_text("x")
+    os.utime(old, (1, 1))
+    folder = tmp_path / of_dead.removeprefix(".a.json").replace(".tmp", "")
+    (folder / "below").mkdir(parents=True)
+    files.write_text(target, "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        mine,
+        of_other_host,
+        ".a.json.5.tmp",
+        ".a.json",
+        "a.json",
+        folder.name,
+    }
+    files.scratch_folder(tmp_path)
+    assert not folder.exists()
+    assert target.read_text() == "whole"
+
+
+def test_a_hash_begun_ahead_is_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"one" * 1_000_000)
+    files.hash_ahead(path)
+    monkeypatch.chdir(tmp_path)
+    read: list[Path] = []
+    plain = files._sha256
+    monkeypatch.setattr(files, "_sha256", lambda path: read.append(path) or plain(path))
+    wanted = hashlib.sha256(b"one" * 1_000_000).hexdigest()
+    assert files.sha256_file(Path("file")) == wanted
+    assert not read  # it was the one begun ahead
+    assert files.sha256_file(path) == wanted
+    assert read == [path]  # and counts once: the file may change
+
+
+def test_a_file_that_changed_meanwhile_is_hashed_anew(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    files.hash_ahead(path)
+    files._begun[path][1].join()
+    path.write_bytes(b"after it")
+    assert files.sha256_file(path) == hashlib.sha256(b"after it").hexdigest()
+    files.hash_ahead(path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        files.sha256_file(path)
+    files.hash_ahead(path)  # the one who asks is told, not the one who begins
+    files.hash_ahead(tmp_path)
+    assert not {path, tmp_path} & set(files._begun)

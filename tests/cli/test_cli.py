@@ -1,0 +1,314 @@
+"""The command line as a user meets it: help, errors, exit codes, pipes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from kdcli import cli, methods, models
+from kdcli.base.config import ConvertConfig, TrainConfig, make
+from kdcli.base.recipes import read_recipe
+from tests.helpers import ROOT
+
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "NO_COLOR")},
+    "TERMINAL_WIDTH": "80",
+    "COLUMNS": "80",
+    "_TYPER_FORCE_DISABLE_TERMINAL": "1",
+    "PYTHONPATH": str(ROOT),
+}
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Kd = Callable[..., Outcome]
+
+
+@pytest.fixture
+def kd(workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Kd:
+    """Run the command line in this process, in an empty folder, with pipes for stdout and stderr."""
+    for name in ("TERMINAL_WIDTH", "COLUMNS", "_TYPER_FORCE_DISABLE_TERMINAL"):
+        monkeypatch.setenv(name, ENVIRONMENT[name])
+
+    def run(*words: str) -> Outcome:
+        import typer
+
+        from kdcli.cli import _ui
+
+        monkeypatch.setattr(sys, "argv", ["kd", *words])
+        monkeypatch.setattr(_ui, "settings", _ui._Settings())
+        monkeypatch.setattr(cli.app, "registered_commands", [])
+        assert isinstance(cli.app, typer.Typer)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        out, err = capfd.readouterr()
+        return Outcome(int(left.value.code or 0), out, err)
+
+    return run
+
+
+def is_clean(text: str) -> bool:
+    return "Traceback" not in text and not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_fits_80_columns_and_names_every_option(kd: Kd, command: str, flag: str) -> None:
+    code, out, err = kd(command, flag)
+    assert (code, err) == (0, "")
+    assert is_clean(out)
+    assert max(map(len, out.splitlines())) <= 80
+    assert out.count(f" kd {command}") >= 3  # the usage line and two examples
+    assert "--json" in out
+
+
+def test_help_gives_defaults_and_networks_from_where_they_are_defined(kd: Kd) -> None:
+    out = " ".join(re.sub(r"[│╭╮╰╯─]", " ", kd("train", "-h").out).split())
+    for name, field in TrainConfig.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in out
+        if isinstance(field.default, float | int) and not isinstance(field.default, bool):
+            assert f"[default: {field.default}]" in out, name
+    for name, method in methods.METHODS.items():
+        assert f"{name} {method.summary}" in out
+    assert "'kdcli[tensorboard]'" in out  # not taken for markup
+    described = TrainConfig.model_fields["student"].description or ""
+    listed = described.split(": ", 1)[1].split(" (")[0].replace(" or ", ", ")
+    named = [name.split("…")[0] for name in listed.split(", ")]
+    assert set(named) <= set(models.names())
+    families = {models.MODELS[name].split(":")[0] for name in models.names()}
+    assert {models.MODELS[name].split(":")[0] for name in named} == families
+
+
+def test_no_arguments_and_version(kd: Kd) -> None:
+    code, out, _ = kd()
+    assert code in (0, 2)
+    for command in cli.COMMANDS:
+        assert command in out
+    assert re.fullmatch(r"kd \d+\.\d+\.\d+\n", kd("--version").out)
+
+
+TINY = ["--student", "convnet-tiny"]
+WRONG = [
+    (["trian"], 2, "no such command", "kd train"),
+    (["train", "--method", "magic"], 2, "unknown method: magic", "ce, logits, noisy, kd"),
+    (["train", "--method", "kd", "--method", "ce"], 2, "--method is given twice", "one method"),
+    (["train", "--student", "resnet9000"], 2, "unknown network: resnet9000", "lenet"),
+    (["train", "--epochs", "many"], 2, "--epochs", "kd train --help"),
+    (["train", "--epochs", "0"], 2, "--epochs 0", "--help"),
+    (["train", "--tau", "-1"], 2, "--tau -1", "--help"),
+    (["train", "--noisy-ratio", "1.5"], 2, "--noisy-ratio 1.5", "--help"),
+    (["train", "--lr", "nan"], 2, "--lr nan", "--help"),
+    (["train", "--augment", "rotate"], 2, "--augment rotate", "--help"),
+    (["train", "--name", "../x"], 2, "--name", "--help"),
+    (["train", "--frobnicate"], 2, "--frobnicate", "kd train --help"),
+    (["train", "--recipe", "soup"], 2, "unknown recipe: soup", "seed"),
+    (["train", "--recipe", "none.toml"], 2, "none.toml", ""),
+    (["train", "--resume", "runs/none"], 1, "runs/none is not a run", "kd train"),
+    (["train", "--resume", "runs/x", "--lr", "1"], 2, "--resume", ""),
+    (["train"], 1, "CIFAR-10 is not in data", "kd download"),
+    (["train", "--data", "mnist", "--method", "ce"], 1, "MNIST is not in data/mnist", "kd download mnist"),
+    (["train", "--data", "digits", *TINY], 1, "no teacher at weights/teacher.pt", "--teacher"),
+    (["train", "--data", "digitz"], 2, "digitz", "digits"),
+    (["train", "--data", "digits", *TINY, "--teacher", "text.pt"], 1, "text.pt is not a kd checkpoint", ""),
+    (["train", "--data", "text.pt"], 1, "text.pt", ""),
+    (["train", "--method", "ce", "--data", "digits", "--student", "lenet"], 2, "too small", "convnet"),
+    (["test", "none.pt"], 1, "no such file: none.pt", "kd train"),
+    (["test", "text.pt"], 1, "text.pt is not a kd checkpoint", ""),
+    (["test", "text.onnx"], 1, "text.onnx", ""),
+    (["test", "folder"], 1, "folder", ""),
+    (["export", "student.pt"], 1, "no such file: student.pt", ""),
+    (["export", "text.pt"], 1, "text.pt is not a kd checkpoint", ""),
+    (["bench"], 1, "no teacher at weights/teacher.pt", "--teacher"),
+    (["bench", "none.onnx"], 1, "none.onnx", ""),
+    (["bench", "text.onnx"], 1, "text.onnx", ""),
+    (["validate"], 1, "weights/teacher.pt", ""),
+    (["convert-caffe", "none.caffemodel"], 1, "none.caffemodel", ""),
+    (["convert-caffe", "text.pt"], 1, "text.pt", ""),
+    (["convert-caffe", "text.npy"], 1, "text.npy", ""),
+    (["download", "imagenet"], 2, "imagenet", "cifar10"),
+    (["demo", "-o", "text.pt"], 2, "text.pt", ""),
+]
+
+
+@pytest.mark.parametrize(("words", "code", "error", "hint"), WRONG, ids=lambda value: str(value)[:40])
+def test_what_is_wrong_is_said_in_one_line(
+    kd: Kd, words: list[str], code: int, error: str, hint: str
+) -> None:
+    for name in ("text.pt", "text.onnx", "text.npy"):
+        Path(name).write_text("this is text\n")
+    Path("folder").mkdir()
+    before = sorted(path.as_posix() for path in Path().rglob("*"))
+    outcome = kd(*words)
+    assert outcome.code == code, outcome
+    assert outcome.out == ""
+    assert is_clean(outcome.err)
+    lines = outcome.err.splitlines()
+    [said] = [line for line in lines if line.startswith("error: ")]
+    assert error in said
+    assert [line for line in lines if line.startswith("hint: ")] == lines[lines.index(said) + 1 :]
+    assert hint in (lines[-1] if lines[-1].startswith("hint: ") else "")
+    after = sorted(path.as_posix() for path in Path().rglob("*") if "cache" not in path.parts)
+    assert after == before  # nothing half-written
+
+
+def test_the_hint_lists_the_students_there_are(kd: Kd) -> None:
+    for name in ("alpha", "beta run"):
+        Path(f"runs/{name}").mkdir(parents=True)
+        Path(f"runs/{name}/student.pt").write_bytes(b"")
+    Path("runs/moved").mkdir()
+    Path("runs/moved/student.pt").symlink_to("nowhere.pt")
+    outcome = kd("export", "student.pt")
+    assert "no such file: student.pt" in outcome.err
+    assert outcome.code == 1
+    assert "runs/alpha/student.pt" in outcome.err
+    assert "'runs/beta run/student.pt'" in outcome.err
+
+
+def test_a_file_name_with_control_characters_cannot_paint_the_terminal(kd: Kd) -> None:
+    outcome = kd("test", "\x1b[31mred\x07.pt")
+    assert outcome.code == 1
+    assert is_clean(outcome.err)
+    assert "[31mred" in outcome.err
+
+
+def test_an_empty_name_of_data_is_not_passed_over(kd: Kd) -> None:
+    made = kd("train", "--method", "ce", *QUICK, "--name", "t")
+    assert made.code == 0, made
+    outcome = kd("test", "runs/t/student.pt", "--data", "")
+    assert outcome.code == 2
+    assert "error: no dataset or path: (empty)" in outcome.err
+
+
+QUICK = ["--data", "digits", "--student", "convnet-tiny", "--epochs", "2", "--batch-size", "64"]
+
+
+def test_train_test_and_names_of_the_reference(kd: Kd) -> None:
+    made = kd("train", "--method", "ce", *QUICK, "--name", "t", "--json")
+    assert made.code == 0, made
+    report = json.loads(made.out)
+    assert report["schema_version"] == 1
+    assert Path("runs/t/curves.svg").read_text().lstrip().startswith("<?xml")
+    again = kd(
+        "train", "--method", "noisy", *QUICK, "--teacher", "runs/t/student.pt", "--noisy_ratio", "0.25",
+        "--noisy_sigma=0.1", "--batch_size", "32", "--name", "n",
+    )  # fmt: skip
+    assert again.code == 0, again
+    config = Path("runs/n/config.toml").read_text()
+    assert "noisy_ratio = 0.25" in config
+    assert "noisy_sigma = 0.1" in config
+    assert "batch_size = 32" in config
+    assert "next: kd export runs/n/student.pt" in again.out
+    assert is_clean(again.out + again.err)
+    tested = json.loads(kd("test", "runs/n/student.pt", "--json").out)
+    assert tested["teacher"] == "runs/t/student.pt"
+    assert tested["test"]["count"] == 360
+    assert (
+        tested["test"]["accuracy"] == json.loads(Path("runs/n/result.json").read_text())["test"]["accuracy"]
+    )
+    shown = kd("test", "runs/n", "--plot", "confusion.png")  # a run's folder stands for its student
+    assert shown.code == 0, shown
+    assert f"{tested['test']['accuracy']:.2f}" in shown.out
+    assert Path("confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_recipe_gives_way_to_what_is_typed(kd: Kd) -> None:
+    Path("r.toml").write_text('epochs = 7\n"batch-size" = 128\nmethod = "ce"\ndata = "digits"\n')
+    words = ["train", "--recipe", "r.toml", "--student", "convnet-tiny", "--epochs", "1", "--name", "r"]
+    assert kd(*words).code == 0
+    config = Path("runs/r/config.toml").read_text()
+    assert "epochs = 1\n" in config
+    assert "batch_size = 128" in config
+    assert kd("train", "--config", "runs/r/config.toml", "--name", "again").code == 0
+    assert Path("runs/again/config.toml").read_text() == config
+    Path("lambda.toml").write_text("lambda = 0.75\n")
+    assert make(TrainConfig, read_recipe("lambda.toml")).lamda == 0.75
+    Path("bad.toml").write_text("epoch = 3\n")
+    outcome = kd("train", "--recipe", "bad.toml")
+    assert outcome.code == 2
+    assert "unknown setting: epoch" in outcome.err
+    for twice in ("lambda = 0.5\nlamda = 0.3\n", '"batch-size" = 8\nbatch_size = 16\n'):
+        Path("twice.toml").write_text(twice)
+        outcome = kd("train", "--recipe", "twice.toml")
+        assert outcome.code == 2
+        assert "twice, the second time as" in outcome.err
+
+
+def test_lambda_may_be_spelt_right(kd: Kd) -> None:
+    assert kd("train", "--method", "ce", *QUICK, "--lambda", "0.75", "--name", "x").code == 0
+    assert make(TrainConfig, read_recipe("runs/x/config.toml")).lamda == 0.75
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['kd', '--help']\n"
+        "from kdcli.cli import main\n"
+        "try:\n    main()\n"
+        "except SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'numpy', 'pydantic', 'onnx', 'onnxruntime', 'sklearn'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.stdout.splitlines()[-1] == "[]", done
+
+
+def test_modules_of_commands_import_no_torch() -> None:
+    names = "', 'kdcli.cli.".join(name.replace("-", "_") for name in cli.COMMANDS)
+    code = (
+        f"import sys, importlib\nfor name in ['kdcli.cli.{names}']:\n    importlib.import_module(name)\n"
+        "print(sorted({'torch', 'torchvision', 'onnx', 'onnxruntime'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.stdout == "[]\n", done
+
+
+def test_settings_are_described_and_bounded() -> None:
+    for settings in (TrainConfig, ConvertConfig):
+        for name, field in settings.model_fields.items():
+            assert field.description, name
+            assert field.description.endswith("."), name
+
+
+def test_options_that_do_nothing_are_named(kd: Kd) -> None:
+    outcome = kd("train", "--data", "digits", "--student", "convnet-tiny", "--dropout", "0.3", "--tau", "2",
+                 "--method", "ce", "--epochs", "1")  # fmt: skip
+    assert "--dropout does nothing with --student convnet-tiny, which has none" in outcome.err
+    assert "--tau does nothing with --method ce" in outcome.err
+    assert "accuracy on the validation split" in outcome.out
+    assert "--images does nothing without --against" in kd("validate", "--images", "3").err
+    words = ("export", "runs/ce-convnet-tiny-1", "--calibration-images", "3", "--data", "nowhere")
+    assert "--calibration-images does nothing without --int8" in kd(*words).err
+
+
+def test_running_out_of_memory_is_no_fault_of_kd() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(10**15)
+    assert cli._as_kd_error(caught.value, []).message == "out of memory"
+    on_gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    assert cli._as_kd_error(on_gpu, []).message == "out of memory"
+
+
+def test_sigterm_leaves_any_command_with_143() -> None:
+    code = (
+        "import os, signal, kdcli.cli as cli\n"
+        "cli._register = lambda arguments: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "bench"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (
+        143,
+        "",
+        "error: stopped\nhint: Type the same command again: what was finished is kept.\n",
+    )

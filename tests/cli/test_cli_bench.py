@@ -1,0 +1,139 @@
+"""kd bench, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdcli.base.errors import KdError, UsageError
+from kdcli.cli import bench, export
+from tests.cli.test_cli_export import digits_student
+from tests.deploy.test_export import one_thread  # noqa: F401
+from tests.helpers import command_line
+
+
+@pytest.fixture
+def kd(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    return command_line(monkeypatch, export, bench)
+
+
+def test_table_fits_80_columns_and_shows_who_is_bigger(kd: Any, workplace: Path) -> None:
+    digits_student(Path("weights/teacher.pt"), test_accuracy=97.5)
+    digits_student(Path("runs/noisy-convnet-small-12/student.pt"), "convnet-small", test_accuracy=93.25)
+    done = kd(
+        "bench",
+        "--rounds",
+        "3",
+        "--no-memory",
+        "--batch",
+        "4",
+        "--engine",
+        "torch",
+        "--threads",
+        "1",
+        "--plot",
+        "b.svg",
+    )
+    assert done.exit_code == 0
+    table = [line for line in done.stdout.splitlines() if " torch " in line or "faster  " in line]
+    assert max(map(len, table)) <= 80
+    assert "97.50*" in done.stdout
+    assert "93.25*" in done.stdout
+    assert "recorded in the file" in done.stdout
+    assert "does not win in all" in done.stdout
+    assert "× bigger" in done.stdout
+    assert Path("b.svg").is_file()
+    assert "wrote b.svg" in done.stdout
+
+
+def test_json_with_accuracy_on_test_images(kd: Any, workplace: Path) -> None:
+    first, second = digits_student(Path("a.pt")), digits_student(Path("b.pt"), "convnet-small")
+    words = (
+        "--rounds",
+        "3",
+        "--no-memory",
+        "--batch",
+        "4",
+        "--engine",
+        "torch",
+        "--threads",
+        "1",
+        "--data",
+        "digits",
+    )
+    done = kd("bench", str(first), str(second), *words, "--json")
+    document = json.loads(done.stdout)
+    assert document["schema_version"] == 1
+    assert document["teacher"] == "a"  # the first named: there is no weights/teacher.pt
+    assert document["test_images"] == 360
+    assert [row["accuracy_source"] for row in document["rows"]] == ["measured", "measured"]
+    assert 0 <= document["rows"][1]["agreement"] <= 100
+
+
+def test_the_teacher_comes_first_and_once(kd: Any, workplace: Path) -> None:
+    digits_student(Path("weights/teacher.pt"))
+    digits_student(Path("s.pt"))
+    words = ("--rounds", "3", "--no-memory", "--batch", "1", "--engine", "torch", "--threads", "1", "--json")
+    done = kd("bench", "s.pt", "weights/teacher.pt", *words)
+    assert [row["name"] for row in json.loads(done.stdout)["rows"]] == ["teacher", "s"]
+    done = kd("bench", "weights/teacher.pt", "--teacher", "s.pt", *words)
+    assert [row["name"] for row in json.loads(done.stdout)["rows"]] == ["s", "teacher"]
+
+
+def test_by_default_what_cannot_be_read_is_left_out_and_named(kd: Any, workplace: Path) -> None:
+    digits_student(Path("weights/teacher.pt"))
+    digits_student(Path("runs/a/student.pt"))
+    Path("exports").mkdir()
+    Path("exports/broken.onnx").write_bytes(b"no")
+    words = ("--rounds", "3", "--no-memory", "--batch", "1", "--engine", "torch", "--threads", "1")
+    done = kd("bench", *words, "--json")
+    document = json.loads(done.stdout)
+    assert [row["name"] for row in document["rows"]] == ["teacher", "a"]
+    assert any(note.startswith("left out: exports/broken.onnx") for note in document["notes"])
+    with pytest.raises(KdError, match=r"broken\.onnx is not an ONNX model"):
+        kd("bench", "exports/broken.onnx", *words)
+
+
+def test_nothing_there(kd: Any, workplace: Path) -> None:
+    with pytest.raises(KdError, match="no teacher at weights/teacher") as caught:
+        kd("bench")
+    assert "--teacher" in caught.value.hint
+    digits_student(Path("weights/teacher.pt"))
+    with pytest.raises(KdError, match="nothing to compare"):
+        kd("bench")
+    with pytest.raises(KdError, match="no such file: x"):
+        kd("bench", "x.onnx")
+    with pytest.raises(UsageError, match="cannot draw"):
+        kd("bench", "weights/teacher.pt", "--plot", "b.gif")
+
+
+def test_a_budget_is_a_gate(kd: Any, workplace: Path) -> None:
+    digits_student(Path("a.pt"), test_accuracy=97.5)
+    digits_student(Path("b.pt"), test_accuracy=97.0)
+    words = ("bench", "a.pt", "b.pt", "--rounds", "3", "--batch", "1", "--engine", "torch", "--no-memory")
+    done = kd(*words, "--max-drop", "0.6", "--budget-ms", "10000")
+    assert "b (torch) is the fastest that keeps to --budget-ms 10000 and --max-drop 0.6" in done.stdout
+    with pytest.raises(KdError, match="no model keeps to --budget-ms 1e-05") as caught:
+        kd(*words, "--budget-ms", "0.00001")
+    assert caught.value.exit_code == 1
+    with pytest.raises(KdError, match=r"no model keeps to --max-drop 0\.4"):
+        kd(*words, "--max-drop", "0.4")
+    for wrong in (("--batch", "0"), ("--batch", "1,x"), ("--batch", ""), ("--budget-ms", "0")):
+        with pytest.raises(UsageError):
+            kd("bench", "a.pt", "b.pt", *wrong)
+
+
+def test_memory_csv_and_markdown(kd: Any, workplace: Path) -> None:
+    digits_student(Path("a.pt"))
+    words = ("bench", "a.pt", "--rounds", "3", "--batch", "1,2", "--engine", "onnxruntime", "--threads", "1")
+    done = kd(*words, "--csv", "out/a.csv", "--markdown", "a.md")
+    assert "peak of a process for this model alone" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 98  # notes may be longer than tables
+    assert Path("out/a.csv").read_text().startswith("name,path,engine")
+    assert Path("a.md").read_text().startswith("| model | engine |")
+    Path("folder").mkdir()
+    with pytest.raises(UsageError, match="is a folder"):
+        kd(*words, "--csv", "folder")

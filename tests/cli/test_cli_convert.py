@@ -1,0 +1,213 @@
+"""kd convert-caffe and kd validate, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from kdcli import models
+from kdcli.base.errors import KdError, UsageError
+from kdcli.caffe import schema
+from kdcli.cli import convert_caffe, validate
+from tests.caffe.test_caffe import FC, IMAGES, INPUT, as_text, small
+from tests.caffe.test_caffe_layers import v0_net
+from tests.caffe_files import field, layer, net, write
+from tests.helpers import command_line
+
+
+@pytest.fixture
+def run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    return command_line(monkeypatch, convert_caffe, validate)
+
+
+@pytest.fixture
+def pictures(workplace: Path) -> str:
+    """12×12 colour images of five classes."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 4), ("test", 3)):
+        for name in "abcde":
+            folder = workplace / "pictures" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return "pictures"
+
+
+def test_convert_and_validate(run: Any, workplace: Path, pictures: str) -> None:
+    pytest.importorskip("cv2")
+    write(workplace, net(small(), v1=True))
+    done = run("convert-caffe", "net.caffemodel", "--data", pictures)
+    assert done.exit_code == 0
+    lines = done.stdout.splitlines()
+    assert any(line.split() == ["conv2", "Convolution", "4×9×8", "4×3×2×1", "4", "28"] for line in lines)
+    assert "wrote weights/teacher.pt" in lines
+    assert "next: kd validate --data pictures --against net.caffemodel" in lines
+    teacher = models.load(Path("weights/teacher.pt"))
+    assert teacher.classes == tuple("abcde")
+
+    done = run("validate", "--data", pictures, "--against", "net.caffemodel")
+    assert done.exit_code == 0
+    assert "pass" in done.stdout
+    assert "published" in done.stdout
+
+
+def test_json_is_one_object(run: Any, workplace: Path, pictures: str) -> None:
+    pytest.importorskip("cv2")
+    write(workplace, net(small(), v1=False, inputs=INPUT))
+    told = json.loads(run("convert-caffe", "net.caffemodel", "--json", "-o", "t.pt").stdout)
+    assert told["schema_version"] == 1
+    assert [row["name"] for row in told["layers"]][-1] == "ip"
+    assert told["preprocess"] == {"name": "none", "channel_order": "bgr"}
+    assert told["parameters"] == sum(row["parameters"] for row in told["layers"])
+
+    options = ["validate", "--teacher", "t.pt", "--data", pictures, "--against", "net.caffemodel", "--json"]
+    told = json.loads(run(*options).stdout)
+    assert told["against"]["holds"] is True
+    assert told["against"]["images"] == 15
+    assert told["test"]["count"] == 15
+    assert told["published"] is None
+
+    teacher = models.load(Path("t.pt"))
+    with torch.no_grad():
+        teacher.network.get_parameter("ip.weight").mul_(1.01)
+    teacher.save(Path("t.pt"))
+    failed = run(*options)
+    assert failed.exit_code == 1
+    assert json.loads(failed.stdout)["against"]["holds"] is False
+    with pytest.raises(KdError, match="logits differ by up to"):
+        run(*options[:-1])
+
+
+def test_data_is_not_read_where_it_is_not_needed(run: Any, workplace: Path) -> None:
+    write(workplace, net(small(), v1=False, inputs=INPUT))
+    assert run("convert-caffe", "net.caffemodel").exit_code == 0  # cifar10 is not here
+
+
+def test_why_data_is_wanted_is_told(run: Any, workplace: Path) -> None:
+    write(workplace, net(small(), v1=True))
+    with pytest.raises(
+        KdError, match="does not say how large its images are, and CIFAR-10 is not in data"
+    ) as raised:
+        run("convert-caffe", "net.caffemodel")
+    assert "--image-size" in raised.value.hint
+    assert run("convert-caffe", "net.caffemodel", "--image-size", "12").exit_code == 0
+
+
+def test_data_that_does_not_belong_is_an_error(run: Any, workplace: Path, pictures: str) -> None:
+    write(workplace, net([small()[2], {**FC, "bottoms": ["conv1"]}], v1=False), "net.caffemodel")
+    with pytest.raises(KdError, match="layer fc: weight in the file is 2×6"):
+        run("convert-caffe", "net.caffemodel", "--data", pictures)
+    write(workplace, net(small(), v1=False, inputs=INPUT))
+    run("convert-caffe", "net.caffemodel")
+    with pytest.raises(KdError, match="takes 12×12×3 images, the data has 10×10×3"):
+        run("validate", "--data", pictures, "--image-size", "10")
+    with pytest.raises(KdError, match="no such file"):
+        run("convert-caffe", "elsewhere.caffemodel")
+    assert list(Path("weights").iterdir()) == [Path("weights/teacher.pt")]
+
+
+def test_a_grey_network_without_a_declared_size_takes_its_images_from_the_data(
+    run: Any, workplace: Path, pictures: str
+) -> None:
+    values = np.random.default_rng(1).normal(0, 0.1, (6, 1, 3, 3)).astype(np.float32)
+    convolution = {**small()[2], "blobs": (values, np.zeros(6, np.float32))}
+    inner = np.random.default_rng(2).normal(0, 0.1, (5, 6 * 10 * 10)).astype(np.float32)
+    layers = [convolution, {**small()[-3], "bottoms": ["conv1"], "blobs": (inner, np.zeros(5, np.float32))}]
+    convolution["param"] = field(1, 6) + field(4, 3)
+    write(workplace, net(layers, v1=True))
+    assert run("convert-caffe", "net.caffemodel", "--data", pictures).exit_code == 0
+    assert models.load(Path("weights/teacher.pt")).input_size == (12, 12, 1)
+    done = run("validate", "--data", pictures)
+    assert "n = 15" in done.stdout
+
+
+def test_check_and_onnx_at_once(run: Any, workplace: Path, pictures: str) -> None:
+    pytest.importorskip("cv2")
+    write(workplace, net(small(), v1=False, inputs=INPUT))
+    done = run("convert-caffe", "net.caffemodel", "--check", "--to", "onnx", "--data", pictures)
+    assert done.exit_code == 0
+    assert "on 84 images" in done.stdout  # 64 of noise and the 20 of the train split
+    assert "next: kd bench exports/net.onnx" in done.stdout
+    session = onnxruntime.InferenceSession("exports/net.onnx", providers=["CPUExecutionProvider"])
+    images = torch.from_numpy(IMAGES)
+    run("convert-caffe", "net.caffemodel", "-o", "t.pt")
+    teacher = models.load(Path("t.pt"))
+    with torch.inference_mode():
+        prepared, logits = teacher.prepare(images).contiguous().numpy(), teacher(images).numpy()
+    np.testing.assert_allclose(session.run(None, {"input": prepared})[0], logits, rtol=1e-4, atol=1e-3)
+    assert not Path("weights").exists()
+    told = json.loads(run("convert-caffe", "net.caffemodel", "--check", "-o", "x.onnx", "--json").stdout)
+    assert told["check"]["holds"] is True
+    assert told["check"]["images"] == 64
+    assert told["output"] == "x.onnx"
+    assert Path("x.onnx").is_file()
+
+
+@pytest.mark.parametrize("form", ["text", "v0", "double", "one by one"])
+def test_check_of_a_form_that_opencv_does_not_read(run: Any, workplace: Path, form: str) -> None:
+    pytest.importorskip("cv2")
+    v1 = net(small(), v1=True, double=form == "double", packed=form != "one by one")
+    size = np.array([1, 3, 12, 12])
+    inputs = field(3, "data") + b"".join(field(4, int(side)) for side in size)
+    content = v0_net() if form == "v0" else inputs + v1
+    if form == "text":
+        message = schema.net_parameter()
+        message.ParseFromString(inputs + v1)
+        lines = "input: 'data' " + " ".join(f"input_dim: {side}" for side in size)
+        content = f"{lines}\n{as_text(message, how=lambda values: f'data: {values.tolist()}')}".encode()
+    write(workplace, content)
+    told = json.loads(run("convert-caffe", "net.caffemodel", "--check", "--json").stdout)
+    assert told["check"]["holds"] is True
+
+
+def test_check_allows_for_what_float32_loses(run: Any, workplace: Path) -> None:
+    """Large values that nearly cancel out: both readings are right, and neither to 1e-4."""
+    pytest.importorskip("cv2")
+    random = np.random.default_rng(3)
+    first = random.normal(0, 30, (40, 3 * 12 * 12)).astype(np.float32)
+    first[20:] = first[:20] * np.float32(1.0001)
+    second = np.concatenate([np.eye(20), -np.eye(20)], axis=1)[:5].astype(np.float32)
+    ends = (np.zeros(40, np.float32), np.zeros(5, np.float32))
+    layers = [
+        layer("InnerProduct", "a", "data", "a", field(1, 40), (first, ends[0])),
+        layer("InnerProduct", "b", "a", "b", field(1, 5), (second, ends[1])),
+    ]
+    write(workplace, net(layers, v1=False, inputs=INPUT))
+    told = json.loads(run("convert-caffe", "net.caffemodel", "--check", "--json").stdout)["check"]
+    assert told["largest_logit"] < 100
+    assert 1e-4 < told["largest_difference"] < told["tolerance"] == pytest.approx(8 * told["rounding"])
+
+
+def test_check_on_images_of_another_size(run: Any, workplace: Path) -> None:
+    write(workplace, v0_net())  # 6×6, four colour planes
+    with pytest.raises(KdError, match=r"takes 6×6×4 images, .* has 6×6×1"):
+        run("convert-caffe", "net.caffemodel", "--check", "--data", "digits")
+    assert not Path("weights").exists()
+
+
+def test_a_check_that_fails_leaves_no_file(run: Any, workplace: Path) -> None:
+    pytest.importorskip("cv2")
+    norm = {"param": field(1, 3) + field(2, 0.1) + field(5, 2.0)}  # OpenCV takes k to be 1
+    write(workplace, net(small(norm1=norm), v1=False, inputs=INPUT))
+    with pytest.raises(KdError, match="OpenCV reads another network"):
+        run("convert-caffe", "net.caffemodel", "--check")
+    assert not Path("weights").exists()
+    assert run("convert-caffe", "net.caffemodel").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "words", [("--to", "onnx", "-o", "a.pt"), ("--to", "pt", "-o", "a.onnx"), ("--to", "caffe2")]
+)
+def test_what_to_write_must_be_clear(run: Any, workplace: Path, words: tuple[str, ...]) -> None:
+    write(workplace, net(small(), v1=False, inputs=INPUT))
+    with pytest.raises(UsageError):
+        run("convert-caffe", "net.caffemodel", *words)
+    assert [path.name for path in workplace.iterdir()] == ["net.caffemodel"]

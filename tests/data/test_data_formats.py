@@ -1,0 +1,360 @@
+"""MNIST, Fashion-MNIST, SVHN and CIFAR-100 from small files in their own formats, written here independently."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import struct
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.io import savemat
+
+from kdcli.base.errors import KdError
+from kdcli.base.events import Event, Note, Progress
+from kdcli.data import Splits, catalog, idx, load, pack, svhn
+
+COUNTS = {"train": 12, "t10k": 5}
+
+
+def idx_bytes(kind: int, *sizes: int, content: bytes) -> bytes:
+    return struct.pack(f">HBB{len(sizes)}I", 0, kind, len(sizes), *sizes) + content
+
+
+def pixel(number: int, row: int, column: int) -> int:
+    return (number * 50 + row * 7 + column) % 256
+
+
+def write_mnist(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in COUNTS.items():
+        pixels = bytes(pixel(n, y, x) for n in range(count) for y in range(28) for x in range(28))
+        labels = bytes((3 * n + (split == "t10k")) % 10 for n in range(count))
+        images = idx_bytes(8, count, 28, 28, content=pixels)
+        (folder / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
+        (folder / f"{split}-labels-idx1-ubyte.gz").write_bytes(
+            gzip.compress(idx_bytes(8, count, content=labels))
+        )
+
+
+def write_svhn(folder: Path, compressed: bool = True) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, labels in (("train", [10, 1, 2, 9]), ("test", [5, 10])):
+        images = np.zeros((32, 32, 3, len(labels)), np.uint8)
+        for number in range(len(labels)):
+            images[3, 4, :, number] = [number, 100, 200]  # row 3, column 4
+        content = {"X": images, "y": np.array(labels, np.uint8)[:, None]}
+        savemat(folder / f"{split}_32x32.mat", content, do_compression=compressed)
+
+
+def cifar100_files(**changes: Any) -> dict[str, bytes]:
+    files: dict[str, Any] = {}
+    for split, count in (("train", 6), ("test", 3)):
+        data = np.zeros((count, 3, 32, 32), np.uint8)
+        data[:, 0, 3, 4], data[:, 1, 3, 4], data[:, 2, 3, 4] = np.arange(count), 100, 200
+        files[split] = {
+            b"filenames": [b"a.png"] * count,
+            b"batch_label": b"training batch 1 of 1",
+            b"fine_labels": [(n * 33) % 100 for n in range(count)],
+            b"coarse_labels": [n % 20 for n in range(count)],
+            b"data": data.reshape(count, 3072),
+        }
+    files["meta"] = {
+        b"fine_label_names": [f"fine{n}".encode() for n in range(100)],
+        b"coarse_label_names": [f"coarse{n}".encode() for n in range(20)],
+    }
+    for name, change in changes.items():
+        files[name] = {**files[name], **change} if isinstance(change, dict) else change
+    return {name: pickle.dumps(value, protocol=2) for name, value in files.items() if value is not None}
+
+
+def write_cifar100(data_dir: Path, unpacked: bool = False, **changes: Any) -> None:
+    data_dir.mkdir(parents=True, exist_ok=True)
+    files = cifar100_files(**changes)
+    if unpacked:
+        (data_dir / "cifar-100-python").mkdir()
+        for name, data in files.items():
+            (data_dir / "cifar-100-python" / name).write_bytes(data)
+        return
+    with tarfile.open(data_dir / "cifar-100-python.tar.gz", "w:gz") as archive:
+        for name, data in {"file.txt~": b"?", **files}.items():
+            member = tarfile.TarInfo(f"cifar-100-python/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+Read = Callable[..., Splits]
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Read:
+    """`load` from `tmp_path / "data"`."""
+
+    def call(spec: str, **options: Any) -> Splits:
+        return load(spec, data_dir=tmp_path / "data", cache_dir=tmp_path / "cache", **options)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "classes"),
+    [
+        ("mnist", "MNIST", tuple("0123456789")),
+        ("fashion-mnist", "Fashion-MNIST", catalog.FASHION_CLASSES),
+    ],
+)
+def test_mnist(name: str, label: str, classes: tuple[str, ...], tmp_path: Path, read: Read) -> None:
+    write_mnist(tmp_path / "data" / name)
+    seen: list[Event] = []
+    for _ in range(2):  # from the files, then from the cache
+        splits = read(name, on_event=seen.append)
+        assert splits.label == label and splits.train.classes == splits.test.classes == classes
+        assert splits.train.images.shape == (12, 28, 28, 1) and splits.test.images.shape == (5, 28, 28, 1)
+        assert splits.train.images.dtype == np.uint8
+        assert splits.train.images[7, 3, 20, 0] == pixel(7, 3, 20) != pixel(7, 20, 3)
+        assert splits.train.labels.tolist() == [0, 3, 6, 9, 2, 5, 8, 1, 4, 7, 0, 3]
+        assert splits.test.labels.tolist() == [1, 4, 7, 0, 3]
+    assert len([event for event in seen if isinstance(event, Progress)]) == 1
+    assert len([event for event in seen if isinstance(event, Note) and "not the official" in event.text]) == 8
+    assert len(catalog.FASHION_CLASSES) == 10 and catalog.FASHION_CLASSES[9] == "Ankle boot"
+
+
+def test_the_official_files_go_without_a_note(
+    tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_mnist(tmp_path / "data/mnist")
+    files = tuple(
+        catalog.RemoteFile(
+            f"mnist/{path.name}", "data", (), sha256=hashlib.sha256(path.read_bytes()).hexdigest()
+        )
+        for path in (tmp_path / "data/mnist").iterdir()
+    )
+    monkeypatch.setitem(catalog.DOWNLOADS, "mnist", files)
+    assert read("mnist").notes == ()
+
+
+def test_grey_images_take_the_form_that_is_asked_for(tmp_path: Path, read: Read) -> None:
+    write_mnist(tmp_path / "data/mnist")
+    plain = read("mnist", grey=True)
+    assert plain.train.fingerprint == read("mnist").train.fingerprint
+    assert plain.train.fingerprint == read("mnist", image_size=28).train.fingerprint
+    colour = read("mnist", fit_to=(28, 28, 3)).train.images
+    assert colour.shape == (12, 28, 28, 3)
+    assert np.array_equal(colour[..., 0], plain.train.images[..., 0])
+    assert np.array_equal(colour[..., 2], plain.train.images[..., 0])
+    assert read("mnist", image_size=32).train.images.shape == (12, 32, 32, 1)
+    assert read("mnist", fit_to=(14, 14, 1)).test.images.shape == (5, 14, 14, 1)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_svhn(compressed: bool, tmp_path: Path, read: Read) -> None:
+    write_svhn(tmp_path / "data/svhn", compressed)
+    splits = read("svhn")
+    assert splits.label == "SVHN" and splits.train.classes == tuple("0123456789")
+    assert splits.train.images.shape == (4, 32, 32, 3) and splits.test.images.shape == (2, 32, 32, 3)
+    assert splits.train.images[2, 3, 4].tolist() == [2, 100, 200]
+    assert splits.train.images[2].sum() == 302  # nowhere else
+    assert splits.train.labels.tolist() == [0, 1, 2, 9] and splits.test.labels.tolist() == [5, 0]
+    assert read("svhn", grey=True).train.images.shape == (4, 32, 32, 1)
+    assert read("svhn", image_size=16).train.images.shape == (4, 16, 16, 3)
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_cifar100(unpacked: bool, tmp_path: Path, read: Read) -> None:
+    write_cifar100(tmp_path / "data", unpacked)
+    for _ in range(2):
+        splits = read("cifar100")
+        assert splits.label == "CIFAR-100" and splits.train.classes == tuple(f"fine{n}" for n in range(100))
+        assert splits.train.images.shape == (6, 32, 32, 3) and splits.test.images.shape == (3, 32, 32, 3)
+        assert splits.train.images[5, 3, 4].tolist() == [5, 100, 200] and splits.train.images[5].sum() == 305
+        assert splits.train.labels.tolist() == [0, 33, 66, 99, 32, 65]
+        assert len(splits.notes) == (0 if unpacked else 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "what"),
+    [
+        ("cifar100", "CIFAR-100", "cifar-100-python.tar.gz"),
+        ("svhn", "SVHN", "train_32x32.mat, test_32x32.mat"),
+        ("mnist", "MNIST", "train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k"),
+        ("fashion-mnist", "Fashion-MNIST", "train-images-idx3-ubyte.gz"),
+    ],
+)
+def test_what_is_not_there_is_named_with_the_command(name: str, label: str, what: str, read: Read) -> None:
+    with pytest.raises(KdError, match=f"^{label} is not in .*: no {what}") as caught:
+        read(name)
+    assert caught.value.hint.startswith(f"Run kd download {name};")
+
+
+def damaged(content: bytes) -> bytes:
+    """A gzip file whose own sum is wrong."""
+    packed = bytearray(gzip.compress(content))
+    packed[-6] ^= 1
+    return bytes(packed)
+
+
+GOOD = idx_bytes(8, 12, content=bytes(12))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (GOOD, "Not a gzipped file"),
+        (b"", "no IDX file"),
+        (gzip.compress(b""), "no IDX file"),
+        (gzip.compress(GOOD[:6]), "cannot read"),
+        (gzip.compress(GOOD)[:-12], "ended before"),
+        (damaged(GOOD), "CRC"),
+        (gzip.compress(GOOD[:-1]), "damaged"),
+        (gzip.compress(GOOD + b"!"), "damaged"),
+        (gzip.compress(idx_bytes(9, 12, content=bytes(12))), "no IDX file of bytes"),
+        (gzip.compress(idx_bytes(8, 12, 1, content=bytes(12))), "no IDX file of bytes in 1 dimensions"),
+        (gzip.compress(idx_bytes(8, 2**32 - 1, content=b"")), "at most 268,435,456 are read"),
+        (gzip.compress(idx_bytes(8, 11, content=bytes(11))), "labels that are not 12 numbers of 10"),
+        (gzip.compress(idx_bytes(8, 12, content=bytes(11) + b"\x0a")), "labels that are not 12 numbers"),
+    ],
+)
+def test_bad_idx_files(content: bytes, message: str, tmp_path: Path, read: Read) -> None:
+    write_mnist(tmp_path / "data/mnist")
+    (tmp_path / "data/mnist/train-labels-idx1-ubyte.gz").write_bytes(content)
+    with pytest.raises(KdError, match=message) as caught:
+        read("mnist")
+    assert "kd download mnist" in caught.value.hint
+    assert not list((tmp_path / "cache").glob("**/*"))
+
+
+@pytest.mark.parametrize("sizes", [(0, 28, 28), (12, 28, 27), (12, 32, 32)])
+def test_other_images_than_expected(sizes: tuple[int, ...], tmp_path: Path, read: Read) -> None:
+    write_mnist(tmp_path / "data/mnist")
+    content = idx_bytes(8, *sizes, content=bytes(int(np.prod(sizes))))
+    (tmp_path / "data/mnist/t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(content))
+    with pytest.raises(KdError, match=r"MNIST has test images uint8 .* instead of uint8 \(N, 28, 28, 1\)"):
+        read("mnist")
+
+
+def test_a_gzip_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idx, "MAX_BYTES", 1000)
+    path = tmp_path / "x.gz"
+    path.write_bytes(gzip.compress(idx_bytes(8, 1001, content=bytes(1001))))
+    with pytest.raises(KdError, match="holds 1,001 bytes; at most 1,000"):
+        idx.read_idx(path, 1)
+    path.write_bytes(gzip.compress(idx_bytes(8, 1000, content=bytes(1000))))
+    assert idx.read_idx(path, 1).shape == (1000,)
+
+
+X, Y = np.zeros((32, 32, 3, 2), np.uint8), np.array([[1], [2]], np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"X": X}, "holds no X uint8"),
+        ({"y": Y}, "holds no X uint8"),
+        ({"X": X.astype(np.float64), "y": Y}, "holds no X uint8"),
+        ({"X": X[..., 0], "y": Y}, "holds no X uint8"),
+        ({"X": X.transpose(3, 0, 1, 2), "y": Y}, "holds no X uint8"),
+        ({"X": X, "y": Y[:1]}, "holds no X uint8"),
+        ({"X": X, "y": Y - 1}, "labels that are not 1 to 10"),
+        ({"X": X, "y": Y + 9}, "labels that are not 1 to 10"),
+        ({"X": X, "y": Y + 0.5}, "labels that are not 1 to 10"),
+        ({"X": X, "y": np.array([["a"], ["b"]])}, "labels that are not 1 to 10"),
+    ],
+)
+def test_bad_mat_files(content: dict[str, Any], message: str, tmp_path: Path, read: Read) -> None:
+    write_svhn(tmp_path / "data/svhn")
+    savemat(tmp_path / "data/svhn/test_32x32.mat", content)
+    with pytest.raises(KdError, match=message) as caught:
+        read("svhn")
+    assert "kd download svhn" in caught.value.hint
+
+
+def test_labels_may_be_written_as_floats(tmp_path: Path) -> None:
+    savemat(tmp_path / "x.mat", {"X": X, "y": np.array([[10.0], [3.0]])})
+    assert svhn.read_mat(tmp_path / "x.mat").labels.tolist() == [0, 3]
+
+
+def test_damaged_mat_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_svhn(tmp_path)
+    path = tmp_path / "train_32x32.mat"
+    whole = path.read_bytes()
+    for content in (b"", b"hello", whole[:200], whole[:-40], whole[:160] + b"????" + whole[164:]):
+        path.write_bytes(content)
+        with pytest.raises(KdError, match=r"cannot read .*|holds no X"):
+            svhn.read_mat(path)
+    path.write_bytes(whole)
+    assert len(svhn.read_mat(path).labels) == 4
+    monkeypatch.setattr(svhn, "MAX_FILE_BYTES", len(whole) - 1)
+    with pytest.raises(KdError, match="is larger than"):
+        svhn.read_mat(path)
+    monkeypatch.undo()
+    monkeypatch.setattr(svhn, "MAX_IMAGES", 3)
+    with pytest.raises(KdError, match="holds no X"):
+        svhn.read_mat(path)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("canary",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"meta": None}, "lacks meta"),
+        ({"train": None, "test": None}, "lacks train, test"),
+        ({"train": [1]}, "train is no CIFAR-100 batch: it holds no dictionary"),
+        ({"train": Evil()}, "train: refuses"),
+        ({"train": {b"data": np.zeros((6, 3071), np.uint8)}}, r"data is not uint8 \(N, 3072\)"),
+        ({"test": {b"data": np.zeros((3, 3072))}}, r"test is no CIFAR-100 batch: data is not uint8"),
+        ({"test": {b"fine_labels": [0, 1, 100]}}, "fine_labels are not numbers 0-99"),
+        ({"test": {b"fine_labels": [0, 1, -1]}}, "fine_labels are not numbers 0-99"),
+        ({"test": {b"fine_labels": [0, 1]}}, "labels that are not 3 numbers of 100 classes"),
+        ({"test": {b"fine_labels": "abc"}}, "fine_labels are not numbers 0-99"),
+        ({"meta": {b"fine_label_names": [b"x"] * 99}}, "no 100 fine_label_names"),
+        ({"meta": {b"fine_label_names": [1] * 100}}, "no 100 fine_label_names"),
+    ],
+)
+def test_bad_cifar100_files(
+    changes: dict[str, Any], message: str, workplace: Path, tmp_path: Path, read: Read
+) -> None:
+    write_cifar100(tmp_path / "data", **changes)
+    with pytest.raises(KdError, match=message) as caught:
+        read("cifar100")
+    assert caught.value.hint
+    assert not (workplace / "canary").exists()
+
+
+def test_a_full_or_closed_cache_is_one_error(
+    tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_mnist(tmp_path / "data/mnist")
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(KdError, match="cannot write to"):
+        read("mnist")
+    (tmp_path / "cache").unlink()
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pack.Spool, "put", full)
+    with pytest.raises(KdError, match=r"cannot write to .*: No space left") as caught:
+        read("mnist")
+    assert "--cache-dir" in caught.value.hint
+    assert list((tmp_path / "cache/data").iterdir()) == []
+
+
+def test_a_changed_file_is_packed_anew(tmp_path: Path, read: Read) -> None:
+    write_mnist(tmp_path / "data/mnist")
+    before = read("mnist")
+    labels = gzip.compress(idx_bytes(8, 5, content=bytes(5)))
+    (tmp_path / "data/mnist/t10k-labels-idx1-ubyte.gz").write_bytes(labels)
+    after = read("mnist")
+    assert after.test.labels.tolist() == [0] * 5 != before.test.labels.tolist()
+    assert after.train.fingerprint == before.train.fingerprint

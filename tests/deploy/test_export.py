@@ -1,0 +1,545 @@
+"""The exported file gives what the checkpoint gives, says what it is, and otherwise does not exist."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+from kdcli import models
+from kdcli.base.config import INT8_DEFAULT, ExportConfig
+from kdcli.base.errors import KdError, UsageError
+from kdcli.data import ImageSet, Splits
+from kdcli.data.preprocess import PREPROCESSES, fit
+from kdcli.deploy import export as exporting
+from kdcli.deploy import onnx_model
+from kdcli.deploy.export import ExportResult, default_output, export, parity
+from kdcli.deploy.export.images import choose_images
+from kdcli.deploy.onnx_model import OnnxClassifier, decode_preprocess, encode_preprocess, facts
+from kdcli.models import Classifier
+
+CLASSES = tuple(f"class {index}" for index in range(5))
+
+
+def random_splits(side: int = 16, count: int = 60) -> Splits:
+    random = np.random.default_rng(3)
+
+    def one(number: int) -> ImageSet:
+        images = random.integers(0, 256, (number, side, side, 3), dtype=np.uint8)
+        return ImageSet(images, random.integers(0, 5, number), CLASSES, "x")
+
+    return Splits("random", "random", one(count), one(20))
+
+
+SPLITS = random_splits()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads of tiny networks only wait for each other, on a busy machine for long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def classifier(arch: str, preprocess: str = "mean-std", order: str = "rgb", side: int = 16) -> Classifier:
+    torch.manual_seed(0)
+    args = {"widths": (4, 8)} if arch == "convnet-tiny" else {}
+    network = models.build(arch, classes=5, input_size=(side, side, 3), **args).eval()
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):  # fresh statistics would make it the identity
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+    return Classifier(
+        network,
+        fit(
+            preprocess,
+            SPLITS.train.images if side == 16 else random_splits(side).train.images,
+            channel_order=order,
+        ),
+        arch=arch,
+        arch_args=args,
+        classes=CLASSES,
+        input_size=(side, side, 3),
+        provenance={
+            "method": "kd",
+            "test_accuracy": 61.5,
+            "teacher": {"path": "/home/someone/secret/teacher.pt", "name": "nin"},
+            "data": {"spec": "C:\\Users\\someone\\pictures", "label": "pictures"},
+        },
+    ).eval()
+
+
+def exported(folder: Path, model: Classifier, **settings: object) -> ExportResult:
+    checkpoint = folder / "model.pt"
+    model.save(checkpoint)
+    config = ExportConfig.model_validate({"output": folder / "model.onnx", "parity_images": 30, **settings})
+    splits = SPLITS if model.input_size[0] == 16 else random_splits(model.input_size[0])
+    return export(checkpoint, config, splits)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, ExportResult]:
+    model = classifier("lenet-caffe")
+    return model, exported(tmp_path_factory.mktemp("plain"), model)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, ExportResult]:
+    model = classifier("convnet-tiny", "gcn-zca", "bgr")
+    return model, exported(tmp_path_factory.mktemp("whole"), model, with_preprocessing=True)
+
+
+def test_logits_equal_a_forward_pass_by_hand(plain: tuple[Classifier, ExportResult]) -> None:
+    model, result = plain
+    state = {name: value.double().numpy() for name, value in model.network.state_dict().items()}
+    pixels = SPLITS.test.images[:3].astype(np.float64)
+    train = SPLITS.train.images.reshape(-1, 3).astype(np.float64)
+    maps = ((pixels - train.mean(0)) / train.std(0)).transpose(0, 3, 1, 2)
+
+    def convolve(maps: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+        windows = np.lib.stride_tricks.sliding_window_view(maps, (5, 5), axis=(2, 3))
+        return np.einsum("bchwij,ocij->bohw", windows, weight) + bias[:, None, None]
+
+    def pool(maps: np.ndarray) -> np.ndarray:
+        batch, channels, height, width = maps.shape
+        return maps.reshape(batch, channels, height // 2, 2, width // 2, 2).max(axis=(3, 5))
+
+    hidden = pool(convolve(maps, state["conv1.weight"], state["conv1.bias"]))
+    hidden = pool(convolve(hidden, state["conv2.weight"], state["conv2.bias"])).reshape(3, -1)
+    hidden = np.maximum(hidden @ state["ip1.weight"].T + state["ip1.bias"], 0)
+    expected = hidden @ state["ip2.weight"].T + state["ip2.bias"]
+
+    session = ort.InferenceSession(result.path, providers=["CPUExecutionProvider"])
+    assert [(i.name, i.shape, i.type) for i in session.get_inputs()] == [
+        ("input", ["batch", 3, 16, 16], "tensor(float)")
+    ]
+    assert [o.name for o in session.get_outputs()] == ["logits"]
+    given = session.run(None, {"input": maps.astype(np.float32)})[0]
+    np.testing.assert_allclose(given, expected, atol=1e-5)
+
+
+def test_with_preprocessing_takes_pixels_and_gives_probabilities(
+    whole: tuple[Classifier, ExportResult],
+) -> None:
+    model, result = whole
+    session = ort.InferenceSession(result.path, providers=["CPUExecutionProvider"])
+    assert [(i.name, i.shape, i.type) for i in session.get_inputs()] == [
+        ("images", ["batch", 16, 16, 3], "tensor(uint8)")
+    ]
+    for count in (1, 5, 20):
+        images = SPLITS.test.images[:count]
+        given = session.run(["probabilities"], {"images": images})[0]
+        np.testing.assert_allclose(given.sum(axis=1), 1, atol=1e-6)
+        with torch.inference_mode():
+            expected = model(torch.from_numpy(images)).softmax(dim=1).numpy()
+        np.testing.assert_allclose(given, expected, atol=1e-5)
+
+
+def test_the_file_stands_alone_and_names_no_path(
+    plain: tuple[Classifier, ExportResult], whole: tuple[Classifier, ExportResult]
+) -> None:
+    for _, result in (plain, whole):
+        assert [path.name for path in sorted(result.path.parent.iterdir())] == ["model.onnx", "model.pt"]
+        content = result.path.read_bytes()
+        for word in (
+            b"/home/",
+            b"Users",
+            b"secret",
+            b".py",
+            b"site-packages",
+            str(Path.cwd()).encode(),
+            b"kdcli.",
+        ):
+            assert word not in content, word
+        onnx.checker.check_model(onnx.load(result.path), full_check=True)
+        assert result.size_bytes == len(content)
+
+
+def test_metadata_says_what_it_is(plain: tuple[Classifier, ExportResult]) -> None:
+    model, result = plain
+    metadata = {entry.key: entry.value for entry in onnx.load(result.path).metadata_props}
+    assert json.loads(metadata["kd.classes"]) == list(CLASSES)
+    assert metadata["kd.method"] == "kd"
+    assert metadata["kd.teacher"] == "nin"
+    assert metadata["kd.test_accuracy"] == "61.5"
+    assert json.loads(metadata["kd.provenance"])["data"] == {"spec": "pictures", "label": "pictures"}
+    loaded = OnnxClassifier.load(result.path)
+    assert (loaded.classes, loaded.input_size, loaded.gives) == (CLASSES, (16, 16, 3), "logits")
+    images = torch.from_numpy(SPLITS.test.images)
+    with torch.inference_mode():
+        assert torch.allclose(loaded(images), model(images), atol=1e-5)
+
+
+@pytest.mark.parametrize("after", ["Identity", "Flatten", "Identity Flatten Identity"])
+def test_probabilities_are_known_behind_what_changes_no_value(
+    after: str, tmp_path: Path, whole: tuple[Classifier, ExportResult]
+) -> None:
+    model = onnx.load(whole[1].path)
+    [output] = model.graph.output
+    last = output.name
+    for number, kind in enumerate(after.split()):
+        model.graph.node.append(onnx.helper.make_node(kind, [last], [f"end{number}"]))
+        last = f"end{number}"
+    output.name = last
+    onnx.save(model, tmp_path / "m.onnx")
+    assert OnnxClassifier.load(tmp_path / "m.onnx").gives == "probabilities"
+    model.graph.node.append(onnx.helper.make_node("Log", [last], ["log"]))
+    output.name = "log"
+    onnx.save(model, tmp_path / "m.onnx")
+    assert OnnxClassifier.load(tmp_path / "m.onnx").gives == "logits"
+
+
+def test_loaded_probabilities_become_logits_up_to_a_shift(whole: tuple[Classifier, ExportResult]) -> None:
+    model, result = whole
+    images = torch.from_numpy(SPLITS.test.images)
+    logits = OnnxClassifier.load(result.path)(images)
+    with torch.inference_mode():
+        shift = model(images) - logits
+    assert torch.allclose(shift, shift[:, :1].expand_as(shift), atol=1e-4)
+
+
+def test_preprocessing_is_told_apart_from_the_network(whole: tuple[Classifier, ExportResult]) -> None:
+    counted = facts(onnx.load(whole[1].path))
+    assert abs(counted.preprocessing_bytes - 4 * (768 + 768 * 768)) < 200
+    assert counted.network_bytes < 5000
+    # conv 3→4 on 16×16, conv 4→8 on 8×8, linear 8→5
+    assert counted.macs == 16 * 16 * 4 * 27 + 8 * 8 * 8 * 36 + 40
+
+
+def test_same_bytes_twice(plain: tuple[Classifier, ExportResult], tmp_path: Path) -> None:
+    config = ExportConfig(output=tmp_path / "again.onnx", parity_images=7)
+    assert export(plain[1].checkpoint, config, SPLITS).sha256 == plain[1].sha256
+
+
+@pytest.mark.parametrize("side", [16, 25])
+def test_nin_pools_with_a_rounded_up_edge(side: int, tmp_path: Path) -> None:
+    model = classifier("nin", "mean-image", side=side)
+    result = exported(tmp_path, model)
+    assert result.parity.images == 30
+    assert result.parity.same_top1 + result.parity.ties == 30
+    assert result.parity.largest_difference <= 1e-4 * result.parity.scale
+
+
+@pytest.mark.parametrize("corruption", ["weight", "nan", "class order"])
+def test_a_wrong_file_never_appears(
+    corruption: str,
+    plain: tuple[Classifier, ExportResult],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole_model = onnx.load(plain[1].path)
+
+    def corrupted(model: object, **settings: object) -> onnx.ModelProto:
+        broken = onnx.ModelProto()
+        broken.CopyFrom(whole_model)
+        tensors = {
+            tensor.name.split(".", 1)[1]: tensor for tensor in broken.graph.initializer if "." in tensor.name
+        }
+        name = "ip2.weight" if corruption == "class order" else "conv1.weight"
+        values = onnx.numpy_helper.to_array(tensors[name]).copy()
+        if corruption == "weight":
+            values[0, 0, 0, 0] += 0.05
+        elif corruption == "nan":
+            values[0, 0, 0, 0] = np.nan
+        else:
+            values = values[::-1].copy()
+        tensors[name].CopyFrom(onnx.numpy_helper.from_array(values, tensors[name].name))
+        return broken
+
+    monkeypatch.setattr(exporting, "to_onnx", corrupted)
+    earlier = tmp_path / "model.onnx"
+    earlier.write_bytes(b"an earlier file")
+    with pytest.raises(KdError, match="differs from the checkpoint"):
+        exported(tmp_path, plain[0])
+    assert earlier.read_bytes() == b"an earlier file"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.pt"]
+
+
+WRONG_AT = [  # network, with its preprocessing, number of the node that gets a wrong constant, who is to blame
+    ("lenet", False, 0, "conv1"),
+    ("lenet", False, 2, "conv2"),
+    ("lenet", True, -2, "ip2"),  # before the softmax
+    ("lenet", True, 2, "preprocess"),
+    (
+        "convnet-tiny",
+        False,
+        0,
+        "features.0 and features.1",
+    ),  # batch norm is part of the convolution in the file
+    ("convnet-tiny", False, -1, "fc"),
+    ("nin", False, 2, "cccp1"),
+]
+
+
+@pytest.mark.parametrize(("arch", "raw", "number", "layer"), WRONG_AT)
+def test_a_wrong_constant_is_found_where_it_is(
+    arch: str, raw: bool, number: int, layer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = exporting.finish
+
+    def corrupted(model: onnx.ModelProto, remarks: dict[str, str]) -> onnx.ModelProto:
+        broken = real(model, remarks)
+        node = broken.graph.node[number]
+        tensor = next(one for one in broken.graph.initializer if one.name in node.input)
+        values = onnx.numpy_helper.to_array(tensor)
+        values = (1.5 * values + 0.5).astype(values.dtype)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+        return broken
+
+    monkeypatch.setattr(exporting, "finish", corrupted)
+    with pytest.raises(KdError, match=f"first in layer {layer} \\(allowed"):
+        exported(tmp_path, classifier(arch), with_preprocessing=raw)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_every_level_of_optimisation_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is right only where it is optimised is not written."""
+    real, asked = onnx_model.session, []
+
+    def session(content: bytes, threads: int = 0, name: str = "model", *, level: str = "all") -> Any:
+        asked.append(level)
+        return real(content, threads, name, level=level)
+
+    monkeypatch.setattr(onnx_model, "session", session)
+    result = exported(tmp_path, classifier("lenet"))
+    assert asked == ["none", "basic", "extended", "all"] == list(result.parity.levels)
+    for wrong in asked[:4]:
+
+        def one_wrong(*args: Any, level: str = "all", wrong: str = wrong, **more: Any) -> Any:
+            runner = session(*args, level=level, **more)
+            run = runner.run
+            if level == wrong:
+                monkeypatch.setattr(runner, "run", lambda *given: [values + 1 for values in run(*given)])
+            return runner
+
+        with monkeypatch.context() as context:
+            context.setattr(onnx_model, "session", one_wrong)
+            with pytest.raises(KdError, match=f"at batch 1, optimisation {wrong}"):
+                exported(tmp_path, classifier("lenet"))
+
+
+def test_only_a_near_tie_may_change_the_class(
+    plain: tuple[Classifier, ExportResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, result = plain
+    images = SPLITS.test.images[:7]
+    with torch.inference_mode():
+        inputs = np.ascontiguousarray(model.prepare(torch.from_numpy(images)).numpy())
+        logits = model(torch.from_numpy(images))
+    # a further class that is just behind the first of image 0 in the file, just before it in the checkpoint
+    scale = logits.abs().max().item()
+    top = logits[0].max().item()
+
+    def run(behind: float, before: float) -> parity.Parity:
+        monkeypatch.setattr(
+            parity,
+            "run",
+            lambda runner, inputs, batch, probabilities: torch.cat(
+                [real(runner, inputs, batch, probabilities), torch.full((len(inputs), 1), top - behind)],
+                dim=1,
+            ),
+        )
+        expected = torch.cat([logits, torch.full((len(logits), 1), top + before)], dim=1)
+        return parity.check_parity(result.path, inputs, expected, False)[1]
+
+    real = parity.run
+    near, far = 0.2 * parity.TIE * scale, 5 * parity.TIE * scale
+    assert run(near, near).ties >= 1
+    with pytest.raises(KdError, match="another class"):
+        run(near, far)
+
+
+@pytest.mark.parametrize("name", [name for name in PREPROCESSES if name != "scale-shift"])
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+def test_preprocessing_survives_as_text(name: str, order: str) -> None:
+    made = fit(name, SPLITS.train.images[:, :6, :6], channel_order=order)
+    text = encode_preprocess(made)
+    again = decode_preprocess(text)
+    pixels = torch.rand(2, 3, 6, 6) * 255
+    assert again is not None
+    assert torch.equal(again(pixels), made(pixels))
+    assert decode_preprocess(encode_preprocess(made, most_values=0)) is None or name == "none"
+
+
+def test_images_for_calibration_and_parity_are_not_the_same() -> None:
+    check, calibration, _ = choose_images(100, 30, 60)
+    assert (len(check), len(calibration)) == (30, 60)
+    assert not set(check) & set(calibration)
+    check, calibration, _ = choose_images(9, 30, 60)
+    assert not set(check) & set(calibration)
+    assert len(check) + len(calibration) == 9
+    assert len(choose_images(9, 30, 0)[0]) == 9
+
+
+def test_default_names() -> None:
+    config = ExportConfig()
+    assert default_output(Path("runs/kd-lenet-1/student.pt"), config) == Path("exports/kd-lenet-1.onnx")
+    assert default_output(Path("student.pt"), config) == Path("exports/student.onnx")
+    assert default_output(Path("w/t.pt"), ExportConfig(int8=INT8_DEFAULT)) == Path("exports/t-int8.onnx")
+    assert default_output(Path("w/t.pt"), ExportConfig(opset=21)) == Path("exports/t-opset21.onnx")
+
+
+def test_refusals(tmp_path: Path) -> None:
+    model = classifier("convnet-tiny")
+    with pytest.raises(UsageError, match=r"\.onnx"):
+        exported(tmp_path, model, output=tmp_path / "model.pt")
+    with pytest.raises(KdError, match="takes 16×16×3"):
+        export(tmp_path / "model.pt", ExportConfig(output=tmp_path / "m.onnx"), random_splits(8))
+    model.provenance = {}
+    model.save(tmp_path / "model.pt")
+    with pytest.raises(KdError, match="does not say what data") as caught:
+        export(tmp_path / "model.pt", ExportConfig(output=tmp_path / "m.onnx"))
+    assert "--data" in caught.value.hint
+    few = replace(SPLITS, train=random_splits(count=3).train)
+    with pytest.raises(KdError, match="at least 8"):
+        export(tmp_path / "model.pt", ExportConfig(output=tmp_path / "m.onnx"), few)
+    assert not (tmp_path / "m.onnx").exists()
+
+
+def test_foreign_files(tmp_path: Path, plain: tuple[Classifier, ExportResult]) -> None:
+    path = tmp_path / "foreign.onnx"
+    model = onnx.load(plain[1].path)
+    del model.metadata_props[:]
+    onnx.save(model, path)
+    foreign = OnnxClassifier.load(path)
+    assert foreign.classes == ("0", "1", "2", "3", "4")
+    ones = np.ones((2, 3, 16, 16), np.float32)
+    assert foreign.run(ones).shape == (2, 5)
+    with pytest.raises(KdError, match="how pixels are prepared"):
+        foreign(torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
+
+    onnx.save(model, path, save_as_external_data=True, size_threshold=0, location="weights.bin")
+    with pytest.raises(KdError, match="other files"):
+        OnnxClassifier.load(path)
+    whole = OnnxClassifier.load(path, external=True)
+    assert whole.file_bytes == path.stat().st_size + (tmp_path / "weights.bin").stat().st_size
+    assert np.array_equal(whole.run(ones), foreign.run(ones))
+    for content in (b"", b"not a model", b"\x08\x0a" + bytes(100), plain[1].path.read_bytes()[:5000]):
+        path.write_bytes(content)
+        with pytest.raises(KdError):
+            OnnxClassifier.load(path)
+    with pytest.raises(KdError, match="no such file"):
+        OnnxClassifier.load(tmp_path / "nothing.onnx")
+
+
+def test_weights_beside_a_model_are_read_from_its_own_folder_only(
+    tmp_path: Path, plain: tuple[Classifier, ExportResult]
+) -> None:
+    path, weights, secret = tmp_path / "a" / "m.onnx", tmp_path / "a" / "w.bin", tmp_path / "secret"
+    path.parent.mkdir()
+    onnx.save(
+        onnx.load(plain[1].path), path, save_as_external_data=True, size_threshold=0, location=weights.name
+    )
+    secret.write_bytes(weights.read_bytes())
+
+    def refused(change: Callable[[onnx.TensorProto], None], why: str) -> None:
+        model = onnx.load_model(path, load_external_data=False)
+        change(model.graph.initializer[0])
+        hostile = path.with_name("hostile.onnx")
+        hostile.write_bytes(model.SerializeToString())
+        with pytest.raises(KdError, match=why):
+            OnnxClassifier.load(hostile, external=True)
+
+    def entry(key: str, value: str) -> Callable[[onnx.TensorProto], None]:
+        def change(tensor: onnx.TensorProto) -> None:
+            next(entry for entry in tensor.external_data if entry.key == key).value = value
+
+        return change
+
+    for location in ("../secret", str(secret), "..", "", ".", "a\\b"):
+        refused(entry("location", location), "not a plain file")
+    refused(entry("location", "nothing"), "No such file")
+    path.with_name("link").symlink_to(secret)
+    refused(entry("location", "link"), "not a plain file")
+    for key, value in (("offset", "-4"), ("offset", "99999999"), ("length", "4"), ("length", str(2**40))):
+        refused(entry(key, value), "does not hold")
+    refused(entry("offset", "x"), "cannot be read")
+
+
+def test_damaged_metadata_is_an_error(tmp_path: Path, plain: tuple[Classifier, ExportResult]) -> None:
+    for key, value in (
+        ("kd.classes", "[1"),
+        ("kd.preprocess", "[]"),
+        ("kd.provenance", "3"),
+        ("kd.classes", "[]"),
+    ):
+        model = onnx.load(plain[1].path)
+        for entry in model.metadata_props:
+            if entry.key == key:
+                entry.value = value
+        onnx.save(model, tmp_path / "x.onnx")
+        with pytest.raises(KdError, match=r"damaged|names 0 classes"):
+            OnnxClassifier.load(tmp_path / "x.onnx")
+
+
+@pytest.mark.parametrize("kind", ["FLOAT", "FLOAT16", "DOUBLE", "UINT8"])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("opset", [9, 13, 21])
+def test_images_of_any_order_and_type_are_taken(kind: str, layout: str, opset: int, tmp_path: Path) -> None:
+    """Global mean of each channel, whatever the input looks like; TensorFlow's exporter writes NHWC."""
+    helper, proto = onnx.helper, onnx.TensorProto
+    shape = ["n", 3, 6, 5] if layout == "NCHW" else ["n", 6, 5, 3]
+    nodes = [helper.make_node("Cast", ["x"], ["f"], to=proto.FLOAT)]
+    if layout == "NHWC":
+        nodes.append(helper.make_node("Transpose", ["f"], ["c"], perm=[0, 3, 1, 2]))
+    nodes += [
+        helper.make_node("GlobalAveragePool", ["f" if layout == "NCHW" else "c"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", getattr(proto, kind), shape)],
+        [helper.make_tensor_value_info("y", proto.FLOAT, ["n", 3])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    onnx.save(model, tmp_path / "x.onnx")
+    loaded = OnnxClassifier.load(tmp_path / "x.onnx")
+    assert loaded.layout == layout
+    assert loaded.input_size == (6, 5, 3)
+    images = np.random.default_rng(0).integers(0, 256, (4, 6, 5, 3), dtype=np.uint8)
+    given = loaded.run(loaded.laid_out(images))
+    np.testing.assert_allclose(given, images.astype(float).mean((1, 2)), rtol=1e-3)
+    assert (loaded.why_not_runnable is None) == (kind == "UINT8")
+    if kind == "UINT8":
+        np.testing.assert_allclose(loaded(torch.from_numpy(images)).numpy(), given)
+
+
+def test_a_fixed_batch_is_filled_up(tmp_path: Path, plain: tuple[Classifier, ExportResult]) -> None:
+    result = exported(tmp_path, plain[0], batch=3)
+    three = OnnxClassifier.load(result.path)
+    assert three.batch == 3
+    assert three.classes == CLASSES
+    for count in (1, 3, 7):
+        images = torch.from_numpy(SPLITS.test.images[:count])
+        given = three(images)
+        assert given.shape == (count, 5)
+        assert torch.allclose(given, OnnxClassifier.load(plain[1].path)(images), atol=1e-6)
+    assert facts(three.model).macs == facts(OnnxClassifier.load(plain[1].path).model).macs
+    huge = onnx.load(result.path)
+    huge.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2**40
+    onnx.save(huge, tmp_path / "huge.onnx")
+    with pytest.raises(KdError, match="images at a time"):
+        OnnxClassifier.load(tmp_path / "huge.onnx")
+
+
+def test_a_batch_fixed_at_one_is_run_singly(tmp_path: Path, plain: tuple[Classifier, ExportResult]) -> None:
+    model = onnx.load(plain[1].path)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(model, tmp_path / "one.onnx")
+    one = OnnxClassifier.load(tmp_path / "one.onnx")
+    images = torch.from_numpy(SPLITS.test.images[:5])
+    assert one.batch == 1
+    assert torch.allclose(one(images), OnnxClassifier.load(plain[1].path)(images), atol=1e-6)

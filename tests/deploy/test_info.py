@@ -1,0 +1,157 @@
+"""kd info: what is in a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from kdcli import models
+from kdcli.base.config import ExportConfig, make
+from kdcli.base.errors import KdError, UsageError
+from kdcli.cli import info, test
+from kdcli.data import preprocess
+from kdcli.deploy.export import export_classifier
+from kdcli.models.layers import layer_rows
+from tests.helpers import command_line
+
+PIXELS = np.random.default_rng(5).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
+
+# by hand: 5×5 convolutions without padding, each followed by 2×2 pooling; 16 → 12 → 6 → 2 → 1
+LENET_CAFFE = {
+    "conv1": ([20, 12, 12], 20 * (3 * 25 + 1), 20 * 12 * 12 * 75),
+    "pool1": ([20, 6, 6], 0, 0),
+    "conv2": ([50, 2, 2], 50 * (20 * 25 + 1), 50 * 2 * 2 * 500),
+    "pool2": ([50, 1, 1], 0, 0),
+    "ip1": ([500], 500 * 51, 500 * 50),
+    "ip2": ([4], 4 * 501, 4 * 500),
+}
+PARAMETERS = sum(count for _, count, _ in LENET_CAFFE.values())
+MACS = sum(work for _, _, work in LENET_CAFFE.values())
+
+
+@pytest.fixture
+def run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    return command_line(monkeypatch, info, test)
+
+
+@pytest.fixture
+def model(workplace: Path) -> models.Classifier:
+    torch.manual_seed(0)
+    made = models.Classifier(
+        models.build("lenet-caffe", classes=4, input_size=(16, 16, 3)),
+        preprocess.fit("mean-std", PIXELS),
+        arch="lenet-caffe",
+        arch_args={},
+        classes=("ant", "bee\x1b[31m", "[red]cat", "dog"),
+        input_size=(16, 16, 3),
+        provenance={"method": "kd", "data": {"label": "toy", "image_size": None}, "published": None},
+    ).eval()
+    made.save(workplace / "m.pt")
+    return made
+
+
+def look(run: Any, *words: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run("info", *words, "--json").stdout)
+    return found
+
+
+def test_of_a_networks_name(run: Any) -> None:
+    found = look(run, "lenet-caffe", "--classes", "4", "--image-size", "16")
+    rows = {row["name"]: (row["output"], row["parameters"], row["macs"]) for row in found["layers"]}
+    assert rows == LENET_CAFFE
+    assert (found["kind"], found["parameters"], found["macs"]) == ("network", PARAMETERS, MACS)
+    assert found["input_size"] == [16, 16, 3]
+    assert look(run, "lenet", "--grey", "--image-size", "28")["input_size"] == [28, 28, 1]
+    assert look(run, "lenet")["parameters"] == 3_497_866
+
+
+def test_of_a_checkpoint(run: Any, model: models.Classifier) -> None:
+    found = look(run, "m.pt")
+    rows = {row["name"]: (row["output"], row["parameters"], row["macs"]) for row in found["layers"]}
+    assert rows == LENET_CAFFE
+    content = Path("m.pt").read_bytes()
+    assert found["sha256"] == hashlib.sha256(content).hexdigest()
+    assert found["file_bytes"] == len(content)
+    assert found["provenance"]["data"]["label"] == "toy"
+    assert found["preprocess"]["name"] == "mean-std"
+    assert found["preprocess"]["mean"] == pytest.approx(PIXELS.mean(axis=(0, 1, 2)), abs=1e-3)
+    out = run("info", "m.pt", "--classes", "7")
+    assert "--classes does nothing with a file" in out.stderr
+    for words in ("ant, bee [31m, [red]cat, dog", "data label", "toy", f"{PARAMETERS:,}", "16×16×3"):
+        assert words in " ".join(out.stdout.split()), words
+    assert "published" not in out.stdout
+    assert "\x1b" not in out.stdout  # a class name does not steer the terminal
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_of_an_exported_file(run: Any, model: models.Classifier, raw: bool) -> None:
+    config = make(ExportConfig, {"output": Path("m.onnx"), "with_preprocessing": raw})
+    export_classifier(model, config, PIXELS, "toy", lambda event: None)
+    found = look(run, "m.onnx")
+    assert (found["kind"], found["arch"], found["gives"]) == (
+        "onnx", "lenet-caffe", "probabilities" if raw else "logits",
+    )  # fmt: skip
+    assert (found["parameters"], found["macs"]) == (PARAMETERS, MACS)
+    layers = [row for row in found["layers"] if row["macs"]]
+    wanted = [row for row in LENET_CAFFE.values() if row[2]]
+    assert [(row["output"], row["macs"]) for row in layers] == [(output, work) for output, _, work in wanted]
+    assert sum(row["parameters"] for row in found["layers"]) == PARAMETERS
+    assert run("info", "m.onnx").exit_code == 0
+
+
+def test_of_a_strangers_file(run: Any, workplace: Path) -> None:
+    """Weights beside a node that only makes weights of them: no shape of an image."""
+    weight = np.random.default_rng(0).normal(size=(3, 3 * 4 * 4)).astype(np.float32)
+    nodes = [
+        onnx.helper.make_node("Transpose", ["w"], ["wt"], perm=[1, 0]),
+        onnx.helper.make_node("Flatten", ["x"], ["f"]),
+        onnx.helper.make_node("MatMul", ["f", "wt"], ["y"]),
+    ]
+    kind = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        nodes,
+        "g",
+        [onnx.helper.make_tensor_value_info("x", kind, ["n", 3, 4, 4])],
+        [onnx.helper.make_tensor_value_info("y", kind, ["n", 3])],
+        [onnx.numpy_helper.from_array(weight, "w")],
+    )
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9),
+        "s.onnx",
+    )
+    found = look(run, "s.onnx")
+    rows = [(row["kind"], row["output"], row["parameters"], row["macs"]) for row in found["layers"]]
+    assert rows == [("Transpose 3×48", [], 144, 0), ("Flatten", [48], 0, 0), ("MatMul", [3], 0, 144)]
+    assert (found["arch"], found["preprocess"], found["macs"]) == (None, None, 144)
+
+
+def test_layers_that_are_unusual() -> None:
+    """A layer that runs twice has its work twice and its weights once; a transposed convolution, grouped."""
+    shared = nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False)
+    up = nn.ConvTranspose2d(4, 6, (2, 3), stride=2, groups=2)
+    rows = layer_rows(nn.Sequential(shared, nn.Sequential(shared), up), torch.zeros(2, 4, 5, 7))
+    assert [(row.output, row.parameters, row.macs) for row in rows] == [
+        ((4, 5, 7), 4 * 2 * 9, 4 * 35 * 2 * 9),
+        ((4, 5, 7), 0, 4 * 35 * 2 * 9),
+        ((6, 10, 15), 4 * 3 * 6 + 6, 35 * 4 * 3 * 6),  # each input value meets 3 channels of a 2×3 kernel
+    ]
+
+
+def test_what_is_not_there(run: Any, workplace: Path) -> None:
+    with pytest.raises(UsageError, match="no file and no network: lenett") as caught:
+        run("info", "lenett")
+    assert "lenet-caffe" in str(caught.value.hint)
+    with pytest.raises(KdError, match=r"no such file: m\.pt"):
+        run("info", "m.pt")
+    with pytest.raises(UsageError, match="too small for a LeNet"):
+        run("info", "lenet", "--image-size", "8")
+    with pytest.raises(UsageError, match="no file and no network: graph"):
+        run("info", "graph")

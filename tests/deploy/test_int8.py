@@ -1,0 +1,335 @@
+"""`--int8 auto`, recipes, and what a file may lose: how one is taken, and that nothing else is."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    quantize_static,
+)
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from kdcli.base.config import INT8_DEFAULT, ExportConfig, make
+from kdcli.base.config.commands import INT8_RECIPE
+from kdcli.base.errors import KdError, UsageError
+from kdcli.cli import bench
+from kdcli.cli import export as export_command
+from kdcli.cli._bare import spell_out
+from kdcli.data import Splits
+from kdcli.data.split import split
+from kdcli.deploy import int8
+from kdcli.deploy.export import export
+from kdcli.deploy.export.images import choose, choose_images
+from kdcli.deploy.int8 import Recipe, Trial, static
+from kdcli.deploy.int8 import trials as searching
+from kdcli.deploy.onnx_model.translate import to_onnx
+from tests.deploy.test_export import SPLITS, classifier, one_thread, random_splits  # noqa: F401
+from tests.helpers import command_line
+
+NAMES = [
+    "-".join([types, scope, ranges, *kept])
+    for types, scope, ranges, kept in itertools.product(
+        ("u8s8", "s8s8"),
+        ("channel", "tensor"),
+        ("minmax", "entropy", "percentile"),
+        ((), ("first",), ("last",), ("first", "last")),
+    )
+]
+
+
+def test_every_recipe_has_one_name() -> None:
+    recipes = [Recipe.parse(name) for name in NAMES]
+    assert [str(recipe) for recipe in recipes] == NAMES
+    assert len(set(recipes)) == len(NAMES) == 48
+    assert all(INT8_RECIPE.fullmatch(name) for name in NAMES)
+    assert str(Recipe()) == INT8_DEFAULT
+
+
+@pytest.mark.parametrize(
+    "name", ["", "u8u8-channel-minmax", "u8s8-channel-minmax-last-first", "int8", "static"]
+)
+def test_no_other_name_is_a_recipe(name: str) -> None:
+    with pytest.raises(UsageError, match="--int8"):
+        make(ExportConfig, {"int8": name})
+
+
+def test_a_flag_that_stands_alone_gets_its_value() -> None:
+    assert export_command is not None  # makes the options
+    alone = f"--int8={INT8_DEFAULT}"
+    for words, expected in {
+        "export --int8 student.pt": f"export {alone} student.pt",
+        "export student.pt --int8": f"export student.pt {alone}",
+        "export --int8 --opset 20 a.pt": f"export {alone} --opset 20 a.pt",
+        "export --int8 auto a.pt": "export --int8 auto a.pt",
+        "export --int8 s8s8-tensor-entropy-last a.pt": "export --int8 s8s8-tensor-entropy-last a.pt",
+        "export --int8 u8s8-chanel a.pt": "export --int8 u8s8-chanel a.pt",  # misspelt: to be complained of
+        "export --int8=auto a.pt": "export --int8=auto a.pt",
+        "export -- --int8": "export -- --int8",
+    }.items():
+        assert spell_out(words.split()) == expected.split()
+
+
+class Reader(CalibrationDataReader):  # type: ignore[misc]
+    def __init__(self, batches: list[np.ndarray]) -> None:
+        self.left = [{"input": batch} for batch in batches]
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return self.left.pop(0) if self.left else None
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["u8s8-channel-minmax", "u8s8-tensor-minmax", "s8s8-channel-minmax", "u8s8-channel-entropy",
+     "u8s8-channel-percentile"],
+)  # fmt: skip
+def test_a_recipe_is_what_the_quantisers_own_call_makes(name: str, tmp_path: Path) -> None:
+    """All images at once there, batch by batch here: ranges are the same (of histograms, to a bin)."""
+    model = to_onnx(classifier("lenet-caffe"), opset=18, with_preprocessing=False)
+    random = np.random.default_rng(0)
+    batches = [random.normal(size=(8, 3, 16, 16)).astype(np.float32) for _ in range(4)]
+    mine = int8.Quantiser(model, lambda: iter(batches)).make(Recipe.parse(name))
+    onnx.save_model(model, tmp_path / "a.onnx")
+    quant_pre_process(str(tmp_path / "a.onnx"), str(tmp_path / "b.onnx"), skip_symbolic_shape=True)
+    quantize_static(
+        str(tmp_path / "b.onnx"),
+        str(tmp_path / "c.onnx"),
+        Reader(batches),
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=list(static.OPERATORS),
+        per_channel="channel" in name,
+        reduce_range=int8.needs_reduced_range(),
+        activation_type=QuantType.QInt8 if name.startswith("s8") else QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        calibrate_method=getattr(
+            CalibrationMethod,
+            {"minmax": "MinMax", "entropy": "Entropy"}.get(name.split("-")[2], "Percentile"),
+        ),
+        extra_options={
+            "OpTypesToExcludeOutputQuantization": list(static.FLOAT_OUTPUT),
+            "CalibTensorRangeSymmetric": False,
+        },
+    )
+    theirs = onnx.load_model(tmp_path / "c.onnx")
+    assert [node.op_type for node in mine.graph.node] == [node.op_type for node in theirs.graph.node]
+    tensors = {one.name: onnx.numpy_helper.to_array(one) for one in theirs.graph.initializer}
+    assert {one.name for one in mine.graph.initializer} == set(tensors)
+    for one in mine.graph.initializer:
+        exact = "minmax" in name or not one.name.endswith(("_scale", "_zero_point", "_quantized"))
+        tolerance = {} if exact else {"rtol": 0.1, "atol": 8}
+        np.testing.assert_allclose(
+            onnx.numpy_helper.to_array(one).astype(float), tensors[one.name].astype(float), **tolerance
+        )
+
+
+def test_first_and_last_layers_stay_float() -> None:
+    model = to_onnx(classifier("lenet-caffe"), opset=18, with_preprocessing=False)
+    batch = np.random.default_rng(0).normal(size=(8, 3, 16, 16)).astype(np.float32)
+    quantiser = int8.Quantiser(model, lambda: iter([batch]))
+
+    def floats(name: str) -> set[str]:
+        made = quantiser.make(Recipe.parse(name))
+        return {
+            one.name
+            for one in made.graph.initializer
+            if one.data_type == onnx.TensorProto.FLOAT and len(one.dims) > 1
+        }
+
+    assert floats("u8s8-channel-minmax") == set()
+    assert {name.split(".")[-2] for name in floats("u8s8-channel-minmax-first")} == {"conv1"}
+    assert {name.split(".")[-2] for name in floats("u8s8-channel-minmax-last")} == {"ip2"}
+    assert {name.split(".")[-2] for name in floats("u8s8-channel-minmax-first-last")} == {"conv1", "ip2"}
+
+
+def trial(agreement: float | None, speedup: float, low: float) -> Trial:
+    return Trial("r", agreement, speedup, (low, speedup + 1))
+
+
+def test_what_agrees_and_is_fast_is_taken() -> None:
+    """With 400 images at 98 % one standard error is 0.7 points."""
+    assert searching.choose([trial(98, 2.0, 1.9), trial(97.5, 2.5, 2.4)], 400) == 1  # as good, faster
+    assert searching.choose([trial(98, 2.0, 1.9), trial(97.2, 2.5, 2.4)], 400) == 0  # worse
+    assert searching.choose([trial(98, 2.0, 1.9), trial(98, 2.05, 2.0)], 400) == 0  # as fast: the earlier
+    assert (
+        searching.choose([trial(99, 1.1, 0.9), trial(80, 1.5, 1.2)], 400) == 1
+    )  # the first may be no faster
+    assert searching.choose([trial(99, 1.1, 0.9), trial(99, 0.4, 0.3)], 400) is None
+    assert searching.choose([Trial("r", problem="failed"), trial(100, 2, 1.5)], 400) == 1
+    assert searching.choose([], 400) is None
+
+
+def test_a_median_is_within_its_interval_as_often_as_is_said() -> None:
+    """Of 41 values the 14th and the 28th: 1 − 2·P(Binomial(41, ½) ≤ 13) = 97.2 %."""
+    low, middle, high = searching.median_interval(np.arange(1.0, 42.0)[::-1])
+    assert (low, middle, high) == (14, 21, 28)
+    random = np.random.default_rng(5)
+    inside = 0
+    for _ in range(2000):
+        low, _, high = searching.median_interval(random.exponential(size=41))
+        inside += low <= np.log(2) <= high
+    assert 0.955 < inside / 2000 < 0.985
+
+
+def test_all_are_timed_in_every_round() -> None:
+    calls: list[str] = []
+    seconds = searching.timed([lambda: calls.append("a"), lambda: calls.append("b")], rounds=5)
+    assert seconds.shape == (5, 2)
+    assert (seconds > 0).all()
+    assert {"a", "b"} == set(calls)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    classifier("convnet-tiny").save(tmp_path / "model.pt")
+    return tmp_path / "model.pt"
+
+
+def run(checkpoint: Path, splits: Splits = SPLITS, **settings: Any) -> Any:
+    given = {
+        "output": checkpoint.with_name("out.onnx"),
+        "parity_images": 20,
+        "calibration_images": 20,
+        **settings,
+    }
+    return export(checkpoint, ExportConfig.model_validate(given), splits)
+
+
+@pytest.mark.parametrize("factor", [0.5, 3.0])
+def test_float32_is_kept_where_int8_is_not_faster(
+    factor: float, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`factor`: how many times as fast int8 seems."""
+
+    def timed(calls: list[Any], on_event: Any = None, rounds: int = 41) -> np.ndarray:
+        for call in calls:
+            call()  # each of them runs
+        return np.tile([1.0] + [1 / factor] * (len(calls) - 1), (rounds, 1))
+
+    monkeypatch.setattr(searching, "timed", timed)
+    plain = run(checkpoint).path.read_bytes()
+    result = run(checkpoint, int8="auto")
+    assert len(result.trials) == 7
+    assert len({one.recipe for one in result.trials}) == 7
+    assert {one.speedup for one in result.trials} == {factor}
+    if factor < 1:
+        assert result.quantisation is None
+        assert result.path.read_bytes() == plain
+        assert not any(one.chosen for one in result.trials)
+        named = export(checkpoint, ExportConfig(int8="auto", parity_images=20), SPLITS)
+        assert named.path == Path("exports/model.onnx")  # no int8 in its name
+    else:
+        [taken] = [one for one in result.trials if one.chosen]
+        assert result.quantisation.recipe == taken.recipe
+        again = run(checkpoint, int8=taken.recipe)
+        assert [t.raw_data for t in onnx.load(again.path).graph.initializer] == [
+            t.raw_data for t in onnx.load(result.path).graph.initializer
+        ]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(workplace: Path) -> None:
+    """`exports/` is made where one stands."""
+
+
+def test_images_have_one_use_each() -> None:
+    splits = random_splits(count=900)
+    parts = choose_images(900, 100, 300, 400)
+    assert [len(part) for part in parts] == [100, 300, 400]
+    assert len(np.unique(np.concatenate(parts))) == 800
+    parts = choose_images(90, 100, 300, 400)
+    assert sum(map(len, parts)) == 90
+    assert min(map(len, parts)) >= 7
+    recorded = {"data": {"val_fraction": 0.2, "fingerprint_train": splits.train.fingerprint}}
+    validation = set(split(splits.train.labels, 0.2)[1].tolist())
+    for provenance, held_out in ((recorded, validation), ({}, None), ({"data": {"val_fraction": 0.2}}, None)):
+        config = ExportConfig(int8="auto", max_drop=1)
+        chosen = choose(provenance, splits.train, config)
+        used = np.concatenate([chosen.parity, chosen.calibration, chosen.selection])
+        assert not set(used.tolist()) & set(chosen.held_out.tolist())
+        assert len(np.unique(used)) == len(used)
+        if held_out is not None:
+            assert set(chosen.held_out.tolist()) == held_out
+            assert chosen.held_out_name == "validation split"
+        else:
+            assert len(chosen.held_out) == 225
+
+
+def test_what_loses_too_much_is_not_written(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = classifier("convnet-tiny")
+    with torch.inference_mode():
+        seen = model(torch.from_numpy(SPLITS.train.images)).argmax(1).numpy()
+    labels = np.where(np.arange(len(seen)) % 4 == 0, SPLITS.train.labels, seen)  # right of most
+    train = replace(SPLITS.train, labels=labels)
+    splits = replace(SPLITS, train=train)
+    recorded = {"val_fraction": 0.5, "fingerprint_train": train.fingerprint}
+    model.provenance = {**model.provenance, "data": recorded}
+    model.save(checkpoint)
+    held_out = split(labels, 0.5)[1]
+    right = seen[held_out] == labels[held_out]
+    result = run(checkpoint, splits, max_drop=0)
+    assert result.drop.images == len(held_out)
+    assert result.drop.float_accuracy == pytest.approx(100 * right.mean())
+    assert result.drop.points == 0
+    result.path.unlink()
+    wrong = int(np.bincount(train.labels[held_out], minlength=5).argmin())
+    real = int8.Quantiser.make
+
+    def worse(self: Any, recipe: Recipe) -> onnx.ModelProto:
+        """The last bias says the same wrong class of everything."""
+        made = real(self, recipe)
+        bias = next(one for one in made.graph.initializer if one.name.endswith("fc.bias_quantized"))
+        values = onnx.numpy_helper.to_array(bias).copy()
+        values[wrong] = 2**30
+        bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+        return made
+
+    monkeypatch.setattr(int8.Quantiser, "make", worse)
+    lost = 100 * (right.mean() - np.mean(train.labels[held_out] == wrong))
+    assert lost > 1
+    with pytest.raises(KdError, match=f"loses {lost:.2f} points .* n = {len(held_out)}") as caught:
+        run(checkpoint, splits, int8=INT8_DEFAULT, max_drop=1)
+    assert caught.value.exit_code == 1
+    assert not checkpoint.with_name("out.onnx").exists()
+    kept = run(checkpoint, splits, int8=INT8_DEFAULT, max_drop=100)
+    assert kept.drop.points == pytest.approx(lost)
+
+
+def test_the_table_of_trials_is_shown(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import json
+
+    from tests.cli.test_cli_export import digits_student
+
+    kd = command_line(monkeypatch, export_command, bench)
+    digits_student(Path("student.pt"))
+    done = kd("export", "student.pt", "--int8", "auto", "--max-drop", "100", "--json")
+    document = json.loads(done.stdout)
+    assert [one["recipe"] for one in document["trials"]][:3] == [
+        f"u8s8-channel-{ranges}" for ranges in ("minmax", "entropy", "percentile")
+    ]
+    assert document["drop"]["allowed"] == 100
+    done = kd("export", "student.pt", "--int8", "auto")
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    shown = "int8 is not faster" if document["quantisation"] is None else "makes the same without trying"
+    assert shown in done.stdout or "recipe" in done.stdout
+
+
+def test_a_fixed_batch_is_in_the_file(checkpoint: Path) -> None:
+    result = run(checkpoint, batch=3)
+    model = onnx.load(result.path)
+    for value in (*model.graph.input, *model.graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_value == 3
+    assert result.parity.batches == (3,)
+    assert result.parity.images == 20
+    named = export(checkpoint, ExportConfig(batch=3, parity_images=20), SPLITS)
+    assert named.path == Path("exports/model-batch3.onnx")
+    assert replace(result, path=named.path).batch == 3

@@ -1,0 +1,395 @@
+"""Whatever ends a run, it goes on to the very state it would have reached."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kdcli import engine
+from kdcli.base.config import TrainConfig
+from kdcli.base.errors import Interrupted, KdError, UsageError
+from kdcli.base.events import Event, Note
+from kdcli.engine import RunDir, fit
+from kdcli.engine.state import State
+from kdcli.models import checkpoint
+from tests.engine.test_engine import CLOCKS, _StopAfter, config
+from tests.helpers import ROOT, make_splits
+
+KILLS = 20
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+KD = (sys.executable, "-m", "kdcli")
+
+
+def state_of(run: RunDir) -> dict[str, Any]:
+    """All that a run leaves, without what the clock says."""
+    stored = checkpoint.load(run.last)
+    result = json.loads(run.result_file.read_text())
+    return {
+        "student": checkpoint.digest(checkpoint.load(run.student).state_dict),
+        "state": checkpoint.digest([stored.state_dict, stored.training], CLOCKS),
+        "metrics": [
+            {key: value for key, value in line.items() if key not in ("seconds", "images_per_s")}
+            for line in run.read_metrics()
+        ],
+        "test": result["test"],
+        "marks": result["resumed_with_differences"],
+    }
+
+
+def image_folder(folder: Path) -> None:
+    """240 train and 30 test images of 16×16 in three classes."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 80), ("test", 10)):
+        for label in range(3):
+            place = folder / split / f"class-{label}"
+            place.mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(60 * label, 60 * label + 120, (16, 16, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(place / f"{number}.png")
+
+
+def test_killed_twenty_times_and_resumed_it_ends_the_same(workplace: Path) -> None:
+    """SIGKILL to a real `kd train`: the first while it starts, the others wherever they hit between two lines."""
+    image_folder(Path("images"))  # not the digits: scikit-learn alone would be a second of each start
+    common = "--data images --student lenet-caffe --threads 1 --precision 32 -q"
+    settings = shlex.split(
+        f"{common} --method noisy --augment flip-crop --views 2 --epochs 4 --batch-size 16 --save-every 3steps "
+        "--log-every 1 --val-fraction 0.1"
+    )
+    teacher = shlex.split(f"train {common} --method ce --epochs 1 --name teacher")
+    subprocess.run([*KD, *teacher], env=ENVIRONMENT, check=True)
+    settings += ["--teacher", "runs/teacher/student.pt"]
+    subprocess.run([*KD, "train", *settings, "--name", "whole"], env=ENVIRONMENT, check=True)
+    shutil.rmtree("cache/teacher")  # its passes are among what is killed
+    expected = state_of(RunDir(Path("runs/whole")))
+    total = len(expected["metrics"])
+    run = RunDir(Path("runs/cut"))
+    killed = 0
+    for kill in range(KILLS + 1):
+        words = ["--resume", "runs/cut", "-q"] if run.config_file.exists() else [*settings, "--name", "cut"]
+        process = subprocess.Popen([*KD, "train", *words], env=ENVIRONMENT)
+        if kill == 0:
+            time.sleep(0.3)
+        while process.poll() is None and kill < KILLS:
+            lines = run.metrics_file.read_bytes().count(b"\n") if run.metrics_file.exists() else 0
+            if kill == 0 or lines >= kill * total / KILLS:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.0005)
+        killed += process.wait() == -signal.SIGKILL
+    assert process.returncode == 0
+    assert killed >= KILLS - 1  # the last one may have come too late
+    assert state_of(run) == expected
+    assert not [path for path in run.path.iterdir() if path.name.startswith(".")]  # no scratch is left
+
+
+# --- what must be in the state -------------------------------------------------------------------------------
+
+
+def stopped(name: str, splits: Any, **settings: Any) -> RunDir:
+    """A run interrupted in the middle of its second epoch, between two lines of metrics."""
+    with pytest.raises(Interrupted):
+        fit(config(**settings, name=name), splits, on_event=_StopAfter(115, signal.SIGINT))
+    return RunDir.existing(Path("runs") / name)
+
+
+def rewrite(run: RunDir, change: Callable[[dict[str, Any]], None]) -> None:
+    """Alter last.pt as a faulty saver would have written it."""
+    stored = checkpoint.load(run.last)
+    document = asdict(stored)
+    change(document)
+    checkpoint.save(run.last, checkpoint.Checkpoint(**document))
+
+
+SETTINGS: dict[str, Any] = {
+    "method": "ce",
+    "student": "nin",
+    "augment": "flip-crop",
+    "lr": 1e-3,
+    "val_fraction": 0.2,
+    "log_every": 2,
+}
+TIMES = {"seconds", "epoch_seconds", "logged_seconds", "marks"}
+PARTS = ["weights", "optimizer", *(field.name for field in fields(State) if field.name not in TIMES)]
+
+
+@pytest.mark.parametrize("part", [None, *PARTS])
+def test_each_part_of_the_state_is_needed(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, part: str | None
+) -> None:
+    """A saver that drops any one part is found out; the one that drops none is not."""
+    monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
+    splits = make_splits(size=(8, 8, 3))
+    whole = fit(config(**SETTINGS, name="whole"), splits)
+    fresh = next(iter(checkpoint.load(stopped_at_start(splits).last).state_dict.values()))
+    run = stopped("cut", splits, **SETTINGS)
+
+    def drop(document: dict[str, Any]) -> None:
+        training = document["training"]
+        if part == "weights":
+            name = next(iter(document["state_dict"]))
+            document["state_dict"][name] = fresh
+        elif part == "optimizer":
+            training["optimizer"]["state"] = {}
+        elif part is not None:
+            default = getattr(State(), part)
+            assert training["state"][part] != default  # else nothing would be dropped
+            training["state"][part] = default
+
+    rewrite(run, drop)
+    try:
+        resumed = fit(run.read_config(), splits, resume=run)
+        same = state_of(resumed.run) == state_of(whole.run)
+    except KdError:
+        same = False
+    assert same == (part is None)
+
+
+FEATURES: dict[str, Any] = {
+    "method": "crd+reviewkd+vid",
+    "student": "convnet-small",
+    "lr": 1e-3,
+    "crd_negatives": 5,
+    "augment": "flip-crop",
+}
+
+
+@pytest.fixture(scope="module")
+def splits_and_teacher(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    splits = make_splits(size=(16, 16, 3))
+    folder = tmp_path_factory.mktemp("teacher")
+    made = config(method="ce", student="convnet-small", epochs=1, runs_dir=folder, cache_dir=folder, name="t")
+    return splits, fit(made, splits).run.student
+
+
+@pytest.mark.parametrize("part", [None, "crd", "reviewkd", "vid", "student_bank", "scaled", "all"])
+def test_what_learns_along_is_part_of_the_state(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, splits_and_teacher: tuple[Any, Path], part: str | None
+) -> None:
+    monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
+    splits, teacher = splits_and_teacher
+    settings = {**FEATURES, "teacher": teacher}
+    whole = fit(config(**settings, name="whole"), splits)
+    with pytest.raises(Interrupted):
+        fit(config(**settings, name="start"), splits, on_event=_StopAfter(1, signal.SIGINT))
+    fresh = checkpoint.load(Path("runs/start/last.pt")).training["adapters"]  # type: ignore[index]
+    run = stopped("cut", splits, **settings)
+
+    def drop(document: dict[str, Any]) -> None:
+        training = document["training"]
+        kept = training["adapters"]
+        if part == "all":
+            training["adapters"] = {}
+        elif part in kept:
+            assert checkpoint.digest(kept[part]) != checkpoint.digest(fresh[part])
+            kept[part] = fresh[part]
+        elif part == "scaled":
+            kept["crd"][part] = torch.tensor(False)
+        elif part is not None:
+            kept["crd"][part] = fresh["crd"][part]
+
+    rewrite(run, drop)
+    try:
+        resumed = fit(run.read_config(), splits, resume=run)
+        same = state_of(resumed.run) == state_of(whole.run)
+    except KdError as error:
+        assert "does not fit its run" in error.message
+        same = False
+    assert same == (part is None)
+
+
+def stopped_at_start(splits: Any) -> RunDir:
+    with pytest.raises(Interrupted):
+        fit(config(**SETTINGS, name="start"), splits, on_event=_StopAfter(1, signal.SIGINT))
+    return RunDir.existing(Path("runs/start"))
+
+
+def test_the_last_state_is_the_newest_that_can_be_read(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut short or with one bit flipped, a state is passed over, with a note, for the one before."""
+    monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
+    splits = make_splits(size=(8, 8, 3))
+    settings = {**SETTINGS, "save_every": "2steps", "keep": 3}
+    whole = fit(config(**settings, name="whole"), splits)
+    run = stopped("cut", splits, **settings)
+    states = run.saved()
+    assert [path.name for path in states] == ["last.pt", "last-000000006.pt", "last-000000004.pt"]
+    content = bytearray(states[0].read_bytes())
+    content[len(content) // 2] ^= 1  # among the weights: torch itself would not notice
+    states[0].write_bytes(content)
+    os.truncate(states[1], 1000)
+    notes: list[Event] = []
+    resumed = fit(run.read_config(), splits, resume=run, on_event=notes.append)
+    told = [event.text for event in notes if isinstance(event, Note)]
+    assert "SHA-256" in told[0]
+    assert "last-000000006.pt" in told[1]
+    assert "after step 4" in told[2]
+    assert state_of(resumed.run) == state_of(whole.run)
+
+
+def test_with_all_states_damaged_it_says_so_and_touches_nothing(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
+    splits = make_splits(size=(8, 8, 3))
+    run = stopped("cut", splits, **SETTINGS)
+    for path in run.saved():
+        path.write_bytes(b"junk")
+    before = run.metrics_file.read_bytes()
+    with pytest.raises(KdError, match="no saved state"):
+        fit(run.read_config(), splits, resume=run)
+    assert run.metrics_file.read_bytes() == before
+
+
+@pytest.mark.parametrize("where", range(0, 100, 9))
+def test_a_flipped_bit_anywhere_is_an_error_or_does_no_harm(tmp_path: Path, where: int) -> None:
+    """In each of the file's regions; a bit of padding may flip and change nothing."""
+    path = tmp_path / "x.pt"
+    stored = checkpoint.Checkpoint(
+        "convnet-tiny",
+        {},
+        {"w": torch.arange(300.0)},
+        {"name": "none", "args": {}, "state": {}},
+        ("a", "b"),
+        (8, 8, 1),
+        training={"state": {"step": 3}},
+    )
+    checkpoint.save(path, stored)
+    content = bytearray(path.read_bytes())
+    content[len(content) * where // 100] ^= 4
+    path.write_bytes(content)
+    try:
+        found = checkpoint.load(path)
+    except KdError:
+        return
+    assert torch.equal(found.state_dict["w"], stored.state_dict["w"])
+    assert found.training == stored.training
+
+
+def test_older_states_are_kept_as_asked(workplace: Path) -> None:
+    splits = make_splits()
+    for keep, expected in ((1, []), (3, ["last-000000002.pt", "last-000000004.pt"])):
+        settings = {"method": "ce", "epochs": 1, "save_every": "2steps", "keep": keep}
+        result = fit(config(**settings, name=f"keep {keep}"), splits)  # 6 steps
+        assert sorted(path.name for path in result.run.path.glob("last-*.pt")) == expected
+        stored = checkpoint.load(result.run.last).training
+        assert stored is not None
+        assert stored["state"]["step"] == 6
+
+
+def test_saving_by_the_clock(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kdcli.engine import state
+
+    now = [0.0]
+    monkeypatch.setattr(state.time, "monotonic", lambda: now[0])
+    due = state.Due(config(save_every="10min"))
+    assert not due.after_step(1)
+    now[0] = 599.0
+    assert not due.after_step(2)
+    assert not due.after_epoch(1, 2)
+    now[0] = 600.0
+    assert due.after_step(3)
+    assert due.after_epoch(1, 3)
+    due.done()
+    assert not due.after_step(4)
+    never = state.Due(config(save_every="0"))
+    assert not never.after_epoch(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("typed", "kept", "meaning"),
+    [
+        (1, "1", (1, "epochs")),
+        ("2 epochs", "2", (2, "epochs")),
+        ("500steps", "500steps", (500, "steps")),
+        ("1 step", "1steps", (1, "steps")),
+        ("10min", "10min", (10, "min")),
+        ("0", "0", (0, "epochs")),
+    ],
+)
+def test_units_of_save_every(typed: Any, kept: str, meaning: tuple[int, str]) -> None:
+    settings = config(save_every=typed)
+    assert (settings.save_every, settings.saving) == (kept, meaning)
+    assert TrainConfig.model_validate(settings.model_dump()).saving == meaning
+
+
+@pytest.mark.parametrize("wrong", ["", "-1", "1.5", "5 hours", "steps", "min"])
+def test_save_every_of_no_meaning(wrong: str) -> None:
+    with pytest.raises(UsageError, match="--save-every"):
+        config(save_every=wrong)
+
+
+def test_a_run_resumed_under_other_circumstances_says_so_and_is_marked(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
+    splits = make_splits(size=(8, 8, 3))
+    run = stopped("cut", splits, **SETTINGS)
+    text = run.config_file.read_text()
+    run.config_file.write_text(text.replace("lr = 0.001", "lr = 0.002"))
+    rewrite(run, lambda document: document["training"]["made_with"].update(torch="2.0"))
+    notes: list[Event] = []
+    result = fit(run.read_config(), splits, resume=run, on_event=notes.append)
+    told = " ".join(event.text for event in notes if isinstance(event, Note))
+    assert "torch was 2.0" in told
+    assert "--lr was 0.001, is 0.002" in told
+    marks = json.loads(run.result_file.read_text())["resumed_with_differences"]
+    assert len(marks) == 2
+    assert list(result.marks) == marks
+    whole = fit(config(**SETTINGS, name="whole"), splits)
+    assert whole.marks == ()
+
+
+# --- a full disk ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(workplace: Path) -> Iterator[Path]:
+    """20 MB mounted as the folder of runs."""
+    folder = workplace / "runs"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a file system of 20 MB cannot be mounted here: it takes root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_error_and_the_state_before_it_stays(small_disk: Path) -> None:
+    """A state takes some 8 MB: two of them fit, the third does not."""
+    settings = shlex.split(
+        "--method ce --data digits --image-size 32 --student lenet-caffe --epochs 4 --batch-size 256 --threads 1 "
+        "--precision 32 -q"
+    )
+    full = subprocess.run(
+        [*KD, "train", *settings, "--name", "full"], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert full.returncode == 1
+    assert full.stderr.count("error:") == 1
+    assert "No space left" in full.stderr or "cannot write" in full.stderr
+    assert "Traceback" not in full.stderr
+    run = RunDir(small_disk / "full")
+    for path in run.saved():
+        assert checkpoint.load(path).training
+    assert run.saved()[0] == run.last
+    subprocess.run(["mount", "-o", "remount,size=90m", str(small_disk)], check=True)
+    subprocess.run([*KD, "train", "--resume", "runs/full", "-q"], env=ENVIRONMENT, check=True)
+    subprocess.run([*KD, "train", *settings, "--name", "whole"], env=ENVIRONMENT, check=True)
+    assert state_of(run) == state_of(RunDir(small_disk / "whole"))
+    assert not [path for path in run.path.iterdir() if path.name.startswith(".")]

@@ -1,0 +1,127 @@
+"""Every method on every pair of networks: two steps, an exact resume, a student without what learned along."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from kdcli import engine, methods, models
+from kdcli.base.config import ExportConfig, make
+from kdcli.base.errors import Interrupted
+from kdcli.data import ImageSet, Splits
+from kdcli.data.preprocess import fit as fit_preprocess
+from kdcli.deploy.export import export
+from kdcli.engine import RunDir, fit
+from kdcli.models import Classifier, checkpoint
+from tests.engine.test_engine import CLOCKS, _StopAfter, config
+from tests.helpers import make_splits
+
+# the field's (Tian et al. 2020), the reference's, and networks without a linear layer or with fewer stages
+PAIRS = {
+    "wrn-40-2": ("wrn-16-2", "wrn-40-1", "shufflenetv1"),
+    "resnet56": ("resnet20",),
+    "resnet110": ("resnet20", "resnet32"),
+    "resnet32x4": ("resnet8x4", "shufflenetv1", "shufflenetv2"),
+    "vgg13": ("vgg8", "mobilenetv2-half"),
+    "nin": ("lenet", "convnet-small"),
+}
+COMBINED = ("kd+at", "dkd+vid+ls", "noisy+crd")
+
+
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    return make_splits(train=8, test=3, size=(32, 32, 3))
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory, splits: Splits) -> dict[str, Path]:
+    """Untrained: what they know is not what is tested."""
+    folder = tmp_path_factory.mktemp("teachers")
+    return {name: write_teacher(folder / f"{name}.pt", name, splits.train) for name in PAIRS}
+
+
+def write_teacher(path: Path, name: str, train: ImageSet, seed: int = 1) -> Path:
+    torch.manual_seed(seed)
+    arguments = {"width": 0.125}
+    network = models.build(name, classes=3, input_size=train.input_size, **arguments)
+    preprocess = fit_preprocess("mean-std", train.images, np.arange(len(train)))
+    Classifier(
+        network,
+        preprocess,
+        arch=name,
+        arch_args=arguments,
+        classes=train.classes,
+        input_size=train.input_size,
+    ).save(path)
+    return path
+
+
+def state_of(run: RunDir) -> str:
+    stored = checkpoint.load(run.last)
+    return checkpoint.digest([stored.state_dict, stored.training], CLOCKS)
+
+
+@pytest.mark.parametrize("method", [*methods.METHODS, *COMBINED])
+@pytest.mark.parametrize(
+    ("teacher", "student"), [(teacher, name) for teacher, names in PAIRS.items() for name in names]
+)
+def test_two_steps_an_exact_resume_and_nothing_but_the_student_in_its_file(
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    splits: Splits,
+    teachers: dict[str, Path],
+    teacher: str,
+    student: str,
+    method: str,
+) -> None:
+    monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
+    settings: dict[str, Any] = {
+        "method": method,
+        "teacher": teachers[teacher],
+        "student": student,
+        "width": 0.125,
+        "epochs": 1,
+        "batch_size": 4,
+        "lr": 1e-3,
+        "val_fraction": 0.0,
+        "save_every": "1steps",
+        "crd_negatives": 5,
+    }
+    whole = fit(config(**settings, name="whole"), splits)
+    assert len({line["step"] for line in whole.run.read_metrics()}) == 1
+    assert np.isfinite(whole.epochs[-1].loss)
+    with pytest.raises(Interrupted):
+        fit(config(**settings, name="cut"), splits, on_event=_StopAfter(4, signal.SIGINT))
+    run = RunDir.existing(Path("runs/cut"))
+    assert checkpoint.load(run.last).training["state"]["step"] == 1  # type: ignore[index]
+
+    fit(run.read_config(), splits, resume=run)
+
+    assert state_of(run) == state_of(whole.run)
+    bare = models.build(student, classes=3, input_size=(32, 32, 3), width=0.125)
+    stored = checkpoint.load(whole.run.student)
+    assert set(stored.state_dict) == set(bare.state_dict())
+    assert stored.training is None
+
+
+@pytest.mark.parametrize("method", [*methods.METHODS, *COMBINED])
+def test_a_student_of_each_method_is_exported_alone(workplace: Path, method: str) -> None:
+    """The ONNX file gives what the checkpoint gives, and has the weights of the bare network and no others."""
+    small = make_splits(train=24, test=6, size=(16, 16, 3))
+    teacher = write_teacher(Path("teacher.pt"), "convnet-small", small.train)
+    settings = {"method": method, "teacher": teacher, "student": "convnet-tiny", "crd_negatives": 5}
+    student = fit(config(**settings, epochs=1, val_fraction=0.0, name="s"), small).run.student
+
+    made = export(student, make(ExportConfig, {"output": Path("s.onnx")}), small)
+
+    assert made.path == Path("s.onnx")
+    held = sum(
+        int(np.prod(value.dims)) for value in onnx.load("s.onnx").graph.initializer if value.data_type == 1
+    )
+    assert held <= sum(value.numel() for value in checkpoint.load(student).state_dict.values())

@@ -1,0 +1,221 @@
+"""Layers that do not depend on how a batch is divided, and reading what is larger than memory."""
+
+from __future__ import annotations
+
+import copy
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kdcli.data import rows
+from kdcli.models import reproducible
+from kdcli.models.reproducible import (
+    Draw,
+    GlobalBatchNorm1d,
+    GlobalBatchNorm2d,
+    use_global_batch_norm,
+    use_sample_dropout,
+)
+from tests.helpers import ROOT
+
+CPU = torch.device("cpu")
+
+
+def dropout(p: float = 0.5, layers: int = 1, seed: int = 1) -> tuple[nn.Sequential, Draw]:
+    network = nn.Sequential(*(nn.Dropout(p) for _ in range(layers)))
+    draw = Draw(seed)
+    use_sample_dropout(network, draw)
+    return network.train(), draw
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_drops_its_share_and_keeps_the_mean(p: float) -> None:
+    network, draw = dropout(p)
+    draw.step(0, np.arange(400), CPU)
+    out = network(torch.ones(400, 1000))
+    kept = out != 0
+    assert float(kept.double().mean()) == pytest.approx(1 - p, abs=0.003)  # 400,000 draws: 4 standard errors
+    assert torch.unique(out).tolist() == pytest.approx([0.0, 1 / (1 - p)])
+    # neither a sample nor an element is special
+    for axis, count in ((0, 400), (1, 1000)):
+        error = (p * (1 - p) / count) ** 0.5
+        means = kept.double().mean(dim=axis)
+        assert float(means.std()) == pytest.approx(error, rel=0.15)
+        assert float((means - (1 - p)).abs().max()) < 5.5 * error
+
+
+def test_neighbouring_draws_are_not_related() -> None:
+    """Correlations of masks with those of the next sample, element, epoch and layer vanish."""
+    network, draw = dropout(0.5, layers=2)
+
+    def mask(epoch: int, first: int, layer: int = 0) -> torch.Tensor:
+        draw.step(epoch, np.arange(first, first + 300), CPU)
+        return (network[layer](torch.ones(300, 900)) != 0).double() * 2 - 1
+
+    base = mask(0, 0)
+    for other in (mask(0, 1), mask(1, 0), mask(0, 0, layer=1), base.roll(1, dims=1), base.flip(1)):
+        assert abs(float((base * other).mean())) < 5 / (300 * 900) ** 0.5
+
+
+def test_a_mask_belongs_to_seed_epoch_and_sample() -> None:
+    network, draw = dropout()
+    values = torch.ones(6, 3, 4, 4)
+    draw.step(2, np.arange(6), CPU)
+    whole = network(values)
+    torch.manual_seed(99)
+    draw.step(2, np.array([4, 1]), CPU)
+    assert torch.equal(network(values[:2]), whole[[4, 1]])
+    draw.step(2, np.arange(6), CPU)
+    assert torch.equal(network(values), whole)
+    other, other_draw = dropout(seed=2)
+    other_draw.step(2, np.arange(6), CPU)
+    assert not torch.equal(other(values), whole)
+    assert torch.equal(network.eval()(values), values)
+
+
+def test_dropout_without_its_batch_is_a_fault() -> None:
+    network, draw = dropout()
+    draw.step(0, np.arange(3), CPU)
+    with pytest.raises(RuntimeError, match=r"Draw\.step"):
+        network(torch.ones(4, 2))
+
+
+def test_gradient_passes_where_values_pass() -> None:
+    network, draw = dropout(0.25)
+    draw.step(0, np.arange(5), CPU)
+    values = torch.ones(5, 7, requires_grad=True)
+    out = network(values)
+    out.sum().backward()  # type: ignore[no-untyped-call]
+    assert values.grad is not None
+    assert torch.equal(values.grad, out.detach())
+
+
+@pytest.mark.parametrize(
+    ("first", "plain_norm", "global_norm"),
+    [
+        (nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), GlobalBatchNorm2d),
+        (nn.Flatten(2), nn.BatchNorm1d(3), GlobalBatchNorm1d),
+        (nn.Flatten(1), nn.BatchNorm1d(126), GlobalBatchNorm1d),
+    ],
+)
+def test_global_batch_norm_of_one_process_is_batch_norm(
+    monkeypatch: pytest.MonkeyPatch, first: nn.Module, plain_norm: nn.Module, global_norm: type
+) -> None:
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)  # the sum over one
+    torch.manual_seed(0)
+    plain = nn.Sequential(copy.deepcopy(first), copy.deepcopy(plain_norm))
+    with torch.no_grad():
+        for value in plain[1].parameters():
+            value.uniform_(0.5, 2)
+    other = copy.deepcopy(plain)
+    use_global_batch_norm(other)
+    assert type(other[1]) is global_norm
+    for number in range(3):
+        maps = torch.randn(4, 3, 6, 7, generator=torch.Generator().manual_seed(number)) * 3 + 1
+        left, right = plain(maps), other(maps)
+        torch.testing.assert_close(right, left, rtol=1e-5, atol=1e-5)
+        left.square().sum().backward()
+        right.square().sum().backward()
+    for one, two in zip(plain.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(two.grad, one.grad, rtol=1e-4, atol=1e-3)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], value)
+    torch.testing.assert_close(other.eval()(maps), plain.eval()(maps))
+
+
+def test_global_batch_norm_of_two_halves_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes played one after the other: what the other one would add is computed by hand."""
+    maps = torch.randn(7, 2, 3, 3, generator=torch.Generator().manual_seed(4))
+    mine, theirs = maps[:4], maps[4:]
+    added: list[torch.Tensor] = [
+        torch.cat([theirs.double().sum(dim=(0, 2, 3)), torch.tensor([27.0], dtype=torch.float64)]),
+        (theirs - maps.mean(dim=(0, 2, 3))[:, None, None]).double().square().sum(dim=(0, 2, 3)),
+    ]
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(added.pop(0)))
+    layer = nn.BatchNorm2d(2)
+    expected = copy.deepcopy(layer)(maps)[:4]
+    use_global_batch_norm(layer)
+    torch.testing.assert_close(layer(mine), expected, rtol=1e-5, atol=1e-5)
+    assert not added
+
+
+def test_the_mixing_function_is_a_bijection_of_the_low_bits() -> None:
+    values = torch.arange(-(2**16), 2**16, dtype=torch.int32)
+    assert len(torch.unique(reproducible._mixed(values))) == 2**17
+
+
+def test_rows_of_a_memory_map_are_copies_and_its_pages_are_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.npy"
+    content = np.random.default_rng(0).integers(0, 256, (50, 4, 4, 3)).astype(np.uint8)
+    np.save(path, content)
+    images = np.load(path, mmap_mode="r")
+    resident = [1000 << 20]
+    dropped: list[object] = []
+    monkeypatch.setattr(rows, "_residence", rows._Residence())
+    monkeypatch.setattr(rows, "_resident_file_bytes", lambda: resident[0])
+
+    def drop(array: object) -> None:
+        dropped.append(array)
+        resident[0] = 990 << 20
+
+    monkeypatch.setattr(rows, "let_go", drop)
+    for start in range(0, 50, 5):
+        chosen = np.array([start + 3, start, start + 4])
+        found = rows.take(images, chosen)
+        np.testing.assert_array_equal(found, content[chosen])
+        assert found.flags.writeable
+        resident[0] += 100 << 20  # what the kernel has mapped for it
+    assert len(dropped) == 3  # ten times 100 MiB, let go whenever 256 have come together
+    monkeypatch.setattr(rows, "_resident_file_bytes", lambda: None)  # not Linux: by what was read
+    monkeypatch.setattr(rows, "_LET_GO_READ_BYTES", 10 * 48)
+    dropped.clear()
+    for start in range(0, 50, 5):
+        rows.take(images, np.array([start + 3, start, start + 4]))
+    assert len(dropped) == 2
+    monkeypatch.undo()
+    rows.let_go(images)
+    np.testing.assert_array_equal(images, content)
+    rows.let_go(content)  # an array in memory: nothing to do
+    if hasattr(mmap, "MADV_DONTNEED"):
+        writable = np.load(path, mmap_mode="c")
+        writable[0] = 7
+        rows.let_go(writable)  # a private copy would lose what was written
+        assert (writable[0] == 7).all()
+
+
+def test_a_map_much_larger_than_the_bound_is_read_within_it(tmp_path: Path) -> None:
+    """In a process of its own: 1 GiB read at random, in whatever pages the kernel likes."""
+    code = """
+import numpy as np, resource, sys
+from kdcli import rows
+if rows._resident_file_bytes() is None: sys.exit(77)
+with open("big.npy", "wb") as handle:
+    np.lib.format.write_array_header_1_0(handle, dict(descr="|u1", fortran_order=False, shape=(87381, 64, 64, 3)))
+    for _ in range(1024):
+        handle.write(bytes(1 << 20))
+images = np.load("big.npy", mmap_mode="r")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+order = np.random.default_rng(0).permutation(len(images))
+for start in range(0, len(order), 256):
+    rows.take(images, order[start:start + 256])
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+assert grown < 700, grown
+"""
+    if shutil.disk_usage(tmp_path).free < 3 << 30:
+        pytest.skip("there is no room for a file of 1 GiB")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
+    )
+    if done.returncode == 77:
+        pytest.skip("what is resident cannot be told here: there is no /proc")
+    assert done.returncode == 0

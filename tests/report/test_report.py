@@ -1,0 +1,115 @@
+"""Figures: whole, deterministic, and safe with any class name."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kdcli import report
+from kdcli.base.errors import KdError, UsageError
+from kdcli.deploy.bench import Row
+
+HOSTILE = ["$x_1$ costs", r"$\frac{$", "a" * 300, "鳥", "cat\x00\n\x1b[31m", "<b>&amp;", "", "x"]
+
+
+def texts(svg: Path) -> list[str]:
+    root = ElementTree.fromstring(svg.read_bytes())
+    return ["".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def metrics_file(folder: Path) -> Path:
+    lines = [
+        {
+            "epoch": 1,
+            "loss": 2.0,
+            "terms": {"ce": 1.5, "kd": 0.5},
+            "val_accuracy": None,
+            "lr": 0.1,
+            "images_per_s": 9,
+        },
+        {"epoch": 2, "loss": float("nan"), "terms": {}, "val_accuracy": 81.25, "lr": 0.1, "images_per_s": 9},
+        {
+            "epoch": 3,
+            "loss": 1.0,
+            "terms": {"ce": 0.7, "kd": 0.3},
+            "val_accuracy": 79.0,
+            "lr": 0.1,
+            "images_per_s": 9,
+        },
+    ]
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"epoch": 4, "lo')
+    return path
+
+
+def rows() -> list[Row]:
+    base = Row("nin", Path("nin.pt"), "torch", True, 9, 4_000_000, 0, 1, 1, latency_ms=8.0, accuracy=80.0)
+    return [
+        base,
+        replace(base, name="slow and bad", is_teacher=False, latency_ms=9.0, accuracy=50.0),
+        replace(base, name="fast", is_teacher=False, latency_ms=1.0, accuracy=75.0, network_bytes=100),
+        replace(base, name="unknown", accuracy=None),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["svg", "png"])
+def test_same_figures_same_bytes(kind: str, tmp_path: Path) -> None:
+    source = metrics_file(tmp_path)
+    for number in (1, 2):
+        report.curves(source, tmp_path / f"curves{number}.{kind}")
+        report.confusion(np.eye(len(HOSTILE)), HOSTILE, tmp_path / f"confusion{number}.{kind}")
+        report.pareto(rows(), tmp_path / f"pareto{number}.{kind}")
+    for name in ("curves", "confusion", "pareto"):
+        first, second = (tmp_path / f"{name}{number}.{kind}" for number in (1, 2))
+        assert first.read_bytes() == second.read_bytes()
+        assert len(first.read_bytes()) > 2000
+
+
+def test_curves_say_best_and_last(tmp_path: Path) -> None:
+    report.curves(metrics_file(tmp_path), tmp_path / "c.svg")
+    shown = texts(tmp_path / "c.svg")
+    assert "best 81.25 % at epoch 2, last 79.00 %" in shown
+    assert {"total", "ce", "kd", "epoch", "training loss", "validation accuracy, %"} <= set(shown)
+
+
+def test_confusion_shows_row_shares_and_any_name(tmp_path: Path) -> None:
+    matrix = np.zeros((8, 8), int)
+    matrix[0] = [3, 1, 0, 0, 0, 0, 0, 0]
+    report.confusion(tuple(map(tuple, matrix)), HOSTILE, tmp_path / "c.svg")
+    shown = texts(tmp_path / "c.svg")
+    assert {"75", "25", "$x_1$ costs", "鳥", "<b>&amp;", "(no name)", r"$\frac{$"} <= set(shown)
+    assert "a" * 21 + "…" in shown
+    assert not any(len(text) > 30 for text in shown)
+
+
+def test_a_hundred_classes_are_all_named(tmp_path: Path) -> None:
+    names = [f"class number {index}" for index in range(100)]
+    report.confusion(np.eye(100), names, tmp_path / "c.svg")
+    shown = texts(tmp_path / "c.svg")
+    assert all(shown.count(name) == 2 for name in names)
+
+
+def test_pareto_names_models_and_finds_the_front(tmp_path: Path) -> None:
+    report.pareto(rows(), tmp_path / "p.svg")
+    shown = texts(tmp_path / "p.svg")
+    assert {"nin", "fast", "slow and bad", "torch"} <= set(shown)
+    assert "unknown" not in shown
+    assert [row.name for row in report.pareto_front(rows()[:3])] == ["fast", "nin"]
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot draw"):
+        report.pareto(rows(), tmp_path / "p.gif")
+    with pytest.raises(KdError, match="no model's accuracy"):
+        report.pareto(rows()[3:], tmp_path / "p.svg")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(KdError, match="no finished epoch"):
+        report.curves(tmp_path / "empty.jsonl", tmp_path / "c.svg")
+    with pytest.raises(KdError, match="cannot read"):
+        report.curves(tmp_path / "none.jsonl", tmp_path / "c.svg")
+    assert not list(tmp_path.glob("*.svg"))

@@ -1,0 +1,557 @@
+"""`kd report`: the page says what is so, whatever is in the files it is made of."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kdcli import models
+from kdcli.base import metrics
+from kdcli.base.config import CompareConfig, ReportConfig, TrainConfig, make
+from kdcli.base.errors import KdError, UsageError
+from kdcli.cli import _ui, report
+from kdcli.data import ImageSet, Splits, load
+from kdcli.data.images import fingerprint_of
+from kdcli.engine import fit
+from kdcli.engine.evaluate import measure
+from kdcli.report import details, examine, gather, make_report
+from kdcli.studies.compare import compare, make_plan
+from tests.helpers import command_line, make_splits
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "{{7*7}}{% raw %}",
+    "</style></svg><b>bold",
+    "a\u202eevil\u2066 \x1b[31m\x00",
+    "long " * 200,
+    "\u200b",
+    "🦆 & $x_1$",
+)
+EVIL_NAME = "<img src=x onerror=alert(2)>"
+
+
+def hostile_splits() -> Splits:
+    plain = make_splits(160, 80, (12, 12, 3), classes=len(HOSTILE))
+
+    def renamed(images: ImageSet) -> ImageSet:
+        return ImageSet(
+            images.images,
+            images.labels,
+            HOSTILE,
+            fingerprint_of(images.images, images.labels, HOSTILE),
+        )
+
+    return Splits("toy", "toy <b>", renamed(plain.train), renamed(plain.test))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Splits]:
+    """A teacher and three runs, one of a hostile name, one without a teacher."""
+    folder = tmp_path_factory.mktemp("project")
+    splits = hostile_splits()
+    common = {"data": "toy", "batch_size": 32, "lr": 1e-2, "val_fraction": 0.2, "threads": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        teacher = {**common, "method": "ce", "student": "convnet-small", "epochs": 3, "name": "base"}
+        first = fit(make(TrainConfig, teacher), splits)
+        Path("weights").mkdir()
+        shutil.copyfile(first.run.student, "weights/teacher.pt")
+        for method, name, epochs in (("kd", "kd-1", 2), ("logits", "logits-1", 1), ("ce", "ce-1", 1)):
+            values = {**common, "method": method, "student": "convnet-tiny", "epochs": epochs, "name": name}
+            if method != "ce":
+                values["teacher"] = "weights/teacher.pt"
+            fit(make(TrainConfig, values), splits)
+        Path("runs/logits-1").rename(Path("runs") / EVIL_NAME)
+        config = Path("runs") / EVIL_NAME / "config.toml"
+        config.write_text(config.read_text().replace('"toy"', '"<script>alert(3)</script>\\u202e"'))
+        Path("runs/unfinished").mkdir()
+        shutil.copyfile("runs/kd-1/config.toml", "runs/unfinished/config.toml")
+    return folder, splits
+
+
+@pytest.fixture
+def project(made: tuple[Path, Splits], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy to change, as the current directory; the data has the name that the runs recorded."""
+    source, splits = made
+    shutil.copytree(source, tmp_path / "p")
+    monkeypatch.chdir(tmp_path / "p")
+    monkeypatch.setitem(load.__globals__["DATASETS"], "toy", lambda request: splits)
+    monkeypatch.setattr(_ui.settings, "quiet", False)
+    return tmp_path / "p"
+
+
+def bench_file(folder: Path, **changes: Any) -> Path:
+    names = {"weights/teacher.pt": 8.0, "runs/kd-1/student.pt": 2.0, "runs/ce-1/student.pt": 3.0}
+    rows = [
+        {
+            "name": path,
+            "path": path,
+            "engine": "onnxruntime",
+            "is_teacher": path.startswith("weights"),
+            "file_bytes": 10_000,
+            "network_bytes": 8_000,
+            "latency_ms": ms,
+            "latency_n": 15,
+            "speedup": 8 / ms,
+            "size_ratio": 0.5,
+            "accuracy": None,
+        }
+        for path, ms in names.items()
+    ]
+    path = folder / "bench.json"
+    path.write_text(
+        json.dumps({"rows": rows, "threads": 2, "environment": {"cpu": {"model": "<i>CPU"}}} | changes)
+    )
+    return path
+
+
+def settings(**values: Any) -> ReportConfig:
+    return make(ReportConfig, {"threads": 1, "no_bench": "bench" not in values, **values})
+
+
+class Page(HTMLParser):
+    """Elements, attributes and text of a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+
+def outputs(path: Path, splits: Splits) -> np.ndarray:
+    """Logits, not by way of the report."""
+    model = models.load(path).eval()
+    with torch.inference_mode():
+        return model(torch.from_numpy(np.array(splits.test.images))).double().numpy()
+
+
+def test_figures_are_those_of_the_models(project: Path, made: tuple[Path, Splits]) -> None:
+    splits = made[1]
+    labels = np.array(splits.test.labels)
+    report = make_report([Path("runs/kd-1"), Path("runs/ce-1")], settings(bench=bench_file(project)))
+    teacher = outputs(Path("weights/teacher.pt"), splits).argmax(1)
+    teacher_accuracy = 100 * np.mean(teacher == labels)
+    for plain, name in zip(report.runs, ("kd-1", "ce-1"), strict=True):
+        mine = outputs(Path(f"runs/{name}/student.pt"), splits).argmax(1)
+        assert plain["measured"]
+        assert plain["test_accuracy"] == pytest.approx(100 * np.mean(mine == labels))
+        assert plain["agreement"] == pytest.approx(100 * np.mean(mine == teacher))
+        assert plain["teacher_accuracy"] == pytest.approx(teacher_accuracy)
+        assert plain["disagreements"] == np.sum(mine != teacher)
+        text = Page(report.html).text
+        both, student, other = mine == labels, mine != labels, teacher == labels
+        assert f"different classes on {np.sum(mine != teacher)} of 80 test images" in text, (
+            "the count of disagreements"
+        )
+        assert (
+            f"Both are right on {np.sum(both & other)}, only the student on {np.sum(both & ~other)}, "
+            f"only the teacher on {np.sum(student & other)}, neither on {np.sum(student & ~other)}." in text
+        )
+    assert report.runs[0]["latency_ms"] == 2.0
+    assert report.runs[0]["speedup"] == 4.0
+    assert "It learned from labels alone" in text  # ce-1 is compared with the only teacher there is
+    assert report.runs[0]["accuracy_interval"] == pytest.approx(
+        metrics.wilson_interval(report.runs[0]["test_accuracy"], 80)
+    )
+
+
+def test_the_teacher_runs_once_for_all_that_share_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree("cache")
+    calls = []
+    real = examine.Teacher.logits
+
+    def counted(self: Any, *words: Any, **named: Any) -> Any:
+        calls.append(self.path)
+        return real(self, *words, **named)
+
+    monkeypatch.setattr(examine.Teacher, "logits", counted)
+    make_report([Path("runs/kd-1"), Path("runs") / EVIL_NAME, Path("runs/ce-1")], settings())
+    assert len(calls) == 1
+
+
+def test_a_run_that_is_the_teacher_is_called_so(project: Path) -> None:
+    bench = bench_file(project)
+    timed = make_report([Path("runs/base"), Path("runs/kd-1")], settings(bench=bench))
+    assert timed.runs[0]["latency_ms"] == 8.0  # of weights/teacher.pt, the same file
+    assert (
+        timed.html.count('<tr class="teacher">') == 2
+    )  # in the summary once, and among the models that were timed
+    report = make_report([Path("runs/base"), Path("runs/kd-1")], settings())
+    assert report.runs[0]["agreement"] is None
+    assert "It is the teacher of the other runs." in Page(report.html).text
+    assert report.notes == ("Latencies were left out (--no-bench).",)
+
+
+def test_nothing_of_a_file_becomes_markup(project: Path) -> None:
+    folders = [Path("runs/kd-1"), Path("runs") / EVIL_NAME, Path("runs/base")]
+    report = make_report(folders, settings(bench=bench_file(project)))
+    html = Page(report.html)
+    tags = {tag for tag, _ in html.elements}
+    assert not tags & {"iframe", "object", "embed", "form", "b", "base", "foreignobject"}
+    assert [tag for tag, _ in html.elements].count("script") == 1
+    for tag, attributes in html.elements:
+        assert not any(name.startswith("on") for name in attributes), (tag, attributes)
+        for name in ("src", "href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:")), (tag, attributes)
+    assert "{{7*7}}{% raw %}" in html.text
+    assert "<script>alert(1)</script>" in html.text
+    assert "(no name)" in html.text
+    assert not re.search("[\u202a-\u202e\u2066-\u2069\x00\x1b]", report.html)
+    assert "long " * 60 not in html.text
+    assert "<script>alert(3)</script>" in html.text  # of a config.toml
+    ids = [attributes["id"] for _, attributes in html.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in html.elements:  # what refers to something refers to something that is there
+        for name in ("aria-labelledby", "aria-describedby"):
+            assert set((attributes.get(name) or "").split()) <= set(ids)
+        for name in ("href", "xlink:href"):
+            target = attributes.get(name) or ""
+            assert not target.startswith("#") or target[1:] in ids, target
+        for used in re.findall(r"url\(#([^)]*)\)", " ".join(filter(None, attributes.values()))):
+            assert used in ids
+
+
+def test_the_policy_names_the_one_script(project: Path) -> None:
+    html = make_report([Path("runs/kd-1")], settings()).html
+    [script] = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', html)
+    assert policy is not None
+    assert "default-src 'none'" in policy[1]
+    assert f"script-src 'sha256-{digest}'" in policy[1]
+
+
+def test_same_files_same_bytes(project: Path) -> None:
+    bench = bench_file(project)
+    first, second = (make_report([Path("runs/kd-1")], settings(bench=bench)).html for _ in range(2))
+    assert first == second
+
+
+def test_headings_are_in_order_and_pictures_have_words(project: Path) -> None:
+    html = Page(make_report([Path("runs/kd-1")], settings()).html)
+    levels = [int(tag[1]) for tag, _ in html.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    pictures = [attributes for tag, attributes in html.elements if tag == "img"]
+    assert pictures
+    assert all(attributes.get("alt") for attributes in pictures)
+    drawings = [attributes for tag, attributes in html.elements if tag == "svg"]
+    assert drawings
+    assert all(attributes["role"] == "img" and attributes["aria-labelledby"] for attributes in drawings)
+
+
+def test_thumbnails_are_the_images_and_their_number_is_bounded(
+    project: Path, made: tuple[Path, Splits]
+) -> None:
+    splits = made[1]
+    mine, teacher = (
+        outputs(Path(path), splits).argmax(1) for path in ("runs/kd-1/student.pt", "weights/teacher.pt")
+    )
+    different = np.flatnonzero(mine != teacher)
+    assert len(different) > 3
+    html = Page(make_report([Path("runs/kd-1")], settings(thumbnails=3)).html)
+    pictures = [attributes for tag, attributes in html.elements if tag == "img"]
+    numbers = [int(re.search(r"test image (\d+)", str(item["alt"]))[1]) for item in pictures]  # type: ignore[index]
+    assert numbers == [different[0], different[round((len(different) - 1) / 2)], different[-1]]
+    for item, number in zip(pictures, numbers, strict=True):
+        png = base64.b64decode(str(item["src"]).removeprefix("data:image/png;base64,"))
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(png))), splits.test.images[number])
+    without = make_report([Path("runs/kd-1")], settings(no_images=True)).html
+    assert "<img" not in without
+    assert "(--no-images)" in without
+
+
+def test_reliability_is_the_calibration_error_taken_apart() -> None:
+    random = np.random.default_rng(3)
+    logits = torch.from_numpy(random.normal(0, 2, (500, 4)))
+    labels = torch.from_numpy(random.integers(0, 4, 500))
+    bins = examine.reliability(logits, labels)
+    assert sum(part.count for part in bins) == 500
+    error = sum(part.count * abs(part.accuracy - part.confidence) for part in bins) / 500
+    assert error == pytest.approx(metrics.calibration_error(logits, labels))
+    for part in bins:
+        assert part.low < part.confidence <= part.high
+
+
+def test_confused_pairs() -> None:
+    matrix = [[5, 3, 0], [1, 9, 0], [7, 0, 0]]
+    assert details.pairs(matrix) == ([(2, 0, 7, 100.0), (0, 1, 3, 37.5), (1, 0, 1, 10.0)], 3)
+    assert details.pairs(matrix, 1) == ([(2, 0, 7, 100.0)], 3)
+
+
+@pytest.mark.parametrize(("classes", "drawn"), [(20, "table"), (30, "svg"), (150, "list")])
+def test_many_classes_are_cut_and_said_to_be(project: Path, classes: int, drawn: str) -> None:
+    matrix = np.eye(classes, dtype=int) * 9
+    matrix[3, 5] = 4
+    run = gather.read_run(Path("runs/kd-1"))
+    values = run.recorded.model_dump(mode="json")
+    values["test"] |= {
+        "confusion": matrix.tolist(),
+        "per_class": [100.0 * matrix[i, i] / matrix[i].sum() for i in range(classes)],
+    }
+    Path("runs/kd-1/result.json").write_text(json.dumps(values))
+    checkpoint = gather.checkpoint.load(Path("runs/kd-1/student.pt"))
+    object.__setattr__(checkpoint, "classes", tuple(f"class {i}" for i in range(classes)))
+    gather.checkpoint.save(Path("runs/kd-1/student.pt"), checkpoint)
+    report = make_report([Path("runs/kd-1")], settings())
+    text = Page(report.html).text
+    assert ('class="confusion"' in report.html) == (drawn == "table")
+    assert ("run-1-confusion-desc" in report.html) == (drawn == "svg")
+    assert (f"A matrix of {classes} classes cannot be read" in text) == (drawn == "list")
+    if drawn != "table":
+        assert "The 1 most frequent of 1 confusions that occur" in text
+    assert (f"The 40 of {classes} classes with the lowest accuracy" in text) == (classes > 40)
+    assert len(report.html) < 1_000_000
+
+
+WRONG_RESULTS = {
+    "truncated": lambda text: text[: len(text) // 2],
+    "not JSON": lambda text: "\x00\xff",
+    "a list": lambda text: "[1]",
+    "deep": lambda text: "[" * 100_000,
+    "NaN": lambda text: re.sub(r'"accuracy": [0-9.]+', '"accuracy": NaN', text),
+    "infinite": lambda text: re.sub(r'"accuracy": [0-9.]+', '"accuracy": 1e999', text),
+    "text for a number": lambda text: re.sub(r'"accuracy": [0-9.]+', '"accuracy": "90"', text),
+    "above 100": lambda text: re.sub(r'"accuracy": [0-9.]+', '"accuracy": 101', text),
+    "a huge number": lambda text: text.replace('"count": 80', '"count": ' + "9" * 5000),
+    "no test": lambda text: text.replace('"test"', '"tset"'),
+    "null": lambda text: "null",
+    "not square": lambda text: json.dumps(
+        json.loads(text) | {"test": json.loads(text)["test"] | {"confusion": [[1]]}}
+    ),
+    "other classes": lambda text: json.dumps(
+        json.loads(text) | {"test": json.loads(text)["test"] | {"confusion": [[1]], "per_class": [1.0]}}
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_RESULTS)
+def test_a_wrong_result_is_one_line(project: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kd = command_line(monkeypatch, report)
+    path = Path("runs/kd-1/result.json")
+    path.write_text(WRONG_RESULTS[case](path.read_text()), encoding="utf-8")
+    with pytest.raises(KdError, match="no finished run to report on: kd-1: ") as caught:
+        kd("runs/kd-1", "--no-bench")
+    assert len(caught.value.message) < 300
+    assert "\n" not in caught.value.message
+    report_of_two = make_report([Path("runs/kd-1"), Path("runs/ce-1")], settings())
+    assert [name for name, _ in report_of_two.left_out] == ["kd-1"]
+    assert "Left out, " in Page(report_of_two.html).text
+
+
+WRONG_METRICS = [
+    b"",
+    b"\xff\xfe\x00",
+    b"[" * 100_000 + b"\n{}\n",
+    b'{"kind": "epoch", "epoch": "1", "loss": 1}\n{"kind": "epoch", "epoch": 1, "loss": NaN}\n1\nnull\n\n',
+    b'{"kind": "epoch", "epoch": 1, "loss": 1, "val_accuracy": [1]}\n{"kind": "epoch", "epoch": '
+    + b"9" * 5000
+    + b"}\n",
+]
+
+
+@pytest.mark.parametrize("content", WRONG_METRICS, ids=range(len(WRONG_METRICS)))
+def test_wrong_metrics_leave_the_curve_out(project: Path, content: bytes) -> None:
+    Path("runs/kd-1/metrics.jsonl").write_bytes(content)
+    report = make_report([Path("runs/kd-1")], settings())
+    assert "Without validation accuracy, so not drawn: kd-1" in Page(report.html).text
+    assert sum("metrics.jsonl" in note for note in report.notes) == (content.count(b"\n") > 1)
+
+
+@pytest.mark.parametrize("name", ["config.toml", "environment.json"])
+@pytest.mark.parametrize("content", [b"\xff\x00", b"[" * 100_000, b"a" * 2_000_000, None])
+def test_wrong_settings_are_said_to_be(project: Path, name: str, content: bytes | None) -> None:
+    path = Path("runs/kd-1") / name
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    report = make_report([Path("runs/kd-1")], settings())
+    assert f"{name} could not be read." in Page(report.html).text
+    assert any(name in note for note in report.notes)
+
+
+def test_without_data_or_teacher_the_page_says_so(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("weights/teacher.pt").write_bytes(b"another")
+    moved = make_report([Path("runs/kd-1")], settings())
+    assert "is not the teacher this run learned from" in moved.notes[0]
+    Path("weights/teacher.pt").unlink()
+    gone = make_report([Path("runs/kd-1")], settings())
+    assert gone.runs[0]["measured"]
+    assert "is not here; --teacher names it" in gone.notes[0]
+    monkeypatch.delitem(load.__globals__["DATASETS"], "toy")
+    bare = make_report([Path("runs/kd-1")], settings())
+    assert not bare.runs[0]["measured"]
+    assert "Not measured on test images now: " in bare.notes[0]
+    recorded = json.loads(Path("runs/kd-1/result.json").read_text())["test"]["accuracy"]
+    assert bare.runs[0]["test_accuracy"] == recorded
+    assert "The diagram needs the student's outputs" in Page(bare.html).text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rows": []}, "rows"),
+        ({"rows": "x"}, "rows"),
+        ({"threads": None}, "threads"),
+        ({"rows": [{"name": "a"}]}, "rows 0"),
+    ],
+)
+def test_a_wrong_benchmark_is_refused(project: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(KdError, match=said) as caught:
+        make_report([Path("runs/kd-1")], settings(bench=bench_file(project, **changes)))
+    assert "kd bench --json" in caught.value.hint
+
+
+@pytest.fixture
+def kd(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    yield command_line(monkeypatch, report)
+
+
+def test_the_command_measures_writes_and_tells(project: Path, kd: Any) -> None:
+    result = kd("--json", "--threads", "1", "--bench-rounds", "3", "-o", "out/page.html")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["schema_version"] == 1
+    assert told["output"] == "out/page.html"
+    assert told["bytes"] == Path("out/page.html").stat().st_size
+    assert [Path(run["run"]).name for run in told["runs"]] == [EVIL_NAME, "base", "ce-1", "kd-1"]
+    assert told["left_out"] == [{"run": "unfinished", "reason": "not finished (no result.json)"}]
+    assert all(run["latency_ms"] > 0 for run in told["runs"])
+    text = Page(Path("out/page.html").read_text()).text
+    assert "median of n = 15; measured while this page was made" in text
+    assert "Left out, not finished (no result.json): unfinished." in text
+    assert "kd train --config runs/kd-1/config.toml" in text
+
+
+def test_wrong_usage(project: Path, kd: Any) -> None:
+    with pytest.raises(UsageError, match="exclude each other"):
+        kd("--no-bench", "--bench", "b.json")
+    with pytest.raises(KdError, match="no such file"):
+        kd("--bench", "b.json")
+    with pytest.raises(KdError, match="no such run: runs/none"):
+        kd("runs/none")
+    with pytest.raises(UsageError, match="is a folder"):
+        kd("-o", "runs")
+    with pytest.raises(KdError, match="no finished run"):
+        kd("runs/unfinished")
+    with pytest.raises(UsageError, match="--thumbnails"):
+        kd("--thumbnails", "-1")
+    shutil.rmtree("runs")
+    with pytest.raises(KdError, match="there are no runs"):
+        kd()
+    assert not Path("report.html").exists()
+
+
+def test_of_many_classes_those_that_differ_most() -> None:
+    names = [f"class {index}" for index in range(50)]
+    labels = torch.arange(50).repeat(2)
+    right = torch.eye(50)[labels]
+    wrong = right.clone()
+    wrong[7] = torch.eye(50)[8]  # one of the two images of class 7
+    rows = details._class_rows(names, measure(wrong, labels), measure(right, labels))
+    assert len(rows) == details.MOST_CLASSES
+    assert (rows[0]["name"], rows[0]["count"], rows[0]["difference"]) == ("class 7", 2, -50.0)
+    assert {row["difference"] for row in rows[1:]} == {0.0}
+
+
+def test_a_comparison_has_its_table_and_figure_whatever_it_is_called(
+    project: Path, made: tuple[Path, Splits], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = {
+        "data": "toy",
+        "student": "convnet-tiny",
+        "epochs": 1,
+        "batch_size": 32,
+        "lr": 1e-2,
+        "threads": 1,
+    }
+    chosen = make(CompareConfig, {"seeds": 2, "name": "c"})
+    plan = make_plan(chosen, {**train, "precision": "32", "teacher": "weights/teacher.pt"})
+    compare(plan, made[1])
+    file = plan.result_file
+    document = json.loads(file.read_text())
+    assert document["standings"][1]["verdict"] == "inconclusive"
+    difference = document["standings"][1]["difference"]
+    difference |= {"mean": 1.25, "interval": [0.5, 2.0], "p": 0.01, "p_holm": 0.03}
+    document["standings"][1] |= {"verdict": "better", "method": HOSTILE[0]}
+    document |= {"student": HOSTILE[1], "data": HOSTILE[3], "notes": [HOSTILE[1], "\u202e" + HOSTILE[3]]}
+    file.write_text(json.dumps(document))
+    place = plan.folder.rename(plan.folder.with_name(EVIL_NAME))
+    made_page = make_report(gather.folders([place]), settings(), comparisons=gather.comparisons([place]))
+    assert made_page.comparisons == (place.as_posix(),)
+    assert [Path(run["run"]).name for run in made_page.runs] == [
+        "ce-seed0",
+        "ce-seed1",
+        "kd-seed0",
+        "kd-seed1",
+    ]
+    page = Page(made_page.html)
+    assert "Comparison: " + EVIL_NAME in page.text
+    assert "+0.50 … +2.00" in page.text
+    assert "2 1 comparison" not in page.text
+    assert (
+        "seeds 0, 1, the same for each method; paired t-interval over seeds; 1 comparison with ce"
+        in page.text
+    )
+    assert HOSTILE[0] in page.text
+    assert not [one for one in page.elements if one[0] == "img" and (one[1].get("src") or "") == "x"]
+    assert [one[0] for one in page.elements].count("script") == 1
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert "\u202e" not in made_page.html
+    assert f"points more than {plan.baseline}" in page.text  # the figure's text
+    for text in (
+        "{",
+        json.dumps({**document, "standings": 3}),
+        json.dumps(document).replace("1.25", "1e999"),
+    ):
+        (place / "comparison.json").write_text(text)
+        broken = make_report(gather.folders([place]), settings(), comparisons=gather.comparisons([place]))
+        assert broken.comparisons == ()
+        assert [(name, "comparison.json" in reason) for name, reason in broken.left_out] == [
+            (EVIL_NAME, True)
+        ]
+
+
+def test_comparisons_are_found_and_stand_for_their_runs(project: Path) -> None:
+    for name in ("b", "a"):
+        folder = Path("comparisons") / name
+        (folder / "runs/kd-seed10").mkdir(parents=True)
+        (folder / "runs/kd-seed9").mkdir()
+        (folder / "comparison.json").write_text("{}")
+    assert gather.comparisons(()) == [Path("comparisons/a"), Path("comparisons/b")]
+    assert gather.comparisons([Path("runs/kd-1")]) == []
+    named = gather.folders([Path("runs/kd-1"), Path("comparisons/a")])
+    assert named == [
+        Path("runs/kd-1"),
+        *(Path("comparisons/a/runs") / name for name in ("kd-seed9", "kd-seed10")),
+    ]
+    assert all(path.parent == Path("runs") for path in gather.folders(()))
+    shutil.rmtree("runs")
+    assert len(gather.folders(())) == 4

@@ -1,0 +1,477 @@
+"""kd compare: paired runs, each made once, and nothing claimed that they do not bear out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kdcli import engine, methods
+from kdcli.base.config import CompareConfig, TrainConfig, make
+from kdcli.base.errors import Interrupted, KdError, UsageError
+from kdcli.base.events import Event, Progress
+from kdcli.cli import compare as command
+from kdcli.cli import train
+from kdcli.data import Splits, augment, load
+from kdcli.engine import fit
+from kdcli.models import checkpoint
+from kdcli.studies.compare import Comparison, Plan, compare, make_plan
+from kdcli.studies.compare.result import conclude
+from tests.engine.test_resume import image_folder
+from tests.helpers import command_line, make_splits
+
+TRAIN: dict[str, Any] = {
+    "data": "toy",
+    "student": "convnet-tiny",
+    "epochs": 2,
+    "batch_size": 16,
+    "lr": 1e-2,
+    "val_fraction": 0.2,
+    "precision": "32",
+    "threads": 1,
+    "teacher": "runs/teacher/student.pt",
+}
+T_1 = 12.706205  # t(0.975) with one degree of freedom
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Splits]:
+    """A teacher, trained once."""
+    folder, splits = tmp_path_factory.mktemp("made"), make_splits()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        values = {**TRAIN, "method": "ce", "student": "convnet-small", "name": "teacher", "epochs": 3}
+        fit(make(TrainConfig, values), splits)
+    return folder, splits
+
+
+@pytest.fixture
+def splits(made: tuple[Path, Splits], workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Splits:
+    shutil.copytree(made[0] / "runs", "runs")
+    monkeypatch.setitem(load.__globals__["DATASETS"], "toy", lambda request: made[1])
+    return made[1]
+
+
+def planned(name: str = "c", compared: str = "ce,kd", seeds: str = "2", **train: Any) -> Plan:
+    settings = make(CompareConfig, {"methods": compared, "seeds": seeds, "name": name})
+    return make_plan(settings, {**TRAIN, **train})
+
+
+def students(plan: Plan) -> dict[str, str]:
+    """SHA-256 of the weights of each finished run."""
+    return {
+        run.config.name: checkpoint.digest(checkpoint.load(run.place.student).state_dict)
+        for run in plan.runs
+        if run.is_finished()
+    }
+
+
+def without_clock(found: Comparison) -> dict[str, Any]:
+    document = found.to_json()
+    for run in document["runs"]:
+        run["seconds"] = run["run"] = None
+    return {
+        **document,
+        "folder": None,
+        "teacher_passes": None,
+        "runs": [{**r, "teacher_passes": 0} for r in document["runs"]],
+    }
+
+
+def test_figures_are_those_of_the_runs_paired_by_seed(splits: Splits) -> None:
+    plan = planned(augment="flip")
+    assert [run.label for run in plan.runs] == ["ce, seed 0", "kd, seed 0", "ce, seed 1", "kd, seed 1"]
+    found = compare(plan, splits)
+    right = {
+        (run.config.method, run.config.seed): json.loads(run.place.result_file.read_text())["test"][
+            "accuracy"
+        ]
+        for run in plan.runs
+    }
+    ce, kd = (np.array([right[name, seed] for seed in (0, 1)]) for name in ("ce", "kd"))
+    base, other = found.standings
+    assert base.verdict == "baseline"
+    assert base.difference is None
+    assert other.test_mean == pytest.approx(kd.mean())
+    assert other.test_deviation == pytest.approx(kd.std(ddof=1))
+    assert other.difference is not None
+    assert other.difference.by_seed == [(0, kd[0] - ce[0]), (1, kd[1] - ce[1])]
+    mean = (kd - ce).mean()
+    deviation = max((kd - ce).std(ddof=1), 100 / 30 / np.sqrt(6))
+    half = T_1 * deviation / np.sqrt(2)
+    assert other.difference.interval == pytest.approx((mean - half, mean + half), rel=1e-6)
+    assert other.verdict == "inconclusive"
+    # two views and the test images, once for all runs of all seeds
+    assert found.teacher_passes == 3
+    assert json.loads(plan.result_file.read_text()) == found.to_json()
+    for run in plan.runs:
+        stored = run.place.read_config()
+        assert (stored.threads, stored.precision, stored.view_seed) == (1, "32", 0)
+        assert stored.augment_seed == 0
+
+
+def test_a_seed_is_the_same_for_each_method(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One method under two names: weights, order, views and noise are alike, so that nothing is left to differ."""
+    twin = {**vars(methods.METHODS["noisy"]), "name": "twin"}
+    monkeypatch.setitem(methods.METHODS, "twin", methods.Method(**twin))
+    plan = planned(compared="noisy,twin", augment="flip-crop", epochs=1)
+    [_, other] = compare(plan, splits).standings
+    assert plan.baseline == "noisy"  # the first, where ce is not among them
+    assert other.difference is not None
+    assert [value for _, value in other.difference.by_seed] == [0.0, 0.0]
+    assert (other.difference.p, other.verdict) == (1.0, "inconclusive")
+    found = students(plan)
+    assert found["noisy-seed0"] == found["twin-seed0"] != found["noisy-seed1"] == found["twin-seed1"]
+
+
+def test_what_is_finished_is_not_done_again(splits: Splits) -> None:
+    plan = planned()
+    first = compare(plan, splits)
+    before = students(plan)
+    lost = plan.runs[2].place
+    lost.result_file.unlink()
+    lost.student.unlink()
+    stamps = {run.config.name: run.place.last.stat().st_mtime_ns for run in plan.runs if run.place != lost}
+    again = compare(planned(), splits)
+    assert without_clock(again) == without_clock(first)
+    assert students(plan) == before
+    assert stamps == {
+        run.config.name: run.place.last.stat().st_mtime_ns for run in plan.runs if run.place != lost
+    }
+    assert compare(Plan.load(plan.folder), splits) == again  # nothing is left to do
+
+
+def test_stopped_in_a_run_and_gone_on_with_it_is_the_same(
+    splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Progress) and "kd, seed 0, epoch 2" in event.task:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted) as caught:
+        compare(planned("cut"), splits, on_event=stop)
+    assert caught.value.exit_code == 143
+    assert caught.value.hint == "kd compare --resume comparisons/cut"
+    assert "1 of 4 runs finished" in caught.value.message
+    plan = Plan.load(Path("comparisons/cut"))
+    assert [run.is_finished() for run in plan.runs] == [True, False, False, False]
+    assert not plan.result_file.exists()  # nobody looks at a half
+    found = compare(plan, splits)
+    whole = planned("whole")
+    assert without_clock(found) == without_clock(compare(whole, splits))
+    assert students(plan) == students(whole)
+
+
+def test_other_settings_or_inputs_are_not_mixed_in(splits: Splits) -> None:
+    compare(planned(seeds="1", epochs=1), splits)
+    for changes, told in (
+        ({"epochs": 2}, "was begun with --epochs 1, not 2"),
+        ({"tau": 2.0}, "was begun with --tau as by default, not 2.0"),
+        ({"seeds": "2"}, "was begun with --seeds 0, not 0,1"),
+        ({"compared": "ce,logits"}, "was begun with --methods ce,kd, not ce,logits"),
+    ):
+        with pytest.raises(UsageError, match=told) as caught:
+            compare(planned(**{"seeds": "1", "epochs": 1, **changes}), splits)
+        assert "--name" in caught.value.hint
+    compare(planned(seeds="1", epochs=1, save_every="0"), splits)  # changes nothing that is computed
+    with pytest.raises(KdError, match="train images of comparisons/c changed"):
+        compare(planned(seeds="1", epochs=1), make_splits(train=93))
+    shutil.copyfile("comparisons/c/runs/ce-seed0/student.pt", "runs/teacher/student.pt")
+    with pytest.raises(KdError, match="the teacher of comparisons/c changed"):
+        compare(planned(seeds="1", epochs=1), splits)
+    config = Path("comparisons/c/runs/kd-seed0/config.toml")
+    config.write_text(config.read_text().replace("tau = 3.0", "tau = 4.0"))
+    with pytest.raises(UsageError, match="not a run of this comparison: its --tau differs"):
+        planned(seeds="1", epochs=1).runs[1].is_begun()
+
+
+def test_one_seed_makes_no_claim(splits: Splits) -> None:
+    [_, other] = compare(planned(seeds="7,", epochs=1), splits).standings
+    assert other.difference is not None
+    assert other.difference.by_seed[0][0] == 7
+    assert (other.difference.interval, other.difference.p, other.difference.p_holm) == (None, None, None)
+    assert (other.test_deviation, other.test_interval) == (None, None)
+    assert other.verdict == "one seed: no claim"
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(
+    splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def soft(batch: methods.Batch) -> Any:
+        return batch.student_logits.mean() * (float("nan") if batch.config.seed == 1 else 1.0)
+
+    broken = {**vars(methods.METHODS["kd"]), "name": "broken", "loss": soft, "reads": ()}
+    monkeypatch.setitem(methods.METHODS, "broken", methods.Method(**broken))
+    kd = command_line(monkeypatch, command, train)
+    words = shlex.split(
+        "--methods ce,broken,kd --seeds 3 --data toy --student convnet-tiny --epochs 1 --batch-size 16"
+    )
+    words += shlex.split("--teacher runs/teacher/student.pt --precision 32 --threads 1 --lr 1e-2 --name c")
+    with pytest.raises(KdError, match="1 of 9 runs failed: the loss is no longer finite") as caught:
+        kd("compare", *words)
+    assert (caught.value.exit_code, caught.value.hint[:37]) == (1, "kd compare --resume comparisons/c tri")
+    document = json.loads(Path("comparisons/c/comparison.json").read_text())
+    status = {run["run"].rsplit("/", 1)[1]: run["status"] for run in document["runs"]}
+    assert {name for name, one in status.items() if one == "failed"} == {"broken-seed1"}
+    assert len(status) == 9
+    row = next(row for row in document["standings"] if row["method"] == "broken")
+    assert (row["count"], row["failed"], row["difference"]["count"]) == (2, 1, 2)
+    assert row["verdict"] == "inconclusive"
+    assert any("broken, seed 1 failed: the loss is no longer finite" in note for note in document["notes"])
+    monkeypatch.setitem(
+        methods.METHODS,
+        "broken",
+        methods.Method(**{**broken, "loss": lambda b: b.student_logits.mean()}),
+    )
+    shutil.rmtree("comparisons/c/runs/broken-seed1")
+    assert kd("compare", "--resume", "comparisons/c").exit_code == 0
+
+
+def test_claims_are_made_where_all_seeds_say_so(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three invented results each: +2, +3, +4 points are 3 ± t(0.975; 2)·1/√3, that is 3 ± 2.48."""
+    plan = planned(seeds="3", compared="ce,kd,logits", epochs=1)
+    compare(plan, splits)
+    for run in plan.runs:
+        document = json.loads(run.place.result_file.read_text())
+        more = {"ce": (0, 0, 0), "kd": (2, 3, 4), "logits": (-2, 3, 4)}[run.config.method][run.config.seed]
+        document["test"] |= {"accuracy": 50.0 + 10 * run.config.seed + more, "count": 10_000}
+        run.place.result_file.write_text(json.dumps(document))
+    _, kd, logits = compare(plan, splits).standings
+    assert kd.difference is not None
+    assert logits.difference is not None
+    assert kd.difference.interval == pytest.approx((3 - 2.484138, 3 + 2.484138), abs=1e-5)
+    assert (kd.verdict, logits.verdict) == ("better", "inconclusive")
+    assert kd.difference.p == pytest.approx(0.0351, abs=1e-4)
+    assert kd.difference.p_holm == pytest.approx(2 * kd.difference.p)
+    plan.runs[-1].place.result_file.unlink()  # of logits, of which nothing can be claimed then
+    found = conclude(plan, {}, "toy")
+    _, alone, logits = found.standings
+    assert alone.difference is not None
+    assert logits.difference is not None
+    assert alone.difference.p_holm == alone.difference.p == kd.difference.p
+    assert (logits.difference.p, logits.difference.p_holm) == (None, None)
+    assert found.comparisons == 1
+
+
+def test_runs_that_are_left_when_others_failed_make_no_claim(splits: Splits) -> None:
+    """+3.00 and +3.02 points would be 3.01 ± 0.13; but the third run is missing, and nobody knows why."""
+    plan = planned(seeds="3", epochs=1)
+    compare(plan, splits)
+    for run in plan.runs:
+        document = json.loads(run.place.result_file.read_text())
+        more = {"ce": (0, 0, 0), "kd": (3, 3.02, 3.04)}[run.config.method][run.config.seed]
+        document["test"] |= {"accuracy": 50.0 + more, "count": 10_000}
+        run.place.result_file.write_text(json.dumps(document))
+    assert conclude(plan, {}, "toy").standings[1].verdict == "better"
+    for lost in (plan.runs[5], plan.runs[4]):  # kd's, then in its place the baseline's
+        kept = lost.place.result_file.read_bytes()
+        lost.place.result_file.unlink()
+        found = conclude(plan, {lost.config.name: "it broke"}, "toy")
+        other = found.standings[1]
+        assert other.difference is not None
+        assert other.difference.interval == pytest.approx((3.01 - 0.127062, 3.01 + 0.127062), abs=1e-5)
+        assert other.verdict == "inconclusive"
+        assert (other.difference.p, other.difference.p_holm, found.comparisons) == (None, None, 0)
+        assert f"{lost.label} failed: it broke" in found.notes
+        assert any("no fair sample" in note for note in found.notes)
+        lost.place.result_file.write_bytes(kept)
+
+
+def test_views_are_drawn_by_a_seed_of_their_own(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Student and teacher by the same: what the teacher said is of the pictures that the student sees."""
+    drawn: list[tuple[int, int]] = []
+    picture = augment.picture
+
+    def watch(name: str, take: Any, seed: int, view: int, samples: Any, pool: Any) -> Any:
+        drawn.append((seed, len(samples)))
+        return picture(name, take, seed, view, samples, pool)
+
+    monkeypatch.setattr(augment, "picture", watch)
+    common = {**TRAIN, "method": "kd", "augment": "crop", "views": 2, "seed": 3}
+    fit(make(TrainConfig, {**common, "view_seed": 5, "name": "a"}), splits)
+    of_students = [seed for seed, count in drawn if count <= 16]
+    assert len(of_students) == 2 * 5
+    assert {seed for seed, count in drawn if count > 16} >= {5}
+    assert set(of_students) == {5}
+    drawn.clear()
+    fit(make(TrainConfig, {**common, "name": "b"}), splits)
+    assert {seed for seed, count in drawn if count <= 16} == {3}
+
+
+def test_the_command_shows_a_table_and_writes_it(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+    kd = command_line(monkeypatch, command, train)
+    words = shlex.split(
+        "--methods ce,kd --seeds 2 --data toy --student convnet-tiny --epochs 1 --batch-size 16"
+    )
+    words += shlex.split("--teacher runs/teacher/student.pt --precision 32 --threads 1 --tau 2")
+    done = kd("compare", *words, "--csv", "t/c.csv", "--markdown", "c.md")
+    assert done.exit_code == 0
+    table = [line for line in done.stdout.splitlines() if line.startswith(("method", "ce ", "kd "))]
+    assert len(table) == 3
+    assert max(map(len, table)) <= 80
+    assert "inconclusive" in table[2]
+    folder = Path("comparisons/ce-kd-convnet-tiny-toy")
+    assert f"kd report {folder}" in done.stdout
+    assert ">points more than ce, same seed<" in (folder / "figure.svg").read_text()
+    assert Path("t/c.csv").read_text().splitlines()[0].startswith("method,baseline,runs,failed,test_mean")
+    assert Path("c.md").read_text().splitlines()[2].startswith("| ce | 2 | ")
+    again = json.loads(kd("compare", "--resume", str(folder), "--json").stdout)
+    assert again["schema_version"] == 1
+    assert again == json.loads((folder / "comparison.json").read_text())
+    for wrong, told in (
+        (("--resume", str(folder), "--tau", "3"), "takes a comparison as it was started"),
+        (("--resume", "runs"), "runs is no comparison"),
+        (("--methods", "ce,nothing"), "unknown method: nothing"),
+        (("--methods", "ce,ce"), "must be names of methods, each once"),
+        (("--seeds", "0"), "must be a number from 1"),
+        (("--seeds", "1,1"), "must be seeds that differ"),
+        (("--baseline", "logits"), "--baseline logits is not compared"),
+        (("--teacher", "none.pt"), "no teacher at none.pt"),
+    ):
+        with pytest.raises(KdError, match=told):
+            kd("compare", *wrong)
+
+
+def test_a_damaged_comparison_is_named(splits: Splits) -> None:
+    plan = planned(seeds="1", epochs=1)
+    plan.folder.mkdir(parents=True)
+    for text in ("methods = [", "methods = 3\n", 'methods = ["ce"]\n', "\0"):
+        plan.file.write_text(text)
+        with pytest.raises(KdError, match=r"comparison\.toml"):
+            compare(plan, splits)
+    plan.file.unlink()
+    compare(plan, splits)
+    for text in ("{", "[]", '{"test": {"accuracy": 1e999}}'):
+        plan.runs[0].place.result_file.write_text(text)
+        with pytest.raises(KdError, match=r"result\.json"):
+            compare(plan, splits)
+
+
+def test_seeds_are_a_count_or_a_list() -> None:
+    def seeds(text: object) -> tuple[int, ...]:
+        return make(CompareConfig, {"seeds": text}).seed_numbers
+
+    assert seeds("5") == seeds(5) == (0, 1, 2, 3, 4)
+    assert seeds("3, 7,11") == (3, 7, 11)
+    assert seeds("7,") == (7,)
+    for wrong in ("", "-1", "x", "1,,2", "1.5", ",", "100000"):
+        with pytest.raises(UsageError, match="--seeds"):
+            seeds(wrong)
+
+
+def test_two_at_a_time_are_what_one_after_another_is(workplace: Path) -> None:
+    """In processes of their own, stopped once in the middle."""
+    image_folder(Path("images"))
+    common = {**TRAIN, "data": "images", "epochs": 6}
+    data = load("images")
+    fit(make(TrainConfig, {**common, "method": "ce", "name": "teacher", "epochs": 1}), data)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Progress) and event.group == "comparison":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    plan = planned("two", compared="ce,kd", seeds="1", **common)
+    with pytest.raises(Interrupted) as caught:
+        compare(plan, data, jobs=2, on_event=stop)
+    assert caught.value.exit_code == 130
+    begun = [run.is_begun() for run in plan.runs]
+    assert any(begun)
+    assert not all(run.is_finished() for run in plan.runs)
+    found = compare(plan, data, jobs=2)
+    one = planned("one", compared="ce,kd", seeds="1", **common)
+    assert without_clock(found) == without_clock(compare(one, data, jobs=1))
+    assert students(plan) == students(one)
+
+
+def test_a_weight_goes_to_the_methods_that_have_its_term(splits: Splits) -> None:
+    plan = planned(compared="ce,kd,logits+ls", weight=("kd=2", "ce=0:0.5", "ls=3"))
+    assert [config.weight for config in plan.each] == [
+        ("ce=0:0.5",),
+        ("kd=2", "ce=0:0.5"),
+        ("ce=0:0.5", "ls=3"),
+    ]
+    with pytest.raises(UsageError, match="--weight at=1: none of these methods has such a term") as caught:
+        planned(weight=("at=1",))
+    assert caught.value.hint == "They have ce, kd."
+
+
+@pytest.mark.parametrize(
+    ("compared", "train", "told"),
+    [
+        ("ce,kd", {"assistant": ("lenet",)}, "leave out --assistant"),
+        ("ce,kd", {"generations": 2}, "leave out --generations"),
+        ("logits,kd", {"unlabelled": "more"}, "method kd reads labels"),
+        ("kd,logits", {"cache_top_k": 2}, "method logits regresses all logits"),
+        ("kd,at", {"teacher": ("runs/teacher/student.pt",) * 2}, "method at reads features"),
+    ],
+)
+def test_what_one_method_cannot_have_is_refused_before_any_runs(
+    splits: Splits, compared: str, train: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(UsageError, match=told):
+        planned(compared=compared, **train)
+
+
+def test_what_the_data_shows_to_be_wrong_is_refused_before_any_runs(splits: Splits) -> None:
+    for compared, values, told in (
+        ("ce,at", {"student_stages": "nowhere"}, "nowhere"),
+        ("ce,kd", {"cache_top_k": 3}, "there are 3 classes"),
+        ("ce,kd", {"student": "resnet9000"}, "unknown network"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            compare(planned(compared=compared, **values), splits, jobs=1)
+        assert not Path("comparisons/c/comparison.toml").exists()
+        assert not Path("comparisons/c/runs").exists()
+
+
+def test_a_term_that_weighs_nothing_wants_no_teacher(splits: Splits) -> None:
+    none = {"kd_weight": 0.0, "teacher": "gone.pt"}
+    assert not planned(compared="ce,kd+ls", **none).needs_teacher
+    settings = make(TrainConfig, {"data": "digits", "method": "kd", **none})
+    train._check_place(settings, Path("runs/x"))
+    with pytest.raises(UsageError, match=r"needs its teacher gone\.pt"):
+        train._check_place(settings.model_copy(update={"kd_weight": 0.5}), Path("runs/x"))
+
+
+def test_what_followed_in_a_run_from_its_method_does_not_hold_for_others(
+    splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = fit(make(TrainConfig, {**TRAIN, "method": "kd", "augment": "crop", "name": "r"}), splits).run
+    assert (made.read_config().views, made.read_config().tau) == (2, 3.0)
+    seen: list[Plan] = []
+
+    def stop(plan: Plan, *given: Any, **named: Any) -> None:
+        seen.append(plan)
+        raise KdError("seen")
+
+    monkeypatch.setattr("kdcli.studies.compare.compare", stop)
+    kd = command_line(monkeypatch, command, train)
+    with pytest.raises(KdError, match="seen"):
+        kd("compare", "--config", made.config_file.as_posix(), "--methods", "kd,dkd")
+    assert (seen[0].train.views, seen[0].train.tau, seen[0].train.lr) == (0, None, TRAIN["lr"])
+    Path("chain.toml").write_text("generations = 2\n")
+    with pytest.raises(UsageError, match="leave out --generations"):
+        kd("compare", "--config", "chain.toml", "--teacher", TRAIN["teacher"])
+    assert "--generations" not in kd("compare", "--help").stdout
+
+
+def test_processes_that_find_other_images_make_no_run(workplace: Path) -> None:
+    image_folder(Path("images"))
+    plan = planned("c", compared="ce,ls", seeds="1", data="images", epochs=1, teacher="none.pt")
+    data = load("images")
+    other = replace(data, train=replace(data.train, fingerprint="0" * 64))
+    found = compare(plan, other, jobs=2)
+    assert [run.status for run in found.runs] == ["failed", "failed"]
+    for run in found.runs:
+        assert run.reason == f"the train images of {run.run} changed since it was begun"
+        assert not Path(run.run).exists()

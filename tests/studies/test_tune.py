@@ -1,0 +1,925 @@
+"""`kd tune`: ranges as typed, every trial once whatever happens, test images unread, the best run repeatable."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna.trial import TrialState
+from PIL import Image
+from sqlalchemy.exc import OperationalError
+
+from kdcli import engine
+from kdcli.base.config import TrainConfig, TuneConfig, make
+from kdcli.base.errors import Interrupted, KdError, UsageError
+from kdcli.base.events import Epoch, Event, Note
+from kdcli.cli import train as cli_train
+from kdcli.cli import tune as cli_tune
+from kdcli.data import Splits
+from kdcli.studies.tune import search, storage
+from kdcli.studies.tune import study as studies
+from kdcli.studies.tune.search import Tuned, tune
+from kdcli.studies.tune.space import FIXED, Choice, Range, Space, read_by, read_space
+from kdcli.studies.tune.summary import command_of
+from tests.helpers import ROOT, command_line, make_splits
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+PLAIN = {
+    "method": "ce",
+    "student": "convnet-tiny",
+    "epochs": 2,
+    "batch_size": 16,
+    "lr": 1e-2,
+    "precision": "32",
+    "threads": 1,
+    "val_fraction": 0.2,
+    "trials": 3,
+    "study": "toy",
+}
+
+
+def config(**changes: Any) -> TuneConfig:
+    return make(TuneConfig, {**PLAIN, **changes})
+
+
+@pytest.fixture
+def splits() -> Splits:
+    return make_splits()
+
+
+def search_for(splits: Splits, *ranges: str, on_event: Any = lambda event: None, **changes: Any) -> Tuned:
+    wanted = config(**changes)
+    return tune(wanted, read_space(ranges, wanted.train), splits, on_event=on_event)
+
+
+def stored(path: Path = Path("runs/toy/study.db"), name: str = "toy") -> list[optuna.trial.FrozenTrial]:
+    """The study's trials, as Optuna itself reads them."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna.load_study(study_name=name, storage=f"sqlite:///{path}").get_trials()
+
+
+# --- ranges ------------------------------------------------------------------------------------------------
+
+
+def space_of(*texts: str, **changes: Any) -> Space:
+    return read_space(texts, make(TrainConfig, {"method": "kd", **changes}))
+
+
+def test_ranges_by_hand() -> None:
+    assert space_of("tau=1:10", "lambda=0:1") == (
+        Range("tau", 1.0, 10.0, False),
+        Range("lamda", 0.0, 1.0, False),
+    )
+    assert space_of("batch-size=16:256:log") == (Range("batch_size", 16, 256, True),)
+    assert space_of("batch_size=32|64") == (Choice("batch_size", (32, 64)),)
+    assert space_of("lr=1e-4:1e-1") == (Range("lr", 1e-4, 0.1, True),)  # by ratio without saying so
+    assert space_of("lr=1e-4:1e-1:linear") == (Range("lr", 1e-4, 0.1, False),)
+    assert space_of("weight-decay=0:1e-2") == (Range("weight_decay", 0.0, 0.01, False),)
+    assert space_of("optimizer=adam|sgd", "augment=none|crop-flip") == (
+        Choice("optimizer", ("adam", "sgd")),
+        Choice("augment", ("none", "flip-crop")),  # as the option understands it
+    )
+    assert space_of("ce-weight=0:2") == (Range("ce_weight", 0.0, 2.0, False),)
+    assert space_of("teacher=a/t.pt|b/t.onnx") == (Choice("teacher", ("a/t.pt", "b/t.onnx")),)
+    assert space_of("noisy-ratio=0:1", method="noisy") == (Range("noisy_ratio", 0.0, 1.0, False),)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("tau", "no range"),
+        ("tau=", "no range"),
+        ("tau=3", "no range and no choice"),
+        ("tau=1:2:3", "no range and no choice"),
+        ("tau=1:2:cube", "no range and no choice"),
+        ("tau=low:high", "low is not a number"),
+        ("tau=5:1", "5.0 is not below 1.0"),
+        ("tau=2:2", "2.0 is not below 2.0"),
+        ("tau=0:5", "--tau 0.0: must be greater than 0"),
+        ("tau=1:1001", "--tau 1001.0: must be less than or equal to 1000"),
+        ("lamda=-0.1:1", "--lamda -0.1"),
+        ("lamda=0:1:log", "a logarithmic range begins above 0"),
+        ("kd-weight=0:inf", "inf is not a number to draw to"),
+        ("kd-weight=nan:1", "nan is not a number to draw to"),
+        ("epochs=1:2.5", "2.5 is not a whole number"),
+        ("dropout=0|1", "--dropout 1.0: must be less than 1"),
+        ("optimizer=adam|lion", "--optimizer lion"),
+        ("optimizer=adam:sgd", "no range and no choice"),
+        ("optimizer=adam|adam", "a value is there twice"),
+        ("augment=flip|twirl", "--augment twirl"),
+        ("method=kd|magic", "unknown method: magic"),
+        ("temperature=1:2", "no such setting"),
+        ("noisy-sigma=0:1", "method kd does not read --noisy-sigma"),
+    ],
+)
+def test_what_is_no_range_of_a_setting_is_said(text: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        space_of(text)
+    assert said in caught.value.message
+    assert text.split("=", maxsplit=1)[0] in caught.value.message
+    assert caught.value.hint
+
+
+def test_every_setting_of_kd_train_can_be_tuned_or_says_why_not() -> None:
+    for name, field in TrainConfig.model_fields.items():
+        if name in FIXED:
+            with pytest.raises(UsageError, match=re.escape(FIXED[name])):
+                space_of(f"{name}=1|2")
+            continue
+        kinds = str(field.annotation)
+        numeric = "int" in kinds or "float" in kinds
+        methods_of = next(
+            (m for m in ("kd", *studies_methods()) if not unread(m, name)),
+            None,
+        )
+        assert methods_of is not None, name
+        if numeric:
+            [part] = space_of(f"{name}=0.5:0.75" if "float" in kinds else f"{name}=1:2", method=methods_of)
+            assert isinstance(part, Range) and part.name == name
+    with pytest.raises(UsageError, match="given twice"):
+        space_of("tau=1:2", "tau=3:4")
+    with pytest.raises(UsageError, match="nothing to tune"):
+        space_of()
+
+
+def studies_methods() -> list[str]:
+    from kdcli import methods
+
+    return list(methods.METHODS)
+
+
+def unread(method: str, name: str) -> list[str]:
+    from kdcli import methods
+
+    return methods.unread(method, [name])
+
+
+def test_a_method_that_is_tuned_brings_its_own_settings_only() -> None:
+    space = space_of("method=kd|noisy", "tau=1:10", "noisy-ratio=0:1", "lr=1e-3:1e-2")
+    assert [part.name for part in read_by(space, "kd")] == ["method", "tau", "lr"]
+    assert [part.name for part in read_by(space, "noisy")] == ["method", "noisy_ratio", "lr"]
+    with pytest.raises(UsageError, match="methods ce, kd do not read --noisy-ratio"):
+        space_of("method=ce|kd", "noisy-ratio=0:1")
+
+
+@settings(deadline=None)
+@given(
+    low=st.floats(1e-6, 999),
+    high=st.floats(1e-6, 999),
+    scale=st.sampled_from(["", ":log", ":linear"]),
+)
+def test_any_two_numbers_within_the_bounds_are_a_range(low: float, high: float, scale: str) -> None:
+    text = f"tau={low!r}:{high!r}{scale}"
+    if low < high:
+        assert space_of(text) == (Range("tau", low, high, scale == ":log"),)
+        assert space_of(str(space_of(text)[0])) == space_of(text)
+    else:
+        with pytest.raises(UsageError):
+            space_of(text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=30))
+def test_no_text_is_more_than_an_error(text: str) -> None:
+    for written in (text, f"tau={text}", f"optimizer={text}", f"epochs={text}"):
+        try:
+            found = space_of(written)
+        except UsageError as error:
+            assert error.message
+        else:
+            assert len(found) == 1
+
+
+@settings(deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "tau": st.floats(1e-3, 1000),
+            "lamda": st.floats(0, 1),
+            "lr": st.floats(1e-9, 100),
+            "batch_size": st.integers(1, 10**6),
+            "optimizer": st.sampled_from(["adam", "adamw", "sgd"]),
+            "grey": st.booleans(),
+            "teacher": st.sampled_from(
+                ["weights/teacher.pt", "my teacher's.pt", "$(x).onnx", ("a.pt", "b.pt")]
+            ),
+            "weight": st.sampled_from([(), ("at=0:1000:1", "kd=2")]),
+            "seed": st.integers(0, 2**63 - 1),
+            "ce_weight": st.none() | st.floats(0, 9),
+        },
+    )
+)
+def test_the_command_of_settings_gives_these_settings(values: dict[str, Any]) -> None:
+    wanted = make(TrainConfig, values)
+    words = shlex.split(command_of(wanted))
+    assert words[:2] == ["kd", "train"]
+    typed: dict[str, Any] = {}
+    rest = iter(words[2:])
+    for word in rest:
+        name, value = word[2:].replace("-", "_"), True if word == "--grey" else next(rest)
+        typed[name] = (*typed.get(name, ()), value) if name in ("teacher", "weight") else value
+    assert make(TrainConfig, typed) == wanted
+
+
+# --- the search --------------------------------------------------------------------------------------------
+
+
+class _Unreadable:
+    """Test images that nobody may look at; that they have a fingerprint is known."""
+
+    fingerprint = "unread"
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"test images were read: {name}")
+
+    def __len__(self) -> int:
+        raise AssertionError("test images were counted")
+
+
+def test_no_trial_reads_test_images_and_the_best_command_repeats_its_trial(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[Event] = []
+    blind = replace(splits, test=_Unreadable())  # type: ignore[arg-type]
+    found = search_for(blind, "lr=1e-3:1e-1", "optimizer=adam|sgd", on_event=events.append)
+    assert [trial.state for trial in found.trials] == ["complete"] * 3
+    assert found.best is not None and found.config is not None
+    assert found.best.accuracy == max(trial.accuracy or 0 for trial in found.trials)
+    assert all(1e-3 <= trial.values["lr"] <= 1e-1 for trial in found.trials)  # type: ignore[operator]
+    assert not any(isinstance(event, Epoch) for event in events)  # they are the search's own
+    for trial in found.trials:
+        place = Path(f"runs/toy/trial-{trial.number:04d}")
+        assert (place / "config.toml").is_file()
+        assert json.loads((place / "result.json").read_text())["test"] is None
+        assert (place / "student.pt").is_file() == (trial == found.best)
+        assert not list(place.glob("last*.pt"))
+        assert any(isinstance(event, Note) and f"trial {trial.number}:" in event.text for event in events)
+
+    words = shlex.split(command_of(found.config))
+    call = command_line(monkeypatch, cli_train, cli_tune)
+    monkeypatch.setattr("kdcli.data.load", lambda *args, **kwargs: splits)
+    again = json.loads(call(*words[1:], "--json", "--runs-dir", "again").stdout)
+    assert again["val_accuracy"] == found.best.accuracy
+    assert again["test"]["count"] == len(splits.test)
+    import torch
+
+    from kdcli.models import checkpoint
+
+    one = checkpoint.load(Path(again["run"]) / "student.pt").state_dict
+    two = checkpoint.load(Path(f"runs/toy/trial-{found.best.number:04d}/student.pt")).state_dict
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_run_tells_each_epoch_and_without_test_says_so(workplace: Path, splits: Splits) -> None:
+    events: list[Event] = []
+    run = make(TrainConfig, {k: v for k, v in PLAIN.items() if k in TrainConfig.model_fields})
+    result = engine.fit(run, splits, test=False, on_event=events.append)
+    epochs = [event for event in events if isinstance(event, Epoch)]
+    lines = [line for line in result.run.read_metrics() if line["kind"] == "epoch"]
+    assert [(e.epoch, e.epochs, e.loss, e.val_accuracy) for e in epochs] == [
+        (line["epoch"], 2, line["loss"], line["val_accuracy"]) for line in lines
+    ]
+    assert result.tested is None and result.to_json()["test"] is None
+    with pytest.raises(RuntimeError, match="test images"):
+        result.evaluation  # noqa: B018
+
+
+def test_a_study_of_one_process_is_repeatable_stopped_or_not(workplace: Path, splits: Splits) -> None:
+    ranges = ("lr=1e-3:1e-1", "batch-size=8|16|32")
+
+    def values(found: Tuned) -> list[tuple[Any, float | None]]:
+        return [(trial.values, trial.accuracy) for trial in found.trials]
+
+    whole = values(search_for(splits, *ranges, trials=4, sampler="random", pruner="none"))
+    assert len({str(one) for one, _ in whole}) == 4
+    for trials in (1, 3, 4):  # stopped twice, with a process of its own each time
+        parts = values(
+            search_for(splits, *ranges, trials=trials, sampler="random", pruner="none", runs_dir="b")
+        )
+        assert parts == whole[:trials]
+    other = values(search_for(splits, *ranges, trials=1, sampler="random", runs_dir="c", seed=1))
+    assert other[0][0] != whole[0][0]
+    again = search_for(splits, *ranges, trials=4, sampler="random", pruner="none")
+    assert values(again) == whole  # nothing was left to do
+
+
+def fake_fit(accuracy: Any) -> Any:
+    """A `fit` that trains nothing: accuracies are a function of settings and epoch."""
+
+    @dataclass(frozen=True)
+    class Fake:
+        config: TrainConfig
+        val_accuracy: float
+
+    def fit(run: TrainConfig, data: Splits, *, test: bool, on_event: Any) -> Fake:
+        assert not test
+        place = run.runs_dir / run.name
+        place.mkdir(parents=True)
+        (place / "last.pt").touch()
+        for epoch in range(1, run.epochs + 1):
+            on_event(Epoch(epoch, run.epochs, 0.0, accuracy(run, epoch)))
+        (place / "student.pt").touch()
+        return Fake(run, accuracy(run, run.epochs))
+
+    return fit
+
+
+def test_a_hopeless_trial_is_ended_early(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[float, int]] = []
+
+    def accuracy(run: TrainConfig, epoch: int) -> float:
+        seen.append((run.lr, epoch))
+        return 10 * epoch - math.log10(run.lr)  # the lower the rate the better
+
+    monkeypatch.setattr(search, "fit", fake_fit(accuracy))
+    found = search_for(splits, "lr=1e-5:1", trials=10, epochs=2, sampler="random")
+    done = [trial for trial in found.trials if trial.state == "complete"]
+    pruned = [trial for trial in found.trials if trial.state == "pruned"]
+    assert len(done) + len(pruned) == 10 and len(pruned) >= 2
+    for trial in pruned:  # by the rule: worse than the median of those finished before it, at its first epoch
+        before = [1 * 10 - math.log10(t.values["lr"]) for t in done if t.number < trial.number]  # type: ignore[arg-type]
+        mine = 10 - math.log10(trial.values["lr"])  # type: ignore[arg-type]
+        assert len(before) >= 5 and mine < np.median(before)
+        assert [epoch for rate, epoch in seen if rate == trial.values["lr"]] == [1]
+    for trial in done[5:]:
+        before = [10 - math.log10(t.values["lr"]) for t in done if t.number < trial.number]  # type: ignore[arg-type]
+        assert 10 - math.log10(trial.values["lr"]) >= np.median(before)  # type: ignore[arg-type]
+    assert not list(Path("runs/toy").glob("*/last*.pt"))
+    kept = list(Path("runs/toy").glob("*/student.pt"))
+    assert found.best is not None and kept == [Path(f"runs/toy/trial-{found.best.number:04d}/student.pt")]
+    assert min(done, key=lambda trial: trial.values["lr"]) == found.best
+    notes: list[Event] = []
+    unpruned = search_for(
+        splits, "lr=1e-5:1", trials=8, epochs=2, sampler="random", pruner="none", study="all"
+    )
+    assert unpruned.count("complete") == 8
+    search_for(splits, "epochs=2:9", trials=1, study="long", on_event=notes.append)
+    assert any(isinstance(event, Note) and "--epochs differ" in event.text for event in notes)
+
+
+def test_a_pruned_run_leaves_whole_files_only(workplace: Path, splits: Splits) -> None:
+    def end(event: Event) -> None:
+        if isinstance(event, Epoch):
+            raise search.Pruned
+
+    run = make(
+        TrainConfig, {**{k: v for k, v in PLAIN.items() if k in TrainConfig.model_fields}, "name": "cut"}
+    )
+    with pytest.raises(search.Pruned):
+        engine.fit(run, splits, test=False, on_event=end)
+    assert sorted(path.name for path in Path("runs/cut").iterdir()) == [
+        "config.toml",
+        "environment.json",
+        "metrics.jsonl",
+    ]
+    assert [line["epoch"] for line in engine.RunDir(Path("runs/cut")).read_metrics()] == [1]
+
+
+def test_several_seeds_count_by_their_mean(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "fit", fake_fit(lambda run, epoch: 10.0 * (run.seed + 1) * epoch))
+    found = search_for(splits, "lr=1e-3:1", trials=1, seeds=3, seed=4)
+    [trial] = found.trials
+    assert trial.accuracies == (100.0, 120.0, 140.0)  # seeds 4, 5, 6 after two epochs
+    assert trial.accuracy == 120.0
+    assert found.config is not None and found.config.seed == 4
+    [kept] = stored()
+    # each epoch is judged by the mean over the seeds so far
+    assert kept.intermediate_values == {
+        1: 50.0, 2: 100.0, 3: (100 + 60) / 2, 4: 110.0, 5: (220 + 70) / 3, 6: 120.0,
+    }  # fmt: skip
+    assert sorted(path.name for path in Path("runs/toy/trial-0000").iterdir()) == [
+        "seed-4",
+        "seed-5",
+        "seed-6",
+    ]
+
+
+# --- what goes wrong ---------------------------------------------------------------------------------------
+
+
+def test_a_trial_that_fails_counts_and_says_why(workplace: Path, splits: Splits) -> None:
+    notes: list[Event] = []
+    found = search_for(
+        splits, "lr=90|1e-2", "optimizer=sgd|adam", "weight-decay=0|1", trials=5, sampler="random",
+        epochs=3, on_event=notes.append,
+    )  # fmt: skip
+    states = [trial.state for trial in found.trials]
+    assert len(states) == 5 and "failed" in states and found.best is not None
+    for trial in found.trials:
+        if trial.state == "failed":
+            assert "no longer finite" in trial.reason and trial.values["lr"] == 90
+            assert any(isinstance(e, Note) and f"trial {trial.number}: failed" in e.text for e in notes)
+    assert search_for(
+        splits, "lr=90|1e-2", "optimizer=sgd|adam", "weight-decay=0|1", trials=5, sampler="random", epochs=3
+    ).trials == found.trials  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate")])
+def test_too_little_memory_fails_the_trial(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    def accuracy(run: TrainConfig, epoch: int) -> float:
+        raise fault
+
+    monkeypatch.setattr(search, "fit", fake_fit(accuracy))
+    found = search_for(splits, "batch-size=8:64", trials=2)
+    assert [(trial.state, trial.reason) for trial in found.trials] == [("failed", "out of memory")] * 2
+    assert found.best is None and found.figures == ()
+
+
+def test_what_is_wrong_with_the_command_stops_everything_and_is_no_trial(
+    workplace: Path, splits: Splits
+) -> None:
+    with pytest.raises(KdError, match=r"nowhere\.pt"):
+        search_for(splits, "tau=1:9", method="kd", teacher="nowhere.pt")
+    with pytest.raises(UsageError, match="unknown network"):
+        search_for(splits, "lr=1e-3:1", student="resnet9000")
+    with pytest.raises(UsageError, match="has 1 distinct view"):
+        search_for(splits, "optimizer=adam|sgd", views=7)
+    assert stored() and not any("reason" in trial.user_attrs for trial in stored())
+    # the study has had no trial, so it takes other settings and other values of them
+    found = search_for(splits, "optimizer=adam|adamw", trials=1)
+    assert [trial.state for trial in found.trials] == ["complete"]
+
+
+def test_a_full_disk_is_no_fault_of_the_trial(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def accuracy(run: TrainConfig, epoch: int) -> float:
+        raise KdError("cannot write", "kd train --resume") from OSError(28, "No space left on device")
+
+    monkeypatch.setattr(search, "fit", fake_fit(accuracy))
+    with pytest.raises(KdError, match="cannot write") as caught:
+        search_for(splits, "lr=1e-3:1", trials=2)
+    assert caught.value.hint == "Mend it, then type the same command again."
+    assert [trial.state for trial in stored()] == [TrialState.FAIL, TrialState.WAITING]
+
+
+def test_a_fault_of_kd_gives_the_trial_back(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = search.fit
+
+    def broken(run: TrainConfig, epoch: int) -> float:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(search, "fit", fake_fit(broken))
+    with pytest.raises(ZeroDivisionError):
+        search_for(splits, "lr=1e-3:1", trials=2)
+    monkeypatch.setattr(search, "fit", whole)
+    found = search_for(splits, "lr=1e-3:1", trials=2)
+    assert [trial.state for trial in found.trials] == ["complete"] * 2
+    assert found.trials[0].values == stored()[0].params
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranges", "said"),
+    [
+        ({"val_fraction": 0}, ["lr=1e-3:1"], "--val-fraction 0"),
+        ({"val_fraction": 0.001}, ["lr=1e-3:1"], "keeps no image"),
+        ({"name": "x"}, ["lr=1e-3:1"], "--name"),
+        ({"devices": 2}, ["lr=1e-3:1"], "--devices"),
+        ({"method": "magic"}, ["lr=1e-3:1"], "unknown method"),
+        ({}, ["dropout=0:0.5"], "convnet-tiny has none"),
+        ({"assistant": ("lenet",)}, ["lr=1e-3:1"], "leave out --assistant"),
+        ({"generations": 2}, ["lr=1e-3:1"], "leave out --generations"),
+        ({"unlabelled": "more"}, ["lr=1e-3:1"], "method ce reads labels"),
+        ({"cache_top_k": 2}, ["method=kd|logits"], "method logits regresses all logits"),
+        ({"teacher": ("a.pt", "b.pt")}, ["method=kd|at"], "method at reads features"),
+        ({"views": 2}, ["augment=flip|none"], "augment none has 1 distinct view"),
+        ({"augment": "flip"}, ["views=1:3"], "augment flip has 2 distinct view"),
+        ({"weight": ("kd=2",)}, ["method=kd|logits"], "method logits has no such term"),
+    ],
+)
+def test_settings_that_make_no_search_are_refused_before_it(
+    workplace: Path, splits: Splits, changes: dict[str, Any], ranges: list[str], said: str
+) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
+        search_for(splits, *ranges, **changes)
+    assert not Path("runs").exists()
+
+
+def test_other_settings_than_the_study_was_begun_with_are_an_error(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "fit", fake_fit(lambda run, epoch: 50.0))
+    search_for(splits, "lr=1e-3:1", trials=1)
+    for changes, said in [
+        ({"batch_size": 8}, "batch size was 16, now 8"),
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"sampler": "random"}, "sampler was tpe, now random"),
+        ({"seeds": 2}, "seeds was 1, now 2"),
+        ({"weight": ("ce=2",)}, r"weight was \[\], now \['ce=2'\]"),
+        ({"view_seed": 3}, "view seed was None, now 3"),
+    ]:
+        with pytest.raises(UsageError, match=said) as caught:
+            search_for(splits, "lr=1e-3:1", trials=1, **changes)
+        assert "--study" in caught.value.hint
+    with pytest.raises(UsageError, match="tune was"):
+        search_for(splits, "lr=1e-3:0.5", trials=1)
+    with pytest.raises(UsageError, match="data was"):
+        search_for(make_splits(train=93), "lr=1e-3:1", trials=1)
+    # where it works, and how many trials there are, may change
+    assert len(search_for(splits, "lr=1e-3:1", trials=2, threads=2, cache_dir="c", data_dir="d").trials) == 2
+    Path("runs/toy/study.db").unlink()
+    with pytest.raises(UsageError, match="trials of a study that is not in the storage"):
+        search_for(splits, "lr=1e-3:1", trials=1)
+
+
+def test_a_storage_that_cannot_be_used_is_one_line_without_its_password(
+    workplace: Path, splits: Splits
+) -> None:
+    Path("noise.db").write_bytes(b"this is no database, it only looks like a file " * 40)
+    optuna.create_study(storage="sqlite:///other.db", study_name="toy").add_trial(
+        optuna.trial.create_trial(value=1.0)
+    )
+    for url, said in [
+        ("sqlite:///noise.db", "not a database"),
+        ("sqlite:///noise.db/x.db", "noise.db"),
+        ("sqlite:///other.db", "not one of kd tune"),
+        ("sqlite://", "plain file or on a server"),
+        ("sqlite:///:memory:", "plain file or on a server"),
+        ("nonsense s3cret", "no database URL"),
+        ("nosuchdb://user:s3cret@host/name", "nosuchdb"),
+        ("mysql+nosuchdriver://user:s3cret@host/name?ssl_key=s3cret", "nosuchdriver"),
+        ("postgresql://user:s3cret@127.0.0.1:1/name", "storage postgresql"),
+    ]:
+        with pytest.raises(KdError) as caught:
+            search_for(splits, "lr=1e-3:1", storage=url)
+        assert said in caught.value.message, (url, caught.value.message)
+        assert "s3cret" not in caught.value.message + caught.value.hint
+        assert "\n" not in caught.value.message and caught.value.hint
+    url = storage.read_url("postgresql://user:s3cret@host/name?sslpassword=pr1vate", Path("unused"))
+    with pytest.raises(KdError) as caught, storage.faults_told(url):
+        raise OperationalError("SELECT 1", {}, Exception("no role user with s3cret and pr1vate\nin line 2"))
+    assert caught.value.message == (
+        "storage postgresql://user:***@host/name?sslpassword=hidden: no role user with *** and ***"
+    )
+    braces = search_for(splits, "lr=1e-3:1", storage="sqlite:///{SCHEMA_VERSION.__class__}.db", trials=1)
+    assert len(braces.trials) == 1
+    assert Path("{SCHEMA_VERSION.__class__}.db").is_file()  # a name, and not filled in
+
+
+# --- what was found ----------------------------------------------------------------------------------------
+
+
+def test_what_matters_is_found_and_drawn(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "fit", fake_fit(lambda run, epoch: 50 + 9 * math.log10(run.lr)))
+    few = search_for(splits, "lr=1e-3:1", "batch-size=8:64", trials=4, pruner="none")
+    assert few.importance == {} and "4 finished trials are too few" in few.why_not
+    found = search_for(splits, "lr=1e-3:1", "batch-size=8:64", trials=14, pruner="none")
+    assert next(iter(found.importance)) == "lr" and found.importance["lr"] > 0.8
+    assert sum(found.importance.values()) == pytest.approx(1)
+    assert [path.name for path in found.figures] == ["trials.svg", "importance.svg"]
+    drawn = {path.name: path.read_text() for path in found.figures}
+    assert "--lr" in drawn["importance.svg"] and "--batch-size" in drawn["importance.svg"]
+    assert found.best is not None and f"best {found.best.accuracy:.2f} %" in drawn["trials.svg"]
+    monkeypatch.setattr(search, "fit", fake_fit(lambda run, epoch: 50.0))
+    same = search_for(splits, "lr=1e-3:1", trials=6, study="same")
+    assert same.importance == {} and "the same accuracy" in same.why_not
+
+
+def test_the_command_line_ends_with_the_command_of_the_best(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdcli.data.load", lambda *args, **kwargs: splits)
+    monkeypatch.setattr(search, "fit", fake_fit(lambda run, epoch: 50 + run.lr))
+    call = command_line(monkeypatch, cli_train, cli_tune)
+    words = ["tune", "--tune", "lr=0.25|0.5", "--method", "ce", "--student", "convnet-tiny", "--trials", "6",
+             "--data", "my data", "--sampler", "random", "--val-fraction", "0.2"]  # fmt: skip
+    out = call(*words).stdout
+    assert out.splitlines()[-1] == (
+        "next: kd train --data 'my data' --method ce --student convnet-tiny --val-fraction 0.2 --lr 0.5"
+    )
+    assert "best on the validation split: 50.50 %" in out
+    assert "lr" in out and "importance.svg" in out
+    told = json.loads(call(*words, "--json").stdout)
+    assert told["study"] == "tune-ce-convnet-tiny" and len(told["trials"]) == 6
+    assert told["command"] == out.splitlines()[-1].removeprefix("next: ")
+    with pytest.raises(UsageError, match="--lr is both set and tuned"):
+        call(*words, "--lr", "1")
+    with pytest.raises(UsageError, match="nothing to tune"):
+        call("tune")
+
+
+def test_without_optuna_one_line_says_what_to_install(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: None)
+    call = command_line(monkeypatch, cli_train, cli_tune)
+    with pytest.raises(UsageError, match="Optuna") as caught:
+        call("tune", "--tune", "tau=1:2")
+    assert "pip install 'kdcli[tune]'" in caught.value.hint
+
+
+# --- stopped, killed, and several at once ------------------------------------------------------------------
+
+
+def test_ctrl_c_gives_the_trial_back_and_says_how_to_go_on(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdcli.data.load", lambda *args, **kwargs: splits)
+    count = 0
+
+    def press(event: Event, on_event: Any) -> None:
+        nonlocal count
+        if isinstance(event, Epoch):
+            count += 1
+            if count in (3, 5):  # the first epoch of the second trial; the last of it when it is done again
+                os.kill(os.getpid(), signal.SIGTERM if count == 3 else signal.SIGINT)
+        on_event(event)
+
+    whole = search.fit
+    monkeypatch.setattr(
+        search,
+        "fit",
+        lambda *args, on_event, **named: whole(*args, **named, on_event=lambda event: press(event, on_event)),
+    )
+    call = command_line(monkeypatch, cli_train, cli_tune)
+    words = ["tune", "--tune", "lr=1e-3:1", "--study", "toy", "--pruner", "none"]
+    for name in (
+        "method",
+        "student",
+        "epochs",
+        "batch_size",
+        "precision",
+        "threads",
+        "val_fraction",
+        "trials",
+    ):
+        words += ["--" + name.replace("_", "-"), str(PLAIN[name])]
+    with pytest.raises(Interrupted) as caught:
+        call(*words)
+    assert caught.value.exit_code == 143
+    assert caught.value.message == "stopped in trial 1, which will be begun anew; 1 of 3 trials are done"
+    assert caught.value.hint.startswith("kd tune --tune lr=1e-3:1 ") and "--trials 3" in caught.value.hint
+    assert [trial.state for trial in stored()] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.WAITING]
+    with pytest.raises(Interrupted) as caught:
+        call(*words)
+    assert caught.value.exit_code == 130
+    assert caught.value.message == "stopped; 2 of 3 trials are done"  # that trial was over
+    call(*words)
+    trials = stored()
+    complete, fail = TrialState.COMPLETE, TrialState.FAIL
+    assert [trial.state for trial in trials] == [complete, fail, complete, complete]
+    assert trials[2].user_attrs["again"] == 1 and trials[2].params == trials[1].params
+
+
+def test_a_trial_of_a_dead_process_is_done_again_once_and_given_up_after_three_deaths(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Claims whose owner is gone: a process number that nobody has, one that another has, one without an owner."""
+    monkeypatch.setattr(search, "fit", fake_fit(lambda run, epoch: 50.0))
+    search_for(splits, "lr=1e-3:1", trials=1)
+    url = storage.read_url("", Path("runs/toy/study.db"))
+    space = space_of("lr=1e-3:1", method="ce")
+
+    def opened() -> studies.Study:
+        return studies.Study(url, "toy", space, pruner="none", sampler="tpe", seed=0)
+
+    def claim(**owner: Any) -> optuna.Trial:
+        trial = opened().claim(9)
+        assert trial is not None
+        trial.set_user_attr("owner", {**trial.user_attrs["owner"], **owner})
+        return trial
+
+    first = claim(process=2**22 + 1)  # beyond the kernel's largest
+    second = claim(started=1.0)  # the number is another's by now
+    assert second.params == first.params and second.user_attrs["again"] == first.number
+    third = claim(process=2**22 + 1)
+    assert third.params == first.params and third.user_attrs["deaths"] == 2
+    fourth = claim()  # of this process, which lives
+    assert fourth.params != first.params
+    states = {trial.number: trial for trial in opened().trials()}
+    assert set(states) == {0, third.number, fourth.number}
+    assert states[third.number].state == "failed"
+    assert states[third.number].reason == "its process was killed, 3 times"
+    fifth = opened().claim(9)  # nothing is dead: nothing waits
+    assert fifth is not None and fifth.params not in (first.params, fourth.params)
+    assert (
+        opened().claim(5) is not None and opened().claim(5) is None
+    )  # five are taken: 0, 3, 4, 5 and this one
+
+
+def test_a_trial_that_was_given_up_for_dead_is_not_counted_twice(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process was only asleep: when it wakes, the trial is another's."""
+    notes: list[Event] = []
+
+    seen: list[tuple[str, int]] = []
+
+    def accuracy(run: TrainConfig, epoch: int) -> float:
+        seen.append((run.name, epoch))
+        if run.name == "trial-0001" and epoch == 1:
+            study = optuna.load_study(study_name="toy", storage="sqlite:///runs/toy/study.db")
+            study.tell(1, state=TrialState.FAIL)  # as Optuna does by heartbeats
+        return 50.0
+
+    monkeypatch.setattr(search, "fit", fake_fit(accuracy))
+    found = search_for(splits, "lr=1e-3:1", trials=3, on_event=notes.append)
+    assert [(trial.number, trial.state) for trial in found.trials] == [
+        (0, "complete"), (2, "complete"), (3, "complete"),
+    ]  # fmt: skip
+    assert found.trials[1].values == stored()[1].params
+    assert ("trial-0001", 2) not in seen  # it did not go on for nothing
+    assert any(isinstance(event, Note) and "trial 1 was given up" in event.text for event in notes)
+
+
+def test_processes_elsewhere_are_given_up_when_nothing_is_heard_of_them(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "fit", fake_fit(lambda run, epoch: 50.0))
+    search_for(splits, "lr=1e-3:1", trials=1)
+    url = storage.read_url("", Path("runs/toy/study.db"))
+    space = space_of("lr=1e-3:1", method="ce")
+
+    def opened() -> studies.Study:
+        return studies.Study(url, "toy", space, pruner="none", sampler="tpe", seed=0)
+
+    lost = opened().claim(9)
+    assert lost is not None
+    lost.set_user_attr("owner", {**lost.user_attrs["owner"], "host": "another"})
+    other = opened().claim(9)
+    assert other is not None and "again" not in other.user_attrs  # it may be alive
+    monkeypatch.setattr(storage, "GRACE_S", 1)
+    time.sleep(2.1)  # the database's clock counts seconds
+    again = opened().claim(9)
+    assert again is not None and again.user_attrs["again"] == lost.number and again.params == lost.params
+
+
+@pytest.mark.parametrize("under_lock", [True, False])
+def test_those_who_ask_at_once_get_as_many_trials_as_are_wanted(workplace: Path, under_lock: bool) -> None:
+    """Under the lock of files, as with SQLite; and by numbers alone, as on a server."""
+    url = storage.read_url("", Path("study.db"))
+    space = space_of("lr=1e-3:1", method="ce")
+    askers = [studies.Study(url, "toy", space, pruner="none", sampler="tpe", seed=0) for _ in range(4)]
+    begin = threading.Barrier(len(askers))
+    got: list[int] = []
+
+    def ask(study: studies.Study) -> None:
+        if not under_lock:
+            study._lock = None
+        begin.wait()
+        while (trial := study.claim(6)) is not None:
+            got.append(trial.number)
+            time.sleep(0.01)
+            study.complete(trial, [50.0], "32")
+
+    threads = [threading.Thread(target=ask, args=(study,)) for study in askers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    trials = stored(Path("study.db"))
+    assert sorted(got) == [trial.number for trial in trials if trial.state == TrialState.COMPLETE]
+    assert len(got) == 6
+    others = [trial for trial in trials if trial.number not in got]
+    assert all(trial.user_attrs.get("dropped") for trial in others) and (not others or not under_lock)
+
+
+def test_killed_and_gone_on_with_by_two_processes_every_trial_is_recorded_once(workplace: Path) -> None:
+    random = np.random.default_rng(0)
+    for split, count in (("train", 40), ("test", 3)):
+        for label in range(3):
+            place = Path("images") / split / f"class-{label}"
+            place.mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(60 * label, 60 * label + 120, (8, 8, 1)).astype(np.uint8)
+                Image.fromarray(pixels[:, :, 0]).save(place / f"{number}.png")
+    command = [
+        sys.executable, "-m", "kdcli",
+        *shlex.split(
+            "tune --tune lr=1e-3:1e-1 --tune batch-size=8:32 --data images --grey --method ce --student convnet-tiny "
+            "--threads 1 --precision 32 --epochs 6 --val-fraction 0.2 --trials 8 --study toy --pruner none -q"
+        ),
+    ]  # fmt: skip
+    first = subprocess.Popen(command, env=ENVIRONMENT)
+    deadline = time.monotonic() + 120
+    while not Path("runs/toy/trial-0002/metrics.jsonl").exists():  # in the middle of the third
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    first.kill()  # nobody asks after it: until the end it stays in the list of processes
+    before = stored()
+    running = [trial.number for trial in before if trial.state == TrialState.RUNNING]
+    assert running == [2]
+    pair = [subprocess.Popen(command, env=ENVIRONMENT) for _ in range(2)]
+    assert [one.wait(timeout=120) for one in pair] == [0, 0]
+    assert first.wait() == -signal.SIGKILL
+    trials = stored()
+    done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    assert len(done) == 8
+    assert [trial.number for trial in trials if trial.state != TrialState.COMPLETE] == running
+    assert trials[2].state == TrialState.FAIL
+    assert [trial.number for trial in trials] == list(range(9))
+    assert [trial.user_attrs["again"] for trial in trials if "again" in trial.user_attrs] == running
+    [again] = [trial for trial in trials if "again" in trial.user_attrs]
+    assert again.params == trials[2].params
+    assert len({str(trial.params) for trial in done}) == 8
+    for trial in done:
+        result = json.loads((Path("runs/toy") / f"trial-{trial.number:04d}" / "result.json").read_text())
+        assert result["val_accuracy"] == trial.value
+    owners = {trial.user_attrs["owner"]["process"] for trial in done[2:]}
+    assert owners <= {one.pid for one in pair}
+    best = max(done, key=lambda trial: (trial.value, -trial.number))
+    assert list(Path("runs/toy").glob("*/student.pt")) == [
+        Path(f"runs/toy/trial-{best.number:04d}/student.pt")
+    ]
+    assert not list(Path("runs/toy").glob("*/last*.pt"))
+
+
+class _Elsewhere:
+    """A study of which another process finishes a better trial as soon as it has been looked at once."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def _there(self) -> tuple[studies.Trial, ...]:
+        self.looks += 1
+        both = studies.Trial(0, "complete", {}, 50.0), studies.Trial(1, "complete", {}, 60.0)
+        return both[: self.looks]
+
+    def trials(self) -> tuple[studies.Trial, ...]:
+        return self._there()
+
+    def numbers_over(self) -> set[int]:
+        return {trial.number for trial in self._there()}
+
+
+def test_the_best_trial_that_another_process_has_just_finished_keeps_its_student(
+    workplace: Path, splits: Splits
+) -> None:
+    for number in (0, 1):
+        place = Path(f"runs/toy/trial-{number:04d}")
+        place.mkdir(parents=True)
+        (place / "student.pt").touch()
+    tidying = search._Search.__new__(search._Search)
+    tidying.config, tidying.folder, tidying.tidied = config(), Path("runs/toy"), set()
+    tidying.study = _Elsewhere()  # type: ignore[assignment]
+    tidying._tidy()
+    assert [path.parent.name for path in Path("runs/toy").glob("*/student.pt")] == ["trial-0001"]
+
+
+def test_the_command_to_go_on_with_has_each_value_of_a_list() -> None:
+    options = {"teacher": [Path("a.pt"), Path("my b.pt")], "weight": ["kd=2"], "grey": True, "trials": 3}
+    again = cli_tune._again(config(), ["tau=1:2"], None, options)
+    assert again == (
+        "kd tune --tune tau=1:2 --teacher a.pt --teacher 'my b.pt' --weight kd=2 --grey --trials 3"
+    )
+
+
+def test_what_followed_in_a_run_from_a_setting_that_is_tuned_does_not_hold(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make(TrainConfig, {k: v for k, v in PLAIN.items() if k in TrainConfig.model_fields})
+    made = engine.fit(run.model_copy(update={"epochs": 1}), splits).run
+    assert engine.RunDir(made.path).read_config().views == 1
+    seen: list[TuneConfig] = []
+
+    def stop(wanted: TuneConfig, space: Space) -> None:
+        seen.append(wanted)
+        raise KdError("seen")
+
+    monkeypatch.setattr(search, "check", stop)
+    call = command_line(monkeypatch, cli_train, cli_tune)
+    words = ["tune", "--config", made.config_file.as_posix(), "--tune"]
+    for tuned in ("epochs=2|3", "kd-weight=0:1", "method=kd|logits"):
+        with pytest.raises(KdError, match="seen"):
+            call(*words, tuned, *(["--method", "kd"] if "kd-weight" in tuned else []))
+        assert seen.pop().views == 0
+    with pytest.raises(KdError, match="seen"):
+        call(*words, "lr=0.1:1", "--trials", "3")
+    assert seen.pop().lr == PLAIN["lr"]
+
+
+def test_chains_are_no_part_of_a_search(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("assistant", "generations"):
+        with pytest.raises(UsageError, match="a trial trains a single student") as caught:
+            space_of(f"{name}=1|2")
+        assert caught.value.hint == "Leave it out."
+    help_text = command_line(monkeypatch, cli_train, cli_tune)("tune", "--help").stdout
+    assert "--generations" not in help_text and "--student" in help_text
+    assert config(study="", method="kd+my.module:f").study_name == "tune-kd+f-convnet-tiny"

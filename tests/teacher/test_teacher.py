@@ -1,0 +1,471 @@
+"""The teacher's pass: divided in parts, shared between runs, in several forms, and never believed when damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kdcli import models, teacher
+from kdcli.base.errors import KdError, UsageError
+from kdcli.base.events import Event, Note, Progress
+from kdcli.data import ImageSet, augment
+from kdcli.data.preprocess import MeanStd
+from kdcli.engine import fit
+from kdcli.engine.plan import resolve
+from kdcli.models import Classifier, checkpoint
+from kdcli.teacher import Teacher, runner
+from kdcli.teacher.ensemble import Ensemble
+from kdcli.teacher.recorded import teachers_of
+from kdcli.teacher.runner import Plan, choose
+from kdcli.teacher.views import Outputs, top_k_of
+from tests.engine.test_engine import config
+from tests.helpers import ROOT, image_set, make_splits
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher, "PART", 20)
+    monkeypatch.setattr(teacher.views, "PART", 20)
+
+
+def make_teacher(path: Path, classes: int = 3, scale: float = 1.0) -> Classifier:
+    torch.manual_seed(5)
+    network = models.build("convnet-tiny", classes=classes, input_size=(8, 8, 1))
+    with torch.no_grad():
+        network.fc.weight.mul_(scale)  # type: ignore[union-attr, operator]
+    names = tuple(f"class {index}" for index in range(classes))
+    made = Classifier(
+        network,
+        MeanStd(torch.tensor([90.0]), torch.tensor([60.0])),
+        arch="convnet-tiny",
+        arch_args={},
+        classes=names,
+        input_size=(8, 8, 1),
+    ).eval()
+    made.save(path)
+    return made
+
+
+@pytest.fixture
+def images() -> ImageSet:
+    return image_set(90)
+
+
+def expected_of(model: Classifier, images: ImageSet) -> np.ndarray[Any, Any]:
+    with torch.inference_mode():
+        return model(torch.from_numpy(images.images)).numpy()
+
+
+def test_a_stopped_pass_goes_on_where_it_was(workplace: Path, images: ImageSet) -> None:
+    model = make_teacher(Path("t.pt"))
+    seen: list[Progress] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, Progress):
+            seen.append(event)
+
+    opened = Teacher.open(Path("t.pt"), Path("cache"))
+    assert opened.logits(images, on_event=note, stop=lambda: len(seen) >= 3) == []
+    parts = sorted(Path("cache/teacher").rglob("part-*.npy"))
+    assert [path.name[:10] for path in parts] == ["part-00000", "part-00001", "part-00002"]
+    damaged = bytearray(parts[1].read_bytes())
+    damaged[-1] ^= 1
+    parts[1].write_bytes(damaged)
+    seen.clear()
+    [outputs] = Teacher.open(Path("t.pt"), Path("cache")).logits(images, on_event=note)
+    # parts 3 and 4, and then the damaged one again
+    assert [event.done for event in seen] == [80, 90, 90]
+    np.testing.assert_allclose(outputs.logits().numpy(), expected_of(model, images), rtol=2e-3, atol=2e-3)
+    assert not list(Path("cache/teacher").rglob("part-*"))
+
+
+def test_two_runs_at_once_compute_each_view_once(workplace: Path, images: ImageSet) -> None:
+    make_teacher(Path("t.pt"))
+    ran: list[int] = []
+    results: list[list[Outputs]] = []
+    started = threading.Barrier(2)
+
+    def run() -> None:
+        opened = Teacher.open(Path("t.pt"), Path("cache"))
+        started.wait()
+        results.append(opened.logits(images, augment_name="flip-crop", views=6))
+        ran.append(opened.passes)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(ran) == 6
+    for one, two in zip(*results, strict=True):
+        np.testing.assert_array_equal(one.kept, two.kept)
+
+
+def test_a_killed_runs_lock_is_free_and_a_living_ones_is_waited_for(
+    workplace: Path, images: ImageSet
+) -> None:
+    """A process takes the lock of a view and is then killed: until then a second run waits, and says so."""
+    make_teacher(Path("t.pt"))
+    opened = Teacher.open(Path("t.pt"), Path("cache"))
+    opened.logits(images)
+    [folder] = Path("cache/teacher").iterdir()
+    (folder / "view-0000.npy").unlink()
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time\nfrom filelock import FileLock\n"
+            f"lock = FileLock({str((folder / 'view-0000.lock').resolve())!r})\nlock.acquire()\n"
+            "print('held', flush=True)\ntime.sleep(600)",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    told: list[str] = []
+    waited = threading.Event()
+
+    def note(event: Event) -> None:
+        if isinstance(event, Note):
+            told.append(event.text)
+            waited.set()
+
+    found: list[list[Outputs]] = []
+    thread = threading.Thread(target=lambda: found.append(opened.logits(images, on_event=note)))
+    thread.start()
+    assert waited.wait(30)
+    assert "waiting" in told[0]
+    time.sleep(0.1)
+    assert not found
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    thread.join(30)
+    assert len(found) == 1
+    assert opened.passes == 2
+
+
+# --- what is kept ---------------------------------------------------------------------------------------------
+
+
+def test_top_k_keeps_the_largest_and_the_mass_of_the_rest() -> None:
+    logits = np.random.default_rng(0).normal(size=(40, 30)).astype(np.float32) * 4
+    dense = Outputs(top_k_of(logits, 5), 30).logits().numpy()
+    order = np.argsort(-logits, axis=1)
+    for row in range(40):
+        top, rest = order[row, :5], order[row, 5:]
+        np.testing.assert_allclose(dense[row, top], logits[row, top], rtol=1e-3, atol=1e-3)
+        # the rest: one logit for all, with the same sum of exponentials
+        assert len(np.unique(dense[row, rest])) == 1
+        exact = np.log(np.exp(logits[row, rest].astype(np.float64)).sum())
+        assert np.log(np.exp(dense[row, rest].astype(np.float64)).sum()) == pytest.approx(exact, abs=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6])
+def test_a_cache_of_top_k_is_small_and_trains(workplace: Path, scale: float) -> None:
+    """Also of logits that float16 cannot hold."""
+    model = make_teacher(Path("t.pt"), classes=12, scale=scale)
+    images = image_set(90, classes=12)
+    opened = Teacher.open(Path("t.pt"), Path("cache"), top_k=2)
+    [outputs] = opened.logits(images)
+    assert outputs.kept.dtype.itemsize == (2 if scale == 1 else 4) * 2 + 2 * 2 + 4
+    expected = expected_of(model, images)
+    assert (outputs.logits().numpy().argmax(1) == expected.argmax(1)).mean() > 0.95  # float16 makes ties
+    splits = make_splits(classes=12)
+    result = fit(config(method="kd", teacher=Path("t.pt"), cache_top_k=2, epochs=1), splits)
+    assert result.teacher_passes == 1  # the test images, whole; the train images are in the cache
+    assert result.evaluation.agreement is not None
+
+
+def test_the_largest_logits_are_found_in_order() -> None:
+    random = np.random.default_rng(3).normal(size=(50, 400)).astype(np.float32)
+    np.testing.assert_array_equal(
+        top_k_of(random, 7)["class"], np.argsort(-random, axis=1, kind="stable")[:, :7]
+    )
+
+
+def test_top_k_is_refused_where_it_makes_no_sense(workplace: Path) -> None:
+    make_teacher(Path("t.pt"))
+    with pytest.raises(UsageError, match="regresses all logits"):
+        fit(config(method="logits", teacher=Path("t.pt"), cache_top_k=2), make_splits())
+    with pytest.raises(UsageError, match="there are 3 classes"):
+        fit(config(method="kd", teacher=Path("t.pt"), cache_top_k=3), make_splits())
+    assert not Path("runs").exists()
+
+
+# --- fixed, views, off ----------------------------------------------------------------------------------------
+
+
+def targets_seen(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> list[tuple[Any, ...]]:
+    """(epoch, samples, images, teacher's logits) of each step."""
+    from kdcli.engine import step
+
+    seen: list[tuple[Any, ...]] = []
+    original = step.Step._step
+
+    def watch(self: Any, inputs: Any, epoch: int, rate: float, done: float, told: Any) -> torch.Tensor:
+        seen.append((epoch, inputs.samples, inputs.images.clone(), told[0].clone()))
+        return original(self, inputs, epoch, rate, done, told)
+
+    monkeypatch.setattr(step.Step, "_step", watch)
+    fit(config(teacher=Path("t.pt"), method="kd", **settings), make_splits())
+    return seen
+
+
+@pytest.mark.parametrize("mode", ["views", "off", "fixed"])
+def test_the_teacher_sees_what_the_mode_says(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    model = make_teacher(Path("t.pt"))
+    steps = targets_seen(
+        monkeypatch,
+        augment="flip-crop-cutout",
+        teacher_cache=mode,
+        epochs=3,
+        views=2 if mode == "views" else 0,
+    )
+    train = make_splits().train
+    pictures: dict[int, dict[int, bytes]] = {}
+    for epoch, samples, images, targets in steps:
+        shown = torch.from_numpy(train.images[samples]) if mode == "fixed" else images
+        with torch.inference_mode():
+            torch.testing.assert_close(targets, model(shown), rtol=2e-3, atol=2e-3)
+        view = pictures.setdefault(epoch, {})
+        view.update({int(s): i.numpy().tobytes() for s, i in zip(samples, images, strict=True)})
+    assert pictures[0] != pictures[1]
+    assert (pictures[2] == pictures[0]) == (mode == "views")  # two views are cycled; else each is fresh
+
+
+def test_mixup_mixes_images_labels_and_what_the_teacher_sees(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_teacher(Path("t.pt"))
+    for _, _, images, targets in targets_seen(monkeypatch, augment="flip-mixup", epochs=2, ce_weight=1.0):
+        with torch.inference_mode():
+            torch.testing.assert_close(targets, model(images), rtol=2e-3, atol=2e-3)
+    with pytest.raises(UsageError, match="does not go with mixup"):
+        resolve(config(method="kd", augment="mixup", teacher_cache="fixed"))
+    assert resolve(config(method="ce", augment="mixup", teacher_cache="fixed")).views == 3
+
+
+def test_images_kept_for_validation_are_not_mixed_in(workplace: Path) -> None:
+    samples = np.arange(1000)
+    pool = np.arange(0, 1000, 7)
+    mixed = augment.mixing("mixup", 3, 1, samples, pool)
+    assert mixed is not None
+    assert set(mixed.partners.tolist()) == set(pool.tolist())
+    make_teacher(Path("t.pt"))
+    opened = Teacher.open(Path("t.pt"), Path("cache"))
+    for last in (40, 40, 50):  # another split is another cache
+        opened.logits(image_set(90), augment_name="mixup", pool=np.arange(last))
+    assert opened.passes == 2
+
+
+# --- engine, precision, batch ---------------------------------------------------------------------------------
+
+
+class _Slow:
+    """A clock in which what runs takes the time it is given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cost: dict[str, float]) -> None:
+        self.now = 0.0
+        self.cost = cost
+        self.name = ""
+        monkeypatch.setattr(runner.time, "perf_counter", lambda: self.now)
+        made = runner.run_of
+
+        def timed(model: Any, plan: Plan, threads: int = 0) -> Any:
+            run = made(model, plan, threads)
+
+            def call(images: torch.Tensor) -> torch.Tensor:
+                self.now += self.cost[f"{plan.engine} {plan.precision}"] * (len(images) + 16)
+                return run(images)
+
+            return call
+
+        monkeypatch.setattr(runner, "run_of", timed)
+
+
+COSTS = {"torch 32": 1.0, "torch bf16": 0.5, "onnxruntime 32": 0.7}
+
+
+def test_the_fastest_way_with_the_same_answers_is_chosen(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, images: ImageSet
+) -> None:
+    model = make_teacher(Path("t.pt"))
+
+    def take(count: int) -> torch.Tensor:
+        return torch.from_numpy(images.images[:count])
+
+    def plan(costs: dict[str, float], wanted: str = "auto") -> Plan:
+        with monkeypatch.context() as patch:
+            _Slow(patch, costs)
+            return choose(model, take, count=90, wanted=wanted, on_event=lambda event: None)
+
+    chosen = plan({**COSTS, "torch bf16": 9.0})
+    assert (chosen.engine, chosen.precision, chosen.batch_size) == (
+        "onnxruntime",
+        "32",
+        128,
+    )  # 90: no more are there
+    assert chosen.agreement == 100
+    assert plan(COSTS, "32").engine == "onnxruntime"
+    assert plan({**COSTS, "torch 32": 0.1}).engine == "torch"
+    bf16 = plan(COSTS)  # taken only if it agrees; these logits lie far apart or not, the check decides
+    with torch.inference_mode():
+        plain, half = model(take(90)), runner.run_of(model, Plan("torch", "bf16"))(take(90))
+    agreement = 100 * float((plain.argmax(1) == half.argmax(1)).double().mean())
+    assert (bf16.precision == "bf16") == (agreement >= 99.9)
+    assert plan(COSTS, "bf16") == Plan("torch", "bf16")
+
+
+def test_bf16_that_changes_answers_is_not_taken(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, images: ImageSet
+) -> None:
+    model = make_teacher(Path("t.pt"))
+    _Slow(monkeypatch, {**COSTS, "torch bf16": 0.01})
+    made = runner.run_of
+
+    def wrong(model: Any, plan: Plan, threads: int = 0) -> Any:
+        run = made(model, plan, threads)
+        return (lambda images: -run(images)) if plan.precision == "bf16" else run
+
+    monkeypatch.setattr(runner, "run_of", wrong)
+    chosen = choose(
+        model,
+        lambda count: torch.from_numpy(images.images[:count]),
+        count=90,
+        wanted="auto",
+        on_event=lambda event: None,
+    )
+    assert chosen.engine == "onnxruntime"
+
+
+def test_onnxruntime_gives_what_torch_gives(workplace: Path, images: ImageSet) -> None:
+    model = make_teacher(Path("t.pt"))
+    with torch.inference_mode():
+        found = runner.run_of(model, Plan("onnxruntime"))(torch.from_numpy(images.images)).numpy()
+    np.testing.assert_allclose(found, expected_of(model, images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_warm_cache_needs_neither_the_teachers_weights_nor_onnxruntime(
+    workplace: Path,
+) -> None:
+    """A second run of another method never reads the teacher."""
+    make_teacher(Path("t.pt"))
+    data = make_splits()
+    fit(config(method="kd", teacher=Path("t.pt"), augment="flip", name="a"), data)
+    code = (
+        "import sys, torch\nfrom pathlib import Path\nfrom kdcli import models, teacher\n"
+        "def refuse(*rest): raise AssertionError('the teacher was read')\n"
+        "teacher.load_model = refuse\n"
+        "from tests.helpers import make_splits\nfrom tests.engine.test_engine import config\n"
+        "from kdcli.engine import fit\n"
+        "result = fit(config(method='logits', teacher=Path('t.pt'), augment='flip', name='b'), make_splits())\n"
+        "assert result.teacher_passes == 0\n"
+        "assert not {'onnxruntime', 'onnx', 'lightning_fabric', 'sklearn', 'matplotlib'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_manifest_says_what_made_a_view(workplace: Path, images: ImageSet) -> None:
+    make_teacher(Path("t.pt"))
+    Teacher.open(Path("t.pt"), Path("cache"), precision="bf16").logits(images)
+    [manifest] = Path("cache/teacher").glob("*/manifest.json")
+    made = json.loads(manifest.read_text())["made_by"]["view-0000.npy"]
+    assert (made["engine"], made["precision"]) == ("torch", "bf16")
+
+
+def test_a_live_onnx_teacher(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ONNX file can teach in each step, from raw images to probabilities; it has no dropout to leave on."""
+    from kdcli.deploy.onnx_model.translate import to_onnx
+
+    model = make_teacher(Path("t.pt"))
+    Path("t.onnx").write_bytes(to_onnx(model, opset=18, with_preprocessing=True).SerializeToString())
+    with pytest.raises(KdError, match="needs a \\.pt teacher"):
+        fit(config(method="kd", teacher=Path("t.onnx"), teacher_dropout=0.5), make_splits())
+    images = torch.from_numpy(make_splits().train.images[:9])
+    live = Teacher.open(Path("t.onnx"), Path("cache")).live()
+    with torch.inference_mode():
+        expected = model(images).log_softmax(1)
+    torch.testing.assert_close(live(images, 0, np.arange(9)), expected, rtol=1e-4, atol=1e-4)
+    result = fit(config(method="kd", teacher=Path("t.onnx"), teacher_cache="off", epochs=1), make_splits())
+    assert result.teacher_passes == 1  # the test images
+
+
+@pytest.mark.parametrize("count", [3, 63])
+def test_fewer_images_than_a_batch_have_views_too(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """A pass over all views is longer than the data: what is timed first must be taken from the images there are."""
+    make_teacher(Path("t.pt"))
+    splits = make_splits(train=count, test=6)
+    for worth_trying_s in (runner._WORTH_TRYING_S, 0.0):  # a short pass, and one that is measured first
+        monkeypatch.setattr(runner, "_WORTH_TRYING_S", worth_trying_s)
+        opened = teacher.Teacher.open(Path("t.pt"), Path(f"cache-{worth_trying_s}"))
+        views = opened.logits(splits.train, augment_name="flip-crop", views=30)
+        assert [len(view) for view in views] == [count] * 30
+
+
+# --- several teachers ------------------------------------------------------------------------------------------
+
+
+def test_several_teachers_are_the_weighted_mean_of_their_logits(workplace: Path) -> None:
+    splits = make_splits()
+    first, second = make_teacher(Path("a.pt")), make_teacher(Path("b.pt"), scale=3.0)
+    both = Ensemble.of([Teacher.open(Path(name), Path("cache")) for name in ("a.pt", "b.pt")], (3.0, 1.0))
+    [kept] = both.logits(splits.train)
+    images = torch.from_numpy(splits.train.images)
+    expected = 0.75 * first(images) + 0.25 * second(images)
+    torch.testing.assert_close(kept.logits(), expected.detach(), rtol=2e-3, atol=2e-3)  # kept as float16
+    samples = np.array([4, 1])
+    torch.testing.assert_close(kept.logits(samples), kept.logits()[[4, 1]])
+    wide = np.concatenate(list(kept.chunks(np.arange(len(splits.train)))))
+    np.testing.assert_allclose(wide, kept.logits().numpy(), rtol=1e-6, atol=1e-6)
+    live = both.live()(images[:5], 0, np.arange(5))
+    torch.testing.assert_close(live, expected[:5].detach(), rtol=1e-5, atol=1e-5)
+    assert both.passes == 2
+    turned = Ensemble.of([Teacher.open(Path(name), Path("cache")) for name in ("b.pt", "a.pt")])
+    turned.logits(splits.train)
+    assert turned.passes == 0  # each has its own outputs in the cache
+    assert len({both.sha256, turned.sha256, Ensemble.of(both.teachers).sha256}) == 3
+
+
+def test_a_student_of_several_teachers_says_which(workplace: Path) -> None:
+    splits = make_splits()
+    for name, scale in (("a.pt", 1.0), ("b.pt", 3.0)):
+        make_teacher(Path(name), scale=scale)
+    result = fit(config(method="logits", teacher=["a.pt", "b.pt"], teacher_weight=[1, 3], epochs=1), splits)
+    assert result.teacher_passes == 4  # two over the train images, two over the test images
+    recorded = checkpoint.load(result.run.student).provenance
+    assert [
+        (path.name, round(entry["weight"], 6))
+        for (path, _), entry in zip(teachers_of(recorded), recorded["teacher"]["teachers"], strict=True)
+    ] == [("a.pt", 0.25), ("b.pt", 0.75)]
+    assert result.config.teacher == (Path("a.pt"), Path("b.pt"))
+    again = fit(config(method="kd", teacher=["b.pt"], epochs=1), splits)
+    assert again.teacher_passes == 0
+    for weights, told in (([1], "1 for 2 teachers"), ([0, 0], "above 0"), ([-1, 2], "0 or more")):
+        with pytest.raises(UsageError, match=told):
+            config(teacher=["a.pt", "b.pt"], teacher_weight=weights)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [None, "x", {}, {"path": 3}, {"path": "a\0b"}, {"teachers": [3, {"path": "a.pt", "sha256": "0"}]}, []],
+)
+def test_what_a_file_says_of_its_teachers_is_read_as_anything(word: object) -> None:
+    found = teachers_of({"teacher": word})
+    assert found == ([(Path("a.pt"), "0")] if isinstance(word, dict) and "teachers" in word else [])
