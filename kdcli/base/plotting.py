@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import atomic_path
+from kdcli.base.text import reason
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,7 +72,7 @@ def drawn_to(target: Target, width: float, height: float) -> Iterator[Figure]:
             with atomic_path(target) as temporary:
                 figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
         except OSError as error:
-            raise KdError(f"cannot write {target}: {error.strerror or error}") from error
+            raise KdError(f"cannot write {target}: {reason(error)}") from error
 
 
 def shown(name: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcli.base.errors import UsageError
+from kdcli.base.text import reason
 
 # `seed` is the reference's own.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -45,7 +46,7 @@ def read_recipe(name: str, typed: Mapping[str, Any] | None = None) -> dict[str, 
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"cannot read recipe {name}: {error.strerror or error}") from error
+        raise UsageError(f"cannot read recipe {name}: {reason(error)}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"recipe {name} is not TOML: {error}") from error
     filled = document.pop("filled", [])

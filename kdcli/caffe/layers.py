@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from kdcli.base.errors import KdError
+from kdcli.base.text import dims
 from kdcli.caffe.read import Array, Layer, squeezed
-from kdcli.models.operations.shapes import shown
 
 Node = tuple[str, dict[str, Any]]
 
@@ -60,7 +60,7 @@ def state_of(
     if not names or (operation == "batch_norm" and not wanted):
         return {}
     if not blobs:
-        shapes = ", ".join(f"{name} {shown(wanted[name])}" for name in names if name in wanted)
+        shapes = ", ".join(f"{name} {dims(wanted[name])}" for name in names if name in wanted)
         raise KdError(f"layer {layer.name}: the file holds no weights for it (the network wants {shapes})")
     if len(blobs) != len(names):
         raise KdError(
@@ -73,8 +73,8 @@ def state_of(
         stored = shape[::-1] if transposed and name == "weight" else shape
         if squeezed(blob.shape) != squeezed(stored):
             raise KdError(
-                f"layer {layer.name}: {name} in the file is {shown(blob.shape)}, "
-                f"the network wants {shown(stored)}"
+                f"layer {layer.name}: {name} in the file is {dims(blob.shape)}, "
+                f"the network wants {dims(stored)}"
             )
         values = blob.reshape(stored)
         state[name] = np.ascontiguousarray(values.T) if stored is not shape else values

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from kdcli.base.errors import KdError
 from kdcli.base.events import Note, OnEvent, ignore
+from kdcli.base.text import dims
 from kdcli.caffe.layers import check_type, node_of, state_of
 from kdcli.caffe.read import Layer, Network, Weights
 from kdcli.models.graph import INPUT, GraphNet, safe_name
-from kdcli.models.operations.shapes import Shape, is_vector, shown
+from kdcli.models.operations.shapes import Shape, is_vector
 
 _AFTER_LOGITS = ("Softmax", "ArgMax")  # what may follow the logits, and is cut off
 
@@ -227,7 +228,7 @@ def assemble(network: Network, weights: Weights, shape: Shape, on_event: OnEvent
     output = skeleton.shapes[wiring.output]
     if not output or not is_vector(output, output[0]):
         raise KdError(
-            f"layer {wiring.output}: its output is {shown(output)}, not one value a class",
+            f"layer {wiring.output}: its output is {dims(output)}, not one value a class",
             "kd distils image classifiers; is the image size right (--image-size)?",
         )
     channels, height, width = shape

@@ -15,6 +15,7 @@ from google.protobuf import text_format
 
 from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent, Progress, ignore
+from kdcli.base.text import first_line
 from kdcli.caffe import schema
 from kdcli.caffe.layers import DEPTHWISE
 from kdcli.caffe.network import wire
@@ -189,7 +190,7 @@ def _open(model: CaffeModel, text: str) -> Any:
         try:
             return cv2.dnn.readNetFromCaffe(str(path), str(weights))
         except cv2.error as error:
-            raise KdError(f"OpenCV cannot read {model.path}: {_first_line(error)}") from error
+            raise KdError(f"OpenCV cannot read {model.path}: {first_line(error)}") from error
 
 
 def _as_v2(weights: Weights) -> bytes:
@@ -211,15 +212,10 @@ def _run(net: Any, prepared: npt.NDArray[np.float32], layer: str) -> npt.NDArray
         net.setInput(prepared)
         return np.asarray(net.forward(layer), dtype=np.float32)
     except cv2.error as error:
-        raise KdError(f"OpenCV cannot run the network: {_first_line(error)}") from error
+        raise KdError(f"OpenCV cannot run the network: {first_line(error)}") from error
 
 
 def _missing(what: str) -> KdError:
     return KdError(
         f"{what}, so there is nothing to compare with", 'pip install "opencv-python-headless>=4.10,<5"'
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:200] if lines else type(error).__name__

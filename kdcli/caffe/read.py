@@ -20,6 +20,7 @@ from google.protobuf import text_format, unknown_fields
 from google.protobuf.message import DecodeError
 
 from kdcli.base.errors import KdError
+from kdcli.base.text import first_line
 from kdcli.caffe import schema, v0
 
 Array = npt.NDArray[np.float32]
@@ -117,7 +118,7 @@ def read_caffemodel(path: Path) -> CaffeModel:
             message.ParseFromString(content)
     except (DecodeError, ValueError, RecursionError) as error:
         raise KdError(
-            f"{path} is not a whole caffemodel: {_first_line(error)}", _kind_hint(content)
+            f"{path} is not a whole caffemodel: {first_line(error)}", _kind_hint(content)
         ) from error
     if not message.layers and not message.layer:
         raise KdError(f"{path} is not a caffemodel: it holds no layers", _kind_hint(content))
@@ -176,9 +177,9 @@ def _parse_text(text: str, message: Any, path: Path) -> None:
     try:
         text_format.Parse(text, message, allow_unknown_field=True)
     except text_format.ParseError as error:
-        raise KdError(f"{path} is not a well-formed prototxt: line {_first_line(error)}") from error
+        raise KdError(f"{path} is not a well-formed prototxt: line {first_line(error)}") from error
     except (ValueError, RecursionError, OverflowError) as error:
-        raise KdError(f"{path} is not a well-formed prototxt: {_first_line(error)}") from error
+        raise KdError(f"{path} is not a well-formed prototxt: {first_line(error)}") from error
 
 
 _NUMBER = r"[-+]?[0-9.][-+0-9.eE]*+f?"
@@ -213,7 +214,7 @@ def read_mean(path: Path) -> Array:
     try:
         message.ParseFromString(read_bytes(path, _MOST_TEXT_MODEL))
     except (DecodeError, RecursionError) as error:
-        raise KdError(f"{path} is not a mean image: {_first_line(error)}") from error
+        raise KdError(f"{path} is not a mean image: {first_line(error)}") from error
     mean = blob_array(message, str(path))
     if mean.ndim == 4 and mean.shape[0] == 1:
         mean = mean[0]
@@ -404,8 +405,3 @@ def _is_text(content: bytes) -> bool:
     """Whether it reads as a network's text form; a binary one begins with a byte below the blank, or a tag."""
     head = content[:4096]
     return b"layer" in head and all(byte in b"\t\n\r" or byte >= 32 for byte in head)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from kdcli import models
 from kdcli.base import safe_pickle
 from kdcli.base.errors import KdError
+from kdcli.base.text import dims
 from kdcli.caffe.network import Built, LayerRow
 from kdcli.caffe.read import Array, Weights
-from kdcli.models.operations.shapes import Shape, shown
+from kdcli.models.operations.shapes import Shape
 
 Layers = dict[str, tuple[Array, Array]]  # name → weights, biases, as stored
 
@@ -64,9 +65,7 @@ def read_layers(path: Path) -> Layers:
             _numbers(parts[part], f"{path}: layer {name}, {part}") for part in ("weights", "biases")
         )
         if weights.ndim not in (2, 4) or biases.shape != weights.shape[-1:]:
-            raise KdError(
-                f"{path}: layer {name}: weights {shown(weights.shape)}, biases {shown(biases.shape)}"
-            )
+            raise KdError(f"{path}: layer {name}: weights {dims(weights.shape)}, biases {dims(biases.shape)}")
         layers[name] = (weights, biases)
     return layers
 
@@ -202,7 +201,7 @@ def build(layers: Layers, arch: str, size: tuple[int, int, int]) -> Built:
         wanted = 2 if name.startswith("ip") else 4
         if layers[name][0].ndim != wanted:
             raise KdError(
-                f"layer {name}: weights are {shown(layers[name][0].shape)}, {arch} wants {wanted} axes"
+                f"layer {name}: weights are {dims(layers[name][0].shape)}, {arch} wants {wanted} axes"
             )
     stored = caffe_layout(layers)
     arch_args = _widths(arch, stored)
@@ -216,8 +215,8 @@ def build(layers: Layers, arch: str, size: tuple[int, int, int]) -> Built:
             shape = tuple(module.get_parameter(part).shape)
             if array.shape != shape:
                 raise KdError(
-                    f"layer {name}: {part} in the file is {shown(array.shape)}, {arch} wants {shown(shape)} "
-                    f"for images of {shown(size)}"
+                    f"layer {name}: {part} in the file is {dims(array.shape)}, {arch} wants {dims(shape)} "
+                    f"for images of {dims(size)}"
                 )
             state[f"{name}.{part}"] = torch.from_numpy(array.copy())
     return Built(arch, arch_args, state, classes, size, _rows(network, size))

@@ -17,6 +17,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from kdcli.base.errors import Interrupted, KdError, UsageError
+from kdcli.base.text import reason
 from kdcli.cli._bare import spell_out
 
 app = typer.Typer(
@@ -165,9 +166,7 @@ def _as_kd_error(problem: Exception, arguments: list[str]) -> KdError:
     if not hasattr(problem, "format_message"):
         if isinstance(problem, OSError):
             where = f"{problem.filename}: " if problem.filename else ""
-            return KdError(
-                f"{where}{problem.strerror or problem}", "Check the path, its permissions and free space."
-            )
+            return KdError(f"{where}{reason(problem)}", "Check the path, its permissions and free space.")
         words = str(problem) if isinstance(problem, RuntimeError) else ""  # torch's own, of CPU and GPU
         if isinstance(problem, MemoryError) or "DefaultCPUAllocator" in words or "out of memory" in words:
             return KdError("out of memory", "Use smaller images, fewer of them, or a smaller batch.")

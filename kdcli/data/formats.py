@@ -13,6 +13,7 @@ import numpy.typing as npt
 from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent, Progress
 from kdcli.base.files import sha256_file
+from kdcli.base.text import reason
 from kdcli.data import catalog
 from kdcli.data.decode import Pixels
 from kdcli.data.images import Splits
@@ -87,7 +88,7 @@ def load_format(
     try:
         keys = [open_source(path).key() if path.is_dir() else sha256_file(path) for path in paths.values()]
     except OSError as error:
-        raise KdError(f"cannot read {error.filename or data_dir}: {error.strerror or error}") from error
+        raise KdError(f"cannot read {error.filename or data_dir}: {reason(error)}") from error
     height, width, own_channels = kind.input_size
     image_size = None if image_size == height == width else image_size
     channels = channels or own_channels

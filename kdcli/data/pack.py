@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from kdcli.base import files
 from kdcli.base.errors import KdError
+from kdcli.base.text import reason
 from kdcli.data import rows
 from kdcli.data.decode import Pixels, fit, with_channels
 from kdcli.data.images import NO_LABEL, ImageSet, Splits, fingerprint_of
@@ -93,9 +94,7 @@ class Spool:
 
 
 def _unwritable(folder: Path, error: OSError) -> KdError:
-    return KdError(
-        f"cannot write to {folder}: {error.strerror or error}", "Choose another place with --cache-dir."
-    )
+    return KdError(f"cannot write to {folder}: {reason(error)}", "Choose another place with --cache-dir.")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Epoch, Note, OnEvent, Progress, ignore
 from kdcli.base.files import sha256_file
 from kdcli.base.runtime import World
+from kdcli.base.text import reason
 from kdcli.data import Splits, augment, rows
 from kdcli.data.split import split
 from kdcli.engine import tensorboard
@@ -75,7 +76,7 @@ def fit(
             return run.go()
         except OSError as error:
             raise KdError(
-                f"cannot write to {run.run.path}: {error.strerror or error}",
+                f"cannot write to {run.run.path}: {reason(error)}",
                 f"Free some space; then {resume_command(run.run.path, config.method)}",
             ) from error
         finally:

@@ -10,6 +10,7 @@ from kdcli.base import files
 from kdcli.base.config import TrainConfig
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import OnEvent, ignore
+from kdcli.base.text import reason
 from kdcli.data import Splits
 
 
@@ -72,6 +73,4 @@ def _sha256(path: Path) -> str:
     try:
         return files.sha256_file(path)
     except OSError as error:
-        raise KdError(
-            f"cannot read {path}: {error.strerror or error}", "Name a file that is there."
-        ) from error
+        raise KdError(f"cannot read {path}: {reason(error)}", "Name a file that is there.") from error

@@ -19,6 +19,7 @@ from kdcli.base.config import TrainConfig, make
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import scratch_folder, write_json, write_text
 from kdcli.base.recipes import read_recipe
+from kdcli.base.text import reason
 from kdcli.models.checkpoint import Checkpoint, save
 
 # Where the run lies is not part of what it computes: the file can be used as a recipe for another run.
@@ -76,7 +77,7 @@ class RunDir:
                     return cls(path)
         except OSError as error:
             raise KdError(
-                f"cannot make a run in {config.runs_dir}: {error.strerror or error}",
+                f"cannot make a run in {config.runs_dir}: {reason(error)}",
                 "Choose another --runs-dir.",
             ) from error
         finally:

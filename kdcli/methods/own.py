@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kdcli.base.config import Ramp, TrainConfig
 from kdcli.base.errors import KdError, UsageError
+from kdcli.base.text import reason
 from kdcli.methods.batch import Batch
 from kdcli.methods.objective import CE, Method
 
@@ -143,7 +144,7 @@ def source_sha256(name: str) -> str:
     try:
         source = b"" if path is None else Path(path).read_bytes()
     except OSError as error:
-        raise UsageError(f"--method {name}: cannot read {path}: {error.strerror or error}", _HINT) from error
+        raise UsageError(f"--method {name}: cannot read {path}: {reason(error)}", _HINT) from error
     return hashlib.sha256(source).hexdigest()
 
 

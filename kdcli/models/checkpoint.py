@@ -17,6 +17,7 @@ from torch import Tensor
 from kdcli.base.errors import KdError
 from kdcli.base.files import atomic_path
 from kdcli.base.safe_pickle import torch_file
+from kdcli.base.text import first_line
 
 FORMAT_VERSION = 1
 _SHARING = 4  # times the file's size that its tensors may have, some of them being the same
@@ -90,7 +91,7 @@ def save_plain(path: Path, document: dict[str, Any]) -> None:
             if not _is_sound(_read(temporary)):
                 raise OSError("it does not read back as it was written")
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise KdError(
             f"cannot write {path}: {reason}",
             "Check free space and permissions; an earlier file of that name is unchanged.",
@@ -130,7 +131,7 @@ def _read_checked(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # the unpickler and the zip reader raise whatever the bytes provoke
         raise KdError(
-            f"{path} cannot be read safely: {_first_line(error)}",
+            f"{path} cannot be read safely: {first_line(error)}",
             "The file is damaged, or holds more than tensors and plain values; kd never executes what it reads.",
         ) from error
     if not sound:
@@ -255,9 +256,4 @@ def _to_checkpoint(path: Path, document: dict[str, Any]) -> Checkpoint:
             training=document.get("training"),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise KdError(f"{path} is not a whole kd checkpoint: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]
+        raise KdError(f"{path} is not a whole kd checkpoint: {first_line(error)}") from error

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from kdcli.base.errors import KdError
+from kdcli.base.text import dims
 from kdcli.models.operations import OPS
-from kdcli.models.operations.shapes import Shape, check_size, is_vector, shown
+from kdcli.models.operations.shapes import Shape, check_size, is_vector
 
 INPUT = "input"  # the name under which nodes refer to the network's input
 
@@ -35,9 +36,7 @@ class GraphNet(nn.Module):
         if output not in self.shapes:
             raise KdError(f"the network has no node {output!r} to read logits from")
         if classes is not None and not is_vector(self.shapes[output], classes):
-            raise KdError(
-                f"layer {output}: its output is {shown(self.shapes[output])}, not {classes} classes"
-            )
+            raise KdError(f"layer {output}: its output is {dims(self.shapes[output])}, not {classes} classes")
         self._done = self._last_uses()
         last = self._modules.get(output)
         if isinstance(last, nn.Linear) and last.bias is not None and self.shapes[output] == (classes,):
@@ -91,10 +90,10 @@ class GraphNet(nn.Module):
 
     def __repr__(self) -> str:
         """One line a node: its name, what it computes, of what, and the shape of that."""
-        lines = [f"{type(self).__name__}({INPUT} {shown(self.shapes[INPUT])})"]
+        lines = [f"{type(self).__name__}({INPUT} {dims(self.shapes[INPUT])})"]
         for name, sources in self._steps:
             module = " ".join(repr(self._modules[name]).split())
-            lines.append(f"  {name} = {module} of {', '.join(sources)}: {shown(self.shapes[name])}")
+            lines.append(f"  {name} = {module} of {', '.join(sources)}: {dims(self.shapes[name])}")
         return "\n".join([*lines, f"  logits: {self._output}"])
 
 
@@ -124,7 +123,7 @@ def graph(
     except (TypeError, ValueError) as error:
         raise KdError(f"input shape {input!r} is not (C, H, W)") from error
     if shape != (channels, height, width) or min(shape) < 1:
-        raise KdError(f"the network takes {shown(shape)}, the images are {shown((channels, height, width))}")
+        raise KdError(f"the network takes {dims(shape)}, the images are {dims((channels, height, width))}")
     check_size(shape, "input")
     return GraphNet(shape, nodes, output, classes)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdcli.base.errors import KdError
 from kdcli.base.plotting import BLUE, FRONT, GREEN, GRID, INK, ORANGE, Target, drawn_to, shown
+from kdcli.base.text import reason
 from kdcli.deploy.bench import Row
 from kdcli.studies.compare import Comparison
 
@@ -210,7 +211,7 @@ def _read_epochs(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise KdError(f"cannot read {path}: {error.strerror or error}") from error
+        raise KdError(f"cannot read {path}: {reason(error)}") from error
     epochs = []
     for line in lines:
         try:

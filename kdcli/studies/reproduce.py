@@ -18,6 +18,7 @@ from kdcli.base import files
 from kdcli.base.config import TrainConfig
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Note, OnEvent, ignore
+from kdcli.base.text import reason
 from kdcli.data import Splits
 from kdcli.engine import RunDir, fit
 from kdcli.engine.inputs import load_data
@@ -306,7 +307,7 @@ def _json(path: Path) -> dict[str, Any]:
             raise KdError(f"{path} is larger than any that kd train writes")
         document = json.loads(path.read_bytes())
     except OSError as error:
-        raise KdError(f"cannot read {path}: {error.strerror or error}", "Name a run's folder.") from error
+        raise KdError(f"cannot read {path}: {reason(error)}", "Name a run's folder.") from error
     except (ValueError, RecursionError) as error:
         raise KdError(f"{path} is not JSON", "Name a run that kd train has finished.") from error
     if not isinstance(document, dict):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kdcli.base.errors import KdError
 from kdcli.base.files import atomic_path, sha256_file, write_json
+from kdcli.base.text import reason
 
 PART = 4096  # images: at most so many are run again after a kill
 _CHUNK = 1 << 16  # rows looked at together
@@ -243,6 +244,6 @@ class ViewStore:
 
     def _unwritable(self, error: OSError) -> KdError:
         return KdError(
-            f"cannot keep the teacher's outputs in {self.folder}: {error.strerror or error}",
+            f"cannot keep the teacher's outputs in {self.folder}: {reason(error)}",
             "Free some space, or choose another --cache-dir.",
         )

@@ -90,7 +90,7 @@ def test_first_signal_sets_the_flag_and_handlers_come_back() -> None:
 
 def test_second_signal_ends_the_process_at_once() -> None:
     code = (
-        "import os, signal, time\nfrom kdcli import runtime\n"
+        "import os, signal, time\nfrom kdcli.base import runtime\n"
         "with runtime.stop_on_signals():\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
     )

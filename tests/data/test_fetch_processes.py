@@ -28,16 +28,17 @@ Start = Callable[..., subprocess.Popen[str]]
 FETCH = """
 import sys
 from pathlib import Path
-from kdcli import fetch
-from kdcli.catalog import RemoteFile
-from kdcli.events import Note
+from kdcli.data import fetch
+from kdcli.data.catalog import RemoteFile
+from kdcli.base.events import Note
 file = RemoteFile("x.bin", "data", (sys.argv[1],), sys.argv[2], size_bytes=1_024_000)
 tell = lambda event: print("note", event.text, flush=True) if isinstance(event, Note) else None
 print("end", fetch.fetch(file, Path("x.bin"), on_event=tell).status, flush=True)
 """
 KD = """
 import signal, sys
-from kdcli import catalog, cli
+from kdcli import cli
+from kdcli.data import catalog
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
 catalog.DOWNLOADS["mnist"] = (
     catalog.RemoteFile("mnist/x.bin", "data", (sys.argv.pop(1),), sys.argv.pop(1), size_bytes=1_024_000),

@@ -197,7 +197,7 @@ def test_a_map_much_larger_than_the_bound_is_read_within_it(tmp_path: Path) -> N
     """In a process of its own: 1 GiB read at random, in whatever pages the kernel likes."""
     code = """
 import numpy as np, resource, sys
-from kdcli import rows
+from kdcli.data import rows
 if rows._resident_file_bytes() is None: sys.exit(77)
 with open("big.npy", "wb") as handle:
     np.lib.format.write_array_header_1_0(handle, dict(descr="|u1", fortran_order=False, shape=(87381, 64, 64, 3)))

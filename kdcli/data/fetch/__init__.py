@@ -10,6 +10,7 @@ from typing import BinaryIO, Literal
 from kdcli.base import files
 from kdcli.base.errors import KdError
 from kdcli.base.events import Note, OnEvent, Progress, ignore
+from kdcli.base.text import reason
 from kdcli.data.catalog import RemoteFile
 from kdcli.data.fetch import retry
 from kdcli.data.fetch.partial import Partial
@@ -79,7 +80,7 @@ def fetch(
             return _download(remote, [source] if source else remote.urls, target, on_event)
     except OSError as error:
         raise KdError(
-            f"cannot write {target}: {error.strerror or error}",
+            f"cannot write {target}: {reason(error)}",
             "Check the folder and the free space; what has arrived is kept.",
         ) from error
 
@@ -91,7 +92,7 @@ def look(remote: RemoteFile, target: Path) -> State:
         if target.is_file() and is_right(remote, target):
             return State("present", partial.path)
     except OSError as error:
-        raise KdError(f"cannot read {target}: {error.strerror or error}", "Check its permissions.") from error
+        raise KdError(f"cannot read {target}: {reason(error)}", "Check its permissions.") from error
     if partial.origin() is not None:
         return State("partial", partial.path, partial.size)
     return State("other" if target.exists() else "absent", partial.path)
@@ -160,7 +161,7 @@ def _copy(remote: RemoteFile, source: Path, target: Path, on_event: OnEvent) -> 
         size = source.stat().st_size
         handle = source.open("rb")
     except OSError as error:
-        raise KdError(f"cannot read {source}: {error.strerror or error}", "Check its permissions.") from error
+        raise KdError(f"cannot read {source}: {reason(error)}", "Check its permissions.") from error
     with handle:
         check_size(remote, size, str(source))
         check_space(remote, target.parent, size)

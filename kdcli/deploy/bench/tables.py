@@ -6,7 +6,7 @@ import csv
 import io
 from typing import Any
 
-from kdcli.base.cells import csv_cell, markdown_cell
+from kdcli.base.tables import csv_cell, markdown_cell
 from kdcli.deploy.bench.rows import BenchResult, Row
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from kdcli.base.errors import KdError
+from kdcli.base.text import first_line
 from kdcli.data.preprocess import Preprocess
 from kdcli.deploy.onnx_model.facts import CHANNELS, image_input, layout_of
-from kdcli.deploy.onnx_model.files import first_line, read, serialized, session
+from kdcli.deploy.onnx_model.files import read, serialized, session
 from kdcli.deploy.onnx_model.remarks import remarks_of
 
 MAX_SIDE = 4096

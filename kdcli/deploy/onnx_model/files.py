@@ -14,6 +14,7 @@ from google.protobuf.message import Message
 
 from kdcli.base.errors import KdError
 from kdcli.base.runtime import available_cores
+from kdcli.base.text import first_line
 
 MAX_BYTES = 2**31 - 1  # one protobuf message cannot be larger
 MAX_NODES = 1_000_000  # with every function written out wherever it is called
@@ -190,8 +191,3 @@ def _messages(message: Message, kind: type[_M]) -> Iterator[_M]:
                 yield part
             if not isinstance(part, onnx.TensorProto):
                 yield from _messages(part, kind)
-
-
-def first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from kdcli.base.errors import KdError
+from kdcli.base.text import first_line
 from kdcli.data.preprocess import Preprocess, from_spec
-from kdcli.deploy.onnx_model.files import first_line
 
 FORMAT = "kd-onnx-1"
 

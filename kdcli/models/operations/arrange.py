@@ -9,8 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from kdcli.base import text
 from kdcli.base.errors import KdError
-from kdcli.models.operations.shapes import Shape, axis_of, check_size, only, shown
+from kdcli.models.operations.shapes import Shape, axis_of, check_size, only
 
 _MOST_LARGEST = 100  # of ArgMax
 
@@ -34,7 +35,7 @@ def concat(inputs: list[Shape], *, axis: int = 1) -> tuple[nn.Module, Shape]:
     axis = axis_of(axis, inputs[0])
     rest = {(len(s), *s[: axis - 1], *s[axis:]) for s in inputs}
     if len(rest) != 1:
-        raise KdError(f"cannot join {' and '.join(map(shown, inputs))} along axis {axis}")
+        raise KdError(f"cannot join {' and '.join(map(text.dims, inputs))} along axis {axis}")
     total = sum(shape[axis - 1] for shape in inputs)
     shape = (*inputs[0][: axis - 1], total, *inputs[0][axis:])
     check_size(shape, "output")
@@ -85,13 +86,15 @@ def crop(inputs: list[Shape], *, axis: int = 2, offset: Sequence[int] = ()) -> t
     axis = axis_of(axis, first)
     axes = range(axis, len(first) + 1)
     if len(first) != len(like):
-        raise KdError(f"its inputs {shown(first)} and {shown(like)} have not the same number of axes")
+        raise KdError(f"its inputs {text.dims(first)} and {text.dims(like)} have not the same number of axes")
     if len(offset) not in (0, 1, len(axes)):
         raise KdError(f"{len(offset)} offsets for {len(axes)} axes")
     offsets = [*offset] * len(axes) if len(offset) == 1 else [*offset] or [0] * len(axes)
     box = [(number, start, like[number - 1]) for number, start in zip(axes, offsets, strict=True)]
     if any(start < 0 or start + count > first[number - 1] for number, start, count in box):
-        raise KdError(f"a box of {shown(like)} at {shown(offsets)} does not lie in {shown(first)}")
+        raise KdError(
+            f"a box of {text.dims(like)} at {text.dims(offsets)} does not lie in {text.dims(first)}"
+        )
     return Cut(box), (*first[: axis - 1], *like[axis - 1 :])
 
 
@@ -106,7 +109,7 @@ class View(nn.Module):
         return values.reshape(values.shape[0], *self.shape)
 
     def extra_repr(self) -> str:
-        return shown(self.shape)
+        return text.dims(self.shape)
 
 
 def flatten(inputs: list[Shape], *, axis: int = 1, end_axis: int = -1) -> tuple[nn.Module, Shape]:
@@ -148,7 +151,9 @@ def reshape(
     if -1 in sides and known and values % known == 0 and batch is None:
         sides[sides.index(-1)] = values // known
     if -1 in sides or math.prod(sides) != values:
-        raise KdError(f"dims {list(dims)} do not hold the {values} values of {shown(shape)} of each image")
+        raise KdError(
+            f"dims {list(dims)} do not hold the {values} values of {text.dims(shape)} of each image"
+        )
     return View(tuple(sides)), tuple(sides)
 
 
@@ -184,7 +189,7 @@ def eltwise(
     if operation not in ("sum", "prod", "max"):
         raise KdError(f"unknown operation {operation}")
     if len(set(inputs)) != 1:
-        raise KdError(f"its inputs differ: {' and '.join(map(shown, inputs))}")
+        raise KdError(f"its inputs differ: {' and '.join(map(text.dims, inputs))}")
     if coefficients and (operation != "sum" or len(coefficients) != len(inputs)):
         raise KdError(f"{len(coefficients)} coefficients do not go with {operation} of {len(inputs)} inputs")
     return Eltwise(operation, [float(factor) for factor in coefficients]), inputs[0]

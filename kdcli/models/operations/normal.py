@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdcli.base.errors import KdError
-from kdcli.models.operations.shapes import Shape, axis_of, check_size, only, shown
+from kdcli.base.text import dims
+from kdcli.models.operations.shapes import Shape, axis_of, check_size, only
 
 
 class LocalResponseNormWithin(nn.Module):
@@ -56,7 +57,7 @@ def batch_norm(inputs: list[Shape], *, eps: float = 1e-5) -> tuple[nn.Module, Sh
         return nn.BatchNorm2d(shape[0], eps=eps, affine=False), shape
     if len(shape) in (1, 2):
         return nn.BatchNorm1d(shape[0], eps=eps, affine=False), shape
-    raise KdError(f"it takes C or C×H×W, its input is {shown(shape)}")
+    raise KdError(f"it takes C or C×H×W, its input is {dims(shape)}")
 
 
 class MeanVarianceNorm(nn.Module):
@@ -104,7 +105,7 @@ class Scale(nn.Module):
         return scaled if self.bias is None else scaled + self.bias.view(self._view)
 
     def extra_repr(self) -> str:
-        return f"{shown(self.weight.shape)}, bias={self.bias is not None}"
+        return f"{dims(self.weight.shape)}, bias={self.bias is not None}"
 
 
 class Bias(nn.Module):
@@ -120,7 +121,7 @@ class Bias(nn.Module):
         return values + self.bias.view(self._view)
 
     def extra_repr(self) -> str:
-        return shown(self.bias.shape)
+        return dims(self.bias.shape)
 
 
 class Broadcast(nn.Module):
@@ -167,7 +168,7 @@ def _learned(shape: Shape, axis: int, num_axes: int) -> tuple[Shape, Shape]:
     axis = axis_of(axis, shape)
     end = len(shape) + 1 if num_axes == -1 else axis + num_axes
     if num_axes < -1 or end > len(shape) + 1:
-        raise KdError(f"{num_axes} axes from {axis} on are more than its input {shown(shape)} has")
+        raise KdError(f"{num_axes} axes from {axis} on are more than its input {dims(shape)} has")
     learned = shape[axis - 1 : end - 1]
     return learned, (*learned, *[1] * (len(shape) + 1 - end))
 
@@ -177,5 +178,5 @@ def _broadcast(operation: str, inputs: list[Shape], axis: int) -> tuple[nn.Modul
     if axis not in (0, -len(first) - 1):
         raise KdError(f"with two inputs only axis 0 is supported, not {axis}: both begin with the batch")
     if second != first[: len(second)]:
-        raise KdError(f"its second input {shown(second)} does not begin its first {shown(first)}")
+        raise KdError(f"its second input {dims(second)} does not begin its first {dims(first)}")
     return Broadcast(operation, len(first) - len(second)), first

@@ -7,7 +7,8 @@ import math
 from torch import Tensor, nn
 
 from kdcli.base.errors import KdError
-from kdcli.models.operations.shapes import Shape, only, shown
+from kdcli.base.text import dims
+from kdcli.models.operations.shapes import Shape, only
 
 
 def relu(inputs: list[Shape], *, negative_slope: float = 0.0) -> tuple[nn.Module, Shape]:
@@ -19,7 +20,7 @@ def prelu(inputs: list[Shape], *, shared: bool = False) -> tuple[nn.Module, Shap
     """max(x, 0) + slope · min(x, 0), a learned slope for each channel, or one for all."""
     shape = only(inputs)
     if not shape:
-        raise KdError(f"it takes C or C×H×W, its input is {shown(shape)}")
+        raise KdError(f"it takes C or C×H×W, its input is {dims(shape)}")
     return nn.PReLU(1 if shared else shape[0]), shape
 
 

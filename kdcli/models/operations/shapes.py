@@ -6,14 +6,10 @@ import math
 from collections.abc import Sequence
 
 from kdcli.base.errors import KdError
+from kdcli.base.text import dims
 
 Shape = tuple[int, ...]
 _MOST_VALUES = 2**29  # per layer, parameters or activations of one image; a damaged file may ask for anything
-
-
-def shown(shape: Sequence[int]) -> str:
-    """(3, 32, 32) → `3×32×32`."""
-    return "×".join(map(str, shape)) or "scalar"
 
 
 def is_vector(shape: Sequence[int], length: int) -> bool:
@@ -24,9 +20,9 @@ def is_vector(shape: Sequence[int], length: int) -> bool:
 def check_size(shape: Shape, what: str) -> None:
     """Refuse what is empty or beyond all measure, before anything is allocated."""
     if any(side < 1 for side in shape):
-        raise KdError(f"its {what} would be empty: {shown(shape)}")
+        raise KdError(f"its {what} would be empty: {dims(shape)}")
     if math.prod(shape) > _MOST_VALUES:
-        raise KdError(f"its {what} of {shown(shape)} values is beyond what kd takes ({_MOST_VALUES:,})")
+        raise KdError(f"its {what} of {dims(shape)} values is beyond what kd takes ({_MOST_VALUES:,})")
 
 
 def only(inputs: list[Shape], *, maps: bool = False) -> Shape:
@@ -34,7 +30,7 @@ def only(inputs: list[Shape], *, maps: bool = False) -> Shape:
     if len(inputs) != 1:
         raise KdError(f"it takes one input, not {len(inputs)}")
     if maps and len(inputs[0]) != 3:
-        raise KdError(f"it takes maps C×H×W, its input is {shown(inputs[0])}")
+        raise KdError(f"it takes maps C×H×W, its input is {dims(inputs[0])}")
     return inputs[0]
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from kdcli.base.errors import KdError
-from kdcli.models.operations.shapes import Shape, axis_of, check_size, only, pair, shown
+from kdcli.base.text import dims
+from kdcli.models.operations.shapes import Shape, axis_of, check_size, only, pair
 
 
 def conv(
@@ -36,7 +37,7 @@ def conv(
         check_size((out, *size), "output")
         return nn.ConvTranspose2d(channels, out, kernel, stride, pad, 0, groups, bias, dilation), (out, *size)
     if any(side + 2 * p < r for side, p, r in zip(sides, pad, reach, strict=True)):
-        raise KdError(f"a window of {shown(reach)} does not fit its input of {shown((channels, *sides))}")
+        raise KdError(f"a window of {dims(reach)} does not fit its input of {dims((channels, *sides))}")
     size = [(side + 2 * p - r) // s + 1 for side, p, r, s in zip(sides, pad, reach, stride, strict=True)]
     check_size((out, *size), "output")
     return nn.Conv2d(channels, out, kernel, stride, pad, dilation, groups, bias), (out, *size)

@@ -18,6 +18,7 @@ from kdcli import methods
 from kdcli.base.config import CompareConfig, Settings, TrainConfig, make
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import write_text
+from kdcli.base.text import reason
 from kdcli.engine.plan import check, resolve
 from kdcli.engine.run_dir import PLACE, RunDir
 
@@ -203,9 +204,7 @@ class Plan:
         try:
             write_text(self.file, tomli_w.dumps(document))
         except OSError as error:
-            raise KdError(
-                f"cannot write {self.file}: {error.strerror or error}", "Choose another --out."
-            ) from error
+            raise KdError(f"cannot write {self.file}: {reason(error)}", "Choose another --out.") from error
 
     @classmethod
     def load(cls, folder: Path, typed: Collection[str] = ()) -> Plan:
@@ -224,7 +223,7 @@ class Plan:
         except FileNotFoundError:
             raise KdError(f"{folder} is no comparison", "Name a folder that kd compare has made.") from None
         except OSError as error:
-            raise KdError(f"cannot read {path}: {error.strerror or error}") from error
+            raise KdError(f"cannot read {path}: {reason(error)}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise KdError(f"{path} is not TOML: {error}", "Start the comparison anew.") from error
         try:

@@ -21,6 +21,7 @@ from kdcli.base import files, runtime
 from kdcli.base.config import make
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Event, Note, OnEvent, Progress, ignore
+from kdcli.base.text import reason
 from kdcli.data import Splits, rows
 from kdcli.data.split import split
 from kdcli.engine import fit
@@ -65,7 +66,7 @@ def compare(plan: Plan, data: Splits, *, jobs: int = 0, on_event: OnEvent = igno
         try:
             files.write_json(plan.result_file, result.to_json())
         except OSError as error:
-            raise KdError(f"cannot write {plan.result_file}: {error.strerror or error}") from error
+            raise KdError(f"cannot write {plan.result_file}: {reason(error)}") from error
     return result
 
 

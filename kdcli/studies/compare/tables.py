@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 
-from kdcli.base.cells import csv_cell, markdown_cell
+from kdcli.base.tables import csv_cell, markdown_cell
 from kdcli.studies.compare.result import Comparison, Standing
 
 _SHOWN_SEEDS = 12

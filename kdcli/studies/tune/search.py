@@ -18,6 +18,7 @@ from kdcli.base.config import TrainConfig, TuneConfig, make
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Epoch, Event, Note, OnEvent, Progress, ignore
 from kdcli.base.files import sha256_file
+from kdcli.base.text import reason
 from kdcli.data import Splits
 from kdcli.data.split import split
 from kdcli.engine import fit
@@ -122,7 +123,7 @@ def tune(config: TuneConfig, space: Space, data: Splits, *, on_event: OnEvent = 
     except OSError as error:
         where = error.filename or folder
         raise KdError(
-            f"{where}: {error.strerror or error}", "Check the path, its permissions and free space."
+            f"{where}: {reason(error)}", "Check the path, its permissions and free space."
         ) from error
 
 

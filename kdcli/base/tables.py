@@ -1,0 +1,48 @@
+"""Tables as text: CSV for programs, Markdown for a README. The terminal's are drawn by `cli._ui.table`."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet computes a cell that begins so
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A header and one line a row; columns are the keys of the first row. No text is taken for a formula."""
+    buffer = io.StringIO(newline="")
+    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow(
+            {key: csv_cell(value) if isinstance(value, str) else value for key, value in row.items()}
+        )
+    return buffer.getvalue()
+
+
+def markdown_text(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)
+) -> str:
+    """A Markdown table, cells escaped.
+
+    Args:
+        left: numbers of the columns set flush left; the others are figures, flush right.
+    """
+    ruler = [":--" if number in left else "--:" for number in range(len(columns))]
+    lines = [list(map(markdown_cell, columns)), ruler, *(list(map(markdown_cell, row)) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def csv_cell(text: str) -> str:
+    """Text that no spreadsheet takes for a formula."""
+    return "'" + text if text.startswith(_FORMULA) else text
+
+
+def markdown_cell(text: str) -> str:
+    """Text without line breaks and markup."""
+    plain = " ".join("".join(mark if mark.isprintable() else " " for mark in text).split())
+    for mark in "\\`*_[]<>|":
+        plain = plain.replace(mark, "\\" + mark)
+    return plain

@@ -1,0 +1,23 @@
+"""Short texts made from errors and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_MAX_LINE = 200
+
+
+def first_line(error: BaseException, most: int = _MAX_LINE) -> str:
+    """First line of an error's message, or the error's type where there is no message."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:most]
+
+
+def reason(error: OSError) -> str:
+    """The system's words for a failed operation: `No space left on device`."""
+    return error.strerror or str(error)
+
+
+def dims(shape: Sequence[int]) -> str:
+    """(3, 32, 32) → `3×32×32`."""
+    return "×".join(map(str, shape)) or "scalar"
