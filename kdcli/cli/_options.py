@@ -88,8 +88,8 @@ def _parameter(name: str, field: FieldInfo, metavar: str | None) -> inspect.Para
     flags = [str(extra.get("flag", flag)), *(str(text) for text in extra.get("flags", []))]  # type: ignore[union-attr]
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     shown = metavar or extra.get("metavar") or ("|".join(map(str, choices)) if choices else None)
-    if "bare" in extra:
-        _bare.FLAGS[flag] = str(extra["bare"]), str(extra["value"])
+    if "alone" in extra:
+        _bare.FLAGS[flag] = str(extra["alone"]), str(extra["value"])
     option = typer.Option(
         *flags,
         help=_help(field),

@@ -1,8 +1,6 @@
 """Settings: every default, bound and help text, once. The command line and the recipe files are made from these.
 
-A field's `description` is its help text; `json_schema_extra` may give `panel` (where --help lists it), `flag`
-(in place of the field's own name), `flags` (further spellings), `metavar`, and, of a flag that may stand alone,
-`bare` (the value it then has) and `value` (what a value of its own looks like).
+Each field is one `setting(default, help text, panel, …)`.
 """
 
 from kdcli.base.config.commands import (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
-from kdcli.base.config.settings import RUN, FolderName, Settings, about
+from kdcli.base.config.settings import RUN, FolderName, Settings, setting
 
 COMPARE = "Comparison"
 MOST_SEEDS = 1000
@@ -15,42 +15,28 @@ MOST_SEEDS = 1000
 class CompareConfig(Settings):
     """`kd compare`, beside `TrainConfig`."""
 
-    methods: str = Field(
-        "ce,kd",
-        description="The methods to compare, joined by commas.",
-        json_schema_extra=about(COMPARE, metavar="NAME,NAME,…"),
+    methods: str = setting(
+        "ce,kd", "The methods to compare, joined by commas.", COMPARE, metavar="NAME,NAME,…"
     )
-    seeds: str = Field(
+    seeds: str = setting(
         "5",
-        description="How many seeds each method runs with, from 0 on; or which, as in 3,7,11 (and 7, is seed 7).",
-        json_schema_extra=about(COMPARE, metavar="N|S,S,…"),
+        "How many seeds each method runs with, from 0 on; or which, as in 3,7,11 (and 7, is seed 7).",
+        COMPARE,
+        metavar="N|S,S,…",
     )
-    baseline: str = Field(
+    baseline: str = setting(
         "",
-        description="The method that the others are compared with; by default ce, else the first.",
-        json_schema_extra=about(COMPARE, metavar="NAME"),
+        "The method that the others are compared with; by default ce, else the first.",
+        COMPARE,
+        metavar="NAME",
     )
-    jobs: int = Field(
-        0,
-        ge=0,
-        le=1024,
-        description="Runs at a time, each with its share of the cores; 0: one for each 4 cores.",
-        json_schema_extra=about(RUN),
+    jobs: int = setting(
+        0, "Runs at a time, each with its share of the cores; 0: one for each 4 cores.", RUN, ge=0, le=1024
     )
-    name: FolderName = Field(
-        "",
-        description="Name of the comparison; by default its methods, student and data.",
-        json_schema_extra=about(RUN),
-    )
-    out: Path = Field(
-        Path("comparisons"), description="Comparisons are written here.", json_schema_extra=about(RUN)
-    )
-    csv: Path | None = Field(
-        None, description="Write all figures as a table for programs.", json_schema_extra=about("Output")
-    )
-    markdown: Path | None = Field(
-        None, description="Write the table for a README.", json_schema_extra=about("Output")
-    )
+    name: FolderName = setting("", "Name of the comparison; by default its methods, student and data.", RUN)
+    out: Path = setting(Path("comparisons"), "Comparisons are written here.", RUN)
+    csv: Path | None = setting(None, "Write all figures as a table for programs.", "Output")
+    markdown: Path | None = setting(None, "Write the table for a README.", "Output")
 
     @field_validator("methods")
     @classmethod
@@ -90,15 +76,16 @@ class CompareConfig(Settings):
 class ReproduceConfig(Settings):
     """`kd reproduce`."""
 
-    method: str = Field(
+    method: str = setting(
         "",
-        description="The run's method again, where it is code of your own: a file alone does not make kd run it.",
-        json_schema_extra=about("Check", metavar="MODULE:FUNCTION"),
+        "The run's method again, where it is code of your own: a file alone does not make kd run it.",
+        "Check",
+        metavar="MODULE:FUNCTION",
     )
-    tolerance: float = Field(
+    tolerance: float = setting(
         0.5,
+        "How many points of test accuracy may lie between the two where the bits differ.",
+        "Check",
         ge=0,
         le=100,
-        description="How many points of test accuracy may lie between the two where the bits differ.",
-        json_schema_extra=about("Check"),
     )

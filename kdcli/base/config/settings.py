@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticUndefined
 
 from kdcli.base.errors import UsageError
 
@@ -14,13 +16,38 @@ DATA, METHOD, OPTIMISER, RUN = "Data", "Method", "Optimiser", "Run"
 OF_METHODS = "Settings of methods"
 
 
-def about(panel: str, *flags: str, metavar: str | None = None) -> dict[str, Any]:
-    extra: dict[str, Any] = {"panel": panel}
-    if flags:
-        extra["flags"] = list(flags)
-    if metavar:
-        extra["metavar"] = metavar
-    return extra
+def setting(
+    default: Any,
+    text: str,
+    panel: str,
+    *flags: str,
+    flag: str = "",
+    metavar: str = "",
+    alone: str = "",
+    value: str = "",
+    **bounds: Any,
+) -> Any:
+    """A field of a settings class: default, help text and panel of --help.
+
+    Args:
+        flags: further spellings of the option.
+        flag: the option's spelling in place of the field's own name.
+        alone: value of a flag that may stand alone; `value` is then the pattern of a value of its own.
+        bounds: pydantic's, as `ge=1`.
+    """
+    about = {
+        "panel": panel,
+        "flags": list(flags),
+        "flag": flag,
+        "metavar": metavar,
+        "alone": alone,
+        "value": value,
+    }
+    extra = {name: entry for name, entry in about.items() if entry}
+    return Field(default, description=text, json_schema_extra=extra, **bounds)
+
+
+option = partial(setting, PydanticUndefined)  # the same for `Annotated`: each class has a default of its own
 
 
 class Settings(BaseModel):
@@ -31,45 +58,38 @@ class Settings(BaseModel):
 
 DataSpec = Annotated[
     str,
-    Field(
-        description="cifar10, cifar100, svhn, mnist, fashion-mnist, digits, or a folder or archive with "
+    option(
+        "cifar10, cifar100, svhn, mnist, fashion-mnist, digits, or a folder or archive with "
         "train/<class>/* and test/<class>/*.",
-        json_schema_extra=about(DATA, metavar="NAME|PATH"),
+        DATA,
+        metavar="NAME|PATH",
     ),
 ]
 ModelDataSpec = Annotated[
     str | None,
-    Field(
-        description="By default the data the model was trained on.",
-        json_schema_extra=about(DATA, metavar="NAME|PATH"),
-    ),
+    option("By default the data the model was trained on.", DATA, metavar="NAME|PATH"),
 ]
 ImageSize = Annotated[
     int | None,
-    Field(
+    option(
+        "Resize images to this many pixels square; by default their own size, 32 if they differ.",
+        DATA,
         ge=4,
         le=1024,
-        description="Resize images to this many pixels square; by default their own size, 32 if they differ.",
-        json_schema_extra=about(DATA),
     ),
 ]
 SkipBroken = Annotated[
     bool,
-    Field(
-        description="Leave out images that cannot be read, and say which; by default one is an error.",
-        json_schema_extra=about(DATA),
-    ),
+    option("Leave out images that cannot be read, and say which; by default one is an error.", DATA),
 ]
 CacheDir = Annotated[
     Path,
-    Field(description="Packed images and teacher outputs are kept here.", json_schema_extra=about(DATA)),
+    option("Packed images and teacher outputs are kept here.", DATA),
 ]
-DataDir = Annotated[
-    Path, Field(description="Where kd download puts datasets.", json_schema_extra=about(DATA))
-]
+DataDir = Annotated[Path, option("Where kd download puts datasets.", DATA)]
 Threads = Annotated[
     int,
-    Field(ge=0, le=1024, description="CPU threads; 0: all cores of the quota.", json_schema_extra=about(RUN)),
+    option("CPU threads; 0: all cores of the quota.", RUN, ge=0, le=1024),
 ]
 TeacherPath = Path("weights/teacher.pt")
 

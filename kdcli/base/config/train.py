@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from kdcli.base.config.ramp import Ramp, read_weight
 from kdcli.base.config.settings import (
@@ -20,7 +20,7 @@ from kdcli.base.config.settings import (
     FolderName,
     TeacherPath,
     Threads,
-    about,
+    setting,
 )
 
 AUGMENT_STEPS = ("flip", "crop", "cutout", "mixup")
@@ -30,333 +30,214 @@ _SAVE_EVERY = re.compile(r"(\d{1,9}) ?(epochs?|steps?|min|)")
 class TrainConfig(DataSettings):
     """`kd train`."""
 
-    method: str = Field(
+    method: str = setting(
         "kd",
-        description="How the student learns; several joined as in kd+at; or package.module:function, of your own.",
-        json_schema_extra=about(METHOD),
+        "How the student learns; several joined as in kd+at; or package.module:function, of your own.",
+        METHOD,
     )
-    student: str = Field(
+    student: str = setting(
         "lenet",
-        description="The network that is trained: lenet, lenet-caffe, nin, nin-fc, convnet-tiny…large, "
+        "The network that is trained: lenet, lenet-caffe, nin, nin-fc, convnet-tiny…large, "
         "resnet8…110, resnet8x4, resnet32x4, wrn-16-1…40-2, vgg8, vgg13, mobilenetv2-half, shufflenetv1 or "
         "shufflenetv2 (kd info NETWORK shows it); or a checkpoint (.pt), to go on from its weights.",
-        json_schema_extra=about(METHOD),
+        METHOD,
     )
-    teacher: tuple[Path, ...] = Field(
+    teacher: tuple[Path, ...] = setting(
         (TeacherPath,),
-        description="A checkpoint (.pt) or an ONNX file that the student learns from; several, each with a --teacher "
+        "A checkpoint (.pt) or an ONNX file that the student learns from; several, each with a --teacher "
         "of its own, are averaged.",
-        json_schema_extra=about(METHOD, metavar="FILE"),
+        METHOD,
+        metavar="FILE",
     )
-    teacher_weight: tuple[float, ...] = Field(
+    teacher_weight: tuple[float, ...] = setting(
         (),
-        description="Weight of each teacher's logits in their mean, in the order of --teacher; by default equal.",
-        json_schema_extra=about(METHOD, metavar="WEIGHT"),
+        "Weight of each teacher's logits in their mean, in the order of --teacher; by default equal.",
+        METHOD,
+        metavar="WEIGHT",
     )
-    assistant: tuple[str, ...] = Field(
+    assistant: tuple[str, ...] = setting(
         (),
-        description="A network between teacher and student: the teacher teaches it, and it the next one. Once for "
+        "A network between teacher and student: the teacher teaches it, and it the next one. Once for "
         "each, in this order; each is a run, NAME-assistant-1 and so on.",
-        json_schema_extra=about(METHOD, metavar="NETWORK"),
+        METHOD,
+        metavar="NETWORK",
     )
-    generations: int = Field(
+    generations: int = setting(
         1,
+        "Train the student so many times, each time from the one before; the seed rises by 1.",
+        METHOD,
         ge=1,
         le=100,
-        description="Train the student so many times, each time from the one before; the seed rises by 1.",
-        json_schema_extra=about(METHOD),
     )
-    tau: float | None = Field(
+    tau: float | None = setting(
         None,
-        gt=0,
-        le=1000,
-        description="Temperature of soft targets; by default the method's own: kd 3, dkd and dist 4, lskd 2, "
+        "Temperature of soft targets; by default the method's own: kd 3, dkd and dist 4, lskd 2, "
         "born-again 1.",
-        json_schema_extra=about(OF_METHODS),
-    )
-    tau_end: float | None = Field(
-        None,
+        OF_METHODS,
         gt=0,
         le=1000,
-        description="The temperature moves in a straight line to this one; by default it stays.",
-        json_schema_extra=about(OF_METHODS),
     )
-    lamda: float = Field(
-        0.3,
-        ge=0,
-        le=1,
-        description="kd: share of cross-entropy; the soft term gets the rest.",
-        json_schema_extra=about(OF_METHODS, "--lambda"),
+    tau_end: float | None = setting(
+        None,
+        "The temperature moves in a straight line to this one; by default it stays.",
+        OF_METHODS,
+        gt=0,
+        le=1000,
     )
-    noisy_ratio: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="noisy: probability that a sample's target is perturbed.",
-        json_schema_extra=about(OF_METHODS),
+    lamda: float = setting(
+        0.3, "kd: share of cross-entropy; the soft term gets the rest.", OF_METHODS, "--lambda", ge=0, le=1
     )
-    noisy_sigma: float = Field(
-        0.9,
-        ge=0,
-        le=100,
-        description="noisy: standard deviation of the relative noise.",
-        json_schema_extra=about(OF_METHODS),
+    noisy_ratio: float = setting(
+        0.5, "noisy: probability that a sample's target is perturbed.", OF_METHODS, ge=0, le=1
     )
-    noise_scope: Literal["sample", "logit"] = Field(
-        "sample",
-        description="noisy: one draw for all logits of a sample, or one for each.",
-        json_schema_extra=about(OF_METHODS),
+    noisy_sigma: float = setting(
+        0.9, "noisy: standard deviation of the relative noise.", OF_METHODS, ge=0, le=100
     )
-    standardize: bool = Field(
+    noise_scope: Literal["sample", "logit"] = setting(
+        "sample", "noisy: one draw for all logits of a sample, or one for each.", OF_METHODS
+    )
+    standardize: bool = setting(
         False,
-        description="kd, dkd, born-again: standardize the logits of each image first (Sun et al. 2024).",
-        json_schema_extra=about(OF_METHODS),
+        "kd, dkd, born-again: standardize the logits of each image first (Sun et al. 2024).",
+        OF_METHODS,
     )
-    label_smoothing: float = Field(
-        0.1,
-        ge=0,
-        lt=1,
-        description="ls: share of a label spread over all classes.",
-        json_schema_extra=about(OF_METHODS),
+    label_smoothing: float = setting(
+        0.1, "ls: share of a label spread over all classes.", OF_METHODS, ge=0, lt=1
     )
-    dkd_alpha: float = Field(
-        1.0, ge=0, description="dkd: weight of the target class's part.", json_schema_extra=about(OF_METHODS)
+    dkd_alpha: float = setting(1.0, "dkd: weight of the target class's part.", OF_METHODS, ge=0)
+    dkd_beta: float = setting(8.0, "dkd: weight of the other classes' part.", OF_METHODS, ge=0)
+    dist_inter: float = setting(2.0, "dist: weight of the relation within an image.", OF_METHODS, ge=0)
+    dist_intra: float = setting(2.0, "dist: weight of the relation within a class.", OF_METHODS, ge=0)
+    hint_stage: int = setting(
+        0, "fitnet: the stage that is guided, from 1; 0: the middle one.", OF_METHODS, ge=0, le=1000
     )
-    dkd_beta: float = Field(
-        8.0, ge=0, description="dkd: weight of the other classes' part.", json_schema_extra=about(OF_METHODS)
+    rkd_distance: float = setting(25.0, "rkd: weight of distances.", OF_METHODS, ge=0)
+    rkd_angle: float = setting(50.0, "rkd: weight of angles.", OF_METHODS, ge=0)
+    crd_dim: int = setting(128, "crd: width of the common space.", OF_METHODS, ge=1, le=65536)
+    crd_negatives: int = setting(
+        1024, "crd: images of other classes each image is told apart from.", OF_METHODS, ge=1, le=1_000_000
     )
-    dist_inter: float = Field(
-        2.0,
-        ge=0,
-        description="dist: weight of the relation within an image.",
-        json_schema_extra=about(OF_METHODS),
-    )
-    dist_intra: float = Field(
-        2.0,
-        ge=0,
-        description="dist: weight of the relation within a class.",
-        json_schema_extra=about(OF_METHODS),
-    )
-    hint_stage: int = Field(
-        0,
-        ge=0,
-        le=1000,
-        description="fitnet: the stage that is guided, from 1; 0: the middle one.",
-        json_schema_extra=about(OF_METHODS),
-    )
-    rkd_distance: float = Field(
-        25.0, ge=0, description="rkd: weight of distances.", json_schema_extra=about(OF_METHODS)
-    )
-    rkd_angle: float = Field(
-        50.0, ge=0, description="rkd: weight of angles.", json_schema_extra=about(OF_METHODS)
-    )
-    crd_dim: int = Field(
-        128,
-        ge=1,
-        le=65536,
-        description="crd: width of the common space.",
-        json_schema_extra=about(OF_METHODS),
-    )
-    crd_negatives: int = Field(
-        1024,
-        ge=1,
-        le=1_000_000,
-        description="crd: images of other classes each image is told apart from.",
-        json_schema_extra=about(OF_METHODS),
-    )
-    crd_temperature: float = Field(
-        0.07,
-        gt=0,
-        le=100,
-        description="crd: temperature of the similarities.",
-        json_schema_extra=about(OF_METHODS),
-    )
-    student_stages: str = Field(
+    crd_temperature: float = setting(0.07, "crd: temperature of the similarities.", OF_METHODS, gt=0, le=100)
+    student_stages: str = setting(
         "",
-        description="Layers whose maps methods of features read, joined by commas; by default the network's stages.",
-        json_schema_extra=about(OF_METHODS, metavar="LAYER,LAYER…"),
+        "Layers whose maps methods of features read, joined by commas; by default the network's stages.",
+        OF_METHODS,
+        metavar="LAYER,LAYER…",
     )
-    teacher_stages: str = Field(
-        "",
-        description="The same of the teacher; kd info lists layers.",
-        json_schema_extra=about(OF_METHODS, metavar="LAYER,LAYER…"),
+    teacher_stages: str = setting(
+        "", "The same of the teacher; kd info lists layers.", OF_METHODS, metavar="LAYER,LAYER…"
     )
-    weight: tuple[str, ...] = Field(
+    weight: tuple[str, ...] = setting(
         (),
-        description="Weight of a term by its method's name, or ce; FIRST:LAST moves in a straight line, over all or "
+        "Weight of a term by its method's name, or ce; FIRST:LAST moves in a straight line, over all or "
         "so many EPOCHS. Once for each term.",
-        json_schema_extra=about(METHOD, metavar="NAME=W|NAME=FIRST:LAST[:EPOCHS]"),
+        METHOD,
+        metavar="NAME=W|NAME=FIRST:LAST[:EPOCHS]",
     )
-    ce_weight: float | None = Field(
-        None,
-        ge=0,
-        description="Weight of cross-entropy on the labels; by default the method's own.",
-        json_schema_extra=about(METHOD),
+    ce_weight: float | None = setting(
+        None, "Weight of cross-entropy on the labels; by default the method's own.", METHOD, ge=0
     )
-    kd_weight: float | None = Field(
-        None,
-        ge=0,
-        description="Weight of the teacher's term, where there is one; by default the method's own.",
-        json_schema_extra=about(METHOD),
+    kd_weight: float | None = setting(
+        None, "Weight of the teacher's term, where there is one; by default the method's own.", METHOD, ge=0
     )
-    teacher_dropout: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Dropout left on in the teacher; above 0 it runs live at each step.",
-        json_schema_extra=about(METHOD),
+    teacher_dropout: float = setting(
+        0.0, "Dropout left on in the teacher; above 0 it runs live at each step.", METHOD, ge=0, lt=1
     )
-    teacher_cache: Literal["views", "fixed", "off"] = Field(
+    teacher_cache: Literal["views", "fixed", "off"] = setting(
         "views",
-        description="views: the teacher is run once on each of --views variants; fixed: once on the plain images, "
+        "views: the teacher is run once on each of --views variants; fixed: once on the plain images, "
         "while the student sees a fresh variant each epoch; off: in each step.",
-        json_schema_extra=about(METHOD),
+        METHOD,
     )
-    cache_top_k: int = Field(
+    cache_top_k: int = setting(
         0,
+        "Keep only the K largest of the teacher's logits, for many classes; 0: all.",
+        METHOD,
         ge=0,
         le=65535,
-        description="Keep only the K largest of the teacher's logits, for many classes; 0: all.",
-        json_schema_extra=about(METHOD),
     )
-    teacher_precision: Literal["auto", "32", "bf16"] = Field(
+    teacher_precision: Literal["auto", "32", "bf16"] = setting(
         "auto",
-        description="auto: what is fastest here and gives 99.9 % of images the same class as float32; of a teacher "
+        "auto: what is fastest here and gives 99.9 % of images the same class as float32; of a teacher "
         "that runs in each step, float32.",
-        json_schema_extra=about(METHOD),
+        METHOD,
     )
 
-    grey: bool = Field(
-        False, description="Turn colour images to grey, one channel.", json_schema_extra=about(DATA)
-    )
-    augment: str = Field(
+    grey: bool = setting(False, "Turn colour images to grey, one channel.", DATA)
+    augment: str = setting(
         "none",
-        description="How training images are varied: any of flip, crop, cutout and mixup, joined by hyphens.",
-        json_schema_extra=about(DATA, metavar="none|flip|flip-crop|…"),
+        "How training images are varied: any of flip, crop, cutout and mixup, joined by hyphens.",
+        DATA,
+        metavar="none|flip|flip-crop|…",
     )
-    unlabelled: Path | None = Field(
+    unlabelled: Path | None = setting(
         None,
-        description="A folder or archive of further images to train on, without labels, at any depth; for methods "
+        "A folder or archive of further images to train on, without labels, at any depth; for methods "
         "that read none, as logits, or kd with --lamda 0.",
-        json_schema_extra=about(DATA, metavar="FOLDER|ARCHIVE"),
+        DATA,
+        metavar="FOLDER|ARCHIVE",
     )
-    views: int = Field(
+    views: int = setting(
         0,
+        "Distinct variants of each image, cycled over the epochs; 0: as many as make sense.",
+        DATA,
         ge=0,
         le=100_000,
-        description="Distinct variants of each image, cycled over the epochs; 0: as many as make sense.",
-        json_schema_extra=about(DATA),
     )
-    preprocess: Literal["mean-std", "mean-image", "gcn-zca", "none"] = Field(
-        "mean-std", description="What the student does to its pixels.", json_schema_extra=about(DATA)
+    preprocess: Literal["mean-std", "mean-image", "gcn-zca", "none"] = setting(
+        "mean-std", "What the student does to its pixels.", DATA
     )
-    val_fraction: float = Field(
-        0.05,
-        ge=0,
-        lt=1,
-        description="Share of the training data kept for validation.",
-        json_schema_extra=about(DATA),
-    )
+    val_fraction: float = setting(0.05, "Share of the training data kept for validation.", DATA, ge=0, lt=1)
 
-    epochs: int = Field(
-        100,
-        ge=1,
-        le=1_000_000,
-        description="Passes over the training data.",
-        json_schema_extra=about(OPTIMISER),
-    )
-    batch_size: int = Field(
-        256, ge=1, le=1_000_000, description="Images a step.", json_schema_extra=about(OPTIMISER)
-    )
-    lr: float = Field(
-        1e-3, gt=0, le=100, description="Learning rate at its highest.", json_schema_extra=about(OPTIMISER)
-    )
-    optimizer: Literal["adam", "adamw", "sgd"] = Field(
-        "adam", description="sgd has Nesterov momentum 0.9.", json_schema_extra=about(OPTIMISER)
-    )
-    schedule: Literal["step", "cosine", "onecycle"] = Field(
+    epochs: int = setting(100, "Passes over the training data.", OPTIMISER, ge=1, le=1_000_000)
+    batch_size: int = setting(256, "Images a step.", OPTIMISER, ge=1, le=1_000_000)
+    lr: float = setting(1e-3, "Learning rate at its highest.", OPTIMISER, gt=0, le=100)
+    optimizer: Literal["adam", "adamw", "sgd"] = setting("adam", "sgd has Nesterov momentum 0.9.", OPTIMISER)
+    schedule: Literal["step", "cosine", "onecycle"] = setting(
         "onecycle",
-        description="step: ÷10 at 80 % of the epochs; cosine: to 0; onecycle: up for 30 %, then to 0.",
-        json_schema_extra=about(OPTIMISER),
+        "step: ÷10 at 80 % of the epochs; cosine: to 0; onecycle: up for 30 %, then to 0.",
+        OPTIMISER,
     )
-    weight_decay: float = Field(
-        0.0, ge=0, le=1, description="L2 penalty (adamw: decoupled).", json_schema_extra=about(OPTIMISER)
-    )
-    width: float = Field(
-        1.0,
-        gt=0,
-        le=100,
-        description="Channels of the network that is trained, times this.",
-        json_schema_extra=about(METHOD),
-    )
-    dropout: float = Field(
-        0.5,
-        ge=0,
-        lt=1,
-        description="Dropout of the network that is trained, where it has any.",
-        json_schema_extra=about(OPTIMISER),
+    weight_decay: float = setting(0.0, "L2 penalty (adamw: decoupled).", OPTIMISER, ge=0, le=1)
+    width: float = setting(1.0, "Channels of the network that is trained, times this.", METHOD, gt=0, le=100)
+    dropout: float = setting(
+        0.5, "Dropout of the network that is trained, where it has any.", OPTIMISER, ge=0, lt=1
     )
 
-    seed: int = Field(
-        0,
-        ge=0,
-        lt=2**63,
-        description="Initial weights, order, views and noise all follow from it.",
-        json_schema_extra=about(RUN),
-    )
-    view_seed: int | None = Field(
+    seed: int = setting(0, "Initial weights, order, views and noise all follow from it.", RUN, ge=0, lt=2**63)
+    view_seed: int | None = setting(
         None,
+        "Seed of the views alone, so that runs of several seeds share what is kept of the teacher; "
+        "by default that of the run.",
+        RUN,
         ge=0,
         lt=2**63,
-        description="Seed of the views alone, so that runs of several seeds share what is kept of the teacher; "
-        "by default that of the run.",
-        json_schema_extra=about(RUN),
     )
-    precision: Literal["auto", "32", "bf16"] = Field(
-        "auto", description="auto measures which is faster here.", json_schema_extra=about(RUN)
+    precision: Literal["auto", "32", "bf16"] = setting("auto", "auto measures which is faster here.", RUN)
+    compile: bool = setting(False, "Compile the student's step (torch.compile).", RUN)
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = setting(
+        "auto", "What to train on; auto: a GPU if there is one.", RUN
     )
-    compile: bool = Field(
-        False, description="Compile the student's step (torch.compile).", json_schema_extra=about(RUN)
-    )
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        "auto", description="What to train on; auto: a GPU if there is one.", json_schema_extra=about(RUN)
-    )
-    devices: int = Field(
+    devices: int = setting(
         1,
+        "GPUs, or on a CPU processes, that share each batch. Under torchrun it decides.",
+        RUN,
         ge=1,
         le=1024,
-        description="GPUs, or on a CPU processes, that share each batch. Under torchrun it decides.",
-        json_schema_extra=about(RUN),
     )
     threads: Threads = 0
-    name: FolderName = Field(
-        "",
-        description="Name of the run; by default method, student and a number.",
-        json_schema_extra=about(RUN),
-    )
-    runs_dir: Path = Field(Path("runs"), description="Runs are written here.", json_schema_extra=about(RUN))
-    save_every: str = Field(
+    name: FolderName = setting("", "Name of the run; by default method, student and a number.", RUN)
+    runs_dir: Path = setting(Path("runs"), "Runs are written here.", RUN)
+    save_every: str = setting(
         "1",
-        description="How often last.pt is written: N epochs, or as in 500steps or 10min; 0: only at the end.",
-        json_schema_extra=about(RUN, metavar="N|Nsteps|Nmin"),
+        "How often last.pt is written: N epochs, or as in 500steps or 10min; 0: only at the end.",
+        RUN,
+        metavar="N|Nsteps|Nmin",
     )
-    keep: int = Field(
-        2,
-        ge=1,
-        le=10_000,
-        description="Saved states to keep: last.pt and those before it.",
-        json_schema_extra=about(RUN),
-    )
-    log_every: int = Field(
-        50,
-        ge=0,
-        description="Steps between lines of metrics.jsonl; 0: a line an epoch only.",
-        json_schema_extra=about(RUN),
-    )
-    tensorboard: bool = Field(
-        False,
-        description="Also write metrics for TensorBoard (pip install 'kdcli[tensorboard]').",
-        json_schema_extra=about(RUN),
+    keep: int = setting(2, "Saved states to keep: last.pt and those before it.", RUN, ge=1, le=10_000)
+    log_every: int = setting(50, "Steps between lines of metrics.jsonl; 0: a line an epoch only.", RUN, ge=0)
+    tensorboard: bool = setting(
+        False, "Also write metrics for TensorBoard (pip install 'kdcli[tensorboard]').", RUN
     )
 
     @field_validator("teacher", mode="before")

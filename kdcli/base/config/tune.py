@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
-
-from kdcli.base.config.settings import FolderName, about, make
+from kdcli.base.config.settings import FolderName, make, setting
 from kdcli.base.config.train import TrainConfig
 
 SEARCH = "Search"
@@ -15,47 +13,39 @@ SEARCH = "Search"
 class TuneConfig(TrainConfig):
     """`kd tune`: the settings of kd train that all trials share, and those of the search."""
 
-    trials: int = Field(
+    trials: int = setting(
         20,
+        "Trials of the study in all: typed again, the command does those that are missing.",
+        SEARCH,
         ge=1,
         le=100_000,
-        description="Trials of the study in all: typed again, the command does those that are missing.",
-        json_schema_extra=about(SEARCH),
     )
-    study: FolderName = Field(
+    study: FolderName = setting(
         "",
+        "Name of the study and of its folder in --runs-dir; by default of method and student.",
+        SEARCH,
         max_length=200,
-        description="Name of the study and of its folder in --runs-dir; by default of method and student.",
-        json_schema_extra=about(SEARCH),
     )
-    storage: str = Field(
+    storage: str = setting(
         "",
-        description="The study's database, an SQLAlchemy URL that several machines can share; by default SQLite "
+        "The study's database, an SQLAlchemy URL that several machines can share; by default SQLite "
         "in the study's folder.",
-        json_schema_extra=about(SEARCH, metavar="URL"),
+        SEARCH,
+        metavar="URL",
     )
-    sampler: Literal["tpe", "random"] = Field(
-        "tpe",
-        description="How values are drawn: by what did well so far, or evenly. --seed repeats the draws.",
-        json_schema_extra=about(SEARCH),
+    sampler: Literal["tpe", "random"] = setting(
+        "tpe", "How values are drawn: by what did well so far, or evenly. --seed repeats the draws.", SEARCH
     )
-    pruner: Literal["median", "none"] = Field(
+    pruner: Literal["median", "none"] = setting(
         "median",
-        description="median: end a trial whose best epoch so far is below the median of the others there.",
-        json_schema_extra=about(SEARCH),
+        "median: end a trial whose best epoch so far is below the median of the others there.",
+        SEARCH,
     )
-    seeds: int = Field(
-        1,
-        ge=1,
-        le=1000,
-        description="Runs of each trial, with seeds from --seed on; their mean counts.",
-        json_schema_extra=about(SEARCH),
+    seeds: int = setting(
+        1, "Runs of each trial, with seeds from --seed on; their mean counts.", SEARCH, ge=1, le=1000
     )
-    timeout: float | None = Field(
-        None,
-        gt=0,
-        description="Begin no trial after this many minutes.",
-        json_schema_extra=about(SEARCH, metavar="MINUTES"),
+    timeout: float | None = setting(
+        None, "Begin no trial after this many minutes.", SEARCH, gt=0, metavar="MINUTES"
     )
 
     @property
