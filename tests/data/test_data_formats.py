@@ -38,9 +38,9 @@ def write_mnist(folder: Path) -> None:
         pixels = bytes(pixel(n, y, x) for n in range(count) for y in range(28) for x in range(28))
         labels = bytes((3 * n + (split == "t10k")) % 10 for n in range(count))
         images = idx_bytes(8, count, 28, 28, content=pixels)
-        (folder / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
+        (folder / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images, mtime=0))
         (folder / f"{split}-labels-idx1-ubyte.gz").write_bytes(
-            gzip.compress(idx_bytes(8, count, content=labels))
+            gzip.compress(idx_bytes(8, count, content=labels), mtime=0)
         )
 
 
@@ -195,7 +195,7 @@ def test_what_is_not_there_is_named_with_the_command(name: str, label: str, what
 
 def damaged(content: bytes) -> bytes:
     """A gzip file whose own sum is wrong."""
-    packed = bytearray(gzip.compress(content))
+    packed = bytearray(gzip.compress(content, mtime=0))
     packed[-6] ^= 1
     return bytes(packed)
 
@@ -208,15 +208,15 @@ GOOD = idx_bytes(8, 12, content=bytes(12))
     [
         (GOOD, "Not a gzipped file"),
         (b"", "no IDX file"),
-        (gzip.compress(b""), "no IDX file"),
-        (gzip.compress(GOOD[:6]), "cannot read"),
-        (gzip.compress(GOOD)[:-12], "ended before"),
+        (gzip.compress(b"", mtime=0), "no IDX file"),
+        (gzip.compress(GOOD[:6], mtime=0), "cannot read"),
+        (gzip.compress(GOOD, mtime=0)[:-12], "ended before"),
         (damaged(GOOD), "CRC"),
-        (gzip.compress(GOOD[:-1]), "damaged"),
-        (gzip.compress(GOOD + b"!"), "damaged"),
+        (gzip.compress(GOOD[:-1], mtime=0), "damaged"),
+        (gzip.compress(GOOD + b"!", mtime=0), "damaged"),
         (gzip.compress(idx_bytes(9, 12, content=bytes(12))), "no IDX file of bytes"),
         (gzip.compress(idx_bytes(8, 12, 1, content=bytes(12))), "no IDX file of bytes in 1 dimensions"),
-        (gzip.compress(idx_bytes(8, 2**32 - 1, content=b"")), "at most 268,435,456 are read"),
+        (gzip.compress(idx_bytes(8, 2**32 - 1, content=b""), mtime=0), "at most 268,435,456 are read"),
         (gzip.compress(idx_bytes(8, 11, content=bytes(11))), "labels that are not 12 numbers of 10"),
         (gzip.compress(idx_bytes(8, 12, content=bytes(11) + b"\x0a")), "labels that are not 12 numbers"),
     ],
@@ -234,7 +234,7 @@ def test_bad_idx_files(content: bytes, message: str, tmp_path: Path, read: Read)
 def test_other_images_than_expected(sizes: tuple[int, ...], tmp_path: Path, read: Read) -> None:
     write_mnist(tmp_path / "data/mnist")
     content = idx_bytes(8, *sizes, content=bytes(int(np.prod(sizes))))
-    (tmp_path / "data/mnist/t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(content))
+    (tmp_path / "data/mnist/t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(content, mtime=0))
     with pytest.raises(KdError, match=r"MNIST has test images uint8 .* instead of uint8 \(N, 28, 28, 1\)"):
         read("mnist")
 

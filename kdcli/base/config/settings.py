@@ -35,7 +35,7 @@ def setting(
         alone: value of a flag that may stand alone; `value` is then the pattern of a value of its own.
         bounds: pydantic's, as `ge=1`.
     """
-    about = {
+    about: dict[str, Any] = {
         "panel": panel,
         "flags": list(flags),
         "flag": flag,
@@ -43,7 +43,7 @@ def setting(
         "alone": alone,
         "value": value,
     }
-    extra = {name: entry for name, entry in about.items() if entry}
+    extra: dict[str, Any] = {name: entry for name, entry in about.items() if entry}
     return Field(default, description=text, json_schema_extra=extra, **bounds)
 
 
