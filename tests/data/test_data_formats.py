@@ -214,11 +214,17 @@ GOOD = idx_bytes(8, 12, content=bytes(12))
         (damaged(GOOD), "CRC"),
         (gzip.compress(GOOD[:-1], mtime=0), "damaged"),
         (gzip.compress(GOOD + b"!", mtime=0), "damaged"),
-        (gzip.compress(idx_bytes(9, 12, content=bytes(12))), "no IDX file of bytes"),
-        (gzip.compress(idx_bytes(8, 12, 1, content=bytes(12))), "no IDX file of bytes in 1 dimensions"),
+        (gzip.compress(idx_bytes(9, 12, content=bytes(12)), mtime=0), "no IDX file of bytes"),
+        (
+            gzip.compress(idx_bytes(8, 12, 1, content=bytes(12)), mtime=0),
+            "no IDX file of bytes in 1 dimensions",
+        ),
         (gzip.compress(idx_bytes(8, 2**32 - 1, content=b""), mtime=0), "at most 268,435,456 are read"),
-        (gzip.compress(idx_bytes(8, 11, content=bytes(11))), "labels that are not 12 numbers of 10"),
-        (gzip.compress(idx_bytes(8, 12, content=bytes(11) + b"\x0a")), "labels that are not 12 numbers"),
+        (gzip.compress(idx_bytes(8, 11, content=bytes(11)), mtime=0), "labels that are not 12 numbers of 10"),
+        (
+            gzip.compress(idx_bytes(8, 12, content=bytes(11) + b"\x0a"), mtime=0),
+            "labels that are not 12 numbers",
+        ),
     ],
 )
 def test_bad_idx_files(content: bytes, message: str, tmp_path: Path, read: Read) -> None:
@@ -242,10 +248,10 @@ def test_other_images_than_expected(sizes: tuple[int, ...], tmp_path: Path, read
 def test_a_gzip_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(idx, "MAX_BYTES", 1000)
     path = tmp_path / "x.gz"
-    path.write_bytes(gzip.compress(idx_bytes(8, 1001, content=bytes(1001))))
+    path.write_bytes(gzip.compress(idx_bytes(8, 1001, content=bytes(1001)), mtime=0))
     with pytest.raises(KdError, match="holds 1,001 bytes; at most 1,000"):
         idx.read_idx(path, 1)
-    path.write_bytes(gzip.compress(idx_bytes(8, 1000, content=bytes(1000))))
+    path.write_bytes(gzip.compress(idx_bytes(8, 1000, content=bytes(1000)), mtime=0))
     assert idx.read_idx(path, 1).shape == (1000,)
 
 
@@ -353,7 +359,7 @@ def test_a_full_or_closed_cache_is_one_error(
 def test_a_changed_file_is_packed_anew(tmp_path: Path, read: Read) -> None:
     write_mnist(tmp_path / "data/mnist")
     before = read("mnist")
-    labels = gzip.compress(idx_bytes(8, 5, content=bytes(5)))
+    labels = gzip.compress(idx_bytes(8, 5, content=bytes(5)), mtime=0)
     (tmp_path / "data/mnist/t10k-labels-idx1-ubyte.gz").write_bytes(labels)
     after = read("mnist")
     assert after.test.labels.tolist() == [0] * 5 != before.test.labels.tolist()
