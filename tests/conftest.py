@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two workers share the cores
+
+from tests.helpers import ROOT  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import typer
+from PIL import Image
 from typer.testing import CliRunner
 
+from kdcli import data, models
+from kdcli.base.config import TrainConfig, make
+from kdcli.base.events import Event, Progress
 from kdcli.cli import _ui
 from kdcli.cli._bare import spell_out
-from kdcli.data import ImageSet, Splits
+from kdcli.data import ImageSet, Splits, preprocess
 from kdcli.data.images import fingerprint_of
+from kdcli.models import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,3 +62,64 @@ def command_line(monkeypatch: pytest.MonkeyPatch, *commands: ModuleType) -> Any:
         return result
 
     return call
+
+
+def config(**changes: Any) -> TrainConfig:
+    plain = {
+        "student": "convnet-tiny",
+        "epochs": 3,
+        "batch_size": 16,
+        "lr": 1e-2,
+        "precision": "32",
+        "threads": 1,
+    }
+    return make(TrainConfig, {**plain, **changes})
+
+
+CLOCKS = ("seconds", "epoch_seconds", "logged_seconds")  # not part of the state
+
+
+def digest(path: Path) -> str:
+    """SHA-256 over all tensors and plain values of a checkpoint."""
+    stored = checkpoint.load(path)
+    return checkpoint.digest([stored.state_dict, stored.training], CLOCKS)
+
+
+class StopAfter:
+    """An `on_event` that sends this process a signal once training has got somewhere."""
+
+    def __init__(self, images: int, number: int) -> None:
+        self.images, self.number = images, number
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Progress) and event.task.startswith("epoch") and event.done >= self.images:
+            self.images = 10**9
+            os.kill(os.getpid(), self.number)
+
+
+def image_folder(folder: Path) -> None:
+    """240 train and 30 test images of 16×16 in three classes."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 80), ("test", 10)):
+        for label in range(3):
+            place = folder / split / f"class-{label}"
+            place.mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(60 * label, 60 * label + 120, (16, 16, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(place / f"{number}.png")
+
+
+def digits_student(path: Path, arch: str = "convnet-tiny", **provenance: Any) -> Path:
+    """An untrained network for the digits, with the provenance that kd train writes."""
+    torch.manual_seed(1)
+    model = models.Classifier(
+        models.build(arch, classes=10, input_size=(8, 8, 1)),
+        preprocess.fit("mean-std", data.load("digits").train.images),
+        arch=arch,
+        arch_args={},
+        classes=tuple("0123456789"),
+        input_size=(8, 8, 1),
+        provenance={"data": {"spec": "digits", "label": "digits", "image_size": None}, **provenance},
+    ).eval()
+    model.save(path)
+    return path

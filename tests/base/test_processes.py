@@ -18,7 +18,7 @@ import torch
 from kdcli.base.runtime import World
 from kdcli.models import checkpoint
 from kdcli.teacher.views import PART
-from tests.engine.test_engine import CLOCKS
+from tests.helpers import CLOCKS
 
 # a run's command line, with the teacher's pass cut into parts small enough that both processes get some
 DRIVER = f"""

@@ -10,9 +10,8 @@ import pytest
 
 from kdcli.base.errors import KdError, UsageError
 from kdcli.cli import bench, export
-from tests.cli.test_cli_export import digits_student
 from tests.deploy.test_export import one_thread  # noqa: F401
-from tests.helpers import command_line
+from tests.helpers import command_line, digits_student
 
 
 @pytest.fixture

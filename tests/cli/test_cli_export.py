@@ -14,26 +14,8 @@ import torch
 from kdcli import data, models
 from kdcli.base.errors import KdError, UsageError
 from kdcli.cli import bench, export, test, train
-from kdcli.data.preprocess import fit
 from tests.deploy.test_export import one_thread  # noqa: F401
-from tests.engine.test_resume import image_folder
-from tests.helpers import command_line
-
-
-def digits_student(path: Path, arch: str = "convnet-tiny", **provenance: Any) -> Path:
-    """An untrained network for the digits, with the provenance that kd train writes."""
-    torch.manual_seed(1)
-    model = models.Classifier(
-        models.build(arch, classes=10, input_size=(8, 8, 1)),
-        fit("mean-std", data.load("digits").train.images),
-        arch=arch,
-        arch_args={},
-        classes=tuple("0123456789"),
-        input_size=(8, 8, 1),
-        provenance={"data": {"spec": "digits", "label": "digits", "image_size": None}, **provenance},
-    ).eval()
-    model.save(path)
-    return path
+from tests.helpers import command_line, digits_student, image_folder
 
 
 @pytest.fixture

@@ -36,8 +36,7 @@ from kdcli.engine.inputs import load_data
 from kdcli.models import checkpoint
 from kdcli.studies.compare import compare, make_plan
 from kdcli.studies.reproduce import check_inputs, read_finished
-from tests.engine.test_engine import CLOCKS, _StopAfter, config
-from tests.helpers import command_line, image_set
+from tests.helpers import CLOCKS, StopAfter, command_line, config, image_set
 
 UInt8 = npt.NDArray[np.uint8]
 SIZE = (8, 8, 3)
@@ -353,7 +352,7 @@ def test_a_run_that_was_interrupted_ends_as_the_whole_one(
     changes = {"epochs": 3, "augment": "flip", "batch_size": 8, "val_fraction": 0.2}
     whole = fit(taught(**changes), loaded())
     with pytest.raises(Interrupted):
-        fit(taught(**changes, name="cut"), loaded(), on_event=_StopAfter(115, signal.SIGINT))
+        fit(taught(**changes, name="cut"), loaded(), on_event=StopAfter(115, signal.SIGINT))
     run = RunDir.existing(Path("runs/cut"))
     settings_of_run = run.read_config()
     resumed = fit(settings_of_run, loaded(), resume=run)
@@ -364,7 +363,7 @@ def test_a_run_that_was_interrupted_ends_as_the_whole_one(
     )
     shutil.rmtree(resumed.run.path)
     with pytest.raises(Interrupted):
-        fit(taught(**changes, name="cut"), loaded(), on_event=_StopAfter(115, signal.SIGINT))
+        fit(taught(**changes, name="cut"), loaded(), on_event=StopAfter(115, signal.SIGINT))
     for other in (data.load("toy"), _one_less()):
         with pytest.raises(KdError, match="the unlabelled set is not what runs/cut began with"):
             fit(settings_of_run, other, resume=run)

@@ -307,7 +307,7 @@ def test_what_loses_too_much_is_not_written(checkpoint: Path, monkeypatch: pytes
 def test_the_table_of_trials_is_shown(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import json
 
-    from tests.cli.test_cli_export import digits_student
+    from tests.helpers import digits_student
 
     kd = command_line(monkeypatch, export_command, bench)
     digits_student(Path("student.pt"))

@@ -24,9 +24,7 @@ from kdcli.cli import train
 from kdcli.data import Splits
 from kdcli.engine import Result, RunDir, continued, fit, fit_chain
 from kdcli.models import checkpoint
-from tests.engine.test_engine import CLOCKS, config
-from tests.engine.test_resume import image_folder
-from tests.helpers import ROOT, command_line, make_splits
+from tests.helpers import CLOCKS, ROOT, command_line, config, image_folder, make_splits
 
 KD = (sys.executable, "-m", "kdcli")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
 from dataclasses import replace
@@ -28,19 +27,7 @@ from kdcli.engine.plan import resolve
 from kdcli.engine.schedule import learning_rate
 from kdcli.models import checkpoint
 from kdcli.models.reproducible import SampleDropout
-from tests.helpers import make_splits
-
-
-def config(**changes: Any) -> TrainConfig:
-    plain = {
-        "student": "convnet-tiny",
-        "epochs": 3,
-        "batch_size": 16,
-        "lr": 1e-2,
-        "precision": "32",
-        "threads": 1,
-    }
-    return make(TrainConfig, {**plain, **changes})
+from tests.helpers import StopAfter, config, digest, make_splits
 
 
 @pytest.fixture
@@ -53,15 +40,6 @@ def trained_teacher(workplace: Path, splits: Splits) -> Path:
     """A teacher by `--method ce`, as a user makes one."""
     fit(config(method="ce", student="convnet-small", epochs=4, name="teacher"), splits)
     return Path("runs/teacher/student.pt")
-
-
-CLOCKS = ("seconds", "epoch_seconds", "logged_seconds")  # not part of the state
-
-
-def digest(path: Path) -> str:
-    """SHA-256 over all tensors and plain values of a checkpoint."""
-    stored = checkpoint.load(path)
-    return checkpoint.digest([stored.state_dict, stored.training], CLOCKS)
 
 
 def test_labels_alone_are_learned(workplace: Path, splits: Splits) -> None:
@@ -236,18 +214,6 @@ def test_same_seed_same_student_other_seed_another(trained_teacher: Path, splits
     assert not all(torch.equal(value, other[name]) for name, value in first.items())
 
 
-class _StopAfter:
-    """An `on_event` that sends this process a signal once training has got somewhere."""
-
-    def __init__(self, images: int, number: int) -> None:
-        self.images, self.number = images, number
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Progress) and event.task.startswith("epoch") and event.done >= self.images:
-            self.images = 10**9
-            os.kill(os.getpid(), self.number)
-
-
 @pytest.mark.parametrize("images", [1, 40, 85, 100, 200])
 @pytest.mark.parametrize("method", ["ce", "noisy"])
 def test_stopped_and_resumed_is_bit_identical(
@@ -265,7 +231,7 @@ def test_stopped_and_resumed_is_bit_identical(
     whole = fit(config(**settings, name="whole"), splits)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted) as caught:
-        fit(config(**settings, name="cut"), splits, on_event=_StopAfter(images, signal.SIGINT))
+        fit(config(**settings, name="cut"), splits, on_event=StopAfter(images, signal.SIGINT))
     assert caught.value.exit_code == 130
     assert caught.value.hint == "kd train --resume runs/cut"
     assert signal.getsignal(signal.SIGINT) is handler
@@ -286,7 +252,7 @@ def test_stopped_and_resumed_is_bit_identical(
 def test_sigterm_leaves_with_143(workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
     with pytest.raises(Interrupted) as caught:
-        fit(config(method="ce"), splits, on_event=_StopAfter(1, signal.SIGTERM))
+        fit(config(method="ce"), splits, on_event=StopAfter(1, signal.SIGTERM))
     assert caught.value.exit_code == 143
 
 
@@ -295,7 +261,7 @@ def test_resume_with_other_data_is_refused(
 ) -> None:
     monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
     with pytest.raises(Interrupted):
-        fit(config(method="ce", name="x"), splits, on_event=_StopAfter(1, signal.SIGINT))
+        fit(config(method="ce", name="x"), splits, on_event=StopAfter(1, signal.SIGINT))
     run = RunDir.existing(Path("runs/x"))
     with pytest.raises(KdError, match="the data is not what"):
         fit(run.read_config(), make_splits(train=87), resume=run)

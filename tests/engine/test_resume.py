@@ -15,10 +15,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from kdcli import engine
 from kdcli.base.config import TrainConfig
@@ -27,8 +25,7 @@ from kdcli.base.events import Event, Note
 from kdcli.engine import RunDir, fit
 from kdcli.engine.state import State
 from kdcli.models import checkpoint
-from tests.engine.test_engine import CLOCKS, _StopAfter, config
-from tests.helpers import ROOT, make_splits
+from tests.helpers import CLOCKS, ROOT, StopAfter, config, image_folder, make_splits
 
 KILLS = 20
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -49,18 +46,6 @@ def state_of(run: RunDir) -> dict[str, Any]:
         "test": result["test"],
         "marks": result["resumed_with_differences"],
     }
-
-
-def image_folder(folder: Path) -> None:
-    """240 train and 30 test images of 16×16 in three classes."""
-    random = np.random.default_rng(0)
-    for split, count in (("train", 80), ("test", 10)):
-        for label in range(3):
-            place = folder / split / f"class-{label}"
-            place.mkdir(parents=True)
-            for number in range(count):
-                pixels = random.integers(60 * label, 60 * label + 120, (16, 16, 3)).astype(np.uint8)
-                Image.fromarray(pixels).save(place / f"{number}.png")
 
 
 def test_killed_twenty_times_and_resumed_it_ends_the_same(workplace: Path) -> None:
@@ -104,7 +89,7 @@ def test_killed_twenty_times_and_resumed_it_ends_the_same(workplace: Path) -> No
 def stopped(name: str, splits: Any, **settings: Any) -> RunDir:
     """A run interrupted in the middle of its second epoch, between two lines of metrics."""
     with pytest.raises(Interrupted):
-        fit(config(**settings, name=name), splits, on_event=_StopAfter(115, signal.SIGINT))
+        fit(config(**settings, name=name), splits, on_event=StopAfter(115, signal.SIGINT))
     return RunDir.existing(Path("runs") / name)
 
 
@@ -186,7 +171,7 @@ def test_what_learns_along_is_part_of_the_state(
     settings = {**FEATURES, "teacher": teacher}
     whole = fit(config(**settings, name="whole"), splits)
     with pytest.raises(Interrupted):
-        fit(config(**settings, name="start"), splits, on_event=_StopAfter(1, signal.SIGINT))
+        fit(config(**settings, name="start"), splits, on_event=StopAfter(1, signal.SIGINT))
     fresh = checkpoint.load(Path("runs/start/last.pt")).training["adapters"]  # type: ignore[index]
     run = stopped("cut", splits, **settings)
 
@@ -215,7 +200,7 @@ def test_what_learns_along_is_part_of_the_state(
 
 def stopped_at_start(splits: Any) -> RunDir:
     with pytest.raises(Interrupted):
-        fit(config(**SETTINGS, name="start"), splits, on_event=_StopAfter(1, signal.SIGINT))
+        fit(config(**SETTINGS, name="start"), splits, on_event=StopAfter(1, signal.SIGINT))
     return RunDir.existing(Path("runs/start"))
 
 

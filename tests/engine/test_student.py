@@ -22,8 +22,7 @@ from kdcli.engine import RunDir, fit
 from kdcli.engine.output import Output
 from kdcli.models import checkpoint
 from tests.caffe_files import field, layer, net, write
-from tests.engine.test_engine import _StopAfter, config, digest
-from tests.helpers import command_line, make_splits
+from tests.helpers import StopAfter, command_line, config, digest, make_splits
 
 RANDOM = np.random.default_rng(7)
 
@@ -151,7 +150,7 @@ def test_a_caffe_net_trains_resumes_and_exports(
     after = checkpoint.load(whole.run.student).state_dict
     assert not any(torch.equal(value, after[name]) for name, value in before.items())  # statistics, too
     with pytest.raises(Interrupted):
-        fit(config(**settings, name="cut"), splits, on_event=_StopAfter(120, signal.SIGINT))
+        fit(config(**settings, name="cut"), splits, on_event=StopAfter(120, signal.SIGINT))
     run = RunDir.existing(Path("runs/cut"))
     resumed = fit(run.read_config(), splits, resume=run)
     assert digest(resumed.run.last) == digest(whole.run.last)
@@ -171,7 +170,7 @@ def test_a_resumed_run_wants_the_file_it_began_with(
         fit(
             config(method="ce", student=str(caffe_net), name="x"),
             splits,
-            on_event=_StopAfter(1, signal.SIGINT),
+            on_event=StopAfter(1, signal.SIGINT),
         )
     other = models.load(caffe_net)
     other.provenance["remark"] = "another file"

@@ -19,8 +19,7 @@ from kdcli.data.preprocess import fit as fit_preprocess
 from kdcli.deploy.export import export
 from kdcli.engine import RunDir, fit
 from kdcli.models import Classifier, checkpoint
-from tests.engine.test_engine import CLOCKS, _StopAfter, config
-from tests.helpers import make_splits
+from tests.helpers import CLOCKS, StopAfter, config, make_splits
 
 # the field's (Tian et al. 2020), the reference's, and networks without a linear layer or with fewer stages
 PAIRS = {
@@ -97,7 +96,7 @@ def test_two_steps_an_exact_resume_and_nothing_but_the_student_in_its_file(
     assert len({line["step"] for line in whole.run.read_metrics()}) == 1
     assert np.isfinite(whole.epochs[-1].loss)
     with pytest.raises(Interrupted):
-        fit(config(**settings, name="cut"), splits, on_event=_StopAfter(4, signal.SIGINT))
+        fit(config(**settings, name="cut"), splits, on_event=StopAfter(4, signal.SIGINT))
     run = RunDir.existing(Path("runs/cut"))
     assert checkpoint.load(run.last).training["state"]["step"] == 1  # type: ignore[index]
 

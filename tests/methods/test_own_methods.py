@@ -39,9 +39,7 @@ from kdcli.studies.compare import compare, make_plan
 from kdcli.studies.reproduce import check_inputs, read_finished, reproduce
 from kdcli.studies.tune.search import tune
 from kdcli.studies.tune.space import read_space
-from tests.engine.test_engine import CLOCKS, _StopAfter, config
-from tests.engine.test_resume import image_folder
-from tests.helpers import ROOT, command_line, make_splits
+from tests.helpers import CLOCKS, ROOT, StopAfter, command_line, config, image_folder, make_splits
 
 METHODS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 # as the installed script starts: without the current folder among Python's
@@ -358,7 +356,7 @@ def test_a_run_with_code_goes_on_where_the_same_code_is_typed(
     settings = config(method="resumed:sing", data="digits", epochs=2, log_every=1)
     whole = fit(settings.model_copy(update={"name": "whole"}), digits())
     with pytest.raises(Interrupted) as stopped:
-        fit(settings.model_copy(update={"name": "cut"}), digits(), on_event=_StopAfter(2000, signal.SIGINT))
+        fit(settings.model_copy(update={"name": "cut"}), digits(), on_event=StopAfter(2000, signal.SIGINT))
     assert stopped.value.hint == "kd train --resume runs/cut --method resumed:sing"
     call = command_line(monkeypatch, train_command)
     for words, told in (

@@ -13,8 +13,7 @@ from kdcli.base.errors import KdError, UsageError
 from kdcli.engine import fit
 from kdcli.models import checkpoint
 from kdcli.models.features import Tap, stages_of
-from tests.engine.test_engine import config
-from tests.helpers import make_splits
+from tests.helpers import config, make_splits
 
 
 class Plain(nn.Module):

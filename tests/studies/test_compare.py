@@ -25,8 +25,7 @@ from kdcli.engine import fit
 from kdcli.models import checkpoint
 from kdcli.studies.compare import Comparison, Plan, compare, make_plan
 from kdcli.studies.compare.result import conclude
-from tests.engine.test_resume import image_folder
-from tests.helpers import command_line, make_splits
+from tests.helpers import command_line, image_folder, make_splits
 
 TRAIN: dict[str, Any] = {
     "data": "toy",

@@ -29,8 +29,7 @@ from kdcli.teacher.ensemble import Ensemble
 from kdcli.teacher.recorded import teachers_of
 from kdcli.teacher.runner import Plan, choose
 from kdcli.teacher.views import Outputs, top_k_of
-from tests.engine.test_engine import config
-from tests.helpers import ROOT, image_set, make_splits
+from tests.helpers import ROOT, config, image_set, make_splits
 
 
 @pytest.fixture(autouse=True)
@@ -371,7 +370,7 @@ def test_a_warm_cache_needs_neither_the_teachers_weights_nor_onnxruntime(
         "import sys, torch\nfrom pathlib import Path\nfrom kdcli import models, teacher\n"
         "def refuse(*rest): raise AssertionError('the teacher was read')\n"
         "teacher.load_model = refuse\n"
-        "from tests.helpers import make_splits\nfrom tests.engine.test_engine import config\n"
+        "from tests.helpers import make_splits\nfrom tests.helpers import config\n"
         "from kdcli.engine import fit\n"
         "result = fit(config(method='logits', teacher=Path('t.pt'), augment='flip', name='b'), make_splits())\n"
         "assert result.teacher_passes == 0\n"
