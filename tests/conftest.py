@@ -10,7 +10,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two workers share the cores
 
-from tests.helpers import ROOT  # noqa: E402
+from tests.helpers import ROOT
 
 
 @pytest.fixture(scope="session")
