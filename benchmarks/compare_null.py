@@ -65,8 +65,9 @@ def digits(count: int) -> Any:
 
 def accuracy(method: str, seed: int, asked: dict[str, Any]) -> float:
     """Test accuracy of one run, per cent."""
-    from kdcli.base.config import TrainConfig, make
+    from kdcli.base.config import make
     from kdcli.engine import fit
+    from kdcli.methods import TrainConfig
 
     with tempfile.TemporaryDirectory(dir=asked["folder"]) as name:
         values = {
@@ -120,8 +121,9 @@ def claims(found: list[list[float]], resolution: float) -> dict[str, float]:
 
 def teacher_of(asked: dict[str, Any]) -> str:
     """A teacher for methods that need one."""
-    from kdcli.base.config import TrainConfig, make
+    from kdcli.base.config import make
     from kdcli.engine import fit
+    from kdcli.methods import TrainConfig
 
     values = {**TRAIN, "method": "ce", "student": "convnet-small", "epochs": 10, "name": "teacher"}
     values |= {"runs_dir": asked["folder"], "cache_dir": asked["cache"]}

@@ -11,9 +11,9 @@ from pair import BATCH, LAMDA, LEARNING_RATE, SEED, STUDENT, TAU, Pair, Timing, 
 from torch import Tensor, nn
 
 from kdcli.base import runtime
-from kdcli.base.config import TrainConfig
 from kdcli.base.events import OnEvent, ignore
 from kdcli.engine import Result, fit
+from kdcli.methods import TrainConfig
 from kdcli.models.layers import count_macs
 
 _MATMUL_SIZES = (512, 1024, 2048)

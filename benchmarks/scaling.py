@@ -81,10 +81,11 @@ def run_case(case: dict[str, Any], folder: Path) -> None:
 
     from kdcli import models
     from kdcli.base import runtime
-    from kdcli.base.config import TrainConfig, make
+    from kdcli.base.config import make
     from kdcli.data import ImageSet, Splits
     from kdcli.data.preprocess import MeanStd
     from kdcli.engine import fit
+    from kdcli.methods import TrainConfig
     from kdcli.models import Classifier
 
     world = runtime.launch("cpu", case["processes"])

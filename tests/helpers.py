@@ -15,12 +15,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from kdcli import data, models
-from kdcli.base.config import TrainConfig, make
+from kdcli.base.config import make
 from kdcli.base.events import Event, Progress
 from kdcli.cli import _ui
 from kdcli.cli._bare import spell_out
 from kdcli.data import ImageSet, Splits, preprocess
 from kdcli.data.images import fingerprint_of
+from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,12 +10,13 @@ import typer
 
 from kdcli import methods
 from kdcli.base import files
-from kdcli.base.config import RUN, CompareConfig, TrainConfig, make
+from kdcli.base.config import RUN, CompareConfig, make
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.recipes import read_recipe
 from kdcli.cli import _ui
 from kdcli.cli._imports import imports
 from kdcli.cli._options import Recipe, options_of
+from kdcli.methods import TrainConfig
 
 if TYPE_CHECKING:
     from kdcli.studies.compare import Comparison, Plan

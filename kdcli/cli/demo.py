@@ -14,18 +14,11 @@ import typer
 
 from kdcli import methods
 from kdcli.base import units
-from kdcli.base.config import (
-    INT8_DEFAULT,
-    BenchConfig,
-    DemoConfig,
-    ExportConfig,
-    ReportConfig,
-    TrainConfig,
-    make,
-)
+from kdcli.base.config import INT8_DEFAULT, BenchConfig, DemoConfig, ExportConfig, ReportConfig, make
 from kdcli.base.errors import Interrupted, UsageError
 from kdcli.cli import _ui
 from kdcli.cli._options import options_of
+from kdcli.methods import TrainConfig
 
 if TYPE_CHECKING:
     from kdcli.base.events import OnEvent

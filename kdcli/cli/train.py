@@ -11,12 +11,13 @@ import typer
 
 from kdcli import methods
 from kdcli.base import files, units
-from kdcli.base.config import RUN, TrainConfig, make
+from kdcli.base.config import RUN, make
 from kdcli.base.errors import UsageError
 from kdcli.base.recipes import read_recipe
 from kdcli.cli import _ui
 from kdcli.cli._imports import imports
 from kdcli.cli._options import Recipe, options_of
+from kdcli.methods import TrainConfig
 
 if TYPE_CHECKING:
     from kdcli.engine import Result

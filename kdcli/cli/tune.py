@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdcli import methods
-from kdcli.base.config import SEARCH, TuneConfig, make, words_of
+from kdcli.base.config import make, words_of
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.recipes import read_recipe
 from kdcli.cli import _ui
 from kdcli.cli._imports import imports
 from kdcli.cli._options import Recipe, options_of
+from kdcli.studies.tune.settings import SEARCH, TuneConfig
 
 if TYPE_CHECKING:
     from kdcli.studies.tune.search import Tuned

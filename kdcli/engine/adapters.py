@@ -9,11 +9,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from kdcli.base.config import TrainConfig
 from kdcli.base.errors import UsageError
 from kdcli.data import ImageSet, rows
 from kdcli.engine.targets import Targets, shapes_of
-from kdcli.methods import Objective, Training
+from kdcli.methods import Objective, TrainConfig, Training
 from kdcli.models import Classifier
 from kdcli.models.features import Tap, stages_of
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from kdcli import methods
 from kdcli.base import runtime
-from kdcli.base.config import TrainConfig
 from kdcli.base.errors import Interrupted, UsageError
 from kdcli.base.events import Event, Note, OnEvent, Progress, ignore
 from kdcli.base.files import sha256_file
@@ -19,6 +18,7 @@ from kdcli.engine.result import Result
 from kdcli.engine.run_dir import PLACE, RunDir, name_of, resume_command
 from kdcli.engine.state import WITHOUT_EFFECT
 from kdcli.engine.student import check_student
+from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint
 
 _SEEDS = 2**63

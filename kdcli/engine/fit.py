@@ -11,7 +11,6 @@ import torch
 
 from kdcli import __version__, methods, models
 from kdcli.base import metrics, runtime
-from kdcli.base.config import TrainConfig
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Epoch, Note, OnEvent, Progress, ignore
 from kdcli.base.files import sha256_file
@@ -32,6 +31,7 @@ from kdcli.engine.state import Due, State, made_with, newest, restore
 from kdcli.engine.step import Step
 from kdcli.engine.student import make_student
 from kdcli.engine.targets import Targets
+from kdcli.methods import TrainConfig
 from kdcli.models.reproducible import Draw, use_global_batch_norm, use_sample_dropout
 
 Int64 = npt.NDArray[np.int64]

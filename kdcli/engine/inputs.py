@@ -7,11 +7,11 @@ from pathlib import Path
 
 from kdcli import data, methods, models
 from kdcli.base import files
-from kdcli.base.config import TrainConfig
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import OnEvent, ignore
 from kdcli.base.text import reason
 from kdcli.data import Splits
+from kdcli.methods import TrainConfig
 
 
 def load_data(config: TrainConfig, on_event: OnEvent = ignore) -> Splits:

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcli import methods
-from kdcli.base.config import TrainConfig
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import OnEvent
 from kdcli.data import ImageSet, Splits, augment, preprocess
 from kdcli.data.preprocess import Preprocess
+from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint
 
 Int64 = npt.NDArray[np.int64]

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcli.base.config import TrainConfig
 from kdcli.base.errors import KdError
 from kdcli.base.runtime import World
 from kdcli.engine.result import Metrics
 from kdcli.engine.run_dir import RunDir
 from kdcli.engine.state import State
 from kdcli.engine.tensorboard import Board, board
+from kdcli.methods import TrainConfig
 
 
 class Record:

@@ -6,10 +6,10 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kdcli.base.config import TrainConfig
 from kdcli.base.errors import KdError
 from kdcli.engine.evaluate import Evaluation
 from kdcli.engine.run_dir import RunDir
+from kdcli.methods import TrainConfig
 
 
 @dataclass(frozen=True)

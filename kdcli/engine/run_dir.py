@@ -15,11 +15,12 @@ from typing import Any
 import tomli_w
 
 from kdcli import methods
-from kdcli.base.config import TrainConfig, make
+from kdcli.base.config import make
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import scratch_folder, write_json, write_text
 from kdcli.base.recipes import read_recipe
 from kdcli.base.text import reason
+from kdcli.methods import TrainConfig
 from kdcli.models.checkpoint import Checkpoint, save
 
 # Where the run lies is not part of what it computes: the file can be used as a recipe for another run.

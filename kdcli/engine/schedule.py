@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from kdcli.base.config import TrainConfig
+from kdcli.methods import TrainConfig
 
 _WARM_UP, _START, _END = 0.3, 1 / 25, 1e-4  # of onecycle: share of steps, first and last rate over the peak
 

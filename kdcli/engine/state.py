@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from kdcli import __version__
-from kdcli.base.config import TrainConfig
 from kdcli.base.errors import KdError
 from kdcli.base.events import Note, OnEvent
 from kdcli.base.runtime import World
 from kdcli.engine.adapters import restore_adapters
 from kdcli.engine.run_dir import PLACE, RunDir
+from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint
 from kdcli.models.checkpoint import Checkpoint
 

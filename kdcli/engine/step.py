@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcli.base.config import TrainConfig
 from kdcli.base.errors import KdError
 from kdcli.base.runtime import World, plain_step
 from kdcli.engine.feed import Inputs
 from kdcli.engine.output import Output
-from kdcli.methods import Batch, Features, Objective
+from kdcli.methods import Batch, Features, Objective, TrainConfig
 from kdcli.models import Classifier
 from kdcli.models.features import Tap
 from kdcli.models.reproducible import Draw

@@ -9,11 +9,11 @@ import numpy.typing as npt
 import torch
 
 from kdcli import data, methods, models
-from kdcli.base.config import TrainConfig
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import OnEvent
 from kdcli.data import ImageSet
 from kdcli.engine.plan import fitted_preprocess
+from kdcli.methods import TrainConfig
 from kdcli.models import Classifier
 from kdcli.models.features import stages_of
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from kdcli import models
-from kdcli.base.config import TrainConfig
 from kdcli.base.errors import Interrupted, KdError
 from kdcli.base.events import Note, OnEvent
 from kdcli.base.runtime import StopFlag, World
@@ -18,7 +17,7 @@ from kdcli.data import ImageSet, rows
 from kdcli.engine.feed import Inputs
 from kdcli.engine.output import Output
 from kdcli.engine.plan import cache_mode
-from kdcli.methods import Features, Objective, Shapes
+from kdcli.methods import Features, Objective, Shapes, TrainConfig
 from kdcli.models import checkpoint
 from kdcli.teacher import Live, Outputs, Teacher
 from kdcli.teacher.ensemble import Ensemble, MeanLive, MeanOutputs

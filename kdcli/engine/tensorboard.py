@@ -6,9 +6,9 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from kdcli.base.config import TrainConfig
 from kdcli.base.errors import UsageError
 from kdcli.engine.result import Metrics
+from kdcli.methods import TrainConfig
 
 
 class Board:

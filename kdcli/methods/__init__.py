@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kdcli.base.config import Ramp, TrainConfig
+from kdcli.base.config import Ramp
 from kdcli.base.errors import UsageError
 from kdcli.methods import features, logits
 from kdcli.methods.batch import Batch, Features, Shapes, Training, paired
 from kdcli.methods.logits import noise_of
 from kdcli.methods.objective import CE, Method, Objective
 from kdcli.methods.own import any_own, check_own_method, is_own, load, method, source_sha256, sources
+from kdcli.methods.settings import TrainConfig
 
 __all__ = [
     "CE",
@@ -25,6 +26,7 @@ __all__ = [
     "Method",
     "Objective",
     "Shapes",
+    "TrainConfig",
     "Training",
     "any_own",
     "check_head",

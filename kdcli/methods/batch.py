@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kdcli.base.config import TrainConfig
+from kdcli.methods.settings import TrainConfig
 
 if TYPE_CHECKING:  # names for --help must not cost an import of torch
     import numpy as np

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kdcli.base.config import TrainConfig
 from kdcli.methods.batch import Batch
 from kdcli.methods.objective import labelled
+from kdcli.methods.settings import TrainConfig
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from kdcli.base.config import Ramp, TrainConfig
+from kdcli.base.config import Ramp
 from kdcli.base.errors import UsageError
 from kdcli.methods.batch import Batch, Training
+from kdcli.methods.settings import TrainConfig
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kdcli.base.config import Ramp, TrainConfig
+from kdcli.base.config import Ramp
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.text import reason
 from kdcli.methods.batch import Batch
 from kdcli.methods.objective import CE, Method
+from kdcli.methods.settings import TrainConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

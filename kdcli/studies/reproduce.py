@@ -15,7 +15,6 @@ from torch import Tensor
 
 from kdcli import methods
 from kdcli.base import files
-from kdcli.base.config import TrainConfig
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Note, OnEvent, ignore
 from kdcli.base.text import reason
@@ -23,6 +22,7 @@ from kdcli.data import Splits
 from kdcli.engine import RunDir, fit
 from kdcli.engine.inputs import load_data
 from kdcli.engine.run_dir import PLACE, resume_command
+from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.teacher.recorded import teachers_of

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from kdcli import cli, methods, models
-from kdcli.base.config import ConvertConfig, TrainConfig, make
+from kdcli.base.config import ConvertConfig, make
 from kdcli.base.recipes import read_recipe
+from kdcli.methods import TrainConfig
 from tests.helpers import ROOT
 
 ENVIRONMENT = {

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from kdcli import engine, models, teacher
-from kdcli.base.config import TrainConfig, make
+from kdcli.base.config import make
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Event, Note, Progress
 from kdcli.base.recipes import RECIPES, read_recipe
@@ -25,6 +25,7 @@ from kdcli.engine import Result, RunDir, fit
 from kdcli.engine.output import Output
 from kdcli.engine.plan import resolve
 from kdcli.engine.schedule import learning_rate
+from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint
 from kdcli.models.reproducible import SampleDropout
 from tests.helpers import StopAfter, config, digest, make_splits

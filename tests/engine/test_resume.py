@@ -19,11 +19,11 @@ import pytest
 import torch
 
 from kdcli import engine
-from kdcli.base.config import TrainConfig
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Event, Note
 from kdcli.engine import RunDir, fit
 from kdcli.engine.state import State
+from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint
 from tests.helpers import CLOCKS, ROOT, StopAfter, config, image_folder, make_splits
 

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from kdcli import caffe, engine, models
-from kdcli.base.config import ConvertConfig, ExportConfig, TrainConfig, make
+from kdcli.base.config import ConvertConfig, ExportConfig, make
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.cli import test, train
 from kdcli.data import Splits
 from kdcli.deploy import export
 from kdcli.engine import RunDir, fit
 from kdcli.engine.output import Output
+from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint
 from tests.caffe_files import field, layer, net, write
 from tests.helpers import StopAfter, command_line, config, digest, make_splits

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcli import methods
-from kdcli.base.config import TrainConfig, make
+from kdcli.base.config import make
 from kdcli.base.errors import UsageError
 from kdcli.data import augment
-from kdcli.methods import losses
+from kdcli.methods import TrainConfig, losses
 from tests import formulas
 
 Array = npt.NDArray[np.float64]

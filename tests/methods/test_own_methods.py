@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from kdcli import data, methods
-from kdcli.base.config import CompareConfig, TuneConfig, make
+from kdcli.base.config import CompareConfig, make
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Event, Progress
 from kdcli.cli import compare as compare_command
@@ -38,6 +38,7 @@ from kdcli.models import checkpoint
 from kdcli.studies.compare import compare, make_plan
 from kdcli.studies.reproduce import check_inputs, read_finished, reproduce
 from kdcli.studies.tune.search import tune
+from kdcli.studies.tune.settings import TuneConfig
 from kdcli.studies.tune.space import read_space
 from tests.helpers import CLOCKS, ROOT, StopAfter, command_line, config, image_folder, make_splits
 

@@ -21,13 +21,14 @@ from PIL import Image
 
 from kdcli import models
 from kdcli.base import metrics
-from kdcli.base.config import CompareConfig, ReportConfig, TrainConfig, make
+from kdcli.base.config import CompareConfig, ReportConfig, make
 from kdcli.base.errors import KdError, UsageError
 from kdcli.cli import _ui, report
 from kdcli.data import ImageSet, Splits, load
 from kdcli.data.images import fingerprint_of
 from kdcli.engine import fit
 from kdcli.engine.evaluate import measure
+from kdcli.methods import TrainConfig
 from kdcli.report import details, examine, gather, make_report
 from kdcli.studies.compare import compare, make_plan
 from tests.helpers import command_line, make_splits

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 
 from kdcli import engine, methods
-from kdcli.base.config import CompareConfig, TrainConfig, make
+from kdcli.base.config import CompareConfig, make
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Event, Progress
 from kdcli.cli import compare as command
 from kdcli.cli import train
 from kdcli.data import Splits, augment, load
 from kdcli.engine import fit
+from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint
 from kdcli.studies.compare import Comparison, Plan, compare, make_plan
 from kdcli.studies.compare.result import conclude

@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from kdcli import engine, models
-from kdcli.base.config import TrainConfig, make
+from kdcli.base.config import make
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Event, Note, Progress
 from kdcli.cli import reproduce as command
 from kdcli.cli import train
 from kdcli.data import Splits, load
 from kdcli.engine import RunDir, fit
+from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint
 from kdcli.studies.reproduce import check_inputs, read_finished, reproduce
 from tests.helpers import command_line, make_splits

@@ -26,15 +26,17 @@ from PIL import Image
 from sqlalchemy.exc import OperationalError
 
 from kdcli import engine
-from kdcli.base.config import TrainConfig, TuneConfig, make
+from kdcli.base.config import make
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Epoch, Event, Note
 from kdcli.cli import train as cli_train
 from kdcli.cli import tune as cli_tune
 from kdcli.data import Splits
+from kdcli.methods import TrainConfig
 from kdcli.studies.tune import search, storage
 from kdcli.studies.tune import study as studies
 from kdcli.studies.tune.search import Tuned, tune
+from kdcli.studies.tune.settings import TuneConfig
 from kdcli.studies.tune.space import FIXED, Choice, Range, Space, read_by, read_space
 from kdcli.studies.tune.summary import command_of
 from tests.helpers import ROOT, command_line, make_splits

@@ -19,8 +19,7 @@ from kdcli.base.config.commands import (
 from kdcli.base.config.compare import CompareConfig, ReproduceConfig
 from kdcli.base.config.ramp import Ramp
 from kdcli.base.config.settings import DATA, METHOD, OPTIMISER, RUN, DataSettings, Settings, make, words_of
-from kdcli.base.config.train import AUGMENT_STEPS, TrainConfig
-from kdcli.base.config.tune import SEARCH, TuneConfig
+from kdcli.base.config.train import AUGMENT_STEPS, TrainSettings
 
 __all__ = [
     "AUGMENT_STEPS",
@@ -29,7 +28,6 @@ __all__ = [
     "METHOD",
     "OPTIMISER",
     "RUN",
-    "SEARCH",
     "BenchConfig",
     "CompareConfig",
     "ConvertConfig",
@@ -44,8 +42,7 @@ __all__ = [
     "ReproduceConfig",
     "Settings",
     "TestConfig",
-    "TrainConfig",
-    "TuneConfig",
+    "TrainSettings",
     "ValidateConfig",
     "make",
     "words_of",

@@ -13,7 +13,7 @@ MOST_SEEDS = 1000
 
 
 class CompareConfig(Settings):
-    """`kd compare`, beside `TrainConfig`."""
+    """`kd compare`, beside `TrainSettings`."""
 
     methods: str = setting(
         "ce,kd", "The methods to compare, joined by commas.", COMPARE, metavar="NAME,NAME,…"

@@ -27,7 +27,7 @@ AUGMENT_STEPS = ("flip", "crop", "cutout", "mixup")
 _SAVE_EVERY = re.compile(r"(\d{1,9}) ?(epochs?|steps?|min|)")
 
 
-class TrainConfig(DataSettings):
+class TrainSettings(DataSettings):
     """`kd train`."""
 
     method: str = setting(

@@ -15,12 +15,13 @@ import tomli_w
 from pydantic import Field
 
 from kdcli import methods
-from kdcli.base.config import CompareConfig, Settings, TrainConfig, make
+from kdcli.base.config import CompareConfig, Settings, make
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import write_text
 from kdcli.base.text import reason
 from kdcli.engine.plan import check, resolve
 from kdcli.engine.run_dir import PLACE, RunDir
+from kdcli.methods import TrainConfig
 
 EACH = ("method", "seed", "name", "runs_dir")  # what is each run's own
 # what a run of the comparison may do otherwise than the others: it computes the same

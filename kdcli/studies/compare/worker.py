@@ -15,11 +15,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from kdcli.base.config import TrainConfig, make
+from kdcli.base.config import make
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Event, Note, Progress
 from kdcli.engine import RunDir, fit
 from kdcli.engine.inputs import check_unchanged, fingerprints, load_data
+from kdcli.methods import TrainConfig
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from kdcli import methods, models
 from kdcli.base import runtime
-from kdcli.base.config import TrainConfig, TuneConfig, make
+from kdcli.base.config import make
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Epoch, Event, Note, OnEvent, Progress, ignore
 from kdcli.base.files import sha256_file
@@ -23,7 +23,9 @@ from kdcli.data import Splits
 from kdcli.data.split import split
 from kdcli.engine import fit
 from kdcli.engine.plan import check as check_run
+from kdcli.methods import TrainConfig
 from kdcli.studies.tune import figures, storage, summary
+from kdcli.studies.tune.settings import TuneConfig
 from kdcli.studies.tune.space import UNSEEN, Choice, Space, Value, apply, methods_of, tried
 from kdcli.studies.tune.study import Study, TakenAway, Trial
 

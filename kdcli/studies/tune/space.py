@@ -14,8 +14,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from kdcli import methods
-from kdcli.base.config import TrainConfig, make
+from kdcli.base.config import make
 from kdcli.base.errors import UsageError
+from kdcli.methods import TrainConfig
 
 Value = bool | int | float | str
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import optuna
 
-from kdcli.base.config import TrainConfig, words_of
+from kdcli.base.config import words_of
+from kdcli.methods import TrainConfig
 from kdcli.studies.tune.space import apply
 from kdcli.studies.tune.study import Trial
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from kdcli.base.config.settings import FolderName, make, setting
-from kdcli.base.config.train import TrainConfig
+from kdcli.methods import TrainConfig
 
 SEARCH = "Search"
 
