@@ -66,7 +66,7 @@ def data_for(
         skip_broken=config.skip_broken,
         on_event=on_event,
     )
-    reason = data.misfit(model.classes, model.input_size, splits.test)
+    reason = data.incompatibility(model.classes, model.input_size, splits.test)
     if reason:
         raise KdError(f"{path} {reason}", "Model and data must belong together; see --data.")
     return splits

@@ -50,8 +50,8 @@ def philox(counter: npt.NDArray[np.uint64], key: tuple[int, int]) -> UInt32:
     return np.stack([c0, c1, c2, c3]).astype(np.uint32)
 
 
-def words(seed: int, purpose: int, view: int, samples: Int64, block: int | Int64 = 0) -> UInt32:
-    """uint32 (4, N): four random words for each sample in one view, for one purpose.
+def random_bits(seed: int, purpose: int, view: int, samples: Int64, block: int | Int64 = 0) -> UInt32:
+    """uint32 (4, N): four random 32-bit words per sample in one view, for one purpose.
 
     Args:
         block: tells further words of one sample apart; one number, or one for each sample.
@@ -69,25 +69,25 @@ def words(seed: int, purpose: int, view: int, samples: Int64, block: int | Int64
 
 
 def uniform(random: UInt32) -> Float64:
-    """Words → numbers in (0, 1), never 0 or 1."""
+    """Random bits → numbers in (0, 1), never 0 or 1."""
     return (random.astype(np.float64) + 0.5) / 2.0**32
 
 
 def normal(first: UInt32, second: UInt32) -> Float64:
-    """Standard normal numbers from two words each (Box and Muller 1958)."""
+    """Standard normal numbers from 32 random bits each (Box and Muller 1958)."""
     result: Float64 = np.sqrt(-2 * np.log(uniform(first))) * np.cos(2 * np.pi * uniform(second))
     return result
 
 
 def below(random: UInt32, limit: int) -> Int64:
-    """Words → whole numbers in 0 … limit − 1, limit up to 2³²; the bias is below limit · 2⁻³²."""
+    """Random bits → whole numbers in 0 … limit − 1, limit up to 2³²; the bias is below limit · 2⁻³²."""
     numbers: Int64 = ((random.astype(np.uint64) * np.uint64(limit)) >> np.uint64(32)).astype(np.int64)
     return numbers
 
 
 def order(seed: int, epoch: int, samples: Int64) -> Int64:
     """The samples in the epoch's random order."""
-    random = words(seed, ORDER, epoch, samples).astype(np.uint64)
+    random = random_bits(seed, ORDER, epoch, samples).astype(np.uint64)
     keys = (random[0] << np.uint64(32)) | random[1]
     return samples[np.argsort(keys, kind="stable")]
 
@@ -98,7 +98,7 @@ def _flipped(seed: int, view: int, samples: Int64) -> npt.NDArray[np.bool_]:
     Two consecutive views hold both variants of every image once, so two cached views cover all there is.
     (Alternating flip: Jordan, "94% on CIFAR-10 in 3.29 Seconds", arXiv:2404.00498.)
     """
-    coin = words(seed, FLIP, 0, samples)[0] & 1
+    coin = random_bits(seed, FLIP, 0, samples)[0] & 1
     mirrored: npt.NDArray[np.bool_] = (coin + (view & 1)) % 2 == 1
     return mirrored
 
@@ -123,7 +123,7 @@ def _crop(images: Tensor, seed: int, view: int, samples: Int64) -> Tensor:
     """A crop of the original size from the image padded with 4 black pixels on each side."""
     _, height, width, _ = images.shape
     padded = torch.nn.functional.pad(images, (0, 0, CROP_PADDING, CROP_PADDING, CROP_PADDING, CROP_PADDING))
-    top, left = below(words(seed, CROP, view, samples)[:2], 2 * CROP_PADDING + 1)  # (B,) each, 0 … 8
+    top, left = below(random_bits(seed, CROP, view, samples)[:2], 2 * CROP_PADDING + 1)  # (B,) each, 0 … 8
     return _take(padded, top[:, None] + np.arange(height), left[:, None] + np.arange(width))
 
 
@@ -131,10 +131,10 @@ def _cutout(images: Tensor, seed: int, view: int, samples: Int64) -> Tensor:
     """Cover a square of half the shorter side by grey, its centre anywhere (DeVries & Taylor, arXiv:1708.04552)."""
     _, height, width, _ = images.shape
     half = max(1, min(height, width) // 4)
-    random = words(seed, CUTOUT, view, samples)
+    random = random_bits(seed, CUTOUT, view, samples)
 
-    def covered(word: UInt32, length: int) -> Tensor:  # (B, length)
-        centre = below(word, length)[:, None]
+    def covered(bits: UInt32, length: int) -> Tensor:  # (B, length)
+        centre = below(bits, length)[:, None]
         place = np.arange(length)
         return torch.from_numpy((place >= centre - half) & (place < centre + half)).to(images.device)
 
@@ -192,11 +192,11 @@ def mixing(name: str, seed: int, view: int, samples: Int64, pool: Int64) -> Mixi
     """
     if MIXUP_NAME not in name.split("-"):
         return None
-    random = words(seed, MIXUP, view, samples)
+    random = random_bits(seed, MIXUP, view, samples)
     return Mixing(pool[below(random[0], len(pool))], uniform(random[1]).astype(np.float32))
 
 
-def picture(
+def make_view(
     name: str, take: Callable[[Int64], Tensor], seed: int, view: int, samples: Int64, pool: Int64
 ) -> Tensor:
     """View `view` of the named samples as models see it.

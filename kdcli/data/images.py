@@ -69,7 +69,7 @@ class Splits:
         )
 
 
-def misfit(classes: tuple[str, ...], input_size: tuple[int, int, int], data: ImageSet) -> str | None:
+def incompatibility(classes: tuple[str, ...], input_size: tuple[int, int, int], data: ImageSet) -> str | None:
     """Why a model and a data set do not belong together, as `it …, the data …`; None if they do.
 
     Names count, not only how many: the same number of other classes, or the same in another order, would give

@@ -77,7 +77,7 @@ class Feed:
 
     def make(self, view: int, samples: Int64, weight: float, count: int) -> Inputs:
         """One batch."""
-        images = augment.picture(self.augment_name, self._take, self.seed, view, samples, self.pool)
+        images = augment.make_view(self.augment_name, self._take, self.seed, view, samples, self.pool)
         labels = self.labels[torch.from_numpy(samples).to(self.device)]
         mixed = augment.mixing(self.augment_name, self.seed, view, samples, self.pool)
         if mixed is None:

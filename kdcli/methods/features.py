@@ -129,7 +129,7 @@ class Others:
         limit = (len(self.by_class) - self.sizes[own]).astype(np.uint64)  # (B,)
         blocks = -(-self.count // 4)
         each, numbers = np.repeat(samples, blocks), np.tile(np.arange(blocks), len(samples))
-        random = augment.words(seed, augment.CONTRAST, epoch, each, block=numbers).astype(np.uint64)
+        random = augment.random_bits(seed, augment.CONTRAST, epoch, each, block=numbers).astype(np.uint64)
         drawn = random.T.reshape(len(samples), 4 * blocks)[:, : self.count]  # (B, count)
         places = ((drawn * limit[:, None]) >> np.uint64(32)).astype(np.int64)  # own class skipped
         places += np.where(places >= self.starts[own][:, None], self.sizes[own][:, None], 0)

@@ -107,14 +107,14 @@ def noise_of(
 
     from kdcli.data import augment
 
-    random = augment.words(config.seed, augment.NOISE, epoch, samples)
+    random = augment.random_bits(config.seed, augment.NOISE, epoch, samples)
     selected = augment.uniform(random[0]) < config.noisy_ratio
     if config.noise_scope == "sample":
         noise = augment.normal(random[1], random[2])[:, None]
     else:
         columns = []
         for first in range(0, classes, 2):
-            block = augment.words(config.seed, augment.NOISE, epoch, samples, block=1 + first // 2)
+            block = augment.random_bits(config.seed, augment.NOISE, epoch, samples, block=1 + first // 2)
             columns += [augment.normal(block[0], block[1]), augment.normal(block[2], block[3])]
         noise = np.stack(columns[:classes], axis=1)
     scaled = torch.from_numpy((config.noisy_sigma * noise).astype(np.float32))

@@ -32,7 +32,7 @@ class Draw:
 
     def step(self, epoch: int, samples: npt.NDArray[np.int64], device: torch.device) -> None:
         """Take up a batch: the same samples in the same epoch get the same masks."""
-        random = augment.words(self.seed, augment.DROPOUT, epoch, samples, block=self.stream)
+        random = augment.random_bits(self.seed, augment.DROPOUT, epoch, samples, block=self.stream)
         self.keys = torch.from_numpy(random.view(np.int32)).to(device)
 
 

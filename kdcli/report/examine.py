@@ -156,7 +156,7 @@ class _Examiner:
         model = models.load(run.student)
         splits = self._splits(spec, model.input_size, skip_broken)
         test = splits.test
-        if reason := data.misfit(model.classes, model.input_size, test):
+        if reason := data.incompatibility(model.classes, model.input_size, test):
             return Examined(why_not=f"the student {reason}")
         labels = torch.tensor(test.labels)
         logits = models.predict(model, test.images, task=f"testing {run.name}", on_event=self._tell)

@@ -21,7 +21,7 @@ from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import Note, OnEvent, Progress, ignore
 from kdcli.base.files import sha256_file
 from kdcli.base.runtime import World
-from kdcli.data import ImageSet, augment, misfit, rows
+from kdcli.data import ImageSet, augment, incompatibility, rows
 from kdcli.deploy.load import load_model
 from kdcli.models import Classifier
 from kdcli.models.features import Tap, stages_of
@@ -181,11 +181,11 @@ class Teacher:
     def check(self, data: ImageSet) -> None:
         """Raise KdError unless the teacher takes these images and knows these classes."""
         model = self.model
-        reason = misfit(model.classes, model.input_size, data)
+        reason = incompatibility(model.classes, model.input_size, data)
         if reason is None:
             return
         flags = []
-        if misfit(model.classes, data.input_size, data) is None:  # only the images' shape is wrong
+        if incompatibility(model.classes, data.input_size, data) is None:  # only the images' shape is wrong
             height, width, channels = model.input_size
             flags += ["--grey"] if (channels, data.input_size[2]) == (1, 3) else []
             sized = height == width and (height, width) != data.input_size[:2]
@@ -249,7 +249,7 @@ class Teacher:
             def take(numbers: npt.NDArray[np.int64]) -> Tensor:
                 return torch.from_numpy(rows.take(data.images, numbers)).to(self.world.device)
 
-            return augment.picture(augment_name, take, seed, view, samples, chosen)
+            return augment.make_view(augment_name, take, seed, view, samples, chosen)
 
         work = _Pass(self, data, store, views, picture, exact, task, on_event, stop)
         found = work.run()

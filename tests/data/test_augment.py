@@ -97,7 +97,7 @@ def test_order_is_a_permutation_that_changes_with_epoch_and_seed() -> None:
 
 
 def test_normal_numbers_have_normal_moments() -> None:
-    random = augment.words(1, augment.NOISE, 0, np.arange(200_000))
+    random = augment.random_bits(1, augment.NOISE, 0, np.arange(200_000))
     x = augment.normal(random[0], random[1])
     assert abs(x.mean()) < 0.01
     assert x.std() == pytest.approx(1, abs=0.01)
@@ -127,7 +127,7 @@ def test_mixup_is_the_weighted_mean_of_two_views() -> None:
     def take(numbers: np.ndarray) -> torch.Tensor:  # type: ignore[type-arg]
         return data[torch.from_numpy(numbers)]
 
-    found = augment.picture("flip-crop-mixup", take, 9, 4, samples, pool).numpy()
+    found = augment.make_view("flip-crop-mixup", take, 9, 4, samples, pool).numpy()
     mixed = augment.mixing("flip-crop-mixup", 9, 4, samples, pool)
     assert mixed is not None
     for index, sample in enumerate(samples):
@@ -146,7 +146,7 @@ def test_mixup_is_the_weighted_mean_of_two_views() -> None:
 
 def test_each_step_draws_its_own_numbers() -> None:
     samples = np.arange(5000)
-    drawn = [augment.uniform(augment.words(1, purpose, 0, samples)[0]) for purpose in range(8)]
+    drawn = [augment.uniform(augment.random_bits(1, purpose, 0, samples)[0]) for purpose in range(8)]
     for first in range(8):
         for second in range(first):
             assert abs(np.corrcoef(drawn[first], drawn[second])[0, 1]) < 0.07

@@ -19,7 +19,7 @@ from kdcli.base.config import make
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Event, Note, Progress
 from kdcli.base.recipes import RECIPES, read_recipe
-from kdcli.data import Splits, misfit
+from kdcli.data import Splits, incompatibility
 from kdcli.data.split import split
 from kdcli.engine import Result, RunDir, fit
 from kdcli.engine.output import Output
@@ -358,8 +358,8 @@ def test_other_class_names_are_refused_and_so_is_another_order(trained_teacher: 
         with pytest.raises(KdError, match="where the data has"):
             fit(config(method="kd", teacher=trained_teacher), other)
     numbered = replace(train, classes=("0", "1", "2"))
-    assert misfit(("0", "1", "2"), (8, 8, 1), train) is None
-    assert misfit(train.classes, (8, 8, 1), numbered) is None
+    assert incompatibility(("0", "1", "2"), (8, 8, 1), train) is None
+    assert incompatibility(train.classes, (8, 8, 1), numbered) is None
 
 
 def test_the_state_of_a_run_is_not_taken_for_a_model(trained_teacher: Path) -> None:

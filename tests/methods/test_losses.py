@@ -249,8 +249,8 @@ def test_noise_zero_is_plain_logit_regression() -> None:
 def test_noisy_uses_the_purpose_of_its_own() -> None:
     """The coin that flips an image must not decide its noise."""
     samples = np.arange(1000)
-    flips = augment.words(0, augment.FLIP, 0, samples)
-    noise = augment.words(0, augment.NOISE, 0, samples)
+    flips = augment.random_bits(0, augment.FLIP, 0, samples)
+    noise = augment.random_bits(0, augment.NOISE, 0, samples)
     assert abs(np.corrcoef(flips[0], noise[0])[0, 1]) < 0.1
 
 

@@ -290,13 +290,13 @@ def test_runs_that_are_left_when_others_failed_make_no_claim(splits: Splits) -> 
 def test_views_are_drawn_by_a_seed_of_their_own(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
     """Student and teacher by the same: what the teacher said is of the pictures that the student sees."""
     drawn: list[tuple[int, int]] = []
-    picture = augment.picture
+    make_view = augment.make_view
 
     def watch(name: str, take: Any, seed: int, view: int, samples: Any, pool: Any) -> Any:
         drawn.append((seed, len(samples)))
-        return picture(name, take, seed, view, samples, pool)
+        return make_view(name, take, seed, view, samples, pool)
 
-    monkeypatch.setattr(augment, "picture", watch)
+    monkeypatch.setattr(augment, "make_view", watch)
     common = {**TRAIN, "method": "kd", "augment": "crop", "views": 2, "seed": 3}
     fit(make(TrainConfig, {**common, "view_seed": 5, "name": "a"}), splits)
     of_students = [seed for seed, count in drawn if count <= 16]

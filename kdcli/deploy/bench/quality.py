@@ -12,7 +12,7 @@ from torch import Tensor
 from kdcli import models
 from kdcli.base import metrics
 from kdcli.base.events import OnEvent
-from kdcli.data import ImageSet, misfit
+from kdcli.data import ImageSet, incompatibility
 from kdcli.deploy.onnx_model import OnnxClassifier
 from kdcli.models import Classifier
 
@@ -72,5 +72,5 @@ def _recorded(model: Classifier | OnnxClassifier) -> Quality:
 def _misfit(model: Classifier | OnnxClassifier, test: ImageSet) -> str | None:
     if isinstance(model, OnnxClassifier) and model.why_not_runnable:
         return model.why_not_runnable
-    reason = misfit(model.classes, model.input_size, test)
+    reason = incompatibility(model.classes, model.input_size, test)
     return f"it {reason}" if reason else None

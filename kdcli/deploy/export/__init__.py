@@ -362,6 +362,6 @@ def _write(model: onnx.ModelProto, path: Path) -> None:
 
 
 def _check_data(classifier: Classifier, train: ImageSet) -> None:
-    reason = data.misfit(classifier.classes, classifier.input_size, train)
+    reason = data.incompatibility(classifier.classes, classifier.input_size, train)
     if reason:
         raise KdError(f"the model {reason}", "Name data that fits with --data.")
