@@ -20,7 +20,7 @@ from kdcli.data import catalog
 from kdcli.data.catalog import DOWNLOADS, RemoteFile
 
 if TYPE_CHECKING:
-    from kdcli.data.fetch import FetchResult, State
+    from kdcli.data.download import FetchResult, LocalState
 
 ALL = "all"
 Wanted = list[tuple[RemoteFile, Path]]
@@ -92,18 +92,18 @@ def _fetch(remote: RemoteFile, target: Path, source: str | None, command: str) -
     Raises:
         Interrupted: by Ctrl-C or SIGTERM; it says what is kept, and that `command` goes on from there.
     """
-    from kdcli.data import fetch
+    from kdcli.data import download as downloads
 
     try:
         with _ui.progress() as on_event:
-            result = fetch.fetch(remote, target, source=source, on_event=on_event)
+            result = downloads.fetch(remote, target, source=source, on_event=on_event)
     except (KeyboardInterrupt, Terminated) as stop:
         code = 130 if isinstance(stop, KeyboardInterrupt) else 143
-        state = fetch.look(remote, target)
+        state = downloads.inspect(remote, target)
         if state.status != "partial":
             raise Interrupted("stopped", f"{command} begins again.", exit_code=code) from stop
         raise Interrupted(
-            f"stopped: {units.size(state.kept_bytes)} of {remote.name} are kept in {state.kept.as_posix()}",
+            f"stopped: {units.size(state.partial_bytes)} of {remote.name} are kept in {state.partial.as_posix()}",
             f"{command} goes on from there.",
             exit_code=code,
         ) from stop
@@ -125,11 +125,11 @@ def _command(what: str, config: DownloadConfig) -> str:
 
 def _list(wanted: Wanted, sources: dict[str, str | None]) -> None:
     """What would be fetched; nothing is asked of any server."""
-    from kdcli.data import fetch
+    from kdcli.data import download as downloads
 
-    states = [fetch.look(remote, target) for remote, target in wanted]
+    states = [downloads.inspect(remote, target) for remote, target in wanted]
     missing = [
-        None if remote.size_bytes is None else remote.size_bytes - state.kept_bytes
+        None if remote.size_bytes is None else remote.size_bytes - state.partial_bytes
         for (remote, _), state in zip(wanted, states, strict=True)
         if state.status != "present"
     ]
@@ -161,7 +161,7 @@ def _list(wanted: Wanted, sources: dict[str, str | None]) -> None:
                         "path": target.as_posix(),
                         "status": state.status,
                         "size_bytes": remote.size_bytes,
-                        "kept_bytes": state.kept_bytes,
+                        "kept_bytes": state.partial_bytes,
                         "from": [sources[remote.name]] if sources[remote.name] else list(remote.urls),
                     }
                     for (remote, target), state in listed
@@ -172,10 +172,10 @@ def _list(wanted: Wanted, sources: dict[str, str | None]) -> None:
         )
 
 
-def _state(state: State) -> str:
+def _state(state: LocalState) -> str:
     return {
         "present": "there",
-        "partial": f"{units.size(state.kept_bytes)} there",
+        "partial": f"{units.size(state.partial_bytes)} there",
         "absent": "to fetch",
         "other": "another file, to replace",
     }[state.status]
@@ -213,12 +213,12 @@ def _sources(what: str, wanted: Wanted, source: str | None) -> dict[str, str | N
     Raises:
         UsageError: --from does not say which file it stands for.
     """
-    from kdcli.data import fetch
+    from kdcli.data import download as downloads
 
     if source is None:
         return {remote.name: None for remote, _ in wanted}
     several = f"{what} has {len(wanted)} files"
-    if fetch.is_url(source):
+    if downloads.is_url(source):
         if source.endswith("/"):
             return {remote.name: source + PurePosixPath(remote.name).name for remote, _ in wanted}
         if len(wanted) > 1:
@@ -248,7 +248,7 @@ def _sources(what: str, wanted: Wanted, source: str | None) -> dict[str, str | N
             f"no such file or folder: {path}", "--from takes a file, a folder or an https:// address."
         )
     for remote, _ in wanted:
-        if fetch.is_right(remote, path):
+        if downloads.is_intact(remote, path):
             return {remote.name: source}
     raise KdError(
         f"{path} is none of the files of {what}: its hash is none of theirs",

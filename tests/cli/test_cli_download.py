@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from kdcli.base.errors import KdError, UsageError
 from kdcli.cli import _ui, download
-from kdcli.data import fetch
+from kdcli.data import download as downloads
 from kdcli.data.catalog import RemoteFile
 
 CONTENTS = {"one.bin": b"first", "two.bin": b"second", "set.tar": b"third"}
@@ -120,8 +120,6 @@ def test_a_dry_run_lists_and_does_nothing(
     (workplace / "weights/two.bin").write_bytes(b"second")
     (workplace / "weights/three.bin").write_bytes(b"mine")
     (workplace / "weights/.one.bin.partial").write_bytes(bytes(1_200_000))
-    note = {"wanted": f"sha256:{one.sha256}", "url": "", "etag": None, "last_modified": None, "total": None}
-    (workplace / "weights/.one.bin.partial.json").write_text(json.dumps(note))
     before = sorted(workplace.rglob("*"))
     result = kd("--dry-run")
     assert result.exit_code == 0, result.output
@@ -167,11 +165,13 @@ def test_usage(workplace: Path, mirror: Path) -> None:
 def test_a_prefix_is_joined_with_each_name(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str | None] = []
 
-    def fake(remote: RemoteFile, target: Path, *, source: str | None, on_event: object) -> fetch.FetchResult:
+    def fake(
+        remote: RemoteFile, target: Path, *, source: str | None, on_event: object
+    ) -> downloads.FetchResult:
         asked.append(source)
-        return fetch.FetchResult(target, "downloaded", 1)
+        return downloads.FetchResult(target, "downloaded", 1)
 
-    monkeypatch.setattr(fetch, "fetch", fake)
+    monkeypatch.setattr(downloads, "fetch", fake)
     assert kd("nin", "--from", "https://example.org/a/").exit_code == 0
     assert asked == ["https://example.org/a/one.bin", "https://example.org/a/two.bin"]
     assert kd("nin").exit_code == 0 and asked[2:] == [None, None]

@@ -28,12 +28,12 @@ Start = Callable[..., subprocess.Popen[str]]
 FETCH = """
 import sys
 from pathlib import Path
-from kdcli.data import fetch
+from kdcli.data import download
 from kdcli.data.catalog import RemoteFile
 from kdcli.base.events import Note
 file = RemoteFile("x.bin", "data", (sys.argv[1],), sys.argv[2], size_bytes=1_024_000)
 tell = lambda event: print("note", event.text, flush=True) if isinstance(event, Note) else None
-print("end", fetch.fetch(file, Path("x.bin"), on_event=tell).status, flush=True)
+print("end", download.fetch(file, Path("x.bin"), on_event=tell).status, flush=True)
 """
 KD = """
 import signal, sys
@@ -83,35 +83,35 @@ def arrived(part: Path, size: int) -> None:
         time.sleep(0.01)
 
 
-def test_four_processes_at_one_file(server: Loopback, tmp_path: Path, start: Start) -> None:
-    """One asks the server; the other three say that they wait, and find the file."""
+def test_three_processes_at_one_file(server: Loopback, tmp_path: Path, start: Start) -> None:
+    """One asks the server; the other two say that they wait, and find the file."""
     url = server.serve("/x", honest(hold=HALF))
-    said: queue.Queue[str] = queue.Queue()
+    lines: queue.Queue[str] = queue.Queue()
 
     def listen(process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            said.put(line.strip())
+            lines.put(line.strip())
 
-    processes = [start(FETCH, url, SHA256) for _ in range(4)]
+    processes = [start(FETCH, url, SHA256) for _ in range(3)]
     listeners = [threading.Thread(target=listen, args=(process,)) for process in processes]
     for listener in listeners:
         listener.start()
-    notes = [said.get(timeout=PATIENCE_S) for _ in range(3)]  # the gate is shut: nobody can be done
-    assert notes == ["note Another process is fetching x.bin; waiting for it."] * 3
+    notes = [lines.get(timeout=PATIENCE_S) for _ in range(2)]  # the gate is shut: nobody can be done
+    assert notes == ["note Another process is fetching x.bin; waiting for it."] * 2
     assert server.waiting.wait(PATIENCE_S)
     server.gate.set()
-    ends = [said.get(timeout=PATIENCE_S) for _ in range(4)]
-    assert sorted(ends) == ["end downloaded", "end present", "end present", "end present"]
+    ends = [lines.get(timeout=PATIENCE_S) for _ in range(3)]
+    assert sorted(ends) == ["end downloaded", "end present", "end present"]
     for listener in listeners:
         listener.join(PATIENCE_S)
-    assert [process.wait(PATIENCE_S) for process in processes] == [0] * 4
+    assert [process.wait(PATIENCE_S) for process in processes] == [0] * 3
     assert len(server.requests) == 1
     assert (tmp_path / "x.bin").read_bytes() == CONTENT
     assert sorted(path.name for path in tmp_path.iterdir()) == [".x.bin.lock", "x.bin"]
 
 
-@pytest.mark.parametrize("another_waits", [False, True])
+@pytest.mark.parametrize("another_waits", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_kill_9_in_the_middle_then_again(
     server: Loopback, tmp_path: Path, start: Start, another_waits: bool
 ) -> None:
@@ -134,7 +134,9 @@ def test_kill_9_in_the_middle_then_again(
     assert (tmp_path / "x.bin").read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_stopped_command_says_what_is_kept_and_how_to_go_on(
     server: Loopback, tmp_path: Path, start: Start, number: int, code: int
 ) -> None:
@@ -158,6 +160,7 @@ def test_a_stopped_command_says_what_is_kept_and_how_to_go_on(
     assert server.ranges() == [None, "bytes=500000-"]
 
 
+@pytest.mark.slow
 def test_stopped_before_anything_arrived(server: Loopback, tmp_path: Path, start: Start) -> None:
     process = start(KD, server.serve("/x", honest(hold=0)), SHA256, "download", "mnist")
     assert server.waiting.wait(PATIENCE_S)
@@ -167,20 +170,20 @@ def test_stopped_before_anything_arrived(server: Loopback, tmp_path: Path, start
     assert err.splitlines() == ["error: stopped", "hint: kd download mnist begins again."]
 
 
-def test_a_lock_is_told_of_and_free_when_its_holder_is_dead(tmp_path: Path, start: Start) -> None:
+def test_a_lock_is_announced_and_free_when_its_holder_is_dead(tmp_path: Path, start: Start) -> None:
     holder = start(
         "import time\nfrom pathlib import Path\nfrom kdcli.base.files import locked\n"
         "with locked(Path('below/x.lock'), lambda: None) as waited:\n"
         "    print(waited, flush=True)\n    time.sleep(600)"
     )
     assert holder.stdout.readline() == "False\n"
-    told: list[str] = []
+    waits: list[str] = []
 
     def on_wait() -> None:
-        told.append("waits")
+        waits.append("waits")
         holder.kill()
 
     with locked(tmp_path / "below/x.lock", on_wait) as waited:
-        assert waited and told == ["waits"]
+        assert waited and waits == ["waits"]
     with locked(tmp_path / "below/x.lock", on_wait) as waited:
-        assert not waited and told == ["waits"]
+        assert not waited and waits == ["waits"]
