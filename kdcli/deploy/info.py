@@ -16,7 +16,7 @@ from kdcli.data.preprocess import Preprocess
 from kdcli.deploy import onnx_model
 from kdcli.deploy.load import load_model
 from kdcli.deploy.onnx_model import OnnxClassifier
-from kdcli.models.layers import LayerRow, layer_rows
+from kdcli.models.layer_summary import LayerSummary, summarize_layers
 
 _SMALL = 16  # values of a tensor that are shown one by one
 
@@ -49,7 +49,7 @@ class ModelInfo:
     sha256: str | None
     preprocess: dict[str, Any] | None
     provenance: dict[str, Any]
-    layers: tuple[LayerRow, ...]
+    layers: tuple[LayerSummary, ...]
 
 
 def info(model: str, config: InfoConfig) -> ModelInfo:
@@ -67,7 +67,7 @@ def info(model: str, config: InfoConfig) -> ModelInfo:
         with torch.random.fork_rng(devices=[]):
             network = models.build(model, classes=config.classes, input_size=size).eval()
         numbers = tuple(str(number) for number in range(config.classes))
-        rows = layer_rows(network, torch.zeros(1, size[2], size[0], size[1]))
+        rows = summarize_layers(network, torch.zeros(1, size[2], size[0], size[1]))
         return _of_network("network", model, size, numbers, models.parameter_count(network), rows)
     path = Path(model)
     loaded = load_model(path)
@@ -75,7 +75,7 @@ def info(model: str, config: InfoConfig) -> ModelInfo:
         return _of_onnx(loaded)
     blank = torch.zeros((1, *loaded.input_size), dtype=torch.uint8)
     with torch.inference_mode():
-        rows = layer_rows(loaded.network, loaded.prepare(blank))
+        rows = summarize_layers(loaded.network, loaded.prepare(blank))
     count = models.parameter_count(loaded.network)
     return _of_network(
         "checkpoint",
@@ -97,7 +97,7 @@ def _of_network(
     size: tuple[int, int, int],
     classes: tuple[str, ...],
     parameters: int,
-    rows: list[LayerRow],
+    rows: list[LayerSummary],
     **more: Any,
 ) -> ModelInfo:
     unknown: dict[str, Any] = {"file_bytes": None, "sha256": None, "preprocess": None, "provenance": {}}

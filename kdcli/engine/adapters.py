@@ -14,7 +14,7 @@ from kdcli.data import ImageSet, rows
 from kdcli.engine.targets import Targets, shapes_of
 from kdcli.methods import Objective, TrainConfig, Training
 from kdcli.models import Classifier
-from kdcli.models.features import Tap, stages_of
+from kdcli.models.feature_extractor import FeatureExtractor, find_stages
 
 _SEED = 0x5EED  # beside the run's: adapters do not take the student's initial weights
 
@@ -41,7 +41,7 @@ def make_adapters(
     images = torch.from_numpy(rows.take(train.images, samples[:1].repeat(2))).to(device)
     prepared = student.prepare(images)
     try:
-        stages = stages_of(student.network, prepared, config.student_stages)
+        stages = find_stages(student.network, prepared, config.student_stages)
     except UsageError as error:
         raise UsageError(f"student {config.student}: {error.message}", error.hint) from error
     if config.student_stages and config.teacher_stages and len(stages) != len(targets.stages):
@@ -62,7 +62,7 @@ def _looked_at(
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """What a network with features gives for an example; it and its statistics stay as they are."""
     training = network.training
-    tap = Tap(network, stages)
+    tap = FeatureExtractor(network, stages)
     try:
         tap.eval()
         with torch.no_grad():

@@ -90,5 +90,5 @@ def evaluate(
     on_event: OnEvent = ignore,
 ) -> Evaluation:
     """Run a model (in eval mode, from uint8 (B, H, W, C) to logits) over a data set and measure it."""
-    logits = models.predict(model, data.images, batch_size=batch_size, task=task, on_event=on_event)
+    logits = models.predict_logits(model, data.images, batch_size=batch_size, task=task, on_event=on_event)
     return measure(logits, torch.tensor(data.labels), teacher_logits)

@@ -32,7 +32,7 @@ from kdcli.engine.step import Step
 from kdcli.engine.student import make_student
 from kdcli.engine.targets import Targets
 from kdcli.methods import TrainConfig
-from kdcli.models.reproducible import Draw, use_global_batch_norm, use_sample_dropout
+from kdcli.models.reproducible import DropoutKeys, use_global_batch_norm, use_sample_dropout
 
 Int64 = npt.NDArray[np.int64]
 _SHOW_EVERY_S = 0.5
@@ -142,7 +142,7 @@ class _Run:
             self.output.unfold(self.student.network)
         self.val_accuracy: float | None = None
         self.run = self._open_run(resume, filled)
-        self.draw = Draw(config.seed)
+        self.draw = DropoutKeys(config.seed)
         use_sample_dropout(self.student.network, self.draw)
         if world.size > 1:
             for module in (self.student.network, *self.adapters.values()):
@@ -232,7 +232,9 @@ class _Run:
         teacher_logits = None if self.teacher is None else self.targets.on_test(self.teacher)
         if self.teacher is not None and teacher_logits is None:
             self._interrupted("training is finished, only the test is missing")
-        logits = models.predict(self.student, self.data.test.images, task="testing", on_event=self.on_event)
+        logits = models.predict_logits(
+            self.student, self.data.test.images, task="testing", on_event=self.on_event
+        )
         return measure(logits, torch.tensor(self.data.test.labels), teacher_logits)
 
     def _epoch(self) -> None:
@@ -302,7 +304,7 @@ class _Run:
         training = self.student.training
         self.student.eval()
         mine, weight = self.world.share(self.val_samples)
-        logits = models.predict(self.student, self.data.train.images, mine)
+        logits = models.predict_logits(self.student, self.data.train.images, mine)
         if self.output is not None:
             logits = self.output(logits.to(self.world.device)).cpu()
         self.student.train(training)

@@ -48,7 +48,7 @@ class Output:
         return self.shift + self.scale * outputs
 
     def fold(self, network: nn.Module) -> None:
-        """Make the network itself give the logits. Its last layer must be linear (`models.head_of`)."""
+        """Make the network itself give the logits. Its last layer must be linear (`models.final_linear`)."""
         head = _head(network)
         with torch.no_grad():
             head.weight.mul_(self.scale)
@@ -63,7 +63,7 @@ class Output:
 
 
 def _head(network: nn.Module) -> nn.Linear:
-    head = models.head_of(network)
+    head = models.final_linear(network)
     if head is None:
         raise RuntimeError("only a network that ends in a linear layer can be given an output scale")
     return head

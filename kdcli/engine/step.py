@@ -14,8 +14,8 @@ from kdcli.engine.feed import Inputs
 from kdcli.engine.output import Output
 from kdcli.methods import Batch, Features, Objective, TrainConfig
 from kdcli.models import Classifier
-from kdcli.models.features import Tap
-from kdcli.models.reproducible import Draw
+from kdcli.models.feature_extractor import FeatureExtractor
+from kdcli.models.reproducible import DropoutKeys
 
 
 class Step:
@@ -30,7 +30,7 @@ class Step:
         stages: Sequence[str],
         optimizer: torch.optim.Optimizer,
         output: Output | None,
-        draw: Draw,
+        draw: DropoutKeys,
         world: World,
     ) -> None:
         self.config = config
@@ -44,7 +44,7 @@ class Step:
         self.output = output
         self.draw = draw
         self.world = world
-        network: nn.Module = Tap(student.network, stages) if stages else student.network
+        network: nn.Module = FeatureExtractor(student.network, stages) if stages else student.network
         if config.compile:
             network = torch.compile(network)  # type: ignore[assignment]
         self.network: Callable[[Tensor], Any] = world.replicate(network)

@@ -15,7 +15,7 @@ from kdcli.data import ImageSet
 from kdcli.engine.plan import fitted_preprocess
 from kdcli.methods import TrainConfig
 from kdcli.models import Classifier
-from kdcli.models.features import stages_of
+from kdcli.models.feature_extractor import find_stages
 
 Int64 = npt.NDArray[np.int64]
 
@@ -52,7 +52,7 @@ def check_student(config: TrainConfig, train: ImageSet) -> None:
         method = methods.get(config.method).active(config)
         if not method.needs_features:
             return
-        stages = stages_of(network, torch.zeros(2, channels, height, width), config.student_stages)
+        stages = find_stages(network, torch.zeros(2, channels, height, width), config.student_stages)
         if any("hint_stage" in part.reads for part in method.own) and config.hint_stage > len(stages):
             raise UsageError(
                 f"--hint-stage {config.hint_stage}: {config.student} has {len(stages)} stages", "Use fewer."

@@ -145,7 +145,7 @@ class Targets:
 
     def output_for(self, network: nn.Module) -> Output | None:
         """The scale a student regresses in; None where it needs none, or cannot be given one."""
-        if not self.views or not self.method.regresses or models.head_of(network) is None:
+        if not self.views or not self.method.regresses or models.final_linear(network) is None:
             return None
         return Output.of(self.views[0], self.pool, self.world.device)
 

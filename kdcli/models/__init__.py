@@ -226,7 +226,7 @@ def load(path: Path) -> Classifier:
     return from_checkpoint(stored, str(path))
 
 
-def head_of(network: nn.Module) -> nn.Linear | None:
+def final_linear(network: nn.Module) -> nn.Linear | None:
     """The last layer, where its outputs are the logits as they are.
 
     A network says so by the attribute `head`, the layer's name; None if something follows (in NIN a ReLU).
@@ -241,7 +241,7 @@ def parameter_count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def predict(
+def predict_logits(
     model: Callable[[Tensor], Tensor],
     images: rows.Images,
     samples: npt.NDArray[np.int64] | None = None,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from kdcli.base.errors import UsageError
-from kdcli.models.parts import scaled
+from kdcli.models.common import scaled
 
 
 class ConvNet(nn.Module):

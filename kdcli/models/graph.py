@@ -21,7 +21,7 @@ class GraphNet(nn.Module):
 
     Attributes:
         shapes: node name → output shape of one image.
-        head: the node whose outputs are the logits as they are, if it is linear, see `models.head_of`.
+        head: the node whose outputs are the logits as they are, if it is linear, see `models.final_linear`.
     """
 
     def __init__(

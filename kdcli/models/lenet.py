@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.base.errors import UsageError
-from kdcli.models.parts import scaled
+from kdcli.models.common import scaled
 
 
 class LeNet(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from kdcli.models.parts import initialise, need_side, scaled
+from kdcli.models.common import initialise, need_side, scaled
 
 # expansion, channels (already half the paper's), blocks, stride of the first
 _GROUPS = (

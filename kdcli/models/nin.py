@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdcli.base.errors import UsageError
-from kdcli.models.parts import scaled
+from kdcli.models.common import scaled
 
 WIDTHS = (192, 160, 96, 192, 192, 192, 192, 192)  # conv1 cccp1 cccp2 conv2 cccp3 cccp4 conv3 cccp5
 

@@ -17,7 +17,7 @@ _GOLDEN, _FIRST, _SECOND = -1640531527, 0x21F0AAAD, 0x735A2D97  # odd constants;
 
 
 @dataclass
-class Draw:
+class DropoutKeys:
     """What dropout draws by: set before each step, shared by all layers of a network.
 
     Attributes:
@@ -50,7 +50,7 @@ class SampleDropout(nn.Dropout):
     other values than one process with all of it, and a resumed run would have to restore the generator.
     """
 
-    draw: Draw
+    draw: DropoutKeys
     number: int
 
     def forward(self, values: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class SampleDropout(nn.Dropout):
             return values
         keys = self.draw.keys
         if keys is None or keys.shape[1] != len(values):
-            raise RuntimeError("Draw.step was not called for this batch")
+            raise RuntimeError("DropoutKeys.step was not called for this batch")
         element = torch.arange(values[0].numel(), dtype=torch.int32, device=values.device)  # (E,)
         first = _mixed(keys[self.number % 4] + self.number // 4)[:, None]
         second = keys[(self.number + 1) % 4][:, None]
@@ -68,7 +68,7 @@ class SampleDropout(nn.Dropout):
         return values * (kept.reshape(values.shape).to(values.dtype) / (1 - self.p))
 
 
-def use_sample_dropout(network: nn.Module, draw: Draw) -> None:
+def use_sample_dropout(network: nn.Module, draw: DropoutKeys) -> None:
     """Make each `nn.Dropout` of a network a `SampleDropout` that draws by `draw`."""
     layers = [module for module in network.modules() if isinstance(module, nn.Dropout)]
     for number, layer in enumerate(layers):

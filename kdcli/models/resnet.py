@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdcli.models.parts import initialise, need_side, scaled
+from kdcli.models.common import initialise, need_side, scaled
 
 _NARROW = (16, 16, 32, 64)  # conv1 and the three stages
 _FOUR_TIMES = (32, 64, 128, 256)

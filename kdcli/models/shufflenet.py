@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdcli.models.parts import initialise, need_side, scaled
+from kdcli.models.common import initialise, need_side, scaled
 
 _GROUPS = 3
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdcli.models.parts import initialise, need_side, scaled
+from kdcli.models.common import initialise, need_side, scaled
 
 
 class PreActivationBlock(nn.Module):

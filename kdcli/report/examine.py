@@ -159,7 +159,7 @@ class _Examiner:
         if reason := data.incompatibility(model.classes, model.input_size, test):
             return Examined(why_not=f"the student {reason}")
         labels = torch.tensor(test.labels)
-        logits = models.predict(model, test.images, task=f"testing {run.name}", on_event=self._tell)
+        logits = models.predict_logits(model, test.images, task=f"testing {run.name}", on_event=self._tell)
         notes = []
         recorded = run.provenance.get("data")
         if isinstance(recorded, dict) and recorded.get("fingerprint_test") != test.fingerprint:

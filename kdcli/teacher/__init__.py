@@ -24,8 +24,8 @@ from kdcli.base.runtime import World
 from kdcli.data import ImageSet, augment, incompatibility, rows
 from kdcli.deploy.load import load_model
 from kdcli.models import Classifier
-from kdcli.models.features import Tap, stages_of
-from kdcli.models.reproducible import Draw, use_sample_dropout
+from kdcli.models.feature_extractor import FeatureExtractor, find_stages
+from kdcli.models.reproducible import DropoutKeys, use_sample_dropout
 from kdcli.teacher.live import Live
 from kdcli.teacher.runner import Plan, Run, choose, run_of
 from kdcli.teacher.views import PART, Outputs, ViewStore
@@ -140,7 +140,7 @@ class Teacher:
             model = load_model(self.path)
             if not isinstance(model, Classifier):
                 raise KdError("--teacher-dropout needs a .pt teacher", "An ONNX file has no dropout.")
-            draw = Draw(seed, stream)
+            draw = DropoutKeys(seed, stream)
             use_sample_dropout(freeze(model, dropout).to(self.world.device), draw)
         if not isinstance(model, Classifier):
             return Live(lambda images: model(images.cpu()))
@@ -148,7 +148,7 @@ class Teacher:
         run: Run = model if plain else run_of(model, Plan("torch", "bf16"))
         if not stages:
             return Live(run, draw)
-        tap = Tap(model.network, stages)
+        tap = FeatureExtractor(model.network, stages)
 
         def with_features(images: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
             prepared = model.prepare(images)
@@ -159,7 +159,7 @@ class Teacher:
         return Live(run, draw, with_features)
 
     def stages(self, images: Tensor, wanted: str = "") -> tuple[str, ...]:
-        """Names of the submodules whose maps methods of features read, see `models.features.stages_of`.
+        """Names of the submodules whose maps methods of features read, see `models.feature_extractor.find_stages`.
 
         Args:
             images: some, uint8 (B, H, W, C).
@@ -174,7 +174,7 @@ class Teacher:
                 "Use a .pt teacher, or a method of logits.",
             )
         try:
-            return stages_of(self.model.network, self.model.prepare(images.to(self.world.device)), wanted)
+            return find_stages(self.model.network, self.model.prepare(images.to(self.world.device)), wanted)
         except UsageError as error:
             raise UsageError(f"teacher {self.path}: {error.message}", error.hint) from error
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdcli.models.reproducible import Draw
+from kdcli.models.reproducible import DropoutKeys
 from kdcli.teacher.runner import Run
 
 
@@ -25,7 +25,7 @@ class Live:
     """
 
     run: Run
-    draw: Draw | None = None
+    draw: DropoutKeys | None = None
     tap: Callable[[Tensor], tuple[Tensor, list[Tensor], Tensor]] | None = None
 
     def __call__(self, images: Tensor, epoch: int, samples: npt.NDArray[np.int64]) -> Tensor:

@@ -23,7 +23,7 @@ from kdcli.deploy.bench import contenders as measuring
 from kdcli.deploy.bench.rows import in_words, keeping
 from kdcli.deploy.onnx_model import OnnxClassifier
 from kdcli.models import build
-from kdcli.models.layers import count_macs
+from kdcli.models.layer_summary import count_macs
 from tests.deploy.test_export import SPLITS, classifier, exported, one_thread  # noqa: F401
 
 

@@ -19,7 +19,7 @@ from kdcli.base.errors import KdError, UsageError
 from kdcli.cli import info, test
 from kdcli.data import preprocess
 from kdcli.deploy.export import export_classifier
-from kdcli.models.layers import layer_rows
+from kdcli.models.layer_summary import summarize_layers
 from tests.helpers import command_line
 
 PIXELS = np.random.default_rng(5).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
@@ -137,7 +137,7 @@ def test_layers_that_are_unusual() -> None:
     """A layer that runs twice has its work twice and its weights once; a transposed convolution, grouped."""
     shared = nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False)
     up = nn.ConvTranspose2d(4, 6, (2, 3), stride=2, groups=2)
-    rows = layer_rows(nn.Sequential(shared, nn.Sequential(shared), up), torch.zeros(2, 4, 5, 7))
+    rows = summarize_layers(nn.Sequential(shared, nn.Sequential(shared), up), torch.zeros(2, 4, 5, 7))
     assert [(row.output, row.parameters, row.macs) for row in rows] == [
         ((4, 5, 7), 4 * 2 * 9, 4 * 35 * 2 * 9),
         ((4, 5, 7), 0, 4 * 35 * 2 * 9),

@@ -49,7 +49,7 @@ def test_labels_alone_are_learned(workplace: Path, splits: Splits) -> None:
     assert result.teacher_passes == 0
     assert result.evaluation.agreement is None
     model = models.load(result.run.student)
-    logits = models.predict(model, splits.test.images)
+    logits = models.predict_logits(model, splits.test.images)
     # the file holds the very model that was measured
     assert 100 * float((logits.argmax(1).numpy() == splits.test.labels).mean()) == result.evaluation.accuracy
     assert model.provenance["test_accuracy"] == result.evaluation.accuracy
@@ -196,13 +196,13 @@ def test_test_data_is_read_once_and_after_training(
     workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    predict = models.predict
+    predict = models.predict_logits
 
     def watch(model: Any, images: Any, *samples: Any, **rest: Any) -> torch.Tensor:
         order.append("test" if images is splits.test.images else "validation")
         return predict(model, images, *samples, **rest)
 
-    monkeypatch.setattr(models, "predict", watch)
+    monkeypatch.setattr(models, "predict_logits", watch)
     fit(config(method="ce", val_fraction=0.2), splits)
     assert order == ["validation"] * 4 + ["test"]
 
@@ -322,16 +322,16 @@ def test_a_regressing_student_starts_at_the_teachers_mean_and_spread(workplace: 
     path = Path("runs/teacher/student.pt")
     far = models.load(path)
     with torch.no_grad():
-        head = models.head_of(far.network)
+        head = models.final_linear(far.network)
         assert head is not None
         head.weight.mul_(20)
         head.bias.add_(torch.tensor([100.0, 50.0, 0.0]))
     far.save(Path("far.pt"))
-    expected = models.predict(far, splits.train.images).mean(0)
+    expected = models.predict_logits(far, splits.train.images).mean(0)
     result = fit(config(method="logits", teacher=Path("far.pt"), lr=1e-9, epochs=1, val_fraction=0.0), splits)
     student = models.load(result.run.student)
-    mean = models.predict(student, splits.train.images).mean(0)
-    spread = models.predict(far, splits.train.images).std()
+    mean = models.predict_logits(student, splits.train.images).mean(0)
+    spread = models.predict_logits(far, splits.train.images).std()
     assert float((mean - expected).abs().max()) < 2 * float(spread)
     assert float((mean - expected).abs().max()) < 0.2 * float(expected.abs().max())
     assert checkpoint.load(result.run.student).arch == "convnet-tiny"

@@ -105,12 +105,12 @@ def test_regression_begins_with_the_files_logits(workplace: Path) -> None:
     first = fit(config(method="ce", student="lenet-caffe", lr=1e-3, name="first"), splits)  # no batch norm
     settings = {"teacher": Path("runs/teacher/student.pt"), "student": str(first.run.student)}
     after = fit(still(method="logits", **settings), splits)
-    wanted = models.predict(models.load(first.run.student), splits.test.images)
-    found = models.predict(models.load(after.run.student), splits.test.images)
+    wanted = models.predict_logits(models.load(first.run.student), splits.test.images)
+    found = models.predict_logits(models.load(after.run.student), splits.test.images)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     fresh = fit(still(method="logits", **{**settings, "student": "lenet-caffe"}), splits)
     assert not torch.allclose(
-        models.predict(models.load(fresh.run.student), splits.test.images), wanted, atol=1
+        models.predict_logits(models.load(fresh.run.student), splits.test.images), wanted, atol=1
     )
 
 
@@ -144,7 +144,7 @@ def test_a_caffe_net_trains_resumes_and_exports(
     if method != "ce":
         settings["teacher"] = Path("runs/teacher/student.pt")
     whole = fit(config(**settings, name="whole"), splits)
-    assert models.head_of(models.load(caffe_net).network) is not None
+    assert models.final_linear(models.load(caffe_net).network) is not None
     lines = [line["loss"] for line in whole.run.read_metrics() if line["kind"] == "epoch"]
     assert lines[-1] < 0.9 * lines[0]
     before = checkpoint.load(caffe_net).state_dict

@@ -12,7 +12,7 @@ from kdcli import models
 from kdcli.base.errors import KdError, UsageError
 from kdcli.engine import fit
 from kdcli.models import checkpoint
-from kdcli.models.features import Tap, stages_of
+from kdcli.models.feature_extractor import FeatureExtractor, find_stages
 from tests.helpers import config, make_splits
 
 
@@ -43,13 +43,13 @@ def example(channels: int = 3, side: int = 8) -> Tensor:
 def test_without_a_word_of_the_network_the_last_maps_of_each_size_are_its_stages() -> None:
     network = Plain()
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    assert stages_of(network, example()) == ("norm", "conv2")
+    assert find_stages(network, example()) == ("norm", "conv2")
     assert network.training
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
 def test_layers_that_are_asked_for_are_taken_in_the_order_they_run() -> None:
-    assert stages_of(Plain(), example(), "conv2, conv1") == ("conv1", "conv2")
+    assert find_stages(Plain(), example(), "conv2, conv1") == ("conv1", "conv2")
     for wanted, told in {
         "conv9": "no layer 'conv9'",
         "relu": "once",
@@ -58,10 +58,10 @@ def test_layers_that_are_asked_for_are_taken_in_the_order_they_run() -> None:
     }.items():
         if wanted:
             with pytest.raises(UsageError, match=told):
-                stages_of(Plain(), example(), wanted)
+                find_stages(Plain(), example(), wanted)
     vectors = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
     with pytest.raises(UsageError, match="no maps"):
-        stages_of(vectors, example())
+        find_stages(vectors, example())
 
 
 @pytest.mark.parametrize("name", ["lenet", "nin", "convnet-small", "resnet8", "wrn-16-1"])
@@ -71,13 +71,13 @@ def test_reading_features_changes_neither_logits_nor_weights(name: str) -> None:
     pixels = example(3, 32)
     expected = network(pixels)
     keys = list(network.state_dict())
-    stages = stages_of(network, pixels)
-    tap = Tap(network, stages)
+    stages = find_stages(network, pixels)
+    tap = FeatureExtractor(network, stages)
     logits, maps, embedding = tap(pixels)
     assert torch.equal(logits, expected)
     assert list(network.state_dict()) == keys
     assert len(maps) == len(stages) and all(stage.dim() == 4 for stage in maps)
-    head = models.head_of(network)
+    head = models.final_linear(network)
     if head is None:
         assert torch.equal(embedding, maps[-1].mean(dim=(2, 3)))
     else:
@@ -88,7 +88,7 @@ def test_reading_features_changes_neither_logits_nor_weights(name: str) -> None:
 
 def test_features_come_from_the_pass_that_gave_the_logits() -> None:
     network = Plain().eval()
-    tap = Tap(network, ("conv1", "conv2"))
+    tap = FeatureExtractor(network, ("conv1", "conv2"))
     first, second = example(), -example()
     kept = [stage.clone() for stage in tap(first)[1]]
     network(second)  # a pass of the bare network in between, as validation makes one
@@ -102,7 +102,7 @@ def test_features_come_from_the_pass_that_gave_the_logits() -> None:
 def test_features_of_a_compiled_network_are_those_of_its_own_pass() -> None:
     torch.manual_seed(0)
     network = models.build("resnet8", classes=4, input_size=(8, 8, 3), width=0.25).eval()
-    tap = Tap(network, ("layer1", "layer3"))
+    tap = FeatureExtractor(network, ("layer1", "layer3"))
     compiled = torch.compile(tap, backend="eager")
     for seed in range(3):
         pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))

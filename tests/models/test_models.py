@@ -8,7 +8,7 @@ import torch
 
 from kdcli import models
 from kdcli.base.errors import UsageError
-from kdcli.models.layers import count_macs
+from kdcli.models.layer_summary import count_macs
 
 NAMES = [name for name in models.MODELS if name != "graph"]
 
@@ -61,7 +61,7 @@ def test_lenet_has_no_relu_after_its_convolutions() -> None:
 def test_head_is_the_last_layer_where_nothing_follows() -> None:
     for name in NAMES:
         network = models.build(name, classes=10, input_size=(32, 32, 3)).eval()
-        head = models.head_of(network)
+        head = models.final_linear(network)
         if name == "nin":
             assert head is None
             continue
@@ -75,7 +75,7 @@ def test_head_is_the_last_layer_where_nothing_follows() -> None:
 def test_predict_covers_the_last_short_batch_and_tells_of_it() -> None:
     data = np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1)
     told: list[int] = []
-    out = models.predict(
+    out = models.predict_logits(
         lambda images: images.float().reshape(-1, 1),
         data,
         batch_size=4,

@@ -23,10 +23,10 @@ from kdcli.data import preprocess
 from kdcli.deploy.info import info
 from kdcli.deploy.onnx_model.translate import to_onnx
 from kdcli.models import Classifier, checkpoint
-from kdcli.models.features import stages_of
-from kdcli.models.layers import count_macs
+from kdcli.models.common import scaled
+from kdcli.models.feature_extractor import find_stages
+from kdcli.models.layer_summary import count_macs
 from kdcli.models.mobilenet import InvertedResidual
-from kdcli.models.parts import scaled
 from kdcli.models.shufflenet import GroupUnit, HalvingUnit, SplitUnit, shuffled
 from tests.helpers import ROOT
 
@@ -223,7 +223,7 @@ def test_every_network_says_where_its_stages_end() -> None:
 @pytest.mark.parametrize("name", [name for name in STAGES if name != "nin"])
 def test_the_last_layer_reads_a_vector(name: str) -> None:
     network = shapes_alone(name)
-    head = models.head_of(network)
+    head = models.final_linear(network)
     assert head is not None
     seen: list[tuple[int, ...]] = []
     head.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
@@ -276,7 +276,7 @@ def test_a_converted_network_has_the_last_node_of_each_size_as_stages() -> None:
         output="whole",
     )
     example = torch.zeros(2, 3, 8, 8)
-    assert stages_of(network, example) == ("relu", "pool")  # one map a class is the answer, not a feature
+    assert find_stages(network, example) == ("relu", "pool")  # one map a class is the answer, not a feature
     answers = models.build(
         "graph",
         classes=2,
@@ -290,7 +290,7 @@ def test_a_converted_network_has_the_last_node_of_each_size_as_stages() -> None:
         ],
         output="whole",
     )
-    assert stages_of(answers, example) == ("relu",)
+    assert find_stages(answers, example) == ("relu",)
 
 
 def norm(maps: Tensor, state: dict[str, Tensor], name: str) -> Tensor:

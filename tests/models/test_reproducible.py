@@ -18,7 +18,7 @@ from torch import nn
 from kdcli.data import rows
 from kdcli.models import reproducible
 from kdcli.models.reproducible import (
-    Draw,
+    DropoutKeys,
     GlobalBatchNorm1d,
     GlobalBatchNorm2d,
     use_global_batch_norm,
@@ -29,9 +29,9 @@ from tests.helpers import ROOT
 CPU = torch.device("cpu")
 
 
-def dropout(p: float = 0.5, layers: int = 1, seed: int = 1) -> tuple[nn.Sequential, Draw]:
+def dropout(p: float = 0.5, layers: int = 1, seed: int = 1) -> tuple[nn.Sequential, DropoutKeys]:
     network = nn.Sequential(*(nn.Dropout(p) for _ in range(layers)))
-    draw = Draw(seed)
+    draw = DropoutKeys(seed)
     use_sample_dropout(network, draw)
     return network.train(), draw
 
@@ -84,7 +84,7 @@ def test_a_mask_belongs_to_seed_epoch_and_sample() -> None:
 def test_dropout_without_its_batch_is_a_fault() -> None:
     network, draw = dropout()
     draw.step(0, np.arange(3), CPU)
-    with pytest.raises(RuntimeError, match=r"Draw\.step"):
+    with pytest.raises(RuntimeError, match=r"DropoutKeys\.step"):
         network(torch.ones(4, 2))
 
 

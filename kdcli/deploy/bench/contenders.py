@@ -26,7 +26,7 @@ from kdcli.deploy.bench.isolated import Alone, alone
 from kdcli.deploy.bench.rows import SAME, Row, in_words
 from kdcli.deploy.onnx_model import OnnxClassifier
 from kdcli.models import Classifier
-from kdcli.models.layers import count_macs
+from kdcli.models.layer_summary import count_macs
 
 TORCH, COMPILED, ORT = "torch", "compiled", "onnxruntime"
 ENGINES = {"both": (TORCH, ORT), "all": (TORCH, COMPILED, ORT)}

@@ -44,7 +44,7 @@ def quality_of(
         if problem:
             found.append(Quality(notes=(f"accuracy not measured: {problem}",)))
             continue
-        logits = models.predict(model, test.images, task=f"testing {names[index]}", on_event=on_event)
+        logits = models.predict_logits(model, test.images, task=f"testing {names[index]}", on_event=on_event)
         if index == 0:
             teacher_logits = logits
         labels = torch.from_numpy(np.asarray(test.labels))

@@ -141,7 +141,7 @@ def export(
             _write(finish(model, remarks), temporary)
             inputs = _inputs(classifier, raw, config.with_preprocessing)
             with torch.inference_mode():
-                logits = models.predict(classifier, raw)
+                logits = models.predict_logits(classifier, raw)
             interface = interface_of(classifier, with_preprocessing=config.with_preprocessing)
             explain = partial(first_difference, interface, model, temporary)
             outputs, parity = check_parity(temporary, inputs, logits, config.with_preprocessing, explain)
@@ -286,7 +286,7 @@ def _quantise(
     if config.int8 == "auto":
         raw = np.asarray(train.images[chosen.selection])
         with torch.inference_mode():
-            reference = models.predict(classifier, raw)
+            reference = models.predict_logits(classifier, raw)
         inputs = _inputs(classifier, raw, raw_inputs)
         trials, found = int8.search(quantiser, float_file.read_bytes(), inputs, reference, on_event)
         if found is None:
@@ -317,7 +317,7 @@ def _dropped(
     assert config.max_drop is not None
     truth = torch.from_numpy(np.asarray(train.labels[chosen.held_out]))
     name = f"accuracy on the {chosen.held_out_name}"
-    expected = models.predict(classifier, train.images, chosen.held_out, task=name, on_event=on_event)
+    expected = models.predict_logits(classifier, train.images, chosen.held_out, task=name, on_event=on_event)
     runner = onnx_model.session(path.read_bytes(), name="the exported file")
     parts = []
     for start in range(0, len(truth), 256):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx
 
-from kdcli.models.layers import LayerRow
+from kdcli.models.layer_summary import LayerSummary
 
 PREPROCESSING = "preprocess/"  # kd export names the nodes that prepare pixels so
 CHANNELS = (1, 2, 3, 4)
@@ -31,7 +31,7 @@ class Facts:
     preprocessing_bytes: int
     macs: int | None
     operators: tuple[str, ...]
-    nodes: tuple[LayerRow, ...]
+    nodes: tuple[LayerSummary, ...]
 
 
 def facts(model: onnx.ModelProto, input_size: tuple[int, int, int] | None = None) -> Facts:
@@ -74,7 +74,7 @@ def facts(model: onnx.ModelProto, input_size: tuple[int, int, int] | None = None
 
 def _nodes(
     model: onnx.ModelProto, input_size: tuple[int, int, int] | None, weights: dict[str, int]
-) -> tuple[LayerRow, ...]:
+) -> tuple[LayerSummary, ...]:
     """Nodes with the shape and the work for one image; `weights` are values by name, counted where first used."""
     shapes = _shapes(model, input_size)
     left = dict(weights)
@@ -87,7 +87,7 @@ def _nodes(
             shape = shapes.get(node.output[0], ()) if node.output else ()
         own = sum(left.pop(name, 0) for name in node.input)
         kind = " ".join([node.op_type, *("×".join(map(str, shapes[n])) for n in node.input if n in weights)])
-        rows.append(LayerRow(node.name, kind, shape[1:], own, _macs(node, shapes)))
+        rows.append(LayerSummary(node.name, kind, shape[1:], own, _macs(node, shapes)))
     return tuple(rows)
 
 

@@ -13,12 +13,12 @@ from kdcli.base.errors import UsageError
 _PASSING = (nn.Dropout, nn.Dropout2d, nn.Identity)  # what they give is what they got
 
 
-class Tap(nn.Module):
+class FeatureExtractor(nn.Module):
     """A network that gives its features beside its logits. It has the network's weights and none of its own.
 
     Attributes:
         network: float32 (B, C, H, W) → logits (B, classes).
-        stages: names of submodules whose outputs are the maps, from input to output, see `stages_of`.
+        stages: names of submodules whose outputs are the maps, from input to output, see `find_stages`.
     """
 
     def __init__(self, network: nn.Module, stages: Sequence[str]) -> None:
@@ -61,7 +61,7 @@ class Tap(nn.Module):
         return logits, maps, embedding.flatten(1)
 
 
-def stages_of(network: nn.Module, example: Tensor, wanted: str = "") -> tuple[str, ...]:
+def find_stages(network: nn.Module, example: Tensor, wanted: str = "") -> tuple[str, ...]:
     """Names of the submodules whose outputs are the maps at the end of each stage, from input to output.
 
     These are the ones asked for, else those the network names in `stages`, else the last maps of each size, larger

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class LayerRow:
+class LayerSummary:
     """One layer, each time it runs.
 
     Attributes:
@@ -28,14 +28,14 @@ class LayerRow:
     macs: int | None
 
 
-def layer_rows(network: nn.Module, prepared: Tensor) -> list[LayerRow]:
+def summarize_layers(network: nn.Module, prepared: Tensor) -> list[LayerSummary]:
     """The modules without parts of their own, as one image passes them.
 
     Args:
         network: prepared (B, C, H, W) → logits.
         prepared: any input of it.
     """
-    rows: list[LayerRow] = []
+    rows: list[LayerSummary] = []
     names = {module: name for name, module in network.named_modules()}
     seen: set[int] = set()
 
@@ -45,7 +45,7 @@ def layer_rows(network: nn.Module, prepared: Tensor) -> list[LayerRow]:
         count = sum(value.numel() for value in own)
         kind = " ".join(repr(module).split())
         rows.append(
-            LayerRow(names[module], kind, tuple(output.shape[1:]), count, _macs(module, inputs, output))
+            LayerSummary(names[module], kind, tuple(output.shape[1:]), count, _macs(module, inputs, output))
         )
 
     leaves = [module for module in network.modules() if not any(module.children())]
@@ -60,8 +60,8 @@ def layer_rows(network: nn.Module, prepared: Tensor) -> list[LayerRow]:
 
 
 def count_macs(network: nn.Module, prepared: Tensor) -> int:
-    """Multiply-accumulates of one image in convolutions and linear layers, see `layer_rows`."""
-    return sum(row.macs or 0 for row in layer_rows(network, prepared))
+    """Multiply-accumulates of one image in convolutions and linear layers, see `summarize_layers`."""
+    return sum(row.macs or 0 for row in summarize_layers(network, prepared))
 
 
 def _macs(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> int:
