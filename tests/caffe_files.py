@@ -1,4 +1,4 @@
-"""Caffe's files, written byte by byte from the wire format: what the tests give kd and OpenCV to read."""
+"""Caffe's files for tests, written byte by byte from the wire format, and a small network of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from kdcli import caffe
+from kdcli.base.config import ConvertConfig
 
 # protobuf's wire format, without protobuf
 
@@ -90,3 +93,58 @@ def write(folder: Path, content: bytes, name: str = "net.caffemodel") -> Path:
     path = folder / name
     path.write_bytes(content)
     return path
+
+
+R = np.random.default_rng(0)
+
+
+def values(*shape: int) -> np.ndarray:
+    return R.normal(0, 0.2, shape).astype(np.float32)
+
+
+CONV1, BIAS1 = values(6, 3, 3, 3), values(6)
+CONV2, BIAS2 = values(4, 3, 2, 1), values(4)
+IP, IPB = values(5, 4 * 5 * 4), values(5)
+CONV1_PARAM = field(1, 6) + field(3, 1) + field(4, 3)
+CONV2_PARAM = field(1, 4) + field(5, 2) + field(11, 2) + field(12, 1) + field(9, 2) + field(10, 1)
+INPUT = field(3, "data") + b"".join(field(4, side) for side in (1, 3, 12, 12))
+
+
+def small(**changes: Any) -> list[dict[str, Any]]:
+    """conv – ReLU in place – max-pool – LRN – grouped conv – tanh – ave-pool – inner product – loss."""
+    layers = [
+        layer("Data", "train-data", "", "data label", phase=0),
+        layer("Data", "test-data", "", "data label", phase=1),
+        layer("Convolution", "conv1", "data", "conv1", CONV1_PARAM, (CONV1, BIAS1)),
+        layer("ReLU", "relu1", "conv1", "conv1", field(1, 0.1)),
+        layer("Pooling", "pool1", "conv1", "pool1", field(2, 3) + field(3, 2)),
+        layer("Dropout", "drop1", "pool1", "pool1", field(1, 0.3)),
+        layer("LRN", "norm1", "pool1", "norm1", field(1, 3) + field(2, 0.1)),
+        layer(
+            "Convolution", "conv2", "norm1", "conv2",
+            CONV2_PARAM, (CONV2, BIAS2),
+        ),
+        layer("TanH", "tanh2", "conv2", "conv2"),
+        layer("Pooling", "pool2", "conv2", "pool2", field(1, 1) + field(2, 2) + field(3, 2)),
+        layer("InnerProduct", "ip", "pool2", "ip", field(1, 5), (IP, IPB)),
+        layer("Accuracy", "accuracy", "ip label", "accuracy", phase=1),
+        layer("SoftmaxWithLoss", "loss", "ip label", "loss"),
+    ]  # fmt: skip
+    for one in layers:
+        one.update(changes.get(one["name"], {}))
+    return layers
+
+
+IMAGES = R.integers(0, 256, (6, 12, 12, 3), dtype=np.uint8)
+
+
+FC = layer("InnerProduct", "fc", "pool1", "fc", field(1, 2), (values(2, 6), values(2)))
+
+
+def convert(model: Path, config: ConvertConfig, **context: Any) -> caffe.Conversion:
+    """Read the files and build the classifier."""
+    return caffe.to_classifier(caffe.read(model, config), config, **context)
+
+
+def converted(path: Path, **options: Any) -> caffe.Conversion:
+    return convert(path, ConvertConfig(preprocess="none", **options), train_images=IMAGES)

@@ -1,6 +1,6 @@
-"""Caffe's files → a `Classifier`: prototxt + caffemodel, or caffe-tensorflow's `.npy`."""
+"""Caffe's files → a `Classifier`: prototxt and caffemodel, or caffe-tensorflow's `.npy`."""
 
-from kdcli.caffe.convert import Conversion, Source, convert, read, to_classifier
-from kdcli.caffe.network import LayerRow
+from kdcli.caffe.convert import CaffeFiles, Conversion, read, to_classifier
+from kdcli.caffe.network import ConvertedLayer
 
-__all__ = ["Conversion", "LayerRow", "Source", "convert", "read", "to_classifier"]
+__all__ = ["CaffeFiles", "Conversion", "ConvertedLayer", "read", "to_classifier"]

@@ -1,4 +1,4 @@
-"""What a Caffe network's data layers do to pixels, and what kd does in their place."""
+"""What a Caffe network's data layers do to pixels, and the `Preprocess` that does the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import torch
 from kdcli.base.config import ConvertConfig
 from kdcli.base.errors import KdError
 from kdcli.base.events import Note, OnEvent
-from kdcli.caffe.read import Array, Network, read_mean
+from kdcli.base.text import dims
+from kdcli.caffe.blobs import Array
+from kdcli.caffe.network import transform_params
+from kdcli.caffe.read import Network, read_mean
 from kdcli.data.catalog import KnownNetwork
 from kdcli.data.preprocess import Preprocess, ScaleShift, UInt8Images, fit
 
@@ -23,8 +26,8 @@ class Transform:
     """`(x − mean) · scale`, as a data layer declares it; means in the network's channel order.
 
     Attributes:
-        mean_file: name of a mean image that is subtracted; `mean_image` is its content if it was found.
-        channel_order: where it is known; otherwise empty.
+        mean_file: name of a mean image that is subtracted; `mean_image` is its content where it was found.
+        channel_order: `rgb`, `bgr`, or empty where it is unknown.
     """
 
     scale: float = 1.0
@@ -34,38 +37,30 @@ class Transform:
     channel_order: str = ""
 
     def is_identity(self) -> bool:
-        """Nothing is done to the pixels."""
+        """Whether pixels stay as they are."""
         return self.scale == 1.0 and not self.mean_values and not self.mean_file
 
 
 def transform_of(network: Network, folders: list[Path]) -> Transform:
-    """The transformation of the test phase's data layer, or of any; a mean file is looked for in `folders`.
+    """The transformation of the test phase's data layer, or of any other; a mean file is searched in `folders`.
 
     Raises:
-        KdError: the mean file is there but no mean image.
+        KdError: the mean file exists but is no mean image.
     """
     for source in network.sources:
-        for name in ("transform_param", "data_param", "image_data_param", "window_data_param"):
-            param = getattr(source.param, name, None)
-            if param is None or not source.param.HasField(name):
-                continue
-            values = tuple(float(value) for value in getattr(param, "mean_value", ()))
+        for name, param in transform_params(source):
+            values = tuple(param.mean_value) if name == "transform_param" else ()
             file = Path(param.mean_file.replace("\\", "/")).name
-            if param.scale == 1.0 and not values and not file:
-                continue
-            found = next((folder / file for folder in folders if file and (folder / file).is_file()), None)
-            return Transform(float(param.scale), values, file, read_mean(found) if found else None)
+            if param.scale != 1.0 or values or file:
+                found = [folder / file for folder in folders if file and (folder / file).is_file()]
+                return Transform(param.scale, values, file, read_mean(found[0]) if found else None)
     return Transform()
 
 
-def needs_images(asked: str, known: KnownNetwork | None, transform: Transform) -> bool:
-    """Whether the preprocessing is fitted on train images."""
-    return _choice(asked, known, transform) in _FITTED
-
-
-def _choice(asked: str, known: KnownNetwork | None, transform: Transform) -> str:
-    if asked != "auto":
-        return asked
+def choose_kind(option: str, known: KnownNetwork | None, transform: Transform) -> str:
+    """The kind of preprocessing: `--preprocess`, else the known network's, else the transform's."""
+    if option != "auto":
+        return option
     if known is not None:
         return known.preprocess
     if transform.mean_file and transform.mean_image is None:
@@ -73,7 +68,12 @@ def _choice(asked: str, known: KnownNetwork | None, transform: Transform) -> str
     return "none" if transform.is_identity() else "scale-shift"
 
 
-def settle(
+def is_fitted(kind: str) -> bool:
+    """Whether a kind of preprocessing is fitted on train images."""
+    return kind in _FITTED
+
+
+def make_preprocess(
     config: ConvertConfig,
     known: KnownNetwork | None,
     transform: Transform,
@@ -81,52 +81,51 @@ def settle(
     size: tuple[int, int, int],
     images: UInt8Images | None,
     on_event: OnEvent,
-) -> tuple[Preprocess, bool]:
-    """The network's preprocessing, and whether it was fitted on the images.
+) -> Preprocess:
+    """The network's preprocessing.
+
+    Args:
+        size: (H, W, C) of the network's input.
+        images: uint8 (N, H, W, C), to fit it on where `is_fitted`.
 
     Raises:
-        KdError: it must be fitted and there are no images, or they are of another size than the network's.
+        KdError: it must be fitted and there are no images, or their size is not the network's.
     """
-    order = _channel_order(config, known, transform, size)
-    choice = _choice(config.preprocess, known, transform)
-    if choice in _FITTED:
-        if images is None:
-            raise KdError(
-                f"preprocessing {choice} is fitted on train images; there are none", "Name them with --data."
+    automatic = config.preprocess == "auto"
+    kind = choose_kind(config.preprocess, known, transform)
+    order: str = config.channel_order
+    if order == "auto":
+        known_order = known.channel_order if known else transform.channel_order
+        order = known_order or ("bgr" if size[2] == 3 else "rgb")
+    if kind == "scale-shift":
+        return _scale_shift(transform, size, order)
+    if not is_fitted(kind):
+        if automatic:
+            on_event(
+                Note(
+                    "this network's preprocessing is not known: it gets raw 0–255 pixels, "
+                    f"{order.upper() if size[2] == 3 else 'grey'}; see --preprocess and --channel-order"
+                )
             )
-        if images.shape[1:] != size:
-            raise KdError(
-                f"the network takes images of {'×'.join(map(str, size))}, the data has "
-                f"{'×'.join(map(str, images.shape[1:]))} (height, width, channels)",
-                "Choose other --data, or --image-size.",
-            )
-        if config.preprocess == "auto" and known is None:
-            on_event(Note(f"{transform.mean_file} is not beside the model: the data's mean image stands in"))
-        prepared = fit(choice, images, channel_order=order, on_event=on_event)
-        if choice == "mean-image" and config.preprocess == "auto" and transform.scale != 1.0:
-            mean = prepared.get_buffer("mean")
-            return ScaleShift(mean, transform.scale, order), True
-        return prepared, True
-    if choice == "scale-shift":
-        return _scale_shift(transform, size, order), False
-    if config.preprocess == "auto":
-        on_event(
-            Note(
-                "nothing is known of this network's preprocessing: raw 0–255 pixels go in, "
-                f"{order.upper() if size[2] == 3 else 'grey'}; see --preprocess and --channel-order"
-            )
+        return Preprocess(order)
+    if images is None:
+        raise KdError(
+            f"preprocessing {kind} is fitted on train images; there are none", "Pass them with --data."
         )
-    return Preprocess(order), False
-
-
-def _channel_order(
-    config: ConvertConfig, known: KnownNetwork | None, transform: Transform, size: tuple[int, int, int]
-) -> str:
-    if config.channel_order != "auto":
-        return config.channel_order
-    if known is not None:
-        return known.channel_order
-    return transform.channel_order or ("bgr" if size[2] == 3 else "rgb")
+    if images.shape[1:] != size:
+        raise KdError(
+            f"the network takes images of {dims(size)}, the data has {dims(images.shape[1:])} "
+            "(height, width, channels)",
+            "Choose other --data, or --image-size.",
+        )
+    if automatic and known is None:
+        on_event(
+            Note(f"{transform.mean_file} is not beside the model: the mean image of the data replaces it")
+        )
+    fitted = fit(kind, images, channel_order=order, on_event=on_event)
+    if kind == "mean-image" and automatic and transform.scale != 1.0:
+        return ScaleShift(fitted.get_buffer("mean"), transform.scale, order)
+    return fitted
 
 
 def _scale_shift(transform: Transform, size: tuple[int, int, int], order: str) -> ScaleShift:
@@ -145,10 +144,10 @@ def _scale_shift(transform: Transform, size: tuple[int, int, int], order: str) -
 
 
 def _centre(mean: Array, height: int, width: int) -> Array:
-    """Caffe subtracts before it crops the middle."""
+    """The middle of a mean image: Caffe subtracts before it crops."""
     top, left = (mean.shape[1] - height) // 2, (mean.shape[2] - width) // 2
     if top < 0 or left < 0:
         raise KdError(
-            f"the mean image is {mean.shape[1]}×{mean.shape[2]}, smaller than the network's {height}×{width}"
+            f"the mean image is {dims(mean.shape[1:])}, smaller than the network's {dims((height, width))}"
         )
     return mean[:, top : top + height, left : left + width]

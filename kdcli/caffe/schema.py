@@ -1,9 +1,9 @@
 """The part of caffe.proto that kd reads, declared in a descriptor pool of its own.
 
-A private pool: another package in the process may register the real caffe.proto, and the same names clash
-in the default pool. Field numbers are Caffe's (BVLC/caffe, src/caffe/proto/caffe.proto); fields that are not
-listed are skipped. Two departures, neither visible on disk: weights (`data`, `double_data`) are read as raw
-bytes, so that a hundred million of them need no Python object each; sizes declared once are repeated.
+The pool is private because the same names clash in the default pool once another package registers the real
+caffe.proto. Field numbers are Caffe's (BVLC/caffe, src/caffe/proto/caffe.proto); fields that are not listed are
+skipped. Two declarations differ from Caffe's with the same bytes on disk: packed weights (`data`, `double_data`)
+are `bytes`, which avoids one Python object a value, and sizes that Caffe declares once are repeated.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ENUMS: dict[str, dict[str, int]] = {
     },
 }  # fmt: skip
 
-# A field is `name number type [default]`; `*` after the type repeats it.
+# A field is `name number type [default]`; `*` after the type marks a repeated field.
 _MESSAGES: dict[str, str] = {
     "BlobShape": "dim 1 int64*",
     "BlobProto": """
@@ -49,7 +49,7 @@ _MESSAGES: dict[str, str] = {
         scale 1 float 1; mirror 2 bool; crop_size 3 uint32 0; mean_file 4 string; mean_value 5 float*
         force_color 6 bool; force_gray 7 bool
     """,
-    # The source layers' own copies of it, older than transform_param
+    # Fields of the data layers that transform_param replaced
     "DataParameter": "scale 2 float 1; mean_file 3 string; crop_size 5 uint32 0",
     "WindowDataParameter": "scale 2 float 1; mean_file 3 string; crop_size 5 uint32 0",
     "MemoryDataParameter": "batch_size 1 uint32; channels 2 uint32; height 3 uint32; width 4 uint32",
@@ -94,13 +94,7 @@ _MESSAGES: dict[str, str] = {
     "ScaleParameter": "axis 1 int32 1; num_axes 2 int32 1; bias_term 4 bool false",
     "SliceParameter": "slice_dim 1 uint32 1; slice_point 2 uint32*; axis 3 int32 1",
     "SoftmaxParameter": "axis 2 int32 1",
-    "V0LayerParameter": """
-        name 1 string; type 2 string; num_output 3 uint32; biasterm 4 bool true; pad 7 uint32 0
-        kernelsize 8 uint32; group 9 uint32 1; stride 10 uint32 1; pool 11 PoolMethod MAX
-        dropout_ratio 12 float 0.5; local_size 13 uint32 5; alpha 14 float 1; beta 15 float 0.75
-        scale 17 float 1; meanfile 18 string; cropsize 20 uint32 0; k 22 float 1; blobs 50 BlobProto*
-        concat_dim 65 uint32 1
-    """,
+    "V0LayerParameter": "",  # recognised, not read
     "LayerParameter": """
         name 1 string; type 2 string; bottom 3 string*; top 4 string*; loss_weight 5 float*; blobs 7 BlobProto*
         include 8 NetStateRule*; exclude 9 NetStateRule*; phase 10 Phase
@@ -156,7 +150,7 @@ _SCALARS = {
 def _classes() -> dict[str, type[Any]]:
     file = descriptor_pb2.FileDescriptorProto(name="kd_caffe.proto", package=_PACKAGE, syntax="proto2")
     for enum, values in _ENUMS.items():
-        # A file-level enum's values share one namespace: each enum lives in a message of its own
+        # Values of enums at file level share one namespace, so each enum is nested in a message of its own
         declared = file.message_type.add(name=f"{enum}Enum").enum_type.add(name=enum)
         for name, number in values.items():
             declared.value.add(name=name, number=number)
@@ -169,7 +163,7 @@ def _classes() -> dict[str, type[Any]]:
     pool.AddSerializedFile(file.SerializeToString())
     return {
         name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.{name}"))
-        for name in ("NetParameter", "BlobProto", "V1LayerParameter")
+        for name in ("NetParameter", "BlobProto")
     }
 
 
@@ -201,16 +195,6 @@ def blob_proto() -> Any:
     return _classes()["BlobProto"]()
 
 
-def v1_layer() -> Any:
-    """A fresh, empty V1LayerParameter."""
-    return _classes()["V1LayerParameter"]()
-
-
-def v1_type_number(name: str) -> int:
-    """`RELU` → 18."""
-    return _ENUMS["V1Type"][name]
-
-
 def v1_type_name(number: int) -> str:
-    """18 → `RELU`; an unknown number as text."""
+    """18 → `RELU`; an unknown number as a decimal string."""
     return next((name for name, value in _ENUMS["V1Type"].items() if value == number), str(number))

@@ -17,7 +17,7 @@ from kdcli.cli._options import options_of
 if TYPE_CHECKING:
     from kdcli.base.events import OnEvent
     from kdcli.caffe import Conversion
-    from kdcli.caffe.oracle import Comparison
+    from kdcli.caffe.opencv import Agreement
     from kdcli.data import Splits
     from kdcli.models import Classifier
 
@@ -36,7 +36,7 @@ def convert_caffe(
     config = make(ConvertConfig, options)
     target, onnx = _target(model, config, typed="output" in options)
     from kdcli import caffe, data
-    from kdcli.caffe import oracle
+    from kdcli.caffe import opencv
     from kdcli.models import parameter_count
 
     with _ui.progress() as on_event:
@@ -80,10 +80,10 @@ def convert_caffe(
                 "×".join(map(str, size)) for size in (classifier.input_size, splits.train.input_size)
             )
             raise KdError(f"{model} takes {wanted} images, {splits.label} has {found}", "See --data.")
-        images = oracle.trial_images(classifier.input_size, splits.train.images if splits else None)
+        images = opencv.check_images(classifier.input_size, splits.train.images if splits else None)
         comparison = None
         if config.check:
-            comparison = oracle.compare(classifier, model, config.prototxt, images, on_event=on_event)
+            comparison = opencv.compare_logits(classifier, model, config.prototxt, images, on_event=on_event)
             if not comparison.holds:
                 raise KdError(
                     f"OpenCV reads another network from {model}: {comparison.text()}",
@@ -142,7 +142,7 @@ def _write_onnx(
 
 def _table(conversion: Conversion) -> None:
     rows = []
-    for row in conversion.rows:
+    for row in conversion.layers:
         shapes = " ".join("×".join(map(str, shape)) for shape in row.weight_shapes.values())
         output = "×".join(map(str, row.output_shape))
         rows.append([row.name, row.type, output, shapes, f"{row.parameters:,}" if row.parameters else ""])
@@ -150,7 +150,7 @@ def _table(conversion: Conversion) -> None:
 
 
 def _as_json(
-    model: Path, target: Path, conversion: Conversion, comparison: Comparison | None
+    model: Path, target: Path, conversion: Conversion, comparison: Agreement | None
 ) -> dict[str, Any]:
     classifier = conversion.classifier
     return {
@@ -165,7 +165,7 @@ def _as_json(
             "channel_order": classifier.preprocess.channel_order,
         },
         "provenance": classifier.provenance,
-        "parameters": sum(row.parameters for row in conversion.rows),
+        "parameters": sum(row.parameters for row in conversion.layers),
         "layers": [
             {
                 "name": row.name,
@@ -174,7 +174,7 @@ def _as_json(
                 "weight_shapes": {name: list(shape) for name, shape in row.weight_shapes.items()},
                 "parameters": row.parameters,
             }
-            for row in conversion.rows
+            for row in conversion.layers
         ],
     }
 

@@ -29,7 +29,7 @@ def validate(**options: Any) -> None:
 
     from kdcli import models
     from kdcli.base import runtime
-    from kdcli.caffe import oracle
+    from kdcli.caffe import opencv
     from kdcli.data.rows import take
     from kdcli.engine import evaluate
 
@@ -41,7 +41,9 @@ def validate(**options: Any) -> None:
         if config.against is not None:
             count = min(config.images, len(splits.test))  # spread: the images of a folder are sorted by class
             images = take(splits.test.images, np.arange(count) * len(splits.test) // count)
-            comparison = oracle.compare(teacher, config.against, config.prototxt, images, on_event=on_event)
+            comparison = opencv.compare_logits(
+                teacher, config.against, config.prototxt, images, on_event=on_event
+            )
         result = evaluate(teacher, splits.test, task="validating", on_event=on_event)
     published = str(teacher.provenance.get("published") or "")
     measured = (teacher.provenance.get("measured") or {}).get(splits.label)

@@ -204,7 +204,7 @@ CIFAR10_NIN = KnownNetwork(
 KNOWN_NETWORKS = {  # SHA-256 of the caffemodel -> what is known of it
     "d131ace82eeecbc14bfba817a99eaaef3ecf4fbfeac1d5da2bc2c3ef4d1fb3da": CIFAR10_NIN,
 }
-KNOWN_WEIGHTS = {  # SHA-256 of the weights themselves (kdcli.caffe.read.weights_sha256): survives re-encoding
+KNOWN_WEIGHTS = {  # SHA-256 of the weights themselves (kdcli.caffe.blobs.weights_sha256): survives re-encoding
     "08a010464a0f83c96cfc1bce182bd5b0a8a6618c9aa13f6b6234885cf38178bf": CIFAR10_NIN,
 }
 

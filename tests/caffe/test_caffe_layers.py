@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from kdcli import caffe, models
 from kdcli.base.config import ConvertConfig
 from kdcli.base.errors import KdError
-from kdcli.caffe import oracle, schema
+from kdcli.caffe import opencv, schema
 from kdcli.deploy.onnx_model.translate import to_onnx
 from kdcli.models.operations import OPS
-from tests.caffe_files import V1, blob, field, layer, net, write
+from tests.caffe_files import V1, convert, field, layer, net, write
 
 Maps = np.ndarray  # float64 (C, H, W)
 R = np.random.default_rng(7)
@@ -356,7 +356,7 @@ def built(folder: Path, case: Case, *, v1: bool = False) -> tuple[caffe.Conversi
         layer("InnerProduct", "fc", "out", "fc", field(1, 3), (weight, bias)),
     ]
     path = write(folder, net(layers, v1=v1, inputs=INPUT))
-    conversion = caffe.convert(path, ConvertConfig(preprocess="none", channel_order="rgb"))
+    conversion = convert(path, ConvertConfig(preprocess="none", channel_order="rgb"))
     return conversion, path, features @ weight.T.astype(float) + bias
 
 
@@ -369,18 +369,18 @@ def test_a_layer_is_caffes(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
     pytest.importorskip("cv2")
     if case.opencv is True:
-        assert oracle.compare(conversion.classifier, path, None, IMAGES).holds
+        assert opencv.compare_logits(conversion.classifier, path, None, IMAGES).holds
     else:  # the reason is still one
         try:
-            assert not oracle.compare(conversion.classifier, path, None, IMAGES).holds
+            assert not opencv.compare_logits(conversion.classifier, path, None, IMAGES).holds
         except KdError as error:
             assert "OpenCV cannot" in error.message
 
 
-def side_by_side() -> Case:
-    """All cases in one network, their outputs flattened and joined."""
+def side_by_side(cases: list[Case]) -> Case:
+    """Cases in one network, their outputs flattened and joined."""
     layers = []
-    for number, case in enumerate(CASES.values()):
+    for number, case in enumerate(cases):
         own = {"x": "x", "y": "y", "out": f"out{number}"}
         for one_layer in case.layers:
             names = {
@@ -389,14 +389,13 @@ def side_by_side() -> Case:
             }
             layers.append({**one_layer, **names, "name": f"{one_layer['name']}{number}"})
         layers.append(layer("Flatten", f"flat{number}", f"out{number}", f"flat{number}"))
-    joined = layer("Concat", "all", " ".join(f"flat{number}" for number in range(len(CASES))), "out")
-    return Case(
-        [*layers, joined], lambda x: np.concatenate([case.wanted(x).ravel() for case in CASES.values()])
-    )
+    joined = layer("Concat", "all", " ".join(f"flat{number}" for number in range(len(cases))), "out")
+    return Case([*layers, joined], lambda x: np.concatenate([case.wanted(x).ravel() for case in cases]))
 
 
-def test_all_layers_survive_the_disk_and_become_onnx(tmp_path: Path) -> None:
-    conversion, _, wanted = built(tmp_path, side_by_side())
+@pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.slow)])
+def test_layers_survive_the_disk_and_become_onnx(every: int, tmp_path: Path) -> None:
+    conversion, _, wanted = built(tmp_path, side_by_side(list(CASES.values())[::every]))
     conversion.classifier.save(tmp_path / "net.pt")
     classifier = models.load(tmp_path / "net.pt")
     model = to_onnx(classifier, opset=20, with_preprocessing=False)
@@ -493,7 +492,7 @@ def test_what_caffe_would_not_do_or_kd_does_not_know_is_named(name: str, tmp_pat
     head = layer("InnerProduct", "fc", "out", "fc", field(1, 3), (values(3, 120), values(3)))
     path = write(tmp_path, net([*pre, *layers, head], v1=False, inputs=INPUT))
     with pytest.raises(KdError) as raised:
-        caffe.convert(path, ConvertConfig(preprocess="none"))
+        convert(path, ConvertConfig(preprocess="none"))
     assert words in raised.value.message
 
 
@@ -535,72 +534,8 @@ def test_layers_come_and_go_by_phase_level_and_stage(
     one_layer = (message.layers or message.layer)[0].SerializeToString()
     ruled = one_layer + b"".join(field(numbers[name], rule) for name, rule in rules)
     content += field(2 if v1 else 100, ruled) + INPUT + (field(6, state) if state else b"")
-    rows = caffe.convert(write(tmp_path, content), ConvertConfig(preprocess="none")).rows
+    rows = convert(write(tmp_path, content), ConvertConfig(preprocess="none")).layers
     assert [row.name for row in rows] == ["fc", "double"][: 1 + kept]
-
-
-# Caffe's oldest form
-
-
-def v0_layer(kind: str, name: str, bottom: str, top: str, settings: bytes = b"", blobs: tuple = ()) -> bytes:
-    inner = field(1, name) + field(2, kind) + settings
-    inner += b"".join(field(50, blob(values, legacy=True)) for values in blobs)
-    outside = b"".join(field(2, b) for b in bottom.split()) + b"".join(field(3, t) for t in top.split())
-    return field(2, field(1, inner) + outside)
-
-
-C0, CB0, F0, FB0 = values(6, 2, 3, 3), values(6), values(3, 72), values(3)
-
-
-def v0_net(**changes: bytes) -> bytes:
-    layers = {
-        "data": v0_layer("data", "d", "", "data label", field(17, 0.5) + field(20, 6)),
-        "pad": v0_layer("padding", "pad", "data", "padded", field(7, 1)),
-        "conv": v0_layer("conv", "c", "padded", "c", field(3, 6) + field(8, 3) + field(9, 2), (C0, CB0)),
-        "relu": v0_layer("relu", "r", "c", "c"),
-        "lrn": v0_layer(
-            "lrn", "n", "c", "n", field(13, 3) + field(14, 0.2) + field(15, 0.5) + field(22, 1.0)
-        ),
-        "pool": v0_layer("pool", "p", "n", "p", field(11, 1) + field(8, 2) + field(10, 2)),
-        "drop": v0_layer("dropout", "o", "p", "p", field(12, 0.3)),
-        "ip": v0_layer("innerproduct", "ip", "p", "ip", field(3, 3), (F0[:, :54], FB0)),
-        "loss": v0_layer("softmax_loss", "loss", "ip label", "loss"),
-    }
-    return field(1, "old") + b"".join({**layers, **changes}.values())
-
-
-def test_the_oldest_form_is_read_as_caffe_upgrades_it(tmp_path: Path) -> None:
-    path = write(tmp_path, v0_net())
-    images = R.integers(0, 256, (3, 6, 6, 4), dtype=np.uint8)
-    conversion = caffe.convert(path, ConvertConfig(channel_order="rgb"))  # the size is the data layer's crop
-    x = images.transpose(0, 3, 1, 2).astype(float) * 0.5
-    wanted = []
-    for image in x:
-        maps = conv(image, C0, (1, 1), (1, 1), (1, 1), 2) + CB0[:, None, None]
-        maps = pool(across(np.maximum(maps, 0), 3, A02, 0.5, 1.0), (2, 2), (2, 2), (0, 0), True)
-        wanted.append(F0[:, :54].astype(float) @ maps.ravel() + FB0)
-    with torch.inference_mode():
-        found = conversion.classifier(torch.from_numpy(images)).numpy()
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
-    assert [row.type for row in conversion.rows] == [
-        "Convolution", "ReLU", "LRN", "Pooling", "Dropout", "InnerProduct",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"relu": v0_layer("rely", "r", "c", "c")}, "layer r: unknown type rely"),
-        ({"pad": v0_layer("padding", "pad", "data data", "padded")}, "layer pad (padding) must have one input"),
-        ({"relu": v0_layer("padding", "r", "c", "c2", field(7, 1)), "lrn": v0_layer("lrn", "n", "c2", "n")},
-         "layer n (lrn) cannot take up the padding"),
-        ({"relu": net([layer("ReLU", "r", "c", "c")], v1=True)}, "mixes Caffe's V0 and V1 layers"),
-    ],
-)  # fmt: skip
-def test_the_oldest_form_damaged(changes: dict[str, bytes], words: str, tmp_path: Path) -> None:
-    with pytest.raises(KdError) as raised:
-        caffe.convert(write(tmp_path, v0_net(**changes)), ConvertConfig())
-    assert words in raised.value.message
 
 
 # A plain module like any other

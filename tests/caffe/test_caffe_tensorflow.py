@@ -52,9 +52,8 @@ def write(folder: Path, layers: Any, name: str = "net.npy") -> Path:
 
 
 def convert(path: Path, images: np.ndarray, **options: Any) -> caffe.Conversion:
-    return caffe.convert(
-        path, ConvertConfig(preprocess="none", channel_order="rgb", **options), train_images=images
-    )
+    config = ConvertConfig(preprocess="none", channel_order="rgb", **options)
+    return caffe.to_classifier(caffe.read(path, config), config, train_images=images)
 
 
 # TensorFlow's way: maps (H, W, C), weights as stored
@@ -112,7 +111,7 @@ def test_registered_networks_compute_what_tensorflow_does(tmp_path: Path, arch: 
     found = classifier(torch.from_numpy(images)).detach().numpy()
     np.testing.assert_allclose(found, wanted, atol=1e-4 * max(1, np.abs(wanted).max()))
     assert {"conv1.weight", "conv1.bias"} <= set(classifier.network.state_dict())
-    assert [row.name for row in conversion.rows if row.parameters] == list(layers)
+    assert [row.name for row in conversion.layers if row.parameters] == list(layers)
     classifier.save(tmp_path / "x.pt")
 
 
@@ -137,7 +136,8 @@ def test_the_references_own_weights_are_known(tmp_path: Path, monkeypatch: pytes
     config = ConvertConfig()
     assert caffe.read(path, config).needs_images(config)
     images = R.integers(0, 256, (3, 20, 20, 3), dtype=np.uint8)
-    preprocess = caffe.convert(path, config, train_images=images).classifier.preprocess
+    files = caffe.read(path, config)
+    preprocess = caffe.to_classifier(files, config, train_images=images).classifier.preprocess
     assert (preprocess.name, preprocess.channel_order) == ("mean-image", "rgb")
 
 
@@ -204,7 +204,11 @@ def test_what_python_2_wrote(tmp_path: Path, layout: str) -> None:
 
 
 def test_layers_of_other_names_must_fit_one_another(tmp_path: Path) -> None:
-    for change in ("order", "kernel", "width"):
+    for change, words in (
+        ("order", "no known network has the layers"),
+        ("kernel", "no known network has the layers"),
+        ("width", "layer ip2: weight in the file is 10×7, lenet wants 10×6"),
+    ):
         layers = LAYOUTS["other-names"](lenet())
         names = list(layers)
         if change == "order":
@@ -213,7 +217,7 @@ def test_layers_of_other_names_must_fit_one_another(tmp_path: Path) -> None:
             layers[names[1]]["weights"] = values(3, 3, 3, 4)
         else:
             layers[names[3]]["weights"] = values(7, 10)
-        with pytest.raises(KdError, match="no known network has the layers"):
+        with pytest.raises(KdError, match=words):
             convert(write(tmp_path, layers), np.zeros((1, 20, 20, 3), np.uint8))
 
 

@@ -14,7 +14,8 @@ from kdcli import caffe
 from kdcli.base.config import ConvertConfig
 from kdcli.base.errors import KdError
 from kdcli.base.events import Note
-from kdcli.caffe import oracle, schema
+from kdcli.caffe import opencv, schema
+from tests.caffe_files import convert
 
 R = np.random.default_rng(11)
 IMAGES = R.integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
@@ -53,7 +54,7 @@ def saved(folder: Path, *texts: str, **more: tuple[np.ndarray, ...]) -> Path:
 
 def converted(path: Path, **options: Any) -> tuple[caffe.Conversion, list[str]]:
     notes: list[str] = []
-    conversion = caffe.convert(
+    conversion = convert(
         path,
         ConvertConfig(preprocess="none", **options),
         train_images=IMAGES,
@@ -78,7 +79,7 @@ def wanted(*, normalised: bool) -> np.ndarray:
 
 def agrees(path: Path) -> bool:
     pytest.importorskip("cv2")
-    return oracle.compare(converted(path)[0].classifier, path, None, IMAGES).holds
+    return opencv.compare_logits(converted(path)[0].classifier, path, None, IMAGES).holds
 
 
 @pytest.mark.parametrize("top", ["conv", "bn"])
@@ -144,11 +145,8 @@ OTHER = 'layer { name: "other" type: "Flatten" bottom: "data" top: "other" }'
 MATCH = 'layer { name: "match" type: "EuclideanLoss" bottom: "other" bottom: "fc" top: "match" }'
 
 
-def test_logits_trained_to_equal_something_of_the_images_are_no_classifiers(tmp_path: Path) -> None:
-    texts = (DATA, CONV_TEXT, OTHER, FC_TEXT % "conv", MATCH)
-    with pytest.raises(KdError, match=r"layer match \(EuclideanLoss\) compares other with fc"):
-        converted(saved(tmp_path, *texts))
-    _, notes = converted(saved(tmp_path, *texts, LOSS))  # on labels, too
+def test_a_branch_that_only_a_loss_reads_is_left_out(tmp_path: Path) -> None:
+    _, notes = converted(saved(tmp_path, DATA, CONV_TEXT, OTHER, FC_TEXT % "conv", MATCH, LOSS))
     assert notes == ["left out, as the logits (fc) do not need them: other"]
 
 
@@ -177,7 +175,7 @@ def test_image_size_tells_what_the_files_do_not(tmp_path: Path) -> None:
     path = saved(tmp_path, DATA, CONV_TEXT, FC_TEXT % "conv", LOSS)
     config = ConvertConfig(preprocess="none", image_size=4)
     assert not caffe.read(path, config).needs_images(config)
-    assert caffe.convert(path, config).classifier.input_size == (4, 4, 3)
+    assert convert(path, config).classifier.input_size == (4, 4, 3)
 
 
 def test_large_images_are_compared_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,13 +183,15 @@ def test_large_images_are_compared_a_few_at_a_time(tmp_path: Path, monkeypatch: 
     pool = """layer { name: "pool" type: "Pooling" bottom: "data" top: "pool"
       pooling_param { pool: AVE global_pooling: true } }"""
     path = saved(tmp_path, DATA, pool, FC_TEXT % "pool", LOSS, fc=(FC[:, :3], FC_BIAS))
-    classifier = caffe.convert(path, ConvertConfig(preprocess="none", image_size=512)).classifier
+    classifier = convert(path, ConvertConfig(preprocess="none", image_size=512)).classifier
     counts: list[int] = []
-    run = oracle._run
+    run = opencv._forward
     monkeypatch.setattr(
-        oracle, "_run", lambda net, batch, name: counts.append(len(batch)) or run(net, batch, name)
+        opencv, "_forward", lambda net, batch, name: counts.append(len(batch)) or run(net, batch, name)
     )
-    compared = oracle.compare(classifier, path, None, R.integers(0, 256, (5, 512, 512, 3), dtype=np.uint8))
+    compared = opencv.compare_logits(
+        classifier, path, None, R.integers(0, 256, (5, 512, 512, 3), dtype=np.uint8)
+    )
     assert compared.holds
     assert compared.images == 5
     assert counts == [2, 2, 1]

@@ -14,11 +14,8 @@ from PIL import Image
 
 from kdcli import models
 from kdcli.base.errors import KdError, UsageError
-from kdcli.caffe import schema
 from kdcli.cli import convert_caffe, validate
-from tests.caffe.test_caffe import FC, IMAGES, INPUT, as_text, small
-from tests.caffe.test_caffe_layers import v0_net
-from tests.caffe_files import field, layer, net, write
+from tests.caffe_files import FC, IMAGES, INPUT, field, layer, net, small, write
 from tests.helpers import command_line
 
 
@@ -151,23 +148,6 @@ def test_check_and_onnx_at_once(run: Any, workplace: Path, pictures: str) -> Non
     assert Path("x.onnx").is_file()
 
 
-@pytest.mark.parametrize("form", ["text", "v0", "double", "one by one"])
-def test_check_of_a_form_that_opencv_does_not_read(run: Any, workplace: Path, form: str) -> None:
-    pytest.importorskip("cv2")
-    v1 = net(small(), v1=True, double=form == "double", packed=form != "one by one")
-    size = np.array([1, 3, 12, 12])
-    inputs = field(3, "data") + b"".join(field(4, int(side)) for side in size)
-    content = v0_net() if form == "v0" else inputs + v1
-    if form == "text":
-        message = schema.net_parameter()
-        message.ParseFromString(inputs + v1)
-        lines = "input: 'data' " + " ".join(f"input_dim: {side}" for side in size)
-        content = f"{lines}\n{as_text(message, how=lambda values: f'data: {values.tolist()}')}".encode()
-    write(workplace, content)
-    told = json.loads(run("convert-caffe", "net.caffemodel", "--check", "--json").stdout)
-    assert told["check"]["holds"] is True
-
-
 def test_check_allows_for_what_float32_loses(run: Any, workplace: Path) -> None:
     """Large values that nearly cancel out: both readings are right, and neither to 1e-4."""
     pytest.importorskip("cv2")
@@ -186,10 +166,10 @@ def test_check_allows_for_what_float32_loses(run: Any, workplace: Path) -> None:
     assert 1e-4 < told["largest_difference"] < told["tolerance"] == pytest.approx(8 * told["rounding"])
 
 
-def test_check_on_images_of_another_size(run: Any, workplace: Path) -> None:
-    write(workplace, v0_net())  # 6×6, four colour planes
-    with pytest.raises(KdError, match=r"takes 6×6×4 images, .* has 6×6×1"):
-        run("convert-caffe", "net.caffemodel", "--check", "--data", "digits")
+def test_check_on_images_of_another_size(run: Any, workplace: Path, pictures: str) -> None:
+    write(workplace, net(small(), v1=False, inputs=INPUT))
+    with pytest.raises(KdError, match=r"takes 12×12×3 images, .* has 10×10×3"):
+        run("convert-caffe", "net.caffemodel", "--check", "--data", pictures, "--image-size", "10")
     assert not Path("weights").exists()
 
 

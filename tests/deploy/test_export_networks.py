@@ -22,8 +22,7 @@ from kdcli import models
 from kdcli.base.config import INT8_DEFAULT, ExportConfig
 from kdcli.deploy.export import export
 from kdcli.models import Classifier
-from tests.caffe.test_caffe import converted, small
-from tests.caffe_files import net, write
+from tests.caffe_files import converted, net, small, write
 from tests.deploy.test_export import SPLITS, classifier, exported, one_thread, random_splits  # noqa: F401
 
 DEEP = ("resnet", "wide_resnet", "vgg", "mobilenet", "shufflenet")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdcli import caffe, engine, models
+from kdcli import engine, models
 from kdcli.base.config import ConvertConfig, ExportConfig, make
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.cli import test, train
@@ -22,7 +22,7 @@ from kdcli.engine import RunDir, fit
 from kdcli.engine.output import Output
 from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint
-from tests.caffe_files import field, layer, net, write
+from tests.caffe_files import convert, field, layer, net, write
 from tests.helpers import StopAfter, command_line, config, digest, make_splits
 
 RANDOM = np.random.default_rng(7)
@@ -60,7 +60,7 @@ def caffe_net(workplace: Path) -> Path:
     model = write(workplace, net(LAYERS, v1=False))
     data = 'layer { name: "d" type: "Data" top: "data" include { phase: TRAIN } transform_param { mean_value: 100 } }'
     text.write_text(data + "\n" + caffe_text(model))
-    caffe.convert(model, ConvertConfig(prototxt=text)).classifier.save(workplace / "caffe-net.pt")
+    convert(model, ConvertConfig(prototxt=text)).classifier.save(workplace / "caffe-net.pt")
     return Path("caffe-net.pt")
 
 

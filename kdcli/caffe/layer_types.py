@@ -1,0 +1,280 @@
+"""Caffe layers → operations of a `kdcli.models.graph`, and their blobs → its parameters.
+
+Adding a layer type: one row in `LAYERS`, with a function `(layer) -> (operation, args)` where fields need more than
+copying; if it has weights, a row in `PARAMETERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from kdcli.base.errors import KdError
+from kdcli.base.text import dims
+from kdcli.caffe.blobs import Array, squeezed
+from kdcli.caffe.read import Layer
+
+Operation = tuple[str, dict[str, Any]]  # name in `kdcli.models.operations.OPS`, arguments
+
+PARAMETERS = {  # operation → its parameters, in the order of Caffe's blobs
+    "conv": ("weight", "bias"),
+    "deconv": ("weight", "bias"),
+    "linear": ("weight", "bias"),
+    "batch_norm": ("running_mean", "running_var", "factor"),
+    "scale": ("weight", "bias"),
+    "bias": ("bias",),
+    "prelu": ("weight",),
+}
+DEPTHWISE = ("ConvolutionDepthwise", "DepthwiseConvolution")  # of Caffe's forks: as many groups as outputs
+
+
+def operation_of(layer: Layer, output: int = 0) -> Operation:
+    """The operation and its arguments.
+
+    Args:
+        output: number of the layer's output, for Slice.
+
+    Raises:
+        KdError: an unknown layer type or an unsupported setting; names layer and type.
+    """
+    check_type(layer)
+    try:
+        operation, args = LAYERS[layer.type](layer)
+        return operation, {**args, "part": output} if operation == "slice" else args
+    except KdError as error:
+        raise KdError(f"layer {layer.name} ({layer.type}): {error.message}", error.hint) from error
+
+
+def check_type(layer: Layer) -> None:
+    """Raise KdError for an unknown layer type."""
+    if layer.type not in LAYERS:
+        raise KdError(
+            f"layer {layer.name}: unknown type {layer.type or '(none)'}",
+            f"kd knows {', '.join(sorted({*LAYERS, 'Split', 'Silence'}))}.",
+        )
+
+
+def state_of(
+    layer: Layer, operation: str, shapes: dict[str, tuple[int, ...]], blobs: Sequence[Array]
+) -> dict[str, Array]:
+    """A layer's blobs as the state of its module.
+
+    Args:
+        shapes: parameter name → shape in the module.
+        blobs: weights as stored in the file.
+
+    Raises:
+        KdError: a wrong number of blobs, or shapes that differ; names the layer and both shapes.
+    """
+    names = [name for name in PARAMETERS.get(operation, ()) if name in shapes or name == "factor"]
+    if not shapes or not names:
+        return {}
+    if not blobs:
+        missing = ", ".join(f"{name} {dims(shapes[name])}" for name in names if name in shapes)
+        raise KdError(f"layer {layer.name}: the file holds no weights for it (the network wants {missing})")
+    if len(blobs) != len(names):
+        raise KdError(
+            f"layer {layer.name}: the file holds {len(blobs)} blobs, the network wants {len(names)}"
+        )
+    transposed = operation == "linear" and layer.param.inner_product_param.transpose
+    state: dict[str, Array] = {}
+    for name, blob in zip(names, blobs, strict=True):
+        shape = (1,) if name == "factor" else shapes[name]
+        stored = shape[::-1] if transposed and name == "weight" else shape
+        if squeezed(blob.shape) != squeezed(stored):
+            raise KdError(
+                f"layer {layer.name}: {name} in the file is {dims(blob.shape)}, "
+                f"the network wants {dims(stored)}"
+            )
+        values = blob.reshape(stored)
+        state[name] = np.ascontiguousarray(values.T) if stored is not shape else values
+    if operation == "batch_norm":
+        # Caffe stores running sums; the third blob is the sum of their weights, and 0 gives zero statistics
+        factor = float(state.pop("factor").item())
+        state = {name: value * np.float32(1 / factor if factor else 0) for name, value in state.items()}
+        state["num_batches_tracked"] = np.zeros((), np.int64)
+    return state
+
+
+def _fields(operation: str, message: str = "", *names: str, **renamed: str) -> Callable[[Layer], Operation]:
+    """A translation that copies fields of the layer's `message`.
+
+    Args:
+        names: fields that are arguments of the same name.
+        renamed: argument → field.
+    """
+    fields = {**{name: name for name in names}, **renamed}
+
+    def translate(layer: Layer) -> Operation:
+        values = {arg: getattr(getattr(layer.param, message), field) for arg, field in fields.items()}
+        return operation, {
+            arg: value if isinstance(value, bool | int | float) else list(value)
+            for arg, value in values.items()
+        }
+
+    return translate
+
+
+def _pair(param: Any, name: str, default: int | None, single: str = "") -> list[int]:
+    """A setting of both spatial axes as [y, x]: `<name>_h` and `<name>_w`, or `single` given once or twice.
+
+    Args:
+        default: value where none is given; None makes it required.
+        single: the repeated field's name where it is not `name`.
+    """
+    single = single or name
+    values = [int(value) for value in getattr(param, single)]
+    height, width = f"{name}_h", f"{name}_w"
+    if hasattr(param, height) and (param.HasField(height) or param.HasField(width)):
+        if values:
+            raise KdError(f"{single} and {height}/{width} exclude each other")
+        return [getattr(param, height) or (default or 0), getattr(param, width) or (default or 0)]
+    if not values:
+        if default is None:
+            raise KdError(f"it has no {single}")
+        return [default, default]
+    if len(values) > 2:
+        raise KdError(f"{len(values)} values of {single}: kd knows two spatial axes")
+    return [values[0], values[-1]]
+
+
+def _outputs(param: Any) -> int:
+    if param.num_output < 1:
+        raise KdError("it has no num_output")
+    return int(param.num_output)
+
+
+def _axis(param: Any, deprecated: str) -> int:
+    """`axis`, or the deprecated field where it is set."""
+    return int(getattr(param, deprecated) if param.HasField(deprecated) else param.axis)
+
+
+def _convolution(layer: Layer) -> Operation:
+    param = layer.param.convolution_param
+    if param.axis not in (1, -3):
+        raise KdError(f"axis {param.axis} is not the channels")
+    return "deconv" if layer.type == "Deconvolution" else "conv", {
+        "out": _outputs(param),
+        "kernel": _pair(param, "kernel", None, "kernel_size"),
+        "stride": _pair(param, "stride", 1),
+        "pad": _pair(param, "pad", 0),
+        "dilation": _pair(param, "dilation", 1),
+        "groups": param.num_output if layer.type in DEPTHWISE else param.group,
+        "bias": param.bias_term,
+    }
+
+
+def _inner_product(layer: Layer) -> Operation:
+    param = layer.param.inner_product_param
+    return "linear", {"out": _outputs(param), "bias": param.bias_term, "axis": param.axis}
+
+
+def _pooling(layer: Layer) -> Operation:
+    param = layer.param.pooling_param
+    if param.pool not in (0, 1):
+        raise KdError("stochastic pooling is not supported")
+    operation = "ave_pool" if param.pool == 1 else "max_pool"
+    args = {"stride": _pair(param, "stride", 1), "pad": _pair(param, "pad", 0)}
+    if param.global_pooling:
+        if args != {"stride": [1, 1], "pad": [0, 0]}:
+            raise KdError("global pooling takes neither stride nor padding")
+        return operation, {}
+    kernel = _pair(param, "kernel", None, "kernel_size")
+    return operation, {"kernel": kernel, **args, "round_up": param.round_mode == 0}
+
+
+def _lrn(layer: Layer) -> Operation:
+    param = layer.param.lrn_param
+    _, args = _fields("lrn", "lrn_param", "alpha", "beta", "k", size="local_size")(layer)
+    return "lrn", {**args, "within": param.norm_region == 1}
+
+
+def _batch_norm(layer: Layer) -> Operation:
+    param = layer.param.batch_norm_param
+    snapshot = layer.param.HasField("phase") and layer.param.phase == 0  # a solver records its training phase
+    if param.HasField("use_global_stats") and not param.use_global_stats and not snapshot:
+        raise KdError(
+            "use_global_stats: false normalises with each batch's statistics; a classifier needs the running ones",
+            "Pass a deploy prototxt with --prototxt, in which it is true or absent.",
+        )
+    return "batch_norm", {"eps": param.eps}
+
+
+def _slice(layer: Layer) -> Operation:
+    param = layer.param.slice_param
+    args = {"axis": _axis(param, "slice_dim"), "points": list(param.slice_point)}
+    return "slice", {"of": len(layer.tops), **args}
+
+
+def _eltwise(layer: Layer) -> Operation:
+    param = layer.param.eltwise_param
+    operation = ("prod", "sum", "max")[param.operation]
+    return "eltwise", {"operation": operation, "coefficients": list(param.coeff)}
+
+
+def _flatten(layer: Layer) -> Operation:
+    if not hasattr(layer.param, "flatten_param"):  # V1 has no settings for it
+        return "flatten", {}
+    return _fields("flatten", "flatten_param", "axis", "end_axis")(layer)
+
+
+def _reshape(layer: Layer) -> Operation:
+    param = layer.param.reshape_param
+    if not param.HasField("shape"):
+        raise KdError("it has no shape")
+    return "reshape", {"dims": list(param.shape.dim), "axis": param.axis, "num_axes": param.num_axes}
+
+
+def _reduction(layer: Layer) -> Operation:
+    param = layer.param.reduction_param
+    operation = {1: "sum", 2: "asum", 3: "sumsq", 4: "mean"}[param.operation]
+    return "reduction", {"operation": operation, "axis": param.axis, "factor": param.coeff}
+
+
+def _argmax(layer: Layer) -> Operation:
+    param = layer.param.argmax_param
+    axis = param.axis if param.HasField("axis") else None
+    return "argmax", {"axis": axis, "top_k": param.top_k, "values": param.out_max_val}
+
+
+def _exponential(layer: Layer) -> Operation:
+    operation = layer.type.lower()
+    _, args = _fields(operation, f"{operation}_param", "base", "scale", "shift")(layer)
+    return operation, {**args, "base": None if args["base"] == -1 else args["base"]}
+
+
+LAYERS: dict[str, Callable[[Layer], Operation]] = {
+    "AbsVal": _fields("abs"),
+    "ArgMax": _argmax,
+    "BNLL": _fields("softplus"),
+    "BatchNorm": _batch_norm,
+    "Bias": _fields("bias", "bias_param", "axis", "num_axes"),
+    "Concat": lambda layer: ("concat", {"axis": _axis(layer.param.concat_param, "concat_dim")}),
+    "Convolution": _convolution,
+    "ConvolutionDepthwise": _convolution,
+    "Crop": _fields("crop", "crop_param", "axis", "offset"),
+    "Deconvolution": _convolution,
+    "DepthwiseConvolution": _convolution,
+    "Dropout": _fields("dropout", "dropout_param", "scale_train", ratio="dropout_ratio"),
+    "ELU": _fields("elu", "elu_param", "alpha"),
+    "Eltwise": _eltwise,
+    "Exp": _exponential,
+    "Flatten": _flatten,
+    "InnerProduct": _inner_product,
+    "LRN": _lrn,
+    "Log": _exponential,
+    "MVN": _fields("mvn", "mvn_param", "eps", variance="normalize_variance", across="across_channels"),
+    "PReLU": _fields("prelu", "prelu_param", shared="channel_shared"),
+    "Pooling": _pooling,
+    "Power": _fields("power", "power_param", "power", "scale", "shift"),
+    "ReLU": _fields("relu", "relu_param", "negative_slope"),
+    "Reduction": _reduction,
+    "Reshape": _reshape,
+    "Scale": _fields("scale", "scale_param", "axis", "num_axes", bias="bias_term"),
+    "Sigmoid": _fields("sigmoid"),
+    "Slice": _slice,
+    "Softmax": _fields("softmax", "softmax_param", "axis"),
+    "TanH": _fields("tanh"),
+}
