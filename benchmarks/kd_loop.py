@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdcli.base import runtime
 from kdcli.base.events import OnEvent, ignore
-from kdcli.engine import Result, fit
+from kdcli.engine import RunResult, fit
 from kdcli.methods import TrainConfig
 from kdcli.models.layer_summary import count_macs
 
@@ -23,7 +23,7 @@ _MATMUL_SECONDS = 0.15  # at least, for each size
 class KdLoop:
     """One epoch through `kdcli.engine.fit`, the teacher's logits in the cache.
 
-    `seconds` are those behind `Result.images_per_s`, the run's own count; `wall_s` is the whole call: start-up,
+    `seconds` are those behind `RunResult.images_per_s`, the run's own count; `wall_s` is the whole call: start-up,
     validation, checkpoints and the test besides.
     """
 
@@ -37,7 +37,7 @@ class KdLoop:
         self.threads = threads
         self.precision = precision
 
-    def train(self, cache_dir: Path, *, epochs: int, on_event: OnEvent = ignore) -> Result:
+    def train(self, cache_dir: Path, *, epochs: int, on_event: OnEvent = ignore) -> RunResult:
         """One run of `kd train --method kd --augment flip`."""
         config = TrainConfig.model_validate(  # on the CPU, whatever else there is: so are the other sides
             {

@@ -23,7 +23,7 @@ from kdcli.methods import TrainConfig
 if TYPE_CHECKING:
     from kdcli.base.events import OnEvent
     from kdcli.deploy.bench import Row
-    from kdcli.engine import Result
+    from kdcli.engine import RunResult
 
 # What kd demo trains; every value is one a user could type to kd train.
 TEACHER = {"method": "ce", "student": "convnet-large", "epochs": 20, "batch_size": 64, "lr": 3e-3}
@@ -77,7 +77,7 @@ def _inside(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def _chain(config: DemoConfig) -> tuple[list[Result], list[Row], list[Path]]:
+def _chain(config: DemoConfig) -> tuple[list[RunResult], list[Row], list[Path]]:
     import shutil
 
     from kdcli import data, report
@@ -93,7 +93,7 @@ def _chain(config: DemoConfig) -> tuple[list[Result], list[Row], list[Path]]:
     with _ui.progress() as on_event:
         splits = data.load("digits", on_event=on_event)
 
-        def train(step: str, values: dict[str, Any]) -> Result:
+        def train(step: str, values: dict[str, Any]) -> RunResult:
             settings = make(TrainConfig, {**common, **values})
             result = fit(settings, splits, on_event=_titled(step, on_event))
             report.curves(result.run.metrics_file, result.run.path / "curves.svg")
@@ -147,7 +147,7 @@ def _titled(title: str, on_event: OnEvent) -> OnEvent:
 
 
 def _render(
-    folder: Path, results: list[Result], rows: list[Row], exported: list[Path], seconds: float
+    folder: Path, results: list[RunResult], rows: list[Row], exported: list[Path], seconds: float
 ) -> None:
     best = max(results[1:], key=lambda result: result.val_accuracy or 0.0)
     if _ui.settings.json:

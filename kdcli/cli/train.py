@@ -20,7 +20,7 @@ from kdcli.cli._options import Recipe, options_of
 from kdcli.methods import TrainConfig
 
 if TYPE_CHECKING:
-    from kdcli.engine import Result
+    from kdcli.engine import RunResult
 
 
 @options_of(TrainConfig, metavars={"method": "NAME[+NAME…]", "student": "NETWORK"})
@@ -90,7 +90,7 @@ def _check_place(config: TrainConfig, resume: Path) -> None:
         raise UsageError(f"{resume} needs its images without labels, {config.unlabelled}", hint)
 
 
-def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[tuple[Result, ...], Any]:
+def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[tuple[RunResult, ...], Any]:
     if config.unlabelled is not None:
         methods.check_unlabelled(config)
         files.hash_ahead(files.expand(str(config.unlabelled)))
@@ -125,7 +125,7 @@ def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[tupl
     return (results if world.first else ()), splits
 
 
-def _finish(results: tuple[Result, ...], splits: Any) -> None:
+def _finish(results: tuple[RunResult, ...], splits: Any) -> None:
     from kdcli import report
 
     if not results:  # another process tells
@@ -156,13 +156,13 @@ def _finish(results: tuple[Result, ...], splits: Any) -> None:
         f"{units.count(result.parameters)} parameters, {result.images_per_s:,.0f} images/s, "
         f"{_ui.clock(result.seconds)} of training, teacher runs: {_teacher_runs(result)}"
     )
-    for mark in result.marks:
+    for mark in result.resumed_with_differences:
         _ui.note(f"resumed with a difference: {mark}")
     _ui.say(f"wrote {result.run.student.as_posix()}")
     _ui.next_command(f"kd export {shlex.quote(result.run.student.as_posix())}")
 
 
-def _teacher_runs(result: Result) -> str:
+def _teacher_runs(result: RunResult) -> str:
     from kdcli.engine.plan import cache_mode
 
     config = result.config

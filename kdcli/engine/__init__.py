@@ -1,19 +1,21 @@
 """The only training loop, chains of trainings, and evaluation."""
 
 from kdcli.engine.chain import continued, fit_chain
-from kdcli.engine.evaluate import Evaluation, evaluate, measure
+from kdcli.engine.evaluate import evaluate, measure
 from kdcli.engine.fit import fit
-from kdcli.engine.result import Metrics, Result
+from kdcli.engine.records import Evaluation, Metrics, RunResult, read_metrics, read_result
 from kdcli.engine.run_dir import RunDir
 
 __all__ = [
     "Evaluation",
     "Metrics",
-    "Result",
     "RunDir",
+    "RunResult",
     "continued",
     "evaluate",
     "fit",
     "fit_chain",
     "measure",
+    "read_metrics",
+    "read_result",
 ]

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import replace
-from pathlib import Path
 
 from kdcli import methods
 from kdcli.base import runtime
 from kdcli.base.errors import Interrupted, UsageError
 from kdcli.base.events import Event, Note, OnEvent, Progress, ignore
-from kdcli.base.files import sha256_file
 from kdcli.base.runtime import StopFlag, World
 from kdcli.data import Splits
 from kdcli.engine.fit import fit
-from kdcli.engine.result import Result
-from kdcli.engine.run_dir import PLACE, RunDir, name_of, resume_command
-from kdcli.engine.state import WITHOUT_EFFECT
+from kdcli.engine.identity import check_unchanged, decisive_settings, input_hashes, recorded_inputs
+from kdcli.engine.records import RunResult, read_result
+from kdcli.engine.run_dir import RunDir, name_of, resume_command
 from kdcli.engine.student import check_student
 from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint
@@ -79,7 +77,7 @@ def fit_chain(
     resume: RunDir | None = None,
     world: World | None = None,
     on_event: OnEvent = ignore,
-) -> tuple[Result, ...]:
+) -> tuple[RunResult, ...]:
     """Train what the settings say: one student, or a chain of them, each from the one before.
 
     The links of a chain that are there already, begun with the same settings, are taken as they are where they are
@@ -114,12 +112,12 @@ def fit_chain(
         config, done = world.of_first(_standing(config, data) if world.first else None) or (config, 0)
         chain = links(config)
         tell(Note(f"chain {config.name}: {' → '.join(link.student for link in chain)}"))
-        results: list[Result] = []
+        results: list[RunResult] = []
         for number, link in enumerate(chain):
             _go_on(chain, stop, world)
             if number < done:
                 tell(Note(f"{_run(link).path.as_posix()} is there already: it is not trained again"))
-                results.append(Result.read(_run(link)))
+                results.append(read_result(_run(link).result_file))
                 continue
             begun = world.of_first(_run(link).config_file.is_file() if world.first else None)
             title = f"{number + 1}/{len(chain)} {link.student}"
@@ -185,9 +183,7 @@ def _is_there(link: TrainConfig, config: TrainConfig) -> bool:
     if chain is None or chain.name != config.name:
         RunDir.check_free(link)
         return False
-    before, now = (
-        settings.model_dump(mode="json", exclude=PLACE | WITHOUT_EFFECT) for settings in (chain, config)
-    )
+    before, now = decisive_settings(chain), decisive_settings(config)
     for name, value in now.items():
         if before[name] != value:
             raise UsageError(
@@ -204,33 +200,11 @@ def _shown(value: object) -> str:
 
 
 def _check_finished(link: TrainConfig, data: Splits) -> None:
-    """Raise UsageError if a finished link learned from other images, or from a teacher that has been replaced."""
+    """Raise KdError if a finished link learned from other images, or from a teacher that has been replaced."""
     run = _run(link)
-    provenance = checkpoint.load(run.student).provenance
-    recorded, images = provenance.get("teacher") or {}, provenance.get("data") or {}
-    seen = [each.get("sha256") for each in recorded.get("teachers", [recorded])]
-    stored = link.student_file
-    for name, was, now in (
-        ("data", images.get("fingerprint_train"), data.train.fingerprint),
-        ("data", images.get("fingerprint_test"), data.test.fingerprint),
-        ("student", provenance.get("student_sha256"), sha256_file(stored) if stored else None),
-        (
-            "set of images without labels",
-            (images.get("unlabelled") or {}).get("fingerprint"),
-            None if data.unlabelled is None else data.unlabelled.fingerprint,
-        ),
-        ("teacher", seen, [_hash_of(path, sha256) for path, sha256 in zip(link.teacher, seen, strict=False)]),
-    ):
-        if was != now:
-            raise UsageError(
-                f"the {name} is not what {run.path.as_posix()} was trained with",
-                "Restore it, or choose another --name.",
-            )
-
-
-def _hash_of(path: Path, otherwise: object) -> object:
-    """A file's SHA-256; of one that is gone nothing is known, and nothing needed: its student is there."""
-    return sha256_file(path) if path.is_file() else otherwise
+    recorded = recorded_inputs(checkpoint.load(run.student).provenance)
+    # a teacher that is gone since is no matter: its student is there
+    check_unchanged(recorded, input_hashes(link, data, missing=recorded), run.path.as_posix())
 
 
 def _go_on(chain: tuple[TrainConfig, ...], stop: StopFlag, world: World) -> None:

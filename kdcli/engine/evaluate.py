@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,48 +11,7 @@ from kdcli import models
 from kdcli.base import metrics
 from kdcli.base.events import OnEvent, ignore
 from kdcli.data import ImageSet
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Shares in per cent, divergence in nats; `agreement` and `divergence` only beside a teacher.
-
-    Attributes:
-        accuracy_interval: 95 % Wilson interval: the chance of the test sample, not of the training run.
-        per_class: accuracy of each class, in class order; None for a class without samples.
-        confusion: counts, row true, column predicted.
-    """
-
-    count: int
-    accuracy: float
-    accuracy_interval: tuple[float, float]
-    top5: float
-    loss: float
-    calibration_error: float
-    per_class: tuple[float | None, ...]
-    confusion: tuple[tuple[int, ...], ...]
-    agreement: float | None = None
-    divergence: float | None = None
-    teacher_accuracy: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Evaluation:
-        """What `to_json` gave, after a way through a file.
-
-        Raises:
-            TypeError, ValueError, KeyError: something else.
-        """
-        low, high = values["accuracy_interval"]
-        tuples = {
-            "accuracy_interval": (low, high),
-            "per_class": tuple(values["per_class"]),
-            "confusion": tuple(tuple(row) for row in values["confusion"]),
-        }
-        return cls(**{**values, **tuples})
+from kdcli.engine.records import Evaluation
 
 
 def measure(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None) -> Evaluation:
@@ -62,7 +19,7 @@ def measure(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None
     counts = metrics.confusion(logits, labels, logits.shape[1])
     totals = counts.sum(dim=1)
     accuracy = metrics.accuracy(logits, labels)
-    return Evaluation(
+    return Evaluation.model_construct(  # without a check: figures of a broken network may be NaN
         count=len(labels),
         accuracy=accuracy,
         accuracy_interval=metrics.wilson_interval(accuracy, len(labels)),

@@ -13,21 +13,20 @@ from kdcli import __version__, methods, models
 from kdcli.base import metrics, runtime
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Epoch, Note, OnEvent, Progress, ignore
-from kdcli.base.files import sha256_file
 from kdcli.base.runtime import World
 from kdcli.base.text import reason
 from kdcli.data import Splits, augment, rows
 from kdcli.data.split import split
-from kdcli.engine import tensorboard
+from kdcli.engine import identity, tensorboard
 from kdcli.engine.adapters import make_adapters, states_of
-from kdcli.engine.evaluate import Evaluation, measure
+from kdcli.engine.evaluate import measure
 from kdcli.engine.feed import Feed
 from kdcli.engine.plan import FILLED, check, resolve
 from kdcli.engine.record import Record
-from kdcli.engine.result import Metrics, Result
+from kdcli.engine.records import Evaluation, RunResult, Unlabelled, cut_metrics, write_result
 from kdcli.engine.run_dir import RunDir, resume_command
 from kdcli.engine.schedule import learning_rate, make_optimizer
-from kdcli.engine.state import Due, State, made_with, newest, restore
+from kdcli.engine.state import Due, State, newest, restore
 from kdcli.engine.step import Step
 from kdcli.engine.student import make_student
 from kdcli.engine.targets import Targets
@@ -49,7 +48,7 @@ def fit(
     test: bool = True,
     on_event: OnEvent = ignore,
     chain: TrainConfig | None = None,
-) -> Result:
+) -> RunResult:
     """Train a student as the settings say, and measure it once on the test data.
 
     What `on_event` raises ends a run of one process there: what has been written by then is whole.
@@ -128,7 +127,8 @@ class _Run:
         )
         self.teacher = self.targets.teacher
         self.student = make_student(config, data.train, labelled, world.device, on_event)
-        self.student_sha256 = sha256_file(config.student_file) if config.student_file else None
+        self.inputs = identity.input_hashes(config, data)
+        self.environment = identity.environment(world)
         if resume is None and world.first:
             RunDir.check_free(config)
         self.targets.prepare()
@@ -142,6 +142,7 @@ class _Run:
             self.output.unfold(self.student.network)
         self.val_accuracy: float | None = None
         self.run = self._open_run(resume, filled)
+        self.made_with = identity.made_with(self.config, self.environment)
         self.draw = DropoutKeys(config.seed)
         use_sample_dropout(self.student.network, self.draw)
         if world.size > 1:
@@ -184,19 +185,14 @@ class _Run:
                 config.precision, self.student.network, example, len(self.student.classes)
             )
             config = config.model_copy(update={"precision": precision})
-            environment = {
-                **runtime.environment(),
-                **runtime.describe(world),
-                "precision": precision,
-                "precision_step_ms": timings,
-            }
-            made = RunDir.create(config, environment, filled, self.chain), config
+            measured = {"precision": precision, "precision_step_ms": timings}
+            made = RunDir.create(config, {**self.environment, **measured}, filled, self.chain), config
         run, self.config = world.of_first(made) or (RunDir(self.config.runs_dir), self.config)
         return run
 
     # --- the loop ----------------------------------------------------------------------------------------
 
-    def go(self) -> Result:
+    def go(self) -> RunResult:
         """Train, then test once, if at all."""
         while self.state.epoch < self.config.epochs:
             self._epoch()
@@ -207,23 +203,24 @@ class _Run:
         evaluation = self._evaluate() if self.test else None
         self.student.provenance = self._provenance(evaluation)
         seconds = self.state.seconds
-        lines = self.run.read_metrics()
-        result = Result(
+        result = RunResult(
             run=self.run,
-            config=self.config,
-            tested=evaluation,
+            method=self.config.method,
+            student=self.config.student,
+            seed=self.config.seed,
+            epochs=self.config.epochs,
             val_accuracy=val_accuracy,
-            epochs=tuple(Metrics(**line) for line in lines if line["kind"] == "epoch"),
+            test=evaluation,
             parameters=models.parameter_count(self.student.network),
             teacher_passes=self.teacher.passes if self.teacher else 0,
             seconds=seconds,
             images_per_s=len(self.train_samples) * self.config.epochs / seconds if seconds else 0.0,
-            marks=tuple(self.state.marks),
+            resumed_with_differences=tuple(self.state.marks),
             unlabelled=self._unlabelled(),
         )
         if self.world.first:
             self.student.save(self.run.student)
-            self.run.write_result(result.to_json())
+            write_result(result)
         self.world.wait()
         return result
 
@@ -319,15 +316,6 @@ class _Run:
 
     # --- state -------------------------------------------------------------------------------------------
 
-    def _same(self) -> dict[str, Any]:
-        """What a resumed run must find as it was."""
-        return {
-            "data": [self.data.train.fingerprint, self.data.test.fingerprint],
-            "unlabelled set": self.data.unlabelled.fingerprint if self.data.unlabelled else None,
-            "teacher": self.teacher.sha256 if self.teacher else None,
-            "student": self.student_sha256,
-        }
-
     def _save_state(self) -> None:
         self.record.store()
         if self.world.first:
@@ -335,8 +323,8 @@ class _Run:
                 "optimizer": self.optimizer.state_dict(),
                 "adapters": states_of(self.adapters),
                 "state": self.state.to_json(),
-                "made_with": made_with(self.config, self.world),
-                **self._same(),
+                "inputs": self.inputs,
+                "made_with": self.made_with,
             }
             self.run.save_state(self.student.to_checkpoint(training), self.config.keep, self.saved_step)
         self.saved_step = self.state.step
@@ -353,13 +341,13 @@ class _Run:
                 self.student.network,
                 self.adapters,
                 self.optimizer,
-                self._same(),
-                made_with(self.config, self.world),
+                self.inputs,
+                self.made_with,
                 lambda text: self.on_event(Note(text)),
             )
             self.saved_step = self.state.step if path == self.run.last else None
         if self.world.first:
-            self.run.cut_metrics(self.state.step, self.state.epoch)
+            cut_metrics(self.run.metrics_file, self.state.step, self.state.epoch)
         self.world.wait()
         if found is not None:
             self.on_event(
@@ -386,22 +374,21 @@ class _Run:
             exit_code=self.stop.exit_code,
         )
 
-    def _unlabelled(self) -> dict[str, Any] | None:
-        """What is recorded of the images without labels."""
+    def _unlabelled(self) -> Unlabelled | None:
         images, path = self.data.unlabelled, self.config.unlabelled
         if images is None:
             return None
         spec = None if path is None else path.as_posix()
-        return {"spec": spec, "count": len(images), "fingerprint": images.fingerprint}
+        return Unlabelled(spec=spec, count=len(images), fingerprint=images.fingerprint)
 
     def _provenance(self, evaluation: Evaluation | None) -> dict[str, Any]:
-        config, teacher = self.config, self.teacher
+        config, teacher, unlabelled = self.config, self.teacher, self._unlabelled()
         return {
             "kind": "student" if teacher else "model",
             "method": config.method,
             "method_sha256": self.sources,
             "student": config.student,
-            "student_sha256": self.student_sha256,
+            "student_sha256": self.inputs.get("student"),
             "teacher": teacher.record() if teacher else None,
             "data": {
                 "spec": self.data.spec,
@@ -411,7 +398,7 @@ class _Run:
                 "skip_broken": config.skip_broken,
                 "fingerprint_train": self.data.train.fingerprint,
                 "fingerprint_test": self.data.test.fingerprint,
-                "unlabelled": self._unlabelled(),
+                "unlabelled": unlabelled.to_json() if unlabelled else None,
             },
             "seed": config.seed,
             "epochs": config.epochs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from kdcli.base.errors import KdError
 from kdcli.base.runtime import World
-from kdcli.engine.result import Metrics
+from kdcli.engine.records import Metrics, append_metrics
 from kdcli.engine.run_dir import RunDir
 from kdcli.engine.state import State
 from kdcli.engine.tensorboard import Board, board
@@ -98,7 +99,13 @@ class Record:
         return loss, dict(zip(self.terms, means, strict=True))
 
     def _write(
-        self, kind: str, sums: list[float], images: int, since: float, rate: float, val_accuracy: float | None
+        self,
+        kind: Literal["step", "epoch"],
+        sums: list[float],
+        images: int,
+        since: float,
+        rate: float,
+        val_accuracy: float | None,
     ) -> float:
         state = self.state
         loss, terms = self._means(sums, images)
@@ -120,6 +127,6 @@ class Record:
             images_per_s=images / max(state.seconds - since, 1e-9),
             seconds=state.seconds,
         )
-        self.run.append_metrics(line.to_json())
+        append_metrics(self.run.metrics_file, line)
         self.board.write(line)
         return loss

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -178,35 +177,6 @@ class RunDir:
             return None
         values = read_recipe(str(self.chain_file))
         return make(TrainConfig, {**values, "runs_dir": self.path.parent})
-
-    def append_metrics(self, *lines: dict[str, Any]) -> None:
-        """Add JSON lines, and see to it that they are on the disk before a state that comes after them."""
-        with self.metrics_file.open("a", encoding="utf-8") as handle:
-            handle.writelines(json.dumps(line) + "\n" for line in lines)
-            handle.flush()
-            os.fsync(handle.fileno())
-
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; one that a kill has cut short is left out."""
-        if not self.metrics_file.exists():
-            return []
-        found = []
-        for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
-            with suppress(ValueError):
-                found.append(json.loads(line))
-        return [line for line in found if isinstance(line, dict) and {"kind", "step", "epoch"} <= set(line)]
-
-    def cut_metrics(self, step: int, epoch: int) -> None:
-        """Drop what a resumed run will do again: lines beyond a step, or of epochs that were not finished."""
-        kept = [
-            line
-            for line in self.read_metrics()
-            if line["step"] <= step and (line["kind"] == "step" or line["epoch"] <= epoch)
-        ]
-        write_text(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
-
-    def write_result(self, result: dict[str, Any]) -> None:
-        write_json(self.result_file, {"schema_version": 1, **result})
 
 
 def name_of(config: TrainConfig, number: int) -> str:

@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kdcli import __version__
 from kdcli.base.errors import KdError
 from kdcli.base.events import Note, OnEvent
-from kdcli.base.runtime import World
 from kdcli.engine.adapters import restore_adapters
-from kdcli.engine.run_dir import PLACE, RunDir
+from kdcli.engine.identity import check_unchanged, differences
+from kdcli.engine.run_dir import RunDir
 from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint
 from kdcli.models.checkpoint import Checkpoint
-
-# settings that say where the run computes or what it writes, not what it computes
-WITHOUT_EFFECT = {
-    "keep",
-    "save_every",
-    "tensorboard",
-    "accelerator",
-    "threads",
-    "devices",
-    "cache_dir",
-    "data_dir",
-}
 
 
 @dataclass
@@ -67,22 +54,6 @@ class State:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
-
-
-def made_with(config: TrainConfig, world: World) -> dict[str, Any]:
-    """What must be the same for a resumed run to end with the same bits."""
-    settings = config.model_dump(mode="json", exclude=PLACE | WITHOUT_EFFECT)
-    return {
-        "kd": __version__,
-        "torch": str(torch.__version__),
-        "device": torch.cuda.get_device_name(world.device)
-        if world.device.type == "cuda"
-        else world.device.type,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "processes": world.size,
-        **{f"--{name.replace('_', '-')}": value for name, value in settings.items()},
-    }
 
 
 class Due:
@@ -135,15 +106,15 @@ def restore(
     network: torch.nn.Module,
     adapters: Mapping[str, torch.nn.Module],
     optimizer: torch.optim.Optimizer,
-    same: dict[str, Any],
-    circumstances: dict[str, Any],
+    inputs: Mapping[str, str],
+    made_with: Mapping[str, Any],
     tell: Callable[[str], None],
 ) -> State:
     """Fill in weights, adapters and optimizer, and return the position.
 
     Args:
-        same: entries that must be as they were: data and teacher.
-        circumstances: see `made_with`; a difference is told and marked.
+        inputs: see `identity.input_hashes`; they must be as they were.
+        made_with: settings and circumstances, see `identity.made_with`; a difference is told and marked.
 
     Raises:
         KdError: anything that does not fit. Never a warning.
@@ -151,24 +122,15 @@ def restore(
     training = stored.training or {}
     run = source.parent
     try:
-        for name, value in same.items():
-            if training.get(name) != value:
-                raise KdError(f"the {name} is not what {run} began with", "Restore it, or start anew.")
+        check_unchanged(training["inputs"], inputs, run.as_posix())
         network.load_state_dict(stored.state_dict)
         restore_adapters(adapters, training["adapters"])
         optimizer.load_state_dict(training["optimizer"])
         state = State(**training["state"])
-        before = training["made_with"]
-        differences = list(_differences(before, circumstances))
+        changes = differences(training["made_with"], made_with)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise KdError(f"{source} does not fit its run: {error}", "Start the run anew.") from error
-    for difference in differences:
-        tell(f"{difference}: the result will not be bit-identical to an uninterrupted run's")
-    state.marks += [mark for mark in differences if mark not in state.marks]
+    for change in changes:
+        tell(f"{change}: the result will not be bit-identical to an uninterrupted run's")
+    state.marks += [change for change in changes if change not in state.marks]
     return state
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    for name in {**before, **now}:
-        if before.get(name) != now.get(name):
-            yield f"{name} was {before.get(name)}, is {now.get(name)}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcli.base.errors import UsageError
-from kdcli.engine.result import Metrics
+from kdcli.engine.records import Metrics
 from kdcli.methods import TrainConfig
 
 

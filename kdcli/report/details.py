@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kdcli.deploy.bench import Row
-from kdcli.engine.evaluate import Evaluation
+from kdcli.engine import Evaluation
 from kdcli.report import inline
 from kdcli.report.examine import Disagreement, Examined, recorded_teacher
 from kdcli.report.gather import Run

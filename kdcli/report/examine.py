@@ -19,7 +19,7 @@ from kdcli.base.errors import KdError
 from kdcli.base.events import Event, OnEvent, Progress
 from kdcli.base.files import sha256_file
 from kdcli.data import Splits, rows
-from kdcli.engine.evaluate import Evaluation, measure
+from kdcli.engine import Evaluation, measure
 from kdcli.report.gather import Run
 from kdcli.teacher import Teacher
 from kdcli.teacher.recorded import teachers_of

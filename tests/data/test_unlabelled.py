@@ -30,7 +30,7 @@ from kdcli.cli import train as train_command
 from kdcli.cli import tune as tune_command
 from kdcli.data import Splits, rows, unlabelled
 from kdcli.data.split import split
-from kdcli.engine import Result, RunDir, fit
+from kdcli.engine import RunDir, RunResult, fit
 from kdcli.engine.feed import Feed
 from kdcli.engine.inputs import load_data
 from kdcli.models import checkpoint
@@ -90,7 +90,7 @@ def texts(notes: list[Event]) -> list[str]:
     return [event.text for event in notes if isinstance(event, Note)]
 
 
-def weights_of(result: Result) -> str:
+def weights_of(result: RunResult) -> str:
     return checkpoint.digest(checkpoint.load(result.run.student).state_dict)
 
 
@@ -342,7 +342,7 @@ def test_another_method_does_not_run_the_teacher_again_and_other_images_do(place
 
 def test_features_of_them_are_learned_from(place: Path) -> None:
     result = fit(taught(method="logits+at", epochs=1), loaded())
-    assert set(result.epochs[0].terms) == {"logits", "at"}
+    assert set(result.history[0].terms) == {"logits", "at"}
 
 
 def test_a_run_that_was_interrupted_ends_as_the_whole_one(
@@ -356,7 +356,7 @@ def test_a_run_that_was_interrupted_ends_as_the_whole_one(
     run = RunDir.existing(Path("runs/cut"))
     settings_of_run = run.read_config()
     resumed = fit(settings_of_run, loaded(), resume=run)
-    assert resumed.marks == ()
+    assert resumed.resumed_with_differences == ()
     states = [checkpoint.load(result.run.last) for result in (whole, resumed)]
     assert checkpoint.digest([states[0].state_dict, states[0].training], CLOCKS) == checkpoint.digest(
         [states[1].state_dict, states[1].training], CLOCKS
@@ -365,7 +365,7 @@ def test_a_run_that_was_interrupted_ends_as_the_whole_one(
     with pytest.raises(Interrupted):
         fit(taught(**changes, name="cut"), loaded(), on_event=StopAfter(115, signal.SIGINT))
     for other in (data.load("toy"), _one_less()):
-        with pytest.raises(KdError, match="the unlabelled set is not what runs/cut began with"):
+        with pytest.raises(KdError, match="the images without labels of runs/cut changed"):
             fit(settings_of_run, other, resume=run)
 
 

@@ -22,7 +22,7 @@ from kdcli.base.events import Event, Note, Progress
 from kdcli.base.runtime import stop_on_signals
 from kdcli.cli import train
 from kdcli.data import Splits
-from kdcli.engine import Result, RunDir, continued, fit, fit_chain
+from kdcli.engine import RunDir, RunResult, continued, fit, fit_chain, read_metrics, read_result
 from kdcli.models import checkpoint
 from tests.helpers import CLOCKS, ROOT, command_line, config, image_folder, make_splits
 
@@ -56,7 +56,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def names(results: tuple[Result, ...]) -> list[str]:
+def names(results: tuple[RunResult, ...]) -> list[str]:
     return [result.run.path.name for result in results]
 
 
@@ -139,7 +139,7 @@ def test_repeated_a_finished_chain_is_not_trained_again(
     for result in results:
         written = json.loads(result.run.result_file.read_text())
         assert {"schema_version": 1, **json.loads(json.dumps(result.to_json()))} == written
-        assert [line.epoch for line in result.epochs] == [1, 2]
+        assert [line.epoch for line in result.history] == [1, 2]
     assert isinstance(results[-1].evaluation.confusion[0], tuple)
 
 
@@ -270,10 +270,10 @@ def test_a_finished_link_of_other_data_or_another_teacher_is_not_taken(
     finished: Path, splits: Splits
 ) -> None:
     settings = config(**CHAIN, name="x")
-    with pytest.raises(UsageError, match="the data is not what runs/x-assistant-1"):
+    with pytest.raises(KdError, match="the train images of runs/x-assistant-1 changed"):
         fit_chain(settings, make_splits(train=60, size=(16, 16, 1)))
     shutil.copy("runs/x/student.pt", "teacher.pt")
-    with pytest.raises(UsageError, match="the teacher is not what runs/x-assistant-1"):
+    with pytest.raises(KdError, match="the teacher of runs/x-assistant-1 changed"):
         fit_chain(settings, splits)
     Path("teacher.pt").unlink()  # not needed any more, and nothing to compare with
     assert names(fit_chain(settings, splits)) == list(LINKS)
@@ -284,7 +284,7 @@ def test_a_finished_link_of_other_data_or_another_teacher_is_not_taken(
     Path("runs/x-assistant-1/result.json").write_text("{")
     shutil.rmtree("runs/x-generation-1")
     shutil.rmtree("runs/x")
-    with pytest.raises(KdError, match=r"runs/x-assistant-1/result\.json cannot be read"):
+    with pytest.raises(KdError, match=r"runs/x-assistant-1/result\.json: Invalid JSON"):
         fit_chain(settings, splits)
 
 
@@ -404,7 +404,7 @@ def at(typed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_chain_is_shown_with_a_line_for_each_link(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kd = command_line(monkeypatch, train)
-    told = [Result.read(RunDir(Path("runs") / name)) for name in OF_TYPED]
+    told = [read_result(Path("runs") / name / "result.json") for name in OF_TYPED]
     lines = Path("said.txt").read_text().splitlines()
     for line, result in zip(lines, told[:2], strict=False):
         figures = result.evaluation
@@ -474,6 +474,6 @@ def test_two_processes_go_through_a_chain_together(at: Path) -> None:
         run, alone = RunDir(Path("runs") / name), RunDir(Path(name))
         assert json.loads(run.environment_file.read_text())["processes"] == 2
         assert run.read_chain() is not None
-        losses = [[line["loss"] for line in each.read_metrics()] for each in (run, alone)]
+        losses = [[line.loss for line in read_metrics(each.metrics_file)] for each in (run, alone)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert sorted(path.name for path in Path("runs").iterdir()) == sorted(OF_TYPED)

@@ -21,7 +21,7 @@ from kdcli.base.events import Event, Note, Progress
 from kdcli.base.recipes import RECIPES, read_recipe
 from kdcli.data import Splits, incompatibility
 from kdcli.data.split import split
-from kdcli.engine import Result, RunDir, fit
+from kdcli.engine import RunDir, RunResult, fit, read_metrics
 from kdcli.engine.output import Output
 from kdcli.engine.plan import resolve
 from kdcli.engine.schedule import learning_rate
@@ -242,7 +242,7 @@ def test_stopped_and_resumed_is_bit_identical(
     assert digest(resumed.run.student) == digest(whole.run.student)
     assert resumed.evaluation == whole.evaluation
 
-    def lines(result: Result) -> list[dict[str, Any]]:
+    def lines(result: RunResult) -> list[dict[str, Any]]:
         read = [json.loads(line) for line in result.run.metrics_file.read_text().splitlines()]
         return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_s")} for line in read]
 
@@ -264,12 +264,12 @@ def test_resume_with_other_data_is_refused(
     with pytest.raises(Interrupted):
         fit(config(method="ce", name="x"), splits, on_event=StopAfter(1, signal.SIGINT))
     run = RunDir.existing(Path("runs/x"))
-    with pytest.raises(KdError, match="the data is not what"):
+    with pytest.raises(KdError, match="the train images of runs/x changed"):
         fit(run.read_config(), make_splits(train=87), resume=run)
 
 
 def test_training_works_outside_the_main_thread(workplace: Path, splits: Splits) -> None:
-    results: list[Result] = []
+    results: list[RunResult] = []
     thread = threading.Thread(target=lambda: results.append(fit(config(method="ce", epochs=1), splits)))
     thread.start()
     thread.join()
@@ -372,7 +372,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(workplace: Path, s
     result = fit(config(method="ce", name="k"), splits)
     result.run.last.unlink()  # as after SIGKILL with --save-every 0: lines of metrics, no state
     again = fit(result.run.read_config(), splits, resume=result.run)
-    assert len(result.run.read_metrics()) == 3
+    assert len(read_metrics(result.run.metrics_file)) == 3
     assert again.evaluation == result.evaluation
 
 
@@ -503,7 +503,7 @@ def test_progress_shows_the_last_validation_accuracy_in_one_bar(workplace: Path,
     assert {event.group for event in shown} == {"training"}
     assert [event.values.get("val_accuracy") for event in shown] == [
         None,
-        *(epoch.val_accuracy for epoch in result.epochs[:-1]),
+        *(epoch.val_accuracy for epoch in result.history[:-1]),
     ]
 
 
@@ -524,23 +524,23 @@ def test_steps_are_logged_as_means_over_the_steps_between(workplace: Path, split
     every = fit(config(method="ce", val_fraction=0.2, log_every=1, name="every"), splits)
     third = fit(config(method="ce", val_fraction=0.2, log_every=3, name="third"), splits)
     none = fit(config(method="ce", val_fraction=0.2, log_every=0, name="none"), splits)
-    one = [line for line in every.run.read_metrics() if line["kind"] == "step"]
-    some = [line for line in third.run.read_metrics() if line["kind"] == "step"]
-    assert [line["kind"] for line in none.run.read_metrics()] == ["epoch"] * 3
-    assert [line["step"] for line in one] == list(range(1, 16))  # 72 samples: 4 batches of 16 and one of 8
-    assert [line["step"] for line in some] == [3, 6, 9, 12, 15]
+    one = [line for line in read_metrics(every.run.metrics_file) if line.kind == "step"]
+    some = [line for line in read_metrics(third.run.metrics_file) if line.kind == "step"]
+    assert [line.kind for line in read_metrics(none.run.metrics_file)] == ["epoch"] * 3
+    assert [line.step for line in one] == list(range(1, 16))  # 72 samples: 4 batches of 16 and one of 8
+    assert [line.step for line in some] == [3, 6, 9, 12, 15]
     sizes = [16, 16, 16, 16, 8] * 3
     for line in some:  # within its epoch: 6 is the first step of the second one
-        first = max(line["step"] - 3, (line["step"] - 1) // 5 * 5)
-        chosen = slice(first, line["step"])
-        expected = np.average([step["loss"] for step in one[chosen]], weights=sizes[chosen])
-        assert line["loss"] == pytest.approx(expected, rel=1e-6)
-        assert line["epoch"] == (line["step"] - 1) // 5 + 1
-    epochs = [line for line in every.run.read_metrics() if line["kind"] == "epoch"]
+        first = max(line.step - 3, (line.step - 1) // 5 * 5)
+        chosen = slice(first, line.step)
+        expected = np.average([step.loss for step in one[chosen]], weights=sizes[chosen])
+        assert line.loss == pytest.approx(expected, rel=1e-6)
+        assert line.epoch == (line.step - 1) // 5 + 1
+    epochs = [line for line in read_metrics(every.run.metrics_file) if line.kind == "epoch"]
     for number, line in enumerate(epochs):
         chosen = slice(5 * number, 5 * number + 5)
-        expected = np.average([step["loss"] for step in one[chosen]], weights=sizes[chosen])
-        assert line["loss"] == pytest.approx(expected, rel=1e-6)
+        expected = np.average([step.loss for step in one[chosen]], weights=sizes[chosen])
+        assert line.loss == pytest.approx(expected, rel=1e-6)
 
 
 def test_tensorboard_is_asked_for_before_anything_is_made(
@@ -559,9 +559,9 @@ def test_tensorboard_gets_every_line(workplace: Path, splits: Splits) -> None:
     result = fit(config(method="ce", val_fraction=0.2, log_every=5, tensorboard=True), splits)
     events = EventAccumulator(str(result.run.path / "tensorboard"))
     events.Reload()
-    lines = result.run.read_metrics()
+    lines = read_metrics(result.run.metrics_file)
     for kind in ("step", "epoch"):
-        expected = [(line["step"], line["loss"]) for line in lines if line["kind"] == kind]
+        expected = [(line.step, line.loss) for line in lines if line.kind == kind]
         found = [(event.step, event.value) for event in events.Scalars(f"{kind}/loss")]
         assert [step for step, _ in found] == [step for step, _ in expected]
         assert [value for _, value in found] == pytest.approx([loss for _, loss in expected], rel=1e-6)

@@ -21,7 +21,7 @@ import torch
 from kdcli import engine
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Event, Note
-from kdcli.engine import RunDir, fit
+from kdcli.engine import RunDir, fit, read_metrics
 from kdcli.engine.state import State
 from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint
@@ -40,8 +40,8 @@ def state_of(run: RunDir) -> dict[str, Any]:
         "student": checkpoint.digest(checkpoint.load(run.student).state_dict),
         "state": checkpoint.digest([stored.state_dict, stored.training], CLOCKS),
         "metrics": [
-            {key: value for key, value in line.items() if key not in ("seconds", "images_per_s")}
-            for line in run.read_metrics()
+            {key: value for key, value in line.to_json().items() if key not in ("seconds", "images_per_s")}
+            for line in read_metrics(run.metrics_file)
         ],
         "test": result["test"],
         "marks": result["resumed_with_differences"],
@@ -336,9 +336,9 @@ def test_a_run_resumed_under_other_circumstances_says_so_and_is_marked(
     assert "--lr was 0.001, is 0.002" in told
     marks = json.loads(run.result_file.read_text())["resumed_with_differences"]
     assert len(marks) == 2
-    assert list(result.marks) == marks
+    assert list(result.resumed_with_differences) == marks
     whole = fit(config(**SETTINGS, name="whole"), splits)
-    assert whole.marks == ()
+    assert whole.resumed_with_differences == ()
 
 
 # --- a full disk ---------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.cli import test, train
 from kdcli.data import Splits
 from kdcli.deploy import export
-from kdcli.engine import RunDir, fit
+from kdcli.engine import RunDir, fit, read_metrics
 from kdcli.engine.output import Output
 from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint
@@ -145,7 +145,7 @@ def test_a_caffe_net_trains_resumes_and_exports(
         settings["teacher"] = Path("runs/teacher/student.pt")
     whole = fit(config(**settings, name="whole"), splits)
     assert models.final_linear(models.load(caffe_net).network) is not None
-    lines = [line["loss"] for line in whole.run.read_metrics() if line["kind"] == "epoch"]
+    lines = [line.loss for line in read_metrics(whole.run.metrics_file) if line.kind == "epoch"]
     assert lines[-1] < 0.9 * lines[0]
     before = checkpoint.load(caffe_net).state_dict
     after = checkpoint.load(whole.run.student).state_dict
@@ -177,7 +177,7 @@ def test_a_resumed_run_wants_the_file_it_began_with(
     other.provenance["remark"] = "another file"
     other.save(caffe_net)
     run = RunDir.existing(Path("runs/x"))
-    with pytest.raises(KdError, match="the student is not what"):
+    with pytest.raises(KdError, match="the student of runs/x changed"):
         fit(run.read_config(), splits, resume=run)
 
 

@@ -17,7 +17,7 @@ from kdcli.base.errors import Interrupted
 from kdcli.data import ImageSet, Splits
 from kdcli.data.preprocess import fit as fit_preprocess
 from kdcli.deploy.export import export
-from kdcli.engine import RunDir, fit
+from kdcli.engine import RunDir, fit, read_metrics
 from kdcli.models import Classifier, checkpoint
 from tests.helpers import CLOCKS, StopAfter, config, make_splits
 
@@ -93,8 +93,8 @@ def test_two_steps_an_exact_resume_and_nothing_but_the_student_in_its_file(
         "crd_negatives": 5,
     }
     whole = fit(config(**settings, name="whole"), splits)
-    assert len({line["step"] for line in whole.run.read_metrics()}) == 1
-    assert np.isfinite(whole.epochs[-1].loss)
+    assert len({line.step for line in read_metrics(whole.run.metrics_file)}) == 1
+    assert np.isfinite(whole.history[-1].loss)
     with pytest.raises(Interrupted):
         fit(config(**settings, name="cut"), splits, on_event=StopAfter(4, signal.SIGINT))
     run = RunDir.existing(Path("runs/cut"))

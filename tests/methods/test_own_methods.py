@@ -33,7 +33,7 @@ from kdcli.cli import test as test_command
 from kdcli.cli import train as train_command
 from kdcli.cli import tune as tune_command
 from kdcli.data import Splits
-from kdcli.engine import RunDir, fit
+from kdcli.engine import RunDir, fit, read_metrics
 from kdcli.models import checkpoint
 from kdcli.studies.compare import compare, make_plan
 from kdcli.studies.reproduce import check_inputs, read_finished, reproduce
@@ -91,12 +91,12 @@ def test_the_example_of_the_documentation_runs(workplace: Path, monkeypatch: pyt
     del sys.modules["mymethods"]
     assert names == ["sharpen", "kd+sharpen"]
     alone, joined = (RunDir(Path(f"runs/{name}-convnet-tiny-1")) for name in names)
-    assert set(alone.read_metrics()[-1]["terms"]) == {"sharpen"}
-    line = joined.read_metrics()[-1]
-    terms = line["terms"]
+    assert set(read_metrics(alone.metrics_file)[-1].terms) == {"sharpen"}
+    line = read_metrics(joined.metrics_file)[-1]
+    terms = line.terms
     assert set(terms) == {"ce", "kd", "sharpen"}
     total = 0.3 * terms["ce"] + 0.7 * terms["kd"] + 2 * terms["sharpen"]
-    assert line["loss"] == pytest.approx(total, rel=1e-5)
+    assert line.loss == pytest.approx(total, rel=1e-5)
     assert json.loads(joined.result_file.read_text())["method"] == "kd+mymethods:sharpen"
 
 
@@ -140,7 +140,7 @@ def test_what_the_marker_says_holds(write: Write) -> None:
     with pytest.raises(UsageError, match="reads labels, and unlabelled images have none"):
         methods.check_unlabelled(settings.model_copy(update={"ce_weight": 0.0}))
     result = fit(settings, make_splits())  # no teacher is needed
-    line = result.epochs[-1]
+    line = result.history[-1]
     assert line.loss == pytest.approx(0.5 * line.terms["ce"] + 3 * line.terms["spread"], rel=1e-5)
     assert result.run.path.name == "spread-convnet-tiny-1"
 
@@ -161,9 +161,9 @@ def test_features_and_the_scale_of_logits_are_there_for_those_that_ask(write: Wr
     splits = make_splits()
     teacher = fit(config(method="ce", epochs=1), splits).run.student
     common = {"teacher": teacher, "epochs": 1}
-    assert set(fit(config(method="asking:near", **common), splits).epochs[0].terms) == {"near"}
+    assert set(fit(config(method="asking:near", **common), splits).history[0].terms) == {"near"}
     losses = [
-        fit(config(method=f"asking:{name}", **common), splits).epochs[0].loss for name in ("values", "plain")
+        fit(config(method=f"asking:{name}", **common), splits).history[0].loss for name in ("values", "plain")
     ]
     assert losses[0] != losses[1]  # one begins at the teacher's mean and spread
     with pytest.raises(UsageError, match="regresses all logits"):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kdcli import models
 from kdcli.base.errors import KdError, UsageError
-from kdcli.engine import fit
+from kdcli.engine import fit, read_metrics
 from kdcli.models import checkpoint
 from kdcli.models.feature_extractor import FeatureExtractor, find_stages
 from tests.helpers import config, make_splits
@@ -138,7 +138,7 @@ def test_the_teacher_of_features_stays_as_it_is_and_the_student_does_not(workpla
     result = fit(config(method="at", teacher=teacher, student="convnet-tiny", epochs=2, name="s"), splits)
     assert teacher.read_bytes() == before
     assert result.teacher_passes == 1  # over the test images; training images were seen live
-    lines = [line["terms"]["at"] for line in result.run.read_metrics() if line["kind"] == "epoch"]
+    lines = [line.terms["at"] for line in read_metrics(result.run.metrics_file) if line.kind == "epoch"]
     assert lines[1] < lines[0]
     stored = checkpoint.load(result.run.last).training
     assert stored is not None and stored["adapters"] == {}

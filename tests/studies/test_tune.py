@@ -32,6 +32,7 @@ from kdcli.base.events import Epoch, Event, Note
 from kdcli.cli import train as cli_train
 from kdcli.cli import tune as cli_tune
 from kdcli.data import Splits
+from kdcli.engine import read_metrics
 from kdcli.methods import TrainConfig
 from kdcli.studies.tune import search, storage
 from kdcli.studies.tune import study as studies
@@ -294,11 +295,11 @@ def test_a_run_tells_each_epoch_and_without_test_says_so(workplace: Path, splits
     run = make(TrainConfig, {k: v for k, v in PLAIN.items() if k in TrainConfig.model_fields})
     result = engine.fit(run, splits, test=False, on_event=events.append)
     epochs = [event for event in events if isinstance(event, Epoch)]
-    lines = [line for line in result.run.read_metrics() if line["kind"] == "epoch"]
+    lines = [line for line in read_metrics(result.run.metrics_file) if line.kind == "epoch"]
     assert [(e.epoch, e.epochs, e.loss, e.val_accuracy) for e in epochs] == [
-        (line["epoch"], 2, line["loss"], line["val_accuracy"]) for line in lines
+        (line.epoch, 2, line.loss, line.val_accuracy) for line in lines
     ]
-    assert result.tested is None and result.to_json()["test"] is None
+    assert result.test is None and result.to_json()["test"] is None
     with pytest.raises(RuntimeError, match="test images"):
         result.evaluation  # noqa: B018
 
@@ -393,7 +394,7 @@ def test_a_pruned_run_leaves_whole_files_only(workplace: Path, splits: Splits) -
         "environment.json",
         "metrics.jsonl",
     ]
-    assert [line["epoch"] for line in engine.RunDir(Path("runs/cut")).read_metrics()] == [1]
+    assert [line.epoch for line in read_metrics(Path("runs/cut/metrics.jsonl"))] == [1]
 
 
 def test_several_seeds_count_by_their_mean(

@@ -25,7 +25,7 @@ from kdcli.base.text import reason
 from kdcli.data import Splits, rows
 from kdcli.data.split import split
 from kdcli.engine import fit
-from kdcli.engine.inputs import check_unchanged, fingerprints
+from kdcli.engine.identity import check_unchanged, input_hashes
 from kdcli.engine.plan import check
 from kdcli.engine.student import check_student, make_student
 from kdcli.studies.compare.plan import Plan, PlannedRun, Settled
@@ -82,7 +82,7 @@ def _begin(plan: Plan, data: Splits, jobs: int, on_event: OnEvent) -> Plan:
     for config in plan.each:
         check(config, data)
         check_student(config, data.train)
-    inputs = {name: sha256 for config in plan.each for name, sha256 in fingerprints(config, data).items()}
+    inputs = {name: sha256 for config in plan.each for name, sha256 in input_hashes(config, data).items()}
     if plan.inputs is None:
         plan = replace(plan, inputs=inputs, settled=_settle(plan, data, jobs, on_event))
         plan.save()

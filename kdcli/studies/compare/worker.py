@@ -19,7 +19,8 @@ from kdcli.base.config import make
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Event, Note, Progress
 from kdcli.engine import RunDir, fit
-from kdcli.engine.inputs import check_unchanged, fingerprints, load_data
+from kdcli.engine.identity import check_unchanged, input_hashes
+from kdcli.engine.inputs import load_data
 from kdcli.methods import TrainConfig
 
 
@@ -46,7 +47,7 @@ def main() -> None:
         resume = "config" not in asked
         config = place.read_config() if resume else make(TrainConfig, asked["config"])
         data = load_data(config)
-        mine = fingerprints(config, data)
+        mine = input_hashes(config, data)
         check_unchanged({name: asked["inputs"].get(name) for name in mine}, mine, asked["run"])
         fit(config, data, resume=place if resume else None, on_event=on_event)
     except KdError as error:

@@ -1,0 +1,163 @@
+"""What the bits of a trained student depend on: its settings, its inputs by content, and the circumstances.
+
+    decisive_settings(config) -> {name: value}     settings that change what is computed
+    input_hashes(config, data) -> {name: SHA-256}  images, teachers, student's file, code of own methods
+    recorded_inputs(provenance) -> {name: SHA-256} the same from a student.pt
+    circumstances(environment) -> {name: text}     versions, processor, device, threads, processes
+    recorded_circumstances(file) -> {name: text}   the same from an environment.json
+    differences(before, now) -> list[str]          `torch was 2.8, is 2.9`
+    check_unchanged(known, now, owner)             raises KdError if an input changed
+
+Runs with equal settings, inputs and circumstances end with equal bits. The one definition for resuming, chains,
+comparisons, searches and `kd reproduce`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcli import methods
+from kdcli.base import files, runtime
+from kdcli.base.errors import KdError
+from kdcli.base.runtime import World
+from kdcli.base.text import reason
+from kdcli.data import Splits
+from kdcli.engine.run_dir import PLACE
+from kdcli.methods import TrainConfig
+from kdcli.teacher.recorded import teachers_of
+
+# Settings of storage and hardware. Those that change bits (threads, devices) are recorded among the circumstances.
+NEUTRAL = PLACE | {
+    "keep",
+    "save_every",
+    "tensorboard",
+    "accelerator",
+    "threads",
+    "devices",
+    "cache_dir",
+    "data_dir",
+}
+_CIRCUMSTANCES = ("kd_version", "accelerator", "accelerator_name", "instructions", "threads", "processes")
+_PACKAGES = ("torch", "numpy")
+
+
+def decisive_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide what is computed, as JSON values."""
+    return config.model_dump(mode="json", exclude=NEUTRAL)
+
+
+def input_hashes(
+    config: TrainConfig, data: Splits, *, missing: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """SHA-256 of all that a run reads, by what it is called: images, teachers, student's file, code of own methods.
+
+    Args:
+        missing: hashes of files that need not be there any more; by default each must be.
+
+    Raises:
+        KdError: a file cannot be read.
+        UsageError: unknown method.
+    """
+    found = {"train images": data.train.fingerprint, "test images": data.test.fingerprint}
+    if data.unlabelled is not None:
+        found["images without labels"] = data.unlabelled.fingerprint
+    teachers = config.teacher if methods.get(config.method).active(config).needs_teacher else ()
+    paths = {_teacher(number, len(teachers)): path for number, path in enumerate(teachers, 1)}
+    if config.student_file is not None:
+        paths["student"] = config.student_file
+    for name, path in paths.items():
+        known = None if path.is_file() else (missing or {}).get(name)
+        found[name] = _sha256(path) if known is None else known
+    return found | _code(methods.sources(config.method))
+
+
+def recorded_inputs(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """The same names and hashes from the provenance in a `student.pt`, of any origin."""
+    data = _mapping(provenance.get("data"))
+    teachers = teachers_of(provenance)
+    found = {
+        "train images": data.get("fingerprint_train"),
+        "test images": data.get("fingerprint_test"),
+        "images without labels": _mapping(data.get("unlabelled")).get("fingerprint"),
+        **{_teacher(number, len(teachers)): sha256 for number, (_, sha256) in enumerate(teachers, 1)},
+        "student": provenance.get("student_sha256"),
+        **_code(_mapping(provenance.get("method_sha256"))),
+    }
+    return {name: str(sha256) for name, sha256 in found.items() if sha256 is not None}
+
+
+def _teacher(number: int, count: int) -> str:
+    return f"teacher {number}" if count > 1 else "teacher"
+
+
+def _code(sources: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"code of {name}": sha256 for name, sha256 in sources.items()}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def environment(world: World) -> dict[str, Any]:
+    """Values of `environment.json`: versions, processor, load, devices and processes."""
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return {**runtime.environment(), **runtime.describe(world), "instructions": instructions}
+
+
+def circumstances(recorded: Any) -> dict[str, str]:
+    """From the values of an `environment.json`, of any origin: what the last bits depend on beside the settings."""
+    values = _mapping(recorded)
+    packages = _mapping(values.get("packages"))
+    found = {name: values.get(name) for name in _CIRCUMSTANCES}
+    found |= {name: packages.get(name) for name in _PACKAGES}
+    found["cpu"] = _mapping(values.get("cpu")).get("model")
+    return {name: str(value) for name, value in found.items() if value is not None}
+
+
+def recorded_circumstances(environment_file: Path) -> dict[str, str]:
+    """`circumstances` from a run's `environment.json`; empty if it cannot be read."""
+    try:
+        return circumstances(json.loads(environment_file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
+        return {}
+
+
+def made_with(config: TrainConfig, environment: Mapping[str, Any]) -> dict[str, Any]:
+    """Circumstances and decisive settings of a run; what must stay equal for a resumed run to have equal bits."""
+    settings = {f"--{name.replace('_', '-')}": value for name, value in decisive_settings(config).items()}
+    return circumstances(environment) | settings
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line for each name whose value changed."""
+    return [
+        f"{name} was {before.get(name)}, is {now.get(name)}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
+
+
+def check_unchanged(known: Mapping[str, str | None], now: Mapping[str, str | None], owner: str) -> None:
+    """Raise KdError if an input differs from the recorded one, or is missing on one side.
+
+    Args:
+        owner: what has these inputs, for the message: a run's folder.
+    """
+    for name in {**known, **now}:
+        if known.get(name) != now.get(name):
+            raise KdError(
+                f"the {name} of {owner} changed since it was begun",
+                "Restore what it began with, or choose another --name.",
+            )
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return files.sha256_file(path)
+    except OSError as error:
+        raise KdError(f"cannot read {path}: {reason(error)}", "Name a file that is there.") from error

@@ -1,0 +1,247 @@
+"""The figures of a run: schema, reader and writer of `result.json` and of `metrics.jsonl`.
+
+    read_result(path) -> RunResult                 path of a result.json
+    read_metrics(path) -> list[Metrics]            path of a metrics.jsonl; a half-written last line is left out
+    epoch_lines(path) -> list[Metrics]             only those of whole epochs, by number
+
+All raise `KdError` with a message of one line if a file is missing, too large, no JSON, or has values that no run
+writes. They may be of any origin.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
+
+from kdcli.base.errors import KdError
+from kdcli.base.files import write_json, write_text
+from kdcli.base.text import reason
+from kdcli.engine.run_dir import RunDir
+from kdcli.methods import TrainConfig
+
+MOST_BYTES = 64 << 20  # of each file; the confusion matrix of 1,000 classes takes 11 MB
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Folder = Annotated[
+    RunDir,
+    BeforeValidator(lambda value: RunDir(Path(value)) if isinstance(value, str) else value),
+    PlainSerializer(lambda run: run.path.as_posix()),
+]
+
+
+class Record(BaseModel):
+    """Base of the schemas: values of exact types, frozen."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """Values for `json.dumps`."""
+        return self.model_dump()
+
+
+R = TypeVar("R", bound=Record)
+
+
+class Metrics(Record):
+    """A line of `metrics.jsonl`.
+
+    Attributes:
+        kind: `step`: the steps since the line before; `epoch`: a whole epoch.
+        epoch: number of the epoch, from 1.
+        step: steps done in all.
+        loss, terms: means over these images; `terms` unweighted, by name.
+        val_accuracy: in per cent, of an epoch; None without a validation split, and in a line of steps.
+        lr: of the last step.
+        seconds: of training so far.
+    """
+
+    kind: Literal["step", "epoch"]
+    epoch: Annotated[int, Field(ge=1, lt=2**31)]
+    step: Count
+    loss: Finite
+    terms: dict[str, Finite]
+    val_accuracy: Percent | None
+    lr: Finite
+    images_per_s: Finite
+    seconds: NonNegative
+
+
+class Evaluation(Record):
+    """Figures of a model on a data set. Shares in per cent, `loss` and `divergence` in nats.
+
+    Attributes:
+        accuracy_interval: 95 % Wilson interval: the chance of the test sample, not of the training run.
+        calibration_error: expected calibration error (Guo et al. 2017).
+        per_class: accuracy of each class, in class order; None for a class without samples.
+        confusion: counts, row true, column predicted.
+        agreement, divergence, teacher_accuracy: None without a teacher to compare with.
+    """
+
+    count: Annotated[int, Field(ge=1, lt=2**53)]
+    accuracy: Percent
+    accuracy_interval: tuple[Percent, Percent]
+    top5: Percent
+    loss: Finite
+    calibration_error: NonNegative
+    per_class: tuple[Percent | None, ...]
+    confusion: tuple[tuple[Count, ...], ...]
+    agreement: Percent | None = None
+    divergence: Finite | None = None
+    teacher_accuracy: Percent | None = None
+
+    @model_validator(mode="after")
+    def _confusion_is_square(self) -> Evaluation:
+        count = len(self.per_class)
+        if len(self.confusion) != count or any(len(row) != count for row in self.confusion):
+            raise ValueError("confusion must be a square with a row for each class")
+        return self
+
+
+class Unlabelled(Record):
+    """The images without labels that a run trained on."""
+
+    spec: str | None
+    count: Count
+    fingerprint: str
+
+
+class RunResult(Record):
+    """`result.json`: a finished run.
+
+    Attributes:
+        run: its folder.
+        epochs: passes over the training images; `history` has a line for each.
+        parameters: of the student.
+        val_accuracy: of the last epoch; None without a validation split.
+        test: figures on the test images; None for a trial of a search, which does not read them.
+        teacher_passes: runs of the teacher over a data set that this run had to make; 0 with a warm cache.
+        seconds: wall time of training, without the teacher's passes.
+        resumed_with_differences: what was different when the run was resumed, see `identity.differences`; empty if
+            it has the bits of an uninterrupted run.
+    """
+
+    schema_version: Literal[1] = 1
+    run: Folder
+    method: str
+    student: str
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    epochs: Count
+    parameters: Count
+    val_accuracy: Percent | None
+    test: Evaluation | None
+    teacher_passes: Count
+    seconds: NonNegative
+    images_per_s: NonNegative
+    unlabelled: Unlabelled | None = None
+    resumed_with_differences: tuple[str, ...] = ()
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """Figures on the test images, of a run that has read them."""
+        if self.test is None:
+            raise RuntimeError("this run has not read the test images")
+        return self.test
+
+    @property
+    def config(self) -> TrainConfig:
+        """Settings of the run, from its `config.toml`."""
+        return self.run.read_config()
+
+    @property
+    def history(self) -> list[Metrics]:
+        """A line for each epoch, from its `metrics.jsonl`."""
+        return epoch_lines(self.run.metrics_file)
+
+
+def read_result(path: Path) -> RunResult:
+    """A `result.json`; its `run` is the folder where the file lies.
+
+    Raises:
+        KdError: see above.
+    """
+    result = _parse(RunResult, str(path), _read_bytes(path))
+    return result.model_copy(update={"run": RunDir(path.parent)})
+
+
+def write_result(result: RunResult) -> None:
+    """Write `result.json` into the run's folder."""
+    write_json(result.run.result_file, result.to_json())
+
+
+def read_metrics(path: Path) -> list[Metrics]:
+    """The lines of a `metrics.jsonl`, without a last one that a kill has cut short.
+
+    Raises:
+        KdError: see above.
+    """
+    lines = _read_bytes(path).splitlines()
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(_parse(Metrics, f"{path}: line {number}", line))
+        except KdError:
+            if number < len(lines):
+                raise
+    return found
+
+
+def epoch_lines(path: Path) -> list[Metrics]:
+    """The lines of whole epochs of a `metrics.jsonl`, by number; of an epoch that was done twice the last.
+
+    Raises:
+        KdError: see above.
+    """
+    found = {line.epoch: line for line in read_metrics(path) if line.kind == "epoch"}
+    return [found[number] for number in sorted(found)]
+
+
+def append_metrics(path: Path, line: Metrics) -> None:
+    """Add a line and flush it to the disk: it is there before a state that comes after it."""
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write(json.dumps(line.to_json()) + "\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def cut_metrics(path: Path, step: int, epoch: int) -> None:
+    """Drop what a resumed run will do again: lines beyond a step, and of epochs that were not finished."""
+    lines = read_metrics(path) if path.exists() else []
+    kept = [line for line in lines if line.step <= step and (line.kind == "step" or line.epoch <= epoch)]
+    write_text(path, "".join(json.dumps(line.to_json()) + "\n" for line in kept))
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            raise KdError(f"{path} has {size:,} bytes, more than the {MOST_BYTES:,} that are read")
+        return path.read_bytes()
+    except OSError as error:
+        raise KdError(f"cannot read {path}: {reason(error)}", "Name the folder of a finished run.") from error
+
+
+def _parse(schema: type[R], name: str, content: bytes) -> R:
+    try:
+        return schema.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = "".join(f"{part} " for part in first["loc"]).strip()
+        message = first["msg"].removeprefix("Value error, ")
+        raise KdError(
+            f"{name}: {f'{place}: ' if place else ''}{message}", "It is no file that kd train has written."
+        ) from error
