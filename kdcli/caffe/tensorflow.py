@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli import models
-from kdcli.base import safe_pickle
+from kdcli.base import pickles
 from kdcli.base.errors import KdError
 from kdcli.base.text import dims
 from kdcli.caffe.blobs import Array, Weights
@@ -47,10 +47,8 @@ def read_layers(path: Path) -> Layers:
     Raises:
         KdError: not a dict of layers with finite weights and biases.
     """
-    content = safe_pickle.load_npy(path)
-    if isinstance(content, np.ndarray) and content.shape == ():
-        content = content.item()
-    if not isinstance(content, Mapping) or not content:
+    content = pickles.load_npy(path)
+    if not content:
         raise KdError(f"{path} is not a caffe-tensorflow file: it holds no dict of layers")
     layers: Layers = {}
     for name, parts in _by_layer(content, path).items():

@@ -9,7 +9,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from kdcli.base import safe_pickle
+from kdcli.base import pickles
 from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent, Progress
 from kdcli.data import catalog
@@ -69,9 +69,9 @@ def load_cifar10(
     for name, data in source.read(lambda name: name.split("/")[-1] in (*BATCHES, "batches.meta")):
         base = name.split("/")[-1]
         if base == "batches.meta":
-            classes = _class_names(unpickled(data, name, "CIFAR-10", DOWNLOAD_HINT), name)
+            classes = _class_names(unpickled(data, name, DOWNLOAD_HINT), name)
         else:
-            parts[base] = _batch(unpickled(data, name, "CIFAR-10", DOWNLOAD_HINT), name)
+            parts[base] = _batch(unpickled(data, name, DOWNLOAD_HINT), name)
             on_event(Progress("reading", len(parts), len(BATCHES), "batches"))
     missing = [name for name in BATCHES if name not in parts]
     if missing:
@@ -95,18 +95,16 @@ def load_cifar10(
     return cache.stored(spec)
 
 
-def unpickled(data: bytes, name: str, label: str, hint: str = "") -> dict[str, object]:
-    """The dictionary that one file of CIFAR-10 or CIFAR-100 holds.
+def unpickled(data: bytes, name: str, hint: str = "") -> dict[str, object]:
+    """Return the dictionary in one file of CIFAR-10 or CIFAR-100.
 
     Raises:
-        KdError: it holds none; names the file and the data set.
+        KdError: it holds none; names the file.
     """
     try:
-        value = safe_pickle.read(data)
+        value = pickles.load_pickle(data)
     except KdError as error:
         raise KdError(f"{name}: {error.message}", error.hint or hint) from error
-    if not isinstance(value, dict):
-        raise KdError(f"{name} is no {label} batch: it holds no dictionary", hint)
     return {text_of(key): content for key, content in value.items()}
 
 

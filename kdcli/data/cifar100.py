@@ -24,7 +24,7 @@ def _read(paths: Mapping[str, Path]) -> tuple[Part, Part, tuple[str, ...]]:
     [path] = paths.values()
     held: dict[str, dict[str, object]] = {}
     for name, data in open_source(path).read(lambda name: name.split("/")[-1] in MEMBERS):
-        held[name.split("/")[-1]] = unpickled(data, name, "CIFAR-100")
+        held[name.split("/")[-1]] = unpickled(data, name)
     absent = [name for name in MEMBERS if name not in held]
     if absent:
         raise KdError(f"{path} lacks {', '.join(absent)}")

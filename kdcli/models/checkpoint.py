@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,20 +12,18 @@ from torch import Tensor
 
 from kdcli.base.errors import KdError
 from kdcli.base.files import atomic_path
-from kdcli.base.safe_pickle import torch_file
 from kdcli.base.text import first_line
+from kdcli.models.pt_archive import check_archive
 
 FORMAT_VERSION = 1
-_SHARING = 4  # times the file's size that its tensors may have, some of them being the same
+_MAX_EXPANSION = 4  # bytes of all tensors per byte of the file; two layers may share weights
 _LONG_TEXT = 256
-_MOST_PARTS = 500_000  # tensors and plain values in one file
-_FORCE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-_force_lock = threading.Lock()
+_MAX_PARTS = 500_000  # tensors and plain values in one file
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model as it lies on disk.
+    """Content of a checkpoint file.
 
     Attributes:
         arch: name in `kdcli.models.MODELS`.
@@ -37,8 +31,8 @@ class Checkpoint:
         state_dict: the network's parameters and buffers.
         preprocess: `{"name", "args", "state"}`, see `kdcli.data.preprocess`.
         classes: class names in the order of the logits.
-        input_size: `(H, W, C)` of the raw uint8 images it takes.
-        provenance: where it came from: plain JSON values.
+        input_size: `(H, W, C)` of the raw uint8 images.
+        provenance: method, data, teacher, accuracy, source file: plain JSON values.
         training: optimizer, step, RNG and config of an unfinished run; None in a finished model.
     """
 
@@ -53,42 +47,41 @@ class Checkpoint:
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Write temp → flush → fsync → re-read → rename → fsync of the directory.
+    """Write a checkpoint atomically: temporary file, read back, fsync, rename.
 
-    The file holds the SHA-256 of its own content: torch's reader would not notice a flipped bit.
+    The file holds the SHA-256 of its own content, since torch's reader does not notice a flipped bit.
 
     Raises:
-        KdError: the file cannot be written or does not read back; an older file of that name is untouched.
+        KdError: the file cannot be written or does not read back; an earlier file of that name is unchanged.
     """
     document = {
         "format_version": FORMAT_VERSION,
-        "arch": checkpoint.arch,
-        "arch_args": checkpoint.arch_args,
+        **vars(checkpoint),
         "state_dict": {
             name: value.detach().cpu().contiguous() for name, value in checkpoint.state_dict.items()
         },
-        "preprocess": checkpoint.preprocess,
         "classes": list(checkpoint.classes),
         "input_size": list(checkpoint.input_size),
-        "provenance": checkpoint.provenance,
     }
-    if checkpoint.training is not None:
-        document["training"] = checkpoint.training
+    if checkpoint.training is None:
+        del document["training"]
     save_plain(path, document)
 
 
 def save_plain(path: Path, document: dict[str, Any]) -> None:
-    """Write tensors and plain values as `save` does a checkpoint.
+    """Write tensors and plain values as `save` writes a checkpoint.
 
     Raises:
-        KdError: the file cannot be written or does not read back; an older file of that name is untouched.
+        KdError: the file cannot be written or does not read back; an earlier file of that name is unchanged.
     """
     document = {**document, "sha256": digest(document)}
     try:
         with atomic_path(path) as temporary:
-            with temporary.open("wb") as handle:  # by a path, torch writes the temporary name into the file
+            with temporary.open(
+                "wb"
+            ) as handle:  # given a path, torch would write the temporary name into the file
                 torch.save(document, handle)
-            if not _is_sound(_read(temporary)):
+            if not _is_intact(_read(temporary)):
                 raise OSError("it does not read back as it was written")
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
@@ -99,7 +92,7 @@ def save_plain(path: Path, document: dict[str, Any]) -> None:
 
 
 def load_plain(path: Path) -> dict[str, Any] | None:
-    """What `save_plain` wrote; None if it is not there, damaged, or something else."""
+    """Return what `save_plain` wrote, or None if the file is missing, damaged or of another kind."""
     try:
         document = _read_checked(path)
     except KdError:
@@ -108,7 +101,7 @@ def load_plain(path: Path) -> dict[str, Any] | None:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint with `weights_only=True`, whatever the environment says.
+    """Read a checkpoint with `weights_only=True`, which no environment variable overrides.
 
     Raises:
         KdError: missing, unreadable, damaged, not a checkpoint of kd, or made by a newer version.
@@ -117,16 +110,16 @@ def load(path: Path) -> Checkpoint:
 
 
 def _read_checked(path: Path) -> dict[str, Any]:
-    """What a file holds; nothing is unpacked, allocated or believed before it is known to be what it claims."""
+    """Content of a file: first its archive is checked, then what torch read, then the SHA-256."""
     if not path.exists():
         raise KdError(f"no such file: {path}", "kd convert-caffe makes a teacher, kd train a student.")
     if path.is_dir():
         raise KdError(f"{path} is a folder, not a checkpoint", "Name the .pt file itself.")
     try:
-        torch_file.check(path)
+        check_archive(path)
         document = _read(path)
         _check_extent(path, document)
-        sound = _is_sound(document)
+        intact = _is_intact(document)
     except KdError:
         raise
     except Exception as error:  # the unpickler and the zip reader raise whatever the bytes provoke
@@ -134,41 +127,45 @@ def _read_checked(path: Path) -> dict[str, Any]:
             f"{path} cannot be read safely: {first_line(error)}",
             "The file is damaged, or holds more than tensors and plain values; kd never executes what it reads.",
         ) from error
-    if not sound:
+    if not intact:
         raise KdError(
-            f"{path} is damaged: its content has not the SHA-256 it had when it was written",
+            f"{path} is damaged: its content does not have the SHA-256 recorded in it",
             "Restore it, or write it again.",
         )
     return document
 
 
-def _check_extent(path: Path, value: Any) -> None:
-    """Raise KdError if a file claims more than it can hold.
+def _read(path: Path) -> dict[str, Any]:
+    document = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(document, dict):
+        raise KdError(f"{path} is not a kd checkpoint", "kd reads .pt files that kd wrote.")
+    return document
 
-    A few bytes can be laid out as terabytes, or as lists in lists that never end. Weights that two layers share are
-    counted twice, hence not to the byte.
+
+def _check_extent(path: Path, document: Any) -> None:
+    """Raise KdError if a document is far larger than its file.
+
+    A few bytes can be laid out as a tensor of terabytes, or as nested lists whose parts are shared.
     """
-    room, parts = _SHARING * path.stat().st_size, 0
-    pending = [value]
+    budget, parts = _MAX_EXPANSION * path.stat().st_size, 0
+    pending = [document]
     while pending:
         part = pending.pop()
         parts += 1
         if isinstance(part, Tensor):
-            if part.layout is not torch.strided or part.is_quantized or part.device.type != "cpu":
-                raise KdError(f"{path} holds a tensor that is not plain numbers", "Write it again with kd.")
-            room -= part.numel() * part.element_size()
+            budget -= part.numel() * part.element_size()
         elif isinstance(part, dict):
             pending += [*part.keys(), *part.values()]
-        elif isinstance(part, list | tuple | set | frozenset):
+        elif isinstance(part, list | tuple):
             pending += part
-        elif isinstance(part, str | bytes):
-            room -= len(part) if len(part) > _LONG_TEXT else 0  # one long text may be used a million times
-        if room < 0 or parts + len(pending) > _MOST_PARTS:
+        elif isinstance(part, str | bytes) and len(part) > _LONG_TEXT:  # one text can be used a million times
+            budget -= len(part)
+        if budget < 0 or parts + len(pending) > _MAX_PARTS:
             raise KdError(f"{path} claims to hold more than it can", "Write it again with kd.")
 
 
 def digest(value: Any, without: tuple[str, ...] = ()) -> str:
-    """Hexadecimal SHA-256 of tensors and plain values, nested in any way; the order of a dictionary does not count.
+    """Hexadecimal SHA-256 of nested tensors and plain values; the order of a dictionary does not count.
 
     Args:
         without: dictionary keys to leave out, at any depth.
@@ -199,31 +196,10 @@ def digest(value: Any, without: tuple[str, ...] = ()) -> str:
     return sha.hexdigest()
 
 
-def _is_sound(document: dict[str, Any]) -> bool:
-    """Whether the content is what was written; files of the first versions do not say."""
-    return "sha256" not in document or document["sha256"] == digest(
-        {key: value for key, value in document.items() if key != "sha256"}
-    )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    with _safe_only():
-        document = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(document, dict):
-        raise KdError(f"{path} is not a kd checkpoint", "kd reads .pt files that kd wrote.")
-    return document
-
-
-@contextmanager
-def _safe_only() -> Iterator[None]:
-    """torch lets an environment variable undo `weights_only`; not here."""
-    with _force_lock:
-        forced = os.environ.pop(_FORCE, None)
-        try:
-            yield
-        finally:
-            if forced is not None:
-                os.environ[_FORCE] = forced
+def _is_intact(document: dict[str, Any]) -> bool:
+    """Whether the content has the SHA-256 recorded in it, if it records one."""
+    content = {key: value for key, value in document.items() if key != "sha256"}
+    return "sha256" not in document or document["sha256"] == digest(content)
 
 
 def _to_checkpoint(path: Path, document: dict[str, Any]) -> Checkpoint:
@@ -242,7 +218,7 @@ def _to_checkpoint(path: Path, document: dict[str, Any]) -> Checkpoint:
         preprocess = document["preprocess"]
         height, width, channels = (int(value) for value in document["input_size"])
         if not all(isinstance(value, Tensor) for value in state.values()):
-            raise TypeError("state_dict holds something that is not a tensor")
+            raise TypeError("state_dict holds something other than tensors")
         if not {"name", "args", "state"} <= set(preprocess):
             raise KeyError("preprocess")
         return Checkpoint(
@@ -256,4 +232,4 @@ def _to_checkpoint(path: Path, document: dict[str, Any]) -> Checkpoint:
             training=document.get("training"),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise KdError(f"{path} is not a whole kd checkpoint: {first_line(error)}") from error
+        raise KdError(f"{path} is not a complete kd checkpoint: {first_line(error)}") from error

@@ -315,7 +315,7 @@ class Evil:
     [
         ({"meta": None}, "lacks meta"),
         ({"train": None, "test": None}, "lacks train, test"),
-        ({"train": [1]}, "train is no CIFAR-100 batch: it holds no dictionary"),
+        ({"train": [1]}, "train: holds no dictionary"),
         ({"train": Evil()}, "train: refuses"),
         ({"train": {b"data": np.zeros((6, 3071), np.uint8)}}, r"data is not uint8 \(N, 3072\)"),
         ({"test": {b"data": np.zeros((3, 3072))}}, r"test is no CIFAR-100 batch: data is not uint8"),

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdcli.base import safe_pickle
+from kdcli.base import pickles
 from kdcli.base.errors import KdError
 from kdcli.caffe.read import read_caffemodel, read_mean, read_prototxt
 from kdcli.data import decode, load
@@ -59,8 +59,8 @@ def _load(path: Path) -> None:
 
 
 TARGETS: dict[str, Target] = {
-    "pickle": of_bytes(safe_pickle.read),
-    "npy": of_bytes(safe_pickle.read_npy),
+    "pickle": of_bytes(pickles.load_pickle),
+    "npy": of_bytes(pickles.parse_npy),
     "archive": of_file(_load, "x.tar"),
     "cifar": of_file(_load, "cifar-10-python.tar.gz"),
     "checkpoint": of_file(checkpoint.load, "x.pt"),

@@ -31,7 +31,7 @@ import torch
 from google.protobuf import text_format  # noqa: F401
 from PIL import BmpImagePlugin, Image, JpegImagePlugin, MpoImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401
 
-from kdcli.base import safe_pickle
+from kdcli.base import pickles
 from kdcli.base.errors import KdError
 from kdcli.caffe.read import read_caffemodel, read_mean, read_prototxt
 from kdcli.data import decode, load
@@ -75,8 +75,8 @@ def _cut_at_each_kilobyte(path: Path) -> object:
 
 
 READERS: dict[str, Callable[[Path], object]] = {
-    "pickle": lambda path: safe_pickle.read(path.read_bytes()),
-    "npy": safe_pickle.load_npy,
+    "pickle": lambda path: pickles.load_pickle(path.read_bytes()),
+    "npy": pickles.load_npy,
     "data": _load,
     "image": lambda path: decode.decode(path.read_bytes(), path.name),
     "pt": checkpoint.load,
@@ -190,7 +190,7 @@ def _warm_up() -> None:
         with suppress(KdError):
             checkpoint.load(path)
         with suppress(KdError):
-            safe_pickle.read(b"X")
+            pickles.load_pickle(b"X")
 
 
 def main() -> None:

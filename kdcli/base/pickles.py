@@ -1,0 +1,319 @@
+"""Pickles of other programs (CIFAR batches, caffe-tensorflow weights), read without executing anything in them.
+
+`SafeUnpickler` is Python's own unpickler in its pure-Python form, which can be restricted further than the C form: it
+accepts only the instructions that plain data needs, `find_class` maps a few NumPy names to checked methods, and
+dictionary keys are checked before they are hashed.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdcli.base.errors import KdError
+from kdcli.base.text import first_line, reason
+
+MAX_FILE_BYTES = 1 << 30
+MAX_INSTRUCTIONS = 2_000_000
+MAX_NESTING = 64
+MAX_KEY_BITS = 60  # larger integers can be chosen to share one hash, which makes insertion quadratic
+HINT = "Use the file only if you trust its source; kd reads numbers, text and arrays, never code."
+_DAMAGED = "Download or write the file again."
+
+_INSTRUCTIONS = (
+    "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET",
+    "LONG_BINGET", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "FLOAT",
+    "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
+    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST",
+    "LIST", "APPEND", "APPENDS", "EMPTY_DICT", "GLOBAL", "STACK_GLOBAL", "REDUCE",
+)  # fmt: skip
+_NDARRAY = object()  # stands for numpy.ndarray, which pickles only name as an argument of `_reconstruct`
+_NUMBER = re.compile(r"[biuf][1248]")
+_OBJECT = re.compile(r"O[48]?")
+_NPY_OBJECT = re.compile(
+    rb"\x93NUMPY[\1\2\3]\0..(?:\0\0)?"
+    rb"\{'descr': '\|O[48]?', 'fortran_order': (?:False|True), 'shape': \(\), \} *\n?",
+    re.DOTALL,
+)
+
+
+def load_pickle(data: bytes) -> dict[Any, Any]:
+    """Return the dictionary in a pickle of protocol 0 to 5, as Python 2 or 3 wrote it.
+
+    Byte keys become text (Latin-1, as Python 2 wrote them).
+
+    Returns:
+        A dictionary of None, numbers, str, bytes, list, tuple, dict, and numeric NumPy arrays and scalars.
+
+    Raises:
+        KdError: it names a function or class outside the allow-list, is damaged, exceeds a limit, or holds no
+            dictionary.
+    """
+    return SafeUnpickler(data).dictionary()
+
+
+def load_npy(path: Path) -> dict[Any, Any]:
+    """Return the dictionary that `numpy.save(path, dictionary)` wrote.
+
+    Raises:
+        KdError: unreadable, an array in place of a dictionary, or refused by `load_pickle`.
+    """
+    try:
+        if not path.is_file():
+            raise KdError(f"cannot read {path}: no such file", "Check the path.")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise KdError(
+                f"{path} is larger than {MAX_FILE_BYTES:,} bytes", "kd reads weights up to that size."
+            )
+        data = path.read_bytes()
+    except OSError as error:
+        raise KdError(f"cannot read {path}: {reason(error)}", "Check the path.") from error
+    except MemoryError as error:
+        raise KdError(f"{path} needs more memory than is available", HINT) from error
+    try:
+        return parse_npy(data)
+    except KdError as error:
+        raise KdError(f"{path}: {error.message}", error.hint) from error
+
+
+def parse_npy(data: bytes) -> dict[Any, Any]:
+    """Return the dictionary in the bytes of a `.npy` file, or of a bare pickle (`numpy.load` accepts one too).
+
+    Raises:
+        KdError: as `load_npy`.
+    """
+    if data[:1] == b"\x80":
+        return load_pickle(data)
+    header = _NPY_OBJECT.match(data)
+    if header is None:
+        kind = "an array" if data.startswith(b"\x93NUMPY") else "something else"
+        raise KdError(
+            f"not a .npy file with a dictionary of weights, but {kind}",
+            "Write it with numpy.save(path, dict).",
+        )
+    return load_pickle(data[header.end() :])
+
+
+class _Dispatch(dict[int, Callable[[Any], None]]):
+    """Instruction → handler, with a limit on the number of instructions."""
+
+    def __init__(self, handlers: dict[int, Callable[[Any], None]]) -> None:
+        super().__init__(handlers)
+        self.left = MAX_INSTRUCTIONS
+
+    def __getitem__(self, code: int) -> Callable[[Any], None]:
+        self.left -= 1
+        if self.left < 0:
+            raise KdError(f"refuses a pickle of more than {MAX_INSTRUCTIONS:,} instructions", HINT)
+        if code not in self:
+            raise KdError(f"refuses the pickle instruction {chr(code)!r}", HINT)
+        return super().__getitem__(code)
+
+
+class SafeUnpickler(pickle._Unpickler):
+    """Unpickler for plain data and numeric arrays.
+
+    Args:
+        data: the whole pickle. Arrays and encoded text are limited to twice its size: memoised bytes can be used many
+            times, so a small file could ask for any amount of memory.
+    """
+
+    dispatch: dict[int, Callable[[Any], None]]  # filled in below
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="latin1")
+        self.dispatch = _Dispatch(type(self).dispatch)
+        self.budget = 2 * len(data)  # array data may be encoded from text first
+
+    def dictionary(self) -> dict[Any, Any]:
+        """Run the pickle and check its result; see `load_pickle`."""
+        try:
+            value = self.load()
+            if isinstance(value, np.ndarray) and value.shape == ():  # how numpy.save keeps an object
+                value = value.item()
+        except KdError:
+            raise
+        except MemoryError as error:
+            raise KdError("needs more memory than is available", HINT) from error
+        except Exception as error:  # the unpickler raises whatever the bytes provoke
+            raise KdError(f"damaged pickle: {first_line(error)}", _DAMAGED) from error
+        if not isinstance(value, dict):
+            raise KdError(f"holds no dictionary, but a {type(value).__name__}", _DAMAGED)
+        _check_content(value)
+        return value
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return this class's own stand-in for a global."""
+        if (module, name) == ("numpy", "ndarray"):
+            return _NDARRAY
+        method = _ALLOWED.get((module, name))
+        if method is None:
+            raise KdError(
+                f"refuses {module[:80]}.{name[:80]}: reading this pickle would import or run it", HINT
+            )
+        return getattr(self, method)
+
+    # Functions that a pickle may call, in place of NumPy's and Python's
+
+    def make_dtype(self, code: str | bytes, *_: object) -> np.dtype[Any]:
+        text = code.decode("latin-1") if isinstance(code, bytes) else code
+        if not isinstance(text, str) or not (_NUMBER.fullmatch(text) or _OBJECT.fullmatch(text)):
+            raise KdError("refuses an array of anything but plain numbers", HINT)
+        return np.dtype(
+            text[:1] if text[0] == "O" else text, False, True
+        )  # a copy: BUILD sets its byte order
+
+    def make_array(self, kind: object, *_: object) -> np.ndarray[Any, Any]:
+        if kind is not _NDARRAY:
+            raise KdError("refuses any array class but numpy.ndarray", HINT)
+        return np.empty(0)
+
+    def make_array_of_buffer(
+        self, buffer: object, dtype: np.dtype[Any], shape: Any, order: str, axes: Any = None
+    ) -> np.ndarray[Any, Any]:
+        content = _bytes(buffer)
+        self.spend(len(content))
+        _check_shape(shape, dtype, len(content))
+        array = np.frombuffer(content, dtype).reshape(shape, order="F" if order == "F" else "C")
+        return array if axes is None else array.transpose(axes)
+
+    def make_scalar(self, dtype: np.dtype[Any], raw: str | bytes) -> Any:
+        return np.frombuffer(_bytes(raw), dtype, 1)[0]
+
+    def encode(self, text: str, encoding: str) -> bytes:
+        if encoding not in ("latin1", "latin-1") or not isinstance(text, str):
+            raise KdError("refuses any text encoding but Latin-1", HINT)
+        self.spend(len(text))
+        return text.encode("latin-1")
+
+    def make_ordered_dict(self) -> dict[Any, Any]:
+        return {}
+
+    # Instructions with checks of their own
+
+    def build(self) -> None:
+        """BUILD: set the byte order of a dtype, or the content of an array."""
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, np.dtype):
+            if not isinstance(state, tuple) or state[2:5] != (None, None, None):
+                raise KdError("refuses an array of a structured type", HINT)
+            if state[1] not in ("<", ">", "|", "="):
+                raise ValueError("unknown byte order")
+            if target.kind != "O":
+                target.__setstate__((3, state[1], None, None, None, -1, -1, 0))
+        elif type(target) is np.ndarray:
+            _, shape, dtype, fortran, content = state
+            if dtype.kind == "O":
+                if shape != () or not isinstance(content, list) or len(content) != 1:
+                    raise KdError("refuses an array of objects", HINT)
+            else:
+                content = _bytes(content)
+                self.spend(len(content))
+                _check_shape(shape, dtype, len(content))
+            target.__setstate__((1, shape, dtype, bool(fortran), content))
+        else:
+            raise KdError("refuses to set the state of an object", HINT)
+
+    def store(self, items: list[Any]) -> None:
+        """SETITEM, SETITEMS, DICT: hashing a key of nested tuples could take exponential time, hence the check."""
+        target = self.stack[-1]
+        if type(target) is not dict:
+            raise ValueError("items for something other than a dictionary")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if not isinstance(key, str | bytes | int | None):
+                raise KdError(f"refuses a dictionary key of type {type(key).__name__}", HINT)
+            if isinstance(key, int) and key.bit_length() > MAX_KEY_BITS:
+                raise KdError("refuses a dictionary key beyond 60 bits", HINT)
+            target[key.decode("latin-1") if isinstance(key, bytes) else key] = value
+
+    def store_new(self) -> None:
+        """DICT: a new dictionary of the items above the mark."""
+        items = self.pop_mark()
+        self.stack.append({})
+        self.store(items)
+
+    def read_byte_array(self) -> None:
+        """BYTEARRAY8, as bytes; Python's own handler would allocate whatever length the file claims."""
+        (length,) = struct.unpack("<Q", self.read(8))
+        self.stack.append(self.read(length))
+
+    def spend(self, count: int) -> None:
+        """Subtract from the bytes that arrays and encoded text may still take."""
+        self.budget -= count
+        if self.budget < 0:
+            raise KdError("refuses arrays that are larger than the file", HINT)
+
+
+def _handlers() -> dict[int, Callable[[Any], None]]:
+    codes = [getattr(pickle, name)[0] for name in _INSTRUCTIONS]
+    return {code: pickle._Unpickler.dispatch[code] for code in codes} | {
+        pickle.BUILD[0]: SafeUnpickler.build,
+        pickle.SETITEM[0]: lambda self: self.store([self.stack.pop(-2), self.stack.pop()]),
+        pickle.SETITEMS[0]: lambda self: self.store(self.pop_mark()),
+        pickle.DICT[0]: SafeUnpickler.store_new,
+        pickle.BYTEARRAY8[0]: SafeUnpickler.read_byte_array,
+    }
+
+
+SafeUnpickler.dispatch = _handlers()
+
+_ALLOWED = {
+    ("numpy", "dtype"): "make_dtype",
+    ("numpy.core.multiarray", "_reconstruct"): "make_array",
+    ("numpy._core.multiarray", "_reconstruct"): "make_array",
+    ("numpy.core.multiarray", "scalar"): "make_scalar",
+    ("numpy._core.multiarray", "scalar"): "make_scalar",
+    ("numpy.core.numeric", "_frombuffer"): "make_array_of_buffer",
+    ("numpy._core.numeric", "_frombuffer"): "make_array_of_buffer",
+    ("_codecs", "encode"): "encode",
+    ("collections", "OrderedDict"): "make_ordered_dict",
+}
+
+
+def _bytes(content: object) -> bytes:
+    """Array data: bytes, or a str where Python 2 wrote them."""
+    if isinstance(content, str):
+        return content.encode("latin-1")
+    if not isinstance(content, bytes):
+        raise ValueError("array data are not bytes")
+    return content
+
+
+def _check_shape(shape: object, dtype: np.dtype[Any], size: int) -> None:
+    if (
+        not isinstance(shape, tuple)
+        or len(shape) > 32
+        or not all(type(side) is int and side >= 0 for side in shape)
+        or math.prod(shape) * dtype.itemsize != size
+    ):
+        raise KdError(f"damaged array: its shape does not go with {size:,} bytes of {dtype}", _DAMAGED)
+
+
+def _check_content(value: dict[Any, Any]) -> None:
+    """Raise KdError for anything but plain values, or for containers that nest too deeply (or hold themselves).
+
+    Level by level, each part once: shared parts, which could be reached in exponentially many ways, cost nothing.
+    """
+    level: list[Any] = [value]
+    for _ in range(MAX_NESTING):
+        found: dict[int, Any] = {}
+        for part in level:
+            items = (
+                part.values() if isinstance(part, dict) else part if isinstance(part, list | tuple) else ()
+            )
+            found.update((id(item), item) for item in items)
+            plain = isinstance(part, str | bytes | int | float | dict | list | tuple | np.generic | None)
+            if not plain and not (isinstance(part, np.ndarray) and part.dtype.kind in "biuf"):
+                raise KdError(f"refuses a value of type {type(part).__name__}", HINT)
+        level = list(found.values())
+        if not level:
+            return
+    raise KdError(f"refuses containers nested deeper than {MAX_NESTING}", HINT)
