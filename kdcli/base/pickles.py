@@ -14,7 +14,7 @@ import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -126,11 +126,14 @@ class SafeUnpickler(pickle._Unpickler):
             times, so a small file could ask for any amount of memory.
     """
 
-    dispatch: dict[int, Callable[[Any], None]]  # filled in below
+    dispatch: ClassVar[Any]  # instruction → handler, set below; each instance counts with its own
+    stack: list[Any]
+    read: Callable[[int], bytes]
+    pop_mark: Callable[[], list[Any]]
 
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data), encoding="latin1")
-        self.dispatch = _Dispatch(type(self).dispatch)
+        self.dispatch = _Dispatch(type(self).dispatch)  # type: ignore[misc]
         self.budget = 2 * len(data)  # array data may be encoded from text first
 
     def dictionary(self) -> dict[Any, Any]:
@@ -208,7 +211,7 @@ class SafeUnpickler(pickle._Unpickler):
             if state[1] not in ("<", ">", "|", "="):
                 raise ValueError("unknown byte order")
             if target.kind != "O":
-                target.__setstate__((3, state[1], None, None, None, -1, -1, 0))
+                target.__setstate__((3, state[1], None, None, None, -1, -1, 0))  # type: ignore[attr-defined]
         elif type(target) is np.ndarray:
             _, shape, dtype, fortran, content = state
             if dtype.kind == "O":
@@ -218,7 +221,7 @@ class SafeUnpickler(pickle._Unpickler):
                 content = _bytes(content)
                 self.spend(len(content))
                 _check_shape(shape, dtype, len(content))
-            target.__setstate__((1, shape, dtype, bool(fortran), content))
+            target.__setstate__((1, shape, dtype, bool(fortran), content))  # type: ignore[arg-type]
         else:
             raise KdError("refuses to set the state of an object", HINT)
 

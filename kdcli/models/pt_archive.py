@@ -93,7 +93,7 @@ class _TensorlessUnpickler(SafeUnpickler):
         sizes: bytes of each storage's record.
     """
 
-    dispatch: ClassVar = {
+    dispatch: ClassVar[Any] = {
         **SafeUnpickler.dispatch,
         pickle.BINPERSID[0]: pickle._Unpickler.dispatch[pickle.BINPERSID[0]],
     }
