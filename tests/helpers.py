@@ -18,7 +18,6 @@ from kdcli import data, models
 from kdcli.base.config import make
 from kdcli.base.events import Event, Progress
 from kdcli.cli import _ui
-from kdcli.cli._bare import spell_out
 from kdcli.data import ImageSet, Splits, preprocess
 from kdcli.data.images import fingerprint_of
 from kdcli.methods import TrainConfig
@@ -57,7 +56,7 @@ def command_line(monkeypatch: pytest.MonkeyPatch, *commands: ModuleType) -> Any:
         command.register(app)
 
     def call(*words: str) -> Any:
-        result = CliRunner().invoke(app, spell_out(words))
+        result = CliRunner().invoke(app, list(words))
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         return result

@@ -9,7 +9,6 @@ import re
 import shutil
 import socket
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,42 +19,8 @@ CHUNK = 1 << 20
 _FOREIGN_AGE_S = 24 * 3600  # scratch of another host, whose processes cannot be asked after
 
 
-_Stamp = tuple[int, int, int]
-_begun: dict[Path, tuple[_Stamp, threading.Thread, list[str]]] = {}
-
-
-def hash_ahead(path: Path) -> None:
-    """Begin to hash a file on another thread, while this one imports; the next `sha256_file` waits for that."""
-    found: list[str] = []
-
-    def work() -> None:
-        with suppress(OSError):  # the one who asks is told
-            found.append(_sha256(path))
-
-    with suppress(OSError):
-        if path.is_file():
-            thread = threading.Thread(target=work, daemon=True)
-            _begun[path.absolute()] = (_stamp(path), thread, found)
-            thread.start()
-
-
 def sha256_file(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
-    begun = _begun.pop(path.absolute(), None)
-    if begun is not None:
-        stamp, thread, found = begun
-        thread.join()
-        if found and stamp == _stamp(path):
-            return found[0]
-    return _sha256(path)
-
-
-def _stamp(path: Path) -> _Stamp:
-    info = path.stat()
-    return info.st_size, info.st_mtime_ns, info.st_ino
-
-
-def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as handle:
         while chunk := handle.read(CHUNK):

@@ -18,7 +18,6 @@ import typer
 
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.text import reason
-from kdcli.cli._bare import spell_out
 
 app = typer.Typer(
     name="kd",
@@ -131,7 +130,7 @@ def main() -> None:
     try:
         _register(arguments)
         _check_repeated(arguments)
-        code = app(args=spell_out(arguments), prog_name="kd", standalone_mode=False)
+        code = app(args=arguments, prog_name="kd", standalone_mode=False)
     except BrokenPipeError:  # `kd … | head`
         sys.stderr.close()
         sys.exit(1)

@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from kdcli.base.config import METHOD, Settings
 from kdcli.base.recipes import RECIPES
-from kdcli.cli import _bare, _ui
+from kdcli.cli import _ui
 
 Recipe = Annotated[
     str | None,
@@ -88,8 +88,6 @@ def _parameter(name: str, field: FieldInfo, metavar: str | None) -> inspect.Para
     flags = [str(extra.get("flag", flag)), *(str(text) for text in extra.get("flags", []))]  # type: ignore[union-attr]
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     shown = metavar or extra.get("metavar") or ("|".join(map(str, choices)) if choices else None)
-    if "alone" in extra:
-        _bare.FLAGS[flag] = str(extra["alone"]), str(extra["value"])
     option = typer.Option(
         *flags,
         help=_help(field),

@@ -14,7 +14,6 @@ from kdcli.base.config import RUN, CompareConfig, make
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.recipes import read_recipe
 from kdcli.cli import _ui
-from kdcli.cli._imports import imports
 from kdcli.cli._options import Recipe, options_of
 from kdcli.methods import TrainConfig
 
@@ -57,10 +56,9 @@ def compare(
         _note_unread(settings, train)
         # its method is another than the file's: what followed from that does not hold
         train = {**(_shared(read_recipe(recipe, {**train, "method": None})) if recipe else {}), **train}
-    with imports():
-        from kdcli import report
-        from kdcli.engine.inputs import load_data
-        from kdcli.studies import compare as engine
+    from kdcli import report
+    from kdcli.engine.inputs import load_data
+    from kdcli.studies import compare as engine
 
     plan = engine.Plan.load(resume) if resume is not None else engine.make_plan(settings, train)
     with _ui.progress() as on_event:

@@ -14,7 +14,7 @@ import typer
 
 from kdcli import methods
 from kdcli.base import units
-from kdcli.base.config import INT8_DEFAULT, BenchConfig, DemoConfig, ExportConfig, ReportConfig, make
+from kdcli.base.config import BenchConfig, DemoConfig, ExportConfig, ReportConfig, make
 from kdcli.base.errors import Interrupted, UsageError
 from kdcli.cli import _ui
 from kdcli.cli._options import options_of
@@ -107,7 +107,7 @@ def _chain(config: DemoConfig) -> tuple[list[RunResult], list[Row], list[Path]]:
             results.append(train(f"2/4 {method}", values))
         best = max(results[1:], key=lambda result: result.val_accuracy or 0.0)
         exported = []
-        for int8 in (None, INT8_DEFAULT):
+        for int8 in (False, True):
             suffix = "-int8" if int8 else ""
             target = Path(f"exports/{best.config.method}{suffix}.onnx")
             wanted = make(ExportConfig, {"output": target, "int8": int8})

@@ -27,7 +27,7 @@ def export(
     If it does not, no file appears, and an earlier one of that name stays as it was.
     """
     config = make(ExportConfig, options)
-    if not config.int8:
+    if config.recipe is None:
         _ui.note_unread(options, ("calibration_images",), "without --int8")
     source = existing_model(checkpoint)
     from kdcli.deploy.export import export as write
@@ -99,7 +99,7 @@ def _show_trials(result: ExportResult) -> None:
     if result.quantisation is None:
         _ui.say("int8 is not faster than float32 here: float32 is kept")
     else:
-        _ui.say(f"--int8 {result.quantisation.recipe} makes the same without trying")
+        _ui.say(f"--int8-recipe {result.quantisation.recipe} gives the same file without trials")
 
 
 def register(app: typer.Typer) -> None:

@@ -10,7 +10,6 @@ import typer
 from kdcli.base.config import ReproduceConfig, make
 from kdcli.base.errors import KdError
 from kdcli.cli import _ui
-from kdcli.cli._imports import imports
 from kdcli.cli._options import options_of
 
 if TYPE_CHECKING:
@@ -27,8 +26,7 @@ def reproduce(
     Exit code 0: bit-identical, or within the tolerance; 1: different.
     """
     config = make(ReproduceConfig, options)
-    with imports():
-        from kdcli.studies import reproduce as engine
+    from kdcli.studies import reproduce as engine
 
     found = engine.read_finished(run, config.method)
     with _ui.progress() as on_event:

@@ -15,7 +15,6 @@ from kdcli.base.config import RUN, make
 from kdcli.base.errors import UsageError
 from kdcli.base.recipes import read_recipe
 from kdcli.cli import _ui
-from kdcli.cli._imports import imports
 from kdcli.cli._options import Recipe, options_of
 from kdcli.methods import TrainConfig
 
@@ -93,18 +92,13 @@ def _check_place(config: TrainConfig, resume: Path) -> None:
 def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[tuple[RunResult, ...], Any]:
     if config.unlabelled is not None:
         methods.check_unlabelled(config)
-        files.hash_ahead(files.expand(str(config.unlabelled)))
-    for teacher in config.teacher if methods.get(config.method).active(config).needs_teacher else ():
-        files.hash_ahead(teacher)  # what is kept goes by these hashes
-    files.hash_ahead(files.expand(config.data))
     stored = config.student_file
     if stored is not None and not stored.is_file():
         raise UsageError(f"no such student: {stored}", "--student takes a network's name or a .pt file.")
-    with imports():
-        from kdcli import models
-        from kdcli.base import runtime
-        from kdcli.engine import fit_chain
-        from kdcli.engine.inputs import load_data
+    from kdcli import models
+    from kdcli.base import runtime
+    from kdcli.engine import fit_chain
+    from kdcli.engine.inputs import load_data
 
     if stored is not None:
         _ui.note_unread(

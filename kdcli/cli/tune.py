@@ -13,7 +13,6 @@ from kdcli.base.config import make, words_of
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.recipes import read_recipe
 from kdcli.cli import _ui
-from kdcli.cli._imports import imports
 from kdcli.cli._options import Recipe, options_of
 from kdcli.studies.tune.settings import SEARCH, TuneConfig
 
@@ -90,9 +89,9 @@ def _again(config: TuneConfig, ranges: list[str], recipe: str | None, options: d
 
 
 def _search(config: TuneConfig, space: Any) -> Tuned:
-    with imports():
-        from kdcli.engine.inputs import load_data
-        from kdcli.studies.tune import search
+    from kdcli.engine.inputs import load_data
+    from kdcli.studies.tune import search
+
     search.check(config, space)
     with _ui.progress() as on_event:
         return search.tune(config, space, load_data(config, on_event), on_event=on_event)

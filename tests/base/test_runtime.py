@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import signal
@@ -143,34 +142,3 @@ def test_scratch_of_a_killed_process_is_cleared_and_of_a_living_one_kept(tmp_pat
     files.scratch_folder(tmp_path)
     assert not folder.exists()
     assert target.read_text() == "whole"
-
-
-def test_a_hash_begun_ahead_is_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"one" * 1_000_000)
-    files.hash_ahead(path)
-    monkeypatch.chdir(tmp_path)
-    read: list[Path] = []
-    plain = files._sha256
-    monkeypatch.setattr(files, "_sha256", lambda path: read.append(path) or plain(path))
-    wanted = hashlib.sha256(b"one" * 1_000_000).hexdigest()
-    assert files.sha256_file(Path("file")) == wanted
-    assert not read  # it was the one begun ahead
-    assert files.sha256_file(path) == wanted
-    assert read == [path]  # and counts once: the file may change
-
-
-def test_a_file_that_changed_meanwhile_is_hashed_anew(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"before")
-    files.hash_ahead(path)
-    files._begun[path][1].join()
-    path.write_bytes(b"after it")
-    assert files.sha256_file(path) == hashlib.sha256(b"after it").hexdigest()
-    files.hash_ahead(path)
-    path.unlink()
-    with pytest.raises(FileNotFoundError):
-        files.sha256_file(path)
-    files.hash_ahead(path)  # the one who asks is told, not the one who begins
-    files.hash_ahead(tmp_path)
-    assert not {path, tmp_path} & set(files._begun)

@@ -15,7 +15,7 @@ import pytest
 import scipy.stats
 import torch
 
-from kdcli.base.config import INT8_DEFAULT, BenchConfig
+from kdcli.base.config import BenchConfig
 from kdcli.base.errors import KdError
 from kdcli.deploy import bench as benching
 from kdcli.deploy.bench import BenchResult, bench, default_models, isolated, stats, tables
@@ -323,7 +323,7 @@ def test_kl_and_calibration_are_the_models_own(result: BenchResult) -> None:
 
 
 def test_a_quantised_file_is_called_so_and_a_compiled_network_is_one(tmp_path: Path) -> None:
-    exported(tmp_path, classifier("convnet-tiny"), int8=INT8_DEFAULT, calibration_images=20)
+    exported(tmp_path, classifier("convnet-tiny"), int8=True, calibration_images=20)
     config = BenchConfig(rounds=3, batch="2", threads=1, engine="compiled", no_memory=True)
     result = bench([tmp_path / "model.pt", tmp_path / "model.onnx"], config)
     assert result.rows[-1].precision == "int8"

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kdcli import models
-from kdcli.base.config import INT8_DEFAULT, ExportConfig
+from kdcli.base.config import ExportConfig
 from kdcli.base.errors import KdError, UsageError
 from kdcli.data import ImageSet, Splits
 from kdcli.data.preprocess import PREPROCESSES, fit
@@ -386,7 +386,7 @@ def test_default_names() -> None:
     config = ExportConfig()
     assert default_output(Path("runs/kd-lenet-1/student.pt"), config) == Path("exports/kd-lenet-1.onnx")
     assert default_output(Path("student.pt"), config) == Path("exports/student.onnx")
-    assert default_output(Path("w/t.pt"), ExportConfig(int8=INT8_DEFAULT)) == Path("exports/t-int8.onnx")
+    assert default_output(Path("w/t.pt"), ExportConfig(int8=True)) == Path("exports/t-int8.onnx")
     assert default_output(Path("w/t.pt"), ExportConfig(opset=21)) == Path("exports/t-opset21.onnx")
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from kdcli import models
-from kdcli.base.config import INT8_DEFAULT, ExportConfig
+from kdcli.base.config import ExportConfig
 from kdcli.deploy.export import export
 from kdcli.models import Classifier
 from tests.caffe_files import converted, net, small, write
@@ -29,9 +29,9 @@ DEEP = ("resnet", "wide_resnet", "vgg", "mobilenet", "shufflenet")
 ARCHS = [arch for arch, place in models.MODELS.items() if place.split(":")[0].split(".")[-1] not in DEEP]
 FORMS: dict[str, dict[str, Any]] = {
     "fp32": {},
-    "int8": {"int8": INT8_DEFAULT, "calibration_images": 20},
+    "int8": {"int8": True, "calibration_images": 20},
     "images": {"with_preprocessing": True},
-    "images-int8": {"with_preprocessing": True, "int8": INT8_DEFAULT, "calibration_images": 20},
+    "images-int8": {"with_preprocessing": True, "int8": True, "calibration_images": 20},
     "batch": {"batch": 4},
 }
 

@@ -1,4 +1,4 @@
-"""`--int8 auto`, recipes, and what a file may lose: how one is taken, and that nothing else is."""
+"""`--int8-recipe auto`, recipes, and what a file may lose: how one is taken, and that nothing else is."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from kdcli.base.config import INT8_DEFAULT, ExportConfig, make
-from kdcli.base.config.commands import INT8_RECIPE
+from kdcli.base.config import ExportConfig, make
+from kdcli.base.config.commands import INT8_DEFAULT, INT8_RECIPE
 from kdcli.base.errors import KdError, UsageError
 from kdcli.cli import bench
 from kdcli.cli import export as export_command
-from kdcli.cli._bare import spell_out
 from kdcli.data import Splits
 from kdcli.data.split import split
 from kdcli.deploy import int8
@@ -61,23 +60,16 @@ def test_every_recipe_has_one_name() -> None:
 )
 def test_no_other_name_is_a_recipe(name: str) -> None:
     with pytest.raises(UsageError, match="--int8"):
-        make(ExportConfig, {"int8": name})
+        make(ExportConfig, {"int8_recipe": name})
 
 
-def test_a_flag_that_stands_alone_gets_its_value() -> None:
-    assert export_command is not None  # makes the options
-    alone = f"--int8={INT8_DEFAULT}"
-    for words, expected in {
-        "export --int8 student.pt": f"export {alone} student.pt",
-        "export student.pt --int8": f"export student.pt {alone}",
-        "export --int8 --opset 20 a.pt": f"export {alone} --opset 20 a.pt",
-        "export --int8 auto a.pt": "export --int8 auto a.pt",
-        "export --int8 s8s8-tensor-entropy-last a.pt": "export --int8 s8s8-tensor-entropy-last a.pt",
-        "export --int8 u8s8-chanel a.pt": "export --int8 u8s8-chanel a.pt",  # misspelt: to be complained of
-        "export --int8=auto a.pt": "export --int8=auto a.pt",
-        "export -- --int8": "export -- --int8",
-    }.items():
-        assert spell_out(words.split()) == expected.split()
+def test_a_recipe_implies_int8() -> None:
+    assert ExportConfig().recipe is None
+    assert ExportConfig(int8=True).recipe == INT8_DEFAULT
+    assert ExportConfig(int8_recipe="auto").recipe == "auto"
+    assert (
+        ExportConfig(int8=True, int8_recipe="s8s8-tensor-entropy-last").recipe == "s8s8-tensor-entropy-last"
+    )
 
 
 class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -217,7 +209,7 @@ def test_float32_is_kept_where_int8_is_not_faster(
 
     monkeypatch.setattr(searching, "timed", timed)
     plain = run(checkpoint).path.read_bytes()
-    result = run(checkpoint, int8="auto")
+    result = run(checkpoint, int8_recipe="auto")
     assert len(result.trials) == 7
     assert len({one.recipe for one in result.trials}) == 7
     assert {one.speedup for one in result.trials} == {factor}
@@ -225,12 +217,12 @@ def test_float32_is_kept_where_int8_is_not_faster(
         assert result.quantisation is None
         assert result.path.read_bytes() == plain
         assert not any(one.chosen for one in result.trials)
-        named = export(checkpoint, ExportConfig(int8="auto", parity_images=20), SPLITS)
+        named = export(checkpoint, ExportConfig(int8_recipe="auto", parity_images=20), SPLITS)
         assert named.path == Path("exports/model.onnx")  # no int8 in its name
     else:
         [taken] = [one for one in result.trials if one.chosen]
         assert result.quantisation.recipe == taken.recipe
-        again = run(checkpoint, int8=taken.recipe)
+        again = run(checkpoint, int8_recipe=taken.recipe)
         assert [t.raw_data for t in onnx.load(again.path).graph.initializer] == [
             t.raw_data for t in onnx.load(result.path).graph.initializer
         ]
@@ -252,7 +244,7 @@ def test_images_have_one_use_each() -> None:
     recorded = {"data": {"val_fraction": 0.2, "fingerprint_train": splits.train.fingerprint}}
     validation = set(split(splits.train.labels, 0.2)[1].tolist())
     for provenance, held_out in ((recorded, validation), ({}, None), ({"data": {"val_fraction": 0.2}}, None)):
-        config = ExportConfig(int8="auto", max_drop=1)
+        config = ExportConfig(int8_recipe="auto", max_drop=1)
         chosen = choose(provenance, splits.train, config)
         used = np.concatenate([chosen.parity, chosen.calibration, chosen.selection])
         assert not set(used.tolist()) & set(chosen.held_out.tolist())
@@ -297,10 +289,10 @@ def test_what_loses_too_much_is_not_written(checkpoint: Path, monkeypatch: pytes
     lost = 100 * (right.mean() - np.mean(train.labels[held_out] == wrong))
     assert lost > 1
     with pytest.raises(KdError, match=f"loses {lost:.2f} points .* n = {len(held_out)}") as caught:
-        run(checkpoint, splits, int8=INT8_DEFAULT, max_drop=1)
+        run(checkpoint, splits, int8=True, max_drop=1)
     assert caught.value.exit_code == 1
     assert not checkpoint.with_name("out.onnx").exists()
-    kept = run(checkpoint, splits, int8=INT8_DEFAULT, max_drop=100)
+    kept = run(checkpoint, splits, int8=True, max_drop=100)
     assert kept.drop.points == pytest.approx(lost)
 
 
@@ -311,15 +303,15 @@ def test_the_table_of_trials_is_shown(checkpoint: Path, monkeypatch: pytest.Monk
 
     kd = command_line(monkeypatch, export_command, bench)
     digits_student(Path("student.pt"))
-    done = kd("export", "student.pt", "--int8", "auto", "--max-drop", "100", "--json")
+    done = kd("export", "student.pt", "--int8-recipe", "auto", "--max-drop", "100", "--json")
     document = json.loads(done.stdout)
     assert [one["recipe"] for one in document["trials"]][:3] == [
         f"u8s8-channel-{ranges}" for ranges in ("minmax", "entropy", "percentile")
     ]
     assert document["drop"]["allowed"] == 100
-    done = kd("export", "student.pt", "--int8", "auto")
+    done = kd("export", "student.pt", "--int8-recipe", "auto")
     assert max(map(len, done.stdout.splitlines())) <= 80
-    shown = "int8 is not faster" if document["quantisation"] is None else "makes the same without trying"
+    shown = "int8 is not faster" if document["quantisation"] is None else "gives the same file without trials"
     assert shown in done.stdout or "recipe" in done.stdout
 
 

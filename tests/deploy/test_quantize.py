@@ -10,7 +10,6 @@ import onnx
 import pytest
 import torch
 
-from kdcli.base.config import INT8_DEFAULT
 from kdcli.base.errors import KdError
 from kdcli.deploy import int8
 from kdcli.deploy.export import ExportResult
@@ -23,7 +22,7 @@ from tests.deploy.test_export import SPLITS, classifier, exported, one_thread  #
 def whitened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, ExportResult]:
     model = classifier("lenet-caffe", "gcn-zca")
     folder = tmp_path_factory.mktemp("int8")
-    return model, exported(folder, model, int8=INT8_DEFAULT, with_preprocessing=True, calibration_images=20)
+    return model, exported(folder, model, int8=True, with_preprocessing=True, calibration_images=20)
 
 
 def test_weights_are_int8_per_channel_and_whitening_stays_float(
@@ -116,5 +115,5 @@ def test_failure_leaves_no_file(
 
     monkeypatch.setattr(int8.Quantiser, "make", fail)
     with pytest.raises(KdError, match="so there"):
-        exported(tmp_path, classifier("convnet-tiny"), int8=INT8_DEFAULT)
+        exported(tmp_path, classifier("convnet-tiny"), int8=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]

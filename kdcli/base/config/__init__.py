@@ -4,7 +4,6 @@ Each field is one `setting(default, help text, panel, …)`.
 """
 
 from kdcli.base.config.commands import (
-    INT8_DEFAULT,
     BenchConfig,
     ConvertConfig,
     DemoConfig,
@@ -24,7 +23,6 @@ from kdcli.base.config.train import AUGMENT_STEPS, TrainSettings
 __all__ = [
     "AUGMENT_STEPS",
     "DATA",
-    "INT8_DEFAULT",
     "METHOD",
     "OPTIMISER",
     "RUN",

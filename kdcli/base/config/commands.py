@@ -88,16 +88,18 @@ class ExportConfig(Settings):
     output: Path | None = setting(
         None, "The ONNX file; by default exports/<run or file name>.onnx.", "Export", "-o"
     )
-    int8: str | None = setting(
-        None,
-        "Quantise weights and activations (static QDQ, calibrated on train images): alone by "
-        f"{INT8_DEFAULT}; auto: by what agrees best with float32 and is fastest here, if int8 is faster; "
-        "or by a recipe: u8s8|s8s8 - channel|tensor - minmax|entropy|percentile, and -first, -last for a layer "
-        "that stays float32.",
+    int8: bool = setting(
+        False,
+        "Quantise weights and activations to int8 (static QDQ, calibrated on training images).",
         "Export",
-        metavar="[auto|RECIPE]",
-        alone=INT8_DEFAULT,
-        value=f"auto|{INT8_RECIPE.pattern}|[us]8s8.*",  # a misspelt recipe is no file's name
+    )
+    int8_recipe: str | None = setting(
+        None,
+        f"How to quantise; implies --int8, which alone uses {INT8_DEFAULT}. A recipe is "
+        "u8s8|s8s8 - channel|tensor - minmax|entropy|percentile, with -first, -last to keep that layer float32. "
+        "auto: try several and take the best, or float32 where int8 is not faster on this machine.",
+        "Export",
+        metavar="auto|RECIPE",
     )
     max_drop: float | None = setting(
         None,
@@ -122,9 +124,14 @@ class ExportConfig(Settings):
     data_dir: DataDir = Path("data")
     cache_dir: CacheDir = Path("cache")
 
-    @field_validator("int8")
+    @property
+    def recipe(self) -> str | None:
+        """The int8 recipe or `auto`; None for float32."""
+        return self.int8_recipe or (INT8_DEFAULT if self.int8 else None)
+
+    @field_validator("int8_recipe")
     @classmethod
-    def _int8_known(cls, value: str | None) -> str | None:
+    def _known_recipe(cls, value: str | None) -> str | None:
         if value is not None and value != "auto" and not INT8_RECIPE.fullmatch(value):
             raise ValueError(f"must be auto, or a recipe such as {INT8_DEFAULT} or s8s8-tensor-entropy-last")
         return value

@@ -23,8 +23,6 @@ def setting(
     *flags: str,
     flag: str = "",
     metavar: str = "",
-    alone: str = "",
-    value: str = "",
     **bounds: Any,
 ) -> Any:
     """A field of a settings class: default, help text and panel of --help.
@@ -32,17 +30,9 @@ def setting(
     Args:
         flags: further spellings of the option.
         flag: the option's spelling in place of the field's own name.
-        alone: value of a flag that may stand alone; `value` is then the pattern of a value of its own.
         bounds: pydantic's, as `ge=1`.
     """
-    about: dict[str, Any] = {
-        "panel": panel,
-        "flags": list(flags),
-        "flag": flag,
-        "metavar": metavar,
-        "alone": alone,
-        "value": value,
-    }
+    about: dict[str, Any] = {"panel": panel, "flags": list(flags), "flag": flag, "metavar": metavar}
     extra: dict[str, Any] = {name: entry for name, entry in about.items() if entry}
     return Field(default, description=text, json_schema_extra=extra, **bounds)
 

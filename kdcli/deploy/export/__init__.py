@@ -79,8 +79,8 @@ class ExportResult:
         data_label: the data whose train images were used.
         parity: of the float32 network.
         quantisation: what int8 costs; None for a float32 file.
-        trials: the int8 recipes that `--int8 auto` tried; with `quantisation` None, none of them was faster than
-            float32, which was kept.
+        trials: the int8 recipes that `--int8-recipe auto` tried; with `quantisation` None, none of them was
+            faster than float32, which was kept.
         batch: images a run; None: any number.
         drop: what `--max-drop` was asked for; None without it.
     """
@@ -152,7 +152,7 @@ def export(
                     temporary, inputs, logits, config.with_preprocessing, explain, (config.batch,)
                 )
             on_event(Progress("exporting", 2, 3, "steps"))
-            if config.int8:
+            if config.recipe:
                 quantised, quantisation, trials = _quantise(
                     classifier, model, temporary, images.train, chosen, config, on_event
                 )
@@ -226,7 +226,7 @@ def default_output(checkpoint: Path, config: ExportConfig) -> Path:
         folder.parent.name == "runs" or (folder / "config.toml").is_file()
     )
     stem = folder.name if in_run else checkpoint.stem
-    suffix = ("-images" if config.with_preprocessing else "") + ("-int8" if config.int8 else "")
+    suffix = ("-images" if config.with_preprocessing else "") + ("-int8" if config.recipe else "")
     if config.batch is not None:
         suffix += f"-batch{config.batch}"
     if config.opset != ExportConfig.model_fields["opset"].default:
@@ -283,7 +283,7 @@ def _quantise(
 
     quantiser = Quantiser(model, batches)
     trials: tuple[Trial, ...] = ()
-    if config.int8 == "auto":
+    if config.recipe == "auto":
         raw = np.asarray(train.images[chosen.selection])
         with torch.inference_mode():
             reference = models.predict_logits(classifier, raw)
@@ -293,7 +293,7 @@ def _quantise(
             raise _Slower(trials)
         quantised, recipe = found, next(trial.recipe for trial in trials if trial.chosen)
     else:
-        recipe = str(config.int8)
+        recipe = str(config.recipe)
         quantised = quantiser.make(Recipe.parse(recipe))
     if config.batch is not None:
         quantised = fix_batch(quantised, config.batch)
@@ -331,7 +331,7 @@ def _dropped(
             f"the file loses {points:.2f} points of accuracy on the {chosen.held_out_name} "
             f"({float_accuracy:.2f} % → {accuracy:.2f} %, n = {len(truth):,}); --max-drop allows "
             f"{config.max_drop:g}; no file was written",
-            "Try --int8 auto or another recipe, or allow more." if config.int8 else "Allow more.",
+            "Try --int8-recipe auto or another recipe, or allow more." if config.recipe else "Allow more.",
         )
     return Drop(len(truth), chosen.held_out_name, float_accuracy, accuracy, points, config.max_drop)
 

@@ -59,8 +59,8 @@ def choose(provenance: dict[str, Any], train: ImageSet, config: ExportConfig) ->
     parity, calibration, selection = choose_images(
         len(pool),
         config.parity_images,
-        config.calibration_images if config.int8 else 0,
-        _SELECTION if config.int8 == "auto" else 0,
+        config.calibration_images if config.recipe else 0,
+        _SELECTION if config.recipe == "auto" else 0,
     )
     return Chosen(pool[parity], pool[calibration], pool[selection], held_out, name)
 
