@@ -165,7 +165,9 @@ def export(
             size = temporary.stat().st_size
             digest = sha256_file(temporary)
     except _Slower as slower:
-        kept = export(checkpoint, config.model_copy(update={"int8": False, "int8_recipe": None}), images, on_event)
+        kept = export(
+            checkpoint, config.model_copy(update={"int8": False, "int8_recipe": None}), images, on_event
+        )
         return replace(kept, trials=slower.trials)
     except OSError as error:
         raise KdError(
