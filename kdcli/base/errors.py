@@ -1,11 +1,11 @@
-"""The one exception a user sees."""
+"""Exceptions that are shown to the user as one line and a hint."""
 
 
 class KdError(Exception):
-    """What went wrong, and what to do about it.
+    """An error with a hint at its remedy.
 
-    The command line prints `error: message` and `hint: hint` and leaves with `exit_code`:
-    1 the thing failed or a check did not hold, 2 wrong usage.
+    The command line prints `error: message` and `hint: hint` and exits with `exit_code`: 1 for a failure or a
+    check that did not pass, 2 for wrong usage.
     """
 
     exit_code = 1
@@ -17,13 +17,13 @@ class KdError(Exception):
 
 
 class UsageError(KdError):
-    """The command or its settings make no sense as given."""
+    """Invalid command, option or setting."""
 
     exit_code = 2
 
 
 class Interrupted(KdError):
-    """Ctrl-C (130) or SIGTERM (143) stopped long work; what was done is kept."""
+    """Work stopped by Ctrl-C (130) or SIGTERM (143); finished parts are kept."""
 
     def __init__(self, message: str, hint: str = "", *, exit_code: int = 130) -> None:
         super().__init__(message, hint)

@@ -1,4 +1,4 @@
-"""What long work tells whoever called it. The engine never prints; it calls `on_event`."""
+"""Events of long operations. Only the command line prints; everything else calls `on_event`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` units of `task` are finished; `values` are figures worth showing beside the bar.
+    """Progress of a task.
 
-    Events of one `group` continue one bar, whatever their task is called; by default the task is the group.
+    Attributes:
+        done: finished units out of `total`.
+        values: metrics to show beside the progress bar.
+        group: events of one group share a progress bar; by default the task's name.
     """
 
     task: str
@@ -23,18 +26,18 @@ class Progress:
 
 @dataclass(frozen=True)
 class Note:
-    """One sentence the user should see once."""
+    """A message for the user."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """An epoch of a training is over.
+    """A finished training epoch.
 
     Attributes:
-        epoch: its number, from 1, of `epochs`.
-        loss: mean over its images.
+        epoch: its number, from 1 to `epochs`.
+        loss: mean over the epoch's images.
         val_accuracy: per cent on the validation split; None without one.
     """
 

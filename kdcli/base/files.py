@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic files, hashes, locks and scratch folders."""
 
 from __future__ import annotations
 
@@ -15,33 +15,27 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-CHUNK = 1 << 20
-_FOREIGN_AGE_S = 24 * 3600  # scratch of another host, whose processes cannot be asked after
+_FOREIGN_AGE_S = 24 * 3600  # scratch files of another host, whose processes cannot be looked up
 
 
 def sha256_file(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
     with path.open("rb") as handle:
-        while chunk := handle.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def git_blob_sha1_file(path: Path) -> str:
-    """Hexadecimal SHA-1 that git gives a file's content: SHA-1 of `blob <size>\\0` and the bytes."""
-    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    """Hexadecimal git blob id of a file: SHA-1 of `blob <size>\\0` and the bytes."""
+    header = f"blob {path.stat().st_size}\0".encode()
     with path.open("rb") as handle:
-        while chunk := handle.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(handle, lambda: hashlib.sha1(header, usedforsecurity=False)).hexdigest()
 
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target`; it takes the target's name only if the block ends without an error.
+    """A temporary path beside `target` that replaces it if the block ends without an error.
 
-    temp → (caller writes, and may re-read to verify) → flush and fsync → `os.replace` → fsync of the directory.
+    The file is synced before the rename and the directory after it. On an error the temporary file is removed.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{target.name}."
@@ -55,7 +49,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes 0600; the result is an ordinary file
+        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 is for temporary files
         temporary.replace(target)
         fsync_directory(target.parent)
     except BaseException:
@@ -66,12 +60,12 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[bool]:
-    """Hold a lock between processes; `path` is made and stays, empty.
+    """Hold a lock between processes. The lock file is created and stays, empty.
 
-    The lock is the kernel's: it is free as soon as its holder is dead, so there is nothing to clear away.
+    The kernel releases the lock when its holder ends, so no stale lock can remain.
 
     Args:
-        on_wait: called once if another process holds it; then this one waits.
+        on_wait: called once if another process holds the lock, before waiting for it.
 
     Yields:
         Whether it had to wait.
@@ -93,14 +87,14 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[bool]:
 
 
 def scratch_folder(parent: Path) -> Path:
-    """A new hidden folder in `parent`, which is made if need be. The caller removes it or renames it."""
+    """A new hidden folder in `parent` (created if missing), for the caller to rename or remove."""
     parent.mkdir(parents=True, exist_ok=True)
     clear_abandoned(parent, ".")
     return Path(tempfile.mkdtemp(dir=parent, prefix="." + _owner()))
 
 
 def clear_abandoned(parent: Path, prefix: str) -> None:
-    """Remove scratch files and folders `<prefix><host>.<process>.*` whose process was killed."""
+    """Remove scratch files and folders `<prefix><host>.<process>.*` of processes that no longer run."""
     import psutil
 
     for path in parent.iterdir():
@@ -108,7 +102,7 @@ def clear_abandoned(parent: Path, prefix: str) -> None:
         process = rest.partition(".")[0]
         if not path.name.startswith(prefix + "kd-") or not re.fullmatch(r"[1-9][0-9]{0,9}", process):
             continue
-        with suppress(OSError):  # another process may be clearing too
+        with suppress(OSError):  # another process may remove them at the same time
             alive = (
                 psutil.pid_exists(int(process))
                 if host == host_name()
@@ -125,7 +119,7 @@ def _owner() -> str:
 
 
 def host_name() -> str:
-    """Where process numbers mean the same: the host, and on Linux its process namespace (containers)."""
+    """Identifier of the process-number space: host and, on Linux, PID namespace (containers)."""
     namespace = 0
     with suppress(OSError):
         namespace = Path("/proc/self/ns/pid").stat().st_ino
@@ -133,7 +127,7 @@ def host_name() -> str:
 
 
 def expand(path: str) -> Path:
-    """The path with a leading ~ replaced, where there is such a user."""
+    """The path with a leading ~ expanded, unless there is no such user."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -141,7 +135,7 @@ def expand(path: str) -> Path:
 
 
 def fsync_directory(directory: Path) -> None:
-    """Make a rename durable (where the platform can)."""
+    """Make a rename durable, where the platform supports it."""
     with suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Figures from logits. Shares are in per cent."""
+"""Metrics of logits. Accuracies and rates are in per cent."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def confusion(logits: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval, in per cent, of a share of `count` samples (Wilson 1927).
+    """95 % interval, in per cent, of a rate over `count` samples (Wilson 1927).
 
-    It covers the chance of the test sample, not of the training run.
+    It covers the sampling of test images, not the variance between training runs.
     """
     if count == 0:
         return 0.0, 100.0

@@ -1,4 +1,4 @@
-"""Quantities for people."""
+"""Human-readable quantities."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def size(count: float) -> str:
 
 
 def count(number: float) -> str:
-    """`966,986` as `967 k`, for tables."""
+    """A number with three significant digits: `967 k` for 966,986."""
     for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= scale:
             return f"{number / scale:.3g} {unit}"

@@ -106,10 +106,10 @@ def fit_chain(
     if world is None:
         raise UsageError("fit_chain() runs in one process", "Start the others with runtime.launch.")
     tell = on_event if world.first else ignore
-    with runtime.stop_on_signals() as stop, world.losses_told():
+    with runtime.stop_on_signals() as stop, world.report_lost_process():
         for link in chain:
             check_student(link, data.train)
-        config, done = world.of_first(_standing(config, data) if world.first else None) or (config, 0)
+        config, done = world.broadcast(_standing(config, data) if world.first else None) or (config, 0)
         chain = links(config)
         tell(Note(f"chain {config.name}: {' → '.join(link.student for link in chain)}"))
         results: list[RunResult] = []
@@ -119,7 +119,7 @@ def fit_chain(
                 tell(Note(f"{_run(link).path.as_posix()} is there already: it is not trained again"))
                 results.append(read_result(_run(link).result_file))
                 continue
-            begun = world.of_first(_run(link).config_file.is_file() if world.first else None)
+            begun = world.broadcast(_run(link).config_file.is_file() if world.first else None)
             title = f"{number + 1}/{len(chain)} {link.student}"
             try:
                 results.append(
@@ -209,7 +209,7 @@ def _check_finished(link: TrainConfig, data: Splits) -> None:
 
 def _go_on(chain: tuple[TrainConfig, ...], stop: StopFlag, world: World) -> None:
     """Raise Interrupted if a signal came while a link was finished: `fit` does not stop for that."""
-    [number] = world.agree(stop.signal or 0)
+    [number] = world.all_max(stop.signal or 0)
     if number:
         stop.signal = number
         raise _interrupted(chain, "stopped between two trainings", Interrupted("", exit_code=stop.exit_code))

@@ -69,7 +69,7 @@ def fit(
                 "fit() runs in one process", "Start the others with runtime.launch, or use kd train."
             )
         world = World.alone(config.accelerator)
-    with runtime.stop_on_signals() as stop, world.losses_told():
+    with runtime.stop_on_signals() as stop, world.report_lost_process():
         run = _Run(config, data, resume, world, test, on_event if world.first else ignore, stop, chain)
         try:
             return run.go()
@@ -187,7 +187,7 @@ class _Run:
             config = config.model_copy(update={"precision": precision})
             measured = {"precision": precision, "precision_step_ms": timings}
             made = RunDir.create(config, {**self.environment, **measured}, filled, self.chain), config
-        run, self.config = world.of_first(made) or (RunDir(self.config.runs_dir), self.config)
+        run, self.config = world.broadcast(made) or (RunDir(self.config.runs_dir), self.config)
         return run
 
     # --- the loop ----------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ class _Run:
         if self.world.first:
             self.student.save(self.run.student)
             write_result(result)
-        self.world.wait()
+        self.world.barrier()
         return result
 
     def _evaluate(self) -> Evaluation:
@@ -290,7 +290,7 @@ class _Run:
             return bool(self.stop), due
         if self.world.device.type != "cpu" and step % _AGREE_STEPS and (not due or self.due.unit == "min"):
             return False, False
-        number, save = self.world.agree(self.stop.signal or 0, int(due))
+        number, save = self.world.all_max(self.stop.signal or 0, int(due))
         self.stop.signal = number or None
         return bool(number), bool(save)
 
@@ -348,7 +348,7 @@ class _Run:
             self.saved_step = self.state.step if path == self.run.last else None
         if self.world.first:
             cut_metrics(self.run.metrics_file, self.state.step, self.state.epoch)
-        self.world.wait()
+        self.world.barrier()
         if found is not None:
             self.on_event(
                 Note(f"continuing {self.run.path.as_posix()} after step {self.state.step} of {self.steps}")

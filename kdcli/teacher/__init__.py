@@ -280,17 +280,17 @@ class _Pass:
         world = self.teacher.world
         found = self._look(range(self.views))
         missing = [view for view in range(self.views) if view not in found]
-        missing = world.of_first(missing)
+        missing = world.broadcast(missing)
         waiting = False
         while missing:
-            if any(world.agree(int(self.stop()))):
+            if any(world.all_max(int(self.stop()))):
                 break
             progressed = False
             for view in list(missing):
                 with ExitStack() as stack:
-                    if not world.of_first(self._locked(view, stack)):
+                    if not world.broadcast(self._locked(view, stack)):
                         continue
-                    if world.of_first(self.store.find(view) is None) and not self._make(view):
+                    if world.broadcast(self.store.find(view) is None) and not self._make(view):
                         missing = []  # stopped
                         break
                 missing.remove(view)
@@ -329,7 +329,7 @@ class _Pass:
         assert self.plan is not None
         ran = False
         while True:
-            missing = world.of_first(store.missing_parts(view))
+            missing = world.broadcast(store.missing_parts(view))
             ran = ran or bool(missing)
             mine = missing[world.rank :: world.size]
             done = len(self.data) - sum(self._part_size(part) for part in missing)
@@ -341,9 +341,9 @@ class _Pass:
                     break
                 store.write_part(view, part, logits)
                 done += round(self._part_size(part) * len(missing) / len(mine))
-            if any(world.agree(int(stopped))):
+            if any(world.all_max(int(stopped))):
                 return False
-            whole = world.of_first(
+            whole = world.broadcast(
                 store.finish(view, self.plan.to_json()) is not None if world.first else None
             )
             if whole:
@@ -369,7 +369,7 @@ class _Pass:
                 threads=teacher.threads,
                 on_event=self.on_event,
             )
-        self.plan = world.of_first(plan)
+        self.plan = world.broadcast(plan)
         assert self.plan is not None
         self.runs = run_of(teacher.model, self.plan, teacher.threads)
 

@@ -1,4 +1,4 @@
-"""The machine a command runs on: cores, devices, processes, precision, signals."""
+"""CPU cores, devices, distributed processes, precision and signals."""
 
 from kdcli.base.runtime.machine import available_cores, cpu_info, environment, set_threads
 from kdcli.base.runtime.precision import choose_precision

@@ -1,4 +1,4 @@
-"""The machine: cores, threads, and a record of what a figure depends on."""
+"""CPU cores, threads, and the environment record of measurements."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kdcli import __version__
 
 
 def available_cores() -> int:
-    """Cores this process may use: CPU affinity and the cgroup's quota, at least 1."""
+    """CPU cores available to this process: its affinity, limited by the cgroup's quota; at least 1."""
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # macOS and Windows have no affinity call
@@ -24,7 +24,7 @@ def available_cores() -> int:
 
 
 def _cgroup_quota(root: Path) -> float | None:
-    """Cores' worth of CPU time the cgroup grants (v2, then v1); None if unlimited or unknown."""
+    """CPU quota of the cgroup in cores (v2, then v1); None if unlimited or unknown."""
     try:
         limit, period = (root / "cpu.max").read_text().split()
         return None if limit == "max" else max(1.0, int(limit) / int(period))
@@ -39,14 +39,14 @@ def _cgroup_quota(root: Path) -> float | None:
 
 
 def set_threads(threads: int = 0, processes: int = 1) -> int:
-    """Let torch use `threads` CPU threads (0: all available cores, shared among `processes`); returns the number."""
+    """Set and return torch's CPU threads; 0: all available cores, divided among `processes`."""
     count = threads or max(1, available_cores() // processes)
     torch.set_num_threads(count)
     return count
 
 
 def cpu_info() -> dict[str, Any]:
-    """CPU model name and the instruction-set flags that decide speed."""
+    """CPU model, cores, and the instruction-set flags relevant to speed."""
     model, flags = platform.processor() or platform.machine(), []
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -63,7 +63,7 @@ def cpu_info() -> dict[str, Any]:
 
 
 def governor() -> str | None:
-    """How the kernel sets the processor's clock, such as `performance`; None where it does not say."""
+    """CPU frequency governor, such as `performance`; None if unknown."""
     try:
         return Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text().strip()
     except OSError:
@@ -71,7 +71,7 @@ def governor() -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """What a figure depends on beside the code's input: versions, CPU, threads, load."""
+    """Environment of a measurement or training: versions, CPU, threads, load."""
     packages = ("torch", "torchvision", "onnx", "onnxruntime", "numpy", "scikit-learn")
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {

@@ -1,4 +1,4 @@
-"""The processes of one run, and the device each of them works on."""
+"""Distributed processes of a run, and their devices."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 T = TypeVar("T")
-_PATIENCE_S = 20.0
-_SIGNS_OF_LOSS = ("gloo", "nccl", "connection", "socket", "timed out")
+_CLOSE_TIMEOUT_S = 20.0
+_TRANSPORT_ERRORS = ("gloo", "nccl", "connection", "socket", "timed out")
 
 
 def choose_device(accelerator: str) -> str:
-    """Resolve `auto` to `cuda`, `mps` or `cpu`, the first of them that is here.
+    """Resolve `auto` to the first available of `cuda`, `mps` and `cpu`.
 
     Raises:
-        UsageError: the one asked for is not here.
+        UsageError: the requested accelerator is not available.
     """
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if accelerator == "auto":
-        return next(name for name, available in here.items() if available)
-    if not here[accelerator]:
+        return next(name for name, available in present.items() if available)
+    if not present[accelerator]:
         raise UsageError(
-            f"--accelerator {accelerator}: this machine, or this build of torch, has none",
-            "Leave it out: auto takes what there is.",
+            f"--accelerator {accelerator}: not available on this machine or in this build of torch",
+            "Omit it: auto takes the best available.",
         )
     return accelerator
 
 
 @dataclass(frozen=True)
 class World:
-    """Who takes part in a run. With one process nothing here costs anything, and Fabric is not even imported.
+    """Distributed context: rank, world size, device. A no-op with one process.
 
     Attributes:
-        device: of this process.
-        rank: its number, from 0; 0 writes files and talks.
-        size: how many processes there are.
-        local_size: how many of them on this host.
+        device: device of this process.
+        rank: global rank; rank 0 writes files and reports.
+        size: number of processes.
+        local_size: number of processes on this host.
     """
 
     device: torch.device
@@ -62,7 +62,7 @@ class World:
 
     @classmethod
     def alone(cls, accelerator: str = "cpu") -> World:
-        """One process."""
+        """The context of a single process."""
         return cls(torch.device(choose_device(accelerator)))
 
     @property
@@ -72,8 +72,8 @@ class World:
     def share(self, samples: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], float]:
         """This process's part of a batch, and the weight of its mean loss.
 
-        The mean over processes of weight · mean loss is the mean over the whole batch. A batch that is smaller
-        than the number of processes is done by all of them alike.
+        The mean over processes of weight · mean loss is the mean over the whole batch. A batch smaller than the
+        number of processes is not split: each process computes all of it.
         """
         if self.size == 1 or len(samples) < self.size:
             return samples, 1.0
@@ -81,10 +81,11 @@ class World:
         return mine, len(mine) * self.size / len(samples)
 
     def gather(self, values: Tensor, count: int) -> Tensor:
-        """A batch's values (B, …) of all processes, from this one's part of them; gradients flow back.
+        """The values (B, …) of the whole batch, gathered from all processes; differentiable.
 
         Args:
-            count: images in the whole batch, which was divided by `share`.
+            values: this process's part, as split by `share`.
+            count: images in the whole batch.
         """
         if self.size == 1 or count < self.size:
             return values
@@ -100,7 +101,7 @@ class World:
         return result
 
     def rows(self, values: Tensor) -> list[list[float]]:
-        """The values (K,) of each process, a row for each."""
+        """The values (K,) of all processes, one row for each."""
         if self.fabric is None:
             return [values.tolist()]
         import torch.distributed as dist
@@ -110,8 +111,8 @@ class World:
         dist.all_reduce(table)
         return [[float(value) for value in row] for row in table.tolist()]
 
-    def agree(self, *flags: int) -> tuple[int, ...]:
-        """The largest of each flag over all processes: what one has noticed, all of them know."""
+    def all_max(self, *flags: int) -> tuple[int, ...]:
+        """The maximum of each flag over all processes."""
         if self.fabric is None:
             return flags
         import torch.distributed as dist
@@ -120,51 +121,50 @@ class World:
         dist.all_reduce(shared, dist.ReduceOp.MAX)
         return tuple(int(value) for value in shared.tolist())
 
-    def of_first(self, value: T) -> T:
-        """What the first process has, for all."""
+    def broadcast(self, value: T) -> T:
+        """The value of rank 0."""
         return value if self.fabric is None else self.fabric.broadcast(value)
 
-    def wait(self) -> None:
-        """Until all processes are here."""
+    def barrier(self) -> None:
+        """Wait for all processes."""
         if self.fabric is not None:
             self.fabric.barrier()
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """The first process does the block, then the others: they find what it has written."""
+        """Run the block on rank 0, then on the other ranks, which can read what it has written."""
         if not self.first:
-            self.wait()
+            self.barrier()
         yield
         if self.first:
-            self.wait()
+            self.barrier()
 
     def replicate(self, network: nn.Module) -> nn.Module:
-        """The network so that gradients are averaged over processes in the backward pass."""
+        """The network, with gradients averaged over processes in the backward pass."""
         return network if self.fabric is None else self.fabric.setup_module(network, move_to_device=False)
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of a loss."""
+        """Compute gradients of a loss."""
         if self.fabric is None:
             loss.backward()  # type: ignore[no-untyped-call]
         else:
             self.fabric.backward(loss)
 
     @contextmanager
-    def losses_told(self) -> Iterator[None]:
-        """Say plainly that another process has gone, instead of what the transport makes of it."""
+    def report_lost_process(self) -> Iterator[None]:
+        """Turn a transport error caused by the end of another process into a KdError."""
         try:
             yield
         except RuntimeError as error:
-            lost = any(sign in str(error).lower() for sign in _SIGNS_OF_LOSS)
-            if self.size == 1 or not lost:
+            if self.size == 1 or not any(mark in str(error).lower() for mark in _TRANSPORT_ERRORS):
                 raise
             raise KdError(
                 f"process {self.rank} of {self.size}: another process of this run has ended",
-                "Look at what it said; then kd train --resume continues the run.",
+                "See its error message, then continue the run with kd train --resume.",
             ) from error
 
     def close(self, *, failed: bool = False) -> None:
-        """Wait for the processes that this one has started; end them if this one has failed."""
+        """Wait for the processes started by this one; terminate them first if this one has failed."""
         if self.fabric is None:
             return
         launcher = getattr(self.fabric.strategy, "launcher", None)
@@ -172,13 +172,13 @@ class World:
             if failed and process.poll() is None:
                 process.terminate()
             with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=_PATIENCE_S)
+                process.wait(timeout=_CLOSE_TIMEOUT_S)
             if process.poll() is None:
                 process.kill()
 
 
 class _Gather(torch.autograd.Function):
-    """All parts of a batch, in order; each part's gradient is the sum of what all processes have for it."""
+    """Concatenation of all processes' parts; the gradient of a part is summed over processes."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, count: int, rank: int, size: int) -> Tensor:
@@ -197,12 +197,12 @@ class _Gather(torch.autograd.Function):
 
 
 def launch(accelerator: str, devices: int) -> World:
-    """Start the other processes of a run, or join those that torchrun has started.
+    """Start the other processes of a run, or join those started by torchrun.
 
-    The others run this very command line again; they come back from here with another rank.
+    Each process runs the same command line and returns from here with its own rank.
 
     Raises:
-        UsageError: the accelerator is not here, or has fewer devices.
+        UsageError: the accelerator is not available, or has fewer devices.
     """
     kind = choose_device(accelerator)
     nodes = 1
@@ -210,10 +210,10 @@ def launch(accelerator: str, devices: int) -> World:
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // devices
     if kind != "cpu" and devices > (torch.cuda.device_count() if kind == "cuda" else 1):
-        raise UsageError(f"--devices {devices}: there are not so many {kind} devices here", "Use fewer.")
+        raise UsageError(f"--devices {devices}: this machine has fewer {kind} devices", "Use fewer.")
     if devices * nodes == 1:
         return World(torch.device(kind))
-    from lightning_fabric import Fabric  # more than a second, which a run on one device shall not pay
+    from lightning_fabric import Fabric  # import time: more than a second
 
     for name in ("lightning_fabric", "lightning.fabric", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -223,6 +223,6 @@ def launch(accelerator: str, devices: int) -> World:
 
 
 def describe(world: World) -> dict[str, Any]:
-    """The device and the number of processes, for `environment.json`."""
+    """Device and number of processes, for `environment.json`."""
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
     return {"accelerator": world.device.type, "accelerator_name": name, "processes": world.size}

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a flag that long loops look at."""
+"""SIGINT and SIGTERM as a flag that long loops check."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import FrameType
 
 
 class StopFlag:
-    """Set by the first SIGINT or SIGTERM; long loops look at it between steps."""
+    """True after the first SIGINT or SIGTERM; long loops check it between steps."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -25,20 +25,20 @@ class StopFlag:
         return 128 + (self.signal or signal.SIGINT)
 
 
-_in_force: list[StopFlag] = []  # of the main thread; at most one
+_active: list[StopFlag] = []  # of the main thread; at most one
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
     """Turn the first SIGINT or SIGTERM into a flag; a second one ends the process at once.
 
-    Inside another of these it is the same flag: what a part of the work has noticed, the whole of it knows.
+    A nested call yields the flag of the outer one.
     """
     if threading.current_thread() is not threading.main_thread():
         yield StopFlag()  # handlers can only be set in the main thread
         return
-    if _in_force:
-        yield _in_force[0]
+    if _active:
+        yield _active[0]
         return
     flag = StopFlag()
 
@@ -48,10 +48,10 @@ def stop_on_signals() -> Iterator[StopFlag]:
         flag.signal = number
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    _in_force.append(flag)
+    _active.append(flag)
     try:
         yield flag
     finally:
-        _in_force.clear()
+        _active.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
