@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from kdcli.base.errors import KdError
+from kdcli.base.text import dims, first_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib")
@@ -34,16 +35,16 @@ def is_image(head: bytes) -> bool:
     )
 
 
-class Room:
-    """Keeps the images that are decoded at one time, on all threads, within one image's worth of memory."""
+class MemoryBudget:
+    """A limit on the pixels that all threads decode at one time; each image alone is within it."""
 
     def __init__(self) -> None:
         self._free = MAX_PIXELS
         self._changed = threading.Condition()
 
     @contextmanager
-    def of(self, pixels: int) -> Iterator[None]:
-        """Wait until there is room, and hold it."""
+    def reserve(self, pixels: int) -> Iterator[None]:
+        """Wait until so many pixels are free, and hold them."""
         with self._changed:
             self._changed.wait_for(lambda: self._free >= pixels)
             self._free -= pixels
@@ -70,19 +71,19 @@ def decode(data: bytes, name: str) -> Pixels:
     return _pixels(_opened(data, name), name)
 
 
-def decode_into(keep: Callable[[Pixels], None], data: bytes, name: str, room: Room) -> None:
-    """As `decode`; `keep` gets the pixels while there is room for them.
+def decode_into(keep: Callable[[Pixels], None], data: bytes, name: str, budget: MemoryBudget) -> None:
+    """Call `keep` with the result of `decode`, within the memory budget.
 
     Raises:
         KdError: as `decode`.
     """
     image = _opened(data, name)
-    with room.of(image.width * image.height):
+    with budget.reserve(image.width * image.height):
         keep(_pixels(image, name))
 
 
 def _opened(data: bytes, name: str) -> Image.Image:
-    """An image of which no more than the header has been read."""
+    """The image with its header read, within the limits on pixels and scans."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
@@ -92,7 +93,9 @@ def _opened(data: bytes, name: str) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise _too_big(name)
     if data.startswith(b"\xff\xd8") and scans(data) * image.width * image.height > MAX_SCAN_PIXELS:
-        raise KdError(f"image {name} has {scans(data):,} scans", "It is made to take for ever; remove it.")
+        raise KdError(
+            f"image {name} has {scans(data):,} scans", "It looks like a decompression bomb; remove it."
+        )
     return image
 
 
@@ -104,15 +107,14 @@ def _pixels(image: Image.Image, name: str) -> Pixels:
             if any(key in image.info for key in _EXIF_KEYS):
                 upright = ImageOps.exif_transpose(image)
             return _rgb_array(upright)
-    except Exception as error:  # as above
+    except Exception as error:  # not a closed set either
         raise _broken(name, error) from error
 
 
 def _broken(name: str, error: Exception) -> KdError:
-    text = " ".join(str(error).split())[:200]
-    reason = "not an image" if isinstance(error, UnidentifiedImageError) else text
+    detail = "not an image" if isinstance(error, UnidentifiedImageError) else first_line(error)
     return KdError(
-        f"cannot read image {name}: {reason or type(error).__name__}",
+        f"cannot read image {name}: {detail}",
         "Replace or remove it, or leave such files out by --skip-broken; PNG, JPEG, WebP and BMP are read.",
     )
 
@@ -121,7 +123,7 @@ _AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # a marker that is not p
 
 
 def scans(data: bytes) -> int:
-    """How many passes over its pixels a JPEG holds; its decoder makes them all before it gives any."""
+    """Number of scans (passes over all pixels) in a JPEG; the decoder makes all of them."""
     at, count = 2, 0
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
@@ -138,7 +140,7 @@ def scans(data: bytes) -> int:
     return count
 
 
-def fit(pixels: Pixels, size: int) -> Pixels:
+def resize(pixels: Pixels, size: int) -> Pixels:
     """Centre-crop to a square on the shorter side, then antialiased bilinear resize.
 
     Args:
@@ -159,22 +161,24 @@ def fit(pixels: Pixels, size: int) -> Pixels:
     return np.array(resized, dtype=np.uint8).reshape(size, size, channels)
 
 
-def fit_to(pixels: Pixels, name: str, size: tuple[int, int, int], taker: str) -> Pixels:
-    """What an image becomes for something that takes one size: grey or colour, and scaled if that is a square.
+def fit_to(pixels: Pixels, name: str, size: tuple[int, int, int], consumer: str) -> Pixels:
+    """Convert an image to the channels of `size`, and resize it if `size` is a square.
 
     Args:
         size: (H, W, C).
-        taker: who takes it, for the message, as `the model takes`.
+        consumer: subject and verb of the error message, such as `the model takes`.
 
     Raises:
-        KdError: it cannot become that; names the image.
+        KdError: the image has another shape than `size` then; names the image.
     """
     height, width, channels = size
     pixels = with_channels(pixels, channels) if channels in (1, 3) else pixels
-    pixels = fit(pixels, height) if height == width else pixels
+    pixels = resize(pixels, height) if height == width else pixels
     if pixels.shape != size:
-        found, wanted = ("×".join(map(str, shape)) for shape in (pixels.shape, size))
-        raise KdError(f"image {name} is {found}, {taker} {wanted}", "kd scales images to squares only.")
+        raise KdError(
+            f"image {name} is {dims(pixels.shape)}, {consumer} {dims(size)}",
+            "kd resizes images to squares only.",
+        )
     return pixels
 
 

@@ -1,45 +1,19 @@
-"""`load`: from what the user wrote after --data to two splits of images.
-
-Adding a dataset is one function here or in a module beside, and one entry in `DATASETS`.
-"""
+"""Load a data set by name, or from a folder or archive of images."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-
-import numpy as np
 
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import Note, OnEvent, ignore
 from kdcli.base.files import expand
-from kdcli.data.cifar import find_cifar10, is_cifar10, load_cifar10
-from kdcli.data.cifar100 import CIFAR100
-from kdcli.data.decode import fit, with_channels
-from kdcli.data.formats import Format, load_format
-from kdcli.data.idx import FASHION_MNIST, MNIST
-from kdcli.data.images import ImageSet, Splits, fingerprint_of
-from kdcli.data.svhn import SVHN
+from kdcli.data.datasets import DATASETS, Request, discover
+from kdcli.data.images import Splits
 from kdcli.data.tree import load_tree
 from kdcli.data.unlabelled import add_unlabelled
 
-DIGITS_TRAIN = 1437  # of 1,797: the split is contiguous, so that writers mostly do not overlap
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a dataset function needs to know."""
-
-    spec: str
-    data_dir: Path
-    cache_dir: Path
-    image_size: int | None
-    channels: int | None
-    on_event: OnEvent
-    skip_broken: bool = False
+discover()
 
 
 def load(
@@ -83,19 +57,10 @@ def load(
     elif not spec or "\0" in spec or not path.exists():
         raise _unknown(spec)
     else:
-        read = load_cifar10 if is_cifar10(path) else partial(load_tree, skip_broken=skip_broken)
-        splits = read(
-            path,
-            spec,
-            cache_dir=cache_dir,
-            image_size=image_size,
-            channels=channels or 3,
-            on_event=on_event,
-        )
+        named = next((known for known in DATASETS.values() if known.matches(path)), None)
+        splits = load_tree(path, request) if named is None else named(request, path)
     if unlabelled is not None:
-        splits = add_unlabelled(
-            splits, expand(str(unlabelled)), cache_dir=cache_dir, skip_broken=skip_broken, on_event=on_event
-        )
+        splits = add_unlabelled(splits, expand(str(unlabelled)), request)
     for note in splits.notes:
         on_event(Note(note))
     return splits
@@ -134,55 +99,3 @@ def _unknown(spec: str) -> UsageError:
         f"no dataset or path: {spec or '(empty)'}",
         f"{hint}--data takes {', '.join(DATASETS)}, or the path of a folder or archive of images.",
     )
-
-
-def _digits(request: Request) -> Splits:
-    """scikit-learn's 1,797 handwritten digits, 8×8, grey: no download, for demos and tests."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]  # (1797, 8, 8, 1)
-    if request.image_size is not None:
-        grey = np.stack([fit(image, request.image_size) for image in grey])
-    if request.channels == 3:
-        grey = np.stack([with_channels(image, 3) for image in grey])
-    labels = bunch.target.astype(np.int64)
-    classes = tuple("0123456789")
-    first, last = (
-        ImageSet(grey[part], labels[part], classes, fingerprint_of(grey[part], labels[part], classes))
-        for part in (slice(None, DIGITS_TRAIN), slice(DIGITS_TRAIN, None))
-    )
-    return Splits(spec=request.spec, label="digits", train=first, test=last)
-
-
-def _cifar10(request: Request) -> Splits:
-    return load_cifar10(
-        find_cifar10(request.data_dir),
-        request.spec,
-        cache_dir=request.cache_dir,
-        image_size=request.image_size,
-        channels=request.channels or 3,
-        on_event=request.on_event,
-    )
-
-
-def _loader(kind: Format) -> Callable[[Request], Splits]:
-    def load_it(request: Request) -> Splits:
-        return load_format(
-            kind,
-            request.spec,
-            data_dir=request.data_dir,
-            cache_dir=request.cache_dir,
-            image_size=request.image_size,
-            channels=request.channels,
-            on_event=request.on_event,
-        )
-
-    return load_it
-
-
-DATASETS: dict[str, Callable[[Request], Splits]] = {
-    "cifar10": _cifar10,
-    "digits": _digits,
-    **{kind.name: _loader(kind) for kind in (CIFAR100, SVHN, MNIST, FASHION_MNIST)},
-}

@@ -16,10 +16,8 @@ from kdcli.base.errors import KdError
 
 MAX_HEADER_BYTES = 64 << 10  # one long name or pax header
 MAX_HEADERS_BYTES = 1 << 20  # all of them before one member
-MAX_XZ_MEMORY = 192 << 20  # xz -9 wants 65 MiB; a header may ask for 4 GiB
 MAX_EXPANSION = 100  # of an archive, beyond a floor that any honest small one stays below
 EXPANSION_FLOOR = 512 << 20
-_CHUNK = 1 << 16
 _DIGITS = re.compile(rb"[0-9]{300}")  # tarfile's patterns take quadratic time on them
 
 
@@ -29,58 +27,26 @@ def expansion_limit(path: Path) -> int:
 
 
 def expands_too_far(path: Path) -> KdError:
-    """The error for an archive that goes beyond it."""
+    """The error for an archive beyond `expansion_limit`."""
     return KdError(
         f"{path} expands to more than {expansion_limit(path):,} bytes", "It looks like a decompression bomb."
     )
 
 
 def decompressed(raw: IO[bytes]) -> IO[bytes]:
-    """The stream below gzip, xz or bzip2, told by content; else the stream itself."""
+    """The content of a gzip, xz or bzip2 stream, recognised by its first bytes; else the stream itself."""
     head = raw.read(6)
     raw.seek(0)
     if head.startswith(b"\x1f\x8b"):
         return cast(IO[bytes], gzip.open(raw, "rb"))
     if head == b"\xfd7zXZ\0":
-        return cast(IO[bytes], io.BufferedReader(_Xz(raw), _CHUNK))
+        return lzma.open(raw, "rb")
     if head.startswith(b"BZh"):
         return bz2.open(raw, "rb")
     return raw
 
 
-class _Xz(io.RawIOBase):
-    """As `lzma.open`, which cannot cap the memory of the decoder."""
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        super().__init__()
-        self._raw = raw
-        self._decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, MAX_XZ_MEMORY)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        while True:
-            given = b""
-            if self._decoder.eof:  # another stream may follow, after padding
-                given = self._decoder.unused_data.lstrip(b"\0")
-                while not given:
-                    chunk = self._raw.read(_CHUNK)
-                    if not chunk:
-                        return 0
-                    given = chunk.lstrip(b"\0")
-                self._decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, MAX_XZ_MEMORY)
-            elif self._decoder.needs_input:
-                given = self._raw.read(_CHUNK)
-                if not given:
-                    raise EOFError("compressed data end too early")
-            data = self._decoder.decompress(given, len(buffer))
-            if data:
-                buffer[: len(data)] = data
-                return len(data)
-
-
-class Forward(io.RawIOBase):
+class ForwardStream(io.RawIOBase):
     """A stream that only goes forward, with caps on each read, on the headers of one member, and on the whole.
 
     tarfile reads a long name or pax header in one call of the size that the header states, so without these a few
@@ -106,7 +72,7 @@ class Forward(io.RawIOBase):
         return self._offset
 
     def next_header(self) -> None:
-        """What is read from here on are the headers of the next member."""
+        """Start the count of header bytes of the next member."""
         self._headers_left = MAX_HEADERS_BYTES
 
     def read(self, size: int | None = -1) -> bytes:
@@ -132,10 +98,10 @@ class Forward(io.RawIOBase):
     def finish(self) -> None:
         """Check that the archive ended as archives do, and read on, so that a compressed one checks its sums.
 
-        tarfile takes a damaged or truncated header for the end, without a word.
+        tarfile takes a damaged or truncated header for the end, without an error.
 
         Raises:
-            ReadError: the last thing read was no empty block.
+            ReadError: the last block read is not empty.
         """
         if len(self._last) != tarfile.BLOCKSIZE or self._last.strip(b"\0"):
             raise tarfile.ReadError("damaged or cut short")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 import unicodedata
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,9 @@ import numpy as np
 from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent, Progress
 from kdcli.data import catalog, decode
+from kdcli.data.datasets import Request
 from kdcli.data.images import Splits
-from kdcli.data.pack import FALLBACK_SIZE, FORMAT_VERSION, Cache, Selection, Spool
+from kdcli.data.pack import FALLBACK_SIZE, Cache, Packer, Selection
 from kdcli.data.sources import Source, open_source
 
 SPLIT_NAMES = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
@@ -28,106 +29,114 @@ BATCH_FILES = 64
 BATCH_BYTES = 8 << 20
 WAITING_BYTES = 64 << 20  # of files that are read and not decoded; one more may be larger
 EVENT_SECONDS = 0.25
-SHOWN_BROKEN = 3
+MAX_LISTED = 3  # broken images named in a note
 LAYOUT_HINT = "It must hold train/<class>/* and test/<class>/* (val and validation stand in for test)."
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where an image belongs: `below` are the folders above its split, `rest` its path below the class."""
+    """Where an image belongs: `prefix` are the folders above its split, `rest` its path below the class."""
 
-    below: str
+    prefix: str
     split: str  # train, test or val; "" of an image without a label
     class_name: str
     rest: str
 
 
-def is_junk(parts: Sequence[str]) -> bool:
-    """Whether a file, given as the parts of its path, is what systems leave beside images."""
+def _is_junk(parts: Sequence[str]) -> bool:
     return "__MACOSX" in parts or parts[-1].lower() in JUNK_NAMES
 
 
-def is_aside(name: str) -> bool:
-    """Whether a file is hidden, lies in a hidden folder, or is junk."""
+def is_ignored(name: str) -> bool:
+    """Whether a file is hidden, lies in a hidden folder, or is what systems leave beside images."""
     parts = name.split("/")
-    return is_junk(parts) or any(part.startswith(".") for part in parts)
+    return _is_junk(parts) or any(part.startswith(".") for part in parts)
 
 
 def place_of(name: str) -> Place | None:
-    """The place that a file's path gives it; None for a file that belongs to no class of no split."""
+    """The place that a file's path gives it; None for a file outside of all splits and classes."""
     parts = name.split("/")
-    if is_junk(parts):
+    if _is_junk(parts):
         return None
     # The plain layout first: a folder *above* may be called test, and a class may be called train.
-    positions = [len(parts) - 3, *range(len(parts) - 3)]
-    for at in positions:
+    for at in (len(parts) - 3, *range(len(parts) - 3)):
         if at >= 0 and parts[at].lower() in SPLIT_NAMES:
             if any(part.startswith(".") for part in parts[at:]):
                 return None
-            class_name = unicodedata.normalize("NFC", parts[at + 1])
-            return Place(
-                "/".join(parts[:at]), SPLIT_NAMES[parts[at].lower()], class_name, "/".join(parts[at + 2 :])
-            )
+            split, class_name = SPLIT_NAMES[parts[at].lower()], unicodedata.normalize("NFC", parts[at + 1])
+            return Place("/".join(parts[:at]), split, class_name, "/".join(parts[at + 2 :]))
     return None
 
 
-def load_tree(
-    path: Path,
-    spec: str,
-    *,
-    cache_dir: Path,
-    image_size: int | None,
-    channels: int,
-    on_event: OnEvent,
-    skip_broken: bool = False,
-) -> Splits:
-    """A dataset from a folder or archive; decoded once, then read from the cache.
+Places = dict[Place, int]
 
-    Images that already have the size asked for are kept as they would be if no size were asked for: one entry of
-    the cache serves both. So it is with `skip_broken` and images none of which is broken.
+
+@dataclass
+class Found:
+    """Contents of a source.
+
+    Attributes:
+        images: each place with the index of its image.
+        other: files that are not images.
+        broken: images that were skipped.
+        emptied: split and name of the classes all of whose images are broken.
+    """
+
+    images: Places = field(default_factory=dict)
+    other: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    emptied: list[tuple[str, str]] = field(default_factory=list)
+
+
+def load_tree(path: Path, request: Request) -> Splits:
+    """A data set from a folder or archive; decoded once, then read from the cache.
+
+    Images that already have the requested size are stored as if no size were requested, so that one cache entry
+    serves both.
 
     Raises:
         KdError: not an archive, no such layout, a broken image; with `skip_broken` a class that is left empty.
     """
     source = open_source(path)
-    content = source.key()
+    content, size, channels = source.key(), request.image_size, request.channels or 3
 
-    def cache_for(size: int | None, skipping: bool) -> Cache:
-        words = f"tree {FORMAT_VERSION} {content} {size} {path.name}" + (" grey" if channels == 1 else "")
-        words += " without broken images" if skipping else ""
-        return Cache(cache_dir, hashlib.sha256(words.encode("utf-8", "replace")).hexdigest()[:32])
+    def cache_for(image_size: int | None) -> Cache:
+        recipe = {
+            "tree": path.name,
+            "content": content,
+            "image_size": image_size,
+            "channels": channels,
+            "skip_broken": request.skip_broken,
+        }
+        return Cache(request.cache_dir, recipe)
 
-    for skipping in (False, True)[: 1 + skip_broken]:
-        known = cache_for(None, skipping).load(spec)
-        if image_size is not None and (
-            known is None or known.train.input_size[:2] != (image_size, image_size)
-        ):
-            known = cache_for(image_size, skipping).load(spec)
-        if known is not None:
-            return known
-    cache = cache_for(image_size, skip_broken)
-    with cache.packing(image_size, channels) as (workspace, spool):
-        found = decode_all(source, lambda index, _, pixels: spool.put(index, pixels), on_event, skip_broken)
-        if found.lost:
-            raise KdError(
-                f"all images of {'/'.join(found.lost[0])} in {path} are broken, as {found.broken[0]}",
-                "A class needs images: mend them, or remove its folder.",
+    packed = cache_for(None).load()
+    if size is not None and (packed is None or packed.parts["train"].input_size[:2] != (size, size)):
+        packed = cache_for(size).load()
+    if packed is None:
+        with cache_for(size).packer(size, channels) as packer:
+            found = decode_all(
+                source,
+                lambda index, _, pixels: packer.put(index, pixels),
+                request.on_event,
+                request.skip_broken,
             )
-        cache = cache_for(image_size if spool.resized else None, bool(found.broken))
-        _store(found, source, content, spool, cache, workspace, image_size)
-    return cache.stored(spec)
-
-
-@dataclass
-class Found:
-    """What a source held: each place with the number of its image in the spool."""
-
-    images: dict[Place, int] = field(default_factory=dict)
-    other: list[str] = field(default_factory=list)  # files that are no images
-    broken: list[str] = field(default_factory=list)  # images that were skipped
-    lost: list[tuple[str, str]] = field(
-        default_factory=list
-    )  # splits' classes all of whose images are broken
+            if found.emptied:
+                raise KdError(
+                    f"all images of {'/'.join(found.emptied[0])} in {path} are broken, as {found.broken[0]}",
+                    "A class needs images: replace them, or remove its folder.",
+                )
+            train, test, classes = _choose(found, source)
+            packed = cache_for(size if packer.resized else None).store(
+                packer,
+                {"train": _selection(train, classes), "test": _selection(test, classes)},
+                classes=classes,
+                label=catalog.KNOWN_ARCHIVES.get(content, path.resolve().name or str(path)),
+                notes=_notes(
+                    found, source, packer, size, set(classes) - {place.class_name for place in test}
+                ),
+            )
+    return packed.splits(request.spec)
 
 
 def decode_all(
@@ -137,28 +146,26 @@ def decode_all(
     skip_broken: bool,
     place: Callable[[str], Place | None] = place_of,
 ) -> Found:
-    """Read on this thread, decode on a few others; at most a few batches wait.
+    """Read images on this thread and decode them on a few others, which a few batches may wait for.
 
     Args:
-        keep: called from any thread with each image's number, name and pixels (H, W, 3).
-        place: where a file belongs by its name; None for one that is not wanted.
+        keep: called from any thread with each image's index, name and pixels (H, W, 3).
+        place: where a file belongs by its name; None for a file to ignore.
 
     Raises:
         KdError: a broken image, without `skip_broken`.
     """
-    found = Found()
-    room = decode.Room()
+    found, budget = Found(), decode.MemoryBudget()
     broken: dict[int, str] = {}
     workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+    pending: deque[tuple[Future[int], int]] = deque()  # and the bytes of each batch
+    done = waiting = 0
     started = announced = time.monotonic()
-    pending: dict[Future[int], int] = {}  # and the bytes that each holds
-    done = 0
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
 
     def work(batch: list[tuple[int, str, bytes]]) -> int:
         for index, name, data in batch:
             try:
-                decode.decode_into(partial(keep, index, name), data, name, room)
+                decode.decode_into(partial(keep, index, name), data, name, budget)
             except KdError:
                 if not skip_broken:
                     raise
@@ -166,26 +173,24 @@ def decode_all(
         return len(batch)
 
     def announce() -> None:
-        at = source.position()
         values = {"images_per_s": done / max(time.monotonic() - started, 1e-3)}
-        on_event(Progress("decoding", at.done, at.total, at.unit, values))
+        on_event(Progress("decoding", source.done, source.total, source.unit, values))
 
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Pillow, on odd files: what matters is an error
+        warnings.simplefilter("ignore")  # Pillow warns about odd files; only errors matter here
         try:
             for batch in _batches(source, found, skip_broken, place):
                 size = sum(len(data) for _, _, data in batch)
-                while pending and (
-                    len(pending) > 2 * workers or sum(pending.values()) + size > WAITING_BYTES
-                ):
-                    for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                        del pending[future]
-                        done += future.result()
-                pending[pool.submit(work, batch)] = size
+                while pending and (len(pending) > 2 * workers or waiting + size > WAITING_BYTES):
+                    future, decoded = pending.popleft()
+                    done, waiting = done + future.result(), waiting - decoded
+                pending.append((pool.submit(work, batch), size))
+                waiting += size
                 if time.monotonic() - announced >= EVENT_SECONDS:
                     announced = time.monotonic()
                     announce()
-            done += sum(future.result() for future in pending)
+            done += sum(future.result() for future, _ in pending)
             announce()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -194,16 +199,17 @@ def decode_all(
 
 
 def _leave_out(found: Found, broken: dict[int, str]) -> None:
-    """Take broken images off what was found."""
+    """Remove broken images from what was found."""
     before = {(place.split, place.class_name) for place in found.images}
     found.images = {place: index for place, index in found.images.items() if index not in broken}
     found.broken = sorted([*found.broken, *broken.values()])
-    found.lost = sorted(before - {(place.split, place.class_name) for place in found.images})
+    found.emptied = sorted(before - {(place.split, place.class_name) for place in found.images})
 
 
 def _batches(
     source: Source, found: Found, skip_broken: bool, place_of_name: Callable[[str], Place | None]
 ) -> Iterator[list[tuple[int, str, bytes]]]:
+    """Index, name and bytes of the images, a batch at a time; enters them in `found`."""
     batch: list[tuple[int, str, bytes]] = []
     held = count = 0
     for name, data in source.read(lambda name: place_of_name(name) is not None):
@@ -211,15 +217,15 @@ def _batches(
         assert place is not None
         suffix = Path(name).suffix.lower()
         if not decode.is_image(data[:16]) and suffix not in decode.SUFFIXES:
-            if suffix in decode.OTHER_SUFFIXES and skip_broken:
+            if suffix not in decode.OTHER_SUFFIXES:
+                found.other.append(name)
+            elif skip_broken:
                 found.broken.append(name)
-            elif suffix in decode.OTHER_SUFFIXES:
+            else:
                 raise KdError(
                     f"cannot read image {name}: {suffix[1:]} is not supported",
                     "Convert it to PNG, JPEG, WebP or BMP.",
                 )
-            else:
-                found.other.append(name)
             continue
         if not place.class_name.isprintable():
             raise KdError(f"unusable class name {place.class_name!r}", "Rename the folder.")
@@ -233,53 +239,34 @@ def _batches(
         yield batch
 
 
-def _store(
-    found: Found,
-    source: Source,
-    content: str,
-    spool: Spool,
-    cache: Cache,
-    workspace: Path,
-    image_size: int | None,
-) -> None:
-    train, test, classes = _choose(found, source)
-    notes = _notes(found, source, spool, image_size)
-    missing = sorted(set(classes) - {place.class_name for place in test})
-    if missing:
-        notes.append(f"No test images of {', '.join(missing)}.")
-    label = catalog.KNOWN_ARCHIVES.get(content, source.path.resolve().name or str(source.path))
-    selections = [_selection(places, classes) for places in (train, test)]
-    cache.store(workspace, spool.view(), selections, classes=classes, label=label, notes=notes)
-
-
-Places = dict[Place, int]
-
-
 def _choose(found: Found, source: Source) -> tuple[Places, Places, tuple[str, ...]]:
-    """Train, test and classes."""
-    path, links = source.path, source.skipped.links
-    hint = LAYOUT_HINT + (f" Skipped {links} links and special files." if links else "")
+    """Train images, test images and class names.
+
+    Raises:
+        KdError: no such layout.
+    """
+    path, skipped = source.path, source.skipped
+    hint = LAYOUT_HINT + (f" Skipped {skipped} links and special files." if skipped else "")
     by_split: dict[str, Places] = {"train": {}, "test": {}, "val": {}}
     for place, index in found.images.items():
         by_split[place.split][place] = index
     if not found.images:
         raise KdError(f"no images found in train/<class> or test/<class> of {path}", hint)
     train, test = by_split["train"], by_split["test"] or by_split["val"]
-    if not train:
-        raise KdError(f"{path} has no training images: no folder train/<class>", hint)
-    if not test:
-        raise KdError(f"{path} has no test images: no folder test/<class>", hint)
-    below = sorted({place.below for place in (*train, *test)})
-    if len(below) > 1:
+    for images, split in ((train, "train"), (test, "test")):
+        if not images:
+            raise KdError(f"{path} has no {split} images: no folder {split}/<class>", hint)
+    prefixes = sorted({place.prefix for place in (*train, *test)})
+    if len(prefixes) > 1:
         raise KdError(
-            f"{path} holds more than one dataset: {', '.join(name or '.' for name in below[:4])}",
+            f"{path} holds more than one dataset: {', '.join(name or '.' for name in prefixes[:4])}",
             "Point --data at one of them.",
         )
     classes = tuple(sorted_names({place.class_name for place in train}))
     unknown = sorted({place.class_name for place in test} - set(classes))
     if unknown:
         raise KdError(
-            f"{path} has test images of classes without training images: {', '.join(unknown[:8])}",
+            f"{path} has test images of classes without train images: {', '.join(unknown[:8])}",
             "Folder names must be the same in train and test; upper and lower case differ.",
         )
     if len(classes) < 2:
@@ -296,43 +283,49 @@ def sorted_names(names: set[str]) -> list[str]:
 
 def _selection(places: Places, classes: tuple[str, ...]) -> Selection:
     """Images by class and then by name, whatever order they came in."""
-    number = {name: label for label, name in enumerate(classes)}
-    rows = sorted((number[place.class_name], place.rest, index) for place, index in places.items())
+    label_of = {name: label for label, name in enumerate(classes)}
+    rows = sorted((label_of[place.class_name], place.rest, index) for place, index in places.items())
     labels = np.array([label for label, _, _ in rows], dtype=np.int64)
     return Selection(np.array([index for _, _, index in rows], dtype=np.int64), labels)
 
 
-def _notes(found: Found, source: Source, spool: Spool, image_size: int | None) -> list[str]:
+def _notes(
+    found: Found, source: Source, packer: Packer, image_size: int | None, without_test: set[str]
+) -> list[str]:
+    """Notes for the user on what was read; `without_test` are the classes without test images."""
     notes = []
     splits = {place.split for place in found.images}
-    below = next(place.below for place in found.images if place.split == "train")
-    if below:
-        notes.append(f"Images are below {below}/.")
+    prefix = next(place.prefix for place in found.images if place.split == "train")
+    if prefix:
+        notes.append(f"Images are below {prefix}/.")
     if "test" not in splits:
         notes.append("Validation images stand in for test images: there is no folder test.")
     elif "val" in splits:
         notes.append("The validation folder is not used: there is a test folder.")
-    if spool.resized and image_size is None:
+    if packer.resized and image_size is None:
         notes.append(
             f"Images differ in size: cropped to squares and resized to {FALLBACK_SIZE}x{FALLBACK_SIZE}. "
             "--image-size sets another size."
         )
-    return notes + left_out(found, source)
-
-
-def left_out(found: Found, source: Source) -> list[str]:
-    """Notes on files that a source holds and that are not used."""
-    notes = []
-    if found.broken:
-        more = "" if len(found.broken) <= SHOWN_BROKEN else ", …"
-        shown = ", ".join(_shown(name) for name in found.broken[:SHOWN_BROKEN])
-        notes.append(f"Skipped {len(found.broken):,} broken images ({shown}{more}).")
-    if found.other:
-        notes.append(f"Skipped {len(found.other)} files that are no images ({_shown(found.other[0])}).")
-    if source.skipped.links:
-        notes.append(f"Skipped {source.skipped.links} links and special files.")
+    notes += skipped_notes(found, source)
+    if without_test:
+        notes.append(f"No test images of {', '.join(sorted(without_test))}.")
     return notes
 
 
-def _shown(name: str) -> str:
-    return name.encode("utf-8", "replace").decode()  # a name may be any bytes
+def skipped_notes(found: Found, source: Source) -> list[str]:
+    """Notes on files of a source that are not used."""
+    notes = []
+    if found.broken:
+        more = "" if len(found.broken) <= MAX_LISTED else ", …"
+        listed = ", ".join(_printable(name) for name in found.broken[:MAX_LISTED])
+        notes.append(f"Skipped {len(found.broken):,} broken images ({listed}{more}).")
+    if found.other:
+        notes.append(f"Skipped {len(found.other)} files that are not images ({_printable(found.other[0])}).")
+    if source.skipped:
+        notes.append(f"Skipped {source.skipped} links and special files.")
+    return notes
+
+
+def _printable(name: str) -> str:
+    return name.encode("utf-8", "replace").decode()  # a file name may be any bytes

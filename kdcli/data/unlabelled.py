@@ -1,115 +1,97 @@
-"""Images without labels: a folder or archive of image files at any depth, whatever its folders are called."""
+"""Unlabelled images: a folder or archive of image files at any depth, whatever its folders are called."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from kdcli.base.errors import KdError, UsageError
-from kdcli.base.events import OnEvent, Progress
+from kdcli.base.events import Progress
 from kdcli.data import decode, rows
+from kdcli.data.datasets import Request
 from kdcli.data.images import NO_LABEL, ImageSet, Splits
-from kdcli.data.pack import FORMAT_VERSION, Cache, Selection
+from kdcli.data.pack import Cache, Packed, Selection
 from kdcli.data.sources import Source, open_source
-from kdcli.data.tree import Place, decode_all, is_aside, left_out
+from kdcli.data.tree import Place, decode_all, is_ignored, skipped_notes
 
 _PART = "unlabelled"
-_CHUNK = 1024  # images looked at together
+_CHUNK = 1024  # images hashed at a time
+_HINT = "--unlabelled takes a folder or an archive of images."
 
 
-def add_unlabelled(
-    splits: Splits, path: Path, *, cache_dir: Path, skip_broken: bool, on_event: OnEvent
-) -> Splits:
+def add_unlabelled(splits: Splits, path: Path, request: Request) -> Splits:
     """A data set with further images to train on; decoded once, then read from the cache.
 
-    They get size and channels of the data's images. Those that are then, pixel by pixel, one of the data's own are
-    left out: of the test images because they would be trained on, and of the train images because they are, or are
-    kept for validation. Names and folders count for nothing.
+    They get the size and channels of the data's images. Those that then equal, pixel by pixel, one of the data's
+    own are left out: test images, because they would be trained on; train images, because they already are, or
+    are kept for validation. Names and folders count for nothing.
 
     Raises:
         UsageError: no such folder or file.
         KdError: not an archive, a broken image without `skip_broken`, an image that cannot get that size, or none.
     """
     if not path.exists():
-        raise UsageError(
-            f"no images without labels at {path}", "--unlabelled takes a folder or an archive of images."
-        )
+        raise UsageError(f"no unlabelled images at {path}", _HINT)
     try:
         source = open_source(path)
     except KdError as error:
-        raise KdError(error.message, "--unlabelled takes a folder or an archive of images.") from error
-    own = f"{splits.train.input_size} {splits.train.fingerprint} {splits.test.fingerprint}"
-    content = source.key()
-
-    def cache_for(skipping: bool) -> Cache:
-        words = f"unlabelled {FORMAT_VERSION} {content} {own}"
-        words += " without broken images" if skipping else ""
-        return Cache(cache_dir, hashlib.sha256(words.encode()).hexdigest()[:32])
-
-    for skipping in (False, True)[: 1 + skip_broken]:
-        known = cache_for(skipping).parts((_PART,))
-        if known is not None:
-            break
-    else:
-        cache = _pack(source, splits, cache_for, skip_broken, on_event)
-        known = cache.parts((_PART,))
-        if known is None:
-            raise cache.unreadable()
-    [images], _, notes = known
-    return replace(splits, unlabelled=images, notes=(*splits.notes, *notes))
+        raise KdError(error.message, _HINT) from error
+    recipe = {
+        "unlabelled": source.key(),
+        "data": [splits.train.input_size, splits.train.fingerprint, splits.test.fingerprint],
+        "skip_broken": request.skip_broken,
+    }
+    cache = Cache(request.cache_dir, recipe)
+    packed = cache.load() or _pack(source, splits, cache, request)
+    return replace(splits, unlabelled=packed.parts[_PART], notes=(*splits.notes, *packed.notes))
 
 
-def _pack(
-    source: Source, splits: Splits, cache_for: Callable[[bool], Cache], skip_broken: bool, on_event: OnEvent
-) -> Cache:
-    size = splits.train.input_size
-    with cache_for(skip_broken).packing(None, size[2]) as (workspace, spool):
+def _pack(source: Source, splits: Splits, cache: Cache, request: Request) -> Packed:
+    size, where = splits.train.input_size, source.path.name or str(source.path)
+    with cache.packer(None, size[2]) as packer:
 
         def keep(index: int, name: str, pixels: decode.Pixels) -> None:
-            spool.put(index, decode.fit_to(pixels, name, size, "the data's images are"))
+            packer.put(index, decode.fit_to(pixels, name, size, "the data's images are"))
 
-        found = decode_all(source, keep, on_event, skip_broken, _place)
-        numbers = [index for _, index in sorted((place.rest, index) for place, index in found.images.items())]
-        if not numbers:
+        # 1. Decode.
+        found = decode_all(source, keep, request.on_event, request.skip_broken, _place)
+        indices = [index for _, index in sorted((place.rest, index) for place, index in found.images.items())]
+        if not indices:
             more = f": all are broken, as {found.broken[0]}" if found.broken else ""
             raise KdError(f"no images in {source.path}{more}", "PNG, JPEG, WebP and BMP files are read.")
-        pixels = spool.view()
-        among_test, among_train = _hashes(splits.test), _hashes(splits.train)
-        kept, of_test, of_train = [], 0, 0
-        for start in range(0, len(numbers), _CHUNK):
-            on_event(Progress("comparing with test images", start, len(numbers)))
-            chosen = np.array(numbers[start : start + _CHUNK], dtype=np.int64)
-            for number, image in zip(chosen.tolist(), rows.take(pixels, chosen), strict=True):
+        # 2. Leave out the data's own images.
+        test, train = _hashes(splits.test), _hashes(splits.train)
+        left_out, kept = {"test": 0, "train": 0}, []
+        for start in range(0, len(indices), _CHUNK):
+            request.on_event(Progress("comparing with the data's images", start, len(indices)))
+            chosen = np.array(indices[start : start + _CHUNK], dtype=np.int64)
+            for index, image in zip(chosen.tolist(), rows.take(packer.images(), chosen), strict=True):
                 digest = _hash(image)
-                if digest in among_test:
-                    of_test += 1
-                elif digest in among_train:
-                    of_train += 1
+                if digest in test or digest in train:
+                    left_out["test" if digest in test else "train"] += 1
                 else:
-                    kept.append(number)
-        where = source.path.name or str(source.path)
+                    kept.append(index)
         if not kept:
             raise KdError(
-                f"all {len(numbers):,} images in {source.path} are among those of {splits.spec}",
+                f"all {len(indices):,} images in {source.path} are among those of {splits.spec}",
                 "--unlabelled takes images that are not part of --data.",
             )
-        notes = [f"{len(kept):,} images without labels from {where}."]
-        for count, split in ((of_test, "test"), (of_train, "train")):
+        # 3. Store.
+        notes = [f"{len(kept):,} unlabelled images from {where}."]
+        for split, count in left_out.items():
             if count:
                 notes.append(f"Left out {count:,} images in {where} that are among the {split} images.")
-        notes += [f"{where}: {note}" for note in left_out(found, source)]
-        cache = cache_for(bool(found.broken))
+        notes += [f"{where}: {note}" for note in skipped_notes(found, source)]
         selection = Selection(np.array(kept, dtype=np.int64), np.full(len(kept), NO_LABEL, np.int64))
-        cache.store(workspace, pixels, [selection], classes=(), label=where, notes=notes, names=(_PART,))
-    return cache
+        return cache.store(packer, {_PART: selection}, classes=(), label=where, notes=notes)
 
 
 def _place(name: str) -> Place | None:
-    return None if is_aside(name) else Place("", "", "", name)
+    return None if is_ignored(name) else Place("", "", "", name)
 
 
 def _hash(image: decode.Pixels) -> bytes:
@@ -117,7 +99,7 @@ def _hash(image: decode.Pixels) -> bytes:
 
 
 def _hashes(data: ImageSet) -> set[bytes]:
-    """Of each image's pixels."""
+    """A hash of each image's pixels."""
 
     def chunks() -> Iterator[decode.Pixels]:
         for start in range(0, len(data), _CHUNK):

@@ -16,7 +16,7 @@ from kdcli.base.errors import KdError
 from kdcli.base.events import Note, OnEvent, Progress, ignore
 from kdcli.data import decode
 from kdcli.data.sources import MAX_MEMBER_BYTES, open_source
-from kdcli.data.tree import is_aside
+from kdcli.data.tree import is_ignored
 from kdcli.deploy.onnx_model import OnnxClassifier
 from kdcli.models import Classifier
 
@@ -123,7 +123,7 @@ def _files(path: Path) -> Iterator[tuple[str, bytes, bool]]:
 
 
 def _may_be_image(name: str) -> bool:
-    return not is_aside(name) and Path(name).suffix.lower() in ("", *decode.SUFFIXES)
+    return not is_ignored(name) and Path(name).suffix.lower() in ("", *decode.SUFFIXES)
 
 
 def _is_image_file(path: Path) -> bool:

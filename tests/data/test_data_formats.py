@@ -19,7 +19,8 @@ from scipy.io import savemat
 
 from kdcli.base.errors import KdError
 from kdcli.base.events import Event, Note, Progress
-from kdcli.data import Splits, catalog, idx, load, pack, svhn
+from kdcli.data import Splits, catalog, load, pack
+from kdcli.data.sets import mnist, svhn
 
 COUNTS = {"train": 12, "t10k": 5}
 
@@ -107,7 +108,7 @@ def read(tmp_path: Path) -> Read:
     ("name", "label", "classes"),
     [
         ("mnist", "MNIST", tuple("0123456789")),
-        ("fashion-mnist", "Fashion-MNIST", catalog.FASHION_CLASSES),
+        ("fashion-mnist", "Fashion-MNIST", mnist.FASHION_CLASSES),
     ],
 )
 def test_mnist(name: str, label: str, classes: tuple[str, ...], tmp_path: Path, read: Read) -> None:
@@ -123,7 +124,7 @@ def test_mnist(name: str, label: str, classes: tuple[str, ...], tmp_path: Path, 
         assert splits.test.labels.tolist() == [1, 4, 7, 0, 3]
     assert len([event for event in seen if isinstance(event, Progress)]) == 1
     assert len([event for event in seen if isinstance(event, Note) and "not the official" in event.text]) == 8
-    assert len(catalog.FASHION_CLASSES) == 10 and catalog.FASHION_CLASSES[9] == "Ankle boot"
+    assert len(mnist.FASHION_CLASSES) == 10 and mnist.FASHION_CLASSES[9] == "Ankle boot"
 
 
 def test_the_official_files_go_without_a_note(
@@ -188,9 +189,9 @@ def test_cifar100(unpacked: bool, tmp_path: Path, read: Read) -> None:
     ],
 )
 def test_what_is_not_there_is_named_with_the_command(name: str, label: str, what: str, read: Read) -> None:
-    with pytest.raises(KdError, match=f"^{label} is not in .*: no {what}") as caught:
+    with pytest.raises(KdError, match=f"^{label} not found in .*: no {what}") as caught:
         read(name)
-    assert caught.value.hint.startswith(f"Run kd download {name};")
+    assert caught.value.hint.startswith(f"Run kd download {name},")
 
 
 def damaged(content: bytes) -> bytes:
@@ -207,17 +208,17 @@ GOOD = idx_bytes(8, 12, content=bytes(12))
     ("content", "message"),
     [
         (GOOD, "Not a gzipped file"),
-        (b"", "no IDX file"),
-        (gzip.compress(b"", mtime=0), "no IDX file"),
+        (b"", "not an IDX file"),
+        (gzip.compress(b"", mtime=0), "not an IDX file"),
         (gzip.compress(GOOD[:6], mtime=0), "cannot read"),
         (gzip.compress(GOOD, mtime=0)[:-12], "ended before"),
         (damaged(GOOD), "CRC"),
         (gzip.compress(GOOD[:-1], mtime=0), "damaged"),
         (gzip.compress(GOOD + b"!", mtime=0), "damaged"),
-        (gzip.compress(idx_bytes(9, 12, content=bytes(12)), mtime=0), "no IDX file of bytes"),
+        (gzip.compress(idx_bytes(9, 12, content=bytes(12)), mtime=0), "not an IDX file of bytes"),
         (
             gzip.compress(idx_bytes(8, 12, 1, content=bytes(12)), mtime=0),
-            "no IDX file of bytes in 1 dimensions",
+            "not an IDX file of bytes in 1 dimensions",
         ),
         (gzip.compress(idx_bytes(8, 2**32 - 1, content=b""), mtime=0), "at most 268,435,456 are read"),
         (gzip.compress(idx_bytes(8, 11, content=bytes(11)), mtime=0), "labels that are not 12 numbers of 10"),
@@ -246,13 +247,13 @@ def test_other_images_than_expected(sizes: tuple[int, ...], tmp_path: Path, read
 
 
 def test_a_gzip_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(idx, "MAX_BYTES", 1000)
+    monkeypatch.setattr(mnist, "MAX_BYTES", 1000)
     path = tmp_path / "x.gz"
     path.write_bytes(gzip.compress(idx_bytes(8, 1001, content=bytes(1001)), mtime=0))
     with pytest.raises(KdError, match="holds 1,001 bytes; at most 1,000"):
-        idx.read_idx(path, 1)
+        mnist.read_idx(path, 1)
     path.write_bytes(gzip.compress(idx_bytes(8, 1000, content=bytes(1000)), mtime=0))
-    assert idx.read_idx(path, 1).shape == (1000,)
+    assert mnist.read_idx(path, 1).shape == (1000,)
 
 
 X, Y = np.zeros((32, 32, 3, 2), np.uint8), np.array([[1], [2]], np.uint8)
@@ -318,10 +319,10 @@ class Evil:
         ({"train": [1]}, "train: holds no dictionary"),
         ({"train": Evil()}, "train: refuses"),
         ({"train": {b"data": np.zeros((6, 3071), np.uint8)}}, r"data is not uint8 \(N, 3072\)"),
-        ({"test": {b"data": np.zeros((3, 3072))}}, r"test is no CIFAR-100 batch: data is not uint8"),
+        ({"test": {b"data": np.zeros((3, 3072))}}, r"test is not a CIFAR batch: data is not uint8"),
         ({"test": {b"fine_labels": [0, 1, 100]}}, "fine_labels are not numbers 0-99"),
         ({"test": {b"fine_labels": [0, 1, -1]}}, "fine_labels are not numbers 0-99"),
-        ({"test": {b"fine_labels": [0, 1]}}, "labels that are not 3 numbers of 100 classes"),
+        ({"test": {b"fine_labels": [0, 1]}}, "3 images, 2 fine_labels"),
         ({"test": {b"fine_labels": "abc"}}, "fine_labels are not numbers 0-99"),
         ({"meta": {b"fine_label_names": [b"x"] * 99}}, "no 100 fine_label_names"),
         ({"meta": {b"fine_label_names": [1] * 100}}, "no 100 fine_label_names"),
@@ -349,7 +350,7 @@ def test_a_full_or_closed_cache_is_one_error(
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pack.Spool, "put", full)
+    monkeypatch.setattr(pack.Packer, "put", full)
     with pytest.raises(KdError, match=r"cannot write to .*: No space left") as caught:
         read("mnist")
     assert "--cache-dir" in caught.value.hint

@@ -113,7 +113,7 @@ def test_images_at_any_depth_are_taken_by_name_and_have_no_labels(place: Path) -
     np.testing.assert_array_equal(more_of(splits), by_name("more"))
     assert splits.unlabelled is not None
     assert splits.unlabelled.labels.tolist() == [-1] * MORE
-    assert f"{MORE} images without labels from more." in texts(notes)
+    assert f"{MORE} unlabelled images from more." in texts(notes)
     plain = data.load("toy")
     assert splits.train.fingerprint == plain.train.fingerprint
     assert splits.trained_on.fingerprint != plain.trained_on.fingerprint == plain.train.fingerprint
@@ -188,7 +188,7 @@ def test_what_is_hidden_or_no_image_is_not_taken(place: Path) -> None:
     Path("more/readme.txt").write_text("not an image")
     notes: list[Event] = []
     assert len(more_of(loaded(notes))) == MORE
-    assert "more: Skipped 1 files that are no images (readme.txt)." in texts(notes)
+    assert "more: Skipped 1 files that are not images (readme.txt)." in texts(notes)
 
 
 def test_a_broken_image_is_an_error_or_left_out(place: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_broken_image_is_an_error_or_left_out(place: Path) -> None:
 
 
 def test_what_cannot_be_read_is_told_in_one_line(place: Path) -> None:
-    with pytest.raises(UsageError, match="no images without labels at nowhere"):
+    with pytest.raises(UsageError, match="no unlabelled images at nowhere"):
         loaded(path="nowhere")
     Path("text").write_text("text")
     with pytest.raises(KdError, match="text is not an archive") as caught:
@@ -230,7 +230,7 @@ def test_what_cannot_be_read_is_told_in_one_line(place: Path) -> None:
 def test_files_are_decoded_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = more_of(loaded())
     monkeypatch.setattr(unlabelled, "decode_all", lambda *_: pytest.fail("decoded again"))
-    np.testing.assert_array_equal(more_of(loaded(skip_broken=True)), first)
+    np.testing.assert_array_equal(more_of(loaded()), first)
 
 
 # --- two arrays as one ---------------------------------------------------------------------------------------
@@ -280,16 +280,6 @@ def test_there_is_no_image_beyond_the_last_or_before_the_first(
             joined[np.array([0, number])]
     with pytest.raises(ValueError, match="cannot be joined"):
         rows.Joined(parts[0], np.zeros((1, 4, 4, 1), np.uint8))
-
-
-def test_pages_of_both_maps_are_let_go(
-    parts: tuple[rows.Images, rows.Images, UInt8], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dropped: list[Any] = []
-    monkeypatch.setattr(rows, "let_go", dropped.append)
-    monkeypatch.setattr(rows, "_LET_GO_BYTES", 0)
-    rows.take(rows.Joined(*parts[:2]), np.array([0, 11]))
-    assert [id(array) for array in dropped] == [id(part) for part in parts[:2]]
 
 
 # --- training ------------------------------------------------------------------------------------------------

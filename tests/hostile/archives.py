@@ -174,7 +174,6 @@ def bombs(canary: Path) -> dict[str, bytes]:
         "name of a megabyte.gz": b"\x1f\x8b\x08\x08" + bytes(6) + b"n" * (1 << 20) + b"\0" + gz[10:-20],
         "zeros.tar.gz": zeros(lambda data: gzip.compress(header(b"junk", b"0", b"%011o" % (1 << 33)) + data), 560),
         "a dictionary of 4 GiB.tar.xz": xz_that_asks_for(40),
-        "a dictionary of 1.5 GiB.tar.xz": xz_that_asks_for(37),
         "overlapping.zip": overlapping(64, 16 << 20),
         "a member of 300 MB.zip": overlapping(1, 257 << 20),
         "overstated.zip": patched(archive, 22, struct.pack("<I", 10_000_000)),
@@ -199,6 +198,7 @@ def acceptable() -> dict[str, bytes]:
     archive = zipped(files)
     first = archive.index(b"train/a/1.png")
     return {
+        "a dictionary of 1.5 GiB.tar.xz": xz_that_asks_for(37),  # reserved, and used as far as there is data
         "links beside images.tar": tar(files, header(b"train/a/9.png", b"2", b"0") + header(b"train/b/9.png", b"6", b"0")),
         "names that differ in case.zip": zipped({**files, "train/a/1.PNG": png(9), "Train/a/1.png": png(7)}),
         "the same name twice.tar": tar({**files}, tar({"train/a/1.png": png(200)})[:-1024]),

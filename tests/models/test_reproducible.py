@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import copy
-import mmap
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from kdcli.data import rows
 from kdcli.models import reproducible
 from kdcli.models.reproducible import (
     DropoutKeys,
@@ -24,7 +17,6 @@ from kdcli.models.reproducible import (
     use_global_batch_norm,
     use_sample_dropout,
 )
-from tests.helpers import ROOT
 
 CPU = torch.device("cpu")
 
@@ -150,72 +142,3 @@ def test_global_batch_norm_of_two_halves_is_that_of_the_whole(monkeypatch: pytes
 def test_the_mixing_function_is_a_bijection_of_the_low_bits() -> None:
     values = torch.arange(-(2**16), 2**16, dtype=torch.int32)
     assert len(torch.unique(reproducible._mixed(values))) == 2**17
-
-
-def test_rows_of_a_memory_map_are_copies_and_its_pages_are_let_go(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "x.npy"
-    content = np.random.default_rng(0).integers(0, 256, (50, 4, 4, 3)).astype(np.uint8)
-    np.save(path, content)
-    images = np.load(path, mmap_mode="r")
-    resident = [1000 << 20]
-    dropped: list[object] = []
-    monkeypatch.setattr(rows, "_residence", rows._Residence())
-    monkeypatch.setattr(rows, "_resident_file_bytes", lambda: resident[0])
-
-    def drop(array: object) -> None:
-        dropped.append(array)
-        resident[0] = 990 << 20
-
-    monkeypatch.setattr(rows, "let_go", drop)
-    for start in range(0, 50, 5):
-        chosen = np.array([start + 3, start, start + 4])
-        found = rows.take(images, chosen)
-        np.testing.assert_array_equal(found, content[chosen])
-        assert found.flags.writeable
-        resident[0] += 100 << 20  # what the kernel has mapped for it
-    assert len(dropped) == 3  # ten times 100 MiB, let go whenever 256 have come together
-    monkeypatch.setattr(rows, "_resident_file_bytes", lambda: None)  # not Linux: by what was read
-    monkeypatch.setattr(rows, "_LET_GO_READ_BYTES", 10 * 48)
-    dropped.clear()
-    for start in range(0, 50, 5):
-        rows.take(images, np.array([start + 3, start, start + 4]))
-    assert len(dropped) == 2
-    monkeypatch.undo()
-    rows.let_go(images)
-    np.testing.assert_array_equal(images, content)
-    rows.let_go(content)  # an array in memory: nothing to do
-    if hasattr(mmap, "MADV_DONTNEED"):
-        writable = np.load(path, mmap_mode="c")
-        writable[0] = 7
-        rows.let_go(writable)  # a private copy would lose what was written
-        assert (writable[0] == 7).all()
-
-
-def test_a_map_much_larger_than_the_bound_is_read_within_it(tmp_path: Path) -> None:
-    """In a process of its own: 1 GiB read at random, in whatever pages the kernel likes."""
-    code = """
-import numpy as np, resource, sys
-from kdcli.data import rows
-if rows._resident_file_bytes() is None: sys.exit(77)
-with open("big.npy", "wb") as handle:
-    np.lib.format.write_array_header_1_0(handle, dict(descr="|u1", fortran_order=False, shape=(87381, 64, 64, 3)))
-    for _ in range(1024):
-        handle.write(bytes(1 << 20))
-images = np.load("big.npy", mmap_mode="r")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-order = np.random.default_rng(0).permutation(len(images))
-for start in range(0, len(order), 256):
-    rows.take(images, order[start:start + 256])
-grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-assert grown < 700, grown
-"""
-    if shutil.disk_usage(tmp_path).free < 3 << 30:
-        pytest.skip("there is no room for a file of 1 GiB")
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False
-    )
-    if done.returncode == 77:
-        pytest.skip("what is resident cannot be told here: there is no /proc")
-    assert done.returncode == 0

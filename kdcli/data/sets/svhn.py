@@ -8,16 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from kdcli.base.errors import KdError
-from kdcli.data import catalog
-from kdcli.data.formats import Format, Part
+from kdcli.data.datasets import Content, LabelledImages, dataset
 
 MAX_FILE_BYTES = 2 << 30
 MAX_IMAGES = 1_000_000
 SIZE = (32, 32, 3)
 
 
-def read_mat(path: Path) -> Part:
-    """Images and labels of one file. Its variables are looked at before any is read, so that none is huge.
+def read_mat(path: Path) -> LabelledImages:
+    """Images and labels of one file. Shapes are checked before anything is read, so that nothing is huge.
 
     Raises:
         KdError: damaged, or without X and y of the right shape and type.
@@ -40,11 +39,13 @@ def read_mat(path: Path) -> Part:
     images, labels = held["X"], held["y"]
     if labels.dtype.kind not in "iuf" or not np.isin(labels, np.arange(1, 11)).all():
         raise KdError(f"{path} has labels that are not 1 to 10")
-    return Part(np.ascontiguousarray(images.transpose(3, 0, 1, 2)), labels.reshape(-1).astype(np.int64) % 10)
+    return LabelledImages(
+        np.ascontiguousarray(images.transpose(3, 0, 1, 2)), labels.reshape(-1).astype(np.int64) % 10
+    )
 
 
-def _read(paths: Mapping[str, Path]) -> tuple[Part, Part, tuple[str, ...]]:
-    return read_mat(paths["train_32x32.mat"]), read_mat(paths["test_32x32.mat"]), catalog.DIGITS
-
-
-SVHN = Format("svhn", "SVHN", SIZE, _read)
+@dataset("svhn", label="SVHN", input_size=SIZE)
+def read_svhn(paths: Mapping[str, Path]) -> Content:
+    """One file for each split."""
+    train, test = (read_mat(paths[f"{name}_32x32.mat"]) for name in ("train", "test"))
+    return Content(train, test, tuple("0123456789"))

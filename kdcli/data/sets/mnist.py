@@ -13,11 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcli.base.errors import KdError
-from kdcli.data import catalog
-from kdcli.data.formats import Format, Part
+from kdcli.data.datasets import Content, LabelledImages, dataset
 
 MAX_BYTES = 256 << 20  # of one file's content; MNIST's largest has 47 million
 UNSIGNED_BYTES = 0x08
+FASHION_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
 
 
 def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
@@ -30,7 +32,7 @@ def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
         with gzip.open(path, "rb") as handle:
             head = handle.read(4 + 4 * dimensions)
             if head[:4] != bytes((0, 0, UNSIGNED_BYTES, dimensions)):
-                raise KdError(f"{path} is no IDX file of bytes in {dimensions} dimensions")
+                raise KdError(f"{path} is not an IDX file of bytes in {dimensions} dimensions")
             shape = struct.unpack(f">{dimensions}I", head[4:])
             size = math.prod(shape)
             if size > MAX_BYTES:
@@ -43,18 +45,19 @@ def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
     return np.frombuffer(content, dtype=np.uint8).reshape(shape)
 
 
-def _part(paths: Mapping[str, Path], split: str) -> Part:
-    images = read_idx(paths[f"{split}-images-idx3-ubyte.gz"], 3)
-    labels = read_idx(paths[f"{split}-labels-idx1-ubyte.gz"], 1)
-    return Part(images[..., None], labels.astype(np.int64))
+@dataset("mnist", label="MNIST", input_size=(28, 28, 1))
+def read_mnist(paths: Mapping[str, Path], classes: tuple[str, ...] = tuple("0123456789")) -> Content:
+    """Four files: images and labels of the splits `train` and `t10k`."""
+
+    def split(name: str) -> LabelledImages:
+        images = read_idx(paths[f"{name}-images-idx3-ubyte.gz"], 3)
+        labels = read_idx(paths[f"{name}-labels-idx1-ubyte.gz"], 1)
+        return LabelledImages(images[..., None], labels.astype(np.int64))
+
+    return Content(split("train"), split("t10k"), classes)
 
 
-def _format(name: str, label: str, classes: tuple[str, ...]) -> Format:
-    def read(paths: Mapping[str, Path]) -> tuple[Part, Part, tuple[str, ...]]:
-        return _part(paths, "train"), _part(paths, "t10k"), classes
-
-    return Format(name, label, (28, 28, 1), read)
-
-
-MNIST = _format("mnist", "MNIST", catalog.DIGITS)
-FASHION_MNIST = _format("fashion-mnist", "Fashion-MNIST", catalog.FASHION_CLASSES)
+@dataset("fashion-mnist", label="Fashion-MNIST", input_size=(28, 28, 1))
+def read_fashion_mnist(paths: Mapping[str, Path]) -> Content:
+    """The same four files with ten kinds of clothing."""
+    return read_mnist(paths, FASHION_CLASSES)

@@ -1,0 +1,228 @@
+"""Registry of named data sets: one module of `kdcli.data.sets` for each, found when this module is imported.
+
+A module registers a function that reads the files of a data set:
+
+    @dataset("mnist", label="MNIST", input_size=(28, 28, 1))
+    def read_mnist(paths: Mapping[str, Path]) -> Content: ...
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from kdcli.base.errors import KdError
+from kdcli.base.events import OnEvent, Progress
+from kdcli.base.files import sha256_file
+from kdcli.base.text import reason
+from kdcli.data import catalog, sets
+from kdcli.data.decode import Pixels, resize, with_channels
+from kdcli.data.images import ImageSet, Splits, fingerprint_of
+from kdcli.data.pack import Cache, Selection
+from kdcli.data.sources import open_source
+
+EVENT_IMAGES = 2048
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to load and how; see `load`. `channels` is 1, 3, or None for the data's own."""
+
+    spec: str
+    data_dir: Path
+    cache_dir: Path
+    image_size: int | None
+    channels: int | None
+    on_event: OnEvent
+    skip_broken: bool = False
+
+
+class LabelledImages(NamedTuple):
+    """One split as its files hold it: uint8 images (N, H, W, C) and int64 labels (N,)."""
+
+    images: Pixels
+    labels: npt.NDArray[np.int64]
+
+
+class Content(NamedTuple):
+    """What the files of a data set hold."""
+
+    train: LabelledImages
+    test: LabelledImages
+    classes: tuple[str, ...]
+
+
+Read = Callable[[Mapping[str, Path]], Content]
+AnyRead = TypeVar("AnyRead", bound=Read)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A named data set. Call it with a request to load it.
+
+    Attributes:
+        name: value of --data and `kd download`.
+        label: name in tables.
+        input_size: (H, W, C) of its images.
+        files: paths below the data folder.
+        folder: a folder in the data folder that may stand for the files: the one archive, unpacked.
+        read: from paths by their file names to the content; a KdError without a hint gets `hint`.
+    """
+
+    name: str
+    label: str
+    input_size: tuple[int, int, int]
+    files: tuple[str, ...]
+    folder: str | None
+    read: Read
+
+    @property
+    def hint(self) -> str:
+        """What to do where a file is absent or damaged."""
+        if self.name in catalog.DOWNLOADS:
+            return (
+                f"Run kd download {self.name}, or use your own images: --data with a folder or archive that "
+                "holds train/<class>/* and test/<class>/*."
+            )
+        return "Its files are not part of kd download."
+
+    def matches(self, path: Path) -> bool:
+        """Whether a path is the data set's one archive or its unpacked folder, by name."""
+        if self.folder is None:
+            return False
+        return path.name in (self.folder, *self.files) or (path / self.folder).is_dir()
+
+    def find(self, data_dir: Path) -> dict[str, Path]:
+        """Paths of its files by file name.
+
+        Raises:
+            KdError: a file is absent.
+        """
+        if self.folder is not None and (data_dir / self.folder).is_dir():
+            return {self.folder: data_dir / self.folder}
+        paths = [data_dir / file for file in self.files]
+        absent = [path.name for path in paths if not path.is_file()]
+        if absent:
+            raise KdError(f"{self.label} not found in {paths[0].parent}: no {', '.join(absent)}", self.hint)
+        return {path.name: path for path in paths}
+
+    def __call__(self, request: Request, path: Path | None = None) -> Splits:
+        """The data set; read once, then from the cache.
+
+        Args:
+            path: its archive or unpacked folder, instead of the files in the data folder.
+
+        Raises:
+            KdError: absent, damaged, or not what it should be.
+        """
+        height, width, own_channels = self.input_size
+        size = None if request.image_size == height == width else request.image_size
+        channels = request.channels or own_channels
+        if not self.files:
+            return self._in_memory(request, size, channels)
+        # 1. The content decides on the cache entry.
+        paths = self.find(request.data_dir) if path is None else {path.name: path}
+        try:
+            keys = [
+                open_source(file).key() if file.is_dir() else sha256_file(file) for file in paths.values()
+            ]
+        except OSError as error:
+            raise KdError(f"cannot read {error.filename}: {reason(error)}") from error
+        recipe = {"dataset": self.name, "content": keys, "image_size": size, "channels": channels}
+        cache = Cache(request.cache_dir, recipe)
+        if (packed := cache.load()) is not None:
+            return packed.splits(request.spec)
+        # 2. Read and pack.
+        content = self._checked(paths)
+        official = {remote.sha256 for remote in catalog.DOWNLOADS.get(self.name, ())}
+        notes = [
+            f"{file.name} is not the official file: its SHA-256 differs."
+            for file, key in zip(paths.values(), keys, strict=True)
+            if official and file.is_file() and key not in official
+        ]
+        count, boundary = len(content.train.images) + len(content.test.images), len(content.train.images)
+        with cache.packer(size, channels) as packer:
+            for start, part in ((0, content.train), (boundary, content.test)):
+                for index, image in enumerate(part.images, start):
+                    packer.put(index, image)
+                    if index % EVENT_IMAGES == 0:
+                        request.on_event(Progress("packing", index, count))
+            selections = {
+                "train": Selection(np.arange(boundary), content.train.labels),
+                "test": Selection(np.arange(boundary, count), content.test.labels),
+            }
+            packed = cache.store(packer, selections, classes=content.classes, label=self.label, notes=notes)
+        return packed.splits(request.spec)
+
+    def _in_memory(self, request: Request, size: int | None, channels: int) -> Splits:
+        """A data set without files, such as one that a library brings, is small and not cached."""
+        train, test, classes = self._checked({})
+
+        def prepared(part: LabelledImages) -> ImageSet:
+            images = [with_channels(image, channels) for image in part.images]
+            pixels = np.stack([image if size is None else resize(image, size) for image in images])
+            return ImageSet(pixels, part.labels, classes, fingerprint_of(pixels, part.labels, classes))
+
+        return Splits(request.spec, self.label, prepared(train), prepared(test))
+
+    def _checked(self, paths: Mapping[str, Path]) -> Content:
+        """The content, if it is images of the right size with labels of the right classes."""
+        try:
+            content = self.read(paths)
+        except KdError as error:
+            raise KdError(error.message, error.hint or self.hint) from error
+        for name, (images, labels) in (("train", content.train), ("test", content.test)):
+            if images.dtype != np.uint8 or images.shape[1:] != self.input_size or not len(images):
+                expected = ", ".join(map(str, self.input_size))
+                raise KdError(
+                    f"{self.label} has {name} images {images.dtype} {images.shape} instead of uint8 "
+                    f"(N, {expected})",
+                    self.hint,
+                )
+            if labels.shape != (len(images),) or labels.min() < 0 or labels.max() >= len(content.classes):
+                raise KdError(
+                    f"{self.label} has {name} labels that are not {len(images)} numbers of "
+                    f"{len(content.classes)} classes",
+                    self.hint,
+                )
+        return content
+
+
+DATASETS: dict[str, Dataset] = {}
+
+
+def dataset(
+    name: str,
+    *,
+    label: str,
+    input_size: tuple[int, int, int],
+    files: tuple[str, ...] | None = None,
+    folder: str | None = None,
+) -> Callable[[AnyRead], AnyRead]:
+    """Register a function that reads the files of a data set; arguments as the attributes of `Dataset`.
+
+    Args:
+        files: by default those of the entry `name` in `catalog.DOWNLOADS`; an empty tuple for a data set without
+            files.
+    """
+
+    def register(read: AnyRead) -> AnyRead:
+        known = catalog.DOWNLOADS.get(name, ()) if files is None else ()
+        paths = files or tuple(remote.name for remote in known)
+        DATASETS[name] = Dataset(name, label, input_size, paths, folder, read)
+        return read
+
+    return register
+
+
+def discover() -> None:
+    """Import every module of `kdcli.data.sets`, which registers the data sets."""
+    for module in pkgutil.iter_modules(sets.__path__):
+        importlib.import_module(f"{sets.__name__}.{module.name}")

@@ -1,0 +1,1 @@
+"""Named data sets, one module each; `kdcli.data.datasets.discover` imports them all."""

@@ -1,0 +1,95 @@
+"""CIFAR-10 and CIFAR-100 in their official python form: pickled batches in a tarball or its unpacked folder.
+
+The fine labels of CIFAR-100 are its classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kdcli.base import pickles
+from kdcli.base.errors import KdError
+from kdcli.data import catalog
+from kdcli.data.datasets import Content, LabelledImages, dataset
+from kdcli.data.sources import open_source
+
+CIFAR10_TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
+
+
+@dataset("cifar10", label="CIFAR-10", input_size=(32, 32, 3), folder="cifar-10-batches-py")
+def read_cifar10(paths: Mapping[str, Path]) -> Content:
+    """Five batches of train images, one of test images, and the class names, which may be absent."""
+    batches = _batches(paths, (*CIFAR10_TRAIN, "test_batch"), ("batches.meta",))
+    train, test = (
+        _images(batches, CIFAR10_TRAIN, "labels", 10),
+        _images(batches, ["test_batch"], "labels", 10),
+    )
+    if "batches.meta" not in batches:
+        return Content(train, test, catalog.CIFAR10_CLASSES)
+    return Content(train, test, _class_names(batches["batches.meta"], "label_names", 10))
+
+
+@dataset("cifar100", label="CIFAR-100", input_size=(32, 32, 3), folder="cifar-100-python")
+def read_cifar100(paths: Mapping[str, Path]) -> Content:
+    """One batch for each split, and the class names."""
+    batches = _batches(paths, ("train", "test", "meta"))
+    train, test = (_images(batches, [name], "fine_labels", 100) for name in ("train", "test"))
+    return Content(train, test, _class_names(batches["meta"], "fine_label_names", 100))
+
+
+def _batches(
+    paths: Mapping[str, Path], required: Sequence[str], optional: Sequence[str] = ()
+) -> dict[str, dict[str, object]]:
+    """The unpickled members of the archive or folder, by file name.
+
+    Raises:
+        KdError: a member is absent, or holds anything but a dictionary of arrays and plain values.
+    """
+    [path] = paths.values()
+    found: dict[str, dict[str, object]] = {}
+    for member, data in open_source(path).read(lambda name: name.split("/")[-1] in (*required, *optional)):
+        name = member.split("/")[-1]
+        try:
+            found[name] = pickles.load_pickle(data)
+        except KdError as error:
+            raise KdError(f"{member}: {error.message}", error.hint) from error
+    absent = [name for name in required if name not in found]
+    if absent:
+        raise KdError(f"{path} lacks {', '.join(absent)}")
+    return found
+
+
+def _images(
+    batches: Mapping[str, Mapping[str, object]], names: Sequence[str], key: str, classes: int
+) -> LabelledImages:
+    """The named batches as one; each stores its pixels (N, 3072) as planes R, G, B."""
+    images, labels = [], []
+    for name in names:
+        data, numbers = batches[name].get("data"), batches[name].get(key)
+        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3072,):
+            raise KdError(f"{name} is not a CIFAR batch: data is not uint8 (N, 3072)")
+        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < classes for n in numbers):
+            raise KdError(f"{name} is not a CIFAR batch: {key} are not numbers 0-{classes - 1}")
+        if len(numbers) != len(data):
+            raise KdError(f"{name} is not a CIFAR batch: it has {len(data)} images, {len(numbers)} {key}")
+        images.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        labels.append(np.array(numbers, dtype=np.int64))
+    return LabelledImages(np.ascontiguousarray(np.concatenate(images)), np.concatenate(labels))
+
+
+def _class_names(meta: Mapping[str, object], key: str, count: int) -> tuple[str, ...]:
+    names = meta.get(key)
+    if (
+        not isinstance(names, list)
+        or len(names) != count
+        or not all(isinstance(n, str | bytes) for n in names)
+    ):
+        raise KdError(f"the CIFAR archive has no {count} {key}")
+    return tuple(map(_text, names))
+
+
+def _text(value: object) -> str:
+    return value.decode("latin-1") if isinstance(value, bytes) else str(value)  # Python 2 wrote bytes
