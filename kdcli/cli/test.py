@@ -38,7 +38,7 @@ def test(
         teacher_logits = None
         source = config.teacher or _recorded_teacher(loaded.provenance)
         if source is not None:
-            kept = Teacher.open(source, config.cache_dir, config.threads).logits(
+            kept = Teacher.open(source, config.cache_dir, threads=config.threads).logits(
                 splits.test, exact=True, task="teacher on test images", on_event=on_event
             )
             teacher_logits = kept[0].logits()

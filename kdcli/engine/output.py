@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli import models
-from kdcli.teacher import Outputs
-from kdcli.teacher.ensemble import MeanOutputs
+from kdcli.teacher import CachedLogits
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,7 @@ class Output:
     scale: float
 
     @classmethod
-    def of(
-        cls, outputs: Outputs | MeanOutputs, samples: npt.NDArray[np.int64], device: torch.device
-    ) -> Output:
+    def of(cls, outputs: CachedLogits, samples: npt.NDArray[np.int64], device: torch.device) -> Output:
         """From the teacher's logits for the training images."""
         total = sum(chunk.sum(axis=0) for chunk in outputs.chunks(samples))
         mean = np.asarray(total / len(samples))  # (C,)

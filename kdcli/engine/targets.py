@@ -19,8 +19,7 @@ from kdcli.engine.output import Output
 from kdcli.engine.plan import cache_mode
 from kdcli.methods import Features, Objective, Shapes, TrainConfig
 from kdcli.models import checkpoint
-from kdcli.teacher import Live, Outputs, Teacher
-from kdcli.teacher.ensemble import Ensemble, MeanLive, MeanOutputs
+from kdcli.teacher import CachedLogits, LiveTeacher, Teacher
 
 Int64 = npt.NDArray[np.int64]
 
@@ -58,24 +57,21 @@ class Targets:
         self.on_event = on_event
         self.stop = stop
         self.teacher = self._open() if method.needs_teacher else None
-        self.live: Live | MeanLive | None = None
-        self.views: Sequence[Outputs | MeanOutputs] = ()
+        self.live: LiveTeacher | None = None
+        self.views: Sequence[CachedLogits] = ()
         self.stages: tuple[str, ...] = ()
 
-    def _open(self) -> Teacher | Ensemble:
+    def _open(self) -> Teacher:
         config = self.config
-        found = [
-            Teacher.open(
-                path,
-                config.cache_dir,
-                config.threads or torch.get_num_threads(),
-                world=self.world,
-                precision=config.teacher_precision,
-                top_k=config.cache_top_k,
-            )
-            for path in config.teacher
-        ]
-        return found[0] if len(found) == 1 else Ensemble.of(found, config.teacher_weight)
+        return Teacher.open(
+            config.teacher,
+            config.cache_dir,
+            weights=config.teacher_weight,
+            threads=config.threads or torch.get_num_threads(),
+            world=self.world,
+            precision=config.teacher_precision,
+            top_k=config.cache_top_k,
+        )
 
     def prepare(self) -> None:
         """Make what training needs: the views that are not there yet, or the teacher itself.
@@ -95,12 +91,14 @@ class Targets:
             )
         if mode == "off":
             self.teacher.check(self.train)
-            about = config.teacher_dropout, config.seed, config.teacher_precision
-            if self.method.needs_features and isinstance(self.teacher, Teacher):
+            if self.method.needs_features:
                 self.stages = self.teacher.stages(self._example(), config.teacher_stages)
-                self.live = self.teacher.live(*about, self.stages)
-            else:
-                self.live = self.teacher.live(*about)
+            self.live = self.teacher.live(
+                dropout=config.teacher_dropout,
+                seed=config.seed,
+                precision=config.teacher_precision,
+                stages=self.stages,
+            )
             return
         count = 1 if mode == "fixed" else config.views
         self.views = self.teacher.logits(
@@ -139,7 +137,7 @@ class Targets:
 
     def shapes(self) -> Shapes:
         """Of the teacher's features."""
-        assert isinstance(self.live, Live)
+        assert self.live is not None
         images = self._example().to(self.world.device)
         return shapes_of(self.live.features(images, 0, self.pool[:1].repeat(2)))
 
@@ -156,12 +154,12 @@ class Targets:
             return logits.to(self.world.device, non_blocking=True), None
         if self.live is None:
             return None, None
-        if self.stages and isinstance(self.live, Live):
+        if self.stages:
             logits, maps, embedding = self.live.features(inputs.images, epoch, inputs.samples)
             return logits, Features(maps, embedding)
         return self.live(inputs.images, epoch, inputs.samples).to(self.world.device), None
 
-    def on_test(self, teacher: Teacher | Ensemble) -> Tensor | None:
+    def on_test(self, teacher: Teacher) -> Tensor | None:
         """The teacher's logits (N, C) for the test images; None if stopped before they were there."""
         kept = teacher.logits(
             self.test,

@@ -257,7 +257,7 @@ class _Examiner:
     def _teacher(self, path: Path, test: data.ImageSet) -> tuple[Tensor, TeacherFigures]:
         key = (self._hash(path), test.fingerprint)
         if key not in self.teachers:
-            kept = Teacher.open(path, self.config.cache_dir, self.config.threads).logits(
+            kept = Teacher.open(path, self.config.cache_dir, threads=self.config.threads).logits(
                 test, exact=True, task="teacher on test images", on_event=self._tell
             )
             logits = kept[0].logits()

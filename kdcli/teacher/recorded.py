@@ -1,4 +1,4 @@
-"""What a student's file says of its teachers: as any file's words, it may say anything."""
+"""Teachers in a student's provenance, which may be of any origin."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def teachers_of(provenance: Mapping[str, Any]) -> list[tuple[Path, str]]:
-    """Path and SHA-256 of each teacher that a student learned from; none where there was none, or it is not told."""
+    """Path and SHA-256 of each recorded teacher; empty without one, or where the entry is malformed."""
     recorded = provenance.get("teacher")
     if not isinstance(recorded, Mapping):
         return []

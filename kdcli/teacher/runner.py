@@ -1,8 +1,7 @@
-"""How the teacher runs fastest here, at the same answers: engine, precision, batch size."""
+"""The fastest way to run a teacher here at the same answers: engine, precision, batch size."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,32 +12,32 @@ from torch import Tensor
 from kdcli.base import metrics
 from kdcli.base.errors import KdError
 from kdcli.base.events import Note, OnEvent
+from kdcli.base.timing import interleaved
 from kdcli.models import Classifier
 
-_WORTH_TRYING_S = 15.0  # a pass shorter than this is not measured first
-_WORTH_TRANSLATING_S = (
-    60.0  # nor is one shorter than this translated to ONNX, which takes some seconds itself
-)
+_MEASURED_FROM_S = 15.0  # a shorter pass is not measured first
+_TRANSLATED_FROM_S = 60.0  # nor is a shorter one translated to ONNX, which takes some seconds itself
 _LEAST_AGREEMENT = 99.9  # per cent equal top-1 with float32
 _SAMPLE = 1024  # images on which agreement is checked
 _BATCHES = {"cpu": (32, 64, 128, 256), "other": (256, 1024, 4096)}
+_ROUNDS = 2
 BATCH = 64
 
-Run = Callable[[Tensor], Tensor]
+Forward = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What runs the teacher.
+class Engine:
+    """What runs a teacher.
 
     Attributes:
-        engine: `torch`, or `onnxruntime` for a checkpoint translated to ONNX, or `file` for an ONNX file as it is.
+        name: `torch`, or `onnxruntime` for a checkpoint translated to ONNX, or `file` for an ONNX file as it is.
         precision: `32` or `bf16`.
-        agreement: per cent of sample images whose first class is that of float32; None where that is what runs.
+        agreement: per cent of sample images with the top-1 class of float32; None for float32 in torch.
         images_per_s: as measured; None if it was not.
     """
 
-    engine: str
+    name: str
     precision: str = "32"
     batch_size: int = BATCH
     agreement: float | None = None
@@ -49,32 +48,15 @@ class Plan:
         return asdict(self)
 
 
-class _InOnnxruntime:
-    """A classifier whose network runs in onnxruntime; its preprocessing stays in torch."""
-
-    def __init__(self, model: Classifier, threads: int) -> None:
-        from kdcli.deploy import onnx_model
-        from kdcli.deploy.onnx_model.translate import to_onnx
-
-        translated = to_onnx(model, opset=18, with_preprocessing=False)
-        self.model = model
-        self.session = onnx_model.session(translated.SerializeToString(), threads, "the teacher")
-        self.input = self.session.get_inputs()[0].name
-
-    def __call__(self, images: Tensor) -> Tensor:
-        prepared = self.model.prepare(images).contiguous().numpy()
-        return torch.from_numpy(self.session.run(None, {self.input: prepared})[0])
-
-
-def run_of(model: Any, plan: Plan, threads: int = 0) -> Run:
-    """What a plan says, as a function from uint8 (B, H, W, C) to logits float32 (B, classes).
+def forward_of(model: Any, engine: Engine, threads: int = 0) -> Forward:
+    """A function from uint8 (B, H, W, C) to logits float32 (B, classes).
 
     Raises:
         KdError: the network cannot be translated to ONNX.
     """
-    if plan.engine == "onnxruntime":
-        return _InOnnxruntime(model, threads)
-    if plan.precision == "32":
+    if engine.name == "onnxruntime":
+        return _onnxruntime_forward(model, threads)
+    if engine.precision == "32":
         return lambda images: model(images).float()
 
     def in_bf16(images: Tensor) -> Tensor:
@@ -86,95 +68,113 @@ def run_of(model: Any, plan: Plan, threads: int = 0) -> Run:
     return in_bf16
 
 
-def choose(
+def _onnxruntime_forward(model: Classifier, threads: int) -> Forward:
+    """The network in onnxruntime; its preprocessing stays in torch."""
+    from kdcli.deploy import onnx_model
+    from kdcli.deploy.onnx_model.translate import to_onnx
+
+    translated = to_onnx(model, opset=18, with_preprocessing=False)
+    session = onnx_model.session(translated.SerializeToString(), threads, "the teacher")
+    name = session.get_inputs()[0].name
+
+    def forward(images: Tensor) -> Tensor:
+        prepared = model.prepare(images).contiguous().numpy()
+        return torch.from_numpy(session.run(None, {name: prepared})[0])
+
+    return forward
+
+
+def choose_engine(
     model: Any,
     take: Callable[[int], Tensor],
     *,
     count: int,
-    wanted: str,
+    precision: str,
     threads: int = 0,
     on_event: OnEvent,
-) -> Plan:
+) -> Engine:
     """The fastest way to run a teacher over `count` images that gives the answers of float32.
 
     Args:
-        model: a classifier, frozen, or an ONNX file.
+        model: a frozen classifier, or an ONNX model.
         take: the first n images, or all if there are fewer, uint8 (≤ n, H, W, C), on the teacher's device.
         count: images of the pass: those of all views.
-        wanted: precision: `auto`, `32` or `bf16` (taken without a check: the user has said so).
+        precision: `auto`, `32` or `bf16`, which is taken without a check.
     """
     if not isinstance(model, Classifier):
-        return Plan("file")
-    plain = Plan("torch")
-    if wanted == "bf16":
-        return Plan("torch", "bf16")
+        return Engine("file")
+    plain = Engine("torch")
+    if precision == "bf16":
+        return Engine("torch", "bf16")
     with torch.inference_mode():
+        # 1. Is the pass long enough for measurements to pay?
         images = take(min(BATCH, count))
         device = images.device.type
-        first = run_of(model, plain)
-        first(images)
-        expected_s = _seconds(first, images) / len(images) * count
-        if expected_s < _WORTH_TRYING_S:
+        forwards = {plain: forward_of(model, plain)}
+        [seconds] = _fastest_times([forwards[plain]], [images], rounds=1)
+        expected_s = seconds / len(images) * count
+        if expected_s < _MEASURED_FROM_S:
             return plain if device == "cpu" else replace(plain, batch_size=_BATCHES["other"][0])
-        candidates = {plain: first}
-        for plan in _others(device, wanted, expected_s):
+        # 2. Time the engines.
+        for engine in _alternatives(device, precision, expected_s):
             try:
-                candidates[plan] = run_of(model, plan, threads)
+                forwards[engine] = forward_of(model, engine, threads)
             except KdError:
                 continue  # not every network can be translated
-        plan = _fastest(candidates, images, lambda: take(min(_SAMPLE, count)))
-        run = candidates[plan]
-        rates = {}
-        for size in _BATCHES.get(device, _BATCHES["other"]):
-            batch = take(min(size, count))
-            run(batch)
-            rates[size] = len(batch) / min(_seconds(run, batch) for _ in range(2))
+        times = dict(
+            zip(forwards, _fastest_times(list(forwards.values()), [images] * len(forwards)), strict=True)
+        )
+        # 3. Take the fastest that agrees with float32.
+        chosen, forward = _fastest_exact(forwards, times, lambda: take(min(_SAMPLE, count)))
+        # 4. Time batch sizes.
+        sizes = _BATCHES.get(device, _BATCHES["other"])
+        batches = [take(min(size, count)) for size in sizes]
+        seconds_by_size = _fastest_times([forward] * len(sizes), batches)
+        rates = {
+            size: len(batch) / seconds
+            for size, batch, seconds in zip(sizes, batches, seconds_by_size, strict=True)
+        }
         best = max(rates, key=lambda size: rates[size])
-        plan = replace(plan, batch_size=best, images_per_s=rates[best])
     on_event(
         Note(
-            f"the teacher runs in {plan.engine}, {'float32' if plan.precision == '32' else plan.precision}, "
+            f"the teacher runs in {chosen.name}, {'float32' if chosen.precision == '32' else chosen.precision}, "
             f"{best} images at a time: {rates[best]:,.0f} images/s"
         )
     )
-    return plan
+    return replace(chosen, batch_size=best, images_per_s=rates[best])
 
 
-def _others(device: str, wanted: str, expected_s: float) -> list[Plan]:
-    plans = []
-    if wanted == "auto":
-        plans.append(Plan("torch", "bf16"))
-    if device == "cpu" and expected_s >= _WORTH_TRANSLATING_S:
-        plans.append(Plan("onnxruntime"))
-    return plans
+def _alternatives(device: str, precision: str, expected_s: float) -> list[Engine]:
+    """Engines beside float32 in torch."""
+    bf16 = [Engine("torch", "bf16")] if precision == "auto" else []
+    translated = device == "cpu" and expected_s >= _TRANSLATED_FROM_S
+    return bf16 + ([Engine("onnxruntime")] if translated else [])
 
 
-def _seconds(run: Run, images: Tensor) -> float:
-    started = time.perf_counter()
-    run(images).sum().item()  # waits for the device
-    return time.perf_counter() - started
+def _fastest_times(forwards: list[Forward], batches: list[Tensor], rounds: int = _ROUNDS) -> list[float]:
+    """Seconds of the fastest call of each function on its batch."""
+
+    def timed(forward: Forward, images: Tensor) -> Callable[[], Any]:
+        return lambda: forward(images).sum().item()  # waits for the device
+
+    calls = [timed(forward, images) for forward, images in zip(forwards, batches, strict=True)]
+    return [float(seconds) for seconds in interleaved(calls, rounds=rounds).min(axis=(0, 2))]
 
 
-def _fastest(candidates: dict[Plan, Run], images: Tensor, sample: Callable[[], Tensor]) -> Plan:
-    """By interleaved rounds; one that is not plain float32 must agree with it on the sample."""
-    times = {plan: float("inf") for plan in candidates}
-    for number in range(3):  # the first warms up
-        for plan, run in candidates.items():
-            seconds = _seconds(run, images)
-            if number:
-                times[plan] = min(times[plan], seconds)
-    plain, exact = next(iter(candidates.items()))
+def _fastest_exact(
+    forwards: dict[Engine, Forward], times: dict[Engine, float], sample: Callable[[], Tensor]
+) -> tuple[Engine, Forward]:
+    """The fastest engine whose top-1 classes agree with those of the first, which is float32 in torch."""
+    plain = next(iter(forwards))
     expected: Tensor | None = None
-    for plan in sorted(times, key=lambda plan: times[plan]):
-        if plan == plain:
+    for engine in sorted(times, key=lambda engine: times[engine]):
+        if engine == plain:
             break
-        pictures = sample()
-        parts = list(torch.split(pictures, BATCH))
+        parts = torch.split(sample(), BATCH)
         if expected is None:
-            expected = torch.cat([exact(part) for part in parts])
-        found = torch.cat([candidates[plan](part) for part in parts])
+            expected = torch.cat([forwards[plain](part) for part in parts])
+        found = torch.cat([forwards[engine](part) for part in parts])
         agreement = metrics.agreement(found, expected)
         if agreement >= _LEAST_AGREEMENT:
-            candidates[replace(plan, agreement=agreement)] = candidates[plan]
-            return replace(plan, agreement=agreement)
-    return plain
+            return replace(engine, agreement=agreement), forwards[engine]
+    return plain, forwards[plain]

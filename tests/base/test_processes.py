@@ -17,16 +17,15 @@ import torch
 
 from kdcli.base.runtime import World
 from kdcli.models import checkpoint
-from kdcli.teacher.views import PART
+from kdcli.teacher.cache import PART
 from tests.helpers import CLOCKS
 
 # a run's command line, with the teacher's pass cut into parts small enough that both processes get some
 DRIVER = f"""
 import sys
-from kdcli import teacher
-from kdcli.teacher import views
-assert views.PART == {PART}
-views.PART = teacher.PART = 256
+from kdcli.teacher import cache
+assert cache.PART == {PART}
+cache.PART = 256
 from kdcli.cli import main
 sys.argv[0] = __file__
 main()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdcli import engine, models, teacher
+from kdcli import engine, models
 from kdcli.base.config import make
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Event, Note, Progress
@@ -27,7 +27,7 @@ from kdcli.engine.plan import resolve
 from kdcli.engine.schedule import learning_rate
 from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint
-from kdcli.models.reproducible import SampleDropout
+from kdcli.teacher import CachedLogits, Teacher, freeze
 from tests.helpers import StopAfter, config, digest, make_splits
 
 
@@ -68,7 +68,7 @@ def test_the_teacher_is_run_once_for_all_methods(trained_teacher: Path, splits: 
 
 
 def test_cached_teacher_equals_live_teacher(trained_teacher: Path, splits: Splits) -> None:
-    found = teacher.Teacher.open(trained_teacher, Path("cache")).logits(
+    found = Teacher.open(trained_teacher, Path("cache")).logits(
         splits.train, augment_name="flip", seed=4, views=2
     )
     model = models.load(trained_teacher)
@@ -81,8 +81,8 @@ def test_cached_teacher_equals_live_teacher(trained_teacher: Path, splits: Split
         with torch.inference_mode():
             expected = model(seen).numpy()
         np.testing.assert_allclose(found[view].logits().numpy(), expected, rtol=2e-3, atol=2e-3)
-    assert found[0].kept.dtype == np.float16
-    assert not np.array_equal(found[0].kept, found[1].kept)
+    assert found[0].stored[0].dtype == np.float16
+    assert not np.array_equal(found[0].stored[0], found[1].stored[0])
 
 
 def test_nothing_of_what_a_teacher_gives_is_reused_for_other_data_seed_or_weights(
@@ -91,7 +91,7 @@ def test_nothing_of_what_a_teacher_gives_is_reused_for_other_data_seed_or_weight
     def passes(
         path: Path = trained_teacher, data: Splits = splits, seed: int = 0, augment: str = "flip"
     ) -> int:
-        opened = teacher.Teacher.open(path, Path("cache"))
+        opened = Teacher.open(path, Path("cache"))
         opened.logits(data.train, augment_name=augment, seed=seed)
         return opened.passes
 
@@ -110,7 +110,7 @@ def test_nothing_of_what_a_teacher_gives_is_reused_for_other_data_seed_or_weight
 
 
 def test_a_damaged_cache_file_is_not_believed(trained_teacher: Path, splits: Splits) -> None:
-    opened = teacher.Teacher.open(trained_teacher, Path("cache"))
+    opened = Teacher.open(trained_teacher, Path("cache"))
     right = opened.logits(splits.train)[0].logits()
     [file] = Path("cache/teacher").glob("*/view-0000.npy")
     content = bytearray(file.read_bytes())
@@ -124,11 +124,12 @@ def test_a_damaged_cache_file_is_not_believed(trained_teacher: Path, splits: Spl
 def test_teacher_stays_as_it_is(trained_teacher: Path, splits: Splits) -> None:
     """No gradient, no batch-norm statistic and no byte of the file moves, live dropout or not."""
     before = trained_teacher.read_bytes()
-    opened = teacher.Teacher.open(trained_teacher, Path("cache"))
-    state = {name: value.clone() for name, value in opened.model.state_dict().items()}
+    opened = Teacher.open(trained_teacher, Path("cache"))
+    model = opened.members[0].model
+    state = {name: value.clone() for name, value in model.state_dict().items()}
     opened.logits(splits.train)
-    assert all(torch.equal(value, opened.model.state_dict()[name]) for name, value in state.items())
-    assert not any(parameter.requires_grad for parameter in opened.model.parameters())
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
     fit(config(method="kd", teacher=trained_teacher), splits)
     assert trained_teacher.read_bytes() == before
 
@@ -137,13 +138,12 @@ def test_teacher_dropout_runs_the_teacher_live_and_moves_only_dropout(workplace:
     splits = make_splits(size=(8, 8, 3))
     fit(config(method="ce", student="nin", epochs=1, lr=1e-4, name="t"), splits)
     path = Path("runs/t/student.pt")
-    live = teacher.Teacher.open(path, Path("cache")).live(0.5)
+    live = Teacher.open(path, Path("cache")).live(dropout=0.5)
     images = torch.from_numpy(splits.train.images[:8])
     assert torch.equal(live(images, 0, np.arange(8)), live(images, 0, np.arange(8)))
     assert not torch.equal(live(images, 0, np.arange(8)), live(images, 1, np.arange(8)))
-    assert isinstance(live.run, nn.Module)
-    on = [type(m) for m in live.run.modules() if m.training and not list(m.children())]
-    assert on == [SampleDropout] * 2
+    on = [type(m) for m in freeze(models.load(path), 0.5).modules() if m.training and not list(m.children())]
+    assert on == [nn.Dropout] * 2
     result = fit(config(method="kd", teacher=path, teacher_dropout=0.5, epochs=1), splits)
     assert result.teacher_passes == 1  # the test images; the training images were seen live
     plain = models.load(Path("runs/t/student.pt"))
@@ -340,7 +340,7 @@ def test_a_regressing_student_starts_at_the_teachers_mean_and_spread(workplace: 
 def test_folding_changes_no_logit() -> None:
     random = np.random.default_rng(0)
     targets = (random.normal(size=(50, 4)) * 9 + [10, 20, 30, 40]).astype(np.float32)
-    output = Output.of(teacher.Outputs(targets, 4), np.arange(50), torch.device("cpu"))
+    output = Output.of(CachedLogits((targets,), (1.0,), 4), np.arange(50), torch.device("cpu"))
     np.testing.assert_allclose(output.shift.numpy(), targets.mean(axis=0), rtol=1e-6)
     assert output.scale == pytest.approx(np.sqrt(np.mean(targets.var(axis=0))))
     network = models.build("convnet-tiny", classes=4, input_size=(8, 8, 1)).eval()

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcli import models, teacher
+from kdcli import models
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import Event, Note, Progress
 from kdcli.data import ImageSet, augment
@@ -24,18 +24,15 @@ from kdcli.data.preprocess import MeanStd
 from kdcli.engine import fit
 from kdcli.engine.plan import resolve
 from kdcli.models import Classifier, checkpoint
-from kdcli.teacher import Teacher, runner
-from kdcli.teacher.ensemble import Ensemble
-from kdcli.teacher.recorded import teachers_of
-from kdcli.teacher.runner import Plan, choose
-from kdcli.teacher.views import Outputs, top_k_of
+from kdcli.teacher import CachedLogits, Teacher, runner, teachers_of
+from kdcli.teacher.cache import top_k_of
+from kdcli.teacher.runner import Engine, choose_engine
 from tests.helpers import ROOT, config, image_set, make_splits
 
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher, "PART", 20)
-    monkeypatch.setattr(teacher.views, "PART", 20)
+    monkeypatch.setattr("kdcli.teacher.cache.PART", 20)
 
 
 def make_teacher(path: Path, classes: int = 3, scale: float = 1.0) -> Classifier:
@@ -92,7 +89,7 @@ def test_a_stopped_pass_goes_on_where_it_was(workplace: Path, images: ImageSet) 
 def test_two_runs_at_once_compute_each_view_once(workplace: Path, images: ImageSet) -> None:
     make_teacher(Path("t.pt"))
     ran: list[int] = []
-    results: list[list[Outputs]] = []
+    results: list[list[CachedLogits]] = []
     started = threading.Barrier(2)
 
     def run() -> None:
@@ -108,7 +105,7 @@ def test_two_runs_at_once_compute_each_view_once(workplace: Path, images: ImageS
         thread.join()
     assert sum(ran) == 6
     for one, two in zip(*results, strict=True):
-        np.testing.assert_array_equal(one.kept, two.kept)
+        np.testing.assert_array_equal(one.stored[0], two.stored[0])
 
 
 def test_a_killed_runs_lock_is_free_and_a_living_ones_is_waited_for(
@@ -142,7 +139,7 @@ def test_a_killed_runs_lock_is_free_and_a_living_ones_is_waited_for(
             told.append(event.text)
             waited.set()
 
-    found: list[list[Outputs]] = []
+    found: list[list[CachedLogits]] = []
     thread = threading.Thread(target=lambda: found.append(opened.logits(images, on_event=note)))
     thread.start()
     assert waited.wait(30)
@@ -161,7 +158,7 @@ def test_a_killed_runs_lock_is_free_and_a_living_ones_is_waited_for(
 
 def test_top_k_keeps_the_largest_and_the_mass_of_the_rest() -> None:
     logits = np.random.default_rng(0).normal(size=(40, 30)).astype(np.float32) * 4
-    dense = Outputs(top_k_of(logits, 5), 30).logits().numpy()
+    dense = CachedLogits((top_k_of(logits, 5),), (1.0,), 30).logits().numpy()
     order = np.argsort(-logits, axis=1)
     for row in range(40):
         top, rest = order[row, :5], order[row, 5:]
@@ -179,7 +176,7 @@ def test_a_cache_of_top_k_is_small_and_trains(workplace: Path, scale: float) -> 
     images = image_set(90, classes=12)
     opened = Teacher.open(Path("t.pt"), Path("cache"), top_k=2)
     [outputs] = opened.logits(images)
-    assert outputs.kept.dtype.itemsize == (2 if scale == 1 else 4) * 2 + 2 * 2 + 4
+    assert outputs.stored[0].dtype.itemsize == (2 if scale == 1 else 4) * 2 + 2 * 2 + 4
     expected = expected_of(model, images)
     assert (outputs.logits().numpy().argmax(1) == expected.argmax(1)).mean() > 0.95  # float16 makes ties
     splits = make_splits(classes=12)
@@ -282,19 +279,19 @@ class _Slow:
         self.now = 0.0
         self.cost = cost
         self.name = ""
-        monkeypatch.setattr(runner.time, "perf_counter", lambda: self.now)
-        made = runner.run_of
+        monkeypatch.setattr("kdcli.base.timing.time.perf_counter", lambda: self.now)
+        made = runner.forward_of
 
-        def timed(model: Any, plan: Plan, threads: int = 0) -> Any:
-            run = made(model, plan, threads)
+        def timed(model: Any, engine: Engine, threads: int = 0) -> Any:
+            forward = made(model, engine, threads)
 
             def call(images: torch.Tensor) -> torch.Tensor:
-                self.now += self.cost[f"{plan.engine} {plan.precision}"] * (len(images) + 16)
-                return run(images)
+                self.now += self.cost[f"{engine.name} {engine.precision}"] * (len(images) + 16)
+                return forward(images)
 
             return call
 
-        monkeypatch.setattr(runner, "run_of", timed)
+        monkeypatch.setattr(runner, "forward_of", timed)
 
 
 COSTS = {"torch 32": 1.0, "torch bf16": 0.5, "onnxruntime 32": 0.7}
@@ -308,26 +305,26 @@ def test_the_fastest_way_with_the_same_answers_is_chosen(
     def take(count: int) -> torch.Tensor:
         return torch.from_numpy(images.images[:count])
 
-    def plan(costs: dict[str, float], wanted: str = "auto") -> Plan:
+    def engine(costs: dict[str, float], precision: str = "auto") -> Engine:
         with monkeypatch.context() as patch:
             _Slow(patch, costs)
-            return choose(model, take, count=90, wanted=wanted, on_event=lambda event: None)
+            return choose_engine(model, take, count=90, precision=precision, on_event=lambda event: None)
 
-    chosen = plan({**COSTS, "torch bf16": 9.0})
-    assert (chosen.engine, chosen.precision, chosen.batch_size) == (
+    chosen = engine({**COSTS, "torch bf16": 9.0})
+    assert (chosen.name, chosen.precision, chosen.batch_size) == (
         "onnxruntime",
         "32",
         128,
     )  # 90: no more are there
     assert chosen.agreement == 100
-    assert plan(COSTS, "32").engine == "onnxruntime"
-    assert plan({**COSTS, "torch 32": 0.1}).engine == "torch"
-    bf16 = plan(COSTS)  # taken only if it agrees; these logits lie far apart or not, the check decides
+    assert engine(COSTS, "32").name == "onnxruntime"
+    assert engine({**COSTS, "torch 32": 0.1}).name == "torch"
+    bf16 = engine(COSTS)  # taken only if it agrees; these logits lie far apart or not, the check decides
     with torch.inference_mode():
-        plain, half = model(take(90)), runner.run_of(model, Plan("torch", "bf16"))(take(90))
+        plain, half = model(take(90)), runner.forward_of(model, Engine("torch", "bf16"))(take(90))
     agreement = 100 * float((plain.argmax(1) == half.argmax(1)).double().mean())
     assert (bf16.precision == "bf16") == (agreement >= 99.9)
-    assert plan(COSTS, "bf16") == Plan("torch", "bf16")
+    assert engine(COSTS, "bf16") == Engine("torch", "bf16")
 
 
 def test_bf16_that_changes_answers_is_not_taken(
@@ -335,27 +332,27 @@ def test_bf16_that_changes_answers_is_not_taken(
 ) -> None:
     model = make_teacher(Path("t.pt"))
     _Slow(monkeypatch, {**COSTS, "torch bf16": 0.01})
-    made = runner.run_of
+    made = runner.forward_of
 
-    def wrong(model: Any, plan: Plan, threads: int = 0) -> Any:
-        run = made(model, plan, threads)
-        return (lambda images: -run(images)) if plan.precision == "bf16" else run
+    def wrong(model: Any, engine: Engine, threads: int = 0) -> Any:
+        forward = made(model, engine, threads)
+        return (lambda images: -forward(images)) if engine.precision == "bf16" else forward
 
-    monkeypatch.setattr(runner, "run_of", wrong)
-    chosen = choose(
+    monkeypatch.setattr(runner, "forward_of", wrong)
+    chosen = choose_engine(
         model,
         lambda count: torch.from_numpy(images.images[:count]),
         count=90,
-        wanted="auto",
+        precision="auto",
         on_event=lambda event: None,
     )
-    assert chosen.engine == "onnxruntime"
+    assert chosen.name == "onnxruntime"
 
 
 def test_onnxruntime_gives_what_torch_gives(workplace: Path, images: ImageSet) -> None:
     model = make_teacher(Path("t.pt"))
     with torch.inference_mode():
-        found = runner.run_of(model, Plan("onnxruntime"))(torch.from_numpy(images.images)).numpy()
+        found = runner.forward_of(model, Engine("onnxruntime"))(torch.from_numpy(images.images)).numpy()
     np.testing.assert_allclose(found, expected_of(model, images), rtol=1e-4, atol=1e-5)
 
 
@@ -367,9 +364,9 @@ def test_a_warm_cache_needs_neither_the_teachers_weights_nor_onnxruntime(
     data = make_splits()
     fit(config(method="kd", teacher=Path("t.pt"), augment="flip", name="a"), data)
     code = (
-        "import sys, torch\nfrom pathlib import Path\nfrom kdcli import models, teacher\n"
+        "import sys, torch\nfrom pathlib import Path\nfrom kdcli import models\nfrom kdcli.teacher import member\n"
         "def refuse(*rest): raise AssertionError('the teacher was read')\n"
-        "teacher.load_model = refuse\n"
+        "member.load_model = refuse\n"
         "from tests.helpers import make_splits\nfrom tests.helpers import config\n"
         "from kdcli.engine import fit\n"
         "result = fit(config(method='logits', teacher=Path('t.pt'), augment='flip', name='b'), make_splits())\n"
@@ -384,7 +381,7 @@ def test_manifest_says_what_made_a_view(workplace: Path, images: ImageSet) -> No
     Teacher.open(Path("t.pt"), Path("cache"), precision="bf16").logits(images)
     [manifest] = Path("cache/teacher").glob("*/manifest.json")
     made = json.loads(manifest.read_text())["made_by"]["view-0000.npy"]
-    assert (made["engine"], made["precision"]) == ("torch", "bf16")
+    assert (made["name"], made["precision"]) == ("torch", "bf16")
 
 
 def test_a_live_onnx_teacher(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,9 +408,9 @@ def test_fewer_images_than_a_batch_have_views_too(
     """A pass over all views is longer than the data: what is timed first must be taken from the images there are."""
     make_teacher(Path("t.pt"))
     splits = make_splits(train=count, test=6)
-    for worth_trying_s in (runner._WORTH_TRYING_S, 0.0):  # a short pass, and one that is measured first
-        monkeypatch.setattr(runner, "_WORTH_TRYING_S", worth_trying_s)
-        opened = teacher.Teacher.open(Path("t.pt"), Path(f"cache-{worth_trying_s}"))
+    for measured_from_s in (runner._MEASURED_FROM_S, 0.0):  # a short pass, and one that is measured first
+        monkeypatch.setattr(runner, "_MEASURED_FROM_S", measured_from_s)
+        opened = Teacher.open(Path("t.pt"), Path(f"cache-{measured_from_s}"))
         views = opened.logits(splits.train, augment_name="flip-crop", views=30)
         assert [len(view) for view in views] == [count] * 30
 
@@ -424,7 +421,7 @@ def test_fewer_images_than_a_batch_have_views_too(
 def test_several_teachers_are_the_weighted_mean_of_their_logits(workplace: Path) -> None:
     splits = make_splits()
     first, second = make_teacher(Path("a.pt")), make_teacher(Path("b.pt"), scale=3.0)
-    both = Ensemble.of([Teacher.open(Path(name), Path("cache")) for name in ("a.pt", "b.pt")], (3.0, 1.0))
+    both = Teacher.open([Path("a.pt"), Path("b.pt")], Path("cache"), weights=(3.0, 1.0))
     [kept] = both.logits(splits.train)
     images = torch.from_numpy(splits.train.images)
     expected = 0.75 * first(images) + 0.25 * second(images)
@@ -436,10 +433,9 @@ def test_several_teachers_are_the_weighted_mean_of_their_logits(workplace: Path)
     live = both.live()(images[:5], 0, np.arange(5))
     torch.testing.assert_close(live, expected[:5].detach(), rtol=1e-5, atol=1e-5)
     assert both.passes == 2
-    turned = Ensemble.of([Teacher.open(Path(name), Path("cache")) for name in ("b.pt", "a.pt")])
+    turned = Teacher.open([Path("b.pt"), Path("a.pt")], Path("cache"))
     turned.logits(splits.train)
     assert turned.passes == 0  # each has its own outputs in the cache
-    assert len({both.sha256, turned.sha256, Ensemble.of(both.teachers).sha256}) == 3
 
 
 def test_a_student_of_several_teachers_says_which(workplace: Path) -> None:

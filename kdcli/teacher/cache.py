@@ -1,4 +1,4 @@
-"""The teacher's outputs on disk: a file a view, made of parts, so that a killed pass goes on where it was."""
+"""Logits on disk: a file for each view, written in parts, so that a killed pass continues where it stopped."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,39 +27,57 @@ _CHUNK = 1 << 16  # rows looked at together
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """The teacher's logits for one view, as they are kept.
+class CachedLogits:
+    """A teacher's logits for one view: the weighted mean over its models.
 
     Attributes:
-        kept: float16 or float32 (N, classes), or a structured array (N,) of `top` logits, see `top_k_of`; in memory
-            or a read-only memory map.
+        stored: for each model float16 or float32 (N, classes), or a structured array (N,) of the largest logits, see
+            `top_k_of`; in memory or a read-only memory map.
+        weights: of each model.
         classes: number of logits.
     """
 
-    kept: npt.NDArray[Any]
+    stored: tuple[npt.NDArray[Any], ...]
+    weights: tuple[float, ...]
     classes: int
 
     def __len__(self) -> int:
-        return len(self.kept)
+        return len(self.stored[0])
 
     def logits(self, samples: npt.NDArray[np.int64] | slice = slice(None)) -> Tensor:
-        """Logits float32 (B, classes) of the named samples.
-
-        Where only the largest are kept, the others share their part of the probability equally.
-        """
-        rows = np.array(self.kept[samples])
-        if rows.dtype.names is None:
-            return torch.from_numpy(rows.astype(np.float32))
-        values, classes = rows["value"].astype(np.float32), rows["class"].astype(np.int64)  # (B, K)
-        each = rows["rest"] - np.log(self.classes - values.shape[1])
-        dense = np.repeat(each.astype(np.float32)[:, None], self.classes, axis=1)
-        np.put_along_axis(dense, classes, values, axis=1)
-        return torch.from_numpy(dense)
+        """Logits float32 (B, classes) of the given samples."""
+        return weighted_mean([self._dense(values[samples]) for values in self.stored], self.weights)
 
     def chunks(self, samples: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.float64]]:
-        """Logits float64 (≤ 65,536, classes) of the named samples, piece by piece."""
+        """Logits float64 (≤ 65,536, classes) of the given samples, piece by piece."""
         for start in range(0, len(samples), _CHUNK):
-            yield self.logits(samples[start : start + _CHUNK]).numpy().astype(np.float64)
+            piece = samples[start : start + _CHUNK]
+            dense = [self._dense(values[piece]).numpy().astype(np.float64) for values in self.stored]
+            yield sum(
+                (weight * values for weight, values in zip(self.weights, dense, strict=True)),
+                np.zeros(dense[0].shape),
+            )
+
+    def _dense(self, values: npt.NDArray[Any]) -> Tensor:
+        """Logits float32 (B, classes); those that are not stored share the rest of the probability equally."""
+        rows = np.array(values)
+        if rows.dtype.names is None:
+            return torch.from_numpy(rows.astype(np.float32))
+        top, classes = rows["value"].astype(np.float32), rows["class"].astype(np.int64)  # (B, K)
+        each = rows["rest"] - np.log(self.classes - top.shape[1])
+        dense = np.repeat(each.astype(np.float32)[:, None], self.classes, axis=1)
+        np.put_along_axis(dense, classes, top, axis=1)
+        return torch.from_numpy(dense)
+
+
+def weighted_mean(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Σ weight · part, in order; a single part as it is."""
+    if len(parts) == 1:
+        return parts[0]
+    total = weights[0] * parts[0]
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        total = total + weight * part
+    return total
 
 
 def top_k_of(logits: npt.NDArray[np.float32], count: int, dtype: type[Any] = np.float16) -> npt.NDArray[Any]:
@@ -101,12 +119,12 @@ def _overflows(logits: npt.NDArray[np.float32]) -> bool:
 
 
 @dataclass
-class ViewStore:
-    """The views of one teacher on one data set under one augmentation and seed.
+class LogitCache:
+    """The views of one model on one data set under one augmentation and seed.
 
     Attributes:
         folder: `cache/teacher/<fingerprint>`.
-        recipe: all that the outputs depend on; the fingerprint is its hash.
+        recipe: all that the logits depend on; the fingerprint is its hash.
         count: images in a view.
         classes: number of logits.
         exact: keep float32.
@@ -120,20 +138,19 @@ class ViewStore:
     exact: bool = False
     top_k: int = 0
 
-    def find(self, view: int) -> Outputs | None:
-        """A view that is there, whole and undamaged: its SHA-256 is the one in the manifest."""
+    def find(self, view: int) -> npt.NDArray[Any] | None:
+        """A complete, undamaged view as a memory map: its SHA-256 is the one in the manifest."""
         path = self._path(view)
         try:
             if sha256_file(path) != self._manifest()["views"][path.name]:
                 return None
-            kept = np.load(path, mmap_mode="r", allow_pickle=False)
+            stored: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, KeyError, EOFError):
             return None
-        whole = len(kept) == self.count if kept.ndim else False
-        return Outputs(kept, self.classes) if whole else None
+        return stored if stored.ndim and len(stored) == self.count else None
 
     def lock(self, view: int) -> FileLock:
-        """Who holds it makes the view. The kernel lets go of a lock when its holder dies, however it dies.
+        """Lock for computing a view. The kernel frees it when its holder dies, however it dies.
 
         Raises:
             KdError: the cache folder cannot be written.
@@ -145,16 +162,16 @@ class ViewStore:
         return FileLock(self.folder / f"view-{view:04d}.lock", timeout=0)
 
     def missing_parts(self, view: int) -> list[int]:
-        """Numbers of the parts that are still to be computed."""
-        there = self._parts(view)
-        return [number for number in range(-(-self.count // PART)) if number not in there]
+        """Numbers of the parts still to be computed."""
+        stored = self._parts(view)
+        return [number for number in range(-(-self.count // PART)) if number not in stored]
 
     def write_part(self, view: int, number: int, logits: npt.NDArray[np.float32]) -> None:
-        """Keep the logits of images `number` · PART …, in their final form; the name holds their hash."""
+        """Store the logits of images `number` · PART … in their final form; the name holds their hash."""
         buffer = io.BytesIO()
         dtype = np.float32 if self.exact or _overflows(logits) else np.float16
-        kept = top_k_of(logits, self.top_k, dtype) if self.top_k else logits.astype(dtype)
-        np.save(buffer, kept, allow_pickle=False)
+        stored = top_k_of(logits, self.top_k, dtype) if self.top_k else logits.astype(dtype)
+        np.save(buffer, stored, allow_pickle=False)
         content = buffer.getvalue()
         name = f"part-{number:05d}-{hashlib.sha256(content).hexdigest()[:16]}.npy"
         try:
@@ -163,14 +180,14 @@ class ViewStore:
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def finish(self, view: int, made_by: dict[str, Any]) -> Outputs | None:
-        """Join the parts of a view to one file and list it in the manifest; the parts go.
+    def finish(self, view: int, made_by: dict[str, Any]) -> bool:
+        """Join the parts of a view to one file, list it in the manifest and remove the parts.
 
         Args:
             made_by: engine and precision, for the record.
 
         Returns:
-            The view; None if a part was damaged, which is then missing again.
+            False if a part was damaged; it is then missing again.
 
         Raises:
             KdError: the disk is full.
@@ -180,19 +197,22 @@ class ViewStore:
         try:
             dtypes = [None if (part := self._part(file)) is None else part.dtype for file in parts.values()]
             if None in dtypes or self.missing_parts(view):
-                return None
+                return False
             widest = max((dtype for dtype in dtypes if dtype is not None), key=lambda dtype: dtype.itemsize)
             with atomic_path(path) as temporary, temporary.open("wb") as handle:
                 for number in sorted(parts):  # written, not mapped: a full disk would be a bus error there
-                    kept = self._sound_part(parts[number]).astype(widest)
+                    values = self._part(parts[number])
+                    if values is None:
+                        raise OSError(f"{parts[number].name} changed while it was read")
+                    stored = values.astype(widest)
                     if number == 0:
                         about = {
-                            "descr": np.lib.format.dtype_to_descr(kept.dtype),
+                            "descr": np.lib.format.dtype_to_descr(stored.dtype),
                             "fortran_order": False,
-                            "shape": (self.count, *kept.shape[1:]),
+                            "shape": (self.count, *stored.shape[1:]),
                         }
                         np.lib.format.write_array_header_2_0(handle, about)
-                    handle.write(kept.tobytes())
+                    handle.write(stored.tobytes())
             with FileLock(self.folder / "manifest.lock"):  # another run may be adding a view
                 manifest = self._manifest()
                 manifest["views"][path.name] = sha256_file(path)
@@ -201,10 +221,10 @@ class ViewStore:
             shutil.rmtree(self._parts_folder(view), ignore_errors=True)
         except OSError as error:
             raise self._unwritable(error) from error
-        return self.find(view)
+        return self.find(view) is not None
 
     def _part(self, path: Path) -> npt.NDArray[Any] | None:
-        """A part as it is kept; None, and the file goes, if it is not what its name says."""
+        """A stored part; None, and the file is removed, if its content does not match the hash in its name."""
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest()[:16] != path.stem.rsplit("-", 1)[1]:
             path.unlink()
@@ -212,14 +232,8 @@ class ViewStore:
         values: npt.NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
         return values
 
-    def _sound_part(self, path: Path) -> npt.NDArray[Any]:
-        values = self._part(path)
-        if values is None:
-            raise OSError(f"{path.name} changed while it was read")
-        return values
-
     def _parts(self, view: int) -> dict[int, Path]:
-        """The parts that are there, by number."""
+        """The stored parts by number."""
         found = {}
         with suppress(OSError):
             for path in sorted(self._parts_folder(view).glob("part-*-*.npy")):

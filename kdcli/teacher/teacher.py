@@ -1,0 +1,243 @@
+"""A teacher: one model, or several whose logits are averaged. Its logits are cached by all they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kdcli.base.cache import cache_folder
+from kdcli.base.errors import KdError, UsageError
+from kdcli.base.events import Note, OnEvent, ignore
+from kdcli.base.files import sha256_file
+from kdcli.base.runtime import World
+from kdcli.data import ImageSet, augment, rows
+from kdcli.deploy.load import load_model
+from kdcli.models import Classifier
+from kdcli.models.feature_extractor import find_stages
+from kdcli.teacher.cache import CachedLogits, LogitCache
+from kdcli.teacher.live import LiveModel, LiveTeacher
+from kdcli.teacher.member import Member, freeze
+from kdcli.teacher.passes import TeacherPass
+
+_CACHE_VERSION = 3
+
+
+@dataclass
+class Teacher:
+    """One or several models; a teacher of several gives the weighted mean of their logits.
+
+    Attributes:
+        cache_dir: logits are cached in `teacher/` below it, for each model apart.
+        world: the processes that share a pass.
+        precision: of passes over training images: `auto`, `32` or `bf16`. Figures are always float32.
+        top_k: number of logits cached for each training image; 0: all.
+    """
+
+    members: tuple[Member, ...]
+    cache_dir: Path
+    world: World
+    precision: str
+    top_k: int
+
+    @classmethod
+    def open(
+        cls,
+        paths: Path | Sequence[Path],
+        cache_dir: Path,
+        *,
+        weights: Sequence[float] = (),
+        threads: int = 0,
+        world: World | None = None,
+        precision: str = "auto",
+        top_k: int = 0,
+    ) -> Teacher:
+        """Refer to checkpoints or ONNX files without reading models.
+
+        Args:
+            weights: of each file's logits, in any scale; by default equal.
+
+        Raises:
+            KdError: a file is missing.
+        """
+        world = world or World.alone()
+        files = [paths] if isinstance(paths, Path) else list(paths)
+        for path in files:
+            if not path.is_file():
+                raise KdError(
+                    f"no teacher at {path}",
+                    "kd convert-caffe makes one from a Caffe network, kd train --method ce trains one; "
+                    "name it with --teacher.",
+                )
+        given = tuple(weights) or (1.0,) * len(files)
+        members = tuple(
+            Member(path, sha256_file(path), weight / sum(given), world.device, threads)
+            for path, weight in zip(files, given, strict=True)
+        )
+        return cls(members, cache_dir, world, precision, top_k)
+
+    @property
+    def passes(self) -> int:
+        """How often a model was run over a data set."""
+        return sum(member.passes for member in self.members)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return tuple(member.weight for member in self.members)
+
+    @property
+    def gives_probabilities(self) -> bool:
+        """Whether a member is an ONNX file that ends in a softmax: its logits are known only up to a shift."""
+        return any(
+            member.path.suffix.lower() == ".onnx" and getattr(member.model, "gives", "") == "probabilities"
+            for member in self.members
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Entry in a student's provenance, see `teachers_of`."""
+        entries = [{"path": member.path.as_posix(), "sha256": member.sha256} for member in self.members]
+        if len(entries) == 1:
+            return entries[0]
+        weighted = zip(entries, self.weights, strict=True)
+        return {"teachers": [{**entry, "weight": weight} for entry, weight in weighted]}
+
+    def check(self, data: ImageSet) -> None:
+        """Raise KdError unless all models take these images and know these classes."""
+        for member in self.members:
+            member.check(data)
+
+    def stages(self, images: Tensor, wanted: str = "") -> tuple[str, ...]:
+        """Names of the submodules whose maps methods of features read, see `feature_extractor.find_stages`.
+
+        Args:
+            images: examples, uint8 (B, H, W, C).
+
+        Raises:
+            KdError: the teacher is an ONNX file, whose maps cannot be read.
+            UsageError: it has no stages, or not the wanted ones.
+        """
+        [member] = self.members
+        if not isinstance(member.model, Classifier):
+            raise KdError(
+                f"teacher {member.path} is an ONNX file, which gives logits and no features",
+                "Use a .pt teacher, or a method of logits.",
+            )
+        try:
+            prepared = member.model.prepare(images.to(self.world.device))
+            return find_stages(member.model.network, prepared, wanted)
+        except UsageError as error:
+            raise UsageError(f"teacher {member.path}: {error.message}", error.hint) from error
+
+    def live(
+        self, *, dropout: float = 0.0, seed: int = 0, precision: str = "32", stages: Sequence[str] = ()
+    ) -> LiveTeacher:
+        """The models, to be run on each batch.
+
+        Args:
+            dropout: above 0, the networks' dropout layers are on at this rate.
+            precision: `bf16`, else float32.
+            stages: names of the submodules whose maps are wanted.
+
+        Raises:
+            KdError: dropout is asked of a file without dropout layers.
+        """
+        parts = []
+        for number, member in enumerate(self.members, 1):  # the draws of each differ; 0 is the student
+            model = member.model
+            if dropout > 0:
+                model = load_model(member.path)
+                if not isinstance(model, Classifier):
+                    raise KdError("--teacher-dropout needs a .pt teacher", "An ONNX file has no dropout.")
+                freeze(model, dropout).to(self.world.device)
+            stream = (seed, number) if dropout > 0 else None
+            parts.append(LiveModel.of(model, precision, stages, stream))
+        return LiveTeacher(tuple(parts), self.weights)
+
+    def logits(
+        self,
+        data: ImageSet,
+        *,
+        augment_name: str = "none",
+        seed: int = 0,
+        views: int = 1,
+        pool: npt.NDArray[np.int64] | None = None,
+        exact: bool = False,
+        task: str = "teacher",
+        on_event: OnEvent = ignore,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> list[CachedLogits]:
+        """Logits for each view of a data set, from the cache, or computed and cached.
+
+        A cached file counts only if its SHA-256 is the one in the manifest. A pass is divided among the processes
+        of this run, cached part by part, and shared with other runs that need the same views: each view is made by
+        the run that holds its lock, and the kernel frees the lock of a run that was killed.
+
+        Args:
+            pool: samples that an augmentation may mix in; by default all.
+            exact: cache float32 of all classes, for figures: float16 makes ties, which can change a top-1 class.
+
+        Returns:
+            One for each view. Empty, or fewer than `views`, only if `stop()` became true.
+        """
+        chosen = np.arange(len(data)) if pool is None else pool
+
+        def make_view(view: int, samples: npt.NDArray[np.int64]) -> Tensor:
+            def take(numbers: npt.NDArray[np.int64]) -> Tensor:
+                return torch.from_numpy(rows.take(data.images, numbers)).to(self.world.device)
+
+            return augment.make_view(augment_name, take, seed, view, samples, chosen)
+
+        found = []
+        for number, member in enumerate(self.members, 1):
+            member_task = f"{task} ({number} of {len(self.members)})" if len(self.members) > 1 else task
+            precision = "32" if exact else self.precision
+            cache = self._cache(member, data, augment_name, seed, chosen, exact)
+            work = TeacherPass(
+                member, self.world, precision, cache, data, views, make_view, member_task, on_event, stop
+            )
+            found.append(work.run())
+            if len(found[-1]) < views:
+                break
+            if not work.computed:
+                on_event(
+                    Note(f"{member_task}: outputs found in {cache.folder.as_posix()}; the teacher is not run")
+                )
+        if len(found) < len(self.members):
+            return []
+        return [CachedLogits(stored, self.weights, cache.classes) for stored in zip(*found, strict=False)]
+
+    def _cache(
+        self,
+        member: Member,
+        data: ImageSet,
+        augment_name: str,
+        seed: int,
+        pool: npt.NDArray[np.int64],
+        exact: bool,
+    ) -> LogitCache:
+        mixes = augment.mixing(augment_name, 0, 0, pool[:1], pool) is not None
+        recipe = {
+            "cache_version": _CACHE_VERSION,
+            "teacher": member.sha256,
+            "data": data.fingerprint,
+            "augment": augment_name,
+            "seed": 0 if augment_name == "none" else seed,
+            "mixed_in": hashlib.sha256(pool.tobytes()).hexdigest() if mixes else "",
+            "precision": "32" if exact else self.precision,
+            "stored_as": "float32" if exact else f"top-{self.top_k}" if self.top_k else "float16",
+        }
+        return LogitCache(
+            cache_folder(self.cache_dir, "teacher", recipe),
+            recipe,
+            count=len(data),
+            classes=len(data.classes),
+            exact=exact,
+            top_k=0 if exact else self.top_k,
+        )
