@@ -1,4 +1,4 @@
-"""Finding the models a user may have meant."""
+"""Model files given on the command line, and their data."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ if TYPE_CHECKING:
 
 def students() -> list[Path]:
     """Trained students below `runs/`, newest first."""
-    found = (path for path in Path("runs").glob("*/student.pt") if path.is_file())  # not a link to nowhere
+    found = (path for path in Path("runs").glob("*/student.pt") if path.is_file())  # skips broken links
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def existing_model(path: Path) -> Path:
-    """The path itself.
+    """The model file at `path`, or `student.pt` in it if it is a run folder.
 
     Raises:
-        KdError: there is no such file; the hint lists the students that there are.
+        KdError: no such file; the hint lists the trained students.
     """
     if path.is_file():
         return path
+    if (path / "student.pt").is_file():
+        return path / "student.pt"
     if path.is_dir():
-        if (path / "student.pt").is_file():  # a run's folder stands for its student
-            return path / "student.pt"
-        raise KdError(f"{path} is a folder, not a model", "Name the .pt or .onnx file itself.")
+        raise KdError(f"{path} is a folder, not a model", "Pass the .pt or .onnx file.")
     names = [shlex.quote(student.as_posix()) for student in students()]
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     raise KdError(
         f"no such file: {path}",
-        f"There are: {shown}." if names else "There are no students yet: kd train makes one.",
+        f"Trained students: {shown}." if names else "Train a student first: kd train.",
     )
 
 
@@ -50,10 +50,10 @@ def data_for(
     on_event: OnEvent,
     image_size: int | None = None,
 ) -> Splits:
-    """Images as a model takes them: of its size and number of channels, with its classes.
+    """The data set with images of the model's size and channels.
 
     Raises:
-        KdError: model and data do not belong together, or the data cannot be read.
+        KdError: classes or image sizes do not match, or the data cannot be read.
     """
     from kdcli import data
 
@@ -68,5 +68,5 @@ def data_for(
     )
     reason = data.incompatibility(model.classes, model.input_size, splits.test)
     if reason:
-        raise KdError(f"{path} {reason}", "Model and data must belong together; see --data.")
+        raise KdError(f"{path} {reason}", "Pass the data of this model with --data.")
     return splits

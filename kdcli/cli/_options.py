@@ -1,4 +1,4 @@
-"""Typer options made from a settings class, so that each default, bound and help text exists once."""
+"""Typer options generated from settings classes: one definition of each default, bound and help text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Recipe = Annotated[
     typer.Option(
         "--recipe",
         "--config",
-        help="Settings of kd train to start from; options typed beside it win. seed is the reference's own.",
+        help="Preset of kd train settings, overridden by explicit options; seed: the settings of the reference code.",
         metavar="|".join([*RECIPES, "FILE.toml"]),
         rich_help_panel=METHOD,
     ),
@@ -31,14 +31,13 @@ Recipe = Annotated[
 def options_of(
     *settings: type[Settings], metavars: Mapping[str, str] | None = None, without: Container[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one option for each field of `settings`, in place of its `**options`.
+    """Decorate a command with one option for each field of `settings`, passed to its `**options`.
 
-    An option that the user does not type is absent from `options`, so that a recipe's value is not overridden by
-    a default.
+    Only options given on the command line are passed, so that defaults do not override a recipe.
 
     Args:
-        metavars: what --help shows as a field's value, where it is not known to `config` (registry names).
-        without: fields of the last that get no option.
+        metavars: placeholders in --help for values that `config` cannot list (registry names).
+        without: fields of the last class that get no option.
     """
     fields = {
         name: field
@@ -67,8 +66,8 @@ def options_of(
     return decorate
 
 
-_OUTPUT = {  # of every command
-    "json": (("--json",), "Print one JSON object on stdout and nothing else there."),
+_OUTPUT = {  # options of every command
+    "json": (("--json",), "Print one JSON object on stdout instead of text."),
     "quiet": (("--quiet", "-q"), "Print errors only."),
     "debug": (("--debug",), "Show the traceback of an error."),
 }
@@ -100,7 +99,7 @@ def _parameter(name: str, field: FieldInfo, metavar: str | None) -> inspect.Para
 
 
 def _value_type(annotation: Any) -> Any:
-    """`X | None` → X, `tuple[X, ...]` → list[X]; pydantic has already taken `Annotated` off."""
+    """`X | None` → X, `tuple[X, ...]` → list[X]; pydantic has already removed `Annotated`."""
     if get_origin(annotation) is tuple:
         return list[get_args(annotation)[0]]  # type: ignore[misc]
     if get_origin(annotation) in (Union, types.UnionType):
@@ -109,7 +108,7 @@ def _value_type(annotation: Any) -> Any:
 
 
 def _help(field: FieldInfo) -> str:
-    """The description and the default. (The option's own default is None: it tells typed from not typed.)"""
+    """Description and default value. The option's own default is None, to recognise options not given."""
     text, default = escape(field.description or ""), field.default
     if default is None or default == "" or default is False or default == ():
         return text

@@ -1,4 +1,4 @@
-"""The only place that prints. Results go to stdout; progress, notes and errors to stderr."""
+"""All output: results to stdout; progress, notes and errors to stderr."""
 
 from __future__ import annotations
 
@@ -20,55 +20,53 @@ from kdcli.base.events import Progress as ProgressEvent
 from kdcli.base.units import size
 
 PLAIN_INTERVAL_S = 10.0
-FOLLOWER_WAITS_S = 3.0
-LINE_CHARACTERS = 2_000
+_RANK_DELAY_S = 3.0
+_MAX_LINE = 2_000
 
 
-class _Settings:
+class OutputSettings:
+    """Output options of the running command."""
+
     quiet = False
-    follower = False  # one of several processes of a run, and not the one that talks
+    follower = False  # a distributed process of rank > 0
     debug = False
     json = False
 
 
-settings = _Settings()
+settings = OutputSettings()
 
 
-def _out() -> Console:
-    return Console(highlight=False, soft_wrap=True)
-
-
-def _err() -> Console:
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+def _console(*, stderr: bool = False) -> Console:
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
 
 
 def say(text: str = "") -> None:
-    """One line of result on stdout; nothing with --json or --quiet."""
+    """Print a result on stdout, unless --json or --quiet is given."""
     if not settings.json and not settings.quiet:
-        _out().print(escape(_printable(text)))
+        _console().print(escape(_printable(text)))
 
 
 def note(text: str) -> None:
-    """One line on stderr beside the result; nothing with --quiet."""
+    """Print a note on stderr, unless --quiet is given."""
     if not settings.quiet and not settings.follower:
-        _err().print(f"[dim]{escape(_line(text))}[/dim]")
+        _console(stderr=True).print(f"[dim]{escape(_line(text))}[/dim]")
 
 
-def note_unread(typed: Container[str], names: Iterable[str], why: str) -> None:
-    """A note on each option that was typed and that does nothing."""
+def note_ignored(given: Container[str], names: Iterable[str], why: str) -> None:
+    """Print a note for each option of `names` that is given but has no effect."""
     for name in names:
-        if name in typed:
-            note(f"--{name.replace('_', '-')} does nothing {why}")
+        if name in given:
+            note(f"--{name.replace('_', '-')} has no effect {why}")
 
 
 def next_command(text: str) -> None:
-    """What to type next."""
+    """Suggest the next command."""
     if not settings.json and not settings.quiet:
-        _out().print(f"next: [bold]{escape(text)}[/bold]")
+        _console().print(f"next: [bold]{escape(text)}[/bold]")
 
 
 def json(value: dict[str, Any]) -> None:
-    """The one object of --json on stdout. Numbers that JSON cannot hold become null."""
+    """Print the JSON object of --json on stdout; NaN and infinity become null."""
     sys.stdout.write(json_module.dumps(_finite({"schema_version": 1, **value}), ensure_ascii=False) + "\n")
 
 
@@ -85,11 +83,11 @@ def _finite(value: Any) -> Any:
 def table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", left: int = 1, marked: int = -1
 ) -> None:
-    """A table on stdout.
+    """Print a table on stdout. (CSV and Markdown: `base.tables`.)
 
     Args:
-        left: how many leading columns are text; the rest are figures, set flush right.
-        marked: number of a row to print bold.
+        left: number of leading left-aligned text columns; the others are numbers, right-aligned.
+        marked: index of a row printed bold.
     """
     if settings.json or settings.quiet:
         return
@@ -105,41 +103,41 @@ def table(
     for number, row in enumerate(rows):
         drawn.add_row(*(escape(_printable(cell)) for cell in row), style="bold" if number == marked else None)
     console = Console(highlight=False)
-    if not console.is_terminal:  # a file has no width; do not squeeze a table into 80 columns there
+    if not console.is_terminal:  # a file has no width limit
         console = Console(highlight=False, width=max(80, console.measure(drawn).maximum))
     console.print(drawn)
 
 
 def error(problem: KdError) -> None:
-    """`error:` and `hint:`, a line each. A follower speaks only if the first process has not ended by then."""
+    """Print `error:` and `hint:`, one line each. Other ranks wait, because rank 0 ends them on its own error."""
     if settings.follower:
         if isinstance(problem, Interrupted):
             return
-        time.sleep(FOLLOWER_WAITS_S)
-    console = _err()
+        time.sleep(_RANK_DELAY_S)
+    console = _console(stderr=True)
     console.print(f"[bold red]error:[/bold red] {escape(_line(problem.message))}")
     if problem.hint:
         console.print(f"[bold]hint:[/bold] {escape(_line(problem.hint))}")
 
 
 def _line(text: str) -> str:
-    """One line without control characters, whatever a file name holds, and not endless."""
-    line = _printable(" ".join(part.strip() for part in text[: 2 * LINE_CHARACTERS].splitlines()))
-    return line if len(line) <= LINE_CHARACTERS else line[: LINE_CHARACTERS - 1] + "…"
+    """One line of limited length without control characters."""
+    line = _printable(" ".join(part.strip() for part in text[: 2 * _MAX_LINE].splitlines()))
+    return line if len(line) <= _MAX_LINE else line[: _MAX_LINE - 1] + "…"
 
 
 def _printable(text: str) -> str:
-    """Without what would steer the terminal: class names and origins come from files."""
+    """Text without terminal control characters; class names and provenance come from files."""
     return "".join(mark if mark.isprintable() or mark == "\n" else " " for mark in text)
 
 
 @contextmanager
 def progress() -> Iterator[OnEvent]:
-    """An `OnEvent` that draws: a bar with rate and ETA on a terminal, elsewhere a plain line an interval."""
+    """An `OnEvent` that shows progress: a bar on a terminal, otherwise a line every 10 seconds."""
     if settings.quiet or settings.follower:
         yield lambda event: None
         return
-    console = _err()
+    console = _console(stderr=True)
     if not console.is_terminal:
         yield _Plain()
         return
@@ -156,7 +154,7 @@ def progress() -> Iterator[OnEvent]:
 
 
 class _Rate:
-    """Units a second and seconds left of one task, from when it was first seen."""
+    """Rate and remaining time of a task, counted from its first event."""
 
     def __init__(self, first: ProgressEvent) -> None:
         self.started = time.monotonic()
@@ -183,7 +181,7 @@ class _Bars:
         if isinstance(event, Note):
             self.bars.console.print(f"[dim]{escape(_line(event.text))}[/dim]")
             return
-        if isinstance(event, Epoch):  # the bar's own figures say as much
+        if isinstance(event, Epoch):  # its values are shown by the bar
             return
         group = event.group or event.task
         if group not in self.tasks:
@@ -207,7 +205,7 @@ class _Plain:
     def __init__(self) -> None:
         self.group = ""
         self.rate: _Rate | None = None
-        self.told = time.monotonic()
+        self.printed = time.monotonic()
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Note):
@@ -219,8 +217,8 @@ class _Plain:
         now = time.monotonic()
         if group != self.group or self.rate is None:
             self.group, self.rate = group, _Rate(event)
-        if now - self.told >= PLAIN_INTERVAL_S:
-            self.told = now
+        if now - self.printed >= PLAIN_INTERVAL_S:
+            self.printed = now
             share = (
                 f"{100 * event.done / event.total:.0f} %" if event.total else quantity(event.done, event.unit)
             )
@@ -248,5 +246,5 @@ def clock(seconds: float) -> str:
 
 
 def percent(value: float | None, digits: int = 2) -> str:
-    """A share in per cent, or a dash where there is none."""
+    """A percentage without its sign; a dash if unknown."""
     return "—" if value is None or value != value else f"{value:.{digits}f}"  # noqa: PLR0124 — NaN test

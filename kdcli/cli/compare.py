@@ -85,7 +85,7 @@ def _shared(values: dict[str, Any]) -> dict[str, Any]:
 def _note_unread(settings: CompareConfig, train: dict[str, Any]) -> None:
     """Tell of settings that none of the methods reads."""
     unread = [set(methods.unread(name, train)) for name in settings.method_names]
-    _ui.note_unread(train, sorted(set.intersection(*unread)), "with these methods")
+    _ui.note_ignored(train, sorted(set.intersection(*unread)), "with these methods")
 
 
 def _tables(found: Comparison, settings: CompareConfig) -> None:

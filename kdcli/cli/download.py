@@ -14,8 +14,9 @@ from kdcli.base import units
 from kdcli.base.config import DownloadConfig, make
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.files import expand
-from kdcli.cli import Terminated, _ui
+from kdcli.cli import _ui
 from kdcli.cli._options import options_of
+from kdcli.cli.app import Terminated
 from kdcli.data import catalog
 from kdcli.data.catalog import DOWNLOADS, RemoteFile
 

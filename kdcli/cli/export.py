@@ -28,7 +28,7 @@ def export(
     """
     config = make(ExportConfig, options)
     if config.recipe is None:
-        _ui.note_unread(options, ("calibration_images",), "without --int8")
+        _ui.note_ignored(options, ("calibration_images",), "without --int8")
     source = existing_model(checkpoint)
     from kdcli.deploy.export import export as write
 

@@ -40,7 +40,7 @@ def info(
         if Path(model).parent == Path() and not Path(model).suffix and not Path(model).exists():
             raise UsageError(f"no file and no network: {model}", f"Networks are {', '.join(models.names())}.")
         model = str(existing_model(Path(model)))
-        _ui.note_unread(options, InfoConfig.model_fields, "with a file, which says so itself")
+        _ui.note_ignored(options, InfoConfig.model_fields, "with a file, which says so itself")
     found = look(model, config)
     if _ui.settings.json:
         _ui.json({"model": model, **asdict(found)})

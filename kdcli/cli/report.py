@@ -44,9 +44,9 @@ def report(
         raise UsageError(f"{config.output} is a folder", "Name a file: -o report.html")
     if config.no_bench or config.bench is not None:
         why = "with --no-bench" if config.no_bench else "with --bench"
-        _ui.note_unread(options, ("bench_rounds",), why)
+        _ui.note_ignored(options, ("bench_rounds",), why)
     if config.no_images:
-        _ui.note_unread(options, ("thumbnails",), "with --no-images")
+        _ui.note_ignored(options, ("thumbnails",), "with --no-images")
     from kdcli import report as engine
     from kdcli.base import runtime
     from kdcli.report import gather

@@ -65,7 +65,7 @@ def train(
         _ui.settings.follower = _started_by_another(config)
         methods.check_own_method(config, options.get("method"), str(recipe))
         unread = methods.unread(config.method, options)
-        _ui.note_unread(options, unread, f"with --method {config.method}")
+        _ui.note_ignored(options, unread, f"with --method {config.method}")
     _finish(*_train(config, run, options))
 
 
@@ -101,11 +101,11 @@ def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[tupl
     from kdcli.engine.inputs import load_data
 
     if stored is not None:
-        _ui.note_unread(
+        _ui.note_ignored(
             options, ("dropout", "preprocess", "width"), f"with --student {stored}, which brings its own"
         )
     elif not any(models.takes_dropout(network) for network in (*config.assistant, config.student)):
-        _ui.note_unread(options, ("dropout",), f"with --student {config.student}, which has none")
+        _ui.note_ignored(options, ("dropout",), f"with --student {config.student}, which has none")
     world = runtime.launch(config.accelerator, config.devices)
     failed = True
     try:

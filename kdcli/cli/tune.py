@@ -69,8 +69,8 @@ def _note_unread(config: TuneConfig, space: Any, options: dict[str, Any]) -> Non
     for name in sorted(tuned & set(options)):
         raise UsageError(f"--{name.replace('_', '-')} is both set and tuned", "Leave one of them out.")
     if "method" not in tuned:
-        _ui.note_unread(options, methods.unread(config.method, options), f"with --method {config.method}")
-    _ui.note_unread(options, ("save_every", "keep"), "in kd tune: a trial that is killed is begun anew")
+        _ui.note_ignored(options, methods.unread(config.method, options), f"with --method {config.method}")
+    _ui.note_ignored(options, ("save_every", "keep"), "in kd tune: a trial that is killed is begun anew")
 
 
 def _again(config: TuneConfig, ranges: list[str], recipe: str | None, options: dict[str, Any]) -> str:

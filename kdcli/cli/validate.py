@@ -24,7 +24,7 @@ def validate(**options: Any) -> None:
     """
     config = make(ValidateConfig, options)
     if config.against is None:
-        _ui.note_unread(options, ("images", "prototxt"), "without --against")
+        _ui.note_ignored(options, ("images", "prototxt"), "without --against")
     import numpy as np
 
     from kdcli import models

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,53 +14,9 @@ import torch
 from kdcli import cli, methods, models
 from kdcli.base.config import ConvertConfig, make
 from kdcli.base.recipes import read_recipe
+from kdcli.cli.app import as_kd_error
 from kdcli.methods import TrainConfig
-from tests.helpers import ROOT
-
-ENVIRONMENT = {
-    **{name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "NO_COLOR")},
-    "TERMINAL_WIDTH": "80",
-    "COLUMNS": "80",
-    "_TYPER_FORCE_DISABLE_TERMINAL": "1",
-    "PYTHONPATH": str(ROOT),
-}
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Kd = Callable[..., Outcome]
-
-
-@pytest.fixture
-def kd(workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Kd:
-    """Run the command line in this process, in an empty folder, with pipes for stdout and stderr."""
-    for name in ("TERMINAL_WIDTH", "COLUMNS", "_TYPER_FORCE_DISABLE_TERMINAL"):
-        monkeypatch.setenv(name, ENVIRONMENT[name])
-
-    def run(*words: str) -> Outcome:
-        import typer
-
-        from kdcli.cli import _ui
-
-        monkeypatch.setattr(sys, "argv", ["kd", *words])
-        monkeypatch.setattr(_ui, "settings", _ui._Settings())
-        monkeypatch.setattr(cli.app, "registered_commands", [])
-        assert isinstance(cli.app, typer.Typer)
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        out, err = capfd.readouterr()
-        return Outcome(int(left.value.code or 0), out, err)
-
-    return run
-
-
-def is_clean(text: str) -> bool:
-    return "Traceback" not in text and not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text)
+from tests.cli.helpers import ENVIRONMENT, Kd, is_clean
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -194,7 +147,8 @@ def test_an_empty_name_of_data_is_not_passed_over(kd: Kd) -> None:
     assert "error: no dataset or path: (empty)" in outcome.err
 
 
-QUICK = ["--data", "digits", "--student", "convnet-tiny", "--epochs", "2", "--batch-size", "64"]
+FAST = ["--data", "digits", "--precision", "32", "--threads", "1"]
+QUICK = [*FAST, "--student", "convnet-tiny", "--epochs", "1", "--batch-size", "64"]
 
 
 def test_train_test_and_names_of_the_reference(kd: Kd) -> None:
@@ -228,7 +182,18 @@ def test_train_test_and_names_of_the_reference(kd: Kd) -> None:
 
 def test_a_recipe_gives_way_to_what_is_typed(kd: Kd) -> None:
     Path("r.toml").write_text('epochs = 7\n"batch-size" = 128\nmethod = "ce"\ndata = "digits"\n')
-    words = ["train", "--recipe", "r.toml", "--student", "convnet-tiny", "--epochs", "1", "--name", "r"]
+    words = [
+        "train",
+        "--recipe",
+        "r.toml",
+        *FAST,
+        "--student",
+        "convnet-tiny",
+        "--epochs",
+        "1",
+        "--name",
+        "r",
+    ]
     assert kd(*words).code == 0
     config = Path("runs/r/config.toml").read_text()
     assert "epochs = 1\n" in config
@@ -283,33 +248,32 @@ def test_settings_are_described_and_bounded() -> None:
 
 
 def test_options_that_do_nothing_are_named(kd: Kd) -> None:
-    outcome = kd("train", "--data", "digits", "--student", "convnet-tiny", "--dropout", "0.3", "--tau", "2",
-                 "--method", "ce", "--epochs", "1")  # fmt: skip
-    assert "--dropout does nothing with --student convnet-tiny, which has none" in outcome.err
-    assert "--tau does nothing with --method ce" in outcome.err
+    outcome = kd("train", *QUICK, "--dropout", "0.3", "--tau", "2", "--method", "ce")
+    assert "--dropout has no effect with --student convnet-tiny, which has none" in outcome.err
+    assert "--tau has no effect with --method ce" in outcome.err
     assert "accuracy on the validation split" in outcome.out
-    assert "--images does nothing without --against" in kd("validate", "--images", "3").err
+    assert "--images has no effect without --against" in kd("validate", "--images", "3").err
     words = ("export", "runs/ce-convnet-tiny-1", "--calibration-images", "3", "--data", "nowhere")
-    assert "--calibration-images does nothing without --int8" in kd(*words).err
+    assert "--calibration-images has no effect without --int8" in kd(*words).err
 
 
 def test_running_out_of_memory_is_no_fault_of_kd() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(10**15)
-    assert cli._as_kd_error(caught.value, []).message == "out of memory"
+    assert as_kd_error(caught.value, []).message == "out of memory"
     on_gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-    assert cli._as_kd_error(on_gpu, []).message == "out of memory"
+    assert as_kd_error(on_gpu, []).message == "out of memory"
 
 
 def test_sigterm_leaves_any_command_with_143() -> None:
     code = (
-        "import os, signal, kdcli.cli as cli\n"
-        "cli._register = lambda arguments: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "cli.main()"
+        "import os, signal\nfrom kdcli.cli import app\n"
+        "app._register = lambda arguments: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "app.main()"
     )
     done = subprocess.run([sys.executable, "-c", code, "bench"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (
         143,
         "",
-        "error: stopped\nhint: Type the same command again: what was finished is kept.\n",
+        "error: stopped\nhint: Rerun the same command: finished parts are kept.\n",
     )

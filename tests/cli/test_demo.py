@@ -11,7 +11,7 @@ from kdcli import methods
 from kdcli.base.errors import Interrupted
 from kdcli.base.events import Progress
 from kdcli.cli import _ui, demo
-from tests.cli.test_cli import Kd, is_clean, kd  # noqa: F401
+from tests.cli.helpers import Kd, is_clean
 
 
 @pytest.fixture
@@ -21,8 +21,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(demo.STUDENT, "epochs", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short")
-def test_the_chain_ends_with_a_table_and_files(kd: Kd) -> None:  # noqa: F811
+def test_the_chain_ends_with_a_table_and_files(kd: Kd) -> None:
     outcome = kd("demo", "-o", "my demo")
     assert outcome.code == 0, outcome
     assert is_clean(outcome.out + outcome.err)
@@ -53,7 +54,7 @@ def test_the_chain_ends_with_a_table_and_files(kd: Kd) -> None:  # noqa: F811
     assert json.loads(again.out)["best"] == best["method"]
 
 
-def test_a_folder_with_something_else_in_it_is_left_alone(kd: Kd) -> None:  # noqa: F811
+def test_a_folder_with_something_else_in_it_is_left_alone(kd: Kd) -> None:
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("years of work")
     outcome = kd("demo", "-o", "mine")
@@ -61,7 +62,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(kd: Kd) -> None:  # no
     assert [path.name for path in Path("mine").iterdir()] == ["thesis.txt"]
 
 
-def test_stopped_demo_says_what_can_be_typed(kd: Kd, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_stopped_demo_says_what_can_be_typed(kd: Kd, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(config: object) -> None:
         raise Interrupted("stopped at epoch 1", "kd train --resume runs/kd", exit_code=143)
 

@@ -84,7 +84,7 @@ def test_of_a_checkpoint(run: Any, model: models.Classifier) -> None:
     assert found["preprocess"]["name"] == "mean-std"
     assert found["preprocess"]["mean"] == pytest.approx(PIXELS.mean(axis=(0, 1, 2)), abs=1e-3)
     out = run("info", "m.pt", "--classes", "7")
-    assert "--classes does nothing with a file" in out.stderr
+    assert "--classes has no effect with a file" in out.stderr
     for words in ("ant, bee [31m, [red]cat, dog", "data label", "toy", f"{PARAMETERS:,}", "16×16×3"):
         assert words in " ".join(out.stdout.split()), words
     assert "published" not in out.stdout

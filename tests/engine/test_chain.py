@@ -227,7 +227,7 @@ def test_without_a_name_the_first_that_is_free_for_all_links(taught: Path, split
     results = fit_chain(settings, splits, on_event=told.append)
     assert names(results) == ["kd-convnet-tiny-3-generation-1", "kd-convnet-tiny-3"]
     assert "chain kd-convnet-tiny-3: convnet-tiny → convnet-tiny" in notes_of(told)
-    assert "does nothing" not in notes_of(told)
+    assert "has no effect" not in notes_of(told)
     assert names(fit_chain(settings, splits)) == ["kd-convnet-tiny-4-generation-1", "kd-convnet-tiny-4"]
 
 
@@ -434,8 +434,8 @@ def test_what_a_method_does_not_read_is_noted(at: Path, monkeypatch: pytest.Monk
     kd = command_line(monkeypatch, train)
     words = shlex.split("--data images --threads 1 --epochs 1 --student convnet-tiny --name c --method ls")
     said = kd(*words, "--assistant", "convnet-small", "--generations", "3")
-    assert "--assistant does nothing with --method ls" in said.stderr
-    assert "--generations does nothing with --method ls" in said.stderr
+    assert "--assistant has no effect with --method ls" in said.stderr
+    assert "--generations has no effect with --method ls" in said.stderr
     assert "kd train" not in said.stderr
     assert not list(Path("runs").glob("c-*"))
     with pytest.raises(UsageError, match="unknown network: resnet7"):

@@ -1,0 +1,176 @@
+"""The Typer application: registration of commands, exit codes, one line for each error."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import io
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from kdcli.base.errors import Interrupted, KdError, UsageError
+from kdcli.base.text import reason
+
+app = typer.Typer(
+    name="kd",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda token: token.replace(
+            "_", "-"
+        ),  # --noisy_ratio, as in the paper's code
+    },
+    epilog="Start with [bold]kd demo[/bold]: the whole workflow on small data, offline, in under two minutes.",
+)
+
+# in the order of --help; each is a module here with a function of its name and `register`
+COMMANDS = (
+    "demo",
+    "download",
+    "convert-caffe",
+    "validate",
+    "train",
+    "compare",
+    "reproduce",
+    "tune",
+    "test",
+    "export",
+    "info",
+    "predict",
+    "bench",
+    "report",
+)
+_RERUN = "Rerun the same command: finished parts are kept."
+
+
+class Terminated(BaseException):
+    """SIGTERM, as KeyboardInterrupt is SIGINT; not an Exception, so that no handler swallows it."""
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    arguments = sys.argv[1:]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without × or → shows ?
+    signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        _register(arguments)
+        _check_repeated(arguments)
+        code = app(args=arguments, prog_name="kd", standalone_mode=False)
+    except BrokenPipeError:  # `kd … | head`
+        sys.stderr.close()
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _fail(Interrupted("stopped", _RERUN, exit_code=130))
+    except Terminated:
+        _fail(Interrupted("stopped", _RERUN, exit_code=143))
+    except Exception as error:
+        if hasattr(error, "format_message") and not str(error.format_message()).strip():
+            sys.exit(2)  # called without arguments: the help has been printed
+        _fail(error if isinstance(error, KdError) else as_kd_error(error, arguments))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _version(requested: bool) -> None:
+    if requested:
+        from kdcli import __version__
+
+        sys.stdout.write(f"kd {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def kd(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Compress image classifiers by knowledge distillation.
+
+    Train a small student from a large teacher, and verify that it is smaller, faster and nearly as accurate.
+    """
+
+
+def _register(arguments: list[str]) -> None:
+    """Import the requested command; register the others by name and summary only.
+
+    This keeps `kd --help` fast: at most one command's settings classes are built.
+    """
+    requested = next((word.replace("_", "-") for word in arguments if not word.startswith("-")), "")
+    completing = "_KD_COMPLETE" in os.environ  # shell completion needs the options of every command
+    for name in COMMANDS:
+        module = name.replace("-", "_")
+        if name == requested or completing:
+            importlib.import_module(f"kdcli.cli.{module}").register(app)
+        else:
+            app.command(name, help=_summary(module))(lambda: None)
+
+
+def _summary(module: str) -> str:
+    """A command's docstring, parsed without importing its module."""
+    text = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+    functions = (node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef))
+    return next((ast.get_docstring(node) or "" for node in functions if node.name == module), "")
+
+
+def _check_repeated(arguments: list[str]) -> None:
+    """Reject a repeated --method, of which click would silently take the last."""
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if sum(word == "--method" or word.startswith("--method=") for word in options) > 1:
+        raise UsageError("--method is given twice", "A run has one method; make a run for each.")
+
+
+def _raise_terminated(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def _fail(error: KdError) -> NoReturn:
+    """Print an error with its hint and exit; with --debug, print the traceback first."""
+    from kdcli.cli import _ui
+
+    if _ui.settings.debug:
+        traceback.print_exc()
+    if not error.hint:
+        command = next((word for word in sys.argv[1:] if word in COMMANDS), "")
+        error.hint = f"See {' '.join(filter(None, ('kd', command)))} --help."
+    _ui.error(error)
+    sys.exit(error.exit_code)
+
+
+def as_kd_error(error: Exception, arguments: list[str]) -> KdError:
+    """A KdError for a usage error of Typer, an OSError, exhausted memory, or a bug of kd."""
+    if hasattr(error, "format_message"):
+        return _usage_error(str(error.format_message()).rstrip("."), arguments)
+    if isinstance(error, OSError):
+        prefix = f"{error.filename}: " if error.filename else ""
+        return KdError(f"{prefix}{reason(error)}", "Check the path, its permissions and free space.")
+    message = (
+        str(error) if isinstance(error, RuntimeError) else ""
+    )  # torch raises RuntimeError, on CPU and GPU
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in message or "out of memory" in message:
+        return KdError("out of memory", "Use smaller images, fewer of them, or a smaller batch.")
+    return KdError(
+        f"unexpected {type(error).__name__}: {error}",
+        "This is a bug in kd: please report it with the output of the same command and --debug.",
+    )
+
+
+def _usage_error(message: str, arguments: list[str]) -> UsageError:
+    command = next((word for word in arguments if word in COMMANDS), "")
+    hint = f"See {' '.join(filter(None, ('kd', command)))} --help."
+    if message.startswith("No such command"):
+        close = difflib.get_close_matches(message.split("'")[1] if "'" in message else "", COMMANDS, 1)
+        hint = f"Did you mean kd {close[0]}?" if close else f"Commands are {', '.join(COMMANDS)}."
+    return UsageError(message[0].lower() + message[1:], hint)

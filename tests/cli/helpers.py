@@ -1,0 +1,32 @@
+"""The command line as a user runs it: environment, outcome, clean output."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tests.helpers import ROOT
+
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "NO_COLOR")},
+    "TERMINAL_WIDTH": "80",
+    "COLUMNS": "80",
+    "_TYPER_FORCE_DISABLE_TERMINAL": "1",
+    "PYTHONPATH": str(ROOT),
+}
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Kd = Callable[..., Outcome]
+
+
+def is_clean(text: str) -> bool:
+    """Whether a text has neither a traceback nor control characters."""
+    return "Traceback" not in text and not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text)
