@@ -105,7 +105,7 @@ def paired(asked: dict[str, Any]) -> list[float]:
         {"methods": f"{own.name},twin", "seeds": SEEDS, "out": asked["folder"], "baseline": own.name},
     )
     train = {**TRAIN, "epochs": asked["epochs"], "teacher": asked["teacher"], "cache_dir": asked["cache"]}
-    found = compare(make_plan(settings, train), digits(asked["images"]), jobs=1)
+    found = compare(make_plan(settings, train), digits(asked["images"]))
     difference = found.standings[1].difference
     assert difference is not None
     return [value for _, value in difference.by_seed]

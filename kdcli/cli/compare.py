@@ -20,26 +20,27 @@ from kdcli.methods import TrainConfig
 if TYPE_CHECKING:
     from kdcli.studies.compare import Comparison, Plan
 
-_OWN = {"method", "seed", "name", "runs_dir", "devices"}  # of each run, not of the comparison
+_PER_RUN = {"method", "seed", "name", "runs_dir", "devices"}
 _CHAIN = {"assistant", "generations"}  # a comparison trains single students
-_AFTERWARDS = {"csv", "markdown", "jobs"}  # go with --resume
+_WITH_RESUME = {"csv", "markdown"}
 
 
-@options_of(CompareConfig, TrainConfig, metavars={"student": "NETWORK"}, without=_OWN | _CHAIN)
+@options_of(CompareConfig, TrainConfig, metavars={"student": "NETWORK"}, without=_PER_RUN | _CHAIN)
 def compare(
     *,
     recipe: Recipe = None,
     resume: Annotated[
         Path | None,
         typer.Option(
-            "--resume", help="Go on with this comparison (a folder in comparisons/).", rich_help_panel=RUN
+            "--resume", help="Continue this comparison (a folder in comparisons/).", rich_help_panel=RUN
         ),
     ] = None,
     **options: Any,
 ) -> None:
-    """Train with several methods and seeds, and say which is better, or that it cannot be said.
+    """Train with several methods and seeds, and test whether one is better.
 
     The same recipe and seeds for each; test images are read once a run, and nothing is chosen by them.
+    Rerun the same command to continue after an interruption.
     """
     own = {name: value for name, value in options.items() if name in CompareConfig.model_fields}
     train = {name: value for name, value in options.items() if name not in own}
@@ -47,78 +48,69 @@ def compare(
     for table in (settings.csv, settings.markdown):
         if table is not None and table.is_dir():
             raise UsageError(f"{table} is a folder", "Name the file to write.")
-    if resume is not None and (recipe is not None or train or set(own) - _AFTERWARDS):
+    if resume is not None and (recipe is not None or train or set(own) - _WITH_RESUME):
         raise UsageError(
-            "--resume takes a comparison as it was started; only --jobs, --csv and --markdown go with it",
+            "--resume continues a comparison as it was started; only --csv and --markdown go with it",
             "Leave the other options out, or start a new comparison.",
         )
     if resume is None:
-        _note_unread(settings, train)
-        # its method is another than the file's: what followed from that does not hold
-        train = {**(_shared(read_recipe(recipe, {**train, "method": None})) if recipe else {}), **train}
+        unread = [set(methods.unread(name, train)) for name in settings.method_names]
+        _ui.note_ignored(train, sorted(set.intersection(*unread)), "with these methods")
+        if recipe:  # without the method and seed of a run's config.toml, and values derived from them
+            shared = read_recipe(recipe, {**train, "method": None})
+            train = {**{name: value for name, value in shared.items() if name not in _PER_RUN}, **train}
     from kdcli import report
     from kdcli.engine.inputs import load_data
-    from kdcli.studies import compare as engine
+    from kdcli.studies import compare as studies
 
-    plan = engine.Plan.load(resume) if resume is not None else engine.make_plan(settings, train)
+    plan = studies.Plan.load(resume) if resume is not None else studies.make_plan(settings, train)
     with _ui.progress() as on_event:
-        found = engine.compare(plan, load_data(plan.train, on_event), jobs=settings.jobs, on_event=on_event)
-    if any(row.count for row in found.standings):
-        report.comparison(found, plan.figure_file)
-    _tables(found, settings)
+        result = studies.compare(plan, load_data(plan.train, on_event), on_event=on_event)
+    if any(row.count for row in result.standings):
+        report.comparison(result, plan.figure_file)
+    _write_tables(result, settings)
     if _ui.settings.json:
-        _ui.json(found.to_json())
+        _ui.json(result.to_json())
     else:
-        _show(found, plan)
-    if found.failed:
+        _show(result, plan)
+    if result.failed:
         raise KdError(
-            f"{len(found.failed)} of {len(found.runs)} runs failed: {found.failed[0].reason}",
+            f"{len(result.failed)} of {len(result.runs)} runs failed: {result.failed[0].reason}",
             f"{plan.resume_command or 'The same command'} tries them again.",
         )
 
 
-def _shared(values: dict[str, Any]) -> dict[str, Any]:
-    """What a recipe says for all runs: a run's own config.toml has its method and seed, too."""
-    return {name: value for name, value in values.items() if name not in _OWN}
-
-
-def _note_unread(settings: CompareConfig, train: dict[str, Any]) -> None:
-    """Tell of settings that none of the methods reads."""
-    unread = [set(methods.unread(name, train)) for name in settings.method_names]
-    _ui.note_ignored(train, sorted(set.intersection(*unread)), "with these methods")
-
-
-def _tables(found: Comparison, settings: CompareConfig) -> None:
+def _write_tables(result: Comparison, settings: CompareConfig) -> None:
     from kdcli.studies.compare import tables
 
     for path, make_table in ((settings.csv, tables.to_csv), (settings.markdown, tables.to_markdown)):
         if path is not None:
-            files.write_text(path, make_table(found))
+            files.write_text(path, make_table(result))
 
 
-def _show(found: Comparison, plan: Plan) -> None:
+def _show(result: Comparison, plan: Plan) -> None:
     from kdcli.studies.compare import tables
 
     _ui.say(
-        f"{found.student} on {found.data}: {len(found.methods)} methods × {len(found.seeds)} seeds, "
-        f"{found.epochs} epochs"
+        f"{result.student} on {result.data}: {len(result.methods)} methods × {len(result.seeds)} seeds, "
+        f"{result.epochs} epochs"
     )
     _ui.table(
-        ["method", "runs", "test %", f"− {found.baseline}", "95 % interval", "p (Holm)", "verdict"],
-        [[row.method, *tables.cells(row)] for row in found.standings],
-        marked=found.methods.index(found.baseline),
+        ["method", "runs", "test %", f"vs {result.baseline}", "95 % interval", "p (Holm)", "verdict"],
+        [[row.method, *tables.cells(row)] for row in result.standings],
+        marked=result.methods.index(result.baseline),
     )
     _ui.say()
-    _ui.say(f"test %: mean ± standard deviation over seeds, {found.test_images:,} test images")
-    if found.comparisons:
-        _ui.say(tables.explained(found))
-    if len(found.seeds) == 1:
-        _ui.say("one seed shows nothing of chance, so no method is called better; --seeds 5 would")
-    for line in found.notes:
+    _ui.say(f"test %: mean ± standard deviation over seeds, {result.test_images:,} test images")
+    if result.comparisons:
+        _ui.say(tables.statistics_note(result))
+    if len(result.seeds) == 1:
+        _ui.say("one seed says nothing about chance, so there is no verdict; use --seeds 5")
+    for line in result.notes:
         _ui.note(line)
-    _ui.say(f"teacher runs over a set of images, all runs together: {found.teacher_passes}")
+    _ui.say(f"teacher evaluated on {result.teacher_passes} sets of images, all runs together")
     _ui.say(f"wrote {plan.result_file.as_posix()} and figure.svg beside it")
-    if not found.failed:
+    if not result.failed:
         _ui.next_command(f"kd report {shlex.quote(plan.folder.as_posix())}")
 
 

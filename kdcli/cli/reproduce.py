@@ -21,47 +21,47 @@ def reproduce(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
     **options: Any,
 ) -> None:
-    """Repeat a finished run from its folder, and say whether the same comes out.
+    """Repeat a finished run from its folder, and compare the two.
 
     Exit code 0: bit-identical, or within the tolerance; 1: different.
     """
     config = make(ReproduceConfig, options)
-    from kdcli.studies import reproduce as engine
+    from kdcli.studies import reproduce as studies
 
-    found = engine.read_finished(run, config.method)
+    found = studies.read_finished(run, config.method)
     with _ui.progress() as on_event:
-        data = engine.check_inputs(found, on_event)
-        made = engine.reproduce(found, data, config.tolerance, on_event)
+        data = studies.check_inputs(found, on_event)
+        result = studies.reproduce(found, data, config.tolerance, on_event)
     if _ui.settings.json:
-        _ui.json({**made.to_json(), "holds": made.holds})
+        _ui.json({**result.to_json(), "holds": result.holds})
     else:
-        _show(made)
-    if not made.holds:
+        _show(result)
+    if not result.holds:
         raise KdError(
-            f"{made.run} did not come out the same: test accuracy {made.accuracy:.2f} and "
-            f"{made.accuracy_again:.2f} %, more than {made.tolerance:g} points apart",
-            "What is different about machine and versions is listed above."
-            if made.circumstances
-            else "Machine, versions and threads are the same: was the run's folder changed?",
+            f"{result.run} was not reproduced: test accuracy {result.accuracy:.2f} and "
+            f"{result.accuracy_again:.2f} %, more than {result.tolerance:g} points apart",
+            "The differences of machine and versions are listed above."
+            if result.circumstances
+            else "Machine, versions and threads are equal: was the run's folder changed?",
         )
 
 
-def _show(made: Reproduction) -> None:
-    _ui.say(f"{made.verdict}: {made.run} and {made.again}")
-    low, high = made.interval
+def _show(result: Reproduction) -> None:
+    _ui.say(f"{result.verdict}: {result.run} and {result.again}")
+    low, high = result.interval
     _ui.say(
-        f"test accuracy {made.accuracy:.2f} % and {made.accuracy_again:.2f} % of {made.test_images:,} images"
-        f" (tolerance {made.tolerance:g} points; 95 % interval of the first {low:.2f}–{high:.2f})"
+        f"test accuracy {result.accuracy:.2f} % and {result.accuracy_again:.2f} % of {result.test_images:,} images"
+        f" (tolerance {result.tolerance:g} points; 95 % interval of the first {low:.2f}–{high:.2f})"
     )
-    _ui.say(f"SHA-256 of the students' tensors {made.sha256[:16]}… and {made.sha256_again[:16]}…")
-    if made.tensors_differ:
+    _ui.say(f"SHA-256 of the students' tensors {result.sha256[:16]}… and {result.sha256_again[:16]}…")
+    if result.tensors_differ:
         _ui.say(
-            f"{made.tensors_differ} of {made.tensors} tensors differ, by at most {made.largest_difference:.3g}"
+            f"{result.tensors_differ} of {result.tensors} tensors differ, by at most {result.largest_difference:.3g}"
         )
-    for line in made.circumstances:
+    for line in result.circumstances:
         _ui.say(f"different: {line}")
-    if made.tensors_differ and not made.circumstances:
-        _ui.say("machine, versions and threads are the same")
+    if result.tensors_differ and not result.circumstances:
+        _ui.say("machine, versions and threads are equal")
 
 
 def register(app: typer.Typer) -> None:

@@ -17,7 +17,10 @@ from kdcli.cli._options import Recipe, options_of
 from kdcli.studies.tune.settings import SEARCH, TuneConfig
 
 if TYPE_CHECKING:
-    from kdcli.studies.tune.search import Tuned
+    from kdcli.studies.tune.space import Space
+    from kdcli.studies.tune.summary import TuneResult
+
+_TOP = 10  # trials shown
 
 
 @options_of(
@@ -41,40 +44,41 @@ def tune(
 ) -> None:
     """Search for good settings of kd train, judged on validation images; test images are not read.
 
-    Stopped or killed, it is gone on with by the same command, by several processes at once if wanted.
+    Rerun the same command to continue after an interruption; several processes can share a study.
     """
     from kdcli.studies.tune import space as spaces
     from kdcli.studies.tune import storage
 
     storage.require()
     tuned = spaces.names_of(ranges or [])
-    started: dict[str, Any] = {}
-    if recipe:  # what followed from a setting that is tuned does not hold
-        started = read_recipe(recipe, {**options, **dict.fromkeys(tuned, ...)})
-        started = {name: value for name, value in started.items() if name != "method" or name not in tuned}
-    config = make(TuneConfig, {**started, **options})
+    shared: dict[str, Any] = {}
+    if recipe:  # without values that were derived from a tuned setting
+        shared = read_recipe(recipe, {**options, **dict.fromkeys(tuned, ...)})
+        shared = {name: value for name, value in shared.items() if name != "method" or name not in tuned}
+    config = make(TuneConfig, {**shared, **options})
     methods.check_own_method(config, options.get("method"), str(recipe))
     space = spaces.read_space(ranges or [], config.train)
-    _note_unread(config, space, options)
-    again = _again(config, ranges or [], recipe, options)
+    _check_options(config, space, options)
+    command = _command(ranges or [], recipe, options)
     try:
-        found = _search(config, space)
+        result = _search(config, space)
     except Interrupted as stopped:
-        raise Interrupted(stopped.message, again, exit_code=stopped.exit_code) from stopped
-    _finish(found, config, again)
+        raise Interrupted(stopped.message, command, exit_code=stopped.exit_code) from stopped
+    _show(result, config, command)
 
 
-def _note_unread(config: TuneConfig, space: Any, options: dict[str, Any]) -> None:
+def _check_options(config: TuneConfig, space: Space, options: dict[str, Any]) -> None:
+    """Raise UsageError for a setting both set and tuned; note options without effect."""
     tuned = {part.name for part in space}
     for name in sorted(tuned & set(options)):
         raise UsageError(f"--{name.replace('_', '-')} is both set and tuned", "Leave one of them out.")
     if "method" not in tuned:
         _ui.note_ignored(options, methods.unread(config.method, options), f"with --method {config.method}")
-    _ui.note_ignored(options, ("save_every", "keep"), "in kd tune: a trial that is killed is begun anew")
+    _ui.note_ignored(options, ("save_every", "keep"), "in kd tune: an interrupted trial starts anew")
 
 
-def _again(config: TuneConfig, ranges: list[str], recipe: str | None, options: dict[str, Any]) -> str:
-    """The command to go on with; a password of the storage is not in it."""
+def _command(ranges: list[str], recipe: str | None, options: dict[str, Any]) -> str:
+    """The command that continues the study, without a password in the storage's address."""
     from kdcli.studies.tune import storage
 
     words = ["kd", "tune"]
@@ -83,12 +87,13 @@ def _again(config: TuneConfig, ranges: list[str], recipe: str | None, options: d
     if recipe:
         words += ["--recipe", recipe]
     for name, value in options.items():
-        shown = storage.shown(storage.read_url(str(value), Path("study.db"))) if name == "storage" else value
-        words += words_of("--" + name.replace("_", "-"), shown)
+        is_url = name == "storage"
+        text = storage.redacted(storage.read_url(str(value), Path("study.db"))) if is_url else value
+        words += words_of("--" + name.replace("_", "-"), text)
     return shlex.join(words)
 
 
-def _search(config: TuneConfig, space: Any) -> Tuned:
+def _search(config: TuneConfig, space: Space) -> TuneResult:
     from kdcli.engine.inputs import load_data
     from kdcli.studies.tune import search
 
@@ -97,58 +102,45 @@ def _search(config: TuneConfig, space: Any) -> Tuned:
         return search.tune(config, space, load_data(config, on_event), on_event=on_event)
 
 
-def _finish(found: Tuned, config: TuneConfig, again: str) -> None:
+def _show(result: TuneResult, config: TuneConfig, command: str) -> None:
     from kdcli.studies.tune.summary import command_of
 
-    best, reasons = found.best, [trial.reason for trial in found.trials if trial.reason]
-    if best is None or found.config is None:
-        why = f": {reasons[0]}" if reasons else ""
+    best, reasons = result.best, [trial.reason for trial in result.trials if trial.reason]
+    if best is None or result.config is None:
         raise KdError(
-            f"no trial of {found.study} is finished{why}",
-            "Choose other ranges and another --study." if reasons else f"Go on: {again}",
+            f"no trial of {result.study} is finished{f': {reasons[0]}' if reasons else ''}",
+            "Choose other ranges and another --study." if reasons else f"Continue: {command}",
         )
     if _ui.settings.json:
-        _ui.json(found.to_json())
+        _ui.json(result.to_json())
         return
-    names = list(dict.fromkeys(name for trial in found.trials for name in trial.values))
-    ended = sorted(
-        (trial for trial in found.trials if trial.state == "complete"),
-        key=lambda trial: (-(trial.accuracy or 0.0), trial.number),
-    )
-    _ui.table(
-        ["trial", *(name.replace("_", "-") for name in names), "val %"],
-        [
-            [
-                str(trial.number),
-                *(_cell(trial.values.get(name)) for name in names),
-                _ui.percent(trial.accuracy),
-            ]
-            for trial in ended[:10]
-        ],
-        title=f"best of {len(ended)} finished trials",
-        marked=0,
-    )
+    names = list(dict.fromkeys(name for trial in result.trials for name in trial.values))
+    finished = [trial for trial in result.trials if trial.state == "complete"]
+    finished.sort(key=lambda trial: (-(trial.accuracy or 0.0), trial.number))
+    rows = [
+        [str(trial.number), *(_cell(trial.values.get(name)) for name in names), _ui.percent(trial.accuracy)]
+        for trial in finished[:_TOP]
+    ]
+    columns = ["trial", *(name.replace("_", "-") for name in names), "val %"]
+    _ui.table(columns, rows, title=f"best of {len(finished)} finished trials", marked=0)
     _ui.say()
-    if found.importance:
-        _ui.table(
-            ["setting", "share of what accuracies differ by"],
-            [
-                ["--" + name.replace("_", "-"), f"{100 * share:.0f} %"]
-                for name, share in found.importance.items()
-            ],
-        )
+    shares = [
+        ["--" + name.replace("_", "-"), f"{100 * share:.0f} %"] for name, share in result.importance.items()
+    ]
+    if shares:
+        _ui.table(["setting", "share of the variance of accuracies"], shares)
     else:
-        _ui.say(found.why_not)
+        _ui.say(result.why_not)
     _ui.say()
-    of_seeds = f", mean over {config.seeds} seeds" if config.seeds > 1 else ""
+    seeds = f", mean over {config.seeds} seeds" if config.seeds > 1 else ""
     _ui.say(
-        f"best on the validation split: {best.accuracy:.2f} % in trial {best.number}{of_seeds}; "
-        f"{found.count('complete')} finished, {found.count('pruned')} ended early, {found.count('failed')} failed"
+        f"best on the validation split: {best.accuracy:.2f} % in trial {best.number}{seeds}; "
+        f"{result.count('complete')} finished, {result.count('pruned')} pruned, {result.count('failed')} failed"
     )
-    _ui.say("the highest of many is a little lucky: what it is worth, the test images say")
-    for path in found.figures:
+    _ui.say("the best of many trials is optimistic; confirm on test data")
+    for path in result.figures:
         _ui.say(f"wrote {path.as_posix()}")
-    _ui.next_command(command_of(found.config))
+    _ui.next_command(command_of(result.config))
 
 
 def _cell(value: Any) -> str:

@@ -174,8 +174,17 @@ def read_result(path: Path) -> RunResult:
     Raises:
         KdError: see above.
     """
-    result = _parse(RunResult, str(path), _read_bytes(path))
+    result = read_record(RunResult, path)
     return result.model_copy(update={"run": RunDir(path.parent)})
+
+
+def read_record(schema: type[R], path: Path) -> R:
+    """A JSON file of one record.
+
+    Raises:
+        KdError: see above.
+    """
+    return _parse(schema, str(path), _read_bytes(path))
 
 
 def write_result(result: RunResult) -> None:

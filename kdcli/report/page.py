@@ -33,7 +33,7 @@ from kdcli.report.gather import COMPARISON, Run, gather
 from kdcli.report.speed import Speed, deployed, from_file, measured
 from kdcli.studies.compare import Comparison
 from kdcli.studies.compare import read as read_comparison
-from kdcli.studies.compare.tables import cells, explained
+from kdcli.studies.compare.tables import cells, statistics_note
 
 MOST_DETAILED = 20  # runs with a section of their own
 MOST_EPOCHS = 200
@@ -249,7 +249,7 @@ def _comparison(key: str, path: Path, found: Comparison) -> dict[str, Any]:
         "name": path.name or path.resolve().name,
         "found": found,
         "rows": [(row, cells(row)) for row in rows],
-        "explained": explained(found),
+        "explained": statistics_note(found),
         "figure": inline.comparison(drawn, key) if any(row.count for row in rows) else None,
     }
 

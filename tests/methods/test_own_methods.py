@@ -311,7 +311,7 @@ def test_no_file_makes_kd_run_code(canary: Any) -> None:
     whole = plan.read_text()
     shutil.rmtree("comparisons/c/runs")
     for before, after in (
-        ("[settled]", '[settled]\nmethod = "canary:sing"'),
+        ("[common]", '[common]\nmethod = "canary:sing"'),
         ("[train]", '[train]\nmethod = "canary:sing"'),
         ("threads = 1\n", 'threads = "1"\n'),
         ('precision = "32"\n', 'precision = "canary:sing"\n'),
@@ -399,18 +399,18 @@ def test_a_comparison_with_code_goes_on_by_its_own_command_and_with_that_code_on
     train = {"student": "convnet-tiny", "epochs": 1, "batch_size": 16, "precision": "32", "threads": 1}
     splits = make_splits()
     with pytest.raises(Interrupted) as stopped:
-        compare(make_plan(settings, train), splits, jobs=1, on_event=_StopOnce())
-    assert stopped.value.hint == "Type the same command again."
+        compare(make_plan(settings, train), splits, on_event=_StopOnce())
+    assert stopped.value.hint == "Rerun the same command to continue."
     plan = make_plan(settings, train)
-    compare(plan, splits, jobs=1)
+    compare(plan, splits)
     source = Path("sheet.py")
     sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
-    stored = checkpoint.load(plan.runs[1].place.student)
+    stored = checkpoint.load(plan.runs[1].run_dir.student)
     assert stored.provenance["method_sha256"] == {"sheet:song": sha256}
-    assert checkpoint.load(plan.runs[0].place.student).provenance["method_sha256"] == {}
+    assert checkpoint.load(plan.runs[0].run_dir.student).provenance["method_sha256"] == {}
     source.write_text(source.read_text() + "# another\n")
     with pytest.raises(KdError, match="code of sheet:song of comparisons/c changed"):
-        compare(make_plan(settings, train), splits, jobs=1)
+        compare(make_plan(settings, train), splits)
 
 
 def test_a_run_with_code_is_repeated_where_the_same_code_is_typed(
@@ -429,7 +429,7 @@ def test_a_run_with_code_is_repeated_where_the_same_code_is_typed(
     assert (done["verdict"], done["again"]) == ("bit-identical", "runs/r-reproduced-1")
     source = Path("verse.py")
     source.write_text(source.read_text() + "# another\n")
-    with pytest.raises(KdError, match="code of verse:song is not the one runs/r was made with"):
+    with pytest.raises(KdError, match="code of verse:song of runs/r changed"):
         check_inputs(read_finished(Path("runs/r"), "verse:song"))
 
 
@@ -442,5 +442,5 @@ def test_a_search_with_code_goes_on_with_that_code_only(write: Write) -> None:
     assert tune(wanted, space, splits).study == "tune-song-convnet-tiny"
     source = Path("tuned_song.py")
     source.write_text(source.read_text() + "# another\n")
-    with pytest.raises(UsageError, match="begun with other settings: tuned song:song was"):
+    with pytest.raises(UsageError, match="started with other settings: code of tuned song:song was"):
         tune(wanted, space, splits)

@@ -7,7 +7,9 @@ import os
 import shlex
 import shutil
 import signal
-from dataclasses import replace
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint
 from kdcli.studies.compare import Comparison, Plan, compare, make_plan
 from kdcli.studies.compare.result import conclude
-from tests.helpers import command_line, image_folder, make_splits
+from tests.helpers import ROOT, command_line, image_folder, make_splits
 
 TRAIN: dict[str, Any] = {
     "data": "toy",
@@ -68,7 +70,7 @@ def planned(name: str = "c", compared: str = "ce,kd", seeds: str = "2", **train:
 def students(plan: Plan) -> dict[str, str]:
     """SHA-256 of the weights of each finished run."""
     return {
-        run.config.name: checkpoint.digest(checkpoint.load(run.place.student).state_dict)
+        run.config.name: checkpoint.digest(checkpoint.load(run.run_dir.student).state_dict)
         for run in plan.runs
         if run.is_finished()
     }
@@ -91,7 +93,7 @@ def test_figures_are_those_of_the_runs_paired_by_seed(splits: Splits) -> None:
     assert [run.label for run in plan.runs] == ["ce, seed 0", "kd, seed 0", "ce, seed 1", "kd, seed 1"]
     found = compare(plan, splits)
     right = {
-        (run.config.method, run.config.seed): json.loads(run.place.result_file.read_text())["test"][
+        (run.config.method, run.config.seed): json.loads(run.run_dir.result_file.read_text())["test"][
             "accuracy"
         ]
         for run in plan.runs
@@ -111,9 +113,9 @@ def test_figures_are_those_of_the_runs_paired_by_seed(splits: Splits) -> None:
     assert other.verdict == "inconclusive"
     # two views and the test images, once for all runs of all seeds
     assert found.teacher_passes == 3
-    assert json.loads(plan.result_file.read_text()) == found.to_json()
+    assert json.loads(plan.result_file.read_text()) == json.loads(json.dumps(found.to_json()))
     for run in plan.runs:
-        stored = run.place.read_config()
+        stored = run.run_dir.read_config()
         assert (stored.threads, stored.precision, stored.view_seed) == (1, "32", 0)
         assert stored.augment_seed == 0
 
@@ -136,15 +138,17 @@ def test_what_is_finished_is_not_done_again(splits: Splits) -> None:
     plan = planned()
     first = compare(plan, splits)
     before = students(plan)
-    lost = plan.runs[2].place
+    lost = plan.runs[2].run_dir
     lost.result_file.unlink()
     lost.student.unlink()
-    stamps = {run.config.name: run.place.last.stat().st_mtime_ns for run in plan.runs if run.place != lost}
+    stamps = {
+        run.config.name: run.run_dir.last.stat().st_mtime_ns for run in plan.runs if run.run_dir != lost
+    }
     again = compare(planned(), splits)
     assert without_clock(again) == without_clock(first)
     assert students(plan) == before
     assert stamps == {
-        run.config.name: run.place.last.stat().st_mtime_ns for run in plan.runs if run.place != lost
+        run.config.name: run.run_dir.last.stat().st_mtime_ns for run in plan.runs if run.run_dir != lost
     }
     assert compare(Plan.load(plan.folder), splits) == again  # nothing is left to do
 
@@ -175,10 +179,10 @@ def test_stopped_in_a_run_and_gone_on_with_it_is_the_same(
 def test_other_settings_or_inputs_are_not_mixed_in(splits: Splits) -> None:
     compare(planned(seeds="1", epochs=1), splits)
     for changes, told in (
-        ({"epochs": 2}, "was begun with --epochs 1, not 2"),
-        ({"tau": 2.0}, "was begun with --tau as by default, not 2.0"),
-        ({"seeds": "2"}, "was begun with --seeds 0, not 0,1"),
-        ({"compared": "ce,logits"}, "was begun with --methods ce,kd, not ce,logits"),
+        ({"epochs": 2}, "was started with --epochs 1, not 2"),
+        ({"tau": 2.0}, "was started with --tau at its default, not 2.0"),
+        ({"seeds": "2"}, "was started with --seeds 0, not 0,1"),
+        ({"compared": "ce,logits"}, "was started with --methods ce,kd, not ce,logits"),
     ):
         with pytest.raises(UsageError, match=told) as caught:
             compare(planned(**{"seeds": "1", "epochs": 1, **changes}), splits)
@@ -192,7 +196,7 @@ def test_other_settings_or_inputs_are_not_mixed_in(splits: Splits) -> None:
     config = Path("comparisons/c/runs/kd-seed0/config.toml")
     config.write_text(config.read_text().replace("tau = 3.0", "tau = 4.0"))
     with pytest.raises(UsageError, match="not a run of this comparison: its --tau differs"):
-        planned(seeds="1", epochs=1).runs[1].is_begun()
+        planned(seeds="1", epochs=1).runs[1].is_started()
 
 
 def test_one_seed_makes_no_claim(splits: Splits) -> None:
@@ -242,10 +246,10 @@ def test_claims_are_made_where_all_seeds_say_so(splits: Splits, monkeypatch: pyt
     plan = planned(seeds="3", compared="ce,kd,logits", epochs=1)
     compare(plan, splits)
     for run in plan.runs:
-        document = json.loads(run.place.result_file.read_text())
+        document = json.loads(run.run_dir.result_file.read_text())
         more = {"ce": (0, 0, 0), "kd": (2, 3, 4), "logits": (-2, 3, 4)}[run.config.method][run.config.seed]
         document["test"] |= {"accuracy": 50.0 + 10 * run.config.seed + more, "count": 10_000}
-        run.place.result_file.write_text(json.dumps(document))
+        run.run_dir.result_file.write_text(json.dumps(document))
     _, kd, logits = compare(plan, splits).standings
     assert kd.difference is not None
     assert logits.difference is not None
@@ -253,7 +257,7 @@ def test_claims_are_made_where_all_seeds_say_so(splits: Splits, monkeypatch: pyt
     assert (kd.verdict, logits.verdict) == ("better", "inconclusive")
     assert kd.difference.p == pytest.approx(0.0351, abs=1e-4)
     assert kd.difference.p_holm == pytest.approx(2 * kd.difference.p)
-    plan.runs[-1].place.result_file.unlink()  # of logits, of which nothing can be claimed then
+    plan.runs[-1].run_dir.result_file.unlink()  # of logits, of which nothing can be claimed then
     found = conclude(plan, {}, "toy")
     _, alone, logits = found.standings
     assert alone.difference is not None
@@ -268,14 +272,14 @@ def test_runs_that_are_left_when_others_failed_make_no_claim(splits: Splits) -> 
     plan = planned(seeds="3", epochs=1)
     compare(plan, splits)
     for run in plan.runs:
-        document = json.loads(run.place.result_file.read_text())
+        document = json.loads(run.run_dir.result_file.read_text())
         more = {"ce": (0, 0, 0), "kd": (3, 3.02, 3.04)}[run.config.method][run.config.seed]
         document["test"] |= {"accuracy": 50.0 + more, "count": 10_000}
-        run.place.result_file.write_text(json.dumps(document))
+        run.run_dir.result_file.write_text(json.dumps(document))
     assert conclude(plan, {}, "toy").standings[1].verdict == "better"
     for lost in (plan.runs[5], plan.runs[4]):  # kd's, then in its place the baseline's
-        kept = lost.place.result_file.read_bytes()
-        lost.place.result_file.unlink()
+        kept = lost.run_dir.result_file.read_bytes()
+        lost.run_dir.result_file.unlink()
         found = conclude(plan, {lost.config.name: "it broke"}, "toy")
         other = found.standings[1]
         assert other.difference is not None
@@ -284,7 +288,7 @@ def test_runs_that_are_left_when_others_failed_make_no_claim(splits: Splits) -> 
         assert (other.difference.p, other.difference.p_holm, found.comparisons) == (None, None, 0)
         assert f"{lost.label} failed: it broke" in found.notes
         assert any("no fair sample" in note for note in found.notes)
-        lost.place.result_file.write_bytes(kept)
+        lost.run_dir.result_file.write_bytes(kept)
 
 
 def test_views_are_drawn_by_a_seed_of_their_own(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,8 +333,8 @@ def test_the_command_shows_a_table_and_writes_it(splits: Splits, monkeypatch: py
     assert again["schema_version"] == 1
     assert again == json.loads((folder / "comparison.json").read_text())
     for wrong, told in (
-        (("--resume", str(folder), "--tau", "3"), "takes a comparison as it was started"),
-        (("--resume", "runs"), "runs is no comparison"),
+        (("--resume", str(folder), "--tau", "3"), "continues a comparison as it was started"),
+        (("--resume", "runs"), "runs is not a comparison"),
         (("--methods", "ce,nothing"), "unknown method: nothing"),
         (("--methods", "ce,ce"), "must be names of methods, each once"),
         (("--seeds", "0"), "must be a number from 1"),
@@ -352,7 +356,7 @@ def test_a_damaged_comparison_is_named(splits: Splits) -> None:
     plan.file.unlink()
     compare(plan, splits)
     for text in ("{", "[]", '{"test": {"accuracy": 1e999}}'):
-        plan.runs[0].place.result_file.write_text(text)
+        plan.runs[0].run_dir.result_file.write_text(text)
         with pytest.raises(KdError, match=r"result\.json"):
             compare(plan, splits)
 
@@ -367,30 +371,6 @@ def test_seeds_are_a_count_or_a_list() -> None:
     for wrong in ("", "-1", "x", "1,,2", "1.5", ",", "100000"):
         with pytest.raises(UsageError, match="--seeds"):
             seeds(wrong)
-
-
-def test_two_at_a_time_are_what_one_after_another_is(workplace: Path) -> None:
-    """In processes of their own, stopped once in the middle."""
-    image_folder(Path("images"))
-    common = {**TRAIN, "data": "images", "epochs": 6}
-    data = load("images")
-    fit(make(TrainConfig, {**common, "method": "ce", "name": "teacher", "epochs": 1}), data)
-
-    def stop(event: Event) -> None:
-        if isinstance(event, Progress) and event.group == "comparison":
-            os.kill(os.getpid(), signal.SIGINT)
-
-    plan = planned("two", compared="ce,kd", seeds="1", **common)
-    with pytest.raises(Interrupted) as caught:
-        compare(plan, data, jobs=2, on_event=stop)
-    assert caught.value.exit_code == 130
-    begun = [run.is_begun() for run in plan.runs]
-    assert any(begun)
-    assert not all(run.is_finished() for run in plan.runs)
-    found = compare(plan, data, jobs=2)
-    one = planned("one", compared="ce,kd", seeds="1", **common)
-    assert without_clock(found) == without_clock(compare(one, data, jobs=1))
-    assert students(plan) == students(one)
 
 
 def test_a_weight_goes_to_the_methods_that_have_its_term(splits: Splits) -> None:
@@ -429,7 +409,7 @@ def test_what_the_data_shows_to_be_wrong_is_refused_before_any_runs(splits: Spli
         ("ce,kd", {"student": "resnet9000"}, "unknown network"),
     ):
         with pytest.raises(UsageError, match=told):
-            compare(planned(compared=compared, **values), splits, jobs=1)
+            compare(planned(compared=compared, **values), splits)
         assert not Path("comparisons/c/comparison.toml").exists()
         assert not Path("comparisons/c/runs").exists()
 
@@ -465,13 +445,31 @@ def test_what_followed_in_a_run_from_its_method_does_not_hold_for_others(
     assert "--generations" not in kd("compare", "--help").stdout
 
 
-def test_processes_that_find_other_images_make_no_run(workplace: Path) -> None:
+@pytest.mark.slow
+def test_killed_and_continued_by_the_same_command(workplace: Path) -> None:
+    """SIGKILL in the second of two runs: the first is kept, the second resumed to the same bits."""
     image_folder(Path("images"))
-    plan = planned("c", compared="ce,ls", seeds="1", data="images", epochs=1, teacher="none.pt")
-    data = load("images")
-    other = replace(data, train=replace(data.train, fingerprint="0" * 64))
-    found = compare(plan, other, jobs=2)
-    assert [run.status for run in found.runs] == ["failed", "failed"]
-    for run in found.runs:
-        assert run.reason == f"the train images of {run.run} changed since it was begun"
-        assert not Path(run.run).exists()
+    words = shlex.split(
+        "compare --methods ce,ls --seeds 1 --data images --student convnet-tiny --epochs 4 --batch-size 16 "
+        "--precision 32 --threads 1 -q --name"
+    )
+    command = [sys.executable, "-m", "kdcli", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen([*command, "killed"], env=environment)
+    deadline = time.monotonic() + 120
+    while not Path("comparisons/killed/runs/ls-seed0/last.pt").exists():
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    first.kill()
+    first.wait()
+    kept = Path("comparisons/killed/runs/ce-seed0/result.json").stat().st_mtime_ns
+    assert not Path("comparisons/killed/runs/ls-seed0/result.json").exists()
+    for name in ("killed", "whole"):
+        assert subprocess.run([*command, name], env=environment, check=False).returncode == 0
+    assert Path("comparisons/killed/runs/ce-seed0/result.json").stat().st_mtime_ns == kept
+    for run in ("ce-seed0", "ls-seed0"):
+        killed, whole = (
+            checkpoint.digest(checkpoint.load(Path(f"comparisons/{name}/runs/{run}/student.pt")).state_dict)
+            for name in ("killed", "whole")
+        )
+        assert killed == whole

@@ -15,28 +15,23 @@ MOST_SEEDS = 1000
 class CompareConfig(Settings):
     """`kd compare`, beside `TrainSettings`."""
 
-    methods: str = setting(
-        "ce,kd", "The methods to compare, joined by commas.", COMPARE, metavar="NAME,NAME,…"
-    )
+    methods: str = setting("ce,kd", "Methods to compare, joined by commas.", COMPARE, metavar="NAME,NAME,…")
     seeds: str = setting(
         "5",
-        "How many seeds each method runs with, from 0 on; or which, as in 3,7,11 (and 7, is seed 7).",
+        "Number of seeds of each method, from 0 on; or a list, as in 3,7,11 (7, is the one seed 7).",
         COMPARE,
         metavar="N|S,S,…",
     )
     baseline: str = setting(
         "",
-        "The method that the others are compared with; by default ce, else the first.",
+        "Method that the others are compared with; by default ce, else the first.",
         COMPARE,
         metavar="NAME",
     )
-    jobs: int = setting(
-        0, "Runs at a time, each with its share of the cores; 0: one for each 4 cores.", RUN, ge=0, le=1024
-    )
     name: FolderName = setting("", "Name of the comparison; by default its methods, student and data.", RUN)
     out: Path = setting(Path("comparisons"), "Comparisons are written here.", RUN)
-    csv: Path | None = setting(None, "Write all figures as a table for programs.", "Output")
-    markdown: Path | None = setting(None, "Write the table for a README.", "Output")
+    csv: Path | None = setting(None, "Write all figures as CSV.", "Output")
+    markdown: Path | None = setting(None, "Write the table as Markdown.", "Output")
 
     @field_validator("methods")
     @classmethod
@@ -78,13 +73,13 @@ class ReproduceConfig(Settings):
 
     method: str = setting(
         "",
-        "The run's method again, where it is code of your own: a file alone does not make kd run it.",
+        "The run's method again, if it is code of your own: kd runs no code that only a file names.",
         "Check",
         metavar="MODULE:FUNCTION",
     )
     tolerance: float = setting(
         0.5,
-        "How many points of test accuracy may lie between the two where the bits differ.",
+        "Points of test accuracy by which the two may differ if their bits do.",
         "Check",
         ge=0,
         le=100,

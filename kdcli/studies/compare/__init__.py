@@ -1,4 +1,4 @@
-"""Which method is better: the same recipe for each, paired seeds, and no claim that the runs do not bear out."""
+"""Comparison of methods: the same recipe and seeds for each, verdicts from paired runs."""
 
 from kdcli.studies.compare.plan import Plan, PlannedRun, make_plan
 from kdcli.studies.compare.result import Comparison, RunFigures, Standing, read

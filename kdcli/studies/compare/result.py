@@ -1,68 +1,40 @@
-"""What a comparison has to say, from what its runs left behind."""
+"""The result of a comparison, from the results of its runs."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from kdcli import __version__
 from kdcli.base.errors import KdError
+from kdcli.engine import read_result
+from kdcli.engine.identity import recorded_circumstances
+from kdcli.engine.records import Count, NonNegative, Percent, Record, read_record
 from kdcli.studies.compare.plan import Plan, PlannedRun
 from kdcli.studies.compare.stats import INCONCLUSIVE, LEVEL, Summary, holm, summary, verdict
 
-MOST_BYTES = 64 << 20  # of a JSON file; a run's confusion matrix of 1,000 classes takes 11 MB
-_MOST_RUNS = 100_000
-# what makes runs of one machine incomparable with those of another, to the last bits
-_CIRCUMSTANCES = ("kd_version", "torch", "cpu", "threads", "accelerator", "precision")
-
-Share = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
-# in per cent; an interval from two seeds is up to thirteen times as wide as what it is of
+_MAX_RUNS = 100_000
+# an interval from two seeds is up to thirteen times as wide as the differences
 Points = Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Count = Annotated[int, Field(ge=0, lt=2**53)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Interval = tuple[Points, Points]
 
 
-M = TypeVar("M", bound=BaseModel)
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True)
-
-
-class _Test(_Model):
-    count: Annotated[int, Field(ge=1, lt=2**53)]
-    accuracy: Share
-    agreement: Share | None = None
-
-
-class _Recorded(_Model):
-    """A result.json, as far as a comparison reads it."""
-
-    val_accuracy: Share | None = None
-    test: _Test
-    teacher_passes: Count
-    seconds: Seconds
-    resumed_with_differences: list[str] = []
-
-
-class RunFigures(_Model):
+class RunFigures(Record):
     """One run.
 
     Attributes:
         run: its folder.
-        status: `missing` is neither finished nor failed: a comparison that was stopped.
+        status: `missing` if it is neither finished nor failed, in an interrupted comparison.
         reason: why it failed.
-        teacher_passes: of this run alone; 0 where what was kept served it.
+        teacher_passes: of this run alone; 0 with a warm cache.
         seconds: of training.
-        circumstances: what the last bits depend on beside the settings.
-        resumed_with_differences: what was different when it was resumed.
+        circumstances: versions, hardware and threads, on which the last bits depend.
+        resumed_with_differences: circumstances that changed when it was resumed.
     """
 
     run: str
@@ -70,23 +42,23 @@ class RunFigures(_Model):
     seed: Seed
     status: Literal["finished", "failed", "missing"]
     reason: str | None = None
-    test_accuracy: Share | None = None
-    val_accuracy: Share | None = None
-    agreement: Share | None = None
+    test_accuracy: Percent | None = None
+    val_accuracy: Percent | None = None
+    agreement: Percent | None = None
     teacher_passes: Count = 0
-    seconds: Seconds = 0.0
-    circumstances: dict[str, str] = {}
-    resumed_with_differences: list[str] = []
+    seconds: NonNegative = 0.0
+    circumstances: dict[str, str] = Field(default_factory=dict)
+    resumed_with_differences: tuple[str, ...] = ()
 
 
-class Difference(_Model):
+class Difference(Record):
     """A method's test accuracy less the baseline's, seed by seed, in points.
 
     Attributes:
         count: seeds with which both runs are finished.
         by_seed: (seed, difference) of each.
         deviation, interval, p: None for one seed; p also where a run is missing.
-        p_holm: p that holds for all comparisons of this table that have one together.
+        p_holm: p adjusted for all comparisons of this table that have one.
     """
 
     count: Annotated[int, Field(ge=1, lt=2**53)]
@@ -94,11 +66,11 @@ class Difference(_Model):
     by_seed: list[tuple[Seed, Points]]
     deviation: Points | None
     interval: Interval | None
-    p: Share | None
-    p_holm: Share | None
+    p: Percent | None
+    p_holm: Percent | None
 
 
-class Standing(_Model):
+class Standing(Record):
     """A method over its seeds; accuracies in per cent.
 
     Attributes:
@@ -112,23 +84,22 @@ class Standing(_Model):
     is_baseline: bool
     count: Count
     failed: Count
-    test_mean: Share | None
+    test_mean: Percent | None
     test_deviation: Points | None
     test_interval: Interval | None
-    val_mean: Share | None
+    val_mean: Percent | None
     difference: Difference | None
     verdict: str
 
 
-class Comparison(_Model):
-    """A comparison's figures.
+class Comparison(Record):
+    """A `comparison.json`.
 
     Attributes:
-        folder: where it lies.
         test_images: the step of an accuracy is 100 / test_images.
         teacher_passes: over a data set, of all runs together.
-        comparisons: with the baseline, in this table, without those that runs are missing of.
-        notes: what a reader must know, a line each.
+        comparisons: of methods with the baseline, without those of incomplete runs.
+        notes: remarks on the runs, a line each.
     """
 
     schema_version: Literal[1] = 1
@@ -138,14 +109,14 @@ class Comparison(_Model):
     student: str
     epochs: Count
     methods: list[str]
-    seeds: Annotated[list[Seed], Field(max_length=_MOST_RUNS)]
+    seeds: Annotated[list[Seed], Field(max_length=_MAX_RUNS)]
     baseline: str
-    level: Share
+    level: Percent
     test_images: Count
     comparisons: Count
     teacher_passes: Count
-    standings: Annotated[list[Standing], Field(max_length=_MOST_RUNS)]
-    runs: Annotated[list[RunFigures], Field(max_length=_MOST_RUNS)]
+    standings: Annotated[list[Standing], Field(max_length=_MAX_RUNS)]
+    runs: Annotated[list[RunFigures], Field(max_length=_MAX_RUNS)]
     notes: list[str]
 
     @property
@@ -160,10 +131,6 @@ class Comparison(_Model):
             if run.method == method and run.test_accuracy is not None
         }
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return self.model_dump(mode="json")
-
 
 def read(path: Path) -> Comparison:
     """A comparison.json, of any origin.
@@ -171,15 +138,15 @@ def read(path: Path) -> Comparison:
     Raises:
         KdError: missing, too large, or not what kd compare writes.
     """
-    return _read(path, Comparison)
+    return read_record(Comparison, path)
 
 
 def conclude(plan: Plan, failures: Mapping[str, str], label: str) -> Comparison:
-    """The figures of a plan's runs.
+    """Compare the finished runs of a plan.
 
     Args:
-        failures: why a run failed, by its name.
-        label: what the data is called.
+        failures: why runs failed, by name.
+        label: of the data.
 
     Raises:
         KdError: a finished run's files cannot be read.
@@ -216,104 +183,85 @@ def conclude(plan: Plan, failures: Mapping[str, str], label: str) -> Comparison:
 
 
 def _figures(planned: PlannedRun, reason: str | None) -> tuple[RunFigures, int]:
-    place, config = planned.place, planned.config
-    known = {"run": place.path.as_posix(), "method": config.method, "seed": config.seed}
-    if not place.result_file.is_file():
-        status: Literal["failed", "missing"] = "missing" if reason is None else "failed"
+    """A run's figures, and its number of test images; 0 if it is not finished."""
+    run_dir, config = planned.run_dir, planned.config
+    known = {"run": run_dir.path.as_posix(), "method": config.method, "seed": config.seed}
+    if not run_dir.result_file.is_file():
+        status = "missing" if reason is None else "failed"
         return RunFigures.model_validate({**known, "status": status, "reason": reason}), 0
-    recorded = _read(place.result_file, _Recorded)
-    figures = RunFigures.model_validate(
-        {
-            **known,
-            "status": "finished",
-            "test_accuracy": recorded.test.accuracy,
-            "val_accuracy": recorded.val_accuracy,
-            "agreement": recorded.test.agreement,
-            "teacher_passes": recorded.teacher_passes,
-            "seconds": recorded.seconds,
-            "circumstances": _circumstances(place.environment_file),
-            "resumed_with_differences": recorded.resumed_with_differences,
-        }
-    )
-    return figures, recorded.test.count
-
-
-def _circumstances(path: Path) -> dict[str, str]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        flat = {**document, **document["packages"], "cpu": document["cpu"]["model"]}
-        return {name: str(flat.get(name)) for name in _CIRCUMSTANCES}
-    except (OSError, ValueError, TypeError, KeyError):
-        return {}
+    result = read_result(run_dir.result_file)
+    figures = {
+        "status": "finished",
+        "test_accuracy": result.evaluation.accuracy,
+        "val_accuracy": result.val_accuracy,
+        "agreement": result.evaluation.agreement,
+        "teacher_passes": result.teacher_passes,
+        "seconds": result.seconds,
+        "circumstances": {
+            "precision": config.precision,
+            **recorded_circumstances(run_dir.environment_file),
+        },
+        "resumed_with_differences": result.resumed_with_differences,
+    }
+    return RunFigures.model_validate({**known, **figures}), result.evaluation.count
 
 
 def _standings(plan: Plan, runs: Sequence[RunFigures], resolution: float) -> list[Standing]:
-    by_method = {
-        name: {run.seed: run for run in runs if run.method == name and run.test_accuracy is not None}
-        for name in plan.methods
-    }
-    base = by_method[plan.baseline]
-    paired: dict[str, list[tuple[int, float]]] = {
-        name: [
-            (seed, (own[seed].test_accuracy or 0.0) - (base[seed].test_accuracy or 0.0))
-            for seed in plan.seeds
-            if seed in own and seed in base
-        ]
-        for name, own in by_method.items()
+    # 1. Accuracies by method and seed, and their differences to the baseline's
+    accuracies: dict[str, dict[int, float]] = {name: {} for name in plan.methods}
+    for run in runs:
+        if run.test_accuracy is not None:
+            accuracies[run.method][run.seed] = run.test_accuracy
+    base = accuracies[plan.baseline]
+    pairs = {
+        name: [(seed, own[seed] - base[seed]) for seed in plan.seeds if seed in own and seed in base]
+        for name, own in accuracies.items()
         if name != plan.baseline
     }
-    summaries = {
-        name: summary([value for _, value in pairs], resolution) for name, pairs in paired.items() if pairs
-    }
+    # 2. Their statistics; Holm's p covers the methods without missing runs
     withheld = _withheld(plan, runs)
-    summaries |= {name: replace(summaries[name], p=None) for name in withheld if name in summaries}
+    summaries: dict[str, Summary] = {}
+    for name, by_seed in pairs.items():
+        if by_seed:
+            found = summary([value for _, value in by_seed], resolution)
+            summaries[name] = replace(found, p=None) if name in withheld else found
     tested = [name for name, found in summaries.items() if found.p is not None]
     adjusted = dict(zip(tested, holm([summaries[name].p or 0.0 for name in tested]), strict=True))
-    standings = []
-    for name, own in by_method.items():
-        found = summaries.get(name)
-        values = [run.test_accuracy for run in own.values() if run.test_accuracy is not None]
-        validated = [run.val_accuracy for run in own.values() if run.val_accuracy is not None]
-        alone = summary(values, resolution) if values else None
-        claim = "baseline" if name == plan.baseline else verdict(found)
-        if name in withheld and found is not None and found.interval is not None:
+    # 3. A row for each method
+    rows = []
+    for name, own in accuracies.items():
+        difference = summaries.get(name)
+        claim = "baseline" if name == plan.baseline else verdict(difference)
+        if name in withheld and difference is not None and difference.interval is not None:
             claim = INCONCLUSIVE
-        standings.append(
+        alone = summary(list(own.values()), resolution) if own else None
+        validated = [run.val_accuracy for run in runs if run.method == name and run.val_accuracy is not None]
+        rows.append(
             Standing(
                 method=name,
                 is_baseline=name == plan.baseline,
-                count=len(values),
+                count=len(own),
                 failed=len(plan.seeds) - len(own),
                 test_mean=None if alone is None else alone.mean,
                 test_deviation=None if alone is None else alone.deviation,
                 test_interval=None if alone is None else alone.interval,
                 val_mean=sum(validated) / len(validated) if validated else None,
-                difference=None if found is None else _difference(found, paired[name], adjusted.get(name)),
+                difference=None
+                if difference is None
+                else Difference(**vars(difference), by_seed=pairs[name], p_holm=adjusted.get(name)),
                 verdict=claim,
             )
         )
-    return standings
+    return rows
 
 
 def _withheld(plan: Plan, runs: Sequence[RunFigures]) -> set[str]:
-    """Methods of which nothing is claimed, for a run of theirs or of the baseline is missing.
+    """Methods without a claim, because a run of theirs or of the baseline is missing.
 
-    Those that are left are no fair sample.
+    The remaining runs are no fair sample.
     """
     missing = {run.method for run in runs if run.test_accuracy is None}
     return {name for name in plan.methods if name != plan.baseline and missing & {name, plan.baseline}}
-
-
-def _difference(found: Summary, by_seed: list[tuple[int, float]], p_holm: float | None) -> Difference:
-    return Difference(
-        count=found.count,
-        mean=found.mean,
-        by_seed=by_seed,
-        deviation=found.deviation,
-        interval=found.interval,
-        p=found.p,
-        p_holm=p_holm,
-    )
 
 
 def _notes(runs: Sequence[RunFigures], standings: Sequence[Standing]) -> list[str]:
@@ -323,28 +271,14 @@ def _notes(runs: Sequence[RunFigures], standings: Sequence[Standing]) -> list[st
         if run.status != "finished"
     ]
     if notes and any(row.difference and row.difference.interval for row in standings):
-        notes.append("where a run is missing no claim is made: those that are left are no fair sample")
-    for name in _CIRCUMSTANCES:
+        notes.append("methods with a missing run get no verdict: the remaining runs are no fair sample")
+    for name in dict.fromkeys(name for run in runs for name in run.circumstances):
         values = sorted({run.circumstances[name] for run in runs if name in run.circumstances})
         if len(values) > 1:
-            notes.append(f"the runs were not all made with the same {name}: {', '.join(values)}")
+            notes.append(f"the runs differ in {name}: {', '.join(values)}")
     notes += [
         f"{run.method}, seed {run.seed} was resumed with a difference: {text}"
         for run in runs
         for text in run.resumed_with_differences
     ]
     return notes
-
-
-def _read(path: Path, kind: type[M]) -> M:
-    try:
-        size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise KdError(f"{path} has {size:,} bytes, more than the {MOST_BYTES:,} that are read")
-        return kind.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise KdError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = " ".join(str(part) for part in first["loc"])
-        raise KdError(f"{path}: {where + ': ' if where else ''}{first['msg']}") from error

@@ -1,4 +1,4 @@
-"""What paired runs say: the interval of a mean difference, and what may be claimed from it."""
+"""Statistics of paired runs: the interval of a mean difference, verdicts, and Holm's correction."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Summary:
-    """A sample in short.
+    """Statistics of a sample.
 
     Attributes:
-        count: of values.
-        mean: of them.
+        count: number of values.
+        mean: their mean.
         deviation: the sample's standard deviation (n − 1); None for one value.
         interval: 95 % interval of the mean by Student's t with n − 1 degrees of freedom; None for one value.
         p: two-sided, of the mean being 0; None for one value.
@@ -67,7 +67,7 @@ def verdict(difference: Summary | None) -> str:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values that hold for all of these comparisons together (Holm 1979), in the order given."""
+    """p-values adjusted for all of these comparisons together (Holm 1979), in the order given."""
     ranked = sorted(range(len(p_values)), key=lambda index: p_values[index])
     adjusted, highest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(ranked):

@@ -1,5 +1,4 @@
-"""Search for good settings: trials of kd train, recorded in a study that any number of processes work on.
+"""Hyperparameter search over kd train's settings with Optuna, in a study that several processes can share.
 
-`search.tune` does it, `space.read_space` reads what is searched. Nothing is imported here: ranges are
-read, and mistakes in them told, before torch and Optuna are loaded.
+Nothing is imported here: ranges are read, and mistakes in them reported, before torch and Optuna are loaded.
 """

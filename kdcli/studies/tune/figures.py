@@ -1,4 +1,4 @@
-"""Figures of a study, in the style of all others."""
+"""Figures of a study."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def importances(shares: Mapping[str, float], target: Target) -> None:
         axes.set_yticks(range(len(names)), [shown("--" + name.replace("_", "-")) for name in names])
         axes.tick_params(axis="y", length=0)
         axes.set_xlim(0, 110)
-        axes.set_xlabel("share of what accuracies differ by, %")
+        axes.set_xlabel("share of the variance of accuracies, %")
         axes.grid(axis="x", color=GRID, linewidth=0.6)
 
 
@@ -38,27 +38,19 @@ def history(trials: Sequence[Trial], target: Target) -> None:
 
     with drawn_to(target, 7.2, 4.0) as figure:
         axes = figure.add_subplot()
-        done = [trial for trial in trials if trial.state == "complete"]
-        best = list(accumulate((trial.accuracy or 0.0 for trial in done), max))
-        axes.step(
-            [trial.number for trial in done],
-            best,
-            where="post",
-            color=FRONT,
-            linewidth=1.5,
-            label="best so far",
-        )
-        for state, colour, label in (("complete", BLUE, "finished"), ("pruned", ORANGE, "ended early")):
+        finished = [trial for trial in trials if trial.state == "complete"]
+        numbers = [trial.number for trial in finished]
+        best = list(accumulate((trial.accuracy or 0.0 for trial in finished), max))
+        axes.step(numbers, best, where="post", color=FRONT, linewidth=1.5, label="best so far")
+        for state, colour, label in (("complete", BLUE, "finished"), ("pruned", ORANGE, "pruned")):
             own = [trial for trial in trials if trial.state == state and trial.accuracy is not None]
             if own:
-                numbers, shares = [trial.number for trial in own], [trial.accuracy or 0.0 for trial in own]
-                axes.scatter(numbers, shares, s=30, color=colour, label=label, zorder=2)
-        if done:
-            top = done[best.index(best[-1])]
-            axes.scatter(
-                [top.number], [best[-1]], s=90, facecolors="none", edgecolors=GREEN, linewidths=1.8, zorder=3
-            )
-            axes.set_title(f"best {best[-1]:.2f} % in trial {top.number}", fontsize=9, loc="right")
+                x, y = [trial.number for trial in own], [trial.accuracy or 0.0 for trial in own]
+                axes.scatter(x, y, s=30, color=colour, label=label, zorder=2)
+        if finished:
+            top = numbers[best.index(best[-1])]
+            axes.plot([top], [best[-1]], "o", markersize=9.5, mfc="none", mec=GREEN, mew=1.8, zorder=3)
+            axes.set_title(f"best {best[-1]:.2f} % in trial {top}", fontsize=9, loc="right")
         axes.set_xlabel("trial")
         axes.set_ylabel("validation accuracy, %")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -14,15 +14,11 @@ class TuneConfig(TrainConfig):
     """`kd tune`: the settings of kd train that all trials share, and those of the search."""
 
     trials: int = setting(
-        20,
-        "Trials of the study in all: typed again, the command does those that are missing.",
-        SEARCH,
-        ge=1,
-        le=100_000,
+        20, "Trials of the study in all; rerun the command to train missing ones.", SEARCH, ge=1, le=100_000
     )
     study: FolderName = setting(
         "",
-        "Name of the study and of its folder in --runs-dir; by default of method and student.",
+        "Name of the study and of its folder in --runs-dir; by default its method and student.",
         SEARCH,
         max_length=200,
     )
@@ -34,18 +30,16 @@ class TuneConfig(TrainConfig):
         metavar="URL",
     )
     sampler: Literal["tpe", "random"] = setting(
-        "tpe", "How values are drawn: by what did well so far, or evenly. --seed repeats the draws.", SEARCH
+        "tpe", "Optuna's sampler of values; its draws follow from --seed.", SEARCH
     )
     pruner: Literal["median", "none"] = setting(
-        "median",
-        "median: end a trial whose best epoch so far is below the median of the others there.",
-        SEARCH,
+        "median", "median: stop a trial whose best epoch so far is below the median of the others.", SEARCH
     )
     seeds: int = setting(
         1, "Runs of each trial, with seeds from --seed on; their mean counts.", SEARCH, ge=1, le=1000
     )
     timeout: float | None = setting(
-        None, "Begin no trial after this many minutes.", SEARCH, gt=0, metavar="MINUTES"
+        None, "Start no trial after this many minutes.", SEARCH, gt=0, metavar="MINUTES"
     )
 
     @property

@@ -1,4 +1,4 @@
-"""What is searched: which of kd train's settings, between which bounds or among which values."""
+"""The search space: which of kd train's settings vary, between which bounds or among which values."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from kdcli.methods import TrainConfig
 
 Value = bool | int | float | str
 
-# What is no part of how a student learns, and why.
-_OF_DATA = "it says which images there are, so accuracies could not be compared"
-_OF_PLACE = "it says where or on what a run works, and not how a student learns"
-_OF_RECORD = "it says what is kept of a run, and not how a student learns"
-_OF_CHAINS = "a trial trains a single student, and no chain"
+_OF_DATA = "it selects the images, so accuracies could not be compared"
+_OF_PLACE = "it is about where a run works, not about how a student learns"
+_OF_RECORD = "it is about what is kept of a run, not about how a student learns"
+_OF_CHAINS = "a trial trains a single student, not a chain"
+# settings that cannot be tuned, and why
 FIXED = {
     **dict.fromkeys(("data", "unlabelled", "image_size", "skip_broken", "grey"), _OF_DATA),
     **dict.fromkeys(
@@ -38,15 +38,10 @@ FIXED = {
     "val_fraction": "the validation split is what trials are judged by",
     "seed": "the luckiest seed is no better setting; --seeds K takes the mean over several",
 }
-UNSEEN = {
-    name for name, why in FIXED.items() if why in (_OF_PLACE, _OF_RECORD)
-}  # in what a student has learned
-BY_RATIO = (
-    "lr",
-    "weight_decay",
-)  # twice as much means the same anywhere: logarithmic unless `:linear` says otherwise
-_MOST_TRIED = 256
+LOG_BY_DEFAULT = ("lr", "weight_decay")  # logarithmic unless `:linear` is added
+_MOST_CANDIDATES = 256  # combinations checked before the search, per method
 _RANGE = re.compile(r"([^:|]+):([^:|]+)(?::(log|linear))?")
+_WRITE_RANGE = "Write NAME=LOW:HIGH."
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some values; paths are text."""
+    """One of several values; paths are text."""
 
     name: str
     values: tuple[Value, ...]
@@ -79,14 +74,13 @@ Space = tuple[Range | Choice, ...]
 def read_space(texts: Sequence[str], config: TrainConfig) -> Space:
     """The search space from `NAME=LOW:HIGH`, `NAME=LOW:HIGH:log` (or `:linear`) and `NAME=a|b|c`.
 
-    Names are those of kd train's options. Bounds and values must be what the option itself takes.
+    Names are those of kd train's options, and so are the bounds of values.
 
     Args:
         config: the settings that all trials share.
 
     Raises:
-        UsageError: a text that is none of these, a value out of bounds, a setting that cannot be tuned or is not
-            read by the method.
+        UsageError: malformed text, a value out of bounds, or a setting that cannot be tuned or that no method reads.
     """
     if not texts:
         raise UsageError("nothing to tune", "Name settings: --tune tau=1:10 --tune 'optimizer=adam|sgd'")
@@ -100,7 +94,7 @@ def read_space(texts: Sequence[str], config: TrainConfig) -> Space:
 
 
 def names_of(texts: Sequence[str]) -> set[str]:
-    """Names of the settings that are searched; nothing is made of their values, nor any method looked up.
+    """Names of the tuned settings; their values are not looked at.
 
     Raises:
         UsageError: kd train has no such setting.
@@ -108,18 +102,22 @@ def names_of(texts: Sequence[str]) -> set[str]:
     return {_setting(text.partition("=")[0].strip()) for text in texts if "=" in text}
 
 
+def choices(space: Space, name: str, default: Value) -> tuple[Value, ...]:
+    """The values of a setting that is a choice, else its one value `default`."""
+    return next((part.values for part in space if isinstance(part, Choice) and part.name == name), (default,))
+
+
 def methods_of(space: Space, config: TrainConfig) -> tuple[str, ...]:
-    """The methods that trials may have."""
-    tuned = next((part.values for part in space if isinstance(part, Choice) and part.name == "method"), None)
-    return tuple(map(str, tuned or (config.method,)))
+    """The methods of the trials."""
+    return tuple(map(str, choices(space, "method", config.method)))
 
 
-def tried(space: Space, config: TrainConfig) -> Iterator[TrainConfig]:
-    """Settings that trials may have: each method with all choices, at most so many, and the upper ends of ranges."""
+def candidates(space: Space, config: TrainConfig) -> Iterator[TrainConfig]:
+    """Settings of possible trials: each method with all choices (capped) and the upper ends of ranges."""
     for method in methods_of(space, config):
         parts = [part for part in read_by(space, method) if part.name != "method"]
         values = [part.values if isinstance(part, Choice) else (part.high,) for part in parts]
-        for chosen in itertools.islice(itertools.product(*values), _MOST_TRIED):
+        for chosen in itertools.islice(itertools.product(*values), _MOST_CANDIDATES):
             named = dict(zip((part.name for part in parts), chosen, strict=True))
             yield apply(config, {**named, "method": method})
 
@@ -131,9 +129,17 @@ def read_by(space: Space, method: str) -> Space:
 
 
 def apply(config: TrainConfig, values: Mapping[str, Value | Path]) -> TrainConfig:
-    """The settings with those of a trial put in."""
+    """The settings with the values of a trial."""
     return make(
         TrainConfig, {**{name: getattr(config, name) for name in type(config).model_fields}, **values}
+    )
+
+
+def describe(values: Mapping[str, Value]) -> str:
+    """`tau 3.2, lamda 0.1`."""
+    return ", ".join(
+        f"{name.replace('_', '-')} {f'{value:.4g}' if isinstance(value, float) else value}"
+        for name, value in values.items()
     )
 
 
@@ -145,47 +151,47 @@ def _read(text: str, config: TrainConfig) -> Range | Choice:
         )
     name = _setting(typed.strip())
     if name in FIXED:
-        offered = FIXED[name] != _OF_CHAINS
+        is_option = FIXED[name] != _OF_CHAINS
         raise UsageError(
             f"--tune {typed}: {FIXED[name]}",
-            f"Give it to all trials: {_flag(name)}" if offered else "Leave it out.",
+            f"Set it for all trials: {_flag(name)}" if is_option else "Leave it out.",
         )
     kind = _kind(TrainConfig.model_fields[name])
-    found = _RANGE.fullmatch(rest.strip())
-    made: Range | Choice
+    numeric = kind in (int, float)
+    match = _RANGE.fullmatch(rest.strip())
+    part: Range | Choice
     if "|" in rest:
-        made = Choice(name, tuple(_parse(word.strip(), kind, text) for word in rest.split("|")))
-        if len(set(made.values)) < len(made.values):
-            raise UsageError(f"--tune {text}: a value is there twice", "Name each once.")
-    elif found is not None and kind in (int, float):
-        made = _range(name, found, kind, text)
+        part = Choice(name, tuple(_parse(word.strip(), kind, text) for word in rest.split("|")))
+        if len(set(part.values)) < len(part.values):
+            raise UsageError(f"--tune {text}: a value occurs twice", "Name each once.")
+    elif match is not None and numeric:
+        part = _range(name, match, kind, text)
     else:
-        shape = "NAME=LOW:HIGH or 'NAME=a|b|c'" if kind in (int, float) else "'NAME=a|b|c'"
-        raise UsageError(f"--tune {text}: that is no range and no choice", f"Write {shape}.")
-    return _within_bounds(made, config, text)
+        shape = "NAME=LOW:HIGH or 'NAME=a|b|c'" if numeric else "'NAME=a|b|c'"
+        raise UsageError(f"--tune {text}: neither a range nor a choice", f"Write {shape}.")
+    return _within_bounds(part, config, text)
 
 
-def _range(name: str, found: re.Match[str], kind: type, text: str) -> Range:
-    low, high = (_parse(found[group].strip(), kind, text) for group in (1, 2))
+def _range(name: str, match: re.Match[str], kind: type, text: str) -> Range:
+    low, high = (_parse(match[group].strip(), kind, text) for group in (1, 2))
     assert not isinstance(low, str) and not isinstance(high, str)
     if not low < high:
         raise UsageError(f"--tune {text}: {low} is not below {high}", "The lower bound comes first.")
-    log = found[3] == "log" or (found[3] is None and name in BY_RATIO and low > 0)
+    log = match[3] == "log" or (match[3] is None and name in LOG_BY_DEFAULT and low > 0)
     if log and low <= 0:
         raise UsageError(
-            f"--tune {text}: a logarithmic range begins above 0", "Raise LOW, or leave out :log."
+            f"--tune {text}: a logarithmic range starts above 0", "Raise LOW, or leave out :log."
         )
     return Range(name, low, high, log)
 
 
 def _setting(typed: str) -> str:
-    """The field that a name on the command line means: hyphens or underscores, further spellings of the option."""
-    wanted = typed.removeprefix("--").replace("_", "-")
+    """The field of an option: hyphens or underscores, and the option's further spellings."""
+    wanted = _flag(typed.removeprefix("--"))
     for name, field in TrainConfig.model_fields.items():
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-        more = extra.get("flags", [])
-        spellings = [_flag(name), *(str(flag) for flag in (more if isinstance(more, list) else []))]
-        if f"--{wanted}" in spellings:
+        aliases = extra.get("flags", [])
+        if wanted in (_flag(name), *(map(str, aliases) if isinstance(aliases, list) else ())):
             return name
     known = [_flag(name)[2:] for name in TrainConfig.model_fields if name not in FIXED]
     raise UsageError(
@@ -198,11 +204,11 @@ def _flag(name: str) -> str:
 
 
 def _kind(field: FieldInfo) -> type:
-    """What a setting's values are: bool, int, float or, for names and paths, str."""
+    """The type of a setting's values: bool, int, float, or str for names and paths."""
     parts: list[Any] = [field.annotation]
     if get_origin(field.annotation) in (Union, types.UnionType):
         parts = [part for part in get_args(field.annotation) if part is not type(None)]
-    if get_origin(field.annotation) is tuple:  # one that may be given several times: a trial has one
+    if get_origin(field.annotation) is tuple:  # an option that may be repeated: a trial has one
         parts = [get_args(field.annotation)[0]]
     kinds: tuple[type, ...] = (bool, float, int)
     for kind in kinds:
@@ -223,18 +229,17 @@ def _parse(word: str, kind: type, text: str) -> Value:
     try:
         number: int | float = int(word) if kind is int else float(word)
     except ValueError:
-        what = "a whole number" if kind is int else "a number"
-        raise UsageError(f"--tune {text}: {word} is not {what}", "Write NAME=LOW:HIGH.") from None
+        expected = "a whole number" if kind is int else "a number"
+        raise UsageError(f"--tune {text}: {word} is not {expected}", _WRITE_RANGE) from None
     if not math.isfinite(number):
-        raise UsageError(f"--tune {text}: {word} is not a number to draw to", "Write NAME=LOW:HIGH.")
+        raise UsageError(f"--tune {text}: {word} is not finite", _WRITE_RANGE)
     return number
 
 
 def _within_bounds(part: Range | Choice, config: TrainConfig, text: str) -> Range | Choice:
-    """The part, if the option takes its ends or values; these as the option understands them."""
-    values = part.values if isinstance(part, Choice) else (part.low, part.high)
-    understood: list[Value] = []
-    for value in values:
+    """The part, if the option accepts its ends or values; values in the option's own spelling."""
+    accepted: list[Value] = []
+    for value in part.values if isinstance(part, Choice) else (part.low, part.high):
         try:
             if part.name == "method":
                 methods.get(str(value))
@@ -242,17 +247,17 @@ def _within_bounds(part: Range | Choice, config: TrainConfig, text: str) -> Rang
         except UsageError as error:
             raise UsageError(f"--tune {text}: {error.message}", error.hint) from error
         one = one[0] if isinstance(one, tuple) else one
-        understood.append(one.as_posix() if isinstance(one, Path) else one)
-    return part if isinstance(part, Range) else Choice(part.name, tuple(understood))
+        accepted.append(one.as_posix() if isinstance(one, Path) else one)
+    return part if isinstance(part, Range) else Choice(part.name, tuple(accepted))
 
 
 def _check_read(space: Space, config: TrainConfig) -> None:
-    """Raise UsageError if a setting is read by none of the methods in question."""
-    asked = methods_of(space, config)
+    """Raise UsageError if none of the methods reads a setting."""
+    names = methods_of(space, config)
     for part in space:
-        if all(methods.unread(method, [part.name]) for method in asked):
-            names = f"method {asked[0]} does" if len(asked) == 1 else f"methods {', '.join(asked)} do"
+        if all(methods.unread(method, [part.name]) for method in names):
+            subject = f"method {names[0]} does" if len(names) == 1 else f"methods {', '.join(names)} do"
             raise UsageError(
-                f"--tune {part}: {names} not read {_flag(part.name)}",
+                f"--tune {part}: {subject} not read {_flag(part.name)}",
                 "Tune what it reads (docs/methods.md), or choose another --method.",
             )

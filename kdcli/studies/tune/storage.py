@@ -1,24 +1,25 @@
-"""The database of a study: opening it, and what may be said of it."""
+"""The database of a study: its address, opening it, and errors without secrets."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kdcli.base.errors import KdError, UsageError
+from kdcli.base.text import first_line
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
     from sqlalchemy import URL
 
-HEARTBEAT_S, GRACE_S = 15, 120  # of a process elsewhere: how often it is heard of, and when it is given up
-_LOCKED_S = 60  # SQLite: how long another's write is waited for
+HEARTBEAT_S, GRACE_S = 15, 120  # interval of heartbeats; age at which a trial counts as stale
+RETRIES = 2  # of a trial whose process died
+_LOCK_TIMEOUT_S = 60  # SQLite: how long another process may hold the write lock
 _SECRET = re.compile(r"pass|pwd|secret|token|key", re.IGNORECASE)
 
 
@@ -29,97 +30,91 @@ def require() -> None:
 
 
 def read_url(text: str, default: Path) -> URL:
-    """The storage's address; that of an SQLite file where none is given.
+    """The address of the storage; an empty text stands for the SQLite file `default`.
 
     Raises:
-        UsageError: it is no address of a database, or of one that ends with its process.
+        UsageError: not a database URL, or an SQLite database in memory.
     """
     from sqlalchemy import URL, make_url
     from sqlalchemy.exc import ArgumentError
 
     try:
         url = make_url(text) if text else URL.create("sqlite", database=default.as_posix())
-    except (ArgumentError, ValueError):  # its text may hold a password, so it is not shown
+    except (ArgumentError, ValueError):  # the text may hold a password, so the message leaves it out
         raise UsageError(
-            "--storage: that is no database URL",
+            "--storage: not a database URL",
             "Write sqlite:///FILE.db, postgresql://USER:PASSWORD@HOST/NAME or mysql+pymysql://…",
         ) from None
-    if url.get_backend_name() == "sqlite":
-        if make_url(url.render_as_string()).database != url.database:
-            raise UsageError(f"SQLite cannot be given the path {url.database}", "Choose another --runs-dir.")
-        if not url.database or url.database == ":memory:" or url.database.startswith("file:"):
-            raise UsageError(
-                f"--storage {shown(url)}: a study is kept in a plain file or on a server",
-                "Write sqlite:///FILE.db, with one more / for an absolute path.",
-            )
+    in_memory = not url.database or url.database == ":memory:" or url.database.startswith("file:")
+    if is_sqlite(url) and in_memory:
+        raise UsageError(
+            f"--storage {redacted(url)}: a study needs a plain file or a database server",
+            "Write sqlite:///FILE.db, with one more / for an absolute path.",
+        )
     return url
 
 
-def shown(url: URL) -> str:
+def redacted(url: URL) -> str:
     """The address without its secrets."""
     query = {key: "hidden" if _SECRET.search(key) else value for key, value in url.query.items()}
     return url.set(query=query).render_as_string(hide_password=True)
 
 
-def database_file(url: URL) -> Path | None:
-    """The file of an SQLite database."""
-    return Path(url.database) if url.get_backend_name() == "sqlite" and url.database else None
+def is_sqlite(url: URL) -> bool:
+    """Whether the database is an SQLite file."""
+    return url.get_backend_name() == "sqlite"
 
 
-def connect(url: URL, on_stale: Callable[[Any, Any], None]) -> RDBStorage:
-    """Open the database, and make Optuna's tables in an empty one.
+def connect(url: URL) -> RDBStorage:
+    """Open the database, and create Optuna's tables in an empty one.
 
-    Args:
-        on_stale: called with study and trial when a trial was given up because nothing is heard of its process.
+    Trials send heartbeats; the values of a stale one are queued again, at most `RETRIES` times.
     """
-    from optuna.storages import RDBStorage
+    from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
     from sqlalchemy.exc import SQLAlchemyError
 
-    # Optuna fills in {…} in an address; here it is taken as it is
-    text = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
-    engine = {"connect_args": {"timeout": _LOCKED_S}} if database_file(url) is not None else {}
-    for last in (False, True):
+    # Optuna substitutes {…} in an address
+    address = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
+    last_attempt = is_sqlite(url)
+    while True:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # heartbeats are called experimental
-                return RDBStorage(
-                    text,
-                    engine_kwargs=dict(engine),
-                    heartbeat_interval=HEARTBEAT_S,
-                    grace_period=GRACE_S,
-                    heartbeat_stale_trial_callback=on_stale,
-                )
+            return RDBStorage(
+                address,
+                engine_kwargs={"connect_args": {"timeout": _LOCK_TIMEOUT_S}} if is_sqlite(url) else {},
+                heartbeat_interval=HEARTBEAT_S,
+                grace_period=GRACE_S,
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
+            )
         except SQLAlchemyError:
-            if last or database_file(url) is not None:
+            if last_attempt:
                 raise
-            time.sleep(1)  # another machine may have been making the same tables
-    raise AssertionError
+            last_attempt = True
+            time.sleep(1)  # another machine may be creating the same tables
 
 
 @contextmanager
-def faults_told(url: URL) -> Iterator[None]:
-    """Turn what goes wrong with the database into one line without secrets."""
+def readable_errors(url: URL) -> Iterator[None]:
+    """Turn errors of the database into one line without secrets."""
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import SQLAlchemyError
 
-    hint = "Check --storage, and that the database can be reached and written."
     try:
         yield
     except ImportError as error:
-        missing = error.__cause__ or error
         raise UsageError(
-            f"storage {shown(url)}: its driver is not installed ({_line(missing, url)})",
+            f"storage {redacted(url)}: its driver is not installed ({_line(error.__cause__ or error, url)})",
             "Install the driver that the URL names.",
         ) from error
     except (SQLAlchemyError, StorageInternalError) as error:
         inner = error if isinstance(error, SQLAlchemyError) else (error.__cause__ or error)
         raise KdError(
-            f"storage {shown(url)}: {_line(getattr(inner, 'orig', None) or inner, url)}", hint
+            f"storage {redacted(url)}: {_line(getattr(inner, 'orig', None) or inner, url)}",
+            "Check --storage, and that the database can be reached and written.",
         ) from error
 
 
 def _line(error: BaseException, url: URL) -> str:
-    text = (str(error).splitlines() or [type(error).__name__])[0]
+    text = first_line(error)
     secrets = [url.password, *(value for key, value in url.query.items() if _SECRET.search(key))]
     for secret in secrets:
         if isinstance(secret, str) and secret:

@@ -1,37 +1,130 @@
-"""What a study has found: its best trial as a command, and which settings mattered."""
+"""Results of a study: its best trial as a command, and the importance of each setting."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import optuna
 
 from kdcli.base.config import words_of
 from kdcli.methods import TrainConfig
+from kdcli.studies.tune import figures
+from kdcli.studies.tune.settings import TuneConfig
 from kdcli.studies.tune.space import apply
-from kdcli.studies.tune.study import Trial
+from kdcli.studies.tune.study import Trial, trials_of
 
-_ENOUGH = 5  # finished trials, below which a share of the variance means nothing
+_ENOUGH = 5  # finished trials, below which shares of the variance mean nothing
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """Result of a study.
+
+    Attributes:
+        folder: holds the runs of its trials and its figures.
+        storage: address of its database, without secrets.
+        trials: finished, running and waiting ones.
+        best: the finished trial with the highest validation accuracy; None if none is finished.
+        config: settings of its run, of the first one with several seeds.
+        run: that run's folder; None if it was trained on another machine.
+        importance: each setting's share, largest first; empty for the reason in `why_not`.
+        figures: files that were drawn.
+    """
+
+    study: str
+    folder: Path
+    storage: str
+    trials: tuple[Trial, ...]
+    best: Trial | None
+    config: TrainConfig | None
+    run: Path | None
+    importance: dict[str, float]
+    why_not: str
+    figures: tuple[Path, ...]
+
+    def count(self, state: str) -> int:
+        """How many trials are in a state."""
+        return sum(trial.state == state for trial in self.trials)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "study": self.study,
+            "folder": self.folder.as_posix(),
+            "storage": self.storage,
+            "best": vars(self.best) if self.best else None,
+            "command": command_of(self.config) if self.config else None,
+            "run": self.run.as_posix() if self.run else None,
+            "importance": self.importance,
+            "trials": [vars(trial) for trial in self.trials],
+            "figures": [path.as_posix() for path in self.figures],
+        }
+
+
+def summarize(config: TuneConfig, study: optuna.Study, address: str) -> TuneResult:
+    """The current result of a study; draws its figures.
+
+    Raises:
+        KdError: a figure cannot be written.
+    """
+    trials = trials_of(study)
+    best = best_of(trials)
+    shares, why_not = importance(study, trials)
+    folder = config.runs_dir / config.study_name
+    drawn = []
+    if best is not None:
+        drawn.append(folder / "trials.svg")
+        figures.history(trials, drawn[-1])
+    if shares:
+        drawn.append(folder / "importance.svg")
+        figures.importances(shares, drawn[-1])
+    run = None if best is None else run_folder(config, best.number, config.seed)
+    return TuneResult(
+        study=config.study_name,
+        folder=folder,
+        storage=address,
+        trials=trials,
+        best=best,
+        config=None if best is None else config_of(best, config.train),
+        run=run if run is not None and run.is_dir() else None,
+        importance=shares,
+        why_not=why_not,
+        figures=tuple(drawn),
+    )
+
+
+def trial_folder(config: TuneConfig, number: int) -> Path:
+    """The folder of a trial."""
+    return config.runs_dir / config.study_name / f"trial-{number:04d}"
+
+
+def run_folder(config: TuneConfig, number: int, seed: int) -> Path:
+    """The folder of a trial's run with a seed."""
+    folder = trial_folder(config, number)
+    return folder if config.seeds == 1 else folder / f"seed-{seed}"
 
 
 def best_of(trials: Sequence[Trial]) -> Trial | None:
     """The finished trial with the highest accuracy; of equals the first."""
-    done = [trial for trial in trials if trial.state == "complete" and trial.accuracy is not None]
-    return max(done, key=lambda trial: (trial.accuracy or 0.0, -trial.number), default=None)
+    finished = [trial for trial in trials if trial.state == "complete" and trial.accuracy is not None]
+    return max(finished, key=lambda trial: (trial.accuracy or 0.0, -trial.number), default=None)
 
 
 def config_of(trial: Trial, config: TrainConfig) -> TrainConfig:
-    """The settings of a trial's run, of the first where it had several seeds.
+    """The settings of a trial's run, of the first one with several seeds.
 
-    The precision is the one it was computed in: `auto` may settle for another next time.
+    The precision is the one it was computed in, because `auto` may choose another next time.
     """
-    settled = {"precision": trial.precision} if trial.precision else {}
-    return apply(config, {**trial.values, **settled})
+    precision = {"precision": trial.precision} if trial.precision else {}
+    return apply(config, {**trial.values, **precision})
 
 
 def command_of(config: TrainConfig) -> str:
-    """The kd train that has these settings: all that are not defaults, quoted for a shell."""
+    """The kd train command with these settings: all that are not defaults, quoted for a shell."""
     words = ["kd", "train"]
     for name, field in TrainConfig.model_fields.items():
         value = getattr(config, name)
@@ -44,21 +137,21 @@ def command_of(config: TrainConfig) -> str:
 
 
 def importance(study: optuna.Study, trials: Sequence[Trial]) -> tuple[dict[str, float], str]:
-    """Each setting's share of what accuracies differ by (fANOVA), largest first; or none, and why.
+    """Each setting's share of the variance of accuracies (fANOVA), largest first; or none, and why.
 
-    Hutter, Hoos & Leyton-Brown, ICML 2014: a forest predicts the accuracy from the settings, and its variance is
-    split among them. Settings that only some trials have are left out.
+    Hutter, Hoos & Leyton-Brown, ICML 2014: a random forest predicts the accuracy from the settings, and its variance
+    is split among them. Settings that only some trials have are left out.
     """
-    done = [trial for trial in trials if trial.state == "complete"]
-    if len(done) < _ENOUGH:
-        return {}, f"{len(done)} finished trials are too few to say what matters; it takes {_ENOUGH}"
-    if len({trial.accuracy for trial in done}) == 1:
-        return {}, "all finished trials have the same accuracy, so nothing can be said of what matters"
+    finished = [trial for trial in trials if trial.state == "complete"]
+    if len(finished) < _ENOUGH:
+        return {}, f"importance of settings: {len(finished)} finished trials are too few, it takes {_ENOUGH}"
+    if len({trial.accuracy for trial in finished}) == 1:
+        return {}, "importance of settings: all finished trials have the same accuracy"
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     try:
-        found = optuna.importance.get_param_importances(study, evaluator=evaluator)
-    except RuntimeError:  # the forest has not split anywhere
-        return {}, "the settings do not tell accuracies apart, so nothing can be said of what matters"
-    if not found:
-        return {}, "no setting is in all trials, so nothing can be said of what matters"
-    return {name: float(share) for name, share in found.items()}, ""
+        shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    except RuntimeError:  # the forest has no split
+        shares = {}
+    if not shares:
+        return {}, "importance of settings: no setting explains the accuracies of all trials"
+    return {name: float(share) for name, share in shares.items()}, ""
