@@ -1,12 +1,12 @@
-"""`kd demo`: the whole chain on small real data."""
+"""`kd demo`: the whole workflow on small real data."""
 
 from __future__ import annotations
 
-import os
+import contextlib
 import shlex
+import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,183 +16,173 @@ from kdcli import methods
 from kdcli.base import units
 from kdcli.base.config import BenchConfig, DemoConfig, ExportConfig, ReportConfig, make
 from kdcli.base.errors import Interrupted, UsageError
+from kdcli.base.events import Event, OnEvent, Progress
+from kdcli.base.files import write_text
 from kdcli.cli import _ui
 from kdcli.cli._options import options_of
 from kdcli.methods import TrainConfig
 
 if TYPE_CHECKING:
-    from kdcli.base.events import OnEvent
     from kdcli.deploy.bench import Row
     from kdcli.engine import RunResult
 
-# What kd demo trains; every value is one a user could type to kd train.
+# Settings of the runs, all of them options of kd train.
 TEACHER = {"method": "ce", "student": "convnet-large", "epochs": 20, "batch_size": 64, "lr": 3e-3}
 STUDENT = {"student": "convnet-tiny", "epochs": 60, "batch_size": 64, "lr": 1e-2}
+TEACHER_FILE = Path("weights/teacher.pt")
 COMMON = {"data": "digits", "val_fraction": 0.15}
-QUICK_BENCH = {"rounds": 48, "max_seconds": 6, "no_memory": True}  # to be done in two minutes
+QUICK_BENCH = {"rounds": 48, "max_seconds": 6, "no_memory": True}  # within two minutes
 
 
 @options_of(DemoConfig)
 def demo(**options: Any) -> None:
-    """The chain on small real data: teacher, four students, ONNX, int8, benchmark, report. Offline, under 2 minutes.
+    """The whole workflow: teacher, four students, ONNX, int8, benchmark, report. Offline, in under 2 minutes.
 
     The data are the 1,797 handwritten digits that scikit-learn ships. The best student is the one with the highest
     accuracy on the validation split; the test images are used once, at the end of each run.
     """
     config = make(DemoConfig, options)
-    _empty_or_ours(config.output)
+    _clear(config.output)
     started = time.monotonic()
     try:
-        with _inside(config.output):
-            results, rows, exported = _chain(config)
-    except Interrupted as stopped:  # its own hint would continue one run, and not the demo
+        with (
+            contextlib.chdir(config.output),
+            _ui.progress() as on_event,
+        ):  # paths are as a user would type them
+            outcome = _run(config, on_event)
+    except Interrupted as stopped:
         raise Interrupted(
-            "kd demo was stopped", "Type it again: it starts anew.", exit_code=stopped.exit_code
+            "kd demo was stopped", "Rerun it: it starts from the beginning.", exit_code=stopped.exit_code
         ) from stopped
-    _render(config.output, results, rows, exported, time.monotonic() - started)
+    _render(config.output, outcome, time.monotonic() - started)
 
 
-def _empty_or_ours(folder: Path) -> None:
-    """A second demo replaces the first, and nothing that is not a demo's."""
-    import shutil
+def _clear(folder: Path) -> None:
+    """Create the folder, or remove the output of an earlier demo from it.
 
-    if not folder.exists():
-        return
+    Raises:
+        UsageError: the folder has other content.
+    """
     marker = folder / "kd-demo.txt"
-    if not marker.is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} exists and is not a demo's folder", "Choose another with -o.")
+    if folder.exists() and not marker.is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists and is not the folder of a demo", "Pass another folder with -o.")
     for name in ("runs", "exports", "weights"):
         shutil.rmtree(folder / name, ignore_errors=True)
+    write_text(marker, "Made by kd demo, which replaces runs/, exports/ and weights/ here.\n")
 
 
-@contextmanager
-def _inside(folder: Path) -> Iterator[None]:
-    """Make the folder the current one, so that the demo's paths are those a user would type in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
+@dataclass(frozen=True)
+class _Outcome:
+    """Results of the teacher and the students, the best student, its exports, benchmark rows."""
+
+    results: list[RunResult]
+    best: RunResult
+    exports: list[Path]
+    rows: list[Row]
 
 
-def _chain(config: DemoConfig) -> tuple[list[RunResult], list[Row], list[Path]]:
-    import shutil
-
+def _run(config: DemoConfig, on_event: OnEvent) -> _Outcome:
     from kdcli import data, report
-    from kdcli.base.files import write_text
     from kdcli.deploy.bench import bench
     from kdcli.deploy.export import export
     from kdcli.engine import fit
     from kdcli.report import speed
 
-    write_text(Path("kd-demo.txt"), "Made by kd demo, which replaces runs/, exports/ and weights/ here.\n")
-    teacher_path = Path("weights/teacher.pt")
     common = {**COMMON, "seed": config.seed, "threads": config.threads}
-    with _ui.progress() as on_event:
-        splits = data.load("digits", on_event=on_event)
+    splits = data.load("digits", on_event=on_event)
 
-        def train(step: str, values: dict[str, Any]) -> RunResult:
-            settings = make(TrainConfig, {**common, **values})
-            result = fit(settings, splits, on_event=_titled(step, on_event))
-            report.curves(result.run.metrics_file, result.run.path / "curves.svg")
-            return result
+    def train(step: str, **values: Any) -> RunResult:
+        result = fit(make(TrainConfig, {**common, **values}), splits, on_event=_titled(step, on_event))
+        report.curves(result.run.metrics_file, result.run.path / "curves.svg")
+        return result
 
-        results = [train("1/4 teacher", {**TEACHER, "name": "teacher"})]
-        teacher_path.parent.mkdir(exist_ok=True)
-        shutil.copyfile(results[0].run.student, teacher_path)
-        for method in methods.REFERENCE:
-            values = {**STUDENT, "method": method, "name": method, "teacher": teacher_path}
-            results.append(train(f"2/4 {method}", values))
-        best = max(results[1:], key=lambda result: result.val_accuracy or 0.0)
-        exported = []
-        for int8 in (False, True):
-            suffix = "-int8" if int8 else ""
-            target = Path(f"exports/{best.config.method}{suffix}.onnx")
-            wanted = make(ExportConfig, {"output": target, "int8": int8})
-            exported.append(
-                export(best.run.student, wanted, splits, on_event=_titled("3/4 export", on_event)).path
-            )
-        models = [teacher_path, *(result.run.student for result in results[1:]), *exported]
-        measured = bench(
-            models,
-            make(BenchConfig, QUICK_BENCH | {"teacher": teacher_path, "threads": config.threads}),
-            splits,
-            on_event=_titled("4/4 bench", on_event),
+    # 1. Train the teacher.
+    results = [train("1/4 teacher", **TEACHER, name="teacher")]
+    TEACHER_FILE.parent.mkdir(exist_ok=True)
+    shutil.copyfile(results[0].run.student, TEACHER_FILE)
+    # 2. Train the students and choose the best on the validation split.
+    for method in methods.REFERENCE:
+        results.append(train(f"2/4 {method}", **STUDENT, method=method, name=method, teacher=TEACHER_FILE))
+    best = max(results[1:], key=lambda result: result.val_accuracy or 0.0)
+    # 3. Export it.
+    exports = []
+    for int8 in (False, True):
+        target = Path(f"exports/{best.config.method}{'-int8' if int8 else ''}.onnx")
+        settings = make(ExportConfig, {"output": target, "int8": int8})
+        exports.append(
+            export(best.run.student, settings, splits, on_event=_titled("3/4 export", on_event)).path
         )
-        of_bench = speed.of_bench(measured.rows, measured.threads, measured.environment, measured.notes)
-        page = report.make_report(
-            [result.run.path for result in results],
-            make(ReportConfig, {"output": Path("report.html"), "threads": config.threads}),
-            speed=of_bench,
-            on_event=_titled("4/4 report", on_event),
-        )
-        report.write_report(page, Path("report.html"))
-    return results, list(measured.rows), exported
+    # 4. Measure all models and write the report.
+    measured = bench(
+        [TEACHER_FILE, *(result.run.student for result in results[1:]), *exports],
+        make(BenchConfig, QUICK_BENCH | {"teacher": TEACHER_FILE, "threads": config.threads}),
+        splits,
+        on_event=_titled("4/4 bench", on_event),
+    )
+    page = report.make_report(
+        [result.run.path for result in results],
+        make(ReportConfig, {"output": Path("report.html"), "threads": config.threads}),
+        speed=speed.of_bench(measured.rows, measured.threads, measured.environment, measured.notes),
+        on_event=_titled("4/4 report", on_event),
+    )
+    report.write_report(page, Path("report.html"))
+    return _Outcome(results, best, exports, list(measured.rows))
 
 
 def _titled(title: str, on_event: OnEvent) -> OnEvent:
-    """Say which step of the demo a bar belongs to; leave its parts' own notes out."""
-    from dataclasses import replace
+    """Forward progress events with the demo's step in their title; drop notes."""
 
-    from kdcli.base.events import Event, Progress
-
-    def tell(event: Event) -> None:
+    def forward(event: Event) -> None:
         if isinstance(event, Progress):
             group = f"{title}: {event.group or event.task}"
             on_event(replace(event, task=f"{title}: {event.task}", group=group))
 
-    return tell
+    return forward
 
 
-def _render(
-    folder: Path, results: list[RunResult], rows: list[Row], exported: list[Path], seconds: float
-) -> None:
-    best = max(results[1:], key=lambda result: result.val_accuracy or 0.0)
+def _render(folder: Path, outcome: _Outcome, seconds: float) -> None:
+    best, exports = outcome.best, outcome.exports
     if _ui.settings.json:
         _ui.json(
             {
                 "folder": folder.as_posix(),
                 "seconds": seconds,
                 "best": best.config.method,
-                "runs": [result.to_json() for result in results],
-                "rows": [{**vars(row), "path": row.path.as_posix()} for row in rows],
+                "runs": [result.to_json() for result in outcome.results],
+                "rows": [{**vars(row), "path": row.path.as_posix()} for row in outcome.rows],
             }
         )
         return
-    # each model on the engine it is deployed with; a checkpoint is exported on the fly for that
-    shown = [row for row in rows if row.engine == "onnxruntime"]
+    # each model on the engine it is deployed with; the benchmark exports a checkpoint for that
+    rows = [row for row in outcome.rows if row.engine == "onnxruntime"]
     _ui.table(
         ["method", "test %", "agree %", "params", "size", "latency", "speed-up"],
-        [_cells(row, row.path in exported) for row in shown],
-        marked=next((index for index, row in enumerate(shown) if row.path == best.run.student), -1),
+        [_cells(row, exports) for row in rows],
+        marked=[row.path for row in rows].index(best.run.student),
     )
+    count = best.evaluation.count
     _ui.say()
     _ui.say(
-        f"digits, {results[0].evaluation.count} test images: one image is "
-        f"{100 / results[0].evaluation.count:.2f} points, so small differences here mean nothing."
+        f"digits, {count} test images: one image is {100 / count:.2f} points; small differences are noise."
     )
-    _ui.say("size, latency: of the network alone, one image, onnxruntime; speed-up: against the teacher.")
+    _ui.say("size, latency: of the network alone, one image, onnxruntime; speed-up: over the teacher.")
     _ui.say(f"best on the validation split: {best.config.method}")
     _ui.say(f"done in {_ui.clock(seconds)}; everything is in {folder.as_posix()}/:")
     for text, path in (
-        ("teacher ", Path("weights/teacher.pt")),
+        ("teacher ", TEACHER_FILE),
         ("students", Path("runs/<method>/student.pt")),
-        ("ONNX    ", exported[0]),
-        ("int8    ", exported[1]),
+        ("ONNX    ", exports[0]),
+        ("int8    ", exports[1]),
         ("report  ", Path("report.html")),
     ):
         _ui.say(f"  {text}  {path.as_posix()}")
     _ui.next_command(f"cd {shlex.quote(folder.as_posix())} && kd test {best.run.student.as_posix()}")
 
 
-def _cells(row: Row, is_export: bool) -> list[str]:
-    name = "teacher" if row.is_teacher else row.path.parent.name
-    if is_export:
-        name = row.path.name
+def _cells(row: Row, exports: list[Path]) -> list[str]:
+    name = row.path.name if row.path in exports else row.path.parent.name
     return [
-        name,
+        "teacher" if row.is_teacher else name,
         _ui.percent(row.accuracy),
         _ui.percent(None if row.is_teacher else row.agreement),
         units.count(row.parameters),

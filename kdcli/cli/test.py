@@ -18,7 +18,7 @@ def test(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint (.pt) or an ONNX file.")],
     **options: Any,
 ) -> None:
-    """Measure a student on test data: accuracy, per class, agreement with its teacher."""
+    """Evaluate a model on test data: accuracy, accuracy per class, agreement with its teacher."""
     config = make(TestConfig, options)
     model = existing_model(model)
     from kdcli import data, report
@@ -82,23 +82,23 @@ def test(
 
 
 def _recorded_teacher(provenance: dict[str, Any]) -> Path | None:
-    """The teacher the student learned from, if its file is still the same."""
+    """The teacher recorded in a student, if its file is unchanged."""
     from kdcli.teacher.recorded import teachers_of
 
     found = teachers_of(provenance)
     if len(found) > 1:
-        _ui.note(f"it learned from {len(found)} teachers: name one with --teacher to compare with it")
+        _ui.note(f"trained by {len(found)} teachers: pass one with --teacher to compare with it")
     if len(found) != 1:
         return None
     [(path, sha256)] = found
     if not path.is_file():
-        _ui.note(f"the teacher {path} is not here: agreement is not measured; name it with --teacher")
+        _ui.note(f"teacher {path} not found: agreement is not measured; pass the teacher with --teacher")
         return None
     from kdcli.base.files import sha256_file
 
     if sha256_file(path) != sha256:
         _ui.note(
-            f"{path} is not the teacher this student learned from; compare with --teacher if it is meant"
+            f"{path} has changed since training: agreement is not measured; pass a teacher with --teacher"
         )
         return None
     return path

@@ -19,7 +19,7 @@ from kdcli.cli._options import Recipe, options_of
 from kdcli.methods import TrainConfig
 
 if TYPE_CHECKING:
-    from kdcli.engine import RunResult
+    from kdcli.engine import RunDir, RunResult
 
 
 @options_of(TrainConfig, metavars={"method": "NAME[+NAME…]", "student": "NETWORK"})
@@ -36,74 +36,86 @@ def train(
 ) -> None:
     """Train a student from a teacher, or, with --method ce, any network from labels alone.
 
-    The teacher's outputs are computed once a view and kept: a second run does not touch the teacher.
+    Teacher logits are computed once per augmented copy ("view") of the data and cached: later runs reuse them.
     """
+    run = None
     if resume is not None:
-        typed = options.get("method")
-        own = typed is not None and methods.any_own(typed)
-        if recipe is not None or set(options) - ({"method"} if own else set()):
-            raise UsageError(
-                "--resume takes a run as it was started; no other setting goes with it",
-                "Leave the other options out, or start a new run.",
-            )
-        from kdcli.engine import RunDir, continued
-
-        run = RunDir.existing(resume)
-        config = run.read_config()
-        _ui.settings.follower = _started_by_another(config)
-        methods.check_own_method(config, typed, str(resume))
-        if own and typed != config.method:
-            raise UsageError(
-                f"{resume} was started with --method {config.method}",
-                "Leave --method out, or start a new run.",
-            )
-        _check_place(config, resume)
-        config = continued(run)
+        run, config = _resumed(resume, recipe, options)
     else:
-        run = None
         config = make(TrainConfig, {**(read_recipe(recipe, options) if recipe else {}), **options})
-        _ui.settings.follower = _started_by_another(config)
+        _ui.settings.follower = _is_follower(config)
         methods.check_own_method(config, options.get("method"), str(recipe))
         unread = methods.unread(config.method, options)
         _ui.note_ignored(options, unread, f"with --method {config.method}")
-    _finish(*_train(config, run, options))
+    if config.unlabelled is not None:
+        methods.check_unlabelled(config)
+    if config.student_file is not None and not config.student_file.is_file():
+        raise UsageError(
+            f"no such student: {config.student_file}", "--student takes a network's name or a .pt file."
+        )
+    results, data_label = _train(config, run, options)
+    if results:  # rank 0
+        _render(results, data_label)
 
 
-def _started_by_another(config: TrainConfig) -> bool:
-    """Whether this is one of several processes of a run, and not the first: torchrun and Fabric say so."""
+def _resumed(resume: Path, recipe: str | None, options: dict[str, Any]) -> tuple[RunDir, TrainConfig]:
+    """The run to continue and its settings."""
+    method = options.get("method")
+    own = method is not None and methods.any_own(method)
+    if recipe is not None or set(options) - ({"method"} if own else set()):
+        raise UsageError(
+            "--resume continues a run with its own settings and takes no other option",
+            "Omit the other options, or start a new run.",
+        )
+    from kdcli.engine import RunDir, continued
+
+    run = RunDir.existing(resume)
+    config = run.read_config()
+    _ui.settings.follower = _is_follower(config)
+    methods.check_own_method(config, method, str(resume))
+    if own and method != config.method:
+        raise UsageError(
+            f"{resume} was started with --method {config.method}", "Omit --method, or start a new run."
+        )
+    _check_inputs(config, resume)
+    return run, continued(run)
+
+
+def _is_follower(config: TrainConfig) -> bool:
+    """Whether this is a process of rank > 0 started by torchrun or Fabric."""
     several = config.devices > 1 or "TORCHELASTIC_RUN_ID" in os.environ
     return several and os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) != "0"
 
 
-def _check_place(config: TrainConfig, resume: Path) -> None:
-    """A run's paths are as they were typed: relative ones hold in the folder where it was started."""
-    hint = "Resume from the folder where it was started."
-    for teacher in config.teacher if methods.get(config.method).active(config).needs_teacher else ():
-        if not teacher.exists():
-            raise UsageError(f"{resume} needs its teacher {teacher}", hint)
-    if config.student_file is not None and not config.student_file.exists():
-        raise UsageError(f"{resume} needs the student {config.student} that it began with", hint)
-    if Path(config.data).parent != Path() and not files.expand(config.data).exists():
-        raise UsageError(f"{resume} needs its data {config.data}", hint)
-    if config.unlabelled is not None and not files.expand(str(config.unlabelled)).exists():
-        raise UsageError(f"{resume} needs its images without labels, {config.unlabelled}", hint)
-
-
-def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[tuple[RunResult, ...], Any]:
+def _check_inputs(config: TrainConfig, resume: Path) -> None:
+    """Check that the run's input files exist; relative paths refer to the folder where it was started."""
+    needs_teacher = methods.get(config.method).active(config).needs_teacher
+    inputs = [("teacher", path) for path in (config.teacher if needs_teacher else ())]
+    if config.student_file is not None:
+        inputs.append(("initial student", config.student_file))
+    if Path(config.data).parent != Path():
+        inputs.append(("data", files.expand(config.data)))
     if config.unlabelled is not None:
-        methods.check_unlabelled(config)
-    stored = config.student_file
-    if stored is not None and not stored.is_file():
-        raise UsageError(f"no such student: {stored}", "--student takes a network's name or a .pt file.")
+        inputs.append(("unlabelled images", files.expand(str(config.unlabelled))))
+    for kind, path in inputs:
+        if not path.exists():
+            raise UsageError(
+                f"{kind} {path} of {resume} not found", "Resume from the folder where the run was started."
+            )
+
+
+def _train(
+    config: TrainConfig, run: RunDir | None, options: dict[str, Any]
+) -> tuple[tuple[RunResult, ...], str]:
+    """Results of the run, or of each run of a chain (none if this process is not rank 0), and the data's label."""
     from kdcli import models
     from kdcli.base import runtime
     from kdcli.engine import fit_chain
     from kdcli.engine.inputs import load_data
 
-    if stored is not None:
-        _ui.note_ignored(
-            options, ("dropout", "preprocess", "width"), f"with --student {stored}, which brings its own"
-        )
+    if config.student_file is not None:
+        reason = f"with --student {config.student_file}, which defines it"
+        _ui.note_ignored(options, ("dropout", "preprocess", "width"), reason)
     elif not any(models.takes_dropout(network) for network in (*config.assistant, config.student)):
         _ui.note_ignored(options, ("dropout",), f"with --student {config.student}, which has none")
     world = runtime.launch(config.accelerator, config.devices)
@@ -116,14 +128,12 @@ def _train(config: TrainConfig, run: Any, options: dict[str, Any]) -> tuple[tupl
         failed = False
     finally:
         world.close(failed=failed)
-    return (results if world.first else ()), splits
+    return (results if world.first else ()), splits.label
 
 
-def _finish(results: tuple[RunResult, ...], splits: Any) -> None:
+def _render(results: tuple[RunResult, ...], data_label: str) -> None:
     from kdcli import report
 
-    if not results:  # another process tells
-        return
     for each in results:
         report.curves(each.run.metrics_file, each.run.path / "curves.svg")
     *before, result = results
@@ -139,7 +149,7 @@ def _finish(results: tuple[RunResult, ...], splits: Any) -> None:
     test = result.evaluation
     low, high = test.accuracy_interval
     _ui.say(
-        f"{result.config.method} {result.config.student} on {splits.label}: "
+        f"{result.config.method} {result.config.student} on {data_label}: "
         f"test accuracy {test.accuracy:.2f} % (95 % interval {low:.2f}–{high:.2f}, n = {test.count:,})"
     )
     if test.agreement is not None:
@@ -148,20 +158,21 @@ def _finish(results: tuple[RunResult, ...], splits: Any) -> None:
         _ui.say(f"accuracy on the validation split {result.val_accuracy:.2f} %")
     _ui.say(
         f"{units.count(result.parameters)} parameters, {result.images_per_s:,.0f} images/s, "
-        f"{_ui.clock(result.seconds)} of training, teacher runs: {_teacher_runs(result)}"
+        f"{_ui.clock(result.seconds)} of training, teacher evaluated {_teacher_passes(result)}"
     )
-    for mark in result.resumed_with_differences:
-        _ui.note(f"resumed with a difference: {mark}")
+    for difference in result.resumed_with_differences:
+        _ui.note(f"resumed with a difference: {difference}")
     _ui.say(f"wrote {result.run.student.as_posix()}")
     _ui.next_command(f"kd export {shlex.quote(result.run.student.as_posix())}")
 
 
-def _teacher_runs(result: RunResult) -> str:
+def _teacher_passes(result: RunResult) -> str:
     from kdcli.engine.plan import cache_mode
 
     config = result.config
-    live = methods.get(config.method).active(config).needs_teacher and cache_mode(config) == "off"
-    return "in every step" if live else str(result.teacher_passes)
+    if methods.get(config.method).active(config).needs_teacher and cache_mode(config) == "off":
+        return "in every step"
+    return f"on {result.teacher_passes} view{'s' * (result.teacher_passes != 1)}"
 
 
 def register(app: typer.Typer) -> None:

@@ -16,11 +16,9 @@ from kdcli.cli._options import options_of
 
 @options_of(ValidateConfig)
 def validate(**options: Any) -> None:
-    """Measure a converted teacher: did the conversion preserve it?
+    """Measure the accuracy of a converted teacher, beside the published one and earlier measurements.
 
-    Its accuracy on test data stands beside what is published and what was measured before.
-
-    With --against, its logits stand beside those of OpenCV's own importer. (For a student, see kd test.)
+    With --against, compare its logits with those of OpenCV's Caffe importer. (For a student, see kd test.)
     """
     config = make(ValidateConfig, options)
     if config.against is None:
@@ -37,17 +35,19 @@ def validate(**options: Any) -> None:
     teacher = models.load(config.teacher)
     with _ui.progress() as on_event:
         splits = data_for(teacher, config.teacher, config.data, config, on_event, config.image_size)
-        comparison = None
+        agreement = None
         if config.against is not None:
-            count = min(config.images, len(splits.test))  # spread: the images of a folder are sorted by class
-            images = take(splits.test.images, np.arange(count) * len(splits.test) // count)
-            comparison = opencv.compare_logits(
-                teacher, config.against, config.prototxt, images, on_event=on_event
+            count = min(config.images, len(splits.test))
+            rows = np.arange(count) * len(splits.test) // count  # spread: folders are sorted by class
+            agreement = opencv.compare_logits(
+                teacher, config.against, config.prototxt, take(splits.test.images, rows), on_event=on_event
             )
         result = evaluate(teacher, splits.test, task="validating", on_event=on_event)
     published = str(teacher.provenance.get("published") or "")
     measured = (teacher.provenance.get("measured") or {}).get(splits.label)
+    failed = agreement is not None and not agreement.holds
     if _ui.settings.json:
+        against = agreement and {"file": str(config.against), **agreement.to_json()}
         _ui.json(
             {
                 "teacher": str(config.teacher),
@@ -56,33 +56,29 @@ def validate(**options: Any) -> None:
                 "published": published or None,
                 "measured_before": measured,
                 "test": result.to_json(),
-                "against": None
-                if comparison is None
-                else {"file": str(config.against), **comparison.to_json()},
+                "against": against,
             }
         )
-    else:
-        low, high = result.accuracy_interval
-        rows = [
-            ["accuracy here", f"{result.accuracy:.2f} % ({low:.2f}–{high:.2f}, n = {result.count:,})"],
-            [f"measured before on {splits.label}", "—" if measured is None else f"{measured:.2f} %"],
-            ["published", published or "—"],
-        ]
-        if comparison is not None:
-            rows.append(["largest difference from OpenCV", comparison.text()])
-        _ui.table([f"{config.teacher} on {splits.label}", ""], rows, left=2)
-        if comparison is None or comparison.holds:
-            typed = f" --data {shlex.quote(config.data)}" if "data" in options else ""
-            typed += f" --teacher {shlex.quote(str(config.teacher))}" if "teacher" in options else ""
-            _ui.next_command(f"kd train --method noisy{typed}")
-    if comparison is not None and not comparison.holds:
-        if _ui.settings.json:
-            raise typer.Exit(1)
+        raise typer.Exit(int(failed))
+    low, high = result.accuracy_interval
+    table = [
+        ["accuracy", f"{result.accuracy:.2f} % ({low:.2f}–{high:.2f}, n = {result.count:,})"],
+        [f"measured before on {splits.label}", "—" if measured is None else f"{measured:.2f} %"],
+        ["published", published or "—"],
+    ]
+    if agreement is not None:
+        table.append(["largest difference from OpenCV", agreement.text()])
+    _ui.table([f"{config.teacher} on {splits.label}", ""], table, left=2)
+    if agreement is not None and failed:
         raise KdError(
-            f"the teacher is not {config.against}: "
-            f"logits differ by up to {comparison.largest_difference:.3g}",
-            "Convert it again with kd convert-caffe; give --prototxt to both commands or to none.",
+            f"{config.teacher} differs from {config.against}: logits differ by up to "
+            f"{agreement.largest_difference:.3g}",
+            "Convert it again with kd convert-caffe; pass the same --prototxt to both commands.",
         )
+    command = ["kd", "train", "--method", "noisy"]
+    command += ["--data", config.data] if "data" in options else []
+    command += ["--teacher", str(config.teacher)] if "teacher" in options else []
+    _ui.next_command(shlex.join(command))
 
 
 def register(app: typer.Typer) -> None:

@@ -63,13 +63,16 @@ def test_a_folder_with_something_else_in_it_is_left_alone(kd: Kd) -> None:
 
 
 def test_stopped_demo_says_what_can_be_typed(kd: Kd, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopped(config: object) -> None:
+    def stopped(config: object, on_event: object) -> None:
         raise Interrupted("stopped at epoch 1", "kd train --resume runs/kd", exit_code=143)
 
-    monkeypatch.setattr(demo, "_chain", stopped)
+    monkeypatch.setattr(demo, "_run", stopped)
     outcome = kd("demo")
     assert outcome.code == 143
-    assert outcome.err.splitlines() == ["error: kd demo was stopped", "hint: Type it again: it starts anew."]
+    assert outcome.err.splitlines() == [
+        "error: kd demo was stopped",
+        "hint: Rerun it: it starts from the beginning.",
+    ]
 
 
 def test_off_a_terminal_a_line_an_interval_whatever_the_task(

@@ -206,7 +206,7 @@ def test_on_the_command_line(workplace: Path, monkeypatch: pytest.MonkeyPatch, c
     shutil.copy("runs/a/student.pt", "my: net.pt")
     done = run("train", *common, "--student", "my: net.pt", "--preprocess", "none", "--dropout", "0.1")
     assert done.exit_code == 0
-    assert "--preprocess has no effect with --student my: net.pt, which brings its own" in done.stderr
+    assert "--preprocess has no effect with --student my: net.pt, which defines it" in done.stderr
     assert "--dropout has no effect" in done.stderr
     made = models.load(Path("runs/ce-my_ net-1/student.pt"))
     assert made.input_size == (12, 12, 1)

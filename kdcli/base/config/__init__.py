@@ -1,4 +1,4 @@
-"""Settings: every default, bound and help text, once. The command line and the recipe files are made from these.
+"""Settings of the command line and of recipe files: every default, bound and help text is defined here.
 
 Each field is one `setting(default, help text, panel, …)`.
 """

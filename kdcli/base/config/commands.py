@@ -1,4 +1,4 @@
-"""Settings of the commands beside `kd train`."""
+"""Settings of the other commands."""
 
 from __future__ import annotations
 
@@ -30,41 +30,41 @@ class ConvertConfig(DataSettings):
     """`kd convert-caffe`."""
 
     prototxt: Path | None = setting(
-        None, "The network as text; by default the one recorded in the caffemodel.", "Caffe"
+        None, "Deploy prototxt; by default the network recorded in the caffemodel.", "Caffe"
     )
     arch: Literal["auto", "nin", "nin-fc", "lenet"] = setting(
-        "auto", "For a caffe-tensorflow .npy: its network; auto reads it off the layer names.", "Caffe"
+        "auto", "Network of a caffe-tensorflow .npy; auto: recognised by its layer names.", "Caffe"
     )
     preprocess: Literal["auto", "gcn-zca", "mean-std", "mean-image", "none"] = setting(
         "auto",
-        "What the network expects of its pixels; auto: what is known of it, else its transform_param.",
+        "Preprocessing of the network; auto: known for this file, else its transform_param.",
         "Caffe",
     )
     channel_order: Literal["auto", "rgb", "bgr"] = setting(
-        "auto", "Order of the colour planes; auto: as known, else bgr as in Caffe.", "Caffe"
+        "auto", "Channel order; auto: known for this file, else bgr as in Caffe.", "Caffe"
     )
     check: bool = setting(
         False,
-        "Compare with OpenCV's own importer on noise and on images of --data; write only what agrees.",
+        "Compare with OpenCV's Caffe importer on noise and images of --data; write the file only if they agree.",
         "Check",
     )
     to: Literal["auto", "pt", "onnx"] = setting(
-        "auto", "What to write: a checkpoint, or ONNX at once; auto: as --output ends.", RUN
+        "auto", "Output format: checkpoint or ONNX; auto: by the suffix of --output.", RUN
     )
     output: Path = setting(
-        TeacherPath, "The file to write; with --to onnx by default exports/<model>.onnx.", RUN, "-o"
+        TeacherPath, "Output file; with --to onnx by default exports/<model>.onnx.", RUN, "-o"
     )
 
 
 class ValidateConfig(DataSettings):
     """`kd validate`."""
 
-    teacher: Path = setting(TeacherPath, "The converted teacher.", "Check")
+    teacher: Path = setting(TeacherPath, "Converted teacher.", "Check")
     against: Path | None = setting(
-        None, "The caffemodel it came from: logits are compared with OpenCV's own importer.", "Check"
+        None, "Original caffemodel: compare logits with OpenCV's Caffe importer.", "Check"
     )
-    prototxt: Path | None = setting(None, "The network of --against, if it is not recorded there.", "Check")
-    images: int = setting(256, "Real images to compare with --against.", "Check", ge=1)
+    prototxt: Path | None = setting(None, "Prototxt of --against, if not recorded in it.", "Check")
+    images: int = setting(256, "Test images for the comparison with --against.", "Check", ge=1)
     threads: Threads = 0
 
 
@@ -76,9 +76,9 @@ class TestConfig(Settings):
     data_dir: DataDir = Path("data")
     cache_dir: CacheDir = Path("cache")
     teacher: Path | None = setting(
-        None, "Compare with this teacher; by default the one the student learned from.", "Check"
+        None, "Teacher to compare with; by default the one recorded in the student.", "Check"
     )
-    plot: Path | None = setting(None, "Draw the confusion matrix (.png or .svg).", "Check")
+    plot: Path | None = setting(None, "Plot the confusion matrix (.png or .svg).", "Check")
     threads: Threads = 0
 
 
@@ -86,7 +86,7 @@ class ExportConfig(Settings):
     """`kd export`."""
 
     output: Path | None = setting(
-        None, "The ONNX file; by default exports/<run or file name>.onnx.", "Export", "-o"
+        None, "ONNX file; by default exports/<run or file name>.onnx.", "Export", "-o"
     )
     int8: bool = setting(
         False,
@@ -103,21 +103,19 @@ class ExportConfig(Settings):
     )
     max_drop: float | None = setting(
         None,
-        "Points of accuracy that the file may lose on the validation split; more: exit 1, no file.",
+        "Maximum accuracy loss on the validation split, in points; beyond it no file is written (exit 1).",
         "Export",
         ge=0,
         le=100,
     )
     with_preprocessing: bool = setting(
-        False, "Take raw uint8 (N, H, W, C) images and give probabilities.", "Export"
+        False, "Include preprocessing and softmax: uint8 (N, H, W, C) images in, probabilities out.", "Export"
     )
-    batch: int | None = setting(
-        None, "Images a run, no more and no fewer; by default any number.", "Export", ge=1, le=4096
-    )
-    opset: int = setting(18, "ONNX operator set.", "Export", ge=18, le=25)
-    calibration_images: int = setting(512, "Train images that calibrate int8.", "Export", ge=1)
+    batch: int | None = setting(None, "Fixed batch size; by default dynamic.", "Export", ge=1, le=4096)
+    opset: int = setting(18, "ONNX opset version.", "Export", ge=18, le=25)
+    calibration_images: int = setting(512, "Training images for int8 calibration.", "Export", ge=1)
     parity_images: int = setting(
-        256, "Real images on which the export must equal the checkpoint.", "Export", ge=7
+        256, "Images for verifying the export against the checkpoint.", "Export", ge=7
     )
     data: ModelDataSpec = None
     skip_broken: SkipBroken = False
@@ -141,18 +139,18 @@ class InfoConfig(Settings):
     """`kd info`."""
 
     classes: int = setting(
-        10, "Of a network named without its file: how many it tells apart.", "Network", ge=1, le=1_000_000
+        10, "Number of classes, for a network given by name.", "Network", ge=1, le=1_000_000
     )
     image_size: int = setting(
-        32, "Of such a network: pixels of a side of its images.", "Network", ge=4, le=1024
+        32, "Input size in pixels, for a network given by name.", "Network", ge=4, le=1024
     )
-    grey: bool = setting(False, "Of such a network: its images have one channel.", "Network")
+    grey: bool = setting(False, "Greyscale input, for a network given by name.", "Network")
 
 
 class PredictConfig(Settings):
     """`kd predict`."""
 
-    top_k: int = setting(3, "Classes to name for each image.", "Output", ge=1, le=1_000_000)
+    top_k: int = setting(3, "Number of classes to show for each image.", "Output", ge=1, le=1_000_000)
     skip_broken: SkipBroken = False
     threads: Threads = 0
 
@@ -160,45 +158,43 @@ class PredictConfig(Settings):
 class BenchConfig(Settings):
     """`kd bench`."""
 
-    batch: str = setting("1,8,64", "Batch sizes of the throughput.", "Measure", metavar="N,N,…")
+    batch: str = setting("1,8,64", "Batch sizes for throughput.", "Measure", metavar="N,N,…")
     rounds: int = setting(
         480,
-        "Interleaved rounds at most; fewer where all ratios are known to 1 %.",
+        "Maximum number of interleaved rounds; stops early when all ratios are known to 1 %.",
         "Measure",
         ge=3,
         le=100_000,
     )
-    max_seconds: float = setting(
-        60, "Rounds take no longer than this in all; intervals are wider then.", "Measure", ge=1, le=86_400
-    )
+    max_seconds: float = setting(60, "Time limit of all rounds, in seconds.", "Measure", ge=1, le=86_400)
     engine: Literal["both", "all", "torch", "compiled", "onnxruntime"] = setting(
-        "both", "What runs the .pt files: both is torch and onnxruntime, all adds torch.compile.", "Measure"
+        "both", "Engine for .pt files; both: torch and onnxruntime; all: also torch.compile.", "Measure"
     )
     no_memory: bool = setting(
         False,
-        "Leave out memory and start-up, for which each model is loaded in a process of its own.",
+        "Skip memory and load time, which are measured in a separate process for each model.",
         "Measure",
     )
     budget_ms: float | None = setting(
-        None, "Exit 1 unless a model answers for one image within this, median.", "Check", gt=0
+        None, "Exit 1 unless the median latency of a model is within this limit (one image).", "Check", gt=0
     )
     max_drop: float | None = setting(
         None,
-        "Exit 1 unless a model (within --budget-ms) is at most this many points of accuracy behind.",
+        "Exit 1 unless a model (within --budget-ms) is at most this many points below the teacher's accuracy.",
         "Check",
         ge=0,
         le=100,
     )
-    teacher: Path = setting(TeacherPath, "The model all ratios refer to.", "Measure")
+    teacher: Path = setting(TeacherPath, "Reference model of all ratios.", "Measure")
     data: str | None = setting(
-        None, "Measure accuracy and agreement on this data's test images.", DATA, metavar="NAME|PATH"
+        None, "Data set whose test images measure accuracy and agreement.", DATA, metavar="NAME|PATH"
     )
     skip_broken: SkipBroken = False
     data_dir: DataDir = Path("data")
     cache_dir: CacheDir = Path("cache")
-    plot: Path | None = setting(None, "Draw accuracy against latency (.png or .svg).", "Output")
-    csv: Path | None = setting(None, "Write all figures as a table for programs.", "Output")
-    markdown: Path | None = setting(None, "Write the table for a README.", "Output")
+    plot: Path | None = setting(None, "Plot accuracy against latency (.png or .svg).", "Output")
+    csv: Path | None = setting(None, "Write all measurements as CSV.", "Output")
+    markdown: Path | None = setting(None, "Write the table as Markdown.", "Output")
     threads: Threads = 0
 
     @field_validator("batch", mode="before")
@@ -218,21 +214,21 @@ class BenchConfig(Settings):
 class ReportConfig(Settings):
     """`kd report`."""
 
-    output: Path = setting(Path("report.html"), "The page to write.", "Page", "-o")
+    output: Path = setting(Path("report.html"), "Output file.", "Page", "-o")
     thumbnails: int = setting(
-        24, "Images to show of each run where student and teacher disagree.", "Page", ge=0, le=500
+        24, "Images per run on which student and teacher disagree.", "Page", ge=0, le=500
     )
-    no_images: bool = setting(False, "Leave the images out of the page.", "Page")
+    no_images: bool = setting(False, "Omit images.", "Page")
     bench: Path | None = setting(
         None,
-        "Take latencies from what kd bench --json printed; by default they are measured now.",
+        "Output of kd bench --json to take latencies from; by default they are measured.",
         "Measure",
         metavar="FILE",
     )
-    bench_rounds: int = setting(80, "Interleaved rounds of that measurement.", "Measure", ge=3, le=100_000)
-    no_bench: bool = setting(False, "Leave latencies and sizes out.", "Measure")
+    bench_rounds: int = setting(80, "Interleaved rounds of the measurement.", "Measure", ge=3, le=100_000)
+    no_bench: bool = setting(False, "Omit latencies and sizes.", "Measure")
     teacher: Path | None = setting(
-        None, "Compare with this teacher; by default the one each student learned from.", "Measure"
+        None, "Teacher to compare with; by default the one recorded in each student.", "Measure"
     )
     data: ModelDataSpec = None
     skip_broken: SkipBroken = False
@@ -246,21 +242,21 @@ class DownloadConfig(Settings):
 
     source: str | None = setting(
         None,
-        "Take the file from here: a mirror's URL, or a file already on this machine.",
+        "Source of the files: URL of a mirror, or a local file or folder.",
         "Download",
         flag="--from",
         metavar="FILE|URL",
     )
     dry_run: bool = setting(
-        False, "Only list what would be fetched, from where, how much, and what is there already.", "Download"
+        False, "List files, sources, sizes and present files without downloading.", "Download"
     )
-    data_dir: Path = setting(Path("data"), "Datasets go here.", "Download")
-    weights_dir: Path = setting(Path("weights"), "Networks go here.", "Download")
+    data_dir: Path = setting(Path("data"), "Folder for data sets.", "Download")
+    weights_dir: Path = setting(Path("weights"), "Folder for networks.", "Download")
 
 
 class DemoConfig(Settings):
     """`kd demo`."""
 
-    output: Path = setting(Path("demo"), "Everything is written below this folder.", RUN, "-o")
+    output: Path = setting(Path("demo"), "Output folder.", RUN, "-o")
     seed: int = setting(0, "Seed of all runs.", RUN, ge=0, lt=2**63)
     threads: Threads = 0

@@ -1,4 +1,4 @@
-"""What all settings share: the base class, fields of several commands, and how mistakes are told."""
+"""Base class of settings, fields shared by commands, and validation errors as one line."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ def setting(
     metavar: str = "",
     **bounds: Any,
 ) -> Any:
-    """A field of a settings class: default, help text and panel of --help.
+    """A field of a settings class: default, help text, and panel of --help.
 
     Args:
-        flags: further spellings of the option.
-        flag: the option's spelling in place of the field's own name.
-        bounds: pydantic's, as `ge=1`.
+        flags: further names of the option.
+        flag: name of the option instead of the field's name.
+        bounds: pydantic constraints such as `ge=1`.
     """
     about: dict[str, Any] = {"panel": panel, "flags": list(flags), "flag": flag, "metavar": metavar}
     extra: dict[str, Any] = {name: entry for name, entry in about.items() if entry}
     return Field(default, description=text, json_schema_extra=extra, **bounds)
 
 
-option = partial(setting, PydanticUndefined)  # the same for `Annotated`: each class has a default of its own
+option = partial(setting, PydanticUndefined)  # for `Annotated`: each class sets its own default
 
 
 class Settings(BaseModel):
-    """Frozen, and strict about names: a misspelt key in a recipe is an error."""
+    """Frozen settings; unknown names are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -57,12 +57,12 @@ DataSpec = Annotated[
 ]
 ModelDataSpec = Annotated[
     str | None,
-    option("By default the data the model was trained on.", DATA, metavar="NAME|PATH"),
+    option("Data set; by default the one the model was trained on.", DATA, metavar="NAME|PATH"),
 ]
 ImageSize = Annotated[
     int | None,
     option(
-        "Resize images to this many pixels square; by default their own size, 32 if they differ.",
+        "Resize images to this many pixels square; by default their size, or 32 if sizes differ.",
         DATA,
         ge=4,
         le=1024,
@@ -70,16 +70,16 @@ ImageSize = Annotated[
 ]
 SkipBroken = Annotated[
     bool,
-    option("Leave out images that cannot be read, and say which; by default one is an error.", DATA),
+    option("Skip unreadable images with a note; by default an unreadable image is an error.", DATA),
 ]
 CacheDir = Annotated[
     Path,
-    option("Packed images and teacher outputs are kept here.", DATA),
+    option("Folder for packed images and teacher logits.", DATA),
 ]
-DataDir = Annotated[Path, option("Where kd download puts datasets.", DATA)]
+DataDir = Annotated[Path, option("Folder of downloaded data sets.", DATA)]
 Threads = Annotated[
     int,
-    option("CPU threads; 0: all cores of the quota.", RUN, ge=0, le=1024),
+    option("CPU threads; 0: all available cores.", RUN, ge=0, le=1024),
 ]
 TeacherPath = Path("weights/teacher.pt")
 
@@ -90,11 +90,11 @@ def _one_folder(value: str) -> str:
     return value
 
 
-FolderName = Annotated[str, AfterValidator(_one_folder)]  # empty: none was given
+FolderName = Annotated[str, AfterValidator(_one_folder)]  # empty: default
 
 
 class DataSettings(Settings):
-    """Where images come from."""
+    """Data set and folders of a command that reads images."""
 
     data: DataSpec = "cifar10"
     image_size: ImageSize = None
@@ -104,7 +104,7 @@ class DataSettings(Settings):
 
 
 def words_of(flag: str, value: Any) -> list[str]:
-    """What is typed to give an option a value: the flag alone if it is true, once for each of several values."""
+    """Command-line arguments that set an option; a flag stands alone, several values repeat the option."""
     if isinstance(value, bool):
         return [flag] if value else []
     found = value if isinstance(value, list | tuple) else (value,)
@@ -116,10 +116,10 @@ _SEE_HELP = "See --help for what each option takes."
 
 
 def make(kind: type[S], values: Mapping[str, Any]) -> S:
-    """Build settings, turning pydantic's complaint into one line.
+    """Build settings from values.
 
     Raises:
-        UsageError: names the option, what it got and what it takes.
+        UsageError: an unknown or invalid value; the message names the option, the value and what is allowed.
     """
     try:
         return kind.model_validate(dict(values))
@@ -131,9 +131,9 @@ def make(kind: type[S], values: Mapping[str, Any]) -> S:
             raise UsageError(
                 f"unknown setting: {name}", f"Known are {', '.join(kind.model_fields)}."
             ) from error
-        if not first["loc"]:  # of several settings together: the message names them
-            told, _, more = first["msg"].removeprefix("Value error, ").partition("; ")
-            raise UsageError(told, f"{more[:1].upper()}{more[1:]}." if more else _SEE_HELP) from error
+        if not first["loc"]:  # a constraint between settings, named in the message
+            message, _, more = first["msg"].removeprefix("Value error, ").partition("; ")
+            raise UsageError(message, f"{more[:1].upper()}{more[1:]}." if more else _SEE_HELP) from error
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         raise UsageError(
             f"{flag} {first.get('input')!s}: must be {message.removeprefix('must be ')}",
