@@ -91,7 +91,7 @@ def test_data_is_not_read_where_it_is_not_needed(run: Any, workplace: Path) -> N
 def test_why_data_is_wanted_is_told(run: Any, workplace: Path) -> None:
     write(workplace, net(small(), v1=True))
     with pytest.raises(
-        KdError, match="does not record its input size, and CIFAR-10 is not in data"
+        KdError, match="does not record its input size, and CIFAR-10 not found in data"
     ) as raised:
         run("convert-caffe", "net.caffemodel")
     assert "--image-size" in raised.value.hint
