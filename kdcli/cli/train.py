@@ -116,7 +116,7 @@ def _train(
     if config.student_file is not None:
         reason = f"with --student {config.student_file}, which defines it"
         _ui.note_ignored(options, ("dropout", "preprocess", "width"), reason)
-    elif not any(models.takes_dropout(network) for network in (*config.assistant, config.student)):
+    elif not any(models.accepts(network, "dropout") for network in (*config.assistant, config.student)):
         _ui.note_ignored(options, ("dropout",), f"with --student {config.student}, which has none")
     world = runtime.launch(config.accelerator, config.devices)
     failed = True

@@ -60,8 +60,10 @@ def check_student(config: TrainConfig, train: ImageSet) -> None:
 
 
 def _fresh(config: TrainConfig, train: ImageSet, samples: Int64, on_event: OnEvent) -> Classifier:
-    arguments: dict[str, Any] = {"dropout": config.dropout} if models.takes_dropout(config.student) else {}
-    if config.width != 1 and models.takes_width(config.student):
+    arguments: dict[str, Any] = (
+        {"dropout": config.dropout} if models.accepts(config.student, "dropout") else {}
+    )
+    if config.width != 1 and models.accepts(config.student, "width"):
         arguments["width"] = config.width
     torch.manual_seed(config.seed)
     network = models.build(

@@ -1,42 +1,90 @@
-"""What the families share: channel counts by a multiplier, images that are too small, initial weights."""
+"""Parts shared by the networks: the frame of a convolutional classifier, stages, channel counts, initial weights."""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Callable
+
+from torch import Tensor, nn
 
 from kdcli.base.errors import UsageError
 
-_WIDEST = 64
+_MAX_WIDTH = 64
+
+
+class ConvClassifier(nn.Module):
+    """Convolutions, global average, one linear layer `fc`."""
+
+    head = "fc"
+    fc: nn.Linear
+
+    def maps(self, pixels: Tensor) -> Tensor:
+        """Preprocessed pixels (B, C, H, W) → the last maps (B, D, H', W')."""
+        raise NotImplementedError
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Preprocessed pixels (B, C, H, W) → logits (B, classes)."""
+        logits: Tensor = self.fc(self.maps(pixels).mean(dim=(2, 3)))
+        return logits
+
+
+def conv_norm(
+    before: int,
+    after: int,
+    kernel: int,
+    stride: int = 1,
+    groups: int = 1,
+    *,
+    bias: bool = False,
+    relu: bool = True,
+) -> list[nn.Module]:
+    """Convolution that keeps the image's size (but for `stride`), batch norm, ReLU: as layers of a Sequential."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(before, after, kernel, stride, padding=kernel // 2, groups=groups, bias=bias),
+        nn.BatchNorm2d(after),
+    ]
+    return [*layers, nn.ReLU()] if relu else layers
+
+
+def make_stage(
+    block: Callable[[int, int, int], nn.Module], before: int, after: int, stride: int, blocks: int
+) -> nn.Sequential:
+    """Blocks `block(before, after, stride)`; the first one changes channels and size, the others keep them."""
+    first = block(before, after, stride)
+    return nn.Sequential(first, *(block(after, after, 1) for _ in range(blocks - 1)))
 
 
 def scaled(channels: int, width: float, multiple: int = 1) -> int:
-    """A channel count times `width`: the nearest multiple of `multiple`, halves up, and at least one of it.
+    """A channel count times `width`, rounded to the nearest multiple of `multiple` (halves up), at least one.
 
-    At width 1 it is `channels` as it is: the published network.
+    At width 1 it is `channels` unchanged: the published network.
 
     Raises:
         UsageError: width is not above 0 and at most 64.
     """
-    if not 0 < width <= _WIDEST:
+    if not 0 < width <= _MAX_WIDTH:
         raise UsageError(
-            f"a network's width cannot be {width}", f"It is a factor, above 0 and at most {_WIDEST}."
+            f"a network's width cannot be {width}", f"It is a factor above 0 and at most {_MAX_WIDTH}."
         )
     if width == 1:
         return channels
     return max(1, int(channels * width / multiple + 0.5)) * multiple
 
 
-def need_side(input_size: tuple[int, int, int], least: int, network: str) -> None:
-    """Refuse images with a side below `least`: the last maps need 2×2, batch norm cannot train on one value."""
+def check_size(input_size: tuple[int, int, int], least: int, network: str, hint: str = "") -> None:
+    """Raise UsageError for images with a side below `least`.
+
+    The last maps need 2×2 pixels: batch norm cannot train on one value per channel.
+    """
     height, width = input_size[:2]
     if min(height, width) < least:
         raise UsageError(
-            f"images of {height}×{width} are too small for a {network}", f"It needs {least}×{least} or more."
+            f"images of {height}×{width} are too small for a {network}",
+            f"It needs {least}×{least} or more{hint}.",
         )
 
 
 def initialise(network: nn.Module) -> None:
-    """Convolutions by He et al. 2015 (arXiv:1502.01852), fan out; batch norm and linear layers as torch does."""
+    """Initialise convolutions by He et al. 2015 (arXiv:1502.01852), fan out; the rest keeps torch's values."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

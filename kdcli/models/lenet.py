@@ -7,35 +7,36 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from kdcli.base.errors import UsageError
-from kdcli.models.common import scaled
+from kdcli.models.common import check_size, scaled
 
 
 class LeNet(nn.Module):
     """conv1 5×5 valid, max-pool 2, conv2 5×5 valid, max-pool 2, ip1, ReLU, ip2 (LeCun et al. 1998, Caffe's form).
 
-    Layer names are Caffe's. No ReLU follows the convolutions: neither has it in the reference nor in Caffe.
+    Layer names are Caffe's. No ReLU follows the convolutions: neither has it in the reference nor in Caffe. The
+    default `widths` are the reference's student: 3.50 M parameters and 27 M MACs on 32×32×3 with 10 classes. `width`
+    multiplies them, rounded to whole numbers of at least 1.
     """
 
     head = "ip2"
     stages: tuple[str, ...] = ("pool1", "pool2")
 
-    def __init__(self, classes: int, input_size: tuple[int, int, int], widths: Sequence[int]) -> None:
+    def __init__(
+        self,
+        classes: int,
+        input_size: tuple[int, int, int],
+        widths: Sequence[int] = (64, 128, 1024),
+        width: float = 1.0,
+    ) -> None:
         super().__init__()
-        height, width, channels = input_size
-        height, width = ((side - 4) // 2 for side in (height, width))
-        height, width = ((side - 4) // 2 for side in (height, width))
-        if min(height, width) < 1:
-            raise UsageError(
-                f"images of {input_size[0]}×{input_size[1]} are too small for a LeNet",
-                "It needs 16×16 or more; convnet-tiny, convnet-small and convnet-large take 8×8.",
-            )
-        first, second, hidden = widths
-        self.conv1 = nn.Conv2d(channels, first, 5)
+        check_size(input_size, 16, "LeNet", "; convnet-tiny, convnet-small and convnet-large take 8×8")
+        rows, columns = (((side - 4) // 2 - 4) // 2 for side in input_size[:2])
+        first, second, hidden = (scaled(count, width) for count in widths)
+        self.conv1 = nn.Conv2d(input_size[2], first, 5)
         self.pool1 = nn.MaxPool2d(2)
         self.conv2 = nn.Conv2d(first, second, 5)
         self.pool2 = nn.MaxPool2d(2)
-        self.ip1 = nn.Linear(second * height * width, hidden)
+        self.ip1 = nn.Linear(second * rows * columns, hidden)
         self.ip2 = nn.Linear(hidden, classes)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -44,26 +45,3 @@ class LeNet(nn.Module):
         features = self.pool2(self.conv2(features))  # (B, 128, 5, 5)
         logits: Tensor = self.ip2(torch.relu(self.ip1(features.flatten(1))))
         return logits
-
-
-def lenet(
-    classes: int,
-    input_size: tuple[int, int, int],
-    widths: Sequence[int] = (64, 128, 1024),
-    width: float = 1.0,
-) -> LeNet:
-    """The reference's student: 3.50 M parameters and 27 M MACs on 32×32×3 with 10 classes.
-
-    `width` multiplies `widths`, to the nearest whole numbers, at least 1.
-    """
-    return LeNet(classes, input_size, [scaled(count, width) for count in widths])
-
-
-def lenet_caffe(
-    classes: int,
-    input_size: tuple[int, int, int],
-    widths: Sequence[int] = (20, 50, 500),
-    width: float = 1.0,
-) -> LeNet:
-    """Caffe's classic LeNet, 20/50/500; `width` as of `lenet`."""
-    return LeNet(classes, input_size, [scaled(count, width) for count in widths])

@@ -3,9 +3,11 @@ et al. 2020, arXiv:1910.10699): half the channels, four halvings of the image, p
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
-from kdcli.models.common import initialise, need_side, scaled
+from kdcli.models.common import ConvClassifier, check_size, conv_norm, initialise, make_stage, scaled
 
 # expansion, channels (already half the paper's), blocks, stride of the first
 _GROUPS = (
@@ -30,63 +32,46 @@ class InvertedResidual(nn.Module):
     def __init__(self, before: int, after: int, stride: int, expansion: int) -> None:
         super().__init__()
         inner = before * expansion
-        self.adds = stride == 1 and before == after
+        self.has_shortcut = stride == 1 and before == after
         self.conv = nn.Sequential(
-            nn.Conv2d(before, inner, 1, bias=False),
-            nn.BatchNorm2d(inner),
-            nn.ReLU(),
-            nn.Conv2d(inner, inner, 3, stride, padding=1, groups=inner, bias=False),
-            nn.BatchNorm2d(inner),
-            nn.ReLU(),
-            nn.Conv2d(inner, after, 1, bias=False),
-            nn.BatchNorm2d(after),
+            *conv_norm(before, inner, 1),
+            *conv_norm(inner, inner, 3, stride, groups=inner),
+            *conv_norm(inner, after, 1, relu=False),
         )
 
     def forward(self, maps: Tensor) -> Tensor:
         """(B, before, H, W) → (B, after, H/stride, W/stride)."""
         result: Tensor = self.conv(maps)
-        return maps + result if self.adds else result
+        return maps + result if self.has_shortcut else result
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(ConvClassifier):
     """A 3×3 convolution of stride 2, seven groups of inverted residuals, a 1×1 convolution, global average, linear.
 
-    Each count of channels is multiplied by `width`, to the nearest multiple of 4, at least 4. The maps of `stages`
-    are those before the image is halved and the last: linear, no ReLU follows.
+    Each count of channels is multiplied by `width`, rounded to the nearest multiple of 4, at least 4. The maps of
+    `stages` are those before the image is halved and the last: linear, no ReLU follows.
     """
 
-    head = "fc"
     stages: tuple[str, ...] = ("blocks.1", "blocks.2", "blocks.4", "blocks.6")
 
     def __init__(self, classes: int, input_size: tuple[int, int, int], width: float = 1.0) -> None:
         super().__init__()
-        need_side(input_size, 17, "MobileNetV2")
+        check_size(input_size, 17, "MobileNetV2")
         channels = scaled(_FIRST, width, _MULTIPLE)
-        self.conv1 = nn.Sequential(
-            nn.Conv2d(input_size[2], channels, 3, 2, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
-            nn.ReLU(),
-        )
+        self.conv1 = nn.Sequential(*conv_norm(input_size[2], channels, 3, 2))
         groups = []
         for expansion, published, blocks, stride in _GROUPS:
             after = scaled(published, width, _MULTIPLE)
-            first = InvertedResidual(channels, after, stride, expansion)
-            others = (InvertedResidual(after, after, 1, expansion) for _ in range(blocks - 1))
-            groups.append(nn.Sequential(first, *others))
+            block = partial(InvertedResidual, expansion=expansion)
+            groups.append(make_stage(block, channels, after, stride, blocks))
             channels = after
         self.blocks = nn.Sequential(*groups)
         last = scaled(_LAST, width, _MULTIPLE)
-        self.conv2 = nn.Sequential(nn.Conv2d(channels, last, 1, bias=False), nn.BatchNorm2d(last), nn.ReLU())
+        self.conv2 = nn.Sequential(*conv_norm(channels, last, 1))
         self.fc = nn.Linear(last, classes)
         initialise(self)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Preprocessed pixels (B, C, H, W) → logits (B, classes)."""
-        maps = self.blocks(self.conv1(pixels))  # (B, 160, 2, 2) for 32×32
-        logits: Tensor = self.fc(self.conv2(maps).mean(dim=(2, 3)))
-        return logits
-
-
-def mobilenetv2_half(classes: int, input_size: tuple[int, int, int], width: float = 1.0) -> MobileNetV2:
-    """813 k parameters with 100 classes; the paper's multiplier is 0.5 at width 1."""
-    return MobileNetV2(classes, input_size, width)
+    def maps(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, 1280, H/16, W/16), rounded up."""
+        maps: Tensor = self.conv2(self.blocks(self.conv1(pixels)))
+        return maps

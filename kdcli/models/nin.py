@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdcli.base.errors import UsageError
-from kdcli.models.common import scaled
+from kdcli.models.common import check_size, scaled
 
 WIDTHS = (192, 160, 96, 192, 192, 192, 192, 192)  # conv1 cccp1 cccp2 conv2 cccp3 cccp4 conv3 cccp5
 
@@ -18,13 +17,12 @@ class _Trunk(nn.Module):
 
     stages: tuple[str, ...] = ("pool1", "pool2", "relu_cccp5")
 
-    def __init__(self, input_size: tuple[int, int, int], widths: Sequence[int], dropout: float) -> None:
+    def __init__(
+        self, input_size: tuple[int, int, int], widths: Sequence[int], dropout: float, width: float
+    ) -> None:
         super().__init__()
-        if min(input_size[:2]) < 8:
-            raise UsageError(
-                f"images of {input_size[0]}×{input_size[1]} are too small for NIN", "It needs 8×8."
-            )
-        w1, c1, c2, w2, c3, c4, w3, c5 = widths
+        check_size(input_size, 8, "NIN")
+        w1, c1, c2, w2, c3, c4, w3, c5 = (scaled(count, width) for count in widths)
         self.conv1 = nn.Conv2d(input_size[2], w1, 5, padding=2)
         self.cccp1 = nn.Conv2d(w1, c1, 1)
         self.cccp2 = nn.Conv2d(c1, c2, 1)
@@ -38,7 +36,7 @@ class _Trunk(nn.Module):
         self.drop6 = nn.Dropout(dropout)
         self.conv3 = nn.Conv2d(c4, w3, 3, padding=1)
         self.cccp5 = nn.Conv2d(w3, c5, 1)
-        self.relu_cccp5 = nn.ReLU()  # a module, so that its output can be asked for
+        self.relu_cccp5 = nn.ReLU()  # a module, so that hooks can read its output
 
     def features(self, pixels: Tensor) -> Tensor:
         maps = F.relu(self.cccp2(F.relu(self.cccp1(F.relu(self.conv1(pixels))))))
@@ -49,7 +47,7 @@ class _Trunk(nn.Module):
         return last
 
     def initialise(self) -> None:
-        """He initialisation (He et al. 2015)."""
+        """He initialisation (He et al. 2015), fan in, of convolutions and linear layers."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -58,13 +56,22 @@ class _Trunk(nn.Module):
 
 
 class NIN(_Trunk):
-    """Global average pooling over one map a class; the last convolution has its ReLU too, as in Caffe."""
+    """Global average pooling over one map per class; the last convolution has its ReLU too, as in Caffe.
+
+    967 k parameters and 222 M MACs on 32×32×3 with 10 classes. `width` multiplies `widths`, rounded to whole numbers
+    of at least 1.
+    """
 
     def __init__(
-        self, classes: int, input_size: tuple[int, int, int], widths: Sequence[int], dropout: float
+        self,
+        classes: int,
+        input_size: tuple[int, int, int],
+        widths: Sequence[int] = WIDTHS,
+        dropout: float = 0.5,
+        width: float = 1.0,
     ) -> None:
-        super().__init__(input_size, widths, dropout)
-        self.cccp6 = nn.Conv2d(widths[-1], classes, 1)
+        super().__init__(input_size, widths, dropout, width)
+        self.cccp6 = nn.Conv2d(self.cccp5.out_channels, classes, 1)
         self.initialise()
         # A ReLU follows: logits start small and above 0, or a class whose map is 0 everywhere never learns
         nn.init.normal_(self.cccp6.weight, std=0.01)
@@ -77,7 +84,7 @@ class NIN(_Trunk):
 
 
 class NINFc(_Trunk):
-    """The reference's variant: ip1, ReLU, ip2 in place of cccp6 and pool3."""
+    """The reference's variant: ip1 (`hidden` outputs), ReLU, ip2 in place of cccp6 and pool3; `width` as in NIN."""
 
     head = "ip2"
 
@@ -85,14 +92,15 @@ class NINFc(_Trunk):
         self,
         classes: int,
         input_size: tuple[int, int, int],
-        widths: Sequence[int],
-        hidden: int,
-        dropout: float,
+        widths: Sequence[int] = WIDTHS,
+        hidden: int = 1024,
+        dropout: float = 0.5,
+        width: float = 1.0,
     ) -> None:
-        super().__init__(input_size, widths, dropout)
-        height, width = (side // 2 // 2 for side in input_size[:2])  # ceil((s − 3) / 2) + 1 is s // 2
-        self.ip1 = nn.Linear(widths[-1] * height * width, hidden)
-        self.ip2 = nn.Linear(hidden, classes)
+        super().__init__(input_size, widths, dropout, width)
+        rows, columns = (side // 2 // 2 for side in input_size[:2])  # ceil((s − 3) / 2) + 1 is s // 2
+        self.ip1 = nn.Linear(self.cccp5.out_channels * rows * columns, scaled(hidden, width))
+        self.ip2 = nn.Linear(scaled(hidden, width), classes)
         self.initialise()
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -100,30 +108,3 @@ class NINFc(_Trunk):
         hidden = F.relu(self.ip1(self.features(pixels).flatten(1)))
         logits: Tensor = self.ip2(hidden)
         return logits
-
-
-def nin(
-    classes: int,
-    input_size: tuple[int, int, int],
-    widths: Sequence[int] = WIDTHS,
-    dropout: float = 0.5,
-    width: float = 1.0,
-) -> NIN:
-    """967 k parameters and 222 M MACs on 32×32×3 with 10 classes.
-
-    `width` multiplies `widths`, to the nearest whole numbers, at least 1; cccp6 has one map a class.
-    """
-    return NIN(classes, input_size, [scaled(count, width) for count in widths], dropout)
-
-
-def nin_fc(
-    classes: int,
-    input_size: tuple[int, int, int],
-    widths: Sequence[int] = WIDTHS,
-    hidden: int = 1024,
-    dropout: float = 0.5,
-    width: float = 1.0,
-) -> NINFc:
-    """NIN with two inner products at the end; `hidden` is the width of ip1. `width` multiplies it and `widths`."""
-    counts = [scaled(count, width) for count in widths]
-    return NINFc(classes, input_size, counts, scaled(hidden, width), dropout)

@@ -8,10 +8,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdcli.models.common import initialise, need_side, scaled
-
-_NARROW = (16, 16, 32, 64)  # conv1 and the three stages
-_FOUR_TIMES = (32, 64, 128, 256)
+from kdcli.models.common import ConvClassifier, check_size, conv_norm, initialise, make_stage, scaled
 
 
 class BasicBlock(nn.Module):
@@ -28,9 +25,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(after)
         self.shortcut: nn.Module | None = None
         if stride != 1 or before != after:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after)
-            )
+            self.shortcut = nn.Sequential(*conv_norm(before, after, 1, stride, relu=False))
 
     def forward(self, maps: Tensor) -> Tensor:
         """(B, before, H, W) → (B, after, H/stride, W/stride)."""
@@ -38,13 +33,15 @@ class BasicBlock(nn.Module):
         return F.relu(residual + (maps if self.shortcut is None else self.shortcut(maps)))
 
 
-class ResNet(nn.Module):
-    """A 3×3 convolution, three stages of basic blocks, global average, linear; depth = 6 · blocks of a stage + 2.
+class ResNet(ConvClassifier):
+    """A 3×3 convolution, three stages of basic blocks, global average, linear.
 
-    Each count of channels is multiplied by `width`, to the nearest whole number, at least 1.
+    Args:
+        depth: 6 · blocks of a stage + 2.
+        widths: channels of the first convolution and of the stages.
+        width: multiplies `widths`, rounded to whole numbers of at least 1.
     """
 
-    head = "fc"
     stages: tuple[str, ...] = ("layer1", "layer2", "layer3")
 
     def __init__(
@@ -52,74 +49,23 @@ class ResNet(nn.Module):
         classes: int,
         input_size: tuple[int, int, int],
         depth: int,
-        widths: Sequence[int] = _NARROW,
+        widths: Sequence[int] = (16, 16, 32, 64),
         width: float = 1.0,
     ) -> None:
         super().__init__()
-        need_side(input_size, 8, "ResNet")
+        check_size(input_size, 8, "ResNet")
         first, *after = (scaled(channels, width) for channels in widths)
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(input_size[2], first, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(first)
-        self.layer1 = _stage(first, after[0], 1, blocks)
-        self.layer2 = _stage(after[0], after[1], 2, blocks)
-        self.layer3 = _stage(after[1], after[2], 2, blocks)
+        self.layer1 = make_stage(BasicBlock, first, after[0], 1, blocks)
+        self.layer2 = make_stage(BasicBlock, after[0], after[1], 2, blocks)
+        self.layer3 = make_stage(BasicBlock, after[1], after[2], 2, blocks)
         self.fc = nn.Linear(after[2], classes)
         initialise(self)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Preprocessed pixels (B, C, H, W) → logits (B, classes)."""
+    def maps(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, widths[3], H/4, W/4)."""
         maps = F.relu(self.bn1(self.conv1(pixels)))  # (B, 16, 32, 32) for 32×32
-        maps = self.layer3(self.layer2(self.layer1(maps)))  # (B, 64, 8, 8)
-        logits: Tensor = self.fc(maps.mean(dim=(2, 3)))
-        return logits
-
-
-def _stage(before: int, after: int, stride: int, blocks: int) -> nn.Sequential:
-    first = BasicBlock(before, after, stride)
-    return nn.Sequential(first, *(BasicBlock(after, after, 1) for _ in range(blocks - 1)))
-
-
-def resnet8(classes: int, input_size: tuple[int, int, int], width: float = 1.0) -> ResNet:
-    """One block a stage: 84 k parameters with 100 classes."""
-    return ResNet(classes, input_size, 8, width=width)
-
-
-def resnet14(classes: int, input_size: tuple[int, int, int], width: float = 1.0) -> ResNet:
-    """Two blocks a stage: 181 k parameters with 100 classes."""
-    return ResNet(classes, input_size, 14, width=width)
-
-
-def resnet20(classes: int, input_size: tuple[int, int, int], width: float = 1.0) -> ResNet:
-    """Three blocks a stage: 278 k parameters with 100 classes."""
-    return ResNet(classes, input_size, 20, width=width)
-
-
-def resnet32(classes: int, input_size: tuple[int, int, int], width: float = 1.0) -> ResNet:
-    """Five blocks a stage: 473 k parameters with 100 classes."""
-    return ResNet(classes, input_size, 32, width=width)
-
-
-def resnet44(classes: int, input_size: tuple[int, int, int], width: float = 1.0) -> ResNet:
-    """Seven blocks a stage: 667 k parameters with 100 classes."""
-    return ResNet(classes, input_size, 44, width=width)
-
-
-def resnet56(classes: int, input_size: tuple[int, int, int], width: float = 1.0) -> ResNet:
-    """Nine blocks a stage: 862 k parameters with 100 classes."""
-    return ResNet(classes, input_size, 56, width=width)
-
-
-def resnet110(classes: int, input_size: tuple[int, int, int], width: float = 1.0) -> ResNet:
-    """18 blocks a stage: 1.74 M parameters with 100 classes."""
-    return ResNet(classes, input_size, 110, width=width)
-
-
-def resnet8x4(classes: int, input_size: tuple[int, int, int], width: float = 1.0) -> ResNet:
-    """One block a stage, four times as wide: 1.23 M parameters with 100 classes."""
-    return ResNet(classes, input_size, 8, _FOUR_TIMES, width)
-
-
-def resnet32x4(classes: int, input_size: tuple[int, int, int], width: float = 1.0) -> ResNet:
-    """Five blocks a stage, four times as wide: 7.43 M parameters with 100 classes."""
-    return ResNet(classes, input_size, 32, _FOUR_TIMES, width)
+        last: Tensor = self.layer3(self.layer2(self.layer1(maps)))  # (B, 64, 8, 8)
+        return last

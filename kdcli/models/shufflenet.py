@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdcli.models.common import initialise, need_side, scaled
+from kdcli.models.common import ConvClassifier, check_size, conv_norm, initialise, scaled
 
 _GROUPS = 3
 
@@ -23,22 +23,22 @@ def shuffled(maps: Tensor, groups: int) -> Tensor:
 
 
 class GroupUnit(nn.Module):
-    """1×1 convolution in groups to a quarter of the channels, shuffle, 3×3 depthwise, 1×1 in groups; then ReLU of
+    """1×1 convolution in groups to a quarter of the channels, shuffle, 3×3 depthwise, 1×1 in groups, shortcut, ReLU.
 
-    the sum with the input, or, where the image is halved, of both side by side, the input average-pooled 3×3.
+    The shortcut adds the input; where the image is halved, it concatenates the input, average-pooled 3×3.
     """
 
     def __init__(self, before: int, after: int, groups: int, halves: bool) -> None:
         super().__init__()
-        made = after - before if halves else after
-        inner = made // 4
+        outputs = after - before if halves else after
+        inner = outputs // 4
         self.groups = groups  # of the first convolution
         self.conv1 = nn.Conv2d(before, inner, 1, groups=groups, bias=False)
         self.bn1 = nn.BatchNorm2d(inner)
         self.conv2 = nn.Conv2d(inner, inner, 3, 2 if halves else 1, padding=1, groups=inner, bias=False)
         self.bn2 = nn.BatchNorm2d(inner)
-        self.conv3 = nn.Conv2d(inner, made, 1, groups=_GROUPS, bias=False)
-        self.bn3 = nn.BatchNorm2d(made)
+        self.conv3 = nn.Conv2d(inner, outputs, 1, groups=_GROUPS, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
         self.pool = nn.AvgPool2d(3, 2, padding=1) if halves else None
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -50,19 +50,18 @@ class GroupUnit(nn.Module):
         return F.relu(torch.cat([residual, self.pool(maps)], 1))
 
 
-class ShuffleNetV1(nn.Module):
+class ShuffleNetV1(ConvClassifier):
     """A 1×1 convolution, three stages of 4, 8 and 4 units in three groups, global average, linear.
 
-    Each count of channels is multiplied by `width`, to the nearest multiple of 12 (a quarter in three groups), and a
-    stage has at least 12 more than what it reads, since its first unit only makes the difference.
+    Each count of channels is multiplied by `width`, rounded to a multiple of 12 (a quarter in three groups).
+    A stage has at least 12 more than its input, since its first unit computes the difference.
     """
 
-    head = "fc"
     stages: tuple[str, ...] = ("layer1", "layer2", "layer3")
 
     def __init__(self, classes: int, input_size: tuple[int, int, int], width: float = 1.0) -> None:
         super().__init__()
-        need_side(input_size, 9, "ShuffleNet")
+        check_size(input_size, 9, "ShuffleNet")
         multiple = 4 * _GROUPS
         counts = [scaled(24, width, multiple)]
         for published in (240, 480, 960):
@@ -76,12 +75,11 @@ class ShuffleNetV1(nn.Module):
         self.fc = nn.Linear(counts[3], classes)
         initialise(self)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Preprocessed pixels (B, C, H, W) → logits (B, classes)."""
+    def maps(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, 960, H/8, W/8), rounded up."""
         maps = F.relu(self.bn1(self.conv1(pixels)))  # (B, 24, 32, 32) for 32×32
-        maps = self.layer3(self.layer2(self.layer1(maps)))  # (B, 960, 4, 4)
-        logits: Tensor = self.fc(maps.mean(dim=(2, 3)))
-        return logits
+        last: Tensor = self.layer3(self.layer2(self.layer1(maps)))  # (B, 960, 4, 4)
+        return last
 
 
 def _group_stage(before: int, after: int, units: int, first_groups: int = _GROUPS) -> nn.Sequential:
@@ -108,11 +106,7 @@ class HalvingUnit(nn.Module):
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
         self.short = nn.Sequential(
-            nn.Conv2d(before, before, 3, 2, padding=1, groups=before, bias=False),
-            nn.BatchNorm2d(before),
-            nn.Conv2d(before, after // 2, 1, bias=False),
-            nn.BatchNorm2d(after // 2),
-            nn.ReLU(),
+            *conv_norm(before, before, 3, 2, groups=before, relu=False), *conv_norm(before, after // 2, 1)
         )
         self.branch = _branch(before, after // 2, 2)
 
@@ -123,29 +117,23 @@ class HalvingUnit(nn.Module):
 
 def _branch(before: int, after: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(before, after, 1, bias=False),
-        nn.BatchNorm2d(after),
-        nn.ReLU(),
-        nn.Conv2d(after, after, 3, stride, padding=1, groups=after, bias=False),
-        nn.BatchNorm2d(after),
-        nn.Conv2d(after, after, 1, bias=False),
-        nn.BatchNorm2d(after),
-        nn.ReLU(),
+        *conv_norm(before, after, 1),
+        *conv_norm(after, after, 3, stride, groups=after, relu=False),
+        *conv_norm(after, after, 1),
     )
 
 
-class ShuffleNetV2(nn.Module):
+class ShuffleNetV2(ConvClassifier):
     """A 1×1 convolution, three stages of 4, 8 and 4 units, a 1×1 convolution, global average, linear.
 
-    Each count of channels is multiplied by `width`, to the nearest even number (a unit splits them), at least 2.
+    Each count of channels is multiplied by `width`, rounded to an even number (units split them), at least 2.
     """
 
-    head = "fc"
     stages: tuple[str, ...] = ("layer1", "layer2", "layer3")
 
     def __init__(self, classes: int, input_size: tuple[int, int, int], width: float = 1.0) -> None:
         super().__init__()
-        need_side(input_size, 9, "ShuffleNet")
+        check_size(input_size, 9, "ShuffleNet")
         first, *after, last = (scaled(channels, width, 2) for channels in (24, 116, 232, 464, 1024))
         self.conv1 = nn.Conv2d(input_size[2], first, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(first)
@@ -157,24 +145,12 @@ class ShuffleNetV2(nn.Module):
         self.fc = nn.Linear(last, classes)
         initialise(self)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Preprocessed pixels (B, C, H, W) → logits (B, classes)."""
+    def maps(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, 1024, H/8, W/8), rounded up."""
         maps = F.relu(self.bn1(self.conv1(pixels)))  # (B, 24, 32, 32) for 32×32
         maps = self.layer3(self.layer2(self.layer1(maps)))  # (B, 464, 4, 4)
-        maps = F.relu(self.bn2(self.conv2(maps)))  # (B, 1024, 4, 4)
-        logits: Tensor = self.fc(maps.mean(dim=(2, 3)))
-        return logits
+        return F.relu(self.bn2(self.conv2(maps)))
 
 
 def _split_stage(before: int, after: int, units: int) -> nn.Sequential:
     return nn.Sequential(HalvingUnit(before, after), *(SplitUnit(after) for _ in range(units - 1)))
-
-
-def shufflenetv1(classes: int, input_size: tuple[int, int, int], width: float = 1.0) -> ShuffleNetV1:
-    """949 k parameters with 100 classes."""
-    return ShuffleNetV1(classes, input_size, width)
-
-
-def shufflenetv2(classes: int, input_size: tuple[int, int, int], width: float = 1.0) -> ShuffleNetV2:
-    """1.36 M parameters with 100 classes."""
-    return ShuffleNetV2(classes, input_size, width)

@@ -26,7 +26,7 @@ from tests.caffe_files import converted, net, small, write
 from tests.deploy.test_export import SPLITS, classifier, exported, one_thread, random_splits  # noqa: F401
 
 DEEP = ("resnet", "wide_resnet", "vgg", "mobilenet", "shufflenet")
-ARCHS = [arch for arch, place in models.MODELS.items() if place.split(":")[0].split(".")[-1] not in DEEP]
+ARCHS = [arch for arch, entry in models.MODELS.items() if entry.path.split(":")[0].split(".")[-1] not in DEEP]
 FORMS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "int8": {"int8": True, "calibration_images": 20},

@@ -184,16 +184,16 @@ def test_a_width_that_is_none_is_a_usage_error(width: float) -> None:
 
 
 def test_every_network_by_name_takes_a_width_and_a_converted_one_does_not() -> None:
-    assert all(models.takes_width(name) for name in models.names())
-    assert not models.takes_width("graph")
+    assert all(models.accepts(name, "width") for name in models.names())
+    assert not models.accepts("graph", "width")
     with pytest.raises(UsageError, match="unknown network"):
-        models.takes_width("resnet9000")
+        models.accepts("resnet9000", "width")
 
 
 def test_width_multiplies_the_widths_of_older_networks() -> None:
     half = shapes_alone("lenet", width=0.5)
     assert [half.conv1.out_channels, half.conv2.out_channels, half.ip1.out_features] == [32, 64, 512]
-    own = shapes_alone("lenet-caffe", widths=[6, 9, 11], width=0.5)
+    own = shapes_alone("lenet", widths=[6, 9, 11], width=0.5)
     assert [own.conv1.out_channels, own.conv2.out_channels, own.ip1.out_features] == [3, 5, 6]
     nin = shapes_alone("nin-fc", width=0.25, classes=7)
     counts = [module.out_channels for module in nin.modules() if isinstance(module, nn.Conv2d)]

@@ -109,7 +109,7 @@ def _check_student(config: TuneConfig, space: Space) -> None:
     students = [make(TrainConfig, {"student": name}) for name in choices(space, "student", config.student)]
     names = {part.name for part in space}
     if "dropout" in names and not any(
-        one.student_file is None and models.takes_dropout(one.student) for one in students
+        one.student_file is None and models.accepts(one.student, "dropout") for one in students
     ):
         raise UsageError(f"--tune dropout: {config.student} has no dropout", "Leave it out.")
     if "preprocess" in names and all(one.student_file is not None for one in students):

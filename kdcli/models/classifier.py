@@ -1,0 +1,198 @@
+"""`Classifier`: a network joined with its preprocessing, and what is done with one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from kdcli.base.errors import KdError
+from kdcli.base.events import OnEvent, Progress, ignore
+from kdcli.base.text import dims, first_line
+from kdcli.data import rows
+from kdcli.data.preprocess import Preprocess, from_spec
+from kdcli.models import checkpoint, registry
+from kdcli.models.checkpoint import Checkpoint
+
+_PROGRESS_SECONDS = 0.1  # at least, between two events
+
+
+class Classifier(nn.Module):
+    """Preprocessing and network as one module.
+
+    Attributes:
+        network: float32 (B, C, H, W) as preprocessed → logits (B, classes).
+        preprocess: raw pixels (B, C, H, W) in 0–255 → the network's input.
+        arch, arch_args: arguments of `build` for this network.
+        classes: class names in the order of the logits.
+        input_size: (H, W, C) of the raw images.
+        provenance: plain values: method, data, teacher, accuracy, source file …
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        preprocess: Preprocess,
+        *,
+        arch: str,
+        arch_args: dict[str, Any],
+        classes: tuple[str, ...],
+        input_size: tuple[int, int, int],
+        provenance: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.preprocess = preprocess
+        self.arch = arch
+        self.arch_args = arch_args
+        self.classes = classes
+        self.input_size = input_size
+        self.provenance = dict(provenance or {})
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Raw images uint8 (B, H, W, C) → logits (B, classes)."""
+        logits: Tensor = self.network(self.prepare(images))
+        return logits
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Raw images uint8 (B, H, W, C) → the network's input float32 (B, C, H, W).
+
+        The permutation of contiguous NHWC is channels-last NCHW, so the cast is the only copy.
+        """
+        prepared: Tensor = self.preprocess(images.permute(0, 3, 1, 2).float())
+        return prepared
+
+    def to_checkpoint(self, training: dict[str, Any] | None = None) -> Checkpoint:
+        """Return the content of the checkpoint file."""
+        return Checkpoint(
+            arch=self.arch,
+            arch_args=self.arch_args,
+            state_dict=dict(self.network.state_dict()),
+            preprocess=self.preprocess.spec(),
+            classes=self.classes,
+            input_size=self.input_size,
+            provenance=self.provenance,
+            training=training,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint atomically."""
+        checkpoint.save(path, self.to_checkpoint())
+
+
+def from_checkpoint(stored: Checkpoint, source: str = "checkpoint") -> Classifier:
+    """Build the network of a checkpoint with its weights, in eval mode.
+
+    Raises:
+        KdError: the weights do not fit the network they claim to belong to.
+    """
+
+    def build() -> nn.Module:
+        return registry.build(
+            stored.arch, classes=len(stored.classes), input_size=stored.input_size, **stored.arch_args
+        )
+
+    try:
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # the initial weights are discarded; keep the caller's RNG state
+            with torch.device("meta"):  # compare shapes before memory is allocated
+                _check_shapes(stored.state_dict, build().state_dict())
+            network = build()
+            network.load_state_dict(stored.state_dict)
+        preprocess = from_spec(stored.preprocess)
+    except KdError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
+        raise KdError(
+            f"{source}: weights do not fit network {stored.arch}: {first_line(error, 300)}",
+            "The file is damaged, or was made by another version of kd; write it again.",
+        ) from error
+    return Classifier(
+        network.to(memory_format=torch.channels_last),
+        preprocess,
+        arch=stored.arch,
+        arch_args=stored.arch_args,
+        classes=stored.classes,
+        input_size=stored.input_size,
+        provenance=stored.provenance,
+    ).eval()
+
+
+def _check_shapes(stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raise ValueError with the first three weights that differ in shape, or are missing on one side."""
+    differences = []
+    for name in sorted({*stored, *expected}):
+        found, wanted = (
+            dims(state[name].shape) if name in state else "missing" for state in (stored, expected)
+        )
+        if found != wanted:
+            differences.append(f"{name} is {found}, expected {wanted}")
+    if differences:
+        raise ValueError("; ".join(differences[:3]))
+
+
+def load(path: Path) -> Classifier:
+    """Read a checkpoint file into a `Classifier` in eval mode."""
+    stored = checkpoint.load(path)
+    if stored.training is not None:
+        raise KdError(
+            f"{path} is the state of a run, not a finished model",
+            f"Use {path.with_name('student.pt')}, or finish it: kd train --resume {path.parent}",
+        )
+    return from_checkpoint(stored, str(path))
+
+
+def final_linear(network: nn.Module) -> nn.Linear | None:
+    """The linear layer whose outputs are the logits, named by the network's attribute `head`.
+
+    None where another layer follows it (in NIN a ReLU).
+    """
+    name = getattr(network, "head", None)
+    layer = network.get_submodule(name) if isinstance(name, str) else None
+    return layer if isinstance(layer, nn.Linear) else None
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of trainable values."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def predict_logits(
+    model: Callable[[Tensor], Tensor],
+    images: rows.Images,
+    samples: npt.NDArray[np.int64] | None = None,
+    *,
+    batch_size: int = 64,
+    task: str = "evaluating",
+    on_event: OnEvent = ignore,
+) -> Tensor:
+    """Logits float32 (N, classes) of a model for raw images uint8 (N, H, W, C), on the CPU.
+
+    Args:
+        model: from uint8 (B, H, W, C) to logits (B, classes); in eval mode. A module gets the images on its device.
+        samples: indices of the images; by default all.
+    """
+    device = None
+    if isinstance(model, nn.Module):
+        device = next((value.device for value in model.parameters()), None)
+    count = len(images) if samples is None else len(samples)
+    parts: list[Tensor] = []
+    last_event = 0.0
+    with torch.inference_mode():
+        for start in range(0, count, batch_size):
+            part = slice(start, start + batch_size)
+            batch = torch.from_numpy(rows.take(images, part if samples is None else samples[part]))
+            parts.append(model(batch if device is None else batch.to(device)).float().cpu())
+            done = min(start + batch_size, count)
+            now = time.monotonic()
+            if now - last_event > _PROGRESS_SECONDS or done == count:
+                last_event = now
+                on_event(Progress(task, done, count))
+    return torch.cat(parts) if parts else torch.zeros(0, 0)
