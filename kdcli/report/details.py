@@ -1,70 +1,79 @@
-"""A run's own section of the page: what it shows, ready to print."""
+"""The section of one run: values for the template."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kdcli.base.plotting import shown
 from kdcli.deploy.bench import Row
-from kdcli.engine import Evaluation
-from kdcli.report import inline
-from kdcli.report.examine import Disagreement, Examined, recorded_teacher
+from kdcli.engine.records import Evaluation
+from kdcli.report import page_figures
+from kdcli.report.examine import Examined, recorded_teacher
+from kdcli.report.figures import confusion
 from kdcli.report.gather import Run
+from kdcli.report.page_figures import embed
 
-MOST_CLASSES = 40  # rows of a table of classes
-MOST_CELLS = 20  # classes of a matrix with figures in it
-MOST_PIXELS = 100  # classes of a matrix at all
-MOST_PAIRS = 15
+MAX_CLASSES = 40  # rows of the table of classes
+MAX_TABLE = 20  # classes of a confusion matrix as a table of counts
+MAX_IMAGE = 100  # classes of a confusion matrix as an image
+MAX_PAIRS = 15
 
 
 @dataclass(frozen=True)
 class Section:
-    """A run as the page shows it."""
+    """A run of the page: `key` is its HTML id, `evaluation` is measured now or else as recorded."""
 
     key: str
     run: Run
     examined: Examined
-    evaluation: Any  # measured now, else as recorded: both have accuracy, per_class, confusion …
+    evaluation: Evaluation
     row: Row | None
 
 
 def details_of(section: Section) -> dict[str, Any]:
-    """What the page says of one run, ready to print."""
+    """Template values of a run's section."""
     run, found, evaluation = section.run, section.examined, section.evaluation
+    teacher = found.teacher
     count = len(run.classes)
-    teacher = found.teacher.evaluation if found.teacher else None
-    matrix = evaluation.confusion
-    listed, pair_count = pairs(matrix)
-    rows = _class_rows(run.classes, evaluation, teacher)
-    source = recorded_teacher(run)[0]
+    rows = _class_rows(run.classes, evaluation, teacher.evaluation if teacher else None)
+    matrix = reliability = None
+    if MAX_TABLE < count <= MAX_IMAGE:
+        matrix = embed(
+            partial(confusion, evaluation.confusion, run.classes),
+            f"Confusion matrix of {shown(run.name)}. The table below lists the most frequent confusions.",
+        )
+    if found.bins:
+        reliability = embed(
+            partial(page_figures.reliability, found.bins, teacher.bins if teacher else ()),
+            f"Reliability diagram of {shown(run.name)}: accuracy over confidence; on the diagonal they are equal. "
+            "The table below has the same figures.",
+        )
+    most_frequent, pair_count = pairs(evaluation.confusion)
     return {
         "section": section,
         "classes": rows,
         "class_count": count,
-        "widest": max((abs(row["difference"] or 0) for row in rows), default=0) or 1,
-        "cells": _cells(matrix) if count <= MOST_CELLS else None,
-        "heatmap": inline.heatmap(matrix, run.classes, f"{section.key}-confusion", run.name)
-        if MOST_CELLS < count <= MOST_PIXELS
-        else None,
-        "pairs": listed,
+        "max_difference": max((abs(row["difference"] or 0) for row in rows), default=0) or 1,
+        "cells": _cells(evaluation.confusion) if count <= MAX_TABLE else None,
+        "matrix": matrix,
+        "pairs": most_frequent,
         "pair_count": pair_count,
-        "calibration": inline.calibration(
-            found.bins, found.teacher.bins if found.teacher else (), f"{section.key}-reliability", run.name
-        )
-        if found.bins
-        else None,
-        "thumbnails": [_thumbnail(item, run.classes) for item in found.shown],
-        "commands": _commands(run, source),
+        "reliability": reliability,
+        "commands": _commands(run, recorded_teacher(run)[0]),
         "missing": missing(section),
     }
 
 
-def _class_rows(classes: Sequence[str], student: Any, teacher: Evaluation | None) -> list[dict[str, Any]]:
+def _class_rows(
+    classes: Sequence[str], student: Evaluation, teacher: Evaluation | None
+) -> list[dict[str, Any]]:
     """A row for each class; of many, those with the largest difference, or without a teacher the lowest accuracy."""
     rows = []
     for index, name in enumerate(classes):
@@ -72,7 +81,6 @@ def _class_rows(classes: Sequence[str], student: Any, teacher: Evaluation | None
         other = teacher.per_class[index] if teacher else None
         rows.append(
             {
-                "index": index,
                 "name": name,
                 "count": sum(student.confusion[index]),
                 "student": own,
@@ -80,89 +88,75 @@ def _class_rows(classes: Sequence[str], student: Any, teacher: Evaluation | None
                 "difference": own - other if own is not None and other is not None else None,
             }
         )
-    if len(rows) <= MOST_CLASSES:
+    if len(rows) <= MAX_CLASSES:
         return rows
     if teacher:
-        return sorted(rows, key=lambda row: -abs(row["difference"] or 0))[:MOST_CLASSES]
-    return sorted(rows, key=lambda row: 101 if row["student"] is None else row["student"])[:MOST_CLASSES]
+        return sorted(rows, key=lambda row: -abs(row["difference"] or 0))[:MAX_CLASSES]
+    return sorted(rows, key=lambda row: 101 if row["student"] is None else row["student"])[:MAX_CLASSES]
 
 
 def _cells(matrix: Sequence[Sequence[int]]) -> list[list[dict[str, Any]]]:
-    """Counts with how strongly to tint them."""
-    table = []
-    for true, row in enumerate(matrix):
-        total = max(1, sum(row))
-        table.append(
-            [
-                {"count": count, "tint": f"{0.62 * (count / total) ** 0.5:.3f}", "right": true == predicted}
-                for predicted, count in enumerate(row)
-            ]
-        )
-    return table
-
-
-def _thumbnail(item: Disagreement, classes: Sequence[str]) -> dict[str, Any]:
-    return {
-        "item": item,
-        "label": classes[item.label],
-        "student": classes[item.student],
-        "teacher": classes[item.teacher],
-    }
-
-
-def _commands(run: Run, teacher: Path | None) -> list[str]:
-    student = path_word(run.student)
-    compared = [path_word(teacher)] if teacher is not None else []
+    """Counts with the opacity of their cell: the square root makes a share of 2 % visible beside 90 %."""
     return [
-        command(["kd", "train", "--config", path_word(run.folder / "config.toml")]),
-        command(["kd", "test", student]),
-        command(["kd", "export", student]),
-        command(["kd", "bench", *compared, student]),
+        [
+            {
+                "count": count,
+                "opacity": f"{0.62 * (count / max(1, sum(row))) ** 0.5:.3f}",
+                "right": true == predicted,
+            }
+            for predicted, count in enumerate(row)
+        ]
+        for true, row in enumerate(matrix)
     ]
 
 
-def command(words: Sequence[str]) -> str:
-    return " ".join(shlex.quote(word) for word in words)
+def _commands(run: Run, teacher: Path | None) -> list[str]:
+    student = path_argument(run.student)
+    compared = [path_argument(teacher)] if teacher is not None else []
+    return [
+        shlex.join(["kd", "train", "--config", path_argument(run.folder / "config.toml")]),
+        shlex.join(["kd", "test", student]),
+        shlex.join(["kd", "export", student]),
+        shlex.join(["kd", "bench", *compared, student]),
+    ]
 
 
-def path_word(path: Path) -> str:
-    """A path as a word of a command; one that begins with a hyphen would be an option."""
+def path_argument(path: Path) -> str:
+    """A path as an argument of a command; a leading hyphen would make it an option."""
     text = path.as_posix()
     return f"./{text}" if text.startswith("-") else text
 
 
 def missing(section: Section) -> list[str]:
-    """What this run's part of the page lacks, and why."""
+    """What this section lacks, with the reason, one line each."""
     found = section.examined
     lines = list(section.run.problems)
-    if found.why_not:
+    if found.unmeasured:
         lines.append(
-            f"Not measured on test images now: {found.why_not}. Figures are those recorded when it ended."
+            f"Not measured on test images now: {found.unmeasured}. "
+            "The figures are those recorded when the run ended."
         )
-    elif found.why_no_teacher:
-        lines.append(f"No comparison with a teacher. {found.why_no_teacher}")
+    elif found.no_teacher:
+        lines.append(f"No comparison with a teacher. {found.no_teacher}")
     return lines + list(found.notes)
 
 
 def pairs(
-    confusion: Sequence[Sequence[int]], most: int = MOST_PAIRS
+    matrix: Sequence[Sequence[int]], limit: int = MAX_PAIRS
 ) -> tuple[list[tuple[int, int, int, float]], int]:
-    """The most frequent confusions (true, predicted, count, per cent of the true class), and how many there are."""
-    counts = np.asarray(confusion, dtype=np.int64)
+    """The most frequent confusions (true, predicted, count, per cent of the true class), and the number of all."""
+    counts = np.asarray(matrix, dtype=np.int64)
     totals = counts.sum(axis=1)
     np.fill_diagonal(counts, 0)
-    found = np.flatnonzero(counts)
-    order = found[np.argsort(-counts.ravel()[found], kind="stable")][:most]
-    width = len(counts)
-    return (
-        [
-            (
-                int(at // width),
-                int(at % width),
-                int(counts.ravel()[at]),
-                100 * float(counts.ravel()[at] / totals[at // width]),
-            )
-            for at in order
-        ],
-        len(found),
-    )
+    found = np.argwhere(counts)
+    order = np.argsort(-counts[counts > 0], kind="stable")[:limit]
+    most_frequent = [
+        (
+            int(true),
+            int(predicted),
+            int(counts[true, predicted]),
+            float(100 * counts[true, predicted] / totals[true]),
+        )
+        for true, predicted in found[order]
+    ]
+    return most_frequent, len(found)

@@ -1,12 +1,12 @@
-"""Students and teachers on the test images: what a page can only show with models and data at hand."""
+"""Measurement of students and teachers on test images, for what the records of a run do not hold."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,18 +19,18 @@ from kdcli.base.errors import KdError
 from kdcli.base.events import Event, OnEvent, Progress
 from kdcli.base.files import sha256_file
 from kdcli.data import Splits, rows
-from kdcli.engine import Evaluation, measure
+from kdcli.engine.evaluate import measure
+from kdcli.engine.records import Evaluation
 from kdcli.report.gather import Run
-from kdcli.teacher import Teacher
-from kdcli.teacher.recorded import teachers_of
+from kdcli.teacher import Teacher, teachers_of
 
-MOST_CLASSES = 5_000  # a confusion matrix of more is gigabytes
-BINS = 15  # as metrics.calibration_error
+MAX_CLASSES = 5_000  # the confusion matrix of more takes gigabytes
+BINS = 15  # as in metrics.calibration_error
 
 
 @dataclass(frozen=True)
-class Bin:
-    """Images of one range of confidence: how many, their mean confidence and their accuracy, in per cent."""
+class ConfidenceBin:
+    """Images of one range of confidence: their number, mean confidence and accuracy, in per cent."""
 
     low: float
     high: float
@@ -41,7 +41,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """One test image that student and teacher call differently; probabilities in per cent."""
+    """One test image with different predictions of student and teacher; probabilities in per cent."""
 
     number: int
     pixels: npt.NDArray[np.uint8]  # (H, W, C)
@@ -54,226 +54,218 @@ class Disagreement:
 
 @dataclass(frozen=True)
 class TeacherFigures:
-    """The teacher's side, once for all runs that share it."""
+    """A teacher's figures, shared by all runs compared with it."""
 
     path: Path
     sha256: str
     evaluation: Evaluation
-    bins: tuple[Bin, ...]
+    bins: tuple[ConfidenceBin, ...]
 
 
 @dataclass(frozen=True)
 class Examined:
-    """What was measured now of one run.
+    """What was measured of one run.
 
     Attributes:
         label: of the data.
-        evaluation: as `kd test` measures it; None where `why_not` says so.
-        bins: of confidence, only those with images.
-        teacher: None where `why_no_teacher` says so.
-        borrowed: the run learned from no teacher; it is compared with that of the others.
-        outcomes: images both right, only the student, only the teacher, both wrong.
-        disagreements: how many; `shown` are some of them.
-        notes: what to know about these figures.
+        evaluation: as `kd test` measures it; None with the reason in `unmeasured`.
+        bins: those of confidence that have images.
+        teacher: None with the reason in `no_teacher`.
+        other_teacher: whether the run learned from labels alone and `teacher` is that of the other runs.
+        is_teacher: whether other runs learned from this run's student.
+        outcomes: number of images where both are right, only the student, only the teacher, neither.
+        disagreements: number of images with different predictions; `examples` are some of them.
+        notes: remarks on these figures.
     """
 
     label: str = ""
     evaluation: Evaluation | None = None
-    why_not: str = ""
-    bins: tuple[Bin, ...] = ()
+    unmeasured: str = ""
+    bins: tuple[ConfidenceBin, ...] = ()
     teacher: TeacherFigures | None = None
-    why_no_teacher: str = ""
-    borrowed: bool = False
+    no_teacher: str = ""
+    other_teacher: bool = False
     is_teacher: bool = False
     outcomes: tuple[int, int, int, int] | None = None
     disagreements: int = 0
-    shown: tuple[Disagreement, ...] = ()
+    examples: tuple[Disagreement, ...] = ()
     notes: tuple[str, ...] = ()
 
 
 def examine(runs: Sequence[Run], config: ReportConfig, on_event: OnEvent) -> list[Examined]:
-    """Run every student, and each teacher once, on the test images of its data."""
-    return _Examiner(runs, config, on_event).all()
+    """Evaluate every student, and each teacher once, on the test images of its data."""
+    examiner = _Examiner(runs, config, on_event)
+    found: list[Examined] = []
+    for run in runs:
+        on_event(Progress("report", len(found), len(runs), "runs"))
+        try:
+            found.append(examiner.examine(run))
+        except KdError as error:
+            found.append(Examined(unmeasured=error.message))
+    return found
 
 
-def reliability(logits: Tensor, labels: Tensor) -> tuple[Bin, ...]:
-    """Accuracy by confidence, equal-width bins as of the calibration error; logits (N, C), labels (N,)."""
+def reliability(logits: Tensor, labels: Tensor) -> tuple[ConfidenceBin, ...]:
+    """Accuracy over confidence in the bins of equal width of the calibration error (Guo et al. 2017).
+
+    Args:
+        logits: (N, C).
+        labels: (N,).
+    """
     confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
     correct = (predicted == labels).double()
     index = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
     found = []
     for number in range(BINS):
         inside = index == number
-        count = int(inside.sum())
-        if count:
-            found.append(
-                Bin(
-                    100 * number / BINS,
-                    100 * (number + 1) / BINS,
-                    count,
-                    100 * confidence[inside].mean().item(),
-                    100 * correct[inside].mean().item(),
-                )
-            )
+        if count := int(inside.sum()):
+            low, high = 100 * number / BINS, 100 * (number + 1) / BINS
+            means = (100 * values[inside].mean().item() for values in (confidence, correct))
+            found.append(ConfidenceBin(low, high, count, *means))
     return tuple(found)
 
 
-def spread(count: int, wanted: int) -> npt.NDArray[np.int64]:
-    """`wanted` numbers below `count`, evenly apart, the first and last among them; all if there are no more."""
-    if count <= wanted:
+def evenly_spaced(count: int, limit: int) -> npt.NDArray[np.int64]:
+    """At most `limit` of the numbers below `count`, first and last among them."""
+    if count <= limit:
         return np.arange(count)
-    return np.linspace(0, count - 1, wanted).round().astype(np.int64)
-
-
-@dataclass
-class _Examiner:
-    runs: Sequence[Run]
-    config: ReportConfig
-    on_event: OnEvent
-    loaded: dict[Any, Splits] = field(default_factory=dict)
-    teachers: dict[tuple[str, str], tuple[Tensor, TeacherFigures]] = field(default_factory=dict)
-    hashes: dict[Path, str] = field(default_factory=dict)
-
-    def all(self) -> list[Examined]:
-        found: list[Examined] = []
-        for run in self.runs:
-            self.on_event(Progress("report", len(found), len(self.runs), "runs"))
-            try:
-                found.append(self._one(run))
-            except KdError as error:
-                found.append(Examined(why_not=error.message))
-        return found
-
-    def _one(self, run: Run) -> Examined:
-        classes = len(run.classes)
-        if classes > MOST_CLASSES:
-            return Examined(
-                why_not=f"{classes:,} classes are more than the {MOST_CLASSES:,} a report measures"
-            )
-        spec, skip_broken = data.source_for(
-            run.student, run.provenance, self.config.data, self.config.skip_broken
-        )
-        model = models.load(run.student)
-        splits = self._splits(spec, model.input_size, skip_broken)
-        test = splits.test
-        if reason := data.incompatibility(model.classes, model.input_size, test):
-            return Examined(why_not=f"the student {reason}")
-        labels = torch.tensor(test.labels)
-        logits = models.predict_logits(model, test.images, task=f"testing {run.name}", on_event=self._tell)
-        notes = []
-        recorded = run.provenance.get("data")
-        if isinstance(recorded, dict) and recorded.get("fingerprint_test") != test.fingerprint:
-            notes.append("These are not the test images that were measured when the run ended.")
-        path, own, why = self._teacher_of(run)
-        kept = None
-        if path is not None:
-            try:
-                kept = self._teacher(path, test)
-            except KdError as error:
-                why = error.message
-        base = Examined(label=splits.label, bins=reliability(logits, labels), notes=tuple(notes))
-        if kept is None:
-            evaluation = measure(logits, labels)
-            is_teacher = self._hash(run.student) in self._named_teachers()
-            return replace(
-                base,
-                evaluation=evaluation,
-                is_teacher=is_teacher,
-                why_no_teacher="" if is_teacher else why,
-            )
-        teacher_logits, figures = kept
-        right = (logits.argmax(dim=1) == labels).long()
-        teacher_right = (teacher_logits.argmax(dim=1) == labels).long()
-        cells = Counter(zip(right.tolist(), teacher_right.tolist(), strict=True))
-        different = (logits.argmax(dim=1) != teacher_logits.argmax(dim=1)).nonzero().flatten().numpy()
-        return replace(
-            base,
-            evaluation=measure(logits, labels, teacher_logits),
-            teacher=figures,
-            borrowed=not own,
-            outcomes=(cells[1, 1], cells[1, 0], cells[0, 1], cells[0, 0]),
-            disagreements=len(different),
-            shown=()
-            if self.config.no_images
-            else _pictures(
-                splits, logits, teacher_logits, different[spread(len(different), self.config.thumbnails)]
-            ),
-        )
-
-    def _splits(self, spec: str, size: tuple[int, int, int], skip_broken: bool) -> Splits:
-        key = (spec, size, skip_broken)
-        if key not in self.loaded:
-            self.loaded[key] = data.load(
-                spec,
-                data_dir=self.config.data_dir,
-                cache_dir=self.config.cache_dir,
-                fit_to=size,
-                skip_broken=skip_broken,
-                on_event=self._tell,
-            )
-        return self.loaded[key]
-
-    def _tell(self, event: Event) -> None:
-        if isinstance(event, Progress):
-            self.on_event(event)
-
-    def _hash(self, path: Path) -> str:
-        if path not in self.hashes:
-            self.hashes[path] = sha256_file(path)
-        return self.hashes[path]
-
-    def _named_teachers(self) -> dict[str, Path]:
-        """SHA-256 and path of every teacher that a run learned from."""
-        if self.config.teacher is not None:
-            return (
-                {self._hash(self.config.teacher): self.config.teacher}
-                if self.config.teacher.is_file()
-                else {}
-            )
-        return {
-            sha256: path for run in self.runs for path, sha256 in [recorded_teacher(run)] if path is not None
-        }
-
-    def _teacher_of(self, run: Run) -> tuple[Path | None, bool, str]:
-        """The teacher to compare with, whether it is the run's own, and why there is none."""
-        path, sha256 = recorded_teacher(run)
-        own = path is not None
-        if self.config.teacher is not None:
-            path, sha256 = self.config.teacher, ""
-        elif path is None:
-            named = self._named_teachers()
-            if len(named) != 1:
-                learned = "several teachers" if len(teachers_of(run.provenance)) > 1 else "no teacher"
-                return None, False, f"It learned from {learned}; --teacher names one to compare with."
-            [(sha256, path)] = named.items()
-        if not path.is_file():
-            return None, own, f"The teacher {path} is not here; --teacher names it."
-        if sha256 and self._hash(path) != sha256:
-            return None, own, f"{path} is not the teacher this run learned from; --teacher names one."
-        if self._hash(path) == self._hash(run.student):
-            return None, own, "It is the teacher."
-        return path, own, ""
-
-    def _teacher(self, path: Path, test: data.ImageSet) -> tuple[Tensor, TeacherFigures]:
-        key = (self._hash(path), test.fingerprint)
-        if key not in self.teachers:
-            kept = Teacher.open(path, self.config.cache_dir, threads=self.config.threads).logits(
-                test, exact=True, task="teacher on test images", on_event=self._tell
-            )
-            logits = kept[0].logits()
-            labels = torch.tensor(test.labels)
-            figures = TeacherFigures(path, key[0], measure(logits, labels), reliability(logits, labels))
-            self.teachers[key] = logits, figures
-        return self.teachers[key]
+    return np.linspace(0, count - 1, limit).round().astype(np.int64)
 
 
 def recorded_teacher(run: Run) -> tuple[Path | None, str]:
-    """Path and SHA-256 of the teacher that a run learned from; None where there was none, or several."""
+    """Path and SHA-256 of the teacher a run learned from; None for no teacher or several."""
     found = teachers_of(run.provenance)
     return found[0] if len(found) == 1 else (None, "")
 
 
-def _pictures(
+class _Examiner:
+    """Evaluations of a page's runs; data sets, hashes and teachers are loaded once."""
+
+    def __init__(self, runs: Sequence[Run], config: ReportConfig, on_event: OnEvent) -> None:
+        self.config = config
+        self.on_event = on_event
+        self.sha256 = cache(sha256_file)
+        self.splits = cache(self._splits)
+        self.evaluated: dict[tuple[str, str], tuple[Tensor, TeacherFigures]] = {}
+        recorded = [recorded_teacher(run) for run in runs]
+        self.teachers = {sha256: path for path, sha256 in recorded if path is not None}
+        if config.teacher is not None and config.teacher.is_file():
+            self.teachers = {self.sha256(config.teacher): config.teacher}
+        elif config.teacher is not None:
+            self.teachers = {}
+
+    def examine(self, run: Run) -> Examined:
+        """Evaluate one run.
+
+        Raises:
+            KdError: model or data cannot be read.
+        """
+        # 1. The student on the test images of its data
+        classes = len(run.classes)
+        if classes > MAX_CLASSES:
+            raise KdError(f"{classes:,} classes are more than the {MAX_CLASSES:,} a report measures")
+        spec, skip_broken = data.source_for(
+            run.student, run.provenance, self.config.data, self.config.skip_broken
+        )
+        model = models.load(run.student)
+        splits = self.splits(spec, model.input_size, skip_broken)
+        test = splits.test
+        if problem := data.incompatibility(model.classes, model.input_size, test):
+            raise KdError(f"the student {problem}")
+        labels = torch.tensor(test.labels)
+        logits = models.predict_logits(
+            model, test.images, task=f"testing {run.name}", on_event=self._progress
+        )
+        recorded = run.provenance.get("data")
+        changed = isinstance(recorded, dict) and recorded.get("fingerprint_test") != test.fingerprint
+        notes = ("These are not the test images that were measured when the run ended.",) if changed else ()
+        found = Examined(label=splits.label, bins=reliability(logits, labels), notes=notes)
+        # 2. Its teacher on the same images
+        path, no_teacher = self._teacher_of(run)
+        if path is not None:
+            try:
+                teacher_logits, figures = self._teacher(path, test)
+            except KdError as error:
+                path, no_teacher = None, error.message
+        if path is None:
+            is_teacher = self.sha256(run.student) in self.teachers
+            return replace(
+                found,
+                evaluation=measure(logits, labels),
+                is_teacher=is_teacher,
+                no_teacher="" if is_teacher else no_teacher,
+            )
+        # 3. Where they differ
+        predicted, expected = logits.argmax(dim=1), teacher_logits.argmax(dim=1)
+        outcomes = Counter(zip((predicted == labels).tolist(), (expected == labels).tolist(), strict=True))
+        different = (predicted != expected).nonzero().flatten().numpy()
+        limit = 0 if self.config.no_images else self.config.thumbnails
+        chosen = different[evenly_spaced(len(different), limit)]
+        return replace(
+            found,
+            evaluation=measure(logits, labels, teacher_logits),
+            teacher=figures,
+            other_teacher=recorded_teacher(run)[0] is None,
+            outcomes=(
+                outcomes[True, True],
+                outcomes[True, False],
+                outcomes[False, True],
+                outcomes[False, False],
+            ),
+            disagreements=len(different),
+            examples=_disagreements(splits, logits, teacher_logits, chosen),
+        )
+
+    def _splits(self, spec: str, size: tuple[int, int, int], skip_broken: bool) -> Splits:
+        return data.load(
+            spec,
+            data_dir=self.config.data_dir,
+            cache_dir=self.config.cache_dir,
+            fit_to=size,
+            skip_broken=skip_broken,
+            on_event=self._progress,
+        )
+
+    def _progress(self, event: Event) -> None:
+        """Pass progress on; notes of single models would clutter the terminal."""
+        if isinstance(event, Progress):
+            self.on_event(event)
+
+    def _teacher_of(self, run: Run) -> tuple[Path | None, str]:
+        """The teacher to compare with, or None and the reason.
+
+        In this order: --teacher, the run's own, the only one that other runs learned from.
+        """
+        path, sha256 = recorded_teacher(run)
+        if self.config.teacher is not None:
+            path, sha256 = self.config.teacher, ""
+        elif path is None:
+            if len(self.teachers) != 1:
+                learned = "several teachers" if len(teachers_of(run.provenance)) > 1 else "no teacher"
+                return None, f"It learned from {learned}; pass one with --teacher to compare with it."
+            [(sha256, path)] = self.teachers.items()
+        if not path.is_file():
+            return None, f"The teacher {path} does not exist; pass it with --teacher."
+        if sha256 and self.sha256(path) != sha256:
+            return None, f"{path} is not the teacher this run learned from; pass that with --teacher."
+        if self.sha256(path) == self.sha256(run.student):
+            return None, "It is the teacher."
+        return path, ""
+
+    def _teacher(self, path: Path, test: data.ImageSet) -> tuple[Tensor, TeacherFigures]:
+        """Test logits (N, C) and figures of a teacher."""
+        key = (self.sha256(path), test.fingerprint)
+        if key not in self.evaluated:
+            cached = Teacher.open(path, self.config.cache_dir, threads=self.config.threads).logits(
+                test, exact=True, task="teacher on test images", on_event=self._progress
+            )
+            logits, labels = cached[0].logits(), torch.tensor(test.labels)
+            figures = TeacherFigures(path, key[0], measure(logits, labels), reliability(logits, labels))
+            self.evaluated[key] = logits, figures
+        return self.evaluated[key]
+
+
+def _disagreements(
     splits: Splits, logits: Tensor, teacher_logits: Tensor, numbers: npt.NDArray[np.int64]
 ) -> tuple[Disagreement, ...]:
     if not len(numbers):
@@ -283,13 +275,13 @@ def _pictures(
     teacher = teacher_logits[numbers].double().softmax(dim=1).max(dim=1)
     return tuple(
         Disagreement(
-            int(number),
-            pixels[place],
-            int(splits.test.labels[number]),
-            int(student.indices[place]),
-            100 * student.values[place].item(),
-            int(teacher.indices[place]),
-            100 * teacher.values[place].item(),
+            number=int(number),
+            pixels=pixels[place],
+            label=int(splits.test.labels[number]),
+            student=int(student.indices[place]),
+            student_probability=100 * student.values[place].item(),
+            teacher=int(teacher.indices[place]),
+            teacher_probability=100 * teacher.values[place].item(),
         )
         for place, number in enumerate(numbers)
     )

@@ -1,8 +1,7 @@
-"""Figures from results. They are the same bytes for the same figures, and take any class name."""
+"""Figures of results as .png or .svg: the same bytes for the same results; any class name is drawn as text."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from kdcli.base.errors import KdError
 from kdcli.base.plotting import BLUE, FRONT, GREEN, GRID, INK, ORANGE, Target, drawn_to, shown
-from kdcli.base.text import reason
 from kdcli.deploy.bench import Row
+from kdcli.engine.records import Metrics, epoch_lines
 from kdcli.studies.compare import Comparison
 
 if TYPE_CHECKING:
@@ -25,23 +24,24 @@ def curves(metrics_path: Path, target: Target) -> None:
     Raises:
         KdError: there is nothing to draw, or the figure cannot be written.
     """
-    epochs = _read_epochs(metrics_path)
+    epochs = epoch_lines(metrics_path)
+    if not epochs:
+        raise KdError(f"{metrics_path} holds no finished epoch, so there is nothing to draw")
+    validated = [line for line in epochs if line.val_accuracy is not None]
     with drawn_to(target, 7.2, 5.2) as figure:
-        validated = any(epoch.get("val_accuracy") is not None for epoch in epochs)
         panels = list(figure.subplots(2 if validated else 1, 1, sharex=True, squeeze=False)[:, 0])
-        numbers = [epoch["epoch"] for epoch in epochs]
-        _line(panels[0], numbers, [epoch.get("loss") for epoch in epochs], BLUE, "total")
-        terms = sorted({name for epoch in epochs for name in epoch.get("terms") or {}})
+        numbers = [line.epoch for line in epochs]
+        _line(panels[0], numbers, [line.loss for line in epochs], BLUE, "total")
+        terms = sorted({name for line in epochs for name in line.terms})
         if len(terms) > 1:
             for name, colour in zip(terms, (ORANGE, GREEN, "#cc79a7", "#e69f00") * len(terms), strict=False):
-                values = [(epoch.get("terms") or {}).get(name) for epoch in epochs]
-                _line(panels[0], numbers, values, colour, shown(name), width=1.2)
+                having = [line for line in epochs if name in line.terms]
+                values = [line.terms[name] for line in having]
+                _line(panels[0], [line.epoch for line in having], values, colour, shown(name), width=1.2)
             panels[0].legend(frameon=False, ncols=4, loc="upper right", fontsize=9)
         panels[0].set_ylabel("training loss")
         if validated:
-            _line(panels[1], numbers, [epoch.get("val_accuracy") for epoch in epochs], GREEN, "validation")
-            panels[1].set_ylabel("validation accuracy, %")
-            _mark_best(panels[1], epochs)
+            _validation(panels[1], validated)
         panels[-1].set_xlabel("epoch")
         panels[-1].xaxis.get_major_locator().set_params(integer=True)
         for panel in panels:
@@ -69,7 +69,7 @@ def confusion(matrix: Any, classes: Sequence[str], target: Target) -> None:
     names = [shown(name) for name in classes]
     with drawn_to(target, side + 1.6, side + 0.8) as figure:
         axes = figure.add_subplot()
-        # the root lets a confusion of 2 % be seen beside a diagonal of 90 %
+        # The square root makes a confusion of 2 % visible beside a diagonal of 90 %
         drawn = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=100))
         size = 10 if count <= 20 else max(3.5, min(8.0, 72 * 0.8 * side / count))
         axes.set_xticks(range(count), names, rotation=45 if count <= 20 else 90, fontsize=size)
@@ -90,12 +90,10 @@ def confusion(matrix: Any, classes: Sequence[str], target: Target) -> None:
 
 
 def pareto(rows: Sequence[Row], target: Target, size: tuple[float, float] = (7.2, 5.0)) -> None:
-    """Draw accuracy against single-image latency; a disc's area is the size of the network.
-
-    The line joins the models that no other beats in both.
+    """Draw accuracy over single-image latency; a disc's area is the size of the network, the line the Pareto front.
 
     Args:
-        rows: those without an accuracy are left out.
+        rows: benchmark rows; those without an accuracy are left out.
         target: `.png` or `.svg`.
         size: width and height in inches.
 
@@ -105,7 +103,7 @@ def pareto(rows: Sequence[Row], target: Target, size: tuple[float, float] = (7.2
     known = [row for row in rows if row.accuracy is not None and math.isfinite(row.latency_ms)]
     if not known:
         raise KdError(
-            "no model's accuracy is known, so there is nothing to draw", "Give test images with --data."
+            "no model's accuracy is known, so there is nothing to draw", "Pass test images with --data."
         )
     largest = max(row.network_bytes for row in known) or 1
     with drawn_to(target, *size) as figure:
@@ -148,12 +146,12 @@ def pareto(rows: Sequence[Row], target: Target, size: tuple[float, float] = (7.2
         for handle in legend.legend_handles:
             if handle is not None:
                 handle.set_sizes([60])  # type: ignore[attr-defined]
-        figure.draw_without_rendering()  # the layout is settled only now
+        figure.draw_without_rendering()  # places the axes, which the labels need
         _name_points(axes, known, front, largest)
 
 
 def comparison(found: Comparison, target: Target, width: float = 8.4) -> None:
-    """Draw the runs of a comparison: each seed, each mean with its interval, and the differences to the baseline.
+    """Draw a comparison: each seed's accuracy, means with intervals, and differences to the baseline.
 
     Raises:
         KdError: no run is finished, or the figure cannot be written.
@@ -190,7 +188,7 @@ def _spread(
     interval: tuple[float, float] | None,
     colour: str,
 ) -> None:
-    """A row of points, beside it the mean and, if there is one, its 95 % interval."""
+    """Draw points of one row, and above them the mean with its 95 % interval, if there is one."""
     axes.scatter(values, [place + 0.16] * len(values), s=16, color=colour, alpha=0.55, linewidths=0)
     if interval is not None:
         axes.plot(interval, [place - 0.12] * 2, color=colour, linewidth=1.8)
@@ -198,7 +196,7 @@ def _spread(
 
 
 def pareto_front(rows: Sequence[Row]) -> list[Row]:
-    """Rows that no other beats in latency and accuracy, fastest first."""
+    """Rows with no other that is both faster and more accurate, fastest first."""
     front: list[Row] = []
     for row in sorted(rows, key=lambda row: (row.latency_ms, -(row.accuracy or 0))):
         if not front or (row.accuracy or 0) > (front[-1].accuracy or 0):
@@ -206,53 +204,21 @@ def pareto_front(rows: Sequence[Row]) -> list[Row]:
     return front
 
 
-def _read_epochs(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl; a run that was killed may have left half a one."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise KdError(f"cannot read {path}: {reason(error)}") from error
-    epochs = []
-    for line in lines:
-        try:
-            epoch = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(epoch, dict) and isinstance(epoch.get("epoch"), int) and epoch.get("kind") != "step":
-            epochs.append(epoch)
-    if not epochs:
-        raise KdError(f"{path} holds no finished epoch, so there is nothing to draw")
-    return epochs
-
-
 def _line(
-    axes: Axes, numbers: list[int], values: list[Any], colour: str, label: str, *, width: float = 1.8
+    axes: Axes, numbers: list[int], values: list[float], colour: str, label: str, *, width: float = 1.8
 ) -> None:
-    points = [
-        (number, value)
-        for number, value in zip(numbers, values, strict=True)
-        if isinstance(value, int | float) and math.isfinite(value)
-    ]
-    axes.plot(
-        [number for number, _ in points],
-        [value for _, value in points],
-        color=colour,
-        linewidth=width,
-        label=label,
-        marker="o" if len(points) < 25 else None,
-        markersize=3,
-    )
+    marker = "o" if len(numbers) < 25 else None
+    axes.plot(numbers, values, color=colour, linewidth=width, label=label, marker=marker, markersize=3)
 
 
-def _mark_best(axes: Axes, epochs: list[dict[str, Any]]) -> None:
-    known = [epoch for epoch in epochs if isinstance(epoch.get("val_accuracy"), int | float)]
-    best = max(known, key=lambda epoch: epoch["val_accuracy"])
-    last = known[-1]
-    axes.set_title(
-        f"best {best['val_accuracy']:.2f} % at epoch {best['epoch']}, last {last['val_accuracy']:.2f} %",
-        fontsize=9,
-        loc="right",
-    )
+def _validation(axes: Axes, epochs: list[Metrics]) -> None:
+    """Draw validation accuracy; the title gives the best and the last."""
+    values = [line.val_accuracy or 0.0 for line in epochs]
+    _line(axes, [line.epoch for line in epochs], values, GREEN, "validation")
+    axes.set_ylabel("validation accuracy, %")
+    best = epochs[values.index(max(values))].epoch
+    title = f"best {max(values):.2f} % at epoch {best}, last {values[-1]:.2f} %"
+    axes.set_title(title, fontsize=9, loc="right")
 
 
 def _write_cells(axes: Axes, shares: Any) -> None:
@@ -264,7 +230,7 @@ def _write_cells(axes: Axes, shares: Any) -> None:
 
 
 def _frame(axes: Axes, rows: Sequence[Row]) -> None:
-    """Limits with room for discs and names."""
+    """Set limits with room for discs and names."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     times = [row.latency_ms for row in rows]
@@ -278,19 +244,19 @@ def _frame(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _name_points(axes: Axes, rows: Sequence[Row], front: Sequence[Row], largest: float) -> None:
-    """A name at each disc: right, left, above or below it, where it covers the least of discs, names and line."""
+    """Write each model's name beside its disc, at the place that overlaps least with discs, names and the front."""
 
-    def place(row: Row) -> tuple[float, float]:  # in points
+    def position(row: Row) -> tuple[float, float]:  # in points
         x, y = axes.transData.transform((row.latency_ms, row.accuracy or 0)) * 72 / axes.figure.dpi
         return float(x), float(y)
 
     discs = [
-        (row, *place(row), math.sqrt((30 + 1200 * row.network_bytes / largest) / math.pi)) for row in rows
+        (row, *position(row), math.sqrt((30 + 1200 * row.network_bytes / largest) / math.pi)) for row in rows
     ]
-    taken = [(x - radius, y - radius, x + radius, y + radius) for _, x, y, radius in discs]
-    for (x1, y1), (x2, y2) in pairwise(map(place, front)):
+    occupied = [(x - radius, y - radius, x + radius, y + radius) for _, x, y, radius in discs]
+    for (x1, y1), (x2, y2) in pairwise(map(position, front)):
         dots = ((x1 + share * (x2 - x1) / 60, y1 + share * (y2 - y1) / 60) for share in range(61))
-        taken += [(x - 2, y - 2, x + 2, y + 2) for x, y in dots]
+        occupied += [(x - 2, y - 2, x + 2, y + 2) for x, y in dots]
     for row, x, y, radius in discs:
         name = shown(row.name)
         width, height, gap = 5.2 * len(name), 11.0, radius + 3
@@ -304,9 +270,9 @@ def _name_points(axes: Axes, rows: Sequence[Row], front: Sequence[Row], largest:
         ]
         boxes = [(x + left, y + low, x + left + width, y + low + height) for left, low in places]
         best = min(
-            range(len(places)), key=lambda index: sum(_overlap(boxes[index], other) for other in taken)
+            range(len(places)), key=lambda index: sum(_overlap(boxes[index], other) for other in occupied)
         )
-        taken.append(boxes[best])
+        occupied.append(boxes[best])
         axes.annotate(
             name,
             (row.latency_ms, row.accuracy or 0),

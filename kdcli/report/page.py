@@ -1,18 +1,21 @@
-"""`kd report`: one page that needs nothing beside itself.
+"""`kd report`: one self-contained HTML page.
 
-Every text in it may come from a file of unknown origin. Jinja2 escapes all of it; what it takes as markup is made
-here and in `inline` alone; and the page's own policy lets the browser run no script but the one whose hash it names.
+Texts may come from files of unknown origin: Jinja2 escapes all of them, only kd's own style sheet and script are
+inserted as markup, and the page's content security policy allows that one script, by its hash, and no requests.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
+from shlex import join
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -24,33 +27,34 @@ from kdcli.base.config import ReportConfig
 from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent, ignore
 from kdcli.base.files import atomic_path, sha256_file
+from kdcli.base.text import reason
 from kdcli.deploy.bench import Row
-from kdcli.report import inline, words
-from kdcli.report.details import Section, command, details_of, missing, path_word
-from kdcli.report.examine import Examined, TeacherFigures, examine, recorded_teacher
-from kdcli.report.figures import pareto_front
+from kdcli.report import figures, filters, page_figures
+from kdcli.report.details import Section, details_of, missing, path_argument
+from kdcli.report.examine import Examined, examine, recorded_teacher
 from kdcli.report.gather import COMPARISON, Run, gather
-from kdcli.report.speed import Speed, deployed, from_file, measured
+from kdcli.report.page_figures import embed
+from kdcli.report.speed import Speed, deployed, from_file, measure
 from kdcli.studies.compare import Comparison
 from kdcli.studies.compare import read as read_comparison
-from kdcli.studies.compare.tables import cells, statistics_note
+from kdcli.studies.compare.tables import cells, explained
 
-MOST_DETAILED = 20  # runs with a section of their own
-MOST_EPOCHS = 200
-MOST_COMPARISONS = 20
-MOST_METHODS = 60  # rows of a comparison
+MAX_SECTIONS = 20  # runs with a section of their own
+MAX_EPOCHS = 200  # rows of the table of epochs
+MAX_COMPARISONS = 20
+MAX_METHODS = 60  # rows of a comparison
 
 
 @dataclass(frozen=True)
 class Report:
-    """A page, and what is in it.
+    """A page and a summary of it.
 
     Attributes:
         html: the page.
-        runs: its figures, plain values.
-        comparisons: the folders of those that have a section.
-        left_out: name and reason of runs that are not in it.
-        notes: one line each on what is missing and why.
+        runs: figures of each run, plain values.
+        left_out: (name, reason) of runs and comparisons that are not on it.
+        notes: what is missing and why, one line each.
+        comparisons: folders of those that have a section.
     """
 
     html: str
@@ -69,65 +73,68 @@ def make_report(
     speed: Speed | None = None,
     on_event: OnEvent = ignore,
 ) -> Report:
-    """Read runs, measure what can be measured, and make the page.
+    """Read runs, measure models, and make the page.
 
     Args:
         folders: of runs.
-        config: see `ReportConfig`.
         others: further models to time beside the students, as exported files.
         comparisons: folders of kd compare, for a section each.
-        speed: a measurement that has been made already.
-        on_event: told of progress.
+        speed: a benchmark that has been made already.
 
     Raises:
         KdError: no run is finished, or the file named by `config.bench` is no benchmark.
     """
+    # 1. Records of the runs; their models on test images
     runs, left_out = gather(folders)
-    speed = from_file(config.bench) if speed is None and config.bench is not None else speed
+    if speed is None and config.bench is not None:
+        speed = from_file(config.bench)
     examined = examine(runs, config, on_event)
-    if speed is None:
-        if config.no_bench:
-            speed = Speed(why_not="Latencies were left out (--no-bench).")
-        else:
-            teacher = _teacher_file(runs, examined, config)
-            speed = measured([run.student for run in runs], teacher, others, config, on_event)
+    # 2. Latencies
+    if speed is None and config.no_bench:
+        speed = Speed(unavailable="Latencies were left out (--no-bench).")
+    elif speed is None:
+        teacher = _teacher_file(runs, examined, config)
+        speed = measure([run.student for run in runs], teacher, others, config, on_event)
     speed = replace(speed, rows=_with_accuracy(speed.rows, runs, examined))
-    by_path = {_resolved(row.path): row for row in deployed(speed.rows)}
-    teachers = {found.teacher.sha256: found.teacher.path for found in examined if found.teacher is not None}
+    rows = {_real(row.path): row for row in deployed(speed.rows)}
+    # 3. A teacher's own run and the copy that others learned from are one file: one row of figures
+    teachers = {found.teacher.sha256: found.teacher for found in examined if found.teacher is not None}
+    separate = dict(teachers)
     for run, found in zip(runs, examined, strict=True):
-        if (
-            found.is_teacher
-        ):  # one file under two names: a teacher's run, and the copy that others learned from
-            copy = teachers.pop(sha256_file(run.student), run.student)
-            if _resolved(copy) in by_path:
-                by_path[_resolved(run.student)] = by_path[_resolved(copy)]
-    sections = [
-        Section(
-            f"run-{number}",
-            run,
-            found,
-            found.evaluation or run.recorded.test,
-            by_path.get(_resolved(run.student)),
-        )
-        for number, (run, found) in enumerate(zip(runs, examined, strict=True), 1)
-    ]
-    compared, unread = _compared(comparisons)
-    left_out += unread
-    html = _render(sections, left_out, speed, config, set(teachers), compared)
+        teacher_figures = separate.pop(sha256_file(run.student), None) if found.is_teacher else None
+        if teacher_figures is not None and _real(teacher_figures.path) in rows:
+            rows[_real(run.student)] = rows[_real(teacher_figures.path)]
+    # 4. Sections
+    sections = []
+    for number, (run, found) in enumerate(zip(runs, examined, strict=True), 1):
+        evaluation = found.evaluation or run.evaluation
+        sections.append(Section(f"run-{number}", run, found, evaluation, rows.get(_real(run.student))))
+    compared, unread = _read_comparisons(comparisons)
+    html = _render(
+        sections=sections,
+        detailed=[details_of(section) for section in sections[:MAX_SECTIONS]],
+        teachers=[(found, rows.get(_real(found.path)), sha in separate) for sha, found in teachers.items()],
+        labels=sorted({found.label for found in examined if found.label}),
+        best=_best(sections),
+        left_out=reason_groups(left_out + unread),
+        comparisons=[_comparison(f"comparison-{n}", *pair) for n, pair in enumerate(compared, 1)],
+        command=_command(sections, [path for path, _ in compared], config.output),
+        no_images=config.no_images,
+        **_epochs(sections),
+        **_latencies(speed),
+    )
     notes = [f"{section.run.name}: {text}" for section in sections for text in missing(section)]
-    if speed.why_not:
-        notes.append(speed.why_not)
     return Report(
         html,
         tuple(_plain(section) for section in sections),
-        tuple(left_out),
-        tuple(notes),
+        tuple(left_out + unread),
+        (*notes, speed.unavailable) if speed.unavailable else tuple(notes),
         tuple(path.as_posix() for path, _ in compared),
     )
 
 
 def write_report(report: Report, target: Path) -> None:
-    """Write the page whole or not at all.
+    """Write the page atomically.
 
     Raises:
         KdError: it cannot be written.
@@ -136,25 +143,16 @@ def write_report(report: Report, target: Path) -> None:
         with atomic_path(target) as temporary:
             temporary.write_text(report.html, encoding="utf-8")
     except OSError as error:
-        raise KdError(
-            f"cannot write {target}: {error.strerror or error}", "Choose another place with -o."
-        ) from error
+        raise KdError(f"cannot write {target}: {reason(error)}", "Choose another path with -o.") from error
 
 
 def reason_groups(left_out: Sequence[tuple[str, str]]) -> list[tuple[str, list[str]]]:
-    """Runs that are left out for the same reason, together."""
+    """(name, reason) pairs as (reason, names)."""
     ordered = sorted(left_out, key=lambda pair: pair[1])
-    return [(reason, [name for name, _ in group]) for reason, group in groupby(ordered, lambda pair: pair[1])]
+    return [(why, [name for name, _ in group]) for why, group in groupby(ordered, lambda pair: pair[1])]
 
 
-def _render(
-    sections: Sequence[Section],
-    left_out: Sequence[tuple[str, str]],
-    speed: Speed,
-    config: ReportConfig,
-    listed: set[str],
-    compared: Sequence[tuple[Path, Comparison]],
-) -> str:
+def _render(**values: Any) -> str:
     environment = Environment(
         loader=PackageLoader("kdcli.report", "assets"),
         autoescape=True,
@@ -163,104 +161,115 @@ def _render(
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "plain": words.text_of,
-        "number": words.number,
+        "plain": filters.plain,
+        "number": filters.number,
+        "signed": filters.signed,
+        "ms": filters.milliseconds,
+        "data_uri": filters.data_uri,
         "size": units.size,
-        "signed": words.signed,
-        "ms": words.ms,
         "count": units.count,
-        "data_uri": words.picture,
     }
     script = _asset("report.js")
-    drawn = [section for section in sections if _validated(section.run)]
-    drawn_first = sorted(drawn, key=lambda section: -(section.run.recorded.val_accuracy or 0))[
-        : inline.MOST_LINES
-    ]
-    lines = [section for section in sections if section in drawn_first]
-    shown_rows = deployed(speed.rows)
-    known = [row for row in shown_rows if row.accuracy is not None]
-    detailed = sections[:MOST_DETAILED]
-    teachers: dict[str, TeacherFigures] = {
-        section.examined.teacher.sha256: section.examined.teacher
-        for section in sections
-        if section.examined.teacher
-    }
-    rows_by_path = {_resolved(row.path): row for row in shown_rows}
-    front_rows = pareto_front(known)
     return environment.get_template("report.html.jinja").render(
         css=Markup(_asset("report.css")),  # noqa: S704 — kd's own files
         script=Markup(script),  # noqa: S704
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         version=__version__,
-        sections=sections,
-        detailed=[details_of(section) for section in detailed],
-        teachers=[
-            (figures, rows_by_path.get(_resolved(figures.path)), sha256 in listed)
-            for sha256, figures in teachers.items()
-        ],
-        labels=sorted({section.examined.label for section in sections if section.examined.label}),
-        best=_best(sections),
-        left_out=reason_groups(left_out),
-        lines=lines,
-        drawn_count=len(drawn),
-        unvalidated=[section.run.name for section in sections if not _validated(section.run)],
-        epochs_figure=inline.epochs([section.run for section in lines], "epochs") if lines else None,
-        epoch_rows=_epoch_rows(lines),
-        speed=speed,
-        speed_rows=shown_rows,
-        front=[row.path for row in front_rows],
-        front_figure=inline.front(known, "front") if known else None,
-        comparisons=[
-            _comparison(f"comparison-{number}", path, found)
-            for number, (path, found) in enumerate(compared, 1)
-        ],
-        command=command(
-            [
-                "kd",
-                "report",
-                *_named(sections, [path for path, _ in compared]),
-                "-o",
-                path_word(config.output),
-            ]
-        ),
-        no_images=config.no_images,
+        **values,
     )
 
 
-def _compared(folders: Sequence[Path]) -> tuple[list[tuple[Path, Comparison]], list[tuple[str, str]]]:
-    """The comparisons that can be read, and (name, reason) of the others."""
+def _asset(name: str) -> str:
+    return resources.files("kdcli.report").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _epochs(sections: Sequence[Section]) -> dict[str, Any]:
+    """Template values of validation accuracy over epochs: figure, and table with epochs down and runs across."""
+    validated = [section for section in sections if section.run.validation]
+    lines = sorted(validated, key=lambda section: -section.run.validation[-1][1])[: page_figures.MAX_LINES]
+    lines = [section for section in sections if section in lines]
+    figure = None
+    if lines:
+        figure = embed(
+            partial(page_figures.epochs, [section.run for section in lines]),
+            "Validation accuracy over epochs. The table below has the same figures.",
+        )
+    columns = [dict(section.run.validation) for section in lines]
+    numbers = sorted({epoch for column in columns for epoch in column})
+    step = -(-len(numbers) // MAX_EPOCHS) or 1
+    return {
+        "lines": lines,
+        "validated_count": len(validated),
+        "unvalidated": [section.run.name for section in sections if not section.run.validation],
+        "epochs_figure": figure,
+        "epoch_rows": [(number, [column.get(number) for column in columns]) for number in numbers[::step]],
+        "epoch_step": step,
+    }
+
+
+def _latencies(speed: Speed) -> dict[str, Any]:
+    """Template values of accuracy against latency."""
+    rows = deployed(speed.rows)
+    known = [row for row in rows if row.accuracy is not None]
+    figure = None
+    if known:
+        figure = embed(
+            lambda target: figures.pareto(known, target, (5.0, 4.0)),
+            "Accuracy over latency: a disc for each model, its area the size of the network, and the Pareto front. "
+            "The table below has the same figures.",
+        )
+    return {
+        "speed": speed,
+        "speed_rows": rows,
+        "front": [row.path for row in figures.pareto_front(known)],
+        "front_figure": figure,
+    }
+
+
+def _read_comparisons(
+    folders: Sequence[Path],
+) -> tuple[list[tuple[Path, Comparison]], list[tuple[str, str]]]:
+    """Comparisons by folder, and (name, reason) of those that are left out."""
     found: list[tuple[Path, Comparison]] = []
     left_out: list[tuple[str, str]] = []
-    for path in folders[:MOST_COMPARISONS]:
+    for path in folders[:MAX_COMPARISONS]:
         try:
             found.append((path, read_comparison(path / COMPARISON)))
         except KdError as error:
             left_out.append((path.name or path.as_posix(), error.message))
-    left_out += [(path.name, "more comparisons than a page shows") for path in folders[MOST_COMPARISONS:]]
+    left_out += [(path.name, "more comparisons than a page shows") for path in folders[MAX_COMPARISONS:]]
     return found, left_out
 
 
 def _comparison(key: str, path: Path, found: Comparison) -> dict[str, Any]:
-    """What the page says of a comparison, ready to print."""
-    rows = found.standings[:MOST_METHODS]
-    drawn = found.model_copy(update={"standings": rows})
+    """Template values of a comparison's section."""
+    rows = found.standings[:MAX_METHODS]
+    figure = None
+    if any(row.count for row in rows):
+        figure = embed(
+            lambda target: figures.comparison(
+                found.model_copy(update={"standings": rows}), target, width=7.0
+            ),
+            "Test accuracy of each method and its difference to the baseline: a dot for each run, a diamond for the "
+            "mean, a line for its 95 % interval over seeds. The table has the same figures.",
+        )
     return {
         "key": key,
         "name": path.name or path.resolve().name,
         "found": found,
         "rows": [(row, cells(row)) for row in rows],
-        "explained": statistics_note(found),
-        "figure": inline.comparison(drawn, key) if any(row.count for row in rows) else None,
+        "explained": explained(found),
+        "figure": figure,
     }
 
 
-def _named(sections: Sequence[Section], compared: Sequence[Path]) -> list[str]:
-    """The folders that make this page: a comparison stands for its runs."""
-    own = {_resolved(path) for path in compared}
+def _command(sections: Sequence[Section], compared: Sequence[Path], output: Path) -> str:
+    """The command that makes this page; a comparison stands for its runs."""
+    parents = {path.resolve() for path in compared}
     runs = [
-        section.run.folder for section in sections if not own & set(_resolved(section.run.folder).parents)
+        section.run.folder for section in sections if parents.isdisjoint(section.run.folder.resolve().parents)
     ]
-    return [path_word(path) for path in (*compared, *runs)]
+    return join(["kd", "report", *map(path_argument, (*compared, *runs)), "-o", path_argument(output)])
 
 
 def _best(sections: Sequence[Section]) -> Section | None:
@@ -268,83 +277,67 @@ def _best(sections: Sequence[Section]) -> Section | None:
     known = [
         section
         for section in sections
-        if section.run.recorded.val_accuracy is not None and not section.examined.is_teacher
+        if section.run.result.val_accuracy is not None and not section.examined.is_teacher
     ]
-    return max(known, key=lambda section: section.run.recorded.val_accuracy or 0.0) if known else None
-
-
-def _validated(run: Run) -> bool:
-    return any(line.val_accuracy is not None for line in run.epochs)
-
-
-def _epoch_rows(sections: Sequence[Section]) -> dict[str, Any]:
-    """Validation accuracies as a table: epochs down, runs across."""
-    by_run = [{line.epoch: line.val_accuracy for line in section.run.epochs} for section in sections]
-    numbers = sorted(set().union(*by_run)) if by_run else []
-    step = -(-len(numbers) // MOST_EPOCHS) or 1
-    chosen = numbers[::step]
-    return {"rows": [(number, [values.get(number) for values in by_run]) for number in chosen], "step": step}
+    return max(known, key=lambda section: section.run.result.val_accuracy or 0.0) if known else None
 
 
 def _teacher_file(runs: Sequence[Run], examined: Sequence[Examined], config: ReportConfig) -> Path | None:
-    """The teacher that ratios refer to: --teacher, else the one most runs learned from, if its file is there."""
+    """The teacher that ratios refer to: --teacher, else that of most runs, if its file is unchanged."""
     if config.teacher is not None and config.teacher.is_file():
         return config.teacher
     used = [found.teacher.path for found in examined if found.teacher is not None]
-    for run in runs if not used else ():
-        path, sha256 = recorded_teacher(run)
-        if path is not None and path.is_file() and sha256_file(path) == sha256:
-            used.append(path)
+    if not used:
+        recorded = [recorded_teacher(run) for run in runs]
+        used = [
+            path for path, sha in recorded if path is not None and path.is_file() and sha256_file(path) == sha
+        ]
     return max(used, key=used.count) if used else None
 
 
 def _with_accuracy(rows: Sequence[Row], runs: Sequence[Run], examined: Sequence[Examined]) -> tuple[Row, ...]:
-    """Accuracies that were measured for this page take the place of those recorded in files."""
-    known: dict[Path, float] = {}
+    """Rows with the accuracies measured for this page in place of those recorded in files."""
+    measured: dict[str, float] = {}
     for run, found in zip(runs, examined, strict=True):
         if found.evaluation is not None:
-            known[_resolved(run.student)] = found.evaluation.accuracy
+            measured[_real(run.student)] = found.evaluation.accuracy
         if found.teacher is not None:
-            known[_resolved(found.teacher.path)] = found.teacher.evaluation.accuracy
+            measured[_real(found.teacher.path)] = found.teacher.evaluation.accuracy
     return tuple(
-        replace(row, accuracy=known[_resolved(row.path)], accuracy_source="measured")
-        if _resolved(row.path) in known
+        replace(row, accuracy=measured[_real(row.path)], accuracy_source="measured")
+        if _real(row.path) in measured
         else row
         for row in rows
     )
 
 
-def _resolved(path: Path) -> Path:
-    try:
-        return path.resolve()
-    except (OSError, ValueError, RuntimeError):  # of a file of unknown origin: a NUL, a loop of links
-        return path
+def _real(path: Path) -> str:
+    """Identity of a file that may not exist."""
+    return os.path.realpath(path)
 
 
 def _plain(section: Section) -> dict[str, Any]:
-    run, row, found = section.run, section.row, section.examined
+    """A run's figures for `--json`."""
+    run, row, evaluation = section.run, section.row, section.evaluation
+    result = run.result
     return {
         "run": run.folder.as_posix(),
-        "method": run.recorded.method,
-        "student": run.recorded.student,
-        "seed": run.recorded.seed,
-        "parameters": run.recorded.parameters,
-        "val_accuracy": run.recorded.val_accuracy,
-        "measured": found.evaluation is not None,
-        "test_images": section.evaluation.count,
-        "test_accuracy": section.evaluation.accuracy,
-        "accuracy_interval": list(section.evaluation.accuracy_interval),
-        "calibration_error": section.evaluation.calibration_error,
-        "agreement": section.evaluation.agreement,
-        "teacher_accuracy": section.evaluation.teacher_accuracy,
-        "disagreements": found.disagreements if found.teacher else None,
+        "method": result.method,
+        "student": result.student,
+        "seed": result.seed,
+        "parameters": result.parameters,
+        "val_accuracy": result.val_accuracy,
+        "measured": section.examined.evaluation is not None,
+        "test_images": evaluation.count,
+        "test_accuracy": evaluation.accuracy,
+        "accuracy_interval": list(evaluation.accuracy_interval),
+        "calibration_error": evaluation.calibration_error,
+        "agreement": evaluation.agreement,
+        "teacher_accuracy": evaluation.teacher_accuracy,
+        "disagreements": section.examined.disagreements if section.examined.teacher else None,
         "engine": row.engine if row else None,
         "latency_ms": row.latency_ms if row else None,
         "speedup": row.speedup if row else None,
         "network_bytes": row.network_bytes if row else None,
         "size_ratio": row.size_ratio if row else None,
     }
-
-
-def _asset(name: str) -> str:
-    return resources.files("kdcli.report").joinpath("assets", name).read_text(encoding="utf-8")

@@ -6,6 +6,7 @@ import json
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,24 +24,14 @@ def texts(svg: Path) -> list[str]:
 
 
 def metrics_file(folder: Path) -> Path:
+    def line(epoch: int, loss: float, terms: dict[str, float], val_accuracy: float | None) -> dict[str, Any]:
+        rest = {"kind": "epoch", "step": epoch, "lr": 0.1, "images_per_s": 9.0, "seconds": 1.0}
+        return {"epoch": epoch, "loss": loss, "terms": terms, "val_accuracy": val_accuracy, **rest}
+
     lines = [
-        {
-            "epoch": 1,
-            "loss": 2.0,
-            "terms": {"ce": 1.5, "kd": 0.5},
-            "val_accuracy": None,
-            "lr": 0.1,
-            "images_per_s": 9,
-        },
-        {"epoch": 2, "loss": float("nan"), "terms": {}, "val_accuracy": 81.25, "lr": 0.1, "images_per_s": 9},
-        {
-            "epoch": 3,
-            "loss": 1.0,
-            "terms": {"ce": 0.7, "kd": 0.3},
-            "val_accuracy": 79.0,
-            "lr": 0.1,
-            "images_per_s": 9,
-        },
+        line(1, 2.0, {"ce": 1.5, "kd": 0.5}, None),
+        line(2, 1.5, {}, 81.25),
+        line(3, 1.0, {"ce": 0.7, "kd": 0.3}, 79.0),
     ]
     path = folder / "metrics.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"epoch": 4, "lo')
