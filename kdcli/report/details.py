@@ -75,7 +75,7 @@ def _class_rows(
     classes: Sequence[str], student: Evaluation, teacher: Evaluation | None
 ) -> list[dict[str, Any]]:
     """A row for each class; of many, those with the largest difference, or without a teacher the lowest accuracy."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for index, name in enumerate(classes):
         own = student.per_class[index]
         other = teacher.per_class[index] if teacher else None

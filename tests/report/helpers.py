@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,38 @@ def bench_file(folder: Path, **changes: Any) -> Path:
 
 def settings(**values: Any) -> ReportConfig:
     return make(ReportConfig, {"threads": 1, "no_bench": "bench" not in values, **values})
+
+
+def comparison_folder(folder: Path) -> Path:
+    """A comparison of ce and kd over two seeds; its runs are copies of those of the project."""
+    accuracies = {"ce": (50.0, 51.0), "kd": (51.0, 52.5)}
+    runs = []
+    for method, values in accuracies.items():
+        for seed, accuracy in enumerate(values):
+            name = f"{method}-seed{seed}"
+            shutil.copytree(f"runs/{method}-1", folder / "runs" / name)
+            run = {"run": f"runs/{name}", "method": method, "seed": seed, "status": "finished"}
+            runs.append({**run, "test_accuracy": accuracy})
+    baseline = {
+        "method": "ce", "is_baseline": True, "count": 2, "failed": 0, "test_mean": 50.5, "test_deviation": 0.71,
+        "test_interval": [44.1, 56.9], "val_mean": 50.0, "difference": None, "verdict": "baseline",
+    }  # fmt: skip
+    difference = {
+        "count": 2, "mean": 1.25, "by_seed": [[0, 1.0], [1, 1.5]], "deviation": 0.35, "interval": [0.5, 2.0],
+        "p": 0.01, "p_holm": 0.03,
+    }  # fmt: skip
+    other = baseline | {
+        "method": HOSTILE[0], "is_baseline": False, "test_mean": 51.75, "difference": difference,
+        "verdict": "better",
+    }  # fmt: skip
+    document = {
+        "schema_version": 1, "kd_version": "1", "folder": "c", "data": HOSTILE[3], "student": HOSTILE[1],
+        "epochs": 1, "methods": ["ce", "kd"], "seeds": [0, 1], "baseline": "ce", "level": 0.95,
+        "test_images": 80, "comparisons": 1, "teacher_passes": 0, "standings": [baseline, other], "runs": runs,
+        "notes": [HOSTILE[1], "\u202e" + HOSTILE[3]],
+    }  # fmt: skip
+    (folder / "comparison.json").write_text(json.dumps(document))
+    return folder
 
 
 class Page(HTMLParser):

@@ -74,8 +74,12 @@ def path(project: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize("theme", THEMES)
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: str(size[0]))
+VIEWS = [(size, theme) for size in SIZES for theme in THEMES]
+
+
+@pytest.mark.parametrize(
+    ("size", "theme"), [*(pytest.param(*view, marks=pytest.mark.slow) for view in VIEWS[:-1]), VIEWS[-1]]
+)
 def test_silent_alone_and_without_barriers(
     browser: Any, path: Path, size: tuple[int, int], theme: str
 ) -> None:
@@ -106,6 +110,7 @@ def column(page: Any, number: int) -> list[str]:
     return [str(text).split("\n")[0] for text in page.evaluate(script, number)]
 
 
+@pytest.mark.slow
 def test_tables_are_sorted_by_keyboard(browser: Any, path: Path) -> None:
     visit = Visit(browser, path, SIZES[0], "light")
     try:
@@ -134,6 +139,7 @@ def test_tables_are_sorted_by_keyboard(browser: Any, path: Path) -> None:
         visit.close()
 
 
+@pytest.mark.slow
 def test_without_scripts_nothing_is_missing(browser: Any, path: Path) -> None:
     visit = Visit(browser, path, SIZES[0], "light", java_script_enabled=False)
     try:
@@ -147,6 +153,7 @@ def test_without_scripts_nothing_is_missing(browser: Any, path: Path) -> None:
         visit.close()
 
 
+@pytest.mark.slow
 def test_on_paper_all_is_unfolded(browser: Any, path: Path) -> None:
     visit = Visit(browser, path, SIZES[0], "dark")
     try:

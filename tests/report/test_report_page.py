@@ -20,15 +20,14 @@ from PIL import Image
 
 from kdcli import models
 from kdcli.base import metrics
-from kdcli.base.config import CompareConfig, make
 from kdcli.base.errors import KdError, UsageError
 from kdcli.cli import report
 from kdcli.data import Splits, load
 from kdcli.engine.evaluate import measure
 from kdcli.report import details, examine, gather, make_report
-from kdcli.studies.compare import compare, make_plan
 from tests.helpers import command_line
-from tests.report.helpers import EVIL_NAME, HOSTILE, Page, bench_file, settings
+from tests.report.helpers import EVIL_NAME, HOSTILE, Page, bench_file, comparison_folder, settings
+
 
 def outputs(path: Path, splits: Splits) -> np.ndarray:
     """Logits, not by way of the report."""
@@ -249,17 +248,20 @@ WRONG_RESULTS = {
 
 
 @pytest.mark.parametrize("case", WRONG_RESULTS)
-def test_a_wrong_result_is_one_line(project: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kd = command_line(monkeypatch, report)
+def test_a_wrong_result_is_one_line(project: Path, case: str) -> None:
     path = Path("runs/kd-1/result.json")
     path.write_text(WRONG_RESULTS[case](path.read_text()), encoding="utf-8")
     with pytest.raises(KdError, match="no finished run to report on: kd-1: ") as caught:
-        kd("runs/kd-1", "--no-bench")
+        gather.gather([Path("runs/kd-1")])
     assert len(caught.value.message) < 300
     assert "\n" not in caught.value.message
-    report_of_two = make_report([Path("runs/kd-1"), Path("runs/ce-1")], settings())
-    assert [name for name, _ in report_of_two.left_out] == ["kd-1"]
-    assert "Left out, " in Page(report_of_two.html).text
+
+
+def test_a_wrong_result_leaves_one_run_out(project: Path) -> None:
+    Path("runs/kd-1/result.json").write_text("null")
+    report = make_report([Path("runs/kd-1"), Path("runs/ce-1")], settings())
+    assert [name for name, _ in report.left_out] == ["kd-1"]
+    assert "Left out, " in Page(report.html).text
 
 
 WRONG_METRICS = [
@@ -276,21 +278,31 @@ WRONG_METRICS = [
 @pytest.mark.parametrize("content", WRONG_METRICS, ids=range(len(WRONG_METRICS)))
 def test_wrong_metrics_leave_the_curve_out(project: Path, content: bytes) -> None:
     Path("runs/kd-1/metrics.jsonl").write_bytes(content)
-    report = make_report([Path("runs/kd-1")], settings())
-    assert "Without validation accuracy, so not in the figure: kd-1" in Page(report.html).text
-    assert sum("metrics.jsonl" in note for note in report.notes) == (content.count(b"\n") > 1)
+    run = gather.read_run(Path("runs/kd-1"))
+    assert run.validation == ()
+    assert sum("metrics.jsonl" in problem for problem in run.problems) == (content.count(b"\n") > 1)
 
 
 @pytest.mark.parametrize("name", ["config.toml", "environment.json"])
 @pytest.mark.parametrize("content", [b"\xff\x00", b"[" * 100_000, b"a" * 2_000_000, None])
-def test_wrong_settings_are_said_to_be(project: Path, name: str, content: bytes | None) -> None:
+def test_wrong_settings_are_a_problem(project: Path, name: str, content: bytes | None) -> None:
     path = Path("runs/kd-1") / name
     path.unlink()
     if content is not None:
         path.write_bytes(content)
+    run = gather.read_run(Path("runs/kd-1"))
+    assert (run.config if name == "config.toml" else run.environment) == ()
+    assert any(name in problem for problem in run.problems)
+
+
+def test_the_page_names_what_could_not_be_read(project: Path) -> None:
+    Path("runs/kd-1/metrics.jsonl").write_text("1\n2\n")
+    Path("runs/kd-1/environment.json").unlink()
     report = make_report([Path("runs/kd-1")], settings())
-    assert f"{name} could not be read." in Page(report.html).text
-    assert any(name in note for note in report.notes)
+    text = Page(report.html).text
+    assert "Without validation accuracy, so not in the figure: kd-1" in text
+    assert "environment.json could not be read." in text
+    assert sum("metrics.jsonl" in note or "environment.json" in note for note in report.notes) == 2
 
 
 def test_without_data_or_teacher_the_page_says_so(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,20 +342,27 @@ def kd(monkeypatch: pytest.MonkeyPatch) -> Any:
     return command_line(monkeypatch, report)
 
 
-def test_the_command_measures_writes_and_tells(project: Path, kd: Any) -> None:
-    result = kd("--json", "--threads", "1", "--bench-rounds", "3", "-o", "out/page.html")
+def test_the_command_writes_the_page(project: Path, kd: Any) -> None:
+    result = kd("--json", "--threads", "1", "--bench", bench_file(project).as_posix(), "-o", "out/page.html")
     assert result.exit_code == 0, result.output
-    told = json.loads(result.stdout)
-    assert told["schema_version"] == 1
-    assert told["output"] == "out/page.html"
-    assert told["bytes"] == Path("out/page.html").stat().st_size
-    assert [Path(run["run"]).name for run in told["runs"]] == [EVIL_NAME, "base", "ce-1", "kd-1"]
-    assert told["left_out"] == [{"run": "unfinished", "reason": "not finished (no result.json)"}]
-    assert all(run["latency_ms"] > 0 for run in told["runs"])
+    summary = json.loads(result.stdout)
+    assert summary["schema_version"] == 1
+    assert summary["output"] == "out/page.html"
+    assert summary["bytes"] == Path("out/page.html").stat().st_size
+    assert [Path(run["run"]).name for run in summary["runs"]] == [EVIL_NAME, "base", "ce-1", "kd-1"]
+    assert summary["left_out"] == [{"run": "unfinished", "reason": "not finished (no result.json)"}]
     text = Page(Path("out/page.html").read_text()).text
-    assert "median of n = 15; measured while this page was made" in text
+    assert "median of n = 15; measured before this page (bench.json)" in text
     assert "Left out, not finished (no result.json): unfinished." in text
     assert "kd train --config runs/kd-1/config.toml" in text
+
+
+@pytest.mark.slow
+def test_the_command_measures_latencies(project: Path, kd: Any) -> None:
+    result = kd("runs/kd-1", "--json", "--threads", "1", "--bench-rounds", "3", "-o", "page.html")
+    assert all(run["latency_ms"] > 0 for run in json.loads(result.stdout)["runs"])
+    text = Page(Path("page.html").read_text()).text
+    assert "median of n = 15; measured while this page was made" in text
 
 
 def test_wrong_usage(project: Path, kd: Any) -> None:
@@ -377,29 +396,9 @@ def test_of_many_classes_those_that_differ_most() -> None:
     assert {row["difference"] for row in rows[1:]} == {0.0}
 
 
-def test_a_comparison_has_its_table_and_figure_whatever_it_is_called(
-    project: Path, made: tuple[Path, Splits], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train = {
-        "data": "toy",
-        "student": "convnet-tiny",
-        "epochs": 1,
-        "batch_size": 32,
-        "lr": 1e-2,
-        "threads": 1,
-    }
-    chosen = make(CompareConfig, {"seeds": 2, "name": "c"})
-    plan = make_plan(chosen, {**train, "precision": "32", "teacher": "weights/teacher.pt"})
-    compare(plan, made[1])
-    file = plan.result_file
-    document = json.loads(file.read_text())
-    assert document["standings"][1]["verdict"] == "inconclusive"
-    difference = document["standings"][1]["difference"]
-    difference |= {"mean": 1.25, "interval": [0.5, 2.0], "p": 0.01, "p_holm": 0.03}
-    document["standings"][1] |= {"verdict": "better", "method": HOSTILE[0]}
-    document |= {"student": HOSTILE[1], "data": HOSTILE[3], "notes": [HOSTILE[1], "\u202e" + HOSTILE[3]]}
-    file.write_text(json.dumps(document))
-    place = plan.folder.rename(plan.folder.with_name(EVIL_NAME))
+def test_a_comparison_has_its_table_and_figure_whatever_it_is_called(project: Path) -> None:
+    place = comparison_folder(Path("comparisons") / EVIL_NAME)
+    document = json.loads((place / "comparison.json").read_text())
     made_page = make_report(gather.folders([place]), settings(), comparisons=gather.comparisons([place]))
     assert made_page.comparisons == (place.as_posix(),)
     assert [Path(run["run"]).name for run in made_page.runs] == [
@@ -421,14 +420,14 @@ def test_a_comparison_has_its_table_and_figure_whatever_it_is_called(
     assert [one[0] for one in page.elements].count("script") == 1
     assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
     assert "\u202e" not in made_page.html
-    assert any(f"points more than {plan.baseline}" in figure for figure in figures(page))
+    assert any("points more than ce" in figure for figure in figures(page))
     for text in (
         "{",
         json.dumps({**document, "standings": 3}),
         json.dumps(document).replace("1.25", "1e999"),
     ):
         (place / "comparison.json").write_text(text)
-        broken = make_report(gather.folders([place]), settings(), comparisons=gather.comparisons([place]))
+        broken = make_report([Path("runs/kd-1")], settings(), comparisons=[place])
         assert broken.comparisons == ()
         assert [(name, "comparison.json" in reason) for name, reason in broken.left_out] == [
             (EVIL_NAME, True)
