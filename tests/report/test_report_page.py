@@ -72,7 +72,7 @@ def test_the_teacher_runs_once_for_all_that_share_it(project: Path, monkeypatch:
     real = examine.Teacher.logits
 
     def counted(self: Any, *words: Any, **named: Any) -> Any:
-        calls.append(self.path)
+        calls.append(self)
         return real(self, *words, **named)
 
     monkeypatch.setattr(examine.Teacher, "logits", counted)
