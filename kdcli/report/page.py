@@ -37,7 +37,7 @@ from kdcli.report.page_figures import embed
 from kdcli.report.speed import Speed, deployed, from_file, measure
 from kdcli.studies.compare import Comparison
 from kdcli.studies.compare import read as read_comparison
-from kdcli.studies.compare.tables import cells, explained
+from kdcli.studies.compare.tables import cells, statistics_note
 
 MAX_SECTIONS = 20  # runs with a section of their own
 MAX_EPOCHS = 200  # rows of the table of epochs
@@ -258,7 +258,7 @@ def _comparison(key: str, path: Path, found: Comparison) -> dict[str, Any]:
         "name": path.name or path.resolve().name,
         "found": found,
         "rows": [(row, cells(row)) for row in rows],
-        "explained": explained(found),
+        "explained": statistics_note(found),
         "figure": figure,
     }
 
