@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
-import re
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +18,10 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib")
 OTHER_SUFFIXES = (".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".ppm", ".pgm", ".tga")
 MAX_PIXELS = 64_000_000
-MAX_SCAN_PIXELS = 64 * MAX_PIXELS  # of a JPEG: its pixels times its passes over them
-STRIP_PIXELS = 1 << 20  # larger images are turned to RGB in strips, which costs less memory
+MAX_SCAN_PIXELS = 64 * MAX_PIXELS  # of a JPEG: its pixels times its scans (passes over all of them)
+LARGE_PIXELS = MAX_PIXELS // 8
+_large_images = threading.Lock()
+_START_OF_SCAN = b"\xff\xda"  # the only place of these bytes in compressed data; metadata may add some
 
 Pixels = npt.NDArray[np.uint8]
 _EXIF_KEYS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
@@ -33,27 +34,6 @@ def is_image(head: bytes) -> bool:
         or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
         or (head[:2] == b"BM" and head[6:10] == bytes(4))  # reserved words of a BMP are zero
     )
-
-
-class MemoryBudget:
-    """A limit on the pixels that all threads decode at one time; each image alone is within it."""
-
-    def __init__(self) -> None:
-        self._free = MAX_PIXELS
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def reserve(self, pixels: int) -> Iterator[None]:
-        """Wait until so many pixels are free, and hold them."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= pixels)
-            self._free -= pixels
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free += pixels
-                self._changed.notify_all()
 
 
 def decode(data: bytes, name: str) -> Pixels:
@@ -71,14 +51,14 @@ def decode(data: bytes, name: str) -> Pixels:
     return _pixels(_opened(data, name), name)
 
 
-def decode_into(keep: Callable[[Pixels], None], data: bytes, name: str, budget: MemoryBudget) -> None:
-    """Call `keep` with the result of `decode`, within the memory budget.
+def decode_into(keep: Callable[[Pixels], None], data: bytes, name: str) -> None:
+    """Call `keep` with the result of `decode`; of all threads, only one at a time holds a large image.
 
     Raises:
         KdError: as `decode`.
     """
     image = _opened(data, name)
-    with budget.reserve(image.width * image.height):
+    with _large_images if image.width * image.height > LARGE_PIXELS else nullcontext():
         keep(_pixels(image, name))
 
 
@@ -92,10 +72,9 @@ def _opened(data: bytes, name: str) -> Image.Image:
         raise _broken(name, error) from error
     if image.width * image.height > MAX_PIXELS:
         raise _too_big(name)
-    if data.startswith(b"\xff\xd8") and scans(data) * image.width * image.height > MAX_SCAN_PIXELS:
-        raise KdError(
-            f"image {name} has {scans(data):,} scans", "It looks like a decompression bomb; remove it."
-        )
+    scans = data.count(_START_OF_SCAN)
+    if image.format == "JPEG" and scans * image.width * image.height > MAX_SCAN_PIXELS:
+        raise KdError(f"image {name} has {scans:,} scans", "It looks like a decompression bomb; remove it.")
     return image
 
 
@@ -106,7 +85,7 @@ def _pixels(image: Image.Image, name: str) -> Pixels:
             upright: Image.Image = image
             if any(key in image.info for key in _EXIF_KEYS):
                 upright = ImageOps.exif_transpose(image)
-            return _rgb_array(upright)
+            return np.array(_to_rgb(upright), dtype=np.uint8)
     except Exception as error:  # not a closed set either
         raise _broken(name, error) from error
 
@@ -117,27 +96,6 @@ def _broken(name: str, error: Exception) -> KdError:
         f"cannot read image {name}: {detail}",
         "Replace or remove it, or leave such files out by --skip-broken; PNG, JPEG, WebP and BMP are read.",
     )
-
-
-_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # a marker that is not part of the compressed data
-
-
-def scans(data: bytes) -> int:
-    """Number of scans (passes over all pixels) in a JPEG; the decoder makes all of them."""
-    at, count = 2, 0
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker in (0xFF, 0x01) or 0xD0 <= marker <= 0xD8:  # padding, and markers without a length
-            at += 1 if marker == 0xFF else 2
-        elif marker == 0xD9:
-            break
-        else:
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker == 0xDA or (at < len(data) and data[at] != 0xFF):
-            count += marker == 0xDA
-            found = _AFTER_SCAN.search(data, at)
-            at = found.start() if found else len(data)
-    return count
 
 
 def resize(pixels: Pixels, size: int) -> Pixels:
@@ -204,17 +162,6 @@ def _too_big(name: str) -> KdError:
         f"image {name} has more than {MAX_PIXELS // 1_000_000} million pixels",
         "Scale it down or remove it.",
     )
-
-
-def _rgb_array(image: Image.Image) -> Pixels:
-    if image.width * image.height <= STRIP_PIXELS:
-        return np.array(_to_rgb(image), dtype=np.uint8)
-    pixels = np.empty((image.height, image.width, 3), np.uint8)
-    rows = max(1, STRIP_PIXELS // image.width)
-    for top in range(0, image.height, rows):
-        bottom = min(top + rows, image.height)
-        pixels[top:bottom] = np.asarray(_to_rgb(image.crop((0, top, image.width, bottom))))
-    return pixels
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

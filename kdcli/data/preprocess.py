@@ -1,11 +1,11 @@
-"""What a model does to raw pixels before its first layer. Each model owns one; nobody else scales pixels.
+"""Preprocessing of raw pixels: part of each model, and the only place where pixels are scaled.
 
 Every preprocessing is a module from raw RGB pixels `(B, C, H, W)`, float32 in 0–255, to the same shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,126 +20,8 @@ from kdcli.data import rows
 
 UInt8Images = rows.Images  # (N, H, W, C)
 _CHUNK = 4096
-_EXACT = (
-    256  # images whose squared pixels add up to less than 2²⁴: float32 holds the sum exactly, and is fast
-)
-
-
-class Preprocess(nn.Module):
-    """Base: transform in RGB order, then reverse the channels if the network wants BGR.
-
-    Args:
-        channel_order: `rgb` or `bgr`: the order the network was trained with.
-    """
-
-    name: ClassVar[str] = "none"
-
-    def __init__(self, channel_order: str = "rgb") -> None:
-        super().__init__()
-        if channel_order not in ("rgb", "bgr"):
-            raise UsageError(f"unknown channel order: {channel_order}", "It is rgb or bgr.")
-        self.channel_order = channel_order
-
-    def transform(self, pixels: Tensor) -> Tensor:
-        """Raw pixels (B, C, H, W) in 0–255 → what the network sees, RGB."""
-        return pixels
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Raw pixels (B, C, H, W) in 0–255 RGB → the network's input."""
-        prepared = self.transform(pixels)
-        return prepared.flip(1) if self.channel_order == "bgr" else prepared
-
-    def args(self) -> dict[str, Any]:
-        """Plain values that rebuild this object together with its tensors."""
-        return {"channel_order": self.channel_order}
-
-    def spec(self) -> dict[str, Any]:
-        """`{"name", "args", "state"}`: what a checkpoint stores."""
-        return {"name": self.name, "args": self.args(), "state": dict(self.state_dict())}
-
-
-class MeanStd(Preprocess):
-    """Per channel `(x − mean) / std`, mean and std (C,) in units of 0–255."""
-
-    name = "mean-std"
-
-    def __init__(self, mean: Tensor, std: Tensor, channel_order: str = "rgb") -> None:
-        super().__init__(channel_order)
-        self.register_buffer("mean", mean.float().reshape(-1))
-        self.register_buffer("std", std.float().reshape(-1))
-        self.mean: Tensor
-        self.std: Tensor
-
-    def transform(self, pixels: Tensor) -> Tensor:
-        return (pixels - self.mean[:, None, None]).div_(self.std[:, None, None])
-
-
-class MeanImage(Preprocess):
-    """`x − mean image`, the mean (C, H, W) in units of 0–255."""
-
-    name = "mean-image"
-
-    def __init__(self, mean: Tensor, channel_order: str = "rgb") -> None:
-        super().__init__(channel_order)
-        self.register_buffer("mean", mean.float())
-        self.mean: Tensor
-
-    def transform(self, pixels: Tensor) -> Tensor:
-        return pixels - self.mean
-
-
-class ScaleShift(Preprocess):
-    """`(x − mean) · scale`, Caffe's transform_param; mean (C, 1, 1) or (C, H, W) in units of 0–255, RGB."""
-
-    name = "scale-shift"
-
-    def __init__(self, mean: Tensor, scale: float = 1.0, channel_order: str = "rgb") -> None:
-        super().__init__(channel_order)
-        self.register_buffer("mean", mean.float())
-        self.mean: Tensor
-        self.scale = float(scale)
-
-    def transform(self, pixels: Tensor) -> Tensor:
-        return (pixels - self.mean) * self.scale
-
-    def args(self) -> dict[str, Any]:
-        return {"scale": self.scale, **super().args()}
-
-
-class GcnZca(Preprocess):
-    """Global contrast normalisation and ZCA whitening, as the CIFAR-10 NIN was trained (Goodfellow et al., pylearn2).
-
-    Per image over all its values: subtract the mean, scale to L2 norm `scale`; then `(x − mean) @ whiten`, with
-    `whiten = V diag(1/√(λ + filter_bias)) Vᵀ` from the eigenvectors and eigenvalues of the covariance of the
-    normalised train images.
-
-    Args:
-        mean: (D,), D = C·H·W in C, H, W order.
-        whiten: (D, D), symmetric.
-        scale: the L2 norm after contrast normalisation.
-    """
-
-    name = "gcn-zca"
-    scale = 55.0
-    filter_bias = 0.1
-
-    def __init__(self, mean: Tensor, whiten: Tensor, channel_order: str = "rgb") -> None:
-        super().__init__(channel_order)
-        self.register_buffer("mean", mean.float())
-        self.register_buffer("whiten", whiten.float())
-        self.mean: Tensor
-        self.whiten: Tensor
-
-    def transform(self, pixels: Tensor) -> Tensor:
-        flat = contrast_normalise(pixels.flatten(1), self.scale)  # (B, D)
-        return ((flat - self.mean) @ self.whiten).reshape(pixels.shape)
-
-
-def contrast_normalise(flat: Tensor, scale: float = GcnZca.scale) -> Tensor:
-    """Images (B, D): subtract each one's mean, scale it to L2 norm `scale`; a constant image becomes 0."""
-    centred = flat - flat.mean(dim=1, keepdim=True)
-    norm = torch.linalg.vector_norm(centred, dim=1, keepdim=True) / scale
-    return centred / torch.where(norm < 1e-8, torch.ones_like(norm), norm)
+# Squared pixels of so many images add up to less than 2²⁴: float32 holds the sum exactly, and is fast.
+_EXACT = 256
 
 
 @dataclass(frozen=True)
@@ -177,60 +59,172 @@ def _moments(images: _Sample) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.f
     return mean, np.sqrt(squares.numpy() / count - mean**2)
 
 
-def _fit_none(images: _Sample, channel_order: str, on_event: OnEvent) -> Preprocess:
-    return Preprocess(channel_order)
+class Preprocess(nn.Module):
+    """Base: transform in RGB order, then reverse the channels if the network wants BGR.
+
+    Args:
+        channel_order: `rgb` or `bgr`: the order the network was trained with.
+    """
+
+    name: ClassVar[str] = "none"
+
+    def __init__(self, channel_order: str = "rgb") -> None:
+        super().__init__()
+        if channel_order not in ("rgb", "bgr"):
+            raise UsageError(f"unknown channel order: {channel_order}", "It is rgb or bgr.")
+        self.channel_order = channel_order
+
+    def transform(self, pixels: Tensor) -> Tensor:
+        """Raw pixels (B, C, H, W) in 0–255 → the network's input before the channels are reordered."""
+        return pixels
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Raw pixels (B, C, H, W) in 0–255 RGB → the network's input."""
+        prepared = self.transform(pixels)
+        return prepared.flip(1) if self.channel_order == "bgr" else prepared
+
+    @classmethod
+    def fit(cls, images: _Sample, channel_order: str, on_event: OnEvent) -> Preprocess:
+        """Measure the constants on train images."""
+        return cls(channel_order)
+
+    def args(self) -> dict[str, Any]:
+        """Plain values that rebuild this object together with its tensors."""
+        return {"channel_order": self.channel_order}
+
+    def spec(self) -> dict[str, Any]:
+        """`{"name", "args", "state"}`: what a checkpoint stores."""
+        return {"name": self.name, "args": self.args(), "state": dict(self.state_dict())}
 
 
-def _fit_mean_std(images: _Sample, channel_order: str, on_event: OnEvent) -> Preprocess:
-    mean, std = _moments(images)
-    return MeanStd(torch.from_numpy(mean), torch.from_numpy(np.maximum(std, 1e-3)), channel_order)
+class MeanStd(Preprocess):
+    """Per channel `(x − mean) / std`, mean and std (C,) in units of 0–255."""
+
+    name = "mean-std"
+
+    def __init__(self, mean: Tensor, std: Tensor, channel_order: str = "rgb") -> None:
+        super().__init__(channel_order)
+        self.register_buffer("mean", mean.float().reshape(-1))
+        self.register_buffer("std", std.float().reshape(-1))
+        self.mean: Tensor
+        self.std: Tensor
+
+    def transform(self, pixels: Tensor) -> Tensor:
+        return (pixels - self.mean[:, None, None]).div_(self.std[:, None, None])
+
+    @classmethod
+    def fit(cls, images: _Sample, channel_order: str, on_event: OnEvent) -> Preprocess:
+        mean, std = _moments(images)
+        return cls(torch.from_numpy(mean), torch.from_numpy(np.maximum(std, 1e-3)), channel_order)
 
 
-def _fit_mean_image(images: _Sample, channel_order: str, on_event: OnEvent) -> Preprocess:
-    total = np.zeros(images.shape[1:], np.int64)
-    for chunk in images.chunks():
-        total += chunk.sum(axis=0, dtype=np.int64)
-    mean = torch.from_numpy(total / len(images)).permute(2, 0, 1)  # (C, H, W)
-    return MeanImage(mean, channel_order)
+class MeanImage(Preprocess):
+    """`x − mean image`, the mean (C, H, W) in units of 0–255."""
+
+    name = "mean-image"
+
+    def __init__(self, mean: Tensor, channel_order: str = "rgb") -> None:
+        super().__init__(channel_order)
+        self.register_buffer("mean", mean.float())
+        self.mean: Tensor
+
+    def transform(self, pixels: Tensor) -> Tensor:
+        return pixels - self.mean
+
+    @classmethod
+    def fit(cls, images: _Sample, channel_order: str, on_event: OnEvent) -> Preprocess:
+        total = np.zeros(images.shape[1:], np.int64)
+        for chunk in images.chunks():
+            total += chunk.sum(axis=0, dtype=np.int64)
+        return cls(torch.from_numpy(total / len(images)).permute(2, 0, 1), channel_order)  # (C, H, W)
 
 
-def _fit_scale_shift(images: _Sample, channel_order: str, on_event: OnEvent) -> Preprocess:
-    raise UsageError("scale-shift is read from a Caffe network, not fitted on images", "Use mean-std.")
+class ScaleShift(Preprocess):
+    """`(x − mean) · scale`, Caffe's transform_param; mean (C, 1, 1) or (C, H, W) in units of 0–255, RGB."""
+
+    name = "scale-shift"
+
+    def __init__(self, mean: Tensor, scale: float = 1.0, channel_order: str = "rgb") -> None:
+        super().__init__(channel_order)
+        self.register_buffer("mean", mean.float())
+        self.mean: Tensor
+        self.scale = float(scale)
+
+    def transform(self, pixels: Tensor) -> Tensor:
+        return (pixels - self.mean) * self.scale
+
+    def args(self) -> dict[str, Any]:
+        return {"scale": self.scale, **super().args()}
+
+    @classmethod
+    def fit(cls, images: _Sample, channel_order: str, on_event: OnEvent) -> Preprocess:
+        raise UsageError("scale-shift is read from a Caffe network, not fitted on images", "Use mean-std.")
 
 
-def _fit_gcn_zca(images: _Sample, channel_order: str, on_event: OnEvent) -> Preprocess:
-    size = int(np.prod(images.shape[1:]))
-    if size > 8192:
-        raise KdError(
-            f"whitening needs a {size} × {size} matrix for images of {images.shape[1]}×{images.shape[2]}",
-            "Use --preprocess mean-std, or smaller images.",
-        )
-    on_event(Note(f"fitting ZCA whitening on {len(images):,} images ({size} × {size})"))
-    total = torch.zeros(size, dtype=torch.float64)
-    products = torch.zeros(size, size, dtype=torch.float64)
-    for chunk in images.chunks():
-        pixels = torch.from_numpy(chunk).permute(0, 3, 1, 2)
-        flat = contrast_normalise(pixels.flatten(1).double())
-        total += flat.sum(dim=0)
-        products += flat.T @ flat
-    mean = total / len(images)
-    covariance = products / len(images) - torch.outer(mean, mean)
-    values, vectors = torch.linalg.eigh(covariance)
-    whiten = (vectors / torch.sqrt(values.clamp_min(0) + GcnZca.filter_bias)) @ vectors.T
-    return GcnZca(mean, whiten, channel_order)
+class GcnZca(Preprocess):
+    """Global contrast normalisation and ZCA whitening, as the CIFAR-10 NIN was trained (Goodfellow et al., pylearn2).
+
+    Per image over all its values: subtract the mean, scale to L2 norm `scale`; then `(x − mean) @ whiten`, with
+    `whiten = V diag(1/√(λ + filter_bias)) Vᵀ` from the eigenvectors and eigenvalues of the covariance of the
+    normalised train images.
+
+    Args:
+        mean: (D,), D = C·H·W in C, H, W order.
+        whiten: (D, D), symmetric.
+        scale: the L2 norm after contrast normalisation.
+    """
+
+    name = "gcn-zca"
+    scale = 55.0
+    filter_bias = 0.1
+
+    def __init__(self, mean: Tensor, whiten: Tensor, channel_order: str = "rgb") -> None:
+        super().__init__(channel_order)
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("whiten", whiten.float())
+        self.mean: Tensor
+        self.whiten: Tensor
+
+    def transform(self, pixels: Tensor) -> Tensor:
+        flat = contrast_normalise(pixels.flatten(1), self.scale)  # (B, D)
+        return ((flat - self.mean) @ self.whiten).reshape(pixels.shape)
+
+    @classmethod
+    def fit(cls, images: _Sample, channel_order: str, on_event: OnEvent) -> Preprocess:
+        size = int(np.prod(images.shape[1:]))
+        if size > 8192:
+            raise KdError(
+                f"whitening needs a {size} × {size} matrix for images of {images.shape[1]}×{images.shape[2]}",
+                "Use --preprocess mean-std, or smaller images.",
+            )
+        on_event(Note(f"fitting ZCA whitening on {len(images):,} images ({size} × {size})"))
+        total = torch.zeros(size, dtype=torch.float64)
+        products = torch.zeros(size, size, dtype=torch.float64)
+        for chunk in images.chunks():
+            pixels = torch.from_numpy(chunk).permute(0, 3, 1, 2)
+            flat = contrast_normalise(pixels.flatten(1).double())
+            total += flat.sum(dim=0)
+            products += flat.T @ flat
+        mean = total / len(images)
+        covariance = products / len(images) - torch.outer(mean, mean)
+        values, vectors = torch.linalg.eigh(covariance)
+        whiten = (vectors / torch.sqrt(values.clamp_min(0) + cls.filter_bias)) @ vectors.T
+        return cls(mean, whiten, channel_order)
 
 
-_Fit = Callable[[_Sample, str, OnEvent], Preprocess]
-PREPROCESSES: dict[str, tuple[type[Preprocess], _Fit]] = {
-    "mean-std": (MeanStd, _fit_mean_std),
-    "mean-image": (MeanImage, _fit_mean_image),
-    "gcn-zca": (GcnZca, _fit_gcn_zca),
-    "scale-shift": (ScaleShift, _fit_scale_shift),
-    "none": (Preprocess, _fit_none),
+def contrast_normalise(flat: Tensor, scale: float = GcnZca.scale) -> Tensor:
+    """Images (B, D): subtract each one's mean, scale it to L2 norm `scale`; a constant image becomes 0."""
+    centred = flat - flat.mean(dim=1, keepdim=True)
+    norm = torch.linalg.vector_norm(centred, dim=1, keepdim=True) / scale
+    return centred / torch.where(norm < 1e-8, torch.ones_like(norm), norm)
+
+
+PREPROCESSES: dict[str, type[Preprocess]] = {
+    kind.name: kind for kind in (MeanStd, MeanImage, GcnZca, ScaleShift, Preprocess)
 }
 
 
-def _entry(name: str) -> tuple[type[Preprocess], _Fit]:
+def _class_of(name: str) -> type[Preprocess]:
     if name not in PREPROCESSES:
         raise UsageError(f"unknown preprocessing: {name}", f"Known are {', '.join(PREPROCESSES)}.")
     return PREPROCESSES[name]
@@ -256,12 +250,12 @@ def fit(
     chosen = _Sample(images, samples)
     if len(chosen) == 0:
         raise KdError(f"preprocessing {name} cannot be fitted on no images")
-    return _entry(name)[1](chosen, channel_order, on_event)
+    return _class_of(name).fit(chosen, channel_order, on_event)
 
 
 def from_spec(spec: dict[str, Any]) -> Preprocess:
     """Rebuild from `Preprocess.spec()`; values that do not fit raise KdError."""
-    kind = _entry(str(spec["name"]))[0]
+    kind = _class_of(str(spec["name"]))
     try:
         return kind(**{**spec["state"], **spec["args"]})
     except (TypeError, ValueError, RuntimeError) as error:

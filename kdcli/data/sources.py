@@ -7,7 +7,6 @@ pass, whatever its compression.
 from __future__ import annotations
 
 import hashlib
-import io
 import lzma
 import os
 import stat
@@ -19,7 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from kdcli.base.errors import KdError
 from kdcli.base.files import sha256_file
@@ -28,7 +26,6 @@ from kdcli.data.streams import ForwardStream, decompressed, expands_too_far, exp
 
 MAX_MEMBER_BYTES = 256 << 20
 MAX_FILES = 2_000_000  # names in one source
-MAX_DIRECTORY_BYTES = 256 << 20  # of a zip file
 MAX_GLOBAL_HEADERS = 1_000
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)  # LZMA's header may ask for 4 GiB
 
@@ -215,19 +212,6 @@ class FolderSource(Source):
             self.done += 1
 
 
-class _CappedReader(io.BufferedReader):
-    """A file with capped reads: zipfile reads the directory in one, as long as the file claims it to be."""
-
-    def __init__(self, raw: IO[bytes], path: Path) -> None:
-        super().__init__(raw)  # type: ignore[arg-type]
-        self._path = path
-
-    def read(self, size: int | None = -1) -> bytes:
-        if size is not None and size > max(MAX_DIRECTORY_BYTES, MAX_MEMBER_BYTES + 1):
-            raise zipfile.BadZipFile("oversized directory")
-        return super().read(size)
-
-
 @dataclass
 class ZipSource(Source):
     """A zip file."""
@@ -236,8 +220,7 @@ class ZipSource(Source):
         """Members in the order of the archive."""
         with (
             _archive_errors(self.path),
-            self.path.open("rb") as raw,
-            zipfile.ZipFile(_CappedReader(raw, self.path)) as archive,
+            zipfile.ZipFile(self.path) as archive,
         ):
             chosen = [(name, info) for name, info in self._members(archive) if wanted(name)]
             self.done, self.total, expanded = 0, len(chosen), 0

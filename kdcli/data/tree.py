@@ -155,7 +155,7 @@ def decode_all(
     Raises:
         KdError: a broken image, without `skip_broken`.
     """
-    found, budget = Found(), decode.MemoryBudget()
+    found = Found()
     broken: dict[int, str] = {}
     workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
     pending: deque[tuple[Future[int], int]] = deque()  # and the bytes of each batch
@@ -165,7 +165,7 @@ def decode_all(
     def work(batch: list[tuple[int, str, bytes]]) -> int:
         for index, name, data in batch:
             try:
-                decode.decode_into(partial(keep, index, name), data, name, budget)
+                decode.decode_into(partial(keep, index, name), data, name)
             except KdError:
                 if not skip_broken:
                     raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import queue
 import signal
@@ -151,9 +150,6 @@ def test_a_stopped_command_says_what_is_kept_and_how_to_go_on(
     error, hint = err.splitlines()
     assert error == "error: stopped: 500.0 kB of mnist/x.bin are kept in my data/mnist/.x.bin.partial"
     assert hint == "hint: kd download mnist --data-dir 'my data' goes on from there."
-    listed = start(*words, "--dry-run", "--json")
-    [file] = json.loads(listed.communicate(timeout=PATIENCE_S)[0])["files"]
-    assert (file["status"], file["kept_bytes"]) == ("partial", HALF)
     again = start(*words)
     out, _ = again.communicate(timeout=PATIENCE_S)
     assert again.returncode == 0 and "downloaded, hash verified" in out

@@ -419,6 +419,7 @@ def test_a_method_without_labels_is_not(changes: dict[str, Any]) -> None:
 # --- by the command line -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_train_test_and_export_by_the_command_line(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.make_archive("more", "tar", "more")
     call = command_line(monkeypatch, train_command, test_command, export_command)
@@ -474,6 +475,7 @@ def test_runs_with_other_images_are_not_taken_for_those_with_these(place: Path) 
         check_inputs(read_finished(plain.path))
 
 
+@pytest.mark.slow
 def test_a_search_trains_on_them_and_knows_them_by_their_content(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

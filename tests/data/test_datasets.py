@@ -1,4 +1,4 @@
-"""MNIST, Fashion-MNIST, SVHN and CIFAR-100 from small files in their own formats, written here independently."""
+"""Named data sets: MNIST, Fashion-MNIST, SVHN and CIFAR from small files in their own formats."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from kdcli.base.errors import KdError
+from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import Event, Note, Progress
 from kdcli.data import Splits, catalog, load, pack
 from kdcli.data.sets import mnist, svhn
+from tests.data.helpers import Files, write_folder, write_tar
 
 COUNTS = {"train": 12, "t10k": 5}
 
@@ -365,3 +366,85 @@ def test_a_changed_file_is_packed_anew(tmp_path: Path, read: Read) -> None:
     after = read("mnist")
     assert after.test.labels.tolist() == [0] * 5 != before.test.labels.tolist()
     assert after.train.fingerprint == before.train.fingerprint
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(UsageError, match="digts") as caught:
+        load("digts")
+    assert "Did you mean digits?" in caught.value.hint and "cifar10, cifar100, digits" in caught.value.hint
+    with pytest.raises(UsageError):
+        load("")
+
+
+def test_digits() -> None:
+    """Pixel sums are those of scikit-learn's own copy: 0–16 becomes 0–255."""
+    splits = load("digits")
+    assert (len(splits.train), len(splits.test)) == (1437, 360) and splits.train.input_size == (8, 8, 1)
+    assert splits.train.images[0, 0, :, 0].tolist() == [0, 0, 80, 207, 143, 16, 0, 0]  # 0 0 5 13 9 1 0 0
+    assert splits.train.images.max() == 255 and splits.label == "digits"
+    assert splits.train.labels[:5].tolist() == [0, 1, 2, 3, 4] and splits.train.classes == tuple("0123456789")
+    assert splits.train.fingerprint != splits.test.fingerprint
+
+
+def cifar_files(count: int = 3, protocol: int = 2) -> Files:
+    """Batches as the official archive has them; image n of batch b is red b, green n, blue 7."""
+    files: Files = {}
+    for number, name in enumerate([*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]):
+        data = np.zeros((count, 3, 32, 32), np.uint8)
+        data[:, 0], data[:, 2] = number, 7
+        data[:, 1] = np.arange(count)[:, None, None]
+        data[:, :, 0, 31] = 255  # top right, to tell rows from columns
+        batch = {b"data": data.reshape(count, 3072), b"labels": [(number + n) % 10 for n in range(count)]}
+        files[f"cifar-10-batches-py/{name}"] = pickle.dumps(batch, protocol=protocol)
+    meta = {b"label_names": [f"name{n}".encode() for n in range(10)]}
+    files["cifar-10-batches-py/batches.meta"] = pickle.dumps(meta, protocol=protocol)
+    return files
+
+
+@pytest.mark.parametrize("unpacked", [True, False])
+def test_cifar10(unpacked: bool, tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    if unpacked:
+        write_folder(data_dir, cifar_files())
+    else:
+        write_tar(data_dir / "cifar-10-python.tar.gz", cifar_files())
+    for _ in range(2):
+        splits = load("cifar10", data_dir=data_dir, cache_dir=tmp_path / "cache")
+        assert splits.label == "CIFAR-10" and splits.train.classes[3] == "name3"
+        assert splits.train.images.shape == (15, 32, 32, 3) and splits.test.images.shape == (3, 32, 32, 3)
+        assert splits.train.images[7, 5, 5].tolist() == [2, 1, 7]
+        assert (
+            splits.train.images[7, 0, 31].tolist() == [255] * 3
+            and splits.train.images[7, 31, 0].tolist() != [255] * 3
+        )
+        assert splits.train.labels[7] == 3 and splits.test.labels.tolist() == [5, 6, 7]
+        assert any("not the official" in note for note in splits.notes) is not unpacked
+    if unpacked:
+        assert load(str(data_dir), cache_dir=tmp_path / "cache").label == "CIFAR-10"
+
+
+def test_cifar10_that_is_absent_or_wrong(tmp_path: Path) -> None:
+    with pytest.raises(KdError, match="CIFAR-10 not found in") as caught:
+        load("cifar10", data_dir=tmp_path, cache_dir=tmp_path)
+    assert "kd download cifar10" in caught.value.hint and "--data" in caught.value.hint
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {tmp_path}/canary",)
+
+    good = {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]}
+    for message, batch in {
+        "refuses .*system": Evil(),
+        "no dictionary": [1],
+        r"uint8 \(N, 3072\)": {**good, "data": np.zeros((2, 3072))},
+        "labels are not numbers 0-9": {**good, "labels": [0, 10]},
+    }.items():
+        write_folder(tmp_path, {**cifar_files(), "cifar-10-batches-py/test_batch": pickle.dumps(batch)})
+        with pytest.raises(KdError, match=message):
+            load("cifar10", data_dir=tmp_path, cache_dir=tmp_path / "cache")
+    (tmp_path / "cifar-10-batches-py/data_batch_4").unlink()
+    write_folder(tmp_path, {"cifar-10-batches-py/test_batch": pickle.dumps(good)})
+    with pytest.raises(KdError, match="lacks data_batch_4"):
+        load("cifar10", data_dir=tmp_path, cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "canary").exists()

@@ -1,0 +1,161 @@
+"""The cache of decoded data sets."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdcli.base.events import Event, Progress
+from kdcli.data import decode, load, tree
+from kdcli.data.images import Splits
+from tests.data.helpers import WRITERS, png, small_tree, write_folder, write_tar
+from tests.helpers import ROOT
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_second_load_decodes_nothing(
+    kind: str, tmp_path: Path, read: Callable[..., Splits], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = WRITERS[kind](tmp_path / kind, small_tree())
+    first = read(path)
+    monkeypatch.setattr(decode, "decode_into", lambda *_: pytest.fail("decoded again"))
+    second = read(path)
+    assert np.array_equal(first.train.images, second.train.images)
+    with pytest.raises(pytest.fail.Exception):
+        read(path, image_size=5)
+
+
+@pytest.mark.parametrize("sizes", [(None, 6), (6, None)])
+def test_images_that_have_the_size_asked_for_are_packed_once(
+    sizes: tuple[int | None, ...], tmp_path: Path, read: Callable[..., Splits]
+) -> None:
+    square = {name: png((1, 2, 3), (6, 6)) for name in small_tree()}
+    path = write_folder(tmp_path / "set", square)
+    first, second = (read(path, image_size=size) for size in sizes)
+    assert first.train.fingerprint == second.train.fingerprint
+    assert len(list((tmp_path / "cache" / "data").iterdir())) == 1
+    assert read(path, image_size=5).train.input_size == (5, 5, 3)
+    assert len(list((tmp_path / "cache" / "data").iterdir())) == 2
+
+
+def _entry(cache: Path) -> Path:
+    (entry,) = (cache / "data").iterdir()
+    return entry
+
+
+@pytest.mark.parametrize("damage", ["meta gone", "meta cut", "short", "gone", "labels"])
+def test_damaged_entries_are_rebuilt(damage: str, tmp_path: Path, read: Callable[..., Splits]) -> None:
+    path = write_tar(tmp_path / "x.tar", small_tree())
+    good = np.array(read(path).train.images)
+    entry = _entry(tmp_path / "cache")
+    meta = entry / "meta.json"
+    if damage == "meta gone":
+        meta.unlink()
+    elif damage == "meta cut":
+        meta.write_text(meta.read_text()[:-20])
+    elif damage == "short":
+        os.truncate(entry / "train-images.npy", 150)
+    elif damage == "gone":
+        (entry / "test-labels.npy").unlink()
+    else:
+        np.save(entry / "train-labels.npy", np.load(entry / "train-labels.npy")[:-1])
+    seen: list[Event] = []
+    assert np.array_equal(read(path, on_event=seen.append).train.images, good)
+    assert any(isinstance(event, Progress) for event in seen)
+    assert sorted(p.name for p in _entry(tmp_path / "cache").iterdir()) == [
+        "meta.json", "test-images.npy", "test-labels.npy", "train-images.npy", "train-labels.npy",
+    ]  # fmt: skip
+
+
+def test_a_changed_folder_is_packed_anew(tmp_path: Path, read: Callable[..., Splits]) -> None:
+    path = write_folder(tmp_path / "set", small_tree())
+    first = read(path)
+    write_folder(path, {"train/zebra/a.png": png((200, 0, 0))})
+    os.utime(path / "train/zebra/a.png", ns=(1, 1))
+    assert read(path).train.images[1, 0, 0, 0] == 200 and first.train.images[1, 0, 0, 0] == 2
+
+
+def test_packed_bytes_of_good_images_are_what_they_always_were(
+    tmp_path: Path, read: Callable[..., Splits]
+) -> None:
+    """Worked out by hand: the fingerprint's words, labels and pixels of the small tree."""
+    found = read(write_tar(tmp_path / "x.tar", small_tree()))
+    pixels = np.array([[1, 0, 0], [2, 0, 0], [3, 0, 0]], np.uint8)[:, None, None].repeat(4, 1).repeat(6, 2)
+    assert found.train.images.tobytes() == pixels.tobytes()
+    words = repr(((3, 4, 6, 3), ("ape house", "zebra"))).encode()
+    content = words + np.array([0, 1, 1], "<i8").tobytes() + pixels.tobytes()
+    assert found.train.fingerprint == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_is_one_error(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in "ab":
+            folder = tmp_path / "set" / split / name
+            folder.mkdir(parents=True)
+            for number in range(8):
+                Image.fromarray(random.integers(0, 256, (200, 200, 3), dtype=np.uint8)).save(
+                    folder / f"{number}.bmp"
+                )
+    code = (
+        "import sys; from pathlib import Path; from kdcli.data import load; from kdcli.base.errors import KdError\n"
+        "try: load('set', cache_dir=Path('full'))\n"
+        "except KdError as error: print(error.message)"
+    )
+    # 3.8 MB of pixels are written twice: once as they come, once in their order
+    script = (
+        f'mkdir full && mount -t tmpfs -o size=$1 none full && exec {shlex.quote(sys.executable)} -c "$2"'
+    )
+    for size in ("2m", "6m"):
+        shutil.rmtree(tmp_path / "full", ignore_errors=True)
+        done = subprocess.run(
+            ["unshare", "-m", "bash", "-c", script, "bash", size, code],
+            cwd=tmp_path, capture_output=True, text=True, check=False,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        if "mount" in done.stderr or "unshare" in done.stderr:
+            pytest.skip(f"cannot mount here: {done.stderr.strip()[:80]}")
+        assert done.returncode == 0, done
+        assert "No space left on device" in done.stdout
+
+
+def test_batches_in_flight_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading waits for decoding, so that an archive is never held in memory whole."""
+    monkeypatch.setattr(tree, "BATCH_FILES", 1)
+    read_ahead: list[int] = []
+    state = {"read": 0, "decoded": 0}
+    real, real_batches = decode.decode_into, tree._batches
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.002)
+        state["decoded"] += 1
+        return real(*args)
+
+    def counted(*args: Any) -> Any:
+        for batch in real_batches(*args):
+            state["read"] += 1
+            read_ahead.append(state["read"] - state["decoded"])
+            yield batch
+
+    monkeypatch.setattr(decode, "decode_into", slow)
+    monkeypatch.setattr(tree, "_batches", counted)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    files = {
+        f"{split}/{label}/{n}.png": png() for split in ("train", "test") for label in "ab" for n in range(25)
+    }
+    load(str(write_tar(tmp_path / "x.tar", files)), cache_dir=tmp_path)
+    assert state["read"] == 100 and max(read_ahead) <= 7

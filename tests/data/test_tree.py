@@ -1,0 +1,210 @@
+"""Image trees in folders and archives."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdcli.base.errors import KdError
+from kdcli.base.events import Event, Note
+from kdcli.data import load
+from kdcli.data.images import Splits, fingerprint_of
+from tests.data.helpers import WRITERS, Files, png, small_tree, write_folder, write_tar, write_zip
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_container_gives_the_same_set(kind: str, tmp_path: Path, read: Callable[..., Splits]) -> None:
+    path = WRITERS[kind](tmp_path / kind, small_tree())
+    splits = read(path)
+    assert splits.train.classes == splits.test.classes == ("ape house", "zebra")
+    assert splits.train.images.shape == (3, 4, 6, 3) and splits.train.images.dtype == np.uint8
+    assert splits.train.images[:, 0, 0, 0].tolist() == [1, 2, 3]  # by class, then by name
+    assert splits.train.labels.tolist() == [0, 1, 1] and splits.train.labels.dtype == np.int64
+    assert splits.test.images[:, 0, 0, 0].tolist() == [4, 5] and splits.test.labels.tolist() == [0, 1]
+    assert splits.label == kind and splits.spec == str(path) and splits.notes == ()
+    train = splits.train
+    assert train.fingerprint == fingerprint_of(np.array(train.images), train.labels, train.classes)
+    again = read(path)
+    assert again.train.fingerprint == train.fingerprint and not again.train.images.flags.writeable
+
+
+def test_leading_folders_junk_and_val(tmp_path: Path, read: Callable[..., Splits]) -> None:
+    files = {name.replace("test/", "Valid/"): data for name, data in small_tree("./My set/v1/").items()}
+    files |= {
+        "My set/README.md": b"text",
+        "My set/v1/train/labels.csv": b"a,b",
+        "My set/v1/train/zebra/._a.png": b"junk",
+        "__MACOSX/My set/v1/train/zebra/a.png": b"junk",
+        "My set/v1/train/zebra/.DS_Store": b"junk",
+        "My set/v1/train/zebra/Thumbs.db": b"junk",
+        "My set/v1/train/zebra/notes.txt": b"hello",
+    }
+    splits = read(write_tar(tmp_path / "x.tar", files))
+    assert len(splits.train) == 3 and len(splits.test) == 2
+    notes = " ".join(splits.notes)
+    assert "My set/v1/" in notes and "Validation" in notes and "notes.txt" in notes and len(splits.notes) == 3
+
+
+def test_a_class_may_be_called_train(tmp_path: Path, read: Callable[..., Splits]) -> None:
+    files = {f"test/{split}/{name}/1.png": png() for split in ("train", "test") for name in ("train", "b")}
+    splits = read(write_zip(tmp_path / "x.zip", files))
+    assert splits.train.classes == ("b", "train") and len(splits.train) == len(splits.test) == 2
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_mixed_sizes_are_cropped_and_resized(order: int, tmp_path: Path, read: Callable[..., Splits]) -> None:
+    """A 30×90 image, red in its outer thirds, is green after the centre crop, whatever the order."""
+    image = np.zeros((30, 90, 3), np.uint8)
+    image[:, :30, 0] = image[:, 60:, 0] = 200
+    image[:, 30:60, 1] = 100
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "PNG")
+    files = {**small_tree(), "train/zebra/0.png": stream.getvalue()}
+    splits = read(write_tar(tmp_path / "x.tar", dict(list(files.items())[::order])))
+    assert splits.train.input_size == (32, 32, 3)
+    assert (splits.train.images[1] == [0, 100, 0]).all()
+    assert splits.train.images[[0, 2, 3], 5, 5, 0].tolist() == [1, 2, 3]
+    assert any("32x32" in note for note in splits.notes)
+
+
+def test_image_size(tmp_path: Path, read: Callable[..., Splits]) -> None:
+    path = write_folder(tmp_path / "set", small_tree())
+    assert read(path, image_size=7).test.input_size == (7, 7, 3)
+    assert load("digits", image_size=16).train.input_size == (16, 16, 1)
+
+
+def test_grey_is_luma_and_shares_nothing_with_colour(tmp_path: Path, read: Callable[..., Splits]) -> None:
+    red, green, blue = 200, 100, 50
+    files = {f"{split}/{name}/1.png": png((red, green, blue)) for split in ("train", "test") for name in "ab"}
+    path = write_folder(tmp_path / "set", files)
+    luma = round(0.299 * red + 0.587 * green + 0.114 * blue)
+    for grey in (read(path, grey=True), read(path, fit_to=(4, 6, 1))):
+        assert grey.train.images.shape == (2, 4, 6, 1)
+        assert set(grey.train.images.ravel().tolist()) == {luma}
+    colour = read(path)
+    assert colour.train.images[0, 0, 0].tolist() == [red, green, blue]
+    assert colour.train.fingerprint != grey.train.fingerprint
+    three = load("digits", fit_to=(8, 8, 3)).train.images
+    assert three.shape == (1437, 8, 8, 3)
+    assert all(np.array_equal(three[..., [plane]], load("digits").train.images) for plane in range(3))
+
+
+def test_broken_images_are_named(tmp_path: Path, read: Callable[..., Splits]) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(noise).save(stream, "JPEG")
+    gif = png(0, mode="P", format="GIF")
+    for name, data in {
+        "half.jpg": stream.getvalue()[:900],
+        "text.jpg": b"hello",
+        "empty.png": b"",
+        "gif.png": gif,
+        "real.gif": gif,
+    }.items():
+        path = write_folder(tmp_path / name, {**small_tree(), f"train/zebra/{name}": data})
+        with pytest.raises(KdError, match=f"train/zebra/{name}"):
+            read(path)
+    assert not list((tmp_path / "cache/data").iterdir())  # nothing half-written stays
+
+
+def without(files: Files, *prefixes: str) -> Files:
+    return {name: data for name, data in files.items() if not name.startswith(prefixes)}
+
+
+def test_layout_errors(tmp_path: Path, read: Callable[..., Splits]) -> None:
+    both = {
+        f"{name}/{split}/{label}/1.png": png()
+        for name in "ab"
+        for split in ("train", "test")
+        for label in "xy"
+    }
+    cases: dict[str, Files] = {
+        "no images": {"train/zebra/a.txt": b"x"},
+        "no images found": {"zebra/a.png": png()},
+        "no train images": without(small_tree(), "train"),
+        "no test images": without(small_tree(), "test"),
+        "only one class: zebra": without(small_tree(), "train/ape", "test/ape"),
+        "classes without train images: ape house": without(small_tree(), "train/ape"),
+        "more than one dataset: a, b": both,
+        "unusable class name": {**small_tree(), "train/\x1b[31m/a.png": png()},
+    }
+    for number, (message, files) in enumerate(cases.items()):
+        with pytest.raises(KdError, match=message) as caught:
+            read(write_tar(tmp_path / f"{number}.tar", files))
+        assert caught.value.hint
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(KdError, match="no images found"):
+        read(tmp_path / "empty")
+
+
+def test_a_class_without_test_images_is_a_note(tmp_path: Path, read: Callable[..., Splits]) -> None:
+    splits = read(write_tar(tmp_path / "x.tar", without(small_tree(), "test/zebra")))
+    assert splits.test.labels.tolist() == [0] and splits.notes == ("No test images of zebra.",)
+
+
+def test_layout_errors_tell_of_links_that_were_skipped(tmp_path: Path, read: Callable[..., Splits]) -> None:
+    folder = write_folder(tmp_path / "set", without(small_tree(), "test"))
+    (folder / "test").symlink_to("train")  # one folder, read once under one of its names
+    with pytest.raises(KdError, match=r"has no (train|test) images") as caught:
+        read(folder)
+    assert "Skipped 1 links" in (caught.value.hint or "")
+
+
+def test_notes_reach_the_user_each_time(tmp_path: Path, read: Callable[..., Splits]) -> None:
+    path = write_tar(tmp_path / "x.tar", small_tree("top/"))
+    for _ in range(2):
+        seen: list[Event] = []
+        read(path, on_event=seen.append)
+        assert [event.text for event in seen if isinstance(event, Note)] == ["Images are below top/."]
+
+
+def test_numbered_classes_are_sorted_as_numbers(tmp_path: Path, read: Callable[..., Splits]) -> None:
+    names = [str(number) for number in range(12)]
+    files = {f"{split}/{name}/1.png": png((int(name), 0, 0)) for split in ("train", "test") for name in names}
+    splits = read(write_folder(tmp_path / "set", files))
+    assert splits.train.classes == tuple(names)
+    assert splits.train.images[:, 0, 0, 0].tolist() == splits.train.labels.tolist() == list(range(12))
+
+
+def broken_tree() -> Files:
+    return {
+        **small_tree(),
+        "train/zebra/c.png": png()[:40],
+        "test/zebra/0.png": b"",
+        "train/ape house/x.gif": b"GIF89a",
+    }
+
+
+@pytest.mark.parametrize("kind", ["folder", "set.tar", "set.zip"])
+def test_broken_images_are_left_out_if_asked(kind: str, tmp_path: Path, read: Callable[..., Splits]) -> None:
+    path = WRITERS[kind](tmp_path / kind, broken_tree())
+    with pytest.raises(KdError, match=r"cannot read image .*(c\.png|0\.png|x\.gif)") as caught:
+        read(path)
+    assert "--skip-broken" in caught.value.hint or "gif" in caught.value.message
+    events: list[Event] = []
+    found = read(path, skip_broken=True, on_event=events.append)
+    told = [event.text for event in events if isinstance(event, Note)]
+    assert told == ["Skipped 3 broken images (test/zebra/0.png, train/ape house/x.gif, train/zebra/c.png)."]
+    good = read(WRITERS[kind](tmp_path / ("good" + kind), small_tree()))
+    assert (
+        found.train.fingerprint == good.train.fingerprint and found.test.fingerprint == good.test.fingerprint
+    )
+    assert read(path, skip_broken=True).notes == found.notes  # of the cache
+    with pytest.raises(
+        KdError, match="cannot read image"
+    ):  # what was packed without them is not taken for the whole
+        read(path)
+
+
+@pytest.mark.parametrize("prefix", ["train/ape house/", "test/ape house/"])
+def test_a_class_that_loses_all_its_images_is_an_error(
+    prefix: str, tmp_path: Path, read: Callable[..., Splits]
+) -> None:
+    files = {name: data[:30] if name.startswith(prefix) else data for name, data in small_tree().items()}
+    with pytest.raises(KdError, match=f"all images of {prefix[:-1]} in .* are broken"):
+        read(write_tar(tmp_path / "x.tar", files), skip_broken=True)
