@@ -290,7 +290,7 @@ def test_a_student_learns_from_them_and_no_label_is_read(place: Path) -> None:
     first = fit(taught(epochs=8), splits)
     assert first.evaluation.accuracy > 90
     assert first.unlabelled is not None
-    assert first.unlabelled["count"] == MORE
+    assert first.unlabelled.count == MORE
     train = splits.train
     turned = replace(train, labels=(train.labels + 1) % 3, fingerprint="turned")
     permuted = fit(taught(epochs=8), replace(splits, train=turned))
