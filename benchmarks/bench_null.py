@@ -27,8 +27,8 @@ from onnx import TensorProto, helper, numpy_helper
 from kdcli import models
 from kdcli.base.config import BenchConfig
 from kdcli.data.preprocess import fit
-from kdcli.deploy import onnx_model
 from kdcli.deploy.bench import bench
+from kdcli.deploy.onnx_model import count_model
 from kdcli.deploy.onnx_model.translate import finish, to_onnx
 
 
@@ -51,7 +51,7 @@ def own_network(name: str, folder: Path) -> Path:
 def with_added_work(source: Path, share: float, target: Path) -> float:
     """Write a model that does `share` more work and gives the same; returns the share that was added in MACs."""
     model = onnx.shape_inference.infer_shapes(onnx.load(source))
-    before = onnx_model.facts(model).macs
+    before = count_model(model).macs
     assert before, "its work is not known"
     shapes = {value.name: value.type.tensor_type.shape.dim for value in model.graph.value_info}
     name, place = next(

@@ -51,12 +51,12 @@ def interleaved(
     return np.stack(seconds)  # (rounds, calls, repeats)
 
 
-def warm_up(call: Callable[[], Any], *, until_stable: bool = True) -> None:
-    """Repeat a call for 0.1 s, and, with `until_stable`, until it gets no faster, for at most 2 s."""
+def warm_up(call: Callable[[], Any], *, at_least_s: float = _WARM_S, until_stable: bool = True) -> None:
+    """Repeat a call for `at_least_s`, and, with `until_stable`, until it gets no faster, for at most 2 s."""
     begun, before = time.perf_counter(), math.inf
     while time.perf_counter() - begun < _LONGEST_WARM_S:
         started, count = time.perf_counter(), 0
-        while count < 3 or time.perf_counter() - started < _WARM_S:
+        while count < 3 or time.perf_counter() - started < at_least_s:
             call()
             count += 1
         pace = (time.perf_counter() - started) / count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,8 +35,8 @@ def bench(
     config = make(BenchConfig, options)
     from kdcli import report
     from kdcli.base import plotting
-    from kdcli.deploy import bench as engine
-    from kdcli.deploy.bench import tables
+    from kdcli.deploy.bench import bench as run_benchmark
+    from kdcli.deploy.bench import to_csv, to_markdown
 
     paths = _models(model or [], config, named_teacher="teacher" in options)
     if config.plot is not None:
@@ -44,7 +45,7 @@ def bench(
         if table is not None and table.is_dir():
             raise UsageError(f"{table} is a folder", "Name the file to write.")
     with _ui.progress() as on_event:
-        result = engine.bench(paths, config, on_event=on_event, skip=not model)
+        result = run_benchmark(paths, config, on_event=on_event, skip=not model)
     if _ui.settings.json:
         _ui.json(result.to_json())
     else:
@@ -52,7 +53,7 @@ def bench(
     if config.plot is not None:
         report.pareto(result.rows, config.plot)
         _ui.say(f"wrote {config.plot.as_posix()}")
-    for table, make_table in ((config.csv, tables.to_csv), (config.markdown, tables.to_markdown)):
+    for table, make_table in ((config.csv, to_csv), (config.markdown, to_markdown)):
         if table is not None:
             write_text(table, make_table(result))
             _ui.say(f"wrote {table.as_posix()}")
@@ -73,123 +74,106 @@ def _models(named: list[Path], config: BenchConfig, *, named_teacher: bool) -> l
 
 
 def _check(result: BenchResult) -> None:
-    """Say what keeps to --budget-ms and --max-drop.
+    """Name the models within --budget-ms and --max-drop.
 
     Raises:
-        KdError: nothing does.
+        KdError: there is none.
     """
-    wanted = result.wanted
-    if wanted is None:
+    budget = result.budget
+    if budget is None:
         return
-    asked = [f"--budget-ms {wanted.budget_ms:g}"] if wanted.budget_ms is not None else []
-    asked += [f"--max-drop {wanted.max_drop:g}"] if wanted.max_drop is not None else []
-    if not wanted.met:
-        unknown = wanted.max_drop is not None and any(row.accuracy is None for row in result.rows)
+    limits = [f"within --budget-ms {budget.budget_ms:g}"] if budget.budget_ms is not None else []
+    if budget.max_drop is not None:
+        points = "point" if budget.max_drop == 1 else "points"
+        limits.append(f"within {budget.max_drop:g} {points} of the teacher (--max-drop)")
+    text = " and ".join(limits)
+    if not budget.met:
+        unknown = budget.max_drop is not None and any(row.accuracy is None for row in result.rows)
         raise KdError(
-            f"no model keeps to {' and '.join(asked)}",
-            "Accuracy is not known of all: name --data."
-            if unknown
-            else "The table shows by how much they miss it.",
+            f"no model is {text}",
+            "Accuracy is not known for all models: pass --data." if unknown else "See the table for the gap.",
         )
-    first, *others = (f"{name} ({_short(engine)})" for name, engine in wanted.met)
-    more = f"; so do {', '.join(others)}" if others else ""
-    _ui.say(f"{first} is the fastest that keeps to {' and '.join(asked)}{more}")
+    first, *others = (f"{name} ({_short(engine)})" for name, engine in budget.met)
+    _ui.say(f"fastest model {text}: {first}{'; also: ' if others else ''}{', '.join(others)}")
+
+
+Column = tuple[str, Callable[["Row"], str]]
 
 
 def _show(result: BenchResult) -> None:
-    cpu = result.environment["cpu"]["model"]
+    first, cpu = result.rows[0], result.environment["cpu"]["model"]
+    has_agreement = any(row.agreement is not None for row in result.rows)
+    has_footprint = any(row.footprint is not None for row in result.rows)
     _ui.say(f"{cpu}, {result.threads} threads; ratios to {result.teacher} on the same engine")
-    agreed = any(row.agreement is not None for row in result.rows)
-    _ui.table(
-        [
-            "model",
-            "engine",
-            "size",
-            "ms",
-            "img/s",
-            "faster",
-            "smaller",
-            "acc %",
-            *(["agree"] if agreed else []),
-        ],
-        [_cells(row, agreed=agreed) for row in result.rows],
-        left=2,
-        marked=0,
-    )
-    _ui.say()
-    _ui.table(
-        ["model", "engine", "95 % of faster", "verdict", "p90", "p95", "p99"],
-        [_speed_cells(row) for row in result.rows],
-        left=2,
-    )
-    _ui.say()
-    measured = any(row.alone is not None for row in result.rows)
-    _ui.table(
-        ["model", "engine", "param.", "MACs", "file", *(["load", "1st", "memory"] if measured else [])],
-        [_more_cells(row, measured=measured) for row in result.rows],
-        left=2,
-    )
-    _ui.say()
-    first = result.rows[0]
+    main: list[Column] = [
+        ("size", lambda row: units.size(row.network_bytes)),
+        ("ms", lambda row: _number(row.latency_ms)),
+        ("img/s", lambda row: units.count(row.images_per_s)),
+        ("faster", lambda row: _ratio(row.speedup)),
+        ("smaller", lambda row: _ratio(row.size_ratio)),
+        ("acc %", lambda row: _number(row.accuracy, ".2f") + "*" * (row.accuracy_source == "recorded")),
+    ]
+    agreement: list[Column] = [("agree", lambda row: _number(row.agreement, ".1f"))]
+    speed: list[Column] = [
+        ("95 % of faster", _interval),
+        ("verdict", lambda row: "teacher" if row.is_teacher else row.speed or "—"),
+        ("p90", lambda row: _number(row.latency_p90_ms)),
+        ("p95", lambda row: _number(row.latency_p95_ms)),
+        ("p99", lambda row: _number(row.latency_p99_ms)),
+    ]
+    extent: list[Column] = [
+        ("param.", lambda row: units.count(row.parameters)),
+        ("MACs", lambda row: "—" if row.macs is None else units.count(row.macs)),
+        ("file", lambda row: units.size(row.file_bytes)),
+    ]
+    footprint: list[Column] = [
+        ("load", lambda row: _number(getattr(row.footprint, "load_ms", None))),
+        ("1st", lambda row: _number(getattr(row.footprint, "first_ms", None))),
+        ("memory", _peak_memory),
+    ]
+    _table(result.rows, [*main, *(agreement if has_agreement else [])], marked=0)
+    _table(result.rows, speed)
+    _table(result.rows, [*extent, *(footprint if has_footprint else [])])
     _ui.say(
         f"ms, p90, p95, p99: one image, n = {first.latency_n:,} in {result.rounds} rounds; prepared input"
     )
     paces = ", ".join(f"{size}: {units.count(pace)}" for size, pace in first.throughput.items())
     _ui.say(f"img/s: batches of {max(result.batches)}; of {first.name} ({_engine(first)}) by batch: {paces}")
     _ui.say("faster, smaller: teacher ÷ model; size: the network alone; under 2 %: no difference")
-    if measured:
+    if has_footprint:
         _ui.say(
-            "load: ms, file → ready; 1st: ms, first answer; memory: peak of a process for this model alone"
+            "load: ms, file → ready; 1st: ms, first output; memory: peak of a process for this model alone"
         )
     for line in _footnotes(result):
         _ui.say(line)
 
 
-def _cells(row: Row, *, agreed: bool) -> list[str]:
-    agreement = "—" if row.agreement is None else f"{row.agreement:.1f}"
-    mark = "*" if row.accuracy_source == "recorded" else ""
-    return [
-        row.name,
-        _engine(row),
-        units.size(row.network_bytes),
-        f"{row.latency_ms:.3g}",
-        units.count(row.images_per_s),
-        _ratio(row.speedup),
-        _ratio(row.size_ratio),
-        "—" if row.accuracy is None else f"{row.accuracy:.2f}{mark}",
-        *([agreement] if agreed else []),
-    ]
+def _table(rows: Sequence[Row], columns: Sequence[Column], marked: int = -1) -> None:
+    columns = [("model", lambda row: row.name), ("engine", _engine), *columns]
+    cells = [[cell(row) for _, cell in columns] for row in rows]
+    _ui.table([title for title, _ in columns], cells, left=2, marked=marked)
+    _ui.say()
 
 
-def _speed_cells(row: Row) -> list[str]:
-    low, high = row.speedup_interval or (None, None)
-    return [
-        row.name,
-        _engine(row),
-        "—" if row.is_teacher or low is None else f"{low:.2f}–{high:.2f}",
-        "teacher" if row.is_teacher else row.speed or "—",
-        *(
-            "—" if value is None else f"{value:.3g}"
-            for value in (row.latency_p90_ms, row.latency_p95_ms, row.latency_p99_ms)
-        ),
-    ]
+def _number(value: float | None, form: str = ".3g") -> str:
+    return "—" if value is None else format(value, form)
 
 
-def _more_cells(row: Row, *, measured: bool) -> list[str]:
-    cells = [
-        row.name,
-        _engine(row),
-        units.count(row.parameters),
-        "—" if row.macs is None else units.count(row.macs),
-        units.size(row.file_bytes),
-    ]
-    if not measured:
-        return cells
-    alone = row.alone
-    if alone is None or alone.load_ms is None or alone.first_ms is None:
-        return [*cells, "—", "—", "—"]
-    peak = "—" if alone.peak_rss_bytes is None else units.size(alone.peak_rss_bytes)
-    return [*cells, f"{alone.load_ms:.3g}", f"{alone.first_ms:.3g}", peak]
+def _ratio(value: float | None) -> str:
+    if value is None:
+        return "—"
+    return f"{value:.2f}×" if value < 9.95 else f"{value:,.0f}×"
+
+
+def _interval(row: Row) -> str:
+    if row.is_teacher or row.speedup_interval is None:
+        return "—"
+    return "{:.2f}–{:.2f}".format(*row.speedup_interval)
+
+
+def _peak_memory(row: Row) -> str:
+    peak = row.footprint.peak_rss_bytes if row.footprint else None
+    return "—" if peak is None else units.size(peak)
 
 
 def _engine(row: Row) -> str:
@@ -200,29 +184,21 @@ def _short(engine: str) -> str:
     return {"onnxruntime": "ort", "compiled": "comp."}.get(engine, engine)
 
 
-def _ratio(value: float | None) -> str:
-    if value is None:
-        return "—"
-    return f"{value:.2f}×" if value < 9.95 else f"{value:,.0f}×"
-
-
 def _footnotes(result: BenchResult) -> list[str]:
     lines = list(result.notes)
     if any(row.accuracy_source == "recorded" for row in result.rows):
         lines.append("* recorded in the file when it was trained; --data measures it")
     if result.data_label:
         lines.append(f"accuracy and agreement: {result.test_images:,} test images of {result.data_label}")
-    seen = set()
+    files = {row.path: row for row in result.rows}
+    for row in files.values():
+        if row.preprocessing_bytes > 0.05 * row.network_bytes:
+            sizes = units.size(row.file_bytes), units.size(row.preprocessing_bytes)
+            lines.append(f"{row.name}: {sizes[1]} of the file's {sizes[0]} are preprocessing")
     for row in result.rows:
-        if row.path not in seen and row.preprocessing_bytes > 0.05 * row.network_bytes:
-            lines.append(
-                f"{row.name}: the file has {units.size(row.file_bytes)}, "
-                f"{units.size(row.preprocessing_bytes)} of it preprocessing"
-            )
-        seen.add(row.path)
         label = f"{row.name} ({_short(row.engine)})"
         if row.worse:
-            lines.append(f"{label} does not win in all: {row.verdict}")
+            lines.append(f"{label} is slower or bigger than its teacher: {row.verdict}")
         lines += [f"{label}: {note}" for note in row.notes]
     return lines
 

@@ -22,18 +22,18 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A student or teacher (.pt).")],
     **options: Any,
 ) -> None:
-    """Write a checkpoint as one ONNX file, and prove on real images that it gives the same.
+    """Write a checkpoint as one ONNX file, outputs verified against the checkpoint on real images.
 
-    If it does not, no file appears, and an earlier one of that name stays as it was.
+    If they differ, no file is written, and an earlier one of that name is unchanged.
     """
     config = make(ExportConfig, options)
-    if config.recipe is None:
+    if not config.recipe:
         _ui.note_ignored(options, ("calibration_images",), "without --int8")
     source = existing_model(checkpoint)
-    from kdcli.deploy.export import export as write
+    from kdcli.deploy.export import export as write_onnx
 
     with _ui.progress() as on_event:
-        result = write(source, config, on_event=on_event)
+        result = write_onnx(source, config, on_event=on_event)
     if _ui.settings.json:
         _ui.json(result.to_json())
         return
@@ -41,20 +41,20 @@ def export(
 
 
 def _show(result: ExportResult) -> None:
-    parity = result.parity
-    what = "log-probabilities" if result.with_preprocessing else "logits"
+    parity, cost, drop = result.parity, result.quantisation, result.drop
+    outputs = "log-probabilities" if result.with_preprocessing else "logits"
     _ui.say(
-        f"same as {result.checkpoint.as_posix()} on {parity.images} train images of {result.data_label}, "
+        f"verified on {parity.images} train images of {result.data_label}, "
         f"batches {', '.join(map(str, parity.batches))}:"
     )
     _ui.say(
-        f"  {what} differ by at most {parity.largest_difference:.1e}; the largest logit is {parity.scale:.3g}"
+        f"  {outputs} differ by at most {parity.largest_difference:.1e}; the largest logit is {parity.scale:.3g}"
     )
     ties = f" ({parity.ties} ties)" if parity.ties else ""
-    _ui.say(f"  first class: {parity.same_top1} of {parity.images} equal{ties}")
-    _show_trials(result)
-    if result.quantisation is not None:
-        cost = result.quantisation
+    _ui.say(f"  top-1 class: {parity.same_top1} of {parity.images} equal{ties}")
+    if result.trials:
+        _show_trials(result)
+    if cost is not None:
         _ui.say(
             f"int8 by {cost.recipe}, calibrated on {cost.calibration_images} other train images"
             f"{', 7-bit weights: this CPU lacks VNNI' if cost.reduce_range else ''}:"
@@ -63,21 +63,19 @@ def _show(result: ExportResult) -> None:
             f"  agreement with float32 {cost.agreement:.2f} %; accuracy {cost.float_accuracy:.2f} % → "
             f"{cost.int8_accuracy:.2f} % (n = {cost.images})"
         )
-    takes = "uint8 (N, H, W, C)" if result.with_preprocessing else "preprocessed float32 (N, C, H, W)"
-    if result.drop is not None:
-        drop = result.drop
+    if drop is not None:
+        _ui.say(f"accuracy on the {drop.measured_on} (n = {drop.images:,}):")
         _ui.say(
-            f"accuracy on {drop.images:,} images, the {drop.measured_on}: {drop.float_accuracy:.2f} % → "
-            f"{drop.accuracy:.2f} %: {drop.points:+.2f} points lost of {drop.allowed:g} allowed"
+            f"  {drop.float_accuracy:.2f} % → {drop.accuracy:.2f} %, {drop.points:.2f} points lost of "
+            f"{drop.allowed:g} allowed"
         )
-    _ui.say(f"takes {takes}, {'any N' if result.batch is None else f'N = {result.batch}'}")
+    inputs = "uint8 (N, H, W, C)" if result.with_preprocessing else "preprocessed float32 (N, C, H, W)"
+    _ui.say(f"input: {inputs}, {'any N' if result.batch is None else f'N = {result.batch}'}")
     _ui.say(f"wrote {result.path.as_posix()} ({units.size(result.size_bytes)})")
     _ui.next_command("kd bench")
 
 
 def _show_trials(result: ExportResult) -> None:
-    if not result.trials:
-        return
     _ui.say()
     _ui.table(
         ["int8 recipe", "agree %", "faster", "95 % interval", ""],
@@ -87,7 +85,7 @@ def _show_trials(result: ExportResult) -> None:
                 "—" if trial.agreement is None else f"{trial.agreement:.2f}",
                 "—" if trial.speedup is None else f"{trial.speedup:.2f}×",
                 "—" if trial.speedup_interval is None else "{:.2f}–{:.2f}".format(*trial.speedup_interval),
-                "taken" if trial.chosen else "",
+                "chosen" if trial.chosen else "",
             ]
             for trial in result.trials
         ],

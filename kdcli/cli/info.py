@@ -13,6 +13,7 @@ import typer
 from kdcli.base import units
 from kdcli.base.config import InfoConfig, make
 from kdcli.base.errors import UsageError
+from kdcli.base.text import dims
 from kdcli.cli import _ui
 from kdcli.cli._find import existing_model
 from kdcli.cli._options import options_of
@@ -20,7 +21,7 @@ from kdcli.cli._options import options_of
 if TYPE_CHECKING:
     from kdcli.deploy.info import ModelInfo
 
-_SHOWN_CLASSES = 20
+_MAX_CLASSES = 20
 
 
 @options_of(InfoConfig)
@@ -30,18 +31,18 @@ def info(
     ],
     **options: Any,
 ) -> None:
-    """Show what is in a model: layers, parameters and work, preprocessing, classes, origin."""
+    """Show a model's layers, parameters, work, preprocessing, classes and origin."""
     config = make(InfoConfig, options)
     from kdcli import models
-    from kdcli.deploy.info import info as look
+    from kdcli.deploy.info import info as describe
 
     named = model in models.names() and not Path(model).is_file()
     if not named:
         if Path(model).parent == Path() and not Path(model).suffix and not Path(model).exists():
             raise UsageError(f"no file and no network: {model}", f"Networks are {', '.join(models.names())}.")
         model = str(existing_model(Path(model)))
-        _ui.note_ignored(options, InfoConfig.model_fields, "with a file, which says so itself")
-    found = look(model, config)
+        _ui.note_ignored(options, InfoConfig.model_fields, "with a file, which records it")
+    found = describe(model, config)
     if _ui.settings.json:
         _ui.json({"model": model, **asdict(found)})
         return
@@ -53,37 +54,35 @@ def _show(model: str, found: ModelInfo) -> None:
         [
             layer.name,
             layer.kind,
-            "×".join(map(str, layer.output)) or "—",
+            dims(layer.output) if layer.output else "—",
             f"{layer.parameters:,}" if layer.parameters else "",
             "—" if layer.macs is None else f"{layer.macs:,}" if layer.macs else "",
         ]
         for layer in found.layers
     ]
-    _ui.table(["layer", "computes", "output", "parameters", "MACs"], rows, left=3)
+    _ui.table(["layer", "operation", "output", "parameters", "MACs"], rows, left=3)
     _ui.say()
-    height, width, channels = found.input_size
-    shown = ", ".join(found.classes[:_SHOWN_CLASSES])
-    more = len(found.classes) - _SHOWN_CLASSES
-    work = "unknown" if found.macs is None else f"{units.count(found.macs)} MACs an image"
-    facts = [
-        ["model", model],
-        ["is", " ".join(filter(None, (found.kind, found.arch)))],
-        ["parameters", f"{found.parameters:,}"],
-        ["work", work],
-        ["images", f"{height}×{width}×{channels}"],
-        ["gives", found.gives],
-        ["classes", f"{len(found.classes)}: {shown}{f' and {more} more' if more > 0 else ''}"],
-    ]
+    more = len(found.classes) - _MAX_CLASSES
+    classes = ", ".join(found.classes[:_MAX_CLASSES]) + (f" and {more} more" if more > 0 else "")
+    facts = {
+        "model": model,
+        "kind": " ".join(filter(None, (found.kind, found.arch))),
+        "parameters": f"{found.parameters:,}",
+        "work": "unknown" if found.macs is None else f"{units.count(found.macs)} MACs per image",
+        "images": dims(found.input_size),
+        "output": found.gives,
+        "classes": f"{len(found.classes)}: {classes}",
+    }
     if found.preprocess is not None:
         values = [f"{key} {value}" for key, value in found.preprocess.items() if key != "name"]
-        facts.append(["preprocessing", ", ".join([str(found.preprocess["name"]), *values])])
+        facts["preprocessing"] = ", ".join([str(found.preprocess["name"]), *values])
     if found.file_bytes is not None:
-        facts += [["file", units.size(found.file_bytes)], ["SHA-256", str(found.sha256)]]
-    _ui.table(["", ""], [*facts, *_flat(found.provenance)], left=2)
+        facts |= {"file": units.size(found.file_bytes), "SHA-256": str(found.sha256)}
+    _ui.table(["", ""], [*map(list, facts.items()), *_flat(found.provenance)], left=2)
 
 
 def _flat(values: dict[str, Any], before: str = "") -> Iterator[list[str]]:
-    """Nested values as rows, `data label`; what is not known is left out."""
+    """Nested values as rows, named such as `data label`, without unknown ones."""
     for key, value in values.items():
         name = f"{before} {key}".strip().replace("_", " ")
         if isinstance(value, dict):

@@ -21,7 +21,7 @@ def predict(
     ],
     **options: Any,
 ) -> None:
-    """Name what a model sees in images: its first classes and their probabilities."""
+    """Classify images and show the top classes with their probabilities."""
     config = make(PredictConfig, options)
     model = existing_model(model)
     from kdcli.base import runtime

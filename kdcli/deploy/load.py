@@ -1,4 +1,4 @@
-"""Any file of a model that kd reads."""
+"""Checkpoints and ONNX files as models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # importing onnxruntime takes a third of a second
 
 
 def load_model(path: Path, threads: int = 0) -> Classifier | OnnxClassifier:
-    """Any model that gives logits for images: a checkpoint (.pt) or an ONNX file.
+    """A checkpoint (.pt) or an ONNX file as a model that gives logits for images.
 
     Raises:
         KdError: missing, unreadable, or neither.

@@ -1,10 +1,11 @@
-"""What a model sees in image files."""
+"""Classification of image files."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,14 @@ from kdcli.data.tree import is_ignored
 from kdcli.deploy.onnx_model import OnnxClassifier
 from kdcli.models import Classifier
 
-Pixels = npt.NDArray[np.uint8]
+_Named = tuple[str, npt.NDArray[np.uint8]]
 _BATCH = 64
+_HINT = "PNG, JPEG, WebP and BMP files are read."
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of one image.
+    """Most probable classes of one image.
 
     Attributes:
         image: its path; within an archive, archive and member.
@@ -46,59 +48,46 @@ def predict(
     *,
     on_event: OnEvent = ignore,
 ) -> Iterator[Prediction]:
-    """Classify image files, in the order of `paths`, those of a folder or archive by name.
+    """Classify image files in the order of `paths`, those of a folder or archive by name.
 
-    Images become what the model takes as in training: grey or colour, the middle square, its size.
+    Images are fitted to the model as in training: grey or colour, the middle square, its size.
 
     Raises:
-        KdError: no such file, not an image (with `skip_broken` a note), none at all, or a model that cannot be
-            given images.
+        KdError: no such file, not an image (with `skip_broken` a note), no images, or a model of unknown
+            preprocessing.
     """
     for path in paths:
         if not path.exists():
-            raise KdError(f"no such file: {path}", "Name image files, folders or archives of them.")
+            raise KdError(f"no such file: {path}", "Pass image files, folders or archives of them.")
+    images = _images(paths, model.input_size, config.skip_broken, on_event)
     done = 0
-    names: list[str] = []
-    pixels: list[Pixels] = []
-    for name, image in _images(paths, model.input_size, config.skip_broken, on_event):
-        names.append(name)
-        pixels.append(image)
-        if len(pixels) == _BATCH:
-            yield from _classified(model, names, pixels, config.top_k)
-            done += len(pixels)
-            on_event(Progress("classifying", done, 0))
-            names, pixels = [], []
-    if pixels:
-        yield from _classified(model, names, pixels, config.top_k)
-    if done + len(pixels) == 0:
-        raise KdError(f"no images in {', '.join(map(str, paths))}", "PNG, JPEG, WebP and BMP files are read.")
+    while batch := list(islice(images, _BATCH)):
+        yield from _classify(model, batch, config.top_k)
+        done += len(batch)
+        on_event(Progress("classifying", done, 0))
+    if not done:
+        raise KdError(f"no images in {', '.join(map(str, paths))}", _HINT)
 
 
-def _classified(
-    model: Classifier | OnnxClassifier, names: Sequence[str], pixels: Sequence[Pixels], top_k: int
+def _classify(
+    model: Classifier | OnnxClassifier, images: Sequence[_Named], top_k: int
 ) -> Iterator[Prediction]:
     with torch.inference_mode():
-        logits = model(torch.from_numpy(np.stack(pixels))).double()
+        logits = model(torch.from_numpy(np.stack([pixels for _, pixels in images]))).double()
         best = logits.softmax(dim=1).topk(min(top_k, logits.shape[1]), dim=1)
-    for name, shares, numbers in zip(names, best.values.tolist(), best.indices.tolist(), strict=True):
-        yield Prediction(name, tuple(model.classes[number] for number in numbers), tuple(shares))
+    for (name, _), shares, indices in zip(images, best.values.tolist(), best.indices.tolist(), strict=True):
+        yield Prediction(name, tuple(model.classes[index] for index in indices), tuple(shares))
 
 
 def _images(
     paths: Sequence[Path], size: tuple[int, int, int], skip_broken: bool, on_event: OnEvent
-) -> Iterator[tuple[str, Pixels]]:
+) -> Iterator[_Named]:
     for path in paths:
-        for name, data, named in _files(path):
-            if (
-                not named
-                and not decode.is_image(data[:16])
-                and Path(name).suffix.lower() not in decode.SUFFIXES
-            ):
-                continue  # what else lies in a folder
+        for name, content in _files(path):
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of Pillow, on odd files: what matters is an error
-                    pixels = decode.decode(data, name)
+                    warnings.simplefilter("ignore")  # Pillow's, on unusual files; errors are reported
+                    pixels = decode.decode(content, name)
             except KdError as error:
                 if not skip_broken:
                     raise
@@ -107,19 +96,18 @@ def _images(
             yield name, decode.fit_to(pixels, name, size, "the model takes")
 
 
-def _files(path: Path) -> Iterator[tuple[str, bytes, bool]]:
-    """Name, content, and whether the user named this very file."""
+def _files(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and content of an image file, or of all images in a folder or archive."""
     if path.is_file() and _is_image_file(path):
-        yield str(path), path.read_bytes(), True
+        yield str(path), path.read_bytes()
         return
     try:
         source = open_source(path)
     except KdError as error:
-        raise KdError(
-            f"{path} is neither an image nor an archive of images", "PNG, JPEG, WebP and BMP files are read."
-        ) from error
-    for name, data in source.read(_may_be_image):
-        yield (path / name).as_posix(), data, False
+        raise KdError(f"{path} is neither an image nor an archive of images", _HINT) from error
+    for name, content in source.read(_may_be_image):
+        if decode.is_image(content[:16]) or Path(name).suffix.lower() in decode.SUFFIXES:
+            yield (path / name).as_posix(), content
 
 
 def _may_be_image(name: str) -> bool:

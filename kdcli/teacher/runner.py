@@ -70,18 +70,12 @@ def forward_of(model: Any, engine: Engine, threads: int = 0) -> Forward:
 
 def _onnxruntime_forward(model: Classifier, threads: int) -> Forward:
     """The network in onnxruntime; its preprocessing stays in torch."""
-    from kdcli.deploy import onnx_model
+    from kdcli.deploy.onnx_model import OnnxRunner
     from kdcli.deploy.onnx_model.translate import to_onnx
 
     translated = to_onnx(model, opset=18, with_preprocessing=False)
-    session = onnx_model.session(translated.SerializeToString(), threads, "the teacher")
-    name = session.get_inputs()[0].name
-
-    def forward(images: Tensor) -> Tensor:
-        prepared = model.prepare(images).contiguous().numpy()
-        return torch.from_numpy(session.run(None, {name: prepared})[0])
-
-    return forward
+    runner = OnnxRunner(translated.SerializeToString(), threads, "the teacher")
+    return lambda images: torch.from_numpy(runner.call(model.prepare(images).contiguous().numpy()))
 
 
 def choose_engine(

@@ -17,14 +17,26 @@ import torch
 
 from kdcli.base.config import BenchConfig
 from kdcli.base.errors import KdError
-from kdcli.deploy import bench as benching
-from kdcli.deploy.bench import BenchResult, bench, default_models, isolated, stats, tables
-from kdcli.deploy.bench import contenders as measuring
-from kdcli.deploy.bench.rows import in_words, keeping
-from kdcli.deploy.onnx_model import OnnxClassifier
-from kdcli.models import build
+from kdcli.deploy.bench import (
+    BenchResult,
+    Row,
+    bench,
+    candidates,
+    default_models,
+    intervals,
+    latency,
+    to_csv,
+    to_markdown,
+)
+from kdcli.deploy.bench.candidates import Candidate
+from kdcli.deploy.bench.footprint import measure_footprint
+from kdcli.deploy.bench.latency import Timings, compare, measure, ratio_text
+from kdcli.deploy.bench.measurements import check_budget
+from kdcli.deploy.export import ExportResult
+from kdcli.deploy.onnx_model import OnnxClassifier, OnnxRunner
+from kdcli.models import Classifier, build
 from kdcli.models.layer_summary import count_macs
-from tests.deploy.test_export import SPLITS, classifier, exported, one_thread  # noqa: F401
+from tests.deploy.helpers import SPLITS, classifier, exported
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +51,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> BenchResult:
     del stranger.metadata_props[:]
     onnx.save(stranger, folder / "stranger.onnx")
     paths = [teacher, student, *(folder / f"{name}.onnx" for name in ("tiny", "raw", "stranger"))]
-    return bench(paths, BenchConfig(rounds=9, batch="1,4", threads=1), SPLITS)
+    return bench(paths, BenchConfig(rounds=3, batch="1,4", threads=1, no_memory=True), SPLITS)
 
 
 def test_a_row_for_each_model_and_engine(result: BenchResult) -> None:
@@ -65,25 +77,29 @@ def test_a_row_for_each_model_and_engine(result: BenchResult) -> None:
         assert low <= row.speedup <= high
         assert row.precision == "fp32"
     assert [row.speedup for row in result.rows if row.is_teacher] == [1.0, 1.0]
-    assert 8 <= result.sittings <= result.rounds <= 9
+    assert result.sessions == result.rounds == 3
 
 
-def test_each_is_measured_in_a_process_of_its_own(result: BenchResult) -> None:
-    for row in result.rows:
-        alone = row.alone
-        assert alone is not None and alone.problem is None
-        assert None not in (alone.load_ms, alone.first_ms, alone.import_ms)
-        assert 0 < alone.base_rss_bytes <= alone.peak_rss_bytes <= alone.peak_rss_batch_bytes
-    of_torch = result.rows[0].alone
-    of_onnx = result.rows[1].alone
-    assert of_torch is not None and of_onnx is not None
+def test_each_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
+    classifier("convnet-tiny").save(tmp_path / "model.pt")
+    result = bench([tmp_path / "model.pt"], BenchConfig(rounds=3, batch="4", threads=1))
+    of_torch, of_onnx = (row.footprint for row in result.rows)
+    for found in (of_torch, of_onnx):
+        assert found is not None and found.problem is None
+        assert None not in (found.load_ms, found.first_ms, found.import_ms)
+        assert 0 < found.base_rss_bytes <= found.peak_rss_bytes <= found.peak_rss_batch_bytes
     # onnxruntime's process has not loaded torch, which alone has more than this
     assert of_onnx.peak_rss_bytes < of_torch.base_rss_bytes
+    lines = list(csv.DictReader(io.StringIO(to_csv(result))))
+    assert [int(line["peak_rss_bytes"]) for line in lines] == [
+        of_torch.peak_rss_bytes,
+        of_onnx.peak_rss_bytes,
+    ]
 
 
 def test_a_process_that_fails_is_a_note(tmp_path: Path) -> None:
     (tmp_path / "no.onnx").write_bytes(b"no model")
-    found = isolated.alone(tmp_path / "no.onnx", "onnxruntime", 1, (3, 8, 8), "float32", 1)
+    found = measure_footprint(tmp_path / "no.onnx", "onnxruntime", 1, (3, 8, 8), 1)
     assert found.peak_rss_bytes is None
     assert found.problem and "\n" not in found.problem
 
@@ -132,40 +148,38 @@ def test_accuracy_and_agreement_are_the_models_own(result: BenchResult) -> None:
     assert result.rows[4].accuracy == result.rows[5].accuracy
     stranger = result.rows[6]
     assert stranger.accuracy is None
-    assert any("how pixels are prepared" in note for note in stranger.notes)
+    assert any("no preprocessing recorded" in note for note in stranger.notes)
     assert any("with its preprocessing" in note for note in result.rows[5].notes)
 
 
-def contender(engine: str, is_teacher: bool, times: list[float]) -> measuring.Contender:
-    """Its calls took these seconds, a round each, in two sittings."""
-    row = measuring.Row("x", Path("x.pt"), engine, is_teacher, 1, 100, 0, 1, 1)
-    half = len(times) // 2
-    singles = [[[t] * 5 for t in part] for part in (times[:half], times[half:])]
-    return measuring.Contender(row, lambda: lambda count: None, singles=singles, batches={4: times})
+def row(engine: str, is_teacher: bool, network_bytes: int = 100) -> Row:
+    return Row("x", Path("x.pt"), engine, is_teacher, 1, network_bytes, 0, 1, 1)
+
+
+def timings(*times: list[float]) -> Timings:
+    """Calls of each model took these seconds, a round each, in two sessions."""
+    seconds = np.array(times).T  # (rounds, models)
+    calls = np.repeat(seconds[:, :, None], 5, axis=2)
+    half = len(seconds) // 2
+    return Timings([calls[:half], calls[half:]], {4: seconds})
 
 
 def test_ratios_pair_times_of_the_same_round_and_engine() -> None:
-    # the machine is ten times slower in the second sitting: the ratio of medians would be another
-    contenders = [
-        contender("torch", True, [2, 4, 40, 60]),
-        contender("onnxruntime", True, [9, 9, 9, 9]),
-        contender("torch", False, [1, 2, 20, 30]),
-        contender("onnxruntime", False, [18, 18, 18, 18]),
-    ]
-    rows = [c.row for c in contenders]
-    judged = [measuring.compared(c.row, c, contenders, rows) for c in contenders]
-    assert [row.speedup for row in judged] == pytest.approx([1, 1, 2, 0.5])
+    # the machine is ten times slower in the second session: the ratio of medians would be another
+    times = timings([2, 4, 40, 60], [9, 9, 9, 9], [1, 2, 20, 30], [18, 18, 18, 18])
+    rows = [row("torch", True), row("onnxruntime", True), row("torch", False), row("onnxruntime", False)]
+    judged = compare(rows, times)
+    assert [one.speedup for one in judged] == pytest.approx([1, 1, 2, 0.5])
     assert judged[2].speedup_interval == pytest.approx((2, 2))
-    assert [row.speed for row in judged] == [None, None, "faster", "slower"]
+    assert [one.speed for one in judged] == [None, None, "faster", "slower"]
     assert (judged[3].verdict, judged[3].worse) == ("2× slower, same size", True)
-    assert measuring.timing(contenders[2])["latency_ms"] == 11000
-    assert measuring.timing(contenders[2])["throughput"] == pytest.approx({1: 1 / 11, 4: 4 / 11})
+    assert times.figures(2)["latency_ms"] == 11000
+    assert times.figures(2)["throughput"] == pytest.approx({1: 1 / 11, 4: 4 / 11})
 
 
 def test_no_difference_is_said_so() -> None:
-    same = [contender("torch", True, [2, 4, 3, 5]), contender("torch", False, [2.02, 4, 2.98, 5])]
-    rows = [c.row for c in same]
-    judged = measuring.compared(rows[1], same[1], same, rows)
+    rows = [row("torch", True), row("torch", False)]
+    judged = compare(rows, timings([2, 4, 3, 5], [2.02, 4, 2.98, 5]))[1]
     assert (judged.speed, judged.verdict, judged.worse) == (
         "no difference",
         "no difference in speed, same size",
@@ -182,15 +196,15 @@ def test_verdicts() -> None:
         (0.985, 0.99, 0.995): "no difference",
         (1, 1, 1): "no difference",
     }.items():
-        assert stats.verdict(low, ratio, high) == expected
+        assert intervals.verdict(low, ratio, high) == expected
 
 
 def test_the_interval_is_the_bootstraps() -> None:
-    """SciPy's own bootstrap of the sittings' medians, at the level that few of them ask for."""
+    """SciPy's own bootstrap of the sessions' medians, at the level that few of them ask for."""
     random = np.random.default_rng(3)
-    sittings = [np.exp(random.normal(0.2, 0.1, 30)) for _ in range(12)]
-    low, middle, high = stats.ratio_interval(sittings)
-    medians = np.array([np.median(np.log(one)) for one in sittings])
+    sessions = [np.exp(random.normal(0.2, 0.1, 30)) for _ in range(12)]
+    low, middle, high = intervals.ratio_interval(sessions)
+    medians = np.array([np.median(np.log(one)) for one in sessions])
     assert np.log(middle) == pytest.approx(medians.mean())
     tail = scipy.stats.norm.sf((12 / 11) ** 0.5 * 2.2009852)  # t of 11 degrees of freedom, from a table
     theirs = scipy.stats.bootstrap(
@@ -202,52 +216,48 @@ def test_the_interval_is_the_bootstraps() -> None:
         rng=np.random.default_rng(1),
     ).confidence_interval
     assert np.log([low, high]) == pytest.approx(list(theirs), abs=0.003)
-    assert stats.ratio_interval([np.array([2.0])])[1] == pytest.approx(2)
+    assert intervals.ratio_interval([np.array([2.0])])[1] == pytest.approx(2)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
-    """Sittings differ by 1 %, rounds by 10 %: of 200 intervals about 190 hold the ratio."""
+    """Sessions differ by 1 %, rounds by 10 %: of 200 intervals about 190 hold the ratio."""
     random = np.random.default_rng(4)
     held = 0
     for _ in range(200):
-        sittings = [
+        sessions = [
             np.exp(np.log(1.3) + random.normal(0, 0.01) + random.normal(0, 0.1, 60)) for _ in range(8)
         ]
-        low, _, high = stats.ratio_interval(sittings)
+        low, _, high = intervals.ratio_interval(sessions)
         held += low <= 1.3 <= high
     assert 180 <= held <= 197
 
 
 def test_percentiles_are_told_where_there_is_something_beyond_them() -> None:
     values = np.arange(1.0, 1001.0)
-    assert stats.percentile(values, 99) == pytest.approx(990.01)
-    assert stats.percentile(values[:999], 99) is None
-    assert stats.percentile(values[:11], 90) == 10
+    assert intervals.percentile(values, 99) == pytest.approx(990.01)
+    assert intervals.percentile(values[:999], 99) is None
+    assert intervals.percentile(values[:11], 90) == 10
 
 
-def test_models_are_loaded_anew_and_take_turns_in_random_order() -> None:
+def test_models_are_loaded_anew_and_take_turns_in_random_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "warm_up", lambda call, **settings: call())
     calls: list[tuple[int, int]] = []
     made: list[int] = []
-    row = measuring.Row("x", Path("x.pt"), "torch", False, 1, 1, 0, 1, 1)
 
-    def make(index: int) -> measuring.Runner:
+    def load(index: int) -> candidates.Runner:
         made.append(index)
         calls.append((-1, index))
         return lambda count: calls.append((count, index))
 
-    contenders = [
-        measuring.Contender(row if index else replace(row, is_teacher=True), lambda index=index: make(index))
-        for index in range(3)
-    ]
+    models = [Candidate(row("torch", index == 0), lambda index=index: load(index)) for index in range(3)]
     config = BenchConfig(rounds=32, batch="1,4", max_seconds=600)
-    rounds = measuring.measure(contenders, config, lambda event: None)
-    sittings = len(contenders[0].singles)
-    assert made == [0, 1, 2] * sittings
-    assert all([len(one) for one in c.singles] == [2] * sittings for c in contenders)
-    assert rounds == 2 * sittings
-    assert all(len(times) == 5 for c in contenders for sitting in c.singles for times in sitting)
-    assert all(len(c.batches[4]) == 15 for c in contenders)
-    last = [index for count, index in calls if count == 1][-2 * 3 * 6 :]  # of the last sitting
+    times = measure(models, config, lambda event: None)
+    sessions = len(times.single)
+    assert made == [0, 1, 2] * sessions
+    assert all(session.shape == (2, 3, 5) for session in times.single)
+    assert times.rounds == 2 * sessions
+    assert times.batches[4].shape == (15, 3)
+    last = [index for count, index in calls if count == 1][-2 * 3 * 6 :]  # of the last session
     turns = np.array(last).reshape(2, 3, 6)
     assert (turns == turns[:, :, :1]).all()
     assert all(sorted(order) == [0, 1, 2] for order in turns[:, :, 0].tolist())
@@ -258,12 +268,13 @@ def test_a_file_is_timed_without_what_kd_does_beside_it(
 ) -> None:
     """20 µs of Python a call made the same network seem a fifth slower as a file than as a checkpoint."""
     path = exported(tmp_path, classifier("convnet-tiny")).path
-    [found], _ = measuring.contenders_of(
+    [found], _ = candidates.candidates_of(
         path, "x", OnnxClassifier.load(path), BenchConfig(batch="2"), 1, is_teacher=True
     )
-    runner = found.make()
-    monkeypatch.delattr(OnnxClassifier, "run")
-    assert np.asarray(runner(2)).shape == (1, 2, 5)
+    runner = found.load()
+    for kind in (OnnxClassifier, OnnxRunner):
+        monkeypatch.delattr(kind, "run")
+    assert runner(2).shape == (2, 5)
 
 
 def test_a_budget_is_kept_by_what_is_known_to(result: BenchResult) -> None:
@@ -276,7 +287,7 @@ def test_a_budget_is_kept_by_what_is_known_to(result: BenchResult) -> None:
     ]
 
     def met(budget_ms: float | None, max_drop: float | None) -> list[str]:
-        return [name for name, _ in keeping(rows, budget_ms, max_drop).met]
+        return [name for name, _ in check_budget(rows, budget_ms, max_drop).met]
 
     assert met(2.5, None) == ["far", "unknown"]
     assert met(None, 1.0) == ["near"]
@@ -287,13 +298,13 @@ def test_a_budget_is_kept_by_what_is_known_to(result: BenchResult) -> None:
 def test_tables_for_programs_and_for_a_readme(result: BenchResult) -> None:
     hostile = replace(result.rows[2], name="=1+1|x\n`y`", notes=("@evil",))
     shown = replace(result, rows=(*result.rows[:2], hostile))
-    lines = list(csv.DictReader(io.StringIO(tables.to_csv(shown))))
+    lines = list(csv.DictReader(io.StringIO(to_csv(shown))))
     assert len(lines) == 3
     assert lines[2]["name"] == "'=1+1|x\n`y`"
     assert lines[2]["notes"] == "'@evil"
     assert float(lines[0]["latency_ms"]) == result.rows[0].latency_ms
     assert float(lines[1]["images_per_s_batch_4"]) == result.rows[1].throughput[4]
-    text = tables.to_markdown(shown)
+    text = to_markdown(shown)
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 5
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {10}
@@ -322,21 +333,28 @@ def test_kl_and_calibration_are_the_models_own(result: BenchResult) -> None:
     assert result.rows[0].kl is None
 
 
-def test_a_quantised_file_is_called_so_and_a_compiled_network_is_one(tmp_path: Path) -> None:
-    exported(tmp_path, classifier("convnet-tiny"), int8=True, calibration_images=20)
-    config = BenchConfig(rounds=3, batch="2", threads=1, engine="compiled", no_memory=True)
-    result = bench([tmp_path / "model.pt", tmp_path / "model.onnx"], config)
-    assert result.rows[-1].precision == "int8"
-    assert result.rows[-1].alone is None
+def test_a_quantised_file_is_called_so(whitened: tuple[Classifier, ExportResult]) -> None:
+    model = OnnxClassifier.load(whitened[1].path)
+    [found], _ = candidates.candidates_of(whitened[1].path, "x", model, BenchConfig(), 1, is_teacher=False)
+    assert found.row.precision == "int8"
+    assert found.footprint().peak_rss_bytes
+
+
+@pytest.mark.slow
+def test_a_compiled_network_is_an_engine(tmp_path: Path) -> None:
+    classifier("convnet-tiny").save(tmp_path / "model.pt")
+    config = BenchConfig(rounds=3, batch="2", threads=1, engine="all", no_memory=True)
+    result = bench([tmp_path / "model.pt"], config)
     compiled = [row for row in result.rows if row.engine == "compiled"]
     assert len(compiled) == 1 or "is not compiled here" in result.notes[0]
+    assert all(row.footprint is None for row in result.rows)
 
 
-def test_words() -> None:
-    assert in_words(2.13, "faster", "slower", "as fast") == "2.1× faster"
-    assert in_words(0.25, "faster", "slower", "as fast") == "4.0× slower"
-    assert in_words(1.04, "faster", "slower", "as fast") == "as fast"
-    assert in_words(1234.5, "smaller", "bigger", "same size") == "1,234× smaller"
+def test_ratios_as_text() -> None:
+    assert ratio_text(2.13, "smaller", "bigger", "same size") == "2.1× smaller"
+    assert ratio_text(0.25, "smaller", "bigger", "same size") == "4.0× bigger"
+    assert ratio_text(1.04, "smaller", "bigger", "same size") == "same size"
+    assert ratio_text(1234.5, "smaller", "bigger", "same size") == "1,234× smaller"
 
 
 def test_json_is_plain(result: BenchResult) -> None:
@@ -380,7 +398,7 @@ def test_default_models(tmp_path: Path) -> None:
 
 def test_nothing_to_measure() -> None:
     with pytest.raises(KdError, match="no models"):
-        benching.bench([], BenchConfig())
+        bench([], BenchConfig())
 
 
 def test_a_batch_of_one_hidden_in_a_file_is_found_and_a_file_that_cannot_run_is_left_out(
@@ -423,11 +441,6 @@ def test_a_batch_of_one_hidden_in_a_file_is_found_and_a_file_that_cannot_run_is_
     assert capfd.readouterr().err == ""  # onnxruntime writes no log of its own
 
 
-def test_a_bigger_model_is_flagged_even_without_a_speed_ratio(result: BenchResult) -> None:
-    teacher, student = result.rows[0], replace(result.rows[3], speedup=None, verdict="")
-    rows = [replace(teacher, network_bytes=10), replace(student, network_bytes=30)]
-    own = [
-        measuring.Contender(row, lambda: lambda count: None, singles=[[[1.0]]], batches={}) for row in rows
-    ]
-    judged = measuring.compared(rows[1], own[1], own, rows)
+def test_a_bigger_model_is_flagged_even_without_a_speed_ratio() -> None:
+    judged = compare([row("torch", True, 10), row("onnxruntime", False, 30)], timings([1, 1], [1, 1]))[1]
     assert judged.worse and judged.verdict == "3.0× bigger" and judged.speedup is None

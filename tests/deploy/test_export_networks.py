@@ -20,10 +20,11 @@ import torch
 
 from kdcli import models
 from kdcli.base.config import ExportConfig
-from kdcli.deploy.export import export
+from kdcli.deploy.export import export, exporter
+from kdcli.deploy.onnx_model.translate import to_onnx
 from kdcli.models import Classifier
 from tests.caffe_files import converted, net, small, write
-from tests.deploy.test_export import SPLITS, classifier, exported, one_thread, random_splits  # noqa: F401
+from tests.deploy.helpers import SPLITS, classifier, exported, random_splits
 
 DEEP = ("resnet", "wide_resnet", "vgg", "mobilenet", "shufflenet")
 ARCHS = [arch for arch, entry in models.MODELS.items() if entry.path.split(":")[0].split(".")[-1] not in DEEP]
@@ -42,30 +43,34 @@ def make(arch: str, folder: Path) -> Classifier:
     return classifier(arch)
 
 
+def write_all(folder: Path, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Path]:
+    """All files, each with an .npz beside it of its input and its checkpoint's output."""
+    made = {}
+    for arch, form in pairs:
+        place = folder / f"{arch}-{form}"
+        place.mkdir()
+        model = make(arch, place)
+        if arch == "graph":
+            model.classes = tuple(f"class {number}" for number in range(5))
+        result = exported(place, model, **FORMS[form])
+        images = torch.from_numpy(random_splits(model.input_size[0]).test.images)
+        with torch.inference_mode():
+            logits = model(images)
+            prepared = model.prepare(images).contiguous()
+        raw = "images" in form
+        np.savez(
+            place / "expected.npz",
+            given=images.numpy() if raw else prepared.numpy(),
+            expected=(logits.softmax(1) if raw else logits).numpy(),
+        )
+        made[arch, form] = result.path
+    return made
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
-    """All files, each with an .npz beside it of what it is given and what its checkpoint gives."""
-    made = {}
-    for arch in ARCHS:
-        for form, settings in FORMS.items():
-            folder = tmp_path_factory.mktemp(f"{arch}-{form}")
-            model = make(arch, folder)
-            if arch == "graph":
-                model.classes = tuple(f"class {number}" for number in range(5))
-            side = model.input_size[0]
-            result = exported(folder, model, **settings)
-            images = torch.from_numpy(random_splits(side).test.images)
-            with torch.inference_mode():
-                logits = model(images)
-                prepared = model.prepare(images).contiguous()
-            raw = "images" in form
-            np.savez(
-                folder / "expected.npz",
-                given=images.numpy() if raw else prepared.numpy(),
-                expected=(logits.softmax(1) if raw else logits).numpy(),
-            )
-            made[arch, form] = result.path
-    return made
+    """Every network in every form."""
+    return write_all(tmp_path_factory.mktemp("networks"), [(arch, form) for arch in ARCHS for form in FORMS])
 
 
 RUN = """
@@ -116,6 +121,14 @@ def check(written: dict[tuple[str, str], Path], found: dict[str, dict[str, list[
             assert off <= allowed * spread, (arch, form, level, off, spread)
 
 
+def test_a_form_of_each_gives_what_its_checkpoint_gives(tmp_path: Path) -> None:
+    """Every form once, a converted Caffe net among the networks."""
+    pairs = list(zip(("graph", "convnet-tiny", "lenet-caffe", "lenet-caffe", "lenet"), FORMS, strict=True))
+    written = write_all(tmp_path, pairs)
+    check(written, run_all(list(written.values()), {})[1])
+
+
+@pytest.mark.slow
 def test_every_network_in_every_form_gives_what_its_checkpoint_gives(
     written: dict[tuple[str, str], Path],
 ) -> None:
@@ -142,6 +155,7 @@ def oldest(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     return version, folder
 
 
+@pytest.mark.slow
 def test_under_the_oldest_onnxruntime_that_is_allowed(
     written: dict[tuple[str, str], Path], oldest: tuple[str, Path]
 ) -> None:
@@ -151,8 +165,13 @@ def test_under_the_oldest_onnxruntime_that_is_allowed(
     check(written, found)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_two_exports_of_a_checkpoint_are_the_same_bytes(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "form", [form if form == "int8" else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
+)
+def test_two_exports_of_a_checkpoint_are_the_same_bytes(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter, "to_onnx", to_onnx)
     classifier("convnet-tiny").save(tmp_path / "model.pt")
     files = []
     for name in ("a.onnx", "b.onnx"):

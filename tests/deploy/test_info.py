@@ -91,7 +91,7 @@ def test_of_a_checkpoint(run: Any, model: models.Classifier) -> None:
     assert "\x1b" not in out.stdout  # a class name does not steer the terminal
 
 
-@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("raw", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_of_an_exported_file(run: Any, model: models.Classifier, raw: bool) -> None:
     config = make(ExportConfig, {"output": Path("m.onnx"), "with_preprocessing": raw})
     export_classifier(model, config, PIXELS, "toy", lambda event: None)

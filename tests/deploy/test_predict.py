@@ -53,7 +53,7 @@ def wanted(model: models.Classifier, pixels: np.ndarray, count: int) -> list[dic
     return [{"class": CLASSES[i], "probability": pytest.approx(shares[i], rel=1e-4)} for i in order]
 
 
-def told(done: Any) -> dict[str, Any]:
+def top_classes(done: Any) -> dict[str, Any]:
     return {one["image"]: one["top"] for one in json.loads(done.stdout)["images"]}
 
 
@@ -72,7 +72,7 @@ def test_files_folders_and_archives(run: Any, workplace: Path, model: models.Cla
         (folder / hidden / "000.png").write_bytes(b"what the system keeps there")
     with zipfile.ZipFile("some.zip", "w") as archive:
         archive.write(folder / "001.PNG", "deep/x.png")
-    found = told(run("predict", "m.pt", "some.zip", "photos", "photos/more/003.PNG", "--json"))
+    found = top_classes(run("predict", "m.pt", "some.zip", "photos", "photos/more/003.PNG", "--json"))
     assert list(found)[:3] == ["some.zip/deep/x.png", "photos/more/000.bmp", "photos/more/001.PNG"]
     assert len(found) == 71  # the last is one of the folder's, named again
     assert found["some.zip/deep/x.png"] == found["photos/more/001.PNG"]
@@ -81,20 +81,24 @@ def test_files_folders_and_archives(run: Any, workplace: Path, model: models.Cla
         assert found[name] == wanted(model, PIXELS[number], 3)
 
 
-def test_an_exported_file_says_the_same(run: Any, workplace: Path, model: models.Classifier) -> None:
+@pytest.mark.parametrize("raw", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_an_exported_file_says_the_same(
+    run: Any, workplace: Path, model: models.Classifier, raw: bool
+) -> None:
     Image.fromarray(PIXELS[0]).save("a.png")
-    for raw in (False, True):
-        config = make(ExportConfig, {"output": Path("m.onnx"), "with_preprocessing": raw})
-        export_classifier(model, config, PIXELS, "toy", lambda event: None)
-        found = told(run("predict", "m.onnx", "a.png", "--json", "--top-k", "9"))
-        assert found["a.png"] == wanted(model, PIXELS[0], 4)
+    config = make(ExportConfig, {"output": Path("m.onnx"), "with_preprocessing": raw})
+    export_classifier(model, config, PIXELS, "toy", lambda event: None)
+    found = top_classes(run("predict", "m.onnx", "a.png", "--json", "--top-k", "9"))
+    assert found["a.png"] == wanted(model, PIXELS[0], 4)
 
 
 def test_images_are_made_to_fit(run: Any, workplace: Path, model: models.Classifier) -> None:
     """The middle square of what is wider; grey where the model takes grey; only its size where that is no square."""
     wide = np.concatenate([PIXELS[1], PIXELS[0], PIXELS[2]], axis=1)  # 8×24
     Image.fromarray(wide).save("wide.png")
-    assert told(run("predict", "m.pt", "wide.png", "--json"))["wide.png"] == wanted(model, PIXELS[0], 3)
+    assert top_classes(run("predict", "m.pt", "wide.png", "--json"))["wide.png"] == wanted(
+        model, PIXELS[0], 3
+    )
     torch.manual_seed(0)
     grey = models.Classifier(
         models.build("convnet-tiny", classes=4, input_size=(8, 8, 1)),
@@ -107,7 +111,7 @@ def test_images_are_made_to_fit(run: Any, workplace: Path, model: models.Classif
     grey.save(workplace / "grey.pt")
     luma = np.asarray(Image.fromarray(PIXELS[0]).convert("L"))[..., None]
     Image.fromarray(PIXELS[0]).save("a.png")
-    assert told(run("predict", "grey.pt", "a.png", "--json"))["a.png"] == wanted(grey, luma, 3)
+    assert top_classes(run("predict", "grey.pt", "a.png", "--json"))["a.png"] == wanted(grey, luma, 3)
     oblong = models.Classifier(
         models.build("convnet-tiny", classes=4, input_size=(8, 24, 3)),
         preprocess.fit("none", wide[None]),
@@ -117,7 +121,9 @@ def test_images_are_made_to_fit(run: Any, workplace: Path, model: models.Classif
         input_size=(8, 24, 3),
     ).eval()
     oblong.save(workplace / "oblong.pt")
-    assert told(run("predict", "oblong.pt", "wide.png", "--json"))["wide.png"] == wanted(oblong, wide, 3)
+    assert top_classes(run("predict", "oblong.pt", "wide.png", "--json"))["wide.png"] == wanted(
+        oblong, wide, 3
+    )
     with pytest.raises(KdError, match=r"image a\.png is 8×8×3, the model takes 8×24×3"):
         run("predict", "oblong.pt", "a.png")
 
@@ -130,7 +136,7 @@ def test_what_cannot_be_read(run: Any, workplace: Path, model: models.Classifier
     Image.fromarray(PIXELS[0]).save("photos/b.png")
     with pytest.raises(KdError, match=r"cannot read image photos/a\.png"):
         run("predict", "m.pt", "photos")
-    assert list(told(run("predict", "m.pt", "photos", "--skip-broken", "--json"))) == ["photos/b.png"]
+    assert list(top_classes(run("predict", "m.pt", "photos", "--skip-broken", "--json"))) == ["photos/b.png"]
     assert (
         "left out: cannot read image photos/a.png" in run("predict", "m.pt", "photos", "--skip-broken").stderr
     )

@@ -13,16 +13,10 @@ import torch
 from kdcli.base.errors import KdError
 from kdcli.deploy import int8
 from kdcli.deploy.export import ExportResult
-from kdcli.deploy.onnx_model import OnnxClassifier, facts
+from kdcli.deploy.export.job import disjoint_indices
+from kdcli.deploy.onnx_model import OnnxClassifier, count_model
 from kdcli.models import Classifier
-from tests.deploy.test_export import SPLITS, classifier, exported, one_thread  # noqa: F401
-
-
-@pytest.fixture(scope="module")
-def whitened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, ExportResult]:
-    model = classifier("lenet-caffe", "gcn-zca")
-    folder = tmp_path_factory.mktemp("int8")
-    return model, exported(folder, model, int8=True, with_preprocessing=True, calibration_images=20)
+from tests.deploy.helpers import SPLITS, classifier, exported
 
 
 def test_weights_are_int8_per_channel_and_whitening_stays_float(
@@ -64,7 +58,7 @@ def test_it_still_classifies_and_is_a_quarter(whitened: tuple[Classifier, Export
         expected = model(images).log_softmax(dim=1)
     assert (given - expected).abs().max() < 0.1 * (expected.max() - expected.min())
     assert not torch.allclose(given, expected, atol=1e-6)  # it was quantised
-    counted = facts(onnx.load(result.path))
+    counted = count_model(onnx.load(result.path))
     floats = sum(value.numel() for value in model.network.state_dict().values())
     assert counted.parameters == floats
     assert counted.network_bytes < 0.4 * 4 * floats
@@ -72,9 +66,7 @@ def test_it_still_classifies_and_is_a_quarter(whitened: tuple[Classifier, Export
 
 def test_costs_are_measured_on_the_parity_images(whitened: tuple[Classifier, ExportResult]) -> None:
     model, result = whitened
-    from kdcli.deploy.export.images import choose_images
-
-    chosen, *_ = choose_images(len(SPLITS.train), 30, 20)
+    chosen, *_ = disjoint_indices(len(SPLITS.train), 30, 20)
     raw = torch.from_numpy(SPLITS.train.images[chosen])
     labels = SPLITS.train.labels[chosen]
     with torch.inference_mode():
@@ -113,7 +105,7 @@ def test_failure_leaves_no_file(
     def fail(*args: object, **settings: object) -> None:
         raise KdError("the network cannot be quantised: so there")
 
-    monkeypatch.setattr(int8.Quantiser, "make", fail)
+    monkeypatch.setattr(int8.Quantiser, "quantise", fail)
     with pytest.raises(KdError, match="so there"):
         exported(tmp_path, classifier("convnet-tiny"), int8=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]

@@ -1,36 +1,39 @@
-"""Does the file give what the checkpoint gives?"""
+"""Comparison of an exported file's outputs with its checkpoint's, and layer by layer where they differ."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
+import onnx
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdcli.base.errors import KdError
-from kdcli.deploy import onnx_model
+from kdcli.deploy.onnx_model import LEVELS, OnnxRunner
+from kdcli.deploy.onnx_model.translate import scopes_of
 
 BATCHES = (1, 2, 7)
 TOLERANCE = 1e-4  # of the largest |logit|
-_EXPLAINED = 8  # images that are looked into
-TIE = 1e-5  # of the largest |logit|: nearer than this, two classes are equally good
-_LEAST_LOG = -60.0  # probabilities below e⁻⁶⁰ are all the same nothing
+TIE = 1e-5  # of the largest |logit|: classes nearer than this are tied
+_LAYER_IMAGES = 8  # for the layer-wise comparison
+_LEAST_LOG = -60.0  # log-probabilities are clamped here: e⁻⁶⁰ and below count as equal
+_QUOTED = re.compile(r"'([^']*)'")
+_HINT = "Try another --opset, or another onnxruntime version."
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How near the file is to the checkpoint on real images.
+    """How close the file is to the checkpoint on real images.
 
     Attributes:
         images: how many.
         batches: batch sizes that were run.
-        levels: of onnxruntime's optimisation, each at all of them.
+        levels: graph optimisation levels of onnxruntime, each run at all batch sizes.
         largest_difference: of any logit (with preprocessing: of any log-probability).
         scale: the largest |logit|; the difference may be 1e-4 of it.
         same_top1: images with the same first class.
@@ -47,98 +50,167 @@ class Parity:
 
 
 def check_parity(
-    path: Path,
+    content: bytes,
     inputs: npt.NDArray[Any],
     logits: Tensor,
+    *,
     probabilities: bool,
-    explain: Callable[[npt.NDArray[Any], str], str | None] = lambda inputs, level: None,
     batches: tuple[int, ...] = BATCHES,
+    find_layer: Callable[[npt.NDArray[Any], str], str | None] = lambda inputs, level: None,
 ) -> tuple[Tensor, Parity]:
-    """Run a file on real images, at each level of optimisation, and compare with the checkpoint's logits.
+    """Run a file on real images at each optimisation level, and compare with the checkpoint's logits.
 
     Args:
-        path: the file as it lies on disk.
+        content: the file.
         inputs: its input for all images.
         logits: the checkpoint's, float32 (N, classes).
-        probabilities: the file gives probabilities; their logarithms are compared, which hides nothing.
-        batches: images a run; the last is the one for all images.
-        explain: names the layer where images and level first give something else.
+        probabilities: the file gives probabilities; their logarithms are compared.
+        batches: batch sizes; all images are run at the largest, some at the others.
+        find_layer: names the first layer that differs for given inputs and level.
 
     Returns:
         The file's logits or log-probabilities (N, classes), and the figures.
 
     Raises:
-        KdError: a value is off by more than 1e-4 of the logits' scale, or a first class differs and is no
-            tie.
+        KdError: a value is off by more than 1e-4 of the logits' scale, or a first class differs beyond a tie.
     """
-    content = path.read_bytes()
     expected = logits.double()
     if probabilities:
         expected = expected.log_softmax(dim=1).clamp_min(_LEAST_LOG)
     scale = logits.abs().max().item()
     largest = 0.0
-    whole: Tensor = expected
-    for level, batch in product(onnx_model.LEVELS, batches):
-        if batch == batches[0]:
-            runner = onnx_model.session(content, name="the exported file", level=level)
-        last = level == "all" and batch == max(batches)  # as the file will be run: on all images
-        count = len(inputs) if last else min(len(inputs), 4 * batch)
-        outputs = run(runner, inputs[:count], batch, probabilities)
+    outputs = expected
+    runners = {level: OnnxRunner(content, name="the exported file", level=level) for level in LEVELS}
+    for level, batch in product(LEVELS, batches):
+        complete = level == "all" and batch == max(batches)
+        count = len(inputs) if complete else min(len(inputs), 4 * batch)
+        outputs = run(runners[level], inputs[:count], batch, probabilities=probabilities)
         if outputs.shape != expected[:count].shape:
             raise KdError(
                 f"the exported file gives {tuple(outputs.shape)} instead of {tuple(expected.shape)}"
             )
         difference = (outputs.double() - expected[:count]).abs().max().item()
         if not difference <= TOLERANCE * scale + 1e-12:  # NaN fails too
-            layer = explain(inputs[:count][:_EXPLAINED], level)
-            where = f", first in layer {layer}" if layer else ""
+            layer = find_layer(inputs[:count][:_LAYER_IMAGES], level)
             raise KdError(
                 f"the exported network differs from the checkpoint by {difference:.2g} at batch {batch}, "
-                f"optimisation {level}{where} (allowed: {TOLERANCE * scale:.2g}); no file was written",
-                "Try another --opset, or another onnxruntime version.",
+                f"optimisation {level}{f', first in layer {layer}' if layer else ''} "
+                f"(allowed: {TOLERANCE * scale:.2g}); no file was written",
+                _HINT,
             )
         largest = max(largest, difference)
-        whole = outputs
-    mine, theirs = expected.argmax(dim=1), whole.argmax(dim=1)
-    margin = expected.max(dim=1).values - expected.gather(1, theirs[:, None])[:, 0]
-    differs = mine != theirs
-    ties = differs & (margin <= TIE * scale)
-    if bool((differs & ~ties).any()):
-        wrong = int((differs & ~ties).sum())
-        raise KdError(
-            f"the exported network gives another class than the checkpoint for {wrong} of {len(inputs)} "
-            "images; no file was written",
-            "Try another --opset, or another onnxruntime version.",
-        )
-    return whole, Parity(
+    differ, ties = _compare_top1(expected, outputs, scale)
+    return outputs, Parity(
         images=len(inputs),
         batches=batches,
-        levels=tuple(onnx_model.LEVELS),
+        levels=tuple(LEVELS),
         largest_difference=largest,
         scale=scale,
-        same_top1=len(inputs) - int(differs.sum()),
-        ties=int(ties.sum()),
+        same_top1=len(inputs) - differ,
+        ties=ties,
     )
 
 
-def run(runner: Any, inputs: npt.NDArray[Any], batch: int, probabilities: bool) -> Tensor:
-    """A file's outputs (N, classes), `batch` images at a time; of probabilities their logarithms.
+def _compare_top1(expected: Tensor, outputs: Tensor, scale: float) -> tuple[int, int]:
+    """Number of images whose first class differs, and of ties among them.
 
-    A file that takes a fixed number is given that many, the last time with the first image again and again.
+    Raises:
+        KdError: one of them is no tie.
     """
-    [taken] = runner.get_inputs()
-    count = len(inputs)
-    if isinstance(taken.shape[0], int):
-        batch = taken.shape[0]
-        inputs = np.concatenate([inputs, np.repeat(inputs[:1], -count % batch, axis=0)])
-    try:
-        parts = [
-            runner.run(None, {taken.name: inputs[start : start + batch]})[0]
-            for start in range(0, len(inputs), batch)
-        ]
-    except Exception as error:  # onnxruntime's exceptions share no base of their own
+    theirs = outputs.argmax(dim=1)
+    margin = expected.max(dim=1).values - expected.gather(1, theirs[:, None])[:, 0]
+    differs = expected.argmax(dim=1) != theirs
+    ties = differs & (margin <= TIE * scale)
+    wrong = int((differs & ~ties).sum())
+    if wrong:
         raise KdError(
-            f"onnxruntime cannot run the exported file at batch {batch}: {str(error).splitlines()[0][:300]}"
-        ) from error
-    outputs = torch.from_numpy(np.concatenate(parts)[:count])
+            f"the exported network gives another class than the checkpoint for {wrong} of {len(outputs)} "
+            "images; no file was written",
+            _HINT,
+        )
+    return int(differs.sum()), int(ties.sum())
+
+
+def run(runner: OnnxRunner, inputs: npt.NDArray[Any], batch: int, *, probabilities: bool) -> Tensor:
+    """A file's logits or log-probabilities (N, classes), `batch` images at a time."""
+    outputs = torch.from_numpy(runner.run(inputs, batch))
     return outputs.double().log().clamp_min(_LEAST_LOG) if probabilities else outputs
+
+
+def first_differing_layer(
+    module: nn.Module, translated: onnx.ModelProto, content: bytes, inputs: npt.NDArray[Any], level: str
+) -> str | None:
+    """Name the first layer whose output in the file differs from the checkpoint's.
+
+    Args:
+        module: the checkpoint's module, from `inputs` to the file's output.
+        translated: the model as torch's exporter made it, with the module scopes of its nodes.
+        content: the file.
+        inputs: images on which they differ.
+        level: graph optimisation of onnxruntime.
+
+    Returns:
+        `conv2`, or `features.0 and features.1` of layers that are one operation in the file; None where each layer
+        agrees, or its values cannot be read from the file.
+    """
+    expected = _module_outputs(module, inputs)
+    value_of = _last_values(translated, set(expected))
+    if not value_of:
+        return None
+    try:
+        actual = _file_values(content, list(value_of.values()), inputs, level)
+    except KdError:
+        return None
+    merged: list[str] = []  # layers without an operation of their own: part of the next one's
+    for name, wanted in expected.items():
+        if name not in value_of:
+            merged.append(name)
+            continue
+        value = actual[value_of[name]]
+        bound = TOLERANCE * wanted.abs().max().item()
+        if (
+            value.shape == wanted.shape and not (value.double() - wanted).abs().max().item() <= bound
+        ):  # or NaN
+            return " and ".join(layer.removeprefix("network.") for layer in (*merged, name))
+        merged = []
+    return None
+
+
+def _module_outputs(module: nn.Module, inputs: npt.NDArray[Any]) -> dict[str, Tensor]:
+    """Output of each leaf module, float64, in the order they run."""
+    outputs: dict[str, Tensor] = {}
+    handles = []
+    for name, part in module.named_modules():
+        if any(part.children()):
+            continue
+
+        def record(part: nn.Module, given: Any, output: Tensor, name: str = name) -> None:
+            outputs.pop(name, None)  # a module that runs twice counts where it runs last
+            outputs[name] = output.double()
+
+        handles.append(part.register_forward_hook(record))
+    try:
+        with torch.inference_mode():
+            module(torch.from_numpy(inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def _last_values(translated: onnx.ModelProto, names: set[str]) -> dict[str, str]:
+    """Name of the value that the last node of each module produces."""
+    last: dict[str, str] = {}
+    for node in translated.graph.node:
+        for name in names.intersection(_QUOTED.findall(scopes_of(node))):
+            last[name] = node.output[0]
+    return last
+
+
+def _file_values(content: bytes, names: list[str], inputs: npt.NDArray[Any], level: str) -> dict[str, Tensor]:
+    """Intermediate values of a file by name."""
+    model = onnx.ModelProto.FromString(content)
+    outputs = {output.name for output in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in outputs)
+    values = OnnxRunner(model.SerializeToString(), level=level).outputs(names, inputs)
+    return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}

@@ -1,11 +1,11 @@
-"""Ways to quantise, by name."""
+"""Int8 recipes and their names."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-Ranges = Literal["minmax", "entropy", "percentile"]
+RANGES = ("minmax", "entropy", "percentile")
 
 
 @dataclass(frozen=True)
@@ -13,35 +13,31 @@ class Recipe:
     """One way to quantise; weights are int8 in all of them.
 
     Attributes:
-        signed: activations are int8 (S8S8), not uint8 (U8S8).
-        per_channel: a scale for each output channel's weights, not one for the tensor.
-        ranges: how activations' ranges are found: their extremes; the range whose histogram loses the least
-            information (KL divergence); or what holds 99.999 % of the values.
+        signed: activations are int8 (S8S8) instead of uint8 (U8S8).
+        per_channel: one scale per output channel of the weights instead of one per tensor.
+        ranges: how activation ranges are calibrated: `minmax`, the extremes; `entropy`, the range with the least KL
+            divergence from the histogram; `percentile`, 99.999 % of the values.
         float_first, float_last: the first or last layer with weights stays float32.
     """
 
     signed: bool = False
     per_channel: bool = True
-    ranges: Ranges = "minmax"
+    ranges: str = "minmax"
     float_first: bool = False
     float_last: bool = False
 
     @classmethod
     def parse(cls, name: str) -> Recipe:
-        """The recipe of a name such as `u8s8-channel-minmax-last`; `config.INT8_RECIPE` says which there are."""
-        words = name.split("-")
-        return next(
-            cls(words[0] == "s8s8", words[1] == "channel", ranges, "first" in words[3:], "last" in words[3:])
-            for ranges in _RANGES
-            if ranges == words[2]
-        )
+        """The recipe of a name such as `u8s8-channel-minmax-last`, which `config.INT8_RECIPE` matches."""
+        types, scope, ranges, *kept = name.split("-")
+        return cls(types == "s8s8", scope == "channel", ranges, "first" in kept, "last" in kept)
 
     def __str__(self) -> str:
-        words = ["s8s8" if self.signed else "u8s8", "channel" if self.per_channel else "tensor", self.ranges]
-        return "-".join([*words, *["first"] * self.float_first, *["last"] * self.float_last])
+        parts = ["s8s8" if self.signed else "u8s8", "channel" if self.per_channel else "tensor", self.ranges]
+        return "-".join([*parts, *["first"] * self.float_first, *["last"] * self.float_last])
 
     def variants(self) -> list[Recipe]:
-        """This recipe with one thing but its ranges changed, each."""
+        """Recipes that differ from this one in a single setting other than the ranges."""
         return [
             replace(self, per_channel=not self.per_channel),
             replace(self, signed=not self.signed),
@@ -50,5 +46,32 @@ class Recipe:
         ]
 
 
-_RANGES: tuple[Ranges, ...] = ("minmax", "entropy", "percentile")
-OF_EACH_RANGES = tuple(Recipe(ranges=ranges) for ranges in _RANGES)
+@dataclass(frozen=True)
+class Quantisation:
+    """How a network was quantised, and the cost.
+
+    Attributes:
+        recipe: its name, see `Recipe`.
+        calibration_images: train images that set the activation ranges.
+        reduce_range: weights have 7 bits, because 8-bit products could overflow on this CPU.
+        images: train images, not used for calibration, on which the result was measured.
+        agreement: per cent of them with the float32 network's top-1 class.
+        float_accuracy, int8_accuracy: per cent.
+    """
+
+    recipe: str
+    calibration_images: int
+    reduce_range: bool
+    images: int
+    agreement: float
+    float_accuracy: float
+    int8_accuracy: float
+
+    def to_metadata(self) -> dict[str, Any]:
+        """Plain values for the metadata of the file."""
+        recipe = Recipe.parse(self.recipe)
+        return {
+            "weights": f"int8 per {'channel' if recipe.per_channel else 'tensor'}",
+            "activations": "int8" if recipe.signed else "uint8",
+            **asdict(self),
+        }

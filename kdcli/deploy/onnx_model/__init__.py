@@ -1,24 +1,24 @@
-"""Classifiers in ONNX files: what kd wrote into them, what can be told of anybody's, and running them.
+"""ONNX classifiers: reading, describing, running and writing them.
 
-A file that `kd export` wrote says in its metadata what it takes and gives, and how its pixels are prepared.
-Of any other file only its input and output are known.
+The metadata of a file that `kd export` wrote gives class names, preprocessing and origin. Of any other file only
+input and output are known.
 """
 
 from kdcli.deploy.onnx_model.classifier import OnnxClassifier
-from kdcli.deploy.onnx_model.facts import PREPROCESSING, Facts, facts
-from kdcli.deploy.onnx_model.files import LEVELS, read, serialized, session
-from kdcli.deploy.onnx_model.remarks import FORMAT, decode_preprocess, encode_preprocess
+from kdcli.deploy.onnx_model.counts import PREPROCESSING, ModelCounts, count_model
+from kdcli.deploy.onnx_model.metadata import decode_preprocess, encode_preprocess
+from kdcli.deploy.onnx_model.reader import read, serialize
+from kdcli.deploy.onnx_model.runner import LEVELS, OnnxRunner
 
 __all__ = [
-    "FORMAT",
     "LEVELS",
     "PREPROCESSING",
-    "Facts",
+    "ModelCounts",
     "OnnxClassifier",
+    "OnnxRunner",
+    "count_model",
     "decode_preprocess",
     "encode_preprocess",
-    "facts",
     "read",
-    "serialized",
-    "session",
+    "serialize",
 ]

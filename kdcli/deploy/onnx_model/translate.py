@@ -1,4 +1,4 @@
-"""A classifier as an ONNX model: torch's own exporter, minus what it tells of this machine."""
+"""Classifier → ONNX model, by torch's exporter, without traces of this machine."""
 
 from __future__ import annotations
 
@@ -14,44 +14,38 @@ from torch import Tensor, nn
 
 from kdcli import __version__
 from kdcli.base.errors import KdError
-from kdcli.deploy.onnx_model import PREPROCESSING
+from kdcli.base.text import first_line
+from kdcli.deploy.onnx_model.counts import PREPROCESSING
 from kdcli.models import Classifier
 
+SCOPES = "pkg.torch.onnx.name_scopes"  # torch's record of the module a node came from
+_MAX_REASON = 300
 
-class NetworkInterface(nn.Module):
-    """Prepared float32 (N, C, H, W) → logits (N, classes)."""
 
-    def __init__(self, classifier: Classifier) -> None:
+class ExportedModule(nn.Module):
+    """The module that a file stands for, in eval mode.
+
+    With preprocessing: raw images uint8 (N, H, W, C), RGB → probabilities (N, classes). Without: prepared float32
+    (N, C, H, W) → logits (N, classes).
+    """
+
+    def __init__(self, classifier: Classifier, *, with_preprocessing: bool) -> None:
         super().__init__()
+        self.preprocess = classifier.preprocess if with_preprocessing else None
         self.network = classifier.network
+        self.eval()
 
-    def forward(self, prepared: Tensor) -> Tensor:
-        logits: Tensor = self.network(prepared)
+    def forward(self, images: Tensor) -> Tensor:
+        if self.preprocess is not None:
+            prepared = self.preprocess(images.permute(0, 3, 1, 2).float())
+            probabilities: Tensor = self.network(prepared).softmax(dim=1)
+            return probabilities
+        logits: Tensor = self.network(images)
         return logits
 
 
-class ImageInterface(nn.Module):
-    """Raw images uint8 (N, H, W, C), RGB → probabilities (N, classes)."""
-
-    def __init__(self, classifier: Classifier) -> None:
-        super().__init__()
-        self.preprocess = classifier.preprocess
-        self.network = classifier.network
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network(self.preprocess(images.permute(0, 3, 1, 2).float()))
-        return logits.softmax(dim=1)
-
-
-def interface_of(classifier: Classifier, *, with_preprocessing: bool) -> nn.Module:
-    """The module that a file stands for, in eval mode."""
-    return (ImageInterface(classifier) if with_preprocessing else NetworkInterface(classifier)).eval()
-
-
 def to_onnx(classifier: Classifier, *, opset: int, with_preprocessing: bool) -> onnx.ModelProto:
-    """Translate a classifier to ONNX; the result names no file, path or line of this machine.
-
-    Nodes are named `network/…` and `preprocess/…`.
+    """Translate a classifier to ONNX. Nodes are named `network/…` and `preprocess/…`.
 
     Raises:
         KdError: torch cannot translate the network.
@@ -59,22 +53,20 @@ def to_onnx(classifier: Classifier, *, opset: int, with_preprocessing: bool) -> 
     height, width, channels = classifier.input_size
     example = torch.arange(2 * height * width * channels).reshape(2, height, width, channels) % 251
     example = example.to(torch.uint8)
-    if with_preprocessing:
-        inputs, names = example, ("images", "probabilities")
-    else:
+    if not with_preprocessing:
         with torch.inference_mode():
-            inputs = classifier.prepare(example).contiguous().clone()
-        names = ("input", "logits")
+            example = classifier.prepare(example).contiguous()
+        example = example.clone()  # an inference tensor cannot be traced
     try:
-        with silence():
+        with silenced():
             program = torch.onnx.export(
-                interface_of(classifier, with_preprocessing=with_preprocessing),
-                (inputs,),
+                ExportedModule(classifier, with_preprocessing=with_preprocessing),
+                (example,),
                 dynamo=True,
                 external_data=False,
                 opset_version=opset,
-                input_names=[names[0]],
-                output_names=[names[1]],
+                input_names=["images" if with_preprocessing else "input"],
+                output_names=["probabilities" if with_preprocessing else "logits"],
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
                 verbose=False,
             )
@@ -84,8 +76,9 @@ def to_onnx(classifier: Classifier, *, opset: int, with_preprocessing: bool) -> 
             model.CopyFrom(program.model_proto)
     except Exception as error:  # the exporter raises many kinds
         cause = error.__cause__ or error  # the exporter's own message is about its steps
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0][:300]
-        raise KdError(f"network {classifier.arch} cannot be exported to ONNX: {reason}") from error
+        raise KdError(
+            f"network {classifier.arch} cannot be exported to ONNX: {first_line(cause, _MAX_REASON)}"
+        ) from error
     written = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     if written != opset:
         raise KdError(
@@ -96,7 +89,7 @@ def to_onnx(classifier: Classifier, *, opset: int, with_preprocessing: bool) -> 
 
 
 def fix_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
-    """A copy that takes this many images at a time, no more and no fewer."""
+    """A copy with a fixed batch size."""
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
     for value in (*fixed.graph.input, *fixed.graph.output):
@@ -104,46 +97,57 @@ def fix_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
     return fixed
 
 
-def finish(model: onnx.ModelProto, remarks: dict[str, str]) -> onnx.ModelProto:
-    """A copy with kd's metadata alone, checked in full."""
-    whole = onnx.ModelProto()
-    whole.CopyFrom(model)
-    whole.producer_name, whole.producer_version = "kd", __version__
-    whole.ClearField("doc_string")
-    del whole.metadata_props[:]
-    _strip(whole.graph)
-    for key, value in sorted(remarks.items()):
-        whole.metadata_props.add(key=key, value=value)
+def finish(model: onnx.ModelProto, metadata: dict[str, str]) -> onnx.ModelProto:
+    """A checked copy with this metadata, without stack traces, paths and inferable shapes.
+
+    Raises:
+        KdError: the model is not valid ONNX.
+    """
+    finished = onnx.ModelProto()
+    finished.CopyFrom(model)
+    finished.producer_name, finished.producer_version = "kd", __version__
+    finished.ClearField("doc_string")
+    del finished.metadata_props[:]
+    graph = finished.graph
+    graph.ClearField("value_info")
+    for item in (graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
+        item.ClearField("doc_string")
+        item.ClearField("metadata_props")
+    for key, value in sorted(metadata.items()):
+        finished.metadata_props.add(key=key, value=value)
     try:
-        onnx.checker.check_model(whole, full_check=True)
-    except Exception as error:  # the checker and the shape inference raise different kinds
-        raise KdError(f"the exported model is not valid ONNX: {str(error).splitlines()[0][:300]}") from error
-    return whole
+        onnx.checker.check_model(finished, full_check=True)
+    except Exception as error:  # checker and shape inference raise different kinds
+        raise KdError(f"the exported model is not valid ONNX: {first_line(error, _MAX_REASON)}") from error
+    return finished
+
+
+def file_bytes(model: onnx.ModelProto, metadata: dict[str, str]) -> bytes:
+    """Content of the ONNX file: the same bytes for the same model and metadata.
+
+    Raises:
+        KdError: the model is not valid ONNX.
+    """
+    return finish(model, metadata).SerializeToString(deterministic=True)
+
+
+def scopes_of(node: onnx.NodeProto) -> str:
+    """Modules that a freshly translated node came from, as torch's exporter wrote them."""
+    return next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "")
 
 
 def _name_nodes(model: onnx.ModelProto, with_preprocessing: bool) -> None:
-    """Name nodes by where they belong: all before the first of the network prepare pixels."""
+    """Name nodes by the part they belong to: all before the network's first are preprocessing."""
     network_seen = not with_preprocessing
     for index, node in enumerate(model.graph.node):
-        scopes = next((e.value for e in node.metadata_props if e.key == "pkg.torch.onnx.name_scopes"), "")
-        network_seen |= "'network'" in scopes
-        room = "network/" if network_seen else PREPROCESSING
-        node.name = f"{room}{index:03d}_{node.op_type}"
-
-
-def _strip(graph: onnx.GraphProto) -> None:
-    """Remove remarks of tools: stack traces with paths, and shapes that anyone can infer."""
-    graph.ClearField("doc_string")
-    graph.ClearField("metadata_props")
-    graph.ClearField("value_info")
-    for item in (*graph.node, *graph.initializer, *graph.input, *graph.output):
-        item.ClearField("doc_string")
-        item.ClearField("metadata_props")
+        network_seen |= "'network'" in scopes_of(node)
+        part = "network/" if network_seen else PREPROCESSING
+        node.name = f"{part}{index:03d}_{node.op_type}"
 
 
 @contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Keep exporter and quantiser, which talk on every channel they find, from being heard."""
+def silenced() -> Iterator[None]:
+    """Suppress log records, warnings and prints of torch's exporter and onnxruntime's quantiser."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

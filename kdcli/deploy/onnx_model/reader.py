@@ -1,4 +1,4 @@
-"""Reading ONNX files, and a session to run them."""
+"""Reading ONNX files of unknown origin."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import TypeVar
 
 import onnx
-import onnxruntime as ort
 from google.protobuf.message import Message
 
 from kdcli.base.errors import KdError
-from kdcli.base.runtime import available_cores
-from kdcli.base.text import first_line
+from kdcli.base.text import first_line, reason
 
 MAX_BYTES = 2**31 - 1  # one protobuf message cannot be larger
-MAX_NODES = 1_000_000  # with every function written out wherever it is called
+MAX_NODES = 1_000_000  # with functions expanded wherever they are called
 MAX_CALL_DEPTH = 50
 LOOPS = ("Loop", "Scan")
 
+_FunctionKey = tuple[str, str, str]  # domain, name, overload
 _M = TypeVar("_M", bound=Message)
 
 
@@ -28,13 +27,14 @@ def read(path: Path, *, external: bool = False) -> tuple[onnx.ModelProto, int]:
     """Parse an ONNX file.
 
     Args:
-        external: also take weights from files that lie beside it. Without, such a model is refused.
+        external: accept weights in other files of the same folder.
 
     Returns:
         The model with all of its weights, and the bytes of the file or files.
 
     Raises:
-        KdError: missing, not ONNX, over 2 GiB, or with weights where they may not be.
+        KdError: missing, not ONNX, over 2 GiB, with loops or unbounded functions, or with weights in other files
+            that are not accepted or cannot be read.
     """
     if not path.is_file():
         raise KdError(f"no such file: {path}" if not path.exists() else f"{path} is not a file")
@@ -43,7 +43,7 @@ def read(path: Path, *, external: bool = False) -> tuple[onnx.ModelProto, int]:
     try:
         model = onnx.ModelProto.FromString(path.read_bytes())  # load_model would go by the file's suffix
     except OSError as error:
-        raise KdError(f"cannot read {path}: {error.strerror or error}") from error
+        raise KdError(f"cannot read {path}: {reason(error)}") from error
     except Exception as error:  # protobuf raises whatever the bytes provoke
         raise KdError(f"{path} is not an ONNX model: {first_line(error)}") from error
     if not model.graph.node or not model.graph.output:
@@ -60,11 +60,23 @@ def read(path: Path, *, external: bool = False) -> tuple[onnx.ModelProto, int]:
             "This command reads self-contained ONNX files; "
             "onnx.save_model(onnx.load(path), new_path) makes one.",
         )
-    return model, path.stat().st_size + _take_in(path, outside)
+    return model, path.stat().st_size + _load_external(path, outside)
 
 
-def _take_in(path: Path, tensors: list[onnx.TensorProto]) -> int:
-    """Read tensors from the files beside a model that hold them; returns the bytes of these files.
+def serialize(path: Path, model: onnx.ModelProto) -> bytes:
+    """Bytes of a model that was read from `path`.
+
+    Raises:
+        KdError: it does not fit one message, or memory.
+    """
+    try:
+        return model.SerializeToString()
+    except Exception as error:  # protobuf raises whatever the content provokes
+        raise KdError(f"{path} cannot be serialised: {first_line(error)}") from error
+
+
+def _load_external(path: Path, tensors: list[onnx.TensorProto]) -> int:
+    """Load tensors from files beside the model; returns the total size of these files.
 
     Raises:
         KdError: a location that is not a regular file in the model's own folder, or does not hold the tensor.
@@ -91,71 +103,20 @@ def _take_in(path: Path, tensors: list[onnx.TensorProto]) -> int:
                 handle.seek(offset)
                 tensor.raw_data = handle.read(length)
         except (OSError, ValueError, KeyError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
+            cause = reason(error) if isinstance(error, OSError) else str(error)
             raise KdError(
-                f"{path} keeps weights in {location[:60]!r}, which cannot be read: {reason}"
+                f"{path} keeps weights in {location[:60]!r}, which cannot be read: {cause}"
             ) from error
         del tensor.external_data[:]
         tensor.data_location = onnx.TensorProto.DEFAULT
     return sum(sizes.values())
 
 
-def serialized(path: Path, model: onnx.ModelProto) -> bytes:
-    """A model as bytes.
-
-    Raises:
-        KdError: it does not fit one message, or memory.
-    """
-    try:
-        return model.SerializeToString()
-    except Exception as error:  # protobuf raises whatever the content provokes
-        raise KdError(f"{path} cannot be laid out: {first_line(error)}") from error
-
-
-LEVELS = {  # of onnxruntime's optimisation; each does what those before it do, and more
-    "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
-    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
-    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
-}
-
-
-def session(
-    model: bytes, threads: int = 0, name: str = "model", *, level: str = "all"
-) -> ort.InferenceSession:
-    """An onnxruntime session on the CPU.
-
-    Args:
-        model: a serialised ModelProto: from bytes nothing beside the file can be reached.
-        threads: 0: all available cores.
-        name: what an error calls it.
-        level: of optimisation, a name in `LEVELS`.
-
-    Raises:
-        KdError: onnxruntime refuses the model.
-    """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or available_cores()
-    options.inter_op_num_threads = 1
-    options.graph_optimization_level = LEVELS[level]
-    options.log_severity_level = 4  # its errors are raised; a log line beside that would be a second message
-    # idle threads would otherwise spin on after a run and slow down whatever is timed next
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    try:
-        return ort.InferenceSession(
-            model,
-            options,
-            providers=["CPUExecutionProvider"],
-            enable_fallback=0,  # it would print, and try the same again
-        )
-    except Exception as error:  # onnxruntime's exceptions share no base of their own
-        raise KdError(f"onnxruntime cannot run {name}: {first_line(error)}") from error
-
-
 def _check_work(path: Path, model: onnx.ModelProto) -> None:
-    """Raise KdError for what makes a small file endless: loops, and functions that call each other over and over.
+    """Reject small files that expand without bound: loops, nested function calls, sparse weights.
 
-    Values that a file claims and does not hold are refused too, before anybody lays them out.
+    Raises:
+        KdError: naming what was found.
     """
     for node in _messages(model, onnx.NodeProto):
         if node.op_type in LOOPS:
@@ -163,26 +124,26 @@ def _check_work(path: Path, model: onnx.ModelProto) -> None:
     for sparse in _messages(model, onnx.SparseTensorProto):
         if math.prod(sparse.dims) * 8 > MAX_BYTES:
             raise KdError(f"{path} claims weights of more than 2 GiB")
-    functions = {(one.domain, one.name, one.overload): one for one in model.functions}
-    sizes: dict[tuple[str, str, str], int] = {}
+    functions = {(item.domain, item.name, item.overload): item for item in model.functions}
+    sizes: dict[_FunctionKey, int] = {}
 
-    def nodes_of(message: Message, within: tuple[tuple[str, str, str], ...]) -> int:
+    def count_nodes(message: Message, callers: tuple[_FunctionKey, ...]) -> int:
         total = 0
         for node in _messages(message, onnx.NodeProto):
             key = (node.domain, node.op_type, node.overload)
-            if key in within or len(within) > MAX_CALL_DEPTH:
+            if key in callers or len(callers) > MAX_CALL_DEPTH:
                 raise KdError(f"{path} holds functions that call each other without end")
             if key in functions and key not in sizes:
-                sizes[key] = nodes_of(functions[key], (*within, key))
+                sizes[key] = count_nodes(functions[key], (*callers, key))
             total += sizes.get(key, 1)
         return total
 
-    if max(nodes_of(part, ()) for part in (model.graph, *model.functions)) > MAX_NODES:
+    if max(count_nodes(part, ()) for part in (model.graph, *model.functions)) > MAX_NODES:
         raise KdError(f"{path} holds more than {MAX_NODES:,} operations")
 
 
 def _messages(message: Message, kind: type[_M]) -> Iterator[_M]:
-    """All messages of a kind, at any depth (protobuf reads at most 100) and in any field; inner ones too."""
+    """All messages of a kind in any field at any depth (protobuf parses at most 100 levels)."""
     for field, value in message.ListFields():
         if field.message_type is None:
             continue

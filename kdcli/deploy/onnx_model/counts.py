@@ -1,4 +1,4 @@
-"""What can be counted in an ONNX file."""
+"""Parameters, bytes and multiply-accumulates of an ONNX model, and the form of its input."""
 
 from __future__ import annotations
 
@@ -7,99 +7,97 @@ from dataclasses import dataclass
 
 import onnx
 
+from kdcli.base.text import dims
 from kdcli.models.layer_summary import LayerSummary
 
-PREPROCESSING = "preprocess/"  # kd export names the nodes that prepare pixels so
+PREPROCESSING = "preprocess/"  # prefix of the names of preprocessing nodes in exported files
 CHANNELS = (1, 2, 3, 4)
+_Size = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What can be counted in an ONNX file.
+class ModelCounts:
+    """Size and work of an ONNX model.
 
     Attributes:
         parameters: values in weight tensors; quantisation scales and shapes are not counted.
         network_bytes: all constants of the network.
         preprocessing_bytes: constants of the preprocessing inside the file.
-        macs: multiply-accumulates of one image in the network's Conv, Gemm and MatMul; None if not known.
-        operators: kinds of nodes.
-        nodes: all of them, in the order they run.
+        macs: multiply-accumulates of one image in the network's Conv, Gemm and MatMul; None if unknown.
+        nodes: all nodes in the order they run.
     """
 
     parameters: int
     network_bytes: int
     preprocessing_bytes: int
     macs: int | None
-    operators: tuple[str, ...]
     nodes: tuple[LayerSummary, ...]
 
 
-def facts(model: onnx.ModelProto, input_size: tuple[int, int, int] | None = None) -> Facts:
-    """Count a model's values, bytes and work. `input_size` (H, W, C) fills open sides of its input."""
+def count_model(model: onnx.ModelProto, input_size: _Size | None = None) -> ModelCounts:
+    """Count a model's values, bytes and work. `input_size` (H, W, C) replaces open sides of its input."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "Constant":
-            for attribute in node.attribute:
-                if attribute.name == "value":
-                    constants[node.output[0]] = attribute.t
-    of_network: set[str] = set()
-    helpers: set[str] = set()  # scales and zero points
+            values = [entry.t for entry in node.attribute if entry.name == "value"]
+            constants |= dict(zip(node.output, values, strict=False))
+    network_inputs: set[str] = set()
+    scales: set[str] = set()  # and zero points
     for node in model.graph.node:
         if not node.name.startswith(PREPROCESSING):
-            of_network.update(node.input)
+            network_inputs.update(node.input)
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            helpers.update(node.input[1:])
+            scales.update(node.input[1:])
     network_bytes = preprocessing_bytes = 0
-    weights: dict[str, int] = {}  # values of each
+    weights: dict[str, int] = {}  # number of values by name
     for name, tensor in constants.items():
         count = math.prod(tensor.dims)
         size = count * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        if name not in of_network:
+        if name not in network_inputs:
             preprocessing_bytes += size
             continue
         network_bytes += size
-        if name not in helpers and tensor.data_type != onnx.TensorProto.INT64:
+        if name not in scales and tensor.data_type != onnx.TensorProto.INT64:
             weights[name] = count
-    nodes = _nodes(model, input_size, weights)
-    work = [node.macs for node in nodes]
-    return Facts(
+    nodes = _node_rows(model, input_size, weights)
+    macs = [node.macs for node in nodes]
+    return ModelCounts(
         parameters=sum(weights.values()),
         network_bytes=network_bytes,
         preprocessing_bytes=preprocessing_bytes,
-        macs=None if None in work else sum(count or 0 for count in work),
-        operators=tuple(sorted({node.op_type for node in model.graph.node})),
+        macs=None if None in macs else sum(count or 0 for count in macs),
         nodes=nodes,
     )
 
 
-def _nodes(
-    model: onnx.ModelProto, input_size: tuple[int, int, int] | None, weights: dict[str, int]
+def _node_rows(
+    model: onnx.ModelProto, input_size: _Size | None, weights: dict[str, int]
 ) -> tuple[LayerSummary, ...]:
-    """Nodes with the shape and the work for one image; `weights` are values by name, counted where first used."""
-    shapes = _shapes(model, input_size)
-    left = dict(weights)
-    alive = {info.name for info in model.graph.input} - weights.keys()  # what depends on the image
+    """A row for each node, for a batch of one; `weights` are counted in the first node that uses them."""
+    shapes = _infer_shapes(model, input_size)
+    uncounted = dict(weights)
+    image_values = {info.name for info in model.graph.input} - weights.keys()  # all that depends on the image
     rows = []
     for node in model.graph.node:
         shape: tuple[int, ...] = ()
-        if alive.intersection(node.input):
-            alive.update(node.output)
+        if image_values.intersection(node.input):
+            image_values.update(node.output)
             shape = shapes.get(node.output[0], ()) if node.output else ()
-        own = sum(left.pop(name, 0) for name in node.input)
-        kind = " ".join([node.op_type, *("×".join(map(str, shapes[n])) for n in node.input if n in weights)])
+        own = sum(uncounted.pop(name, 0) for name in node.input)
+        kind = " ".join([node.op_type, *(dims(shapes[name]) for name in node.input if name in weights)])
         rows.append(LayerSummary(node.name, kind, shape[1:], own, _macs(node, shapes)))
     return tuple(rows)
 
 
-def _shapes(model: onnx.ModelProto, input_size: tuple[int, int, int] | None) -> dict[str, tuple[int, ...]]:
-    """Shapes by name for a batch of one, those that can be inferred."""
+def _infer_shapes(model: onnx.ModelProto, input_size: _Size | None) -> dict[str, tuple[int, ...]]:
+    """Shapes by name for a batch of one, as far as they can be inferred."""
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
-    fix_input(fixed, input_size)
+    _fix_input(fixed, input_size)
     shapes = {tensor.name: tuple(tensor.dims) for tensor in fixed.graph.initializer}
     try:
         inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True)
-    except Exception:  # a shape it cannot infer leaves the work unknown, which is what None says
+    except Exception:  # shapes remain unknown, and so does the work
         return shapes
     for info in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output):
         sides = info.type.tensor_type.shape.dim
@@ -116,11 +114,12 @@ def _macs(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int | Non
     outputs = math.prod(shapes[node.output[0]])
     if node.op_type == "Conv":
         return outputs * math.prod(shapes[node.input[1]][1:])  # weight (M, C/groups, kernel …)
-    transposed = any(a.name == "transA" and a.i for a in node.attribute)
+    transposed = any(entry.name == "transA" and entry.i for entry in node.attribute)
     return outputs * shapes[node.input[0]][-2 if transposed else -1]
 
 
-def fix_input(model: onnx.ModelProto, input_size: tuple[int, int, int] | None) -> None:
+def _fix_input(model: onnx.ModelProto, input_size: _Size | None) -> None:
+    """Set the batch side to 1 and the others to `input_size`."""
     info = image_input(model)
     if info is None or len(info.type.tensor_type.shape.dim) != 4:
         return
@@ -128,8 +127,8 @@ def fix_input(model: onnx.ModelProto, input_size: tuple[int, int, int] | None) -
     sides[0].dim_value = 1
     if input_size is not None:
         height, width, channels = input_size
-        last = layout_of(info) == "NHWC"
-        values = (height, width, channels) if last else (channels, height, width)
+        nhwc = layout_of(info) == "NHWC"
+        values = (height, width, channels) if nhwc else (channels, height, width)
         for side, value in zip(sides[1:], values, strict=True):
             side.dim_value = value
     for output in model.graph.output:  # a named batch side would contradict the 1
@@ -138,9 +137,9 @@ def fix_input(model: onnx.ModelProto, input_size: tuple[int, int, int] | None) -
 
 
 def layout_of(info: onnx.ValueInfoProto) -> str:
-    """`NCHW` or `NHWC`: which of the second and the last side is a number of channels.
+    """`NCHW` or `NHWC`, by which of the second and the last side is a number of channels.
 
-    Where both or neither is, pixels lie NHWC and floats NCHW, as in kd's own files. TensorFlow's are NHWC.
+    Where both or neither is, uint8 means NHWC and floats mean NCHW, as in kd's own files. TensorFlow's are NHWC.
     """
     sides = info.type.tensor_type.shape.dim
     second, last = sides[1].dim_value, sides[3].dim_value
@@ -150,6 +149,7 @@ def layout_of(info: onnx.ValueInfoProto) -> str:
 
 
 def image_input(model: onnx.ModelProto) -> onnx.ValueInfoProto | None:
+    """The only input of a model; None if there are several or none."""
     constants = {tensor.name for tensor in model.graph.initializer}  # old files list weights as inputs
     inputs = [info for info in model.graph.input if info.name not in constants]
     return inputs[0] if len(inputs) == 1 else None

@@ -1,4 +1,4 @@
-"""One model alone in a process: what it takes to load, to answer first, and in memory. Prints one JSON object.
+"""Script that loads and runs one model, and prints its times and memory as JSON.
 
 It is run as a file, not as a module of kdcli: an ONNX file is measured with onnxruntime and NumPy alone, as it will
 be deployed. Its argument is a JSON object with `path`, `engine`, `threads`, `input` (shape of one image's input),
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def memory() -> tuple[int | None, int | None]:
-    """Bytes in use now, and the most that were (of this program alone: the rusage of a child counts its parent's)."""
+    """Current and peak memory in bytes. Not from rusage, which in a child includes the parent's peak."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -25,36 +25,40 @@ def memory() -> tuple[int | None, int | None]:
     return tuple(1024 * int(fields[key].split()[0]) for key in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
 
 
-def main(asked: dict[str, Any]) -> dict[str, Any]:
-    """Load, answer once, answer some more; times in ms, memory in bytes."""
+def main(settings: dict[str, Any]) -> dict[str, Any]:
+    """Load the model, run one image, then a batch; times in ms, memory in bytes."""
     begin = time.perf_counter()
     import numpy as np
 
-    shape = asked["input"]
+    shape = settings["input"]
     runner: Callable[[int], Any]
-    if asked["engine"] == "onnxruntime":
+    if settings["engine"] == "onnxruntime":
         import onnxruntime as ort
 
         imported, before = time.perf_counter(), memory()[0]
         options = ort.SessionOptions()
-        options.intra_op_num_threads = asked["threads"]
+        options.intra_op_num_threads = settings["threads"]
         options.inter_op_num_threads = 1
         options.log_severity_level = 4
-        session = ort.InferenceSession(asked["path"], options, providers=["CPUExecutionProvider"])
-        [taken] = session.get_inputs()
-        fixed = taken.shape[0] if isinstance(taken.shape[0], int) else None
+        session = ort.InferenceSession(settings["path"], options, providers=["CPUExecutionProvider"])
+        [model_input] = session.get_inputs()
+        fixed = model_input.shape[0] if isinstance(model_input.shape[0], int) else None
 
         def runner(count: int) -> Any:
-            return session.run(None, {taken.name: np.zeros((fixed or count, *shape), asked["dtype"])})
+            return session.run(
+                None, {model_input.name: np.zeros((fixed or count, *shape), settings["dtype"])}
+            )
     else:
         import torch
 
         from kdcli import models
 
         imported, before = time.perf_counter(), memory()[0]
-        torch.set_num_threads(asked["threads"])
-        network: Any = models.load(Path(asked["path"])).network.eval().to(memory_format=torch.channels_last)
-        if asked["engine"] == "compiled":
+        torch.set_num_threads(settings["threads"])
+        network: Any = (
+            models.load(Path(settings["path"])).network.eval().to(memory_format=torch.channels_last)
+        )
+        if settings["engine"] == "compiled":
             network = torch.compile(network, dynamic=False)
 
         def runner(count: int) -> Any:
@@ -68,7 +72,7 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
     for _ in range(3):
         runner(1)
     peak = memory()[1]
-    runner(asked["batch"])
+    runner(settings["batch"])
     return {
         "import_ms": 1e3 * (imported - begin),
         "load_ms": 1e3 * (loaded - imported),

@@ -1,0 +1,189 @@
+"""Latency and throughput of models side by side, and their ratios to the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdcli.base.config import BenchConfig
+from kdcli.base.events import OnEvent, Progress
+from kdcli.base.timing import Floats, interleaved, warm_up
+from kdcli.deploy.bench import intervals
+from kdcli.deploy.bench.candidates import Candidate, Runner
+from kdcli.deploy.bench.measurements import SAME_SIZE, Row
+
+SESSIONS = 16
+_MIN_SESSIONS = 8  # before the intervals may end the measurement
+_CALLS = 5  # timed single-image calls of a model in a round
+_PRECISE = 0.01  # half width of an interval that is narrow enough
+_BATCH_ROUNDS = 15
+_WARM_S = 0.02
+
+
+@dataclass
+class Timings:
+    """Seconds of calls of all candidates.
+
+    Attributes:
+        single: of one image, by session (rounds, candidates, calls).
+        batches: by batch size (rounds, candidates).
+    """
+
+    single: list[Floats] = field(default_factory=list)
+    batches: dict[int, Floats] = field(default_factory=dict)
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of all sessions."""
+        return sum(map(len, self.single))
+
+    def ratios(self, teacher: int, model: int) -> list[Floats]:
+        """Teacher's time ÷ a model's, by session (rounds,)."""
+        medians = [np.median(session, axis=2) for session in self.single]
+        return [session[:, teacher] / session[:, model] for session in medians]
+
+    def figures(self, model: int) -> dict[str, Any]:
+        """Values of `Row` from a model's own times."""
+        single_ms = 1e3 * np.concatenate([session[:, model].ravel() for session in self.single])
+        median = float(np.median(single_ms))
+        throughput = {1: 1e3 / median}
+        throughput |= {
+            size: float(size / np.median(seconds[:, model])) for size, seconds in self.batches.items()
+        }
+        return {
+            "latency_ms": median,
+            "latency_p90_ms": intervals.percentile(single_ms, 90),
+            "latency_p95_ms": intervals.percentile(single_ms, 95),
+            "latency_p99_ms": intervals.percentile(single_ms, 99),
+            "latency_n": len(single_ms),
+            "throughput": throughput,
+            "images_per_s": throughput[max(throughput)],
+        }
+
+
+def measure(candidates: Sequence[Candidate], config: BenchConfig, on_event: OnEvent) -> Timings:
+    """Time single images, then batches.
+
+    In each of several sessions all models are loaded anew and warmed up, and take turns in rounds of random order.
+    The measurement ends early when every ratio to the teacher is known to 1 %: this looks at the intervals' widths,
+    not at the ratios.
+    """
+    timings = Timings()
+    sessions = min(SESSIONS, config.rounds)
+    with torch.inference_mode():
+        for session in range(sessions):
+            # 1. Load and warm up; the first time until libraries, threads and clock are warm too.
+            runners = [candidate.load() for candidate in candidates]
+            for runner in runners:
+                warm_up(partial(runner, 1), at_least_s=_WARM_S, until_stable=session == 0)
+
+            # 2. Rounds.
+            done = timings.rounds
+            seconds = interleaved(
+                [partial(runner, 1) for runner in runners],
+                rounds=config.rounds // sessions + (session < config.rounds % sessions),
+                repeats=_CALLS,
+                budget_s=config.max_seconds / SESSIONS,
+                seed=session,
+                on_round=lambda number, done=done: on_event(  # type: ignore[misc]
+                    Progress("measuring latency", done + number, config.rounds, "rounds")
+                ),
+            )
+            timings.single.append(seconds)
+
+            # 3. Stop when all intervals are narrow.
+            if session + 1 >= _MIN_SESSIONS and _is_precise(candidates, timings):
+                break
+        on_event(Progress("measuring latency", config.rounds, config.rounds, "rounds"))
+        timings.batches = _measure_batches(runners, config, on_event)
+    return timings
+
+
+def _measure_batches(runners: Sequence[Runner], config: BenchConfig, on_event: OnEvent) -> dict[int, Floats]:
+    """Seconds by batch size (rounds, candidates)."""
+    sizes = [size for size in config.batches if size > 1]
+    rounds = min(_BATCH_ROUNDS, config.rounds)
+    total = rounds * len(sizes)
+    found: dict[int, Floats] = {}
+    for position, size in enumerate(sizes):
+        calls = [partial(runner, size) for runner in runners]
+        for call in calls:
+            call()  # allocates memory for this size
+        done = position * rounds
+        seconds = interleaved(
+            calls,
+            rounds=rounds,
+            settle=False,
+            budget_s=config.max_seconds / len(sizes),
+            on_round=lambda number, done=done: on_event(  # type: ignore[misc]
+                Progress("measuring batches", done + number, total, "rounds")
+            ),
+        )
+        found[size] = seconds[:, :, 0]
+    on_event(Progress("measuring batches", total, total, "rounds"))
+    return found
+
+
+def _is_precise(candidates: Sequence[Candidate], timings: Timings) -> bool:
+    for index, candidate in enumerate(candidates):
+        teacher = _teacher_of(candidate.row, [other.row for other in candidates])
+        if teacher is None or teacher == index:
+            continue
+        interval = intervals.ratio_interval(timings.ratios(teacher, index))
+        if intervals.half_width(*interval) > _PRECISE:
+            return False
+    return True
+
+
+def _teacher_of(row: Row, rows: Sequence[Row]) -> int | None:
+    """Index of the teacher on the same engine."""
+    return next(
+        (index for index, other in enumerate(rows) if other.is_teacher and other.engine == row.engine), None
+    )
+
+
+def compare(rows: Sequence[Row], timings: Timings) -> list[Row]:
+    """Rows with their ratios to the teacher on the same engine, and verdicts."""
+    return [_compare(index, rows, timings) for index in range(len(rows))]
+
+
+def _compare(index: int, rows: Sequence[Row], timings: Timings) -> Row:
+    row = rows[index]
+    size_ratio = rows[0].network_bytes / row.network_bytes if row.network_bytes else None
+    row = row.extend(size_ratio=size_ratio)
+    size = ratio_text(size_ratio, "smaller", "bigger", "same size") if size_ratio else ""
+    bigger = size_ratio is not None and size_ratio < 1 / SAME_SIZE
+    teacher = _teacher_of(row, rows)
+    if teacher is None:
+        note = f"the teacher was not run on {row.engine}: no speed ratio"
+        return row.extend(verdict=size, worse=bigger, notes=[note])
+    if row.is_teacher:
+        return row.extend(speedup=1.0, speedup_interval=(1.0, 1.0), throughput_ratio=1.0, verdict="teacher")
+    low, ratio, high = intervals.ratio_interval(timings.ratios(teacher, index))
+    speed = intervals.verdict(low, ratio, high)
+    throughput_ratio = ratio
+    if timings.batches:
+        seconds = timings.batches[max(timings.batches)]
+        throughput_ratio = float(np.median(seconds[:, teacher] / seconds[:, index]))
+    text = f"{max(ratio, 1 / ratio):,.3g}× {speed}" if speed != "no difference" else "no difference in speed"
+    return row.extend(
+        speedup=ratio,
+        speedup_interval=(low, high),
+        speed=speed,
+        throughput_ratio=throughput_ratio,
+        verdict=", ".join(filter(None, (text, size))),
+        worse=bigger or speed == "slower",
+    )
+
+
+def ratio_text(ratio: float, above: str, below: str, same: str) -> str:
+    """2.13 → `2.1× smaller`, 0.5 → `2.0× bigger`, 1.01 → `same size`."""
+    if 1 / SAME_SIZE <= ratio <= SAME_SIZE:
+        return same
+    times = max(ratio, 1 / ratio)
+    return f"{times:,.{0 if times >= 10 else 1}f}× {above if ratio > 1 else below}"

@@ -1,0 +1,206 @@
+"""Results of a benchmark: plain data, CSV, Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from kdcli.base.tables import csv_text, markdown_cell, markdown_text
+from kdcli.deploy.bench.footprint import Footprint
+
+SAME_SIZE = 1.05  # a smaller ratio of sizes is called `same size`
+_MARKDOWN = (
+    "model, engine, network (MB), one image (ms), speed-up and 95 % interval, verdict, images/s, peak memory (MB), "
+    "accuracy (%)"
+)
+_NESTED = ("throughput", "speedup_interval", "footprint")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model on one engine.
+
+    Attributes:
+        name, path: the model.
+        engine: `torch`, `compiled` (torch.compile) or `onnxruntime`.
+        is_teacher: the model all ratios refer to.
+        file_bytes: size of the file.
+        network_bytes: weights and buffers of the network.
+        preprocessing_bytes: constants of the preprocessing in the file.
+        parameters: trainable values (of an ONNX file: values in weights, batch norm folded in).
+        macs: multiply-accumulates for one image; None if unknown.
+        precision: `fp32`, or `int8` of a quantised ONNX file.
+        latency_ms, latency_p90_ms, latency_p95_ms, latency_p99_ms: one image; median and percentiles of `latency_n`
+            calls; the last None where fewer than ten calls lie beyond it.
+        throughput: images per second by batch size, medians.
+        images_per_s: that of the largest batch.
+        speedup: latency ratio, above 1 is faster than the teacher; None without a teacher on this engine.
+        speedup_interval: its 95 % interval.
+        speed: `faster`, `slower` or `no difference`; None as above.
+        throughput_ratio: images per second ÷ the teacher's, at the largest batch.
+        size_ratio: teacher's network bytes ÷ its own; above 1 is smaller.
+        accuracy: per cent of test images.
+        accuracy_source: `measured`, or `recorded` in the file when it was trained.
+        agreement: per cent of test images with the teacher's class.
+        kl: mean KL(teacher ‖ model) over the test images, nats.
+        ece: expected calibration error over them, per cent (15 bins).
+        footprint: memory and start-up in a separate process.
+        verdict: speed and size against the teacher as text.
+        worse: slower or bigger than its teacher.
+        notes: remarks on this row.
+    """
+
+    name: str
+    path: Path
+    engine: str
+    is_teacher: bool
+    file_bytes: int
+    network_bytes: int
+    preprocessing_bytes: int
+    parameters: int
+    macs: int | None
+    precision: str = "fp32"
+    latency_ms: float = math.nan
+    latency_p90_ms: float = math.nan
+    latency_p95_ms: float = math.nan
+    latency_p99_ms: float | None = None
+    latency_n: int = 0
+    throughput: dict[int, float] = field(default_factory=dict)
+    images_per_s: float = math.nan
+    speedup: float | None = None
+    speedup_interval: tuple[float, float] | None = None
+    speed: str | None = None
+    throughput_ratio: float | None = None
+    size_ratio: float | None = None
+    accuracy: float | None = None
+    accuracy_source: str | None = None
+    agreement: float | None = None
+    kl: float | None = None
+    ece: float | None = None
+    footprint: Footprint | None = None
+    verdict: str = ""
+    worse: bool = False
+    notes: tuple[str, ...] = ()
+
+    def extend(self, *, notes: Sequence[str] = (), **values: Any) -> Row:
+        """A copy with further values, and with further notes."""
+        return replace(self, **values, notes=(*self.notes, *notes))
+
+
+@dataclass(frozen=True)
+class BudgetCheck:
+    """Rows within a budget, fastest first.
+
+    Attributes:
+        budget_ms: largest median latency of one image.
+        max_drop: largest drop of accuracy below the teacher, points.
+        met: (name, engine) of rows within both, without the teacher's.
+    """
+
+    budget_ms: float | None
+    max_drop: float | None
+    met: tuple[tuple[str, str], ...]
+
+
+def check_budget(rows: Sequence[Row], budget_ms: float | None, max_drop: float | None) -> BudgetCheck:
+    """Rows that are fast enough and close enough to the teacher. A row of unknown accuracy is not."""
+    teacher = next(row.accuracy for row in rows if row.is_teacher)
+
+    def within(row: Row) -> bool:
+        if budget_ms is not None and row.latency_ms > budget_ms:
+            return False
+        if max_drop is None:
+            return True
+        return teacher is not None and row.accuracy is not None and teacher - row.accuracy <= max_drop
+
+    met = sorted((row for row in rows if not row.is_teacher and within(row)), key=lambda row: row.latency_ms)
+    return BudgetCheck(budget_ms, max_drop, tuple((row.name, row.engine) for row in met))
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """All rows and the conditions of the measurement.
+
+    Attributes:
+        rows: the teacher's first.
+        teacher: its name.
+        batches: sizes of `throughput`.
+        rounds, sessions, threads: extent of the measurement.
+        data_label, test_images: test data of the accuracy; None, 0 without.
+        environment: CPU, versions, load (see `runtime.environment`).
+        notes: remarks on the whole measurement.
+        budget: the check against --budget-ms and --max-drop; None without these.
+    """
+
+    rows: tuple[Row, ...]
+    teacher: str
+    batches: tuple[int, ...]
+    rounds: int
+    sessions: int
+    threads: int
+    data_label: str | None
+    test_images: int
+    environment: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    budget: BudgetCheck | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values with a `schema_version`."""
+        document = asdict(self)
+        document["rows"] = [{**asdict(row), "path": row.path.as_posix()} for row in self.rows]
+        return {"schema_version": 1, **document}
+
+
+def to_csv(result: BenchResult) -> str:
+    """All figures, one line per model and engine; column names include units."""
+    return csv_text([_flatten(row) for row in result.rows])
+
+
+def to_markdown(result: BenchResult) -> str:
+    """The main figures as a table, and the conditions of the measurement."""
+    table = markdown_text(_MARKDOWN.split(", "), [_cells(row) for row in result.rows], left=(0, 1, 5))
+    cpu = markdown_cell(str(result.environment["cpu"]["model"]))
+    notes = (
+        f"{cpu}, {result.threads} threads. One image: median of {result.rows[0].latency_n:,} calls in "
+        f"{result.rounds} rounds; images/s in batches of {max(result.batches)}."
+    )
+    if result.data_label:
+        notes += f" Accuracy: {result.test_images:,} test images of {markdown_cell(result.data_label)}."
+    return f"{table}\n\n{notes}\n"
+
+
+def _cells(row: Row) -> list[str]:
+    peak = row.footprint.peak_rss_bytes if row.footprint else None
+    speedup = ""
+    if row.speedup is not None and row.speedup_interval is not None and not row.is_teacher:
+        low, high = row.speedup_interval
+        speedup = f"{row.speedup:.2f}× ({low:.2f}–{high:.2f})"
+    return [
+        row.name,
+        f"{row.engine}{' int8' if row.precision == 'int8' else ''}",
+        f"{row.network_bytes / 1e6:.3g}",
+        f"{row.latency_ms:.3g}",
+        speedup,
+        row.verdict,
+        f"{row.images_per_s:,.0f}",
+        "" if peak is None else f"{peak / 1e6:,.0f}",
+        "" if row.accuracy is None else f"{row.accuracy:.2f}",
+    ]
+
+
+def _flatten(row: Row) -> dict[str, Any]:
+    low, high = row.speedup_interval or (None, None)
+    footprint = asdict(row.footprint or Footprint())
+    del footprint["problem"]  # which is among the notes
+    return {
+        **{field.name: getattr(row, field.name) for field in fields(row) if field.name not in _NESTED},
+        "path": row.path.as_posix(),
+        "notes": "; ".join(row.notes),
+        "speedup_low": low,
+        "speedup_high": high,
+        **{f"images_per_s_batch_{size}": pace for size, pace in sorted(row.throughput.items())},
+        **footprint,
+    }

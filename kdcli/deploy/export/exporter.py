@@ -1,0 +1,208 @@
+"""Checkpoint → ONNX file: translate, verify, quantise, measure, write."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kdcli import data, models
+from kdcli.base.config import ExportConfig
+from kdcli.base.errors import KdError, UsageError
+from kdcli.base.events import OnEvent, Progress, ignore
+from kdcli.base.files import atomic_path, sha256_file
+from kdcli.base.text import reason
+from kdcli.data import ImageSet, Splits
+from kdcli.deploy.export.job import AccuracyDrop, ExportJob, choose_samples
+from kdcli.deploy.export.parity import Parity
+from kdcli.deploy.int8 import Quantisation, RecipeTrial
+from kdcli.deploy.onnx_model.metadata import add_quantisation, make_metadata
+from kdcli.deploy.onnx_model.translate import file_bytes, to_onnx
+from kdcli.models import Classifier
+
+EXPORTS_DIR = Path("exports")
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The file and its measurements.
+
+    Attributes:
+        path: the ONNX file.
+        size_bytes, sha256: of the file.
+        checkpoint: its source.
+        opset: ONNX operator set.
+        with_preprocessing: takes raw uint8 (N, H, W, C) images and gives probabilities.
+        data_label: the data whose train images were used.
+        parity: of the float32 network.
+        quantisation: how it was quantised; None for a float32 file.
+        trials: the int8 recipes that `--int8-recipe auto` tried; with `quantisation` None, none of them was
+            faster than float32, which was kept.
+        batch: fixed batch size; None: any.
+        drop: loss of accuracy, measured for `--max-drop`.
+    """
+
+    path: Path
+    size_bytes: int
+    sha256: str
+    checkpoint: Path
+    opset: int
+    with_preprocessing: bool
+    data_label: str
+    parity: Parity
+    quantisation: Quantisation | None = None
+    trials: tuple[RecipeTrial, ...] = ()
+    batch: int | None = None
+    drop: AccuracyDrop | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values with a `schema_version`."""
+        document = asdict(self)
+        document["path"], document["checkpoint"] = self.path.as_posix(), self.checkpoint.as_posix()
+        return {"schema_version": 1, **document}
+
+
+def export(
+    checkpoint: Path, config: ExportConfig, images: Splits | None = None, on_event: OnEvent = ignore
+) -> ExportResult:
+    """Write a checkpoint as one ONNX file whose outputs are verified against the checkpoint.
+
+    Args:
+        checkpoint: a `.pt` file.
+        config: form and place of the file.
+        images: data whose *train* images verify parity, calibrate int8 and choose its recipe; by default what
+            `config` or the checkpoint's provenance names.
+        on_event: receives progress.
+
+    Raises:
+        KdError: the file cannot be written, differs from the checkpoint, or loses more than `max_drop`. No file is
+            written then, and an earlier one of that name is unchanged.
+    """
+    # 1. Check the output's name; load the checkpoint and the images.
+    output = config.output or default_output(checkpoint, config)
+    if output.suffix.lower() != ".onnx" or output.is_dir():
+        raise UsageError(f"--output {output}: must be a file name that ends in .onnx")
+    classifier = models.load(checkpoint).eval()
+    images = images or _load_data(classifier, checkpoint, config, on_event)
+    problem = data.incompatibility(classifier.classes, classifier.input_size, images.train)
+    if problem:
+        raise KdError(f"the model {problem}", "Pass data that fits with --data.")
+    samples = choose_samples(classifier.provenance, images.train, config)
+    job = ExportJob(classifier, images.train, samples, config, on_event)
+
+    # 2. Translate the float32 network and verify it.
+    on_event(Progress("exporting", 0, 3, "steps"))
+    model = to_onnx(classifier, opset=config.opset, with_preprocessing=config.with_preprocessing)
+    metadata = make_metadata(
+        classifier, sha256_file(checkpoint), with_preprocessing=config.with_preprocessing
+    )
+    on_event(Progress("exporting", 1, 3, "steps"))
+    content, outputs, parity = job.verify(model, metadata)
+    on_event(Progress("exporting", 2, 3, "steps"))
+
+    # 3. Quantise; `auto` keeps float32 where int8 is no faster.
+    quantisation: Quantisation | None = None
+    trials: tuple[RecipeTrial, ...] = ()
+    if config.recipe:
+        quantised, recipe, trials = job.quantise(model, content)
+        if quantised is None:
+            output = config.output or default_output(
+                checkpoint, config.model_copy(update={"int8": False, "int8_recipe": None})
+            )
+        else:
+            quantisation = job.measure_int8(quantised, recipe, outputs)
+            content = file_bytes(quantised, add_quantisation(metadata, quantisation.to_metadata()))
+
+    # 4. Measure the loss of accuracy, and write.
+    drop = None if config.max_drop is None else job.measure_drop(content, config.max_drop)
+    size, digest = _write(content, output)
+    on_event(Progress("exporting", 3, 3, "steps"))
+    return ExportResult(
+        path=output,
+        size_bytes=size,
+        sha256=digest,
+        checkpoint=checkpoint,
+        opset=config.opset,
+        with_preprocessing=config.with_preprocessing,
+        data_label=images.label,
+        parity=parity,
+        quantisation=quantisation,
+        trials=trials,
+        batch=config.batch,
+        drop=drop,
+    )
+
+
+def export_classifier(
+    classifier: Classifier,
+    config: ExportConfig,
+    images: npt.NDArray[np.uint8],
+    label: str,
+    on_event: OnEvent = ignore,
+) -> ExportResult:
+    """`export` of a classifier in memory, verified on these images.
+
+    Args:
+        config: names the output.
+        images: uint8 (N, H, W, C).
+        label: their name.
+    """
+    labels = np.zeros(len(images), np.int64)
+    split = ImageSet(images, labels, classifier.classes, fingerprint="")
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "classifier.pt"
+        classifier.save(checkpoint)
+        return export(checkpoint, config, Splits(label, label, split, split), on_event)
+
+
+def default_output(checkpoint: Path, config: ExportConfig) -> Path:
+    """`exports/<run>.onnx` for `runs/<run>/student.pt`, else `exports/<file name>.onnx`; or with a suffix."""
+    folder = checkpoint.parent
+    in_run = checkpoint.name == "student.pt" and (
+        folder.parent.name == "runs" or (folder / "config.toml").is_file()
+    )
+    stem = folder.name if in_run else checkpoint.stem
+    suffix = ("-images" if config.with_preprocessing else "") + ("-int8" if config.recipe else "")
+    if config.batch is not None:
+        suffix += f"-batch{config.batch}"
+    if config.opset != ExportConfig.model_fields["opset"].default:
+        suffix += f"-opset{config.opset}"
+    return EXPORTS_DIR / f"{stem}{suffix}.onnx"
+
+
+def _load_data(classifier: Classifier, checkpoint: Path, config: ExportConfig, on_event: OnEvent) -> Splits:
+    """The data that `config` names, else the data the model was trained on.
+
+    Raises:
+        KdError: neither is known, or it is not there.
+    """
+    spec, skip_broken = data.source_for(checkpoint, classifier.provenance, config.data, config.skip_broken)
+    return data.load(
+        spec,
+        data_dir=config.data_dir,
+        cache_dir=config.cache_dir,
+        fit_to=classifier.input_size,
+        skip_broken=skip_broken,
+        on_event=on_event,
+    )
+
+
+def _write(content: bytes, output: Path) -> tuple[int, str]:
+    """Write the file; returns its size and SHA-256 as read back from the disk.
+
+    Raises:
+        KdError: it cannot be written.
+    """
+    try:
+        with atomic_path(output) as temporary:
+            temporary.write_bytes(content)
+            return temporary.stat().st_size, sha256_file(temporary)
+    except OSError as error:
+        raise KdError(
+            f"cannot write {output}: {reason(error)}",
+            "Check free space and permissions; an earlier file of that name is unchanged.",
+        ) from error

@@ -1,0 +1,266 @@
+"""The images of an export, and its steps: verify, quantise, measure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from torch import Tensor
+
+from kdcli import models
+from kdcli.base import metrics
+from kdcli.base.config import ExportConfig
+from kdcli.base.errors import KdError
+from kdcli.base.events import OnEvent, Progress
+from kdcli.data import ImageSet
+from kdcli.data.split import split
+from kdcli.deploy import int8
+from kdcli.deploy.export.parity import BATCHES, Parity, check_parity, first_differing_layer, run
+from kdcli.deploy.int8 import Quantisation, Quantiser, Recipe, RecipeTrial
+from kdcli.deploy.onnx_model import OnnxRunner
+from kdcli.deploy.onnx_model.translate import ExportedModule, file_bytes, fix_batch
+from kdcli.models import Classifier
+
+_CALIBRATION_BATCH = 32
+_DROP_BATCH = 256
+_SELECTION = 1024  # images for the choice of an int8 recipe
+_MOST_HELD_OUT = 5000  # for --max-drop without a known validation split
+_Indices = npt.NDArray[np.int64]
+_Inputs = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Sorted, disjoint indices of train images.
+
+    Attributes:
+        parity: images of the parity check, on which int8 is measured too.
+        calibration: images that set the ranges of int8 activations.
+        selection: images for the choice between int8 recipes.
+        held_out: images for `--max-drop`.
+        held_out_name: `validation split`, or what replaces it.
+    """
+
+    parity: _Indices
+    calibration: _Indices
+    selection: _Indices
+    held_out: _Indices
+    held_out_name: str
+
+
+def choose_samples(provenance: dict[str, Any], train: ImageSet, config: ExportConfig) -> Samples:
+    """Choose images, the same for the same counts. The validation split, where known, serves `--max-drop` alone.
+
+    Raises:
+        KdError: too few images.
+    """
+    pool, held_out, name = np.arange(len(train)), np.arange(0), "validation split"
+    fraction = _validation_fraction(provenance, train)
+    if fraction:
+        pool, held_out = split(train.labels, fraction)
+    elif config.max_drop is not None:
+        count = min(_MOST_HELD_OUT, len(train) // 4)
+        order = np.random.default_rng(1).permutation(len(train))
+        pool, held_out, name = np.sort(order[count:]), np.sort(order[:count]), "held-out train images"
+    if len(pool) < max(BATCHES) + 1:
+        raise KdError(f"the data has {len(pool)} train images; at least {max(BATCHES) + 1} are needed")
+    if config.max_drop is not None and not len(held_out):
+        raise KdError("there are no images to measure --max-drop on", "Pass more with --data.")
+    parity, calibration, selection = disjoint_indices(
+        len(pool),
+        config.parity_images,
+        config.calibration_images if config.recipe else 0,
+        _SELECTION if config.recipe == "auto" else 0,
+    )
+    return Samples(pool[parity], pool[calibration], pool[selection], held_out, name)
+
+
+def _validation_fraction(provenance: dict[str, Any], train: ImageSet) -> float:
+    """The validation share of the training that made the model, if on this data; else 0."""
+    recorded = provenance.get("data")
+    if not isinstance(recorded, dict) or recorded.get("fingerprint_train") != train.fingerprint:
+        return 0.0
+    fraction = recorded.get("val_fraction")
+    return float(fraction) if isinstance(fraction, int | float) and 0 < fraction < 1 else 0.0
+
+
+def disjoint_indices(
+    available: int, parity: int, calibration: int, selection: int = 0
+) -> tuple[_Indices, _Indices, _Indices]:
+    """Three disjoint random parts of `range(available)`, the same for the same counts.
+
+    Returns:
+        Sorted indices (≤ parity,), (≤ calibration,), (≤ selection,). If there are too few, all shrink in proportion.
+    """
+    wanted = parity + calibration + selection
+    if wanted > available:
+        parity = min(max(*BATCHES, available * parity // wanted), available)
+        rest = available - parity
+        selection = rest * selection // max(1, calibration + selection)
+        calibration = rest - selection if calibration else 0
+    order = np.random.default_rng(0).permutation(available)
+    ends = np.cumsum([parity, calibration, selection])
+    return np.sort(order[: ends[0]]), np.sort(order[ends[0] : ends[1]]), np.sort(order[ends[1] : ends[2]])
+
+
+@dataclass(frozen=True)
+class AccuracyDrop:
+    """Loss of accuracy of the file against the checkpoint.
+
+    Attributes:
+        images: how many it was measured on.
+        measured_on: the model's validation split, or held-out train images where no split is known.
+        float_accuracy, accuracy: of checkpoint and file, per cent.
+        points: the first minus the second.
+        allowed: `--max-drop`.
+    """
+
+    images: int
+    measured_on: str
+    float_accuracy: float
+    accuracy: float
+    points: float
+    allowed: float
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """A classifier, train images and settings, with the steps of an export as methods."""
+
+    classifier: Classifier
+    train: ImageSet
+    samples: Samples
+    config: ExportConfig
+    on_event: OnEvent
+
+    def inputs(self, indices: _Indices) -> _Inputs:
+        """Train images as the exported file takes them."""
+        raw = np.ascontiguousarray(self.train.images[indices])
+        if self.config.with_preprocessing:
+            return raw
+        with torch.inference_mode():
+            return np.ascontiguousarray(self.classifier.prepare(torch.from_numpy(raw)).numpy())
+
+    def logits(self, indices: _Indices, task: str = "evaluating") -> Tensor:
+        """The checkpoint's logits for train images."""
+        return models.predict_logits(
+            self.classifier, self.train.images, indices, task=task, on_event=self.on_event
+        )
+
+    def labels(self, indices: _Indices) -> Tensor:
+        """Labels of train images."""
+        return torch.from_numpy(np.asarray(self.train.labels[indices]))
+
+    def verify(self, model: onnx.ModelProto, metadata: dict[str, str]) -> tuple[bytes, Tensor, Parity]:
+        """The float32 file, its outputs for the parity images, and the comparison.
+
+        A file with a fixed batch is verified beside the one with any batch that it was made from.
+        """
+        raw_inputs = self.config.with_preprocessing
+        inputs = self.inputs(self.samples.parity)
+        logits = self.logits(self.samples.parity)
+        module = ExportedModule(self.classifier, with_preprocessing=raw_inputs)
+        forms: list[tuple[onnx.ModelProto, tuple[int, ...]]] = [(model, BATCHES)]
+        if self.config.batch is not None:
+            forms.append((fix_batch(model, self.config.batch), (self.config.batch,)))
+        for form, batches in forms:
+            content = file_bytes(form, metadata)
+            outputs, parity = check_parity(
+                content,
+                inputs,
+                logits,
+                probabilities=raw_inputs,
+                batches=batches,
+                find_layer=partial(first_differing_layer, module, model, content),
+            )
+        return content, outputs, parity
+
+    def quantise(
+        self, model: onnx.ModelProto, float_content: bytes
+    ) -> tuple[onnx.ModelProto | None, str, tuple[RecipeTrial, ...]]:
+        """The int8 network by the given recipe or the best one, the recipe, and the trials of `auto`.
+
+        None where `auto` found no recipe faster than float32.
+        """
+        samples, config = self.samples, self.config
+
+        def batches() -> Iterator[_Inputs]:
+            for start in range(0, len(samples.calibration), _CALIBRATION_BATCH):
+                indices = samples.calibration[start : start + _CALIBRATION_BATCH]
+                self.on_event(Progress("calibrating", start + len(indices), len(samples.calibration)))
+                yield self.inputs(indices)
+
+        quantiser = Quantiser(model, batches)
+        trials: tuple[RecipeTrial, ...] = ()
+        if config.recipe == "auto":
+            reference = self.logits(samples.selection)
+            trials, quantised = int8.search(
+                quantiser, float_content, self.inputs(samples.selection), reference, self.on_event
+            )
+            if quantised is None:
+                return None, "", trials
+            recipe = next(trial.recipe for trial in trials if trial.chosen)
+        else:
+            recipe = str(config.recipe)
+            quantised = quantiser.quantise(Recipe.parse(recipe))
+        return (quantised if config.batch is None else fix_batch(quantised, config.batch)), recipe, trials
+
+    def measure_int8(self, quantised: onnx.ModelProto, recipe: str, reference: Tensor) -> Quantisation:
+        """Agreement and accuracy of an int8 network on the parity images.
+
+        Args:
+            reference: the float32 file's outputs for them.
+
+        Raises:
+            KdError: its outputs are not finite.
+        """
+        runner = OnnxRunner(quantised.SerializeToString(), name="the quantised file")
+        outputs = torch.from_numpy(runner.run(self.inputs(self.samples.parity), max(BATCHES)))
+        if not bool(torch.isfinite(outputs).all()) or outputs.shape != reference.shape:
+            raise KdError("the quantised network gives values that are not finite; no file was written")
+        labels = self.labels(self.samples.parity)
+        return Quantisation(
+            recipe=recipe,
+            calibration_images=len(self.samples.calibration),
+            reduce_range=int8.needs_reduced_range(),
+            images=len(outputs),
+            agreement=metrics.agreement(outputs, reference),
+            float_accuracy=metrics.accuracy(reference, labels),
+            int8_accuracy=metrics.accuracy(outputs, labels),
+        )
+
+    def measure_drop(self, content: bytes, allowed: float) -> AccuracyDrop:
+        """Loss of accuracy of the file against the checkpoint, in points.
+
+        Raises:
+            KdError: it is more than allowed.
+        """
+        held_out, name = self.samples.held_out, self.samples.held_out_name
+        labels = self.labels(held_out)
+        expected = self.logits(held_out, f"accuracy on the {name}")
+        runner = OnnxRunner(content, name="the exported file")
+        parts = []
+        for start in range(0, len(held_out), _DROP_BATCH):
+            inputs = self.inputs(held_out[start : start + _DROP_BATCH])
+            parts.append(run(runner, inputs, len(inputs), probabilities=self.config.with_preprocessing))
+        accuracy, float_accuracy = (
+            metrics.accuracy(torch.cat(parts), labels),
+            metrics.accuracy(expected, labels),
+        )
+        points = float_accuracy - accuracy
+        if points > allowed:
+            raise KdError(
+                f"the file loses {points:.2f} points of accuracy on the {name} "
+                f"({float_accuracy:.2f} % → {accuracy:.2f} %, n = {len(labels):,}); --max-drop allows "
+                f"{allowed:g}; no file was written",
+                "Try --int8-recipe auto or another recipe, or allow more."
+                if self.config.recipe
+                else "Allow more.",
+            )
+        return AccuracyDrop(len(labels), name, float_accuracy, accuracy, points, allowed)

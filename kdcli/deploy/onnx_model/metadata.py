@@ -1,0 +1,165 @@
+"""Metadata of exported ONNX files: classes, preprocessing, origin, quantisation. Written and read here only."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdcli import __version__
+from kdcli.base.errors import KdError
+from kdcli.base.text import first_line
+from kdcli.data.preprocess import Preprocess, from_spec
+from kdcli.models import Classifier
+
+FORMAT = "kd-onnx-1"
+_MOST_VALUES = 16_384  # of a preprocessing that is stored as text
+_MEASURED = ("test_accuracy", "agreement")  # of the float32 network, in its provenance
+
+
+def encode_preprocess(preprocess: Preprocess, most_values: int = _MOST_VALUES) -> str:
+    """JSON of `Preprocess.spec()`; `state`: shapes and base64 of little-endian float32, null if too large."""
+    spec = preprocess.spec()
+    state: dict[str, Any] | None = None
+    if sum(value.numel() for value in spec["state"].values()) <= most_values:
+        state = {
+            name: {
+                "shape": list(value.shape),
+                "float32": base64.b64encode(value.detach().numpy().astype("<f4").tobytes()).decode("ascii"),
+            }
+            for name, value in spec["state"].items()
+        }
+    return json.dumps({"name": spec["name"], "args": spec["args"], "state": state}, sort_keys=True)
+
+
+def decode_preprocess(text: str) -> Preprocess | None:
+    """The inverse of `encode_preprocess`; None if the values were left out.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, RuntimeError, KdError: any other text.
+    """
+    spec = json.loads(text)
+    if spec["state"] is None:
+        return None
+    state = {}
+    for name, value in spec["state"].items():
+        numbers = np.frombuffer(base64.b64decode(value["float32"]), "<f4").astype(np.float32)
+        state[name] = torch.from_numpy(numbers).reshape([int(side) for side in value["shape"]])
+    return from_spec({"name": spec["name"], "args": dict(spec["args"]), "state": state})
+
+
+def make_metadata(classifier: Classifier, sha256: str, *, with_preprocessing: bool) -> dict[str, str]:
+    """Metadata of a float32 export.
+
+    Args:
+        sha256: of the checkpoint.
+        with_preprocessing: the file takes raw images and gives probabilities.
+    """
+    provenance = _without_paths(classifier.provenance)
+    teacher, teacher_sha256 = provenance.get("teacher"), None
+    if isinstance(teacher, dict):
+        teacher_sha256 = teacher.get("sha256")
+        teacher = teacher.get("name") or teacher.get("path")
+    values: dict[str, Any] = {
+        "kd.format": FORMAT,
+        "kd.version": __version__,
+        "kd.classes": json.dumps(list(classifier.classes), ensure_ascii=False),
+        "kd.arch": classifier.arch,
+        "kd.method": provenance.get("method"),
+        "kd.teacher": teacher,
+        "kd.teacher_sha256": teacher_sha256,
+        "kd.test_accuracy": provenance.get("test_accuracy"),
+        "kd.provenance": json.dumps(provenance, ensure_ascii=False, sort_keys=True, default=str),
+        "kd.preprocess": encode_preprocess(classifier.preprocess),
+        "kd.preprocess_included": "yes" if with_preprocessing else "no",
+        "kd.input_size": json.dumps(list(classifier.input_size)),
+        "kd.layout": "uint8 NHWC RGB" if with_preprocessing else "float32 NCHW, preprocessed",
+        "kd.output": "probabilities" if with_preprocessing else "logits",
+        "kd.checkpoint_sha256": sha256,
+    }
+    return {key: str(value) for key, value in values.items() if value is not None}
+
+
+def add_quantisation(metadata: dict[str, str], quantisation: dict[str, Any]) -> dict[str, str]:
+    """Metadata of an int8 file: figures measured on the float32 network are renamed to `float_…`."""
+    provenance = {
+        f"float_{key}" if key in _MEASURED else key: value
+        for key, value in json.loads(metadata["kd.provenance"]).items()
+    }
+    renamed = {
+        "kd.float_test_accuracy" if key == "kd.test_accuracy" else key: value
+        for key, value in metadata.items()
+    }
+    return {
+        **renamed,
+        "kd.provenance": json.dumps(provenance, ensure_ascii=False, sort_keys=True),
+        "kd.quantisation": json.dumps(quantisation, sort_keys=True),
+    }
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a file's metadata says of a classifier.
+
+    Attributes:
+        classes: class names in the order of the outputs; numbers in a file of another program.
+        provenance: origin as plain values; empty in a file of another program.
+        preprocess: raw pixels → the network's input; None where it is not known.
+    """
+
+    classes: tuple[str, ...]
+    provenance: dict[str, Any]
+    preprocess: Preprocess | None
+
+
+def parse_metadata(path: Path, metadata: dict[str, str], classes: int) -> Description:
+    """Read the metadata of a file with that many classes.
+
+    Raises:
+        KdError: it is damaged, of a newer version, or names another number of classes.
+    """
+    if "kd.format" not in metadata:
+        return Description(tuple(str(index) for index in range(classes)), {}, None)
+    if metadata["kd.format"] != FORMAT:
+        raise KdError(
+            f"{path} was written by a newer kd ({metadata['kd.format'][:40]})", "pip install --upgrade kdcli"
+        )
+    try:
+        found = Description(
+            tuple(str(name) for name in json.loads(metadata["kd.classes"])),
+            dict(json.loads(metadata["kd.provenance"])),
+            decode_preprocess(metadata["kd.preprocess"]),
+        )
+    except (
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        KdError,
+    ) as error:
+        raise KdError(f"{path}: its metadata is damaged: {first_line(error)}", "Export it again.") from error
+    if len(found.classes) != classes:
+        raise KdError(
+            f"{path} names {len(found.classes)} classes and gives {classes} values", "Export it again."
+        )
+    return found
+
+
+def _without_paths(value: Any) -> Any:
+    """Shorten absolute paths to their last part: exported files carry no paths of this machine."""
+    if isinstance(value, dict):
+        return {str(key): _without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_paths(item) for item in value]
+    if isinstance(value, str):
+        for kind in (PurePosixPath(value), PureWindowsPath(value)):
+            if kind.is_absolute() or value.startswith("~"):
+                return kind.name
+    return value

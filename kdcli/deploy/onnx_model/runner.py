@@ -1,0 +1,105 @@
+"""ONNX models in onnxruntime, on the CPU. Every session of kd is made here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from kdcli.base.errors import KdError
+from kdcli.base.runtime import available_cores
+from kdcli.base.text import first_line
+
+LEVELS = {  # graph optimisation levels of onnxruntime, each a superset of the one before
+    "none": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+
+
+class OnnxRunner:
+    """An onnxruntime session for a model with one input.
+
+    Attributes:
+        session: the session.
+        input: name of the input.
+        batch: number of images per call where the model fixes it, else None.
+    """
+
+    def __init__(self, model: bytes, threads: int = 0, name: str = "model", *, level: str = "all") -> None:
+        """Create the session.
+
+        Args:
+            model: a serialised ModelProto; a model given as bytes cannot read files.
+            threads: 0: all available cores.
+            name: the model's name in errors.
+            level: graph optimisation, a key of `LEVELS`.
+
+        Raises:
+            KdError: onnxruntime rejects the model.
+        """
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or available_cores()
+        options.inter_op_num_threads = 1
+        options.graph_optimization_level = LEVELS[level]
+        options.log_severity_level = 4  # errors are raised; a log line would repeat them
+        # threads that spin after a run would slow down whatever is timed next
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        self.name = name
+        try:
+            # enable_fallback=0: the fallback prints, then tries the same provider again
+            self.session = ort.InferenceSession(
+                model, options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            raise KdError(f"onnxruntime cannot run {name}: {first_line(error)}") from error
+        taken = self.session.get_inputs()[0]
+        self.input: str = taken.name
+        self.batch: int | None = taken.shape[0] if taken.shape and isinstance(taken.shape[0], int) else None
+
+    def call(self, inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The first output for inputs (B, …), without checks: the call that is timed."""
+        output: npt.NDArray[Any] = self.session.run(None, {self.input: inputs})[0]
+        return output
+
+    def run(self, inputs: npt.NDArray[Any], batch: int | None = None) -> npt.NDArray[Any]:
+        """The first output (N, …) for inputs (N, …).
+
+        Args:
+            batch: images per call; by default all at once. A batch fixed by the model takes precedence; the last
+                call is then padded with copies of the first image.
+
+        Raises:
+            KdError: onnxruntime fails, or the output has another number of rows than the input.
+        """
+        count = len(inputs)
+        step = self.batch or batch or count
+        if self.batch and count % step:
+            inputs = np.concatenate([inputs, np.repeat(inputs[:1], -count % step, axis=0)])
+        parts = [self._checked(inputs[start : start + step]) for start in range(0, len(inputs), step)]
+        return np.concatenate(parts)[:count]
+
+    def outputs(self, names: list[str], inputs: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+        """Outputs by name for inputs (N, …).
+
+        Raises:
+            KdError: onnxruntime fails.
+        """
+        try:
+            values: list[npt.NDArray[Any]] = self.session.run(names, {self.input: inputs})
+        except Exception as error:  # onnxruntime's exceptions have no common base
+            raise KdError(
+                f"onnxruntime cannot run {self.name} on {len(inputs)} images: {first_line(error)}"
+            ) from error
+        return values
+
+    def _checked(self, inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        output: object = self.outputs([self.session.get_outputs()[0].name], inputs)[0]
+        if not isinstance(output, np.ndarray):  # a sequence or a map
+            raise KdError(f"{self.name} gives no tensor")
+        if output.shape[:1] != inputs.shape[:1]:
+            raise KdError(f"{self.name} gives an output of shape {output.shape} for {len(inputs)} images")
+        return output
