@@ -44,11 +44,11 @@ def train(
     else:
         config = make(TrainConfig, {**(read_recipe(recipe, options) if recipe else {}), **options})
         _ui.settings.follower = _is_follower(config)
-        methods.check_own_method(config, options.get("method"), str(recipe))
+        methods.check_typed(config, options.get("method"), str(recipe))
         unread = methods.unread(config.method, options)
         _ui.note_ignored(options, unread, f"with --method {config.method}")
     if config.unlabelled is not None:
-        methods.check_unlabelled(config)
+        methods.objective(config).check(unlabelled=True)
     if config.student_file is not None and not config.student_file.is_file():
         raise UsageError(
             f"no such student: {config.student_file}", "--student takes a network's name or a .pt file."
@@ -61,7 +61,7 @@ def train(
 def _resumed(resume: Path, recipe: str | None, options: dict[str, Any]) -> tuple[RunDir, TrainConfig]:
     """The run to continue and its settings."""
     method = options.get("method")
-    own = method is not None and methods.any_own(method)
+    own = method is not None and methods.is_custom(method)
     if recipe is not None or set(options) - ({"method"} if own else set()):
         raise UsageError(
             "--resume continues a run with its own settings and takes no other option",
@@ -72,7 +72,7 @@ def _resumed(resume: Path, recipe: str | None, options: dict[str, Any]) -> tuple
     run = RunDir.existing(resume)
     config = run.read_config()
     _ui.settings.follower = _is_follower(config)
-    methods.check_own_method(config, method, str(resume))
+    methods.check_typed(config, method, str(resume))
     if own and method != config.method:
         raise UsageError(
             f"{resume} was started with --method {config.method}", "Omit --method, or start a new run."
@@ -89,7 +89,7 @@ def _is_follower(config: TrainConfig) -> bool:
 
 def _check_inputs(config: TrainConfig, resume: Path) -> None:
     """Check that the run's input files exist; relative paths refer to the folder where it was started."""
-    needs_teacher = methods.get(config.method).active(config).needs_teacher
+    needs_teacher = methods.objective(config).needs_teacher
     inputs = [("teacher", path) for path in (config.teacher if needs_teacher else ())]
     if config.student_file is not None:
         inputs.append(("initial student", config.student_file))
@@ -170,7 +170,7 @@ def _teacher_passes(result: RunResult) -> str:
     from kdcli.engine.plan import cache_mode
 
     config = result.config
-    if methods.get(config.method).active(config).needs_teacher and cache_mode(config) == "off":
+    if methods.objective(config).needs_teacher and cache_mode(config) == "off":
         return "in every step"
     return f"on {result.teacher_passes} view{'s' * (result.teacher_passes != 1)}"
 

@@ -56,7 +56,7 @@ def tune(
         shared = read_recipe(recipe, {**options, **dict.fromkeys(tuned, ...)})
         shared = {name: value for name, value in shared.items() if name != "method" or name not in tuned}
     config = make(TuneConfig, {**shared, **options})
-    methods.check_own_method(config, options.get("method"), str(recipe))
+    methods.check_typed(config, options.get("method"), str(recipe))
     space = spaces.read_space(ranges or [], config.train)
     _check_options(config, space, options)
     command = _command(ranges or [], recipe, options)

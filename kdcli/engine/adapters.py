@@ -50,7 +50,7 @@ def make_adapters(
             "They are paired: name as many of each.",
         )
     shapes = shapes_of(_looked_at(student.network, prepared, stages))
-    training = Training(config, shapes, targets.shapes(), train.labels, samples)
+    training = Training(shapes, targets.shapes(), train.labels, samples)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed ^ _SEED)
         made = {name: module.to(device).train() for name, module in method.adapters(training).items()}

@@ -31,7 +31,7 @@ def links(config: TrainConfig) -> tuple[TrainConfig, ...]:
     Generation k has the seed + k - 1 (Furlanello et al. 2018 begin each from weights of its own).
     """
     alone = config.model_copy(update={"assistant": (), "generations": 1})
-    if not methods.get(config.method).active(config).needs_teacher:
+    if not methods.objective(config).needs_teacher:
         return (alone,)
     count = config.generations
     wanted = [(network, f"-assistant-{number}", 0) for number, network in enumerate(config.assistant, 1)]
@@ -96,7 +96,7 @@ def fit_chain(
         KdError, Interrupted: as `fit`. The hint of the latter continues the whole chain.
     """
     chain = links(config)
-    teaches = methods.get(config.method).needs_teacher
+    teaches = any(part.needs_teacher for part in methods.parse(config.method))
     if len(chain) == 1:
         if teaches and (config.assistant or config.generations > 1) and (world is None or world.first):
             on_event(Note("no term of a teacher weighs anything: --assistant and --generations do nothing"))

@@ -103,8 +103,10 @@ class _Run:
         self.chain = chain
         self.data = data
         self.world = world
-        self.method = methods.get(config.method).active(config)
-        self.sources = methods.sources(config.method)  # as they are now: the files may change meanwhile
+        self.method = methods.objective(config)
+        self.sources = methods.source_digests(
+            config.method
+        )  # as they are now: the files may change meanwhile
         tensorboard.require(config)
         if not config.compile:
             runtime.spare_the_compiler()
@@ -167,7 +169,7 @@ class _Run:
             self.draw,
             world,
         )
-        self.record = Record(self.config, self.run, list(self.step.ramps), self.state, world)
+        self.record = Record(self.config, self.run, list(self.method.terms), self.state, world)
 
     def _open_run(self, resume: RunDir | None, filled: list[str]) -> RunDir:
         """The run's folder, with its settings and what they depend on in it; `auto` is settled by now."""

@@ -66,14 +66,14 @@ def input_hashes(
     found = {"train images": data.train.fingerprint, "test images": data.test.fingerprint}
     if data.unlabelled is not None:
         found["images without labels"] = data.unlabelled.fingerprint
-    teachers = config.teacher if methods.get(config.method).active(config).needs_teacher else ()
+    teachers = config.teacher if methods.objective(config).needs_teacher else ()
     paths = {_teacher(number, len(teachers)): path for number, path in enumerate(teachers, 1)}
     if config.student_file is not None:
         paths["student"] = config.student_file
     for name, path in paths.items():
         known = None if path.is_file() else (missing or {}).get(name)
         found[name] = _sha256(path) if known is None else known
-    return found | _code(methods.sources(config.method))
+    return found | _code(methods.source_digests(config.method))
 
 
 def recorded_inputs(provenance: Mapping[str, Any]) -> dict[str, str]:

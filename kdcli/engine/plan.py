@@ -46,7 +46,7 @@ def cache_mode(config: TrainConfig) -> str:
 
     For features it runs in each step: they are larger than the images.
     """
-    live = config.teacher_dropout > 0 or methods.get(config.method).active(config).needs_features
+    live = config.teacher_dropout > 0 or methods.objective(config).needs_features
     return "off" if live else config.teacher_cache
 
 
@@ -61,10 +61,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
     A run without a teacher gets a fresh view each epoch, and so does one whose teacher is live or sees plain images
     only: limiting the baseline would flatter the others.
     """
-    objective = methods.get(config.method).active(config)
-    taus = {part.tau for part in objective.own if "tau" in part.reads}
-    if config.tau is None and len(taus) == 1:
-        config = config.model_copy(update={"tau": taus.pop()})
+    objective = methods.objective(config)
+    if config.tau is None and objective.default_tau is not None:
+        config = config.model_copy(update={"tau": objective.default_tau})
     distinct = augment.distinct_views(config.augment)
     fixed = objective.needs_teacher and cache_mode(config) == "fixed"
     if fixed and augment.MIXUP_NAME in config.augment.split("-"):
@@ -100,12 +99,12 @@ def check(config: TrainConfig, data: Splits | None = None) -> None:
             f"a chain of students is asked for, and this trains one student; leave out {flags}",
             "kd train, and fit_chain(), train chains.",
         )
-    method = methods.get(config.method).active(config)
-    if config.unlabelled is not None or (data is not None and data.unlabelled is not None):
-        methods.check_unlabelled(config)
-    methods.check_head(config)
+    method = methods.objective(config)
+    method.check(
+        unlabelled=config.unlabelled is not None or (data is not None and data.unlabelled is not None)
+    )
     resolve(config)
-    if augment.MIXUP_NAME in config.augment.split("-") and any(part.unmixed for part in method.own):
+    if augment.MIXUP_NAME in config.augment.split("-") and method.no_mixup:
         raise UsageError(
             f"method {config.method} tells images of different classes apart, and mixup's have two",
             "Leave mixup out of --augment.",

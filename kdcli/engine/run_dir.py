@@ -186,7 +186,7 @@ def name_of(config: TrainConfig, number: int) -> str:
 
 def resume_command(run: Path, method: str) -> str:
     """What to type to go on with a run; its method again where that is code, which no file may name."""
-    typed = f" --method {method}" if methods.any_own(method) else ""
+    typed = f" --method {method}" if methods.is_custom(method) else ""
     return f"kd train --resume {shlex.quote(run.as_posix())}{typed}"
 
 

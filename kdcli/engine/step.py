@@ -35,7 +35,6 @@ class Step:
     ) -> None:
         self.config = config
         self.method = method
-        self.ramps = method.ramps(config)
         self.student = student
         self.adapters = adapters
         self.learning = [value for module in adapters.values() for value in module.parameters()]
@@ -104,14 +103,14 @@ class Step:
             found, maps, embedding = found
             features = Features(tuple(stage.float() for stage in maps), embedding.float())
         logits = found.float() if self.output is None else self.output(found.float())
-        terms = self.method.terms(
+        terms = self.method.compute(
             Batch(
                 student_logits=logits,
                 teacher_logits=told[0],
                 labels=inputs.labels,
                 samples=inputs.samples,
                 epoch=epoch,
-                config=config,
+                seed=config.seed,
                 other_labels=inputs.other_labels,
                 shares=inputs.shares,
                 student_features=features,
@@ -121,7 +120,8 @@ class Step:
             ),
             self.adapters,
         )
-        total = sum((ramp.at(done) * terms[name] for name, ramp in self.ramps.items()), logits.new_zeros(()))
+        weights = self.method.weights(done)
+        total = sum((weights[name] * terms[name] for name in terms), logits.new_zeros(()))
         if world.size > 1:
             total = total + 0 * logits.sum()  # the processes wait for a gradient of each weight
         for group in self.optimizer.param_groups:
@@ -132,5 +132,5 @@ class Step:
             if value.grad is not None:
                 value.grad = world.mean(value.grad)
         self.update()
-        values = [total, *(terms[name] for name in self.ramps)]
+        values = [total, *terms.values()]
         return torch.stack([value.detach() for value in values]) * (inputs.weight * inputs.count)

@@ -49,14 +49,13 @@ def check_student(config: TrainConfig, train: ImageSet) -> None:
             network = models.build(config.student, classes=len(train.classes), input_size=train.input_size)
         else:
             network = _stored(config, train).network
-        method = methods.get(config.method).active(config)
+        method = methods.objective(config)
         if not method.needs_features:
             return
         stages = find_stages(network, torch.zeros(2, channels, height, width), config.student_stages)
-        if any("hint_stage" in part.reads for part in method.own) and config.hint_stage > len(stages):
-            raise UsageError(
-                f"--hint-stage {config.hint_stage}: {config.student} has {len(stages)} stages", "Use fewer."
-            )
+        hint = method.settings.get("hint_stage", 0)
+        if hint > len(stages):
+            raise UsageError(f"--hint-stage {hint}: {config.student} has {len(stages)} stages", "Use fewer.")
 
 
 def _fresh(config: TrainConfig, train: ImageSet, samples: Int64, on_event: OnEvent) -> Classifier:

@@ -120,15 +120,13 @@ class Targets:
 
     def note_other_networks(self, arch: str) -> None:
         """Say so where the method wants a teacher of the student's own network, and one is of another."""
-        if self.teacher is None or not self.method.own_network or not self.world.first:
+        if self.teacher is None or not self.method.same_network or not self.world.first:
             return
         for path in self.config.teacher:
             found = checkpoint.load(path).arch if path.suffix.lower() == ".pt" else arch
             if found != arch:
                 networks = f"teacher {path.as_posix()} is {found}, the student {arch}"
-                text = (
-                    f"{networks}: {self.method.name} is meant for one network, and is plain distillation here"
-                )
+                text = f"{networks}: {self.config.method} is meant for one network, and is plain distillation here"
                 self.on_event(Note(text))
 
     def _example(self) -> Tensor:

@@ -109,8 +109,8 @@ def read_finished(folder: Path, method: str = "") -> FinishedRun:
     config = run_dir.read_config()
     if not run_dir.result_file.is_file():
         raise KdError(f"{folder} is not finished", f"{resume_command(folder, config.method)} finishes it.")
-    methods.check_own_method(config, method, str(folder))
-    methods.get(config.method)
+    methods.check_typed(config, method, str(folder))
+    methods.parse(config.method)
     result = read_result(run_dir.result_file)
     if result.test is None:
         raise UsageError(
@@ -196,7 +196,7 @@ def _compare(found: FinishedRun, other: FinishedRun, tolerance: float) -> Reprod
 
 def _command(run: Path, method: str) -> str:
     """The command that continues; with the method if it is one of one's own, which has to be typed."""
-    typed = f" --method {method}" if methods.any_own(method) else ""
+    typed = f" --method {method}" if methods.is_custom(method) else ""
     return f"kd reproduce {shlex.quote(run.as_posix())}{typed}"
 
 

@@ -387,7 +387,7 @@ def test_a_method_that_reads_labels_is_refused_before_anything_is_read(
 ) -> None:
     settings_of_run = config(**changes)
     with pytest.raises(UsageError, match=r"reads labels, and unlabelled images have none") as caught:
-        methods.check_unlabelled(settings_of_run)
+        methods.objective(settings_of_run).check(unlabelled=True)
     assert hint in str(caught.value.hint)
     images = image_set(9)
     with pytest.raises(UsageError, match="reads labels"):
@@ -413,7 +413,7 @@ def test_a_method_that_reads_labels_is_refused_before_anything_is_read(
     ids=str,
 )
 def test_a_method_without_labels_is_not(changes: dict[str, Any]) -> None:
-    methods.check_unlabelled(config(**changes))
+    methods.objective(config(**changes)).check(unlabelled=True)
 
 
 # --- by the command line -------------------------------------------------------------------------------------

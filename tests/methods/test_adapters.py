@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdcli.methods import adapters, losses
+from kdcli.methods import losses
 from tests import formulas
 from tests.formulas import Array, normal
 
@@ -29,16 +29,14 @@ def weights(module: nn.Module) -> dict[str, Array]:
     return {name: value.double().numpy().copy() for name, value in module.state_dict().items()}
 
 
-def contrast(**changes: float) -> adapters.Contrast:
+def contrast(**changes: float) -> losses.Contrast:
     torch.manual_seed(0)
-    return adapters.Contrast(6, 9, **{"samples": 10, "dim": 4, **changes}).double()
+    return losses.Contrast(6, 9, **{"samples": 10, "dim": 4, **changes}).double()
 
 
-def review() -> adapters.Review:
+def review() -> losses.Review:
     torch.manual_seed(0)
-    return adapters.Review(
-        [(3, 8, 8), (4, 4, 4), (5, 1, 1)], [(2, 8, 8), (6, 2, 2), (7, 1, 1)], mid=3
-    ).double()
+    return losses.Review([(3, 8, 8), (4, 4, 4), (5, 1, 1)], [(2, 8, 8), (6, 2, 2), (7, 1, 1)], mid=3).double()
 
 
 def review_maps(seed: int = 0, batch: int = 4) -> tuple[list[Tensor], list[Tensor]]:
@@ -58,7 +56,7 @@ def build(name: str) -> tuple[nn.Module, Callable[[nn.Module, list[Tensor], list
         return contrast(), lambda m, s, t: m(s[0], t[0], SAMPLES, NEGATIVES)
     if name == "review":
         return review(), lambda m, s, t: m(s, t)
-    kinds = {"hint": adapters.Hint, "variational": adapters.Variational}
+    kinds = {"hint": losses.Hint, "variational": losses.Variational}
     return kinds[name](STUDENT, TEACHER).double(), lambda m, s, t: m(s[0], t[0])
 
 
@@ -151,10 +149,10 @@ def test_same_seed_same_adapter_and_another_seed_another(name: str) -> None:
     assert all(np.array_equal(first[key], again[key]) for key in first)
     torch.manual_seed(1)
     kinds = {
-        "hint": lambda: adapters.Hint(STUDENT, TEACHER),
-        "variational": lambda: adapters.Variational(STUDENT, TEACHER),
-        "contrast": lambda: adapters.Contrast(6, 9, 10, 4),
-        "review": lambda: adapters.Review([(3, 8, 8)], [(2, 8, 8)], mid=3),
+        "hint": lambda: losses.Hint(STUDENT, TEACHER),
+        "variational": lambda: losses.Variational(STUDENT, TEACHER),
+        "contrast": lambda: losses.Contrast(6, 9, 10, 4),
+        "review": lambda: losses.Review([(3, 8, 8)], [(2, 8, 8)], mid=3),
     }
     one, other = kinds[name](), kinds[name]()
     assert not torch.equal(next(one.parameters()), next(other.parameters())) or name == "variational"
@@ -165,7 +163,7 @@ def test_same_seed_same_adapter_and_another_seed_another(name: str) -> None:
 
 @pytest.mark.parametrize(("student_shape", "teacher_shape"), [(STUDENT, TEACHER), ((2, 3, 3), (2, 6, 6))])
 def test_hint_equals_the_formula(student_shape: tuple[int, ...], teacher_shape: tuple[int, ...]) -> None:
-    module = adapters.Hint(student_shape, teacher_shape).double()
+    module = losses.Hint(student_shape, teacher_shape).double()
     student, teacher = normal(3, *student_shape, seed=1), normal(3, *teacher_shape, seed=2)
     w = weights(module)
     s, t = formulas.same_size(student, teacher)
@@ -177,7 +175,7 @@ def test_hint_equals_the_formula(student_shape: tuple[int, ...], teacher_shape: 
 
 
 def test_hint_always_regresses() -> None:
-    module = adapters.Hint((2, 3, 3), (2, 3, 3))
+    module = losses.Hint((2, 3, 3), (2, 3, 3))
     assert sum(parameter.numel() for parameter in module.parameters()) == 2 * 2 + 2
 
 
@@ -185,7 +183,7 @@ def test_hint_always_regresses() -> None:
 def test_variational_equals_the_formula(
     student_shape: tuple[int, ...], teacher_shape: tuple[int, ...]
 ) -> None:
-    module = adapters.Variational(student_shape, teacher_shape).double()
+    module = losses.Variational(student_shape, teacher_shape).double()
     student, teacher = normal(3, *student_shape, seed=1), normal(3, *teacher_shape, seed=2)
     with torch.no_grad():
         module.spread.copy_(torch.linspace(-3, 3, teacher_shape[0]))
@@ -203,7 +201,7 @@ def test_variational_equals_the_formula(
 
 def test_variances_start_at_five() -> None:
     """Of teacher's maps 0 and a student's 0 only the variance is left: ½ log 5."""
-    module = adapters.Variational((2, 3, 3), (4, 3, 3))
+    module = losses.Variational((2, 3, 3), (4, 3, 3))
     loss = module(torch.zeros(1, 2, 3, 3), torch.zeros(1, 4, 3, 3))
     assert loss.item() == pytest.approx(0.5 * math.log(5), rel=1e-6)
 
@@ -289,7 +287,7 @@ def test_contrast_remembers_nothing_in_eval_mode() -> None:
 
 
 def test_contrast_starts_uniform_within_the_bound_of_its_width() -> None:
-    bank = adapters.Contrast(2, 2, samples=2000, dim=12).student_bank
+    bank = losses.Contrast(2, 2, samples=2000, dim=12).student_bank
     bound = math.sqrt(3 / 12)
     assert float(bank.abs().max()) <= bound
     assert float(bank.double().std()) == pytest.approx(bound / math.sqrt(3), rel=0.02)
@@ -297,7 +295,7 @@ def test_contrast_starts_uniform_within_the_bound_of_its_width() -> None:
 
 
 def test_contrast_is_finite_where_embeddings_are_zero() -> None:
-    module = adapters.Contrast(6, 9, samples=10, dim=4)
+    module = losses.Contrast(6, 9, samples=10, dim=4)
     with torch.no_grad():
         module.student.bias.zero_()
     student = torch.zeros(3, 6, requires_grad=True)
@@ -336,7 +334,7 @@ def test_review_equals_the_formula_on_stages_of_different_sizes() -> None:
 
 
 def test_review_of_one_stage_is_the_loss_of_its_maps() -> None:
-    module = adapters.Review([(3, 4, 4)], [(2, 4, 4)]).double()
+    module = losses.Review([(3, 4, 4)], [(2, 4, 4)]).double()
     student, teacher = tensors(normal(2, 3, 4, 4, seed=1), normal(2, 2, 4, 4, seed=2))
     fused, _ = copy.deepcopy(module).stages[0](student, None, (4, 4))
     assert module([student], [teacher]).item() == pytest.approx(losses.review(fused, teacher).item())
@@ -344,12 +342,10 @@ def test_review_of_one_stage_is_the_loss_of_its_maps() -> None:
 
 
 def test_review_fuses_at_the_students_deepest_width_up_to_512() -> None:
-    assert (
-        adapters.Review([(3, 4, 4), (6, 2, 2)], [(2, 4, 4), (2, 2, 2)]).stages[0].enter[0].out_channels == 6
-    )
-    assert adapters.Review([(600, 1, 1)], [(1, 1, 1)]).stages[0].enter[0].out_channels == 512
+    assert losses.Review([(3, 4, 4), (6, 2, 2)], [(2, 4, 4), (2, 2, 2)]).stages[0].enter[0].out_channels == 6
+    assert losses.Review([(600, 1, 1)], [(1, 1, 1)]).stages[0].enter[0].out_channels == 512
     with pytest.raises(ValueError, match="shorter"):
-        adapters.Review([(3, 4, 4), (6, 2, 2)], [(2, 4, 4)])
+        losses.Review([(3, 4, 4), (6, 2, 2)], [(2, 4, 4)])
 
 
 def test_review_takes_a_single_image_whose_deepest_maps_are_one_value() -> None:

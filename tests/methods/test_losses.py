@@ -17,6 +17,7 @@ from kdcli.base.config import make
 from kdcli.base.errors import UsageError
 from kdcli.data import augment
 from kdcli.methods import TrainConfig, losses
+from kdcli.methods.regression import draw_noise
 from tests import formulas
 
 Array = npt.NDArray[np.float64]
@@ -114,10 +115,6 @@ def test_mean_over_the_batch_does_not_depend_on_its_size() -> None:
 # --- the noisy teacher -------------------------------------------------------------------------------------
 
 
-def noisy(**changes: object) -> TrainConfig:
-    return make(TrainConfig, {"method": "noisy", **changes})
-
-
 def test_unselected_samples_keep_their_target_exactly_and_selected_ones_are_scaled() -> None:
     teacher = t(logits(5, 4, 0))
     selected = torch.tensor([[True], [False], [True], [False], [False]])
@@ -131,9 +128,7 @@ def test_unselected_samples_keep_their_target_exactly_and_selected_ones_are_scal
 @pytest.mark.parametrize("scope", ["sample", "logit"])
 def test_noise_has_the_ratio_and_the_spread_asked_for_and_no_bias(scope: str) -> None:
     samples = np.arange(40_000)
-    selected, noise = methods.noise_of(
-        noisy(noisy_ratio=0.3, noisy_sigma=0.7, noise_scope=scope), 3, samples, 6
-    )
+    selected, noise = draw_noise(0, 3, samples, 0.3, 0.7, None if scope == "sample" else 6)
     assert noise.shape == (40_000, 1 if scope == "sample" else 6)
     assert float(selected.double().mean()) == pytest.approx(0.3, abs=0.01)
     chosen = noise[selected[:, 0]].double()
@@ -145,14 +140,13 @@ def test_noise_has_the_ratio_and_the_spread_asked_for_and_no_bias(scope: str) ->
 
 
 def test_noise_follows_the_sample_and_the_epoch_not_the_batch() -> None:
-    config = noisy()
     samples = np.arange(64)
-    selected, noise = methods.noise_of(config, 1, samples, 10)
-    backwards = methods.noise_of(config, 1, samples[::-1].copy(), 10)
+    selected, noise = draw_noise(0, 1, samples, 0.5, 0.9)
+    backwards = draw_noise(0, 1, samples[::-1].copy(), 0.5, 0.9)
     assert torch.equal(backwards[0].flip(0), selected)
     assert torch.equal(backwards[1].flip(0), noise)
-    assert not torch.equal(methods.noise_of(config, 2, samples, 10)[1], noise)
-    assert not torch.equal(methods.noise_of(noisy(seed=1), 1, samples, 10)[1], noise)
+    assert not torch.equal(draw_noise(0, 2, samples, 0.5, 0.9)[1], noise)
+    assert not torch.equal(draw_noise(1, 1, samples, 0.5, 0.9)[1], noise)
 
 
 def features_of(seed: int, *, grad: bool) -> methods.Features:
@@ -165,48 +159,53 @@ def features_of(seed: int, *, grad: bool) -> methods.Features:
     return made
 
 
-def batch_of(config: TrainConfig, seed: int = 0) -> methods.Batch:
+def batch_of(seed: int = 0) -> methods.Batch:
     return methods.Batch(
         student_logits=t(logits(6, 4, seed)).requires_grad_(),
         teacher_logits=t(logits(6, 4, seed + 9)),
         labels=torch.tensor([0, 1, 2, 3, 0, 1]),
         samples=np.arange(6),
         epoch=0,
-        config=config,
+        seed=0,
         student_features=features_of(seed, grad=True),
         teacher_features=features_of(seed + 9, grad=False),
         done=1.0,
     )
 
 
-def adapters_of(method: methods.Objective, config: TrainConfig) -> dict[str, torch.nn.Module]:
+def objective_of(method: str, **settings: object) -> methods.Objective:
+    return methods.objective(make(TrainConfig, {"method": method, **settings}))
+
+
+def adapters_of(objective: methods.Objective) -> dict[str, torch.nn.Module]:
     shapes = methods.Shapes(((4, 8, 8), (6, 4, 4)), 6)
     labels = np.array([0, 1, 2, 3, 0, 1])
-    return method.adapters(methods.Training(config, shapes, shapes, labels, np.arange(6)))
+    return objective.adapters(methods.Training(shapes, shapes, labels, np.arange(6)))
 
 
-def total(method: methods.Objective, batch: methods.Batch) -> torch.Tensor:
-    weights = method.weights(batch.config)
-    terms = method.terms(batch, adapters_of(method, batch.config))
+def total(objective: methods.Objective, batch: methods.Batch) -> torch.Tensor:
+    weights = objective.weights()
+    terms = objective.compute(batch, adapters_of(objective))
     assert list(terms) == list(weights)
     return torch.stack([weights[name] * value for name, value in terms.items()]).sum()
 
 
 def test_kd_is_lambda_times_ce_plus_the_rest_times_the_soft_term() -> None:
-    batch = batch_of(make(TrainConfig, {"method": "kd", "lamda": 0.2, "tau": 4.0}))
+    batch = batch_of()
     s, teacher = batch.student_logits.detach().double().numpy(), batch.targets.double().numpy()
     p, q = softmax(teacher / 4), softmax(s / 4)
     soft = 16 * (p * np.log(p / q)).sum(axis=1).mean()
     ce = -np.log(softmax(s)[np.arange(6), batch.labels.numpy()]).mean()
-    assert total(methods.get("kd"), batch).item() == pytest.approx(0.2 * ce + 0.8 * soft, rel=1e-5)
+    assert total(objective_of("kd", lamda=0.2, tau=4.0), batch).item() == pytest.approx(
+        0.2 * ce + 0.8 * soft, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_only_the_student_and_what_learns_along_get_a_gradient(name: str) -> None:
-    config = make(TrainConfig, {"method": name, "ce_weight": 0.0} if name != "ce" else {"method": name})
-    batch, method = batch_of(config), methods.get(name)
-    adapters = adapters_of(method, config)
-    terms = method.terms(batch, adapters)
+    objective = objective_of(name, ce_weight=0.0) if name != "ce" else objective_of(name)
+    batch, adapters = batch_of(), adapters_of(objective)
+    terms = objective.compute(batch, adapters)
     torch.stack(list(terms.values())).sum().backward()
     reached = [
         value.grad
@@ -218,19 +217,19 @@ def test_only_the_student_and_what_learns_along_get_a_gradient(name: str) -> Non
     assert batch.targets.grad is None
     assert all(value.grad is None for value in (*batch.features[1].stages, batch.features[1].embedding))
     learning = [value for module in adapters.values() for value in module.parameters()]
-    assert bool(learning) == (method.own != () and method.own[0].adapter is not None)
+    assert bool(learning) == (methods.METHODS[name].adapter is not None)
     assert all(value.grad is not None for value in learning)
 
 
 def test_weights_are_the_methods_own_unless_given() -> None:
-    assert methods.get("logits").weights(make(TrainConfig, {})) == {"logits": 1.0}
-    assert methods.get("ce").weights(make(TrainConfig, {"kd_weight": 5.0})) == {"ce": 1.0}
-    assert methods.get("kd").weights(make(TrainConfig, {"lamda": 0.0})) == {"kd": 1.0}
-    assert methods.get("noisy").weights(make(TrainConfig, {"ce_weight": 2.0})) == {"ce": 2.0, "noisy": 1.0}
+    assert weights("logits") == {"logits": 1.0}
+    assert weights("ce", kd_weight=5.0) == {"ce": 1.0}
+    assert weights("kd", lamda=0.0) == {"kd": 1.0}
+    assert weights("noisy", ce_weight=2.0) == {"ce": 2.0, "noisy": 1.0}
     with pytest.raises(UsageError, match="all weights"):
-        methods.get("logits").weights(make(TrainConfig, {"kd_weight": 0.0}))
+        weights("logits", kd_weight=0.0)
     with pytest.raises(UsageError, match="unknown method: magic"):
-        methods.get("magic")
+        methods.parse("magic")
 
 
 def test_settings_of_other_methods_are_told_from_its_own() -> None:
@@ -242,8 +241,8 @@ def test_settings_of_other_methods_are_told_from_its_own() -> None:
 
 
 def test_noise_zero_is_plain_logit_regression() -> None:
-    calm, plain = batch_of(noisy(noisy_sigma=0.0)), batch_of(make(TrainConfig, {"method": "logits"}))
-    assert total(methods.get("noisy"), calm).item() == total(methods.get("logits"), plain).item()
+    calm = total(objective_of("noisy", noisy_sigma=0.0), batch_of())
+    assert calm.item() == total(objective_of("logits"), batch_of()).item()
 
 
 def test_noisy_uses_the_purpose_of_its_own() -> None:
@@ -305,8 +304,7 @@ def test_cross_entropies_promote_half_types_and_have_their_gradient() -> None:
 
 
 def weights(method: str, done: float = 1.0, **settings: object) -> dict[str, float]:
-    config = make(TrainConfig, {"method": method, **settings})
-    return methods.get(method).active(config).weights(config, done)
+    return objective_of(method, **settings).weights(done)
 
 
 def test_joined_methods_have_the_first_ones_cross_entropy_and_each_its_term() -> None:
@@ -322,21 +320,18 @@ def test_joined_methods_have_the_first_ones_cross_entropy_and_each_its_term() ->
     with pytest.raises(UsageError, match="kd has no such term"):
         weights("kd", weight=["at=1"])
     with pytest.raises(UsageError, match="named twice"):
-        methods.get("kd+at+kd")
+        methods.parse("kd+at+kd")
     for name in ("kd+", "+", "kd++at", ""):
         with pytest.raises(UsageError, match="no name"):
-            methods.get(name)
+            methods.parse(name)
 
 
 def test_what_weighs_nothing_is_not_asked_for() -> None:
-    config = make(TrainConfig, {"method": "kd+at", "weight": ["at=0"]})
-    active = methods.get("kd+at").active(config)
-    assert methods.get("kd+at").needs_features and not active.needs_features and active.needs_teacher
-    labels = make(TrainConfig, {"method": "kd", "kd_weight": 0.0})
-    assert not methods.get("kd").active(labels).needs_teacher
-    soft = make(TrainConfig, {"method": "kd", "lamda": 0.0})
-    assert not methods.get("kd").needs_labels(soft)
-    assert methods.get("kd").needs_labels(labels) and methods.get("dkd+at").needs_labels(config_of("dkd+at"))
+    active = objective_of("kd+at", weight=["at=0"])
+    assert objective_of("kd+at").needs_features and not active.needs_features and active.needs_teacher
+    assert not objective_of("kd", kd_weight=0.0).needs_teacher
+    assert not objective_of("kd", lamda=0.0).needs_labels
+    assert objective_of("kd", kd_weight=0.0).needs_labels and objective_of("dkd+at").needs_labels
 
 
 def config_of(method: str, **settings: object) -> TrainConfig:
@@ -356,31 +351,30 @@ def test_weights_and_temperatures_move_in_a_straight_line() -> None:
     # dkd's own warm-up: the first twelfth of training, 20 of 240 epochs
     assert weights("dkd", 1 / 24) == {"ce": 1.0, "dkd": pytest.approx(0.5)}
     assert weights("dkd", 0.5) == {"ce": 1.0, "dkd": 1.0}
-    config = make(TrainConfig, {"method": "kd", "tau": 8.0, "tau_end": 2.0, "lamda": 0.0})
-    batch = batch_of(config)
+    falling, batch = objective_of("kd", tau=8.0, tau_end=2.0, lamda=0.0), batch_of()
     for done, tau in ((0.0, 8.0), (0.5, 5.0), (1.0, 2.0)):
         s, teacher = batch.student_logits.detach(), batch.targets
         expected = losses.soft_targets(s, teacher, tau)
-        found = methods.get("kd").terms(replace(batch, done=done))["kd"]
+        found = falling.compute(replace(batch, done=done))["kd"]
         torch.testing.assert_close(found, expected)
 
 
 def test_each_method_has_its_own_temperature_unless_one_is_given() -> None:
     for name, tau in {"kd": 3.0, "dkd": 4.0, "dist": 4.0, "lskd": 2.0, "born-again": 1.0}.items():
-        plain = methods.get(name).terms(batch_of(config_of(name)))[name]
-        assert torch.equal(plain, methods.get(name).terms(batch_of(config_of(name, tau=tau)))[name])
-        assert not torch.equal(plain, methods.get(name).terms(batch_of(config_of(name, tau=7.0)))[name])
+        plain = objective_of(name).compute(batch_of())[name]
+        assert torch.equal(plain, objective_of(name, tau=tau).compute(batch_of())[name])
+        assert not torch.equal(plain, objective_of(name, tau=7.0).compute(batch_of())[name])
 
 
 def test_standardized_kd_at_the_same_temperature_is_lskd() -> None:
-    standard = methods.get("kd").terms(batch_of(config_of("kd", standardize=True, tau=2.0)))["kd"]
-    assert torch.equal(standard, methods.get("lskd").terms(batch_of(config_of("lskd")))["lskd"])
+    standard = objective_of("kd", standardize=True, tau=2.0).compute(batch_of())["kd"]
+    assert torch.equal(standard, objective_of("lskd").compute(batch_of())["lskd"])
 
 
 def test_dkd_of_a_mixture_takes_each_label_with_its_share() -> None:
-    batch = batch_of(config_of("dkd"))
+    batch = batch_of()
     others, shares = torch.tensor([1, 2, 3, 0, 1, 2]), torch.tensor([0.25, 1.0, 0.5, 0.0, 0.75, 0.6])
-    found = methods.get("dkd").terms(replace(batch, other_labels=others, shares=shares))["dkd"]
+    found = objective_of("dkd").compute(replace(batch, other_labels=others, shares=shares))["dkd"]
     each = [
         losses.decoupled(batch.student_logits[[i]], batch.targets[[i]], torch.tensor([label]), 4.0, 1.0, 8.0)
         * share
@@ -391,11 +385,9 @@ def test_dkd_of_a_mixture_takes_each_label_with_its_share() -> None:
 
 
 def test_the_contrasted_images_are_of_other_classes_and_follow_the_sample() -> None:
-    from kdcli.methods.features import Others
-
     labels = np.array([0, 2, 1, 0, 1, 2, 0, 0, 1, 2, 2, 0])
     trained = np.array([0, 1, 2, 3, 4, 5, 6, 8, 9])
-    draw = Others(labels, trained, 4001)
+    draw = losses.Negatives(labels, trained, 4001)
     samples = np.array([3, 1, 8, 0])
     found = draw(samples, seed=5, epoch=2)
     assert found.shape == (4, 4001)
@@ -406,8 +398,8 @@ def test_the_contrasted_images_are_of_other_classes_and_follow_the_sample() -> N
         assert counts.min() > 0.8 * 4001 / len(allowed)
     assert np.array_equal(draw(samples[::-1], 5, 2)[::-1], found)
     assert not np.array_equal(draw(samples, 5, 3), found)
-    with pytest.raises(UsageError, match="one class only"):
-        Others(np.zeros(4, np.int64), np.arange(4), 3)
+    with pytest.raises(UsageError, match="only one class"):
+        losses.Negatives(np.zeros(4, np.int64), np.arange(4), 3)
 
 
 def test_a_weight_of_the_teachers_term_keeps_its_warm_up() -> None:
@@ -427,9 +419,9 @@ def test_a_method_that_leaves_the_last_layer_alone_is_refused() -> None:
         ("logits+at", {"weight": ["logits=0"]}),
     ):
         with pytest.raises(UsageError, match="nothing trains the student's last layer"):
-            methods.check_head(config_of(method, **settings_of))
+            objective_of(method, **settings_of).check()
     for method in (*methods.METHODS, "logits+at", "at+ls"):
-        methods.check_head(config_of(method, **({"ce_weight": 0.0} if "+" in method else {})))
+        objective_of(method, **({"ce_weight": 0.0} if "+" in method else {})).check()
 
 
 def test_contrast_does_not_go_with_mixup() -> None:

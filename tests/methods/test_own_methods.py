@@ -106,18 +106,12 @@ def digits() -> Splits:
 
 def test_the_example_computes_what_it_says(write: Write) -> None:
     write("documented", documented()[0])
-    [part] = methods.get("documented:sharpen").parts
-    assert (part.name, part.tau, part.summary) == (
-        "sharpen",
-        2.0,
-        "match the teacher's probabilities, squared",
-    )
+    [part] = methods.parse("documented:sharpen")
+    assert (part.name, part.tau) == ("sharpen", 2.0)
+    assert part.summary == "match the teacher's probabilities, squared"
     teacher = torch.tensor([[1.0, 3.0]], dtype=torch.float64)
     student = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
-    batch = methods.Batch(
-        student, teacher, torch.zeros(1), torch.zeros(1).long().numpy(), 0, config(), tau=2.0
-    )
-    assert part.loss is not None
+    batch = methods.Batch(student, teacher, torch.zeros(1), torch.zeros(1).long().numpy(), 0, 0, tau=2.0)
     # of p = softmax((1, 3)/2) squared and renormalised: q = 1/(1 + e^2); ½ each for the student
     q = 1 / (1 + torch.tensor(2.0, dtype=torch.float64).exp())
     expected = 4 * (q * (2 * q).log() + (1 - q) * (2 * (1 - q)).log())
@@ -130,15 +124,15 @@ def test_the_example_computes_what_it_says(write: Write) -> None:
 def test_what_the_marker_says_holds(write: Write) -> None:
     write(
         "marked",
-        "@method(ce_weight=0.5, weight=3, tau=7, needs_teacher=False, needs_labels=True)\n"
+        "@method(ce=0.5, weight=3, tau=7, needs_teacher=False, needs=('labels',))\n"
         "def spread(batch):\n"
         "    assert batch.tau == 7\n"
         "    return batch.student_logits.square().mean()\n",
     )
     settings = config(method="marked:spread", epochs=1)
-    assert methods.get(settings.method).weights(settings) == {"ce": 0.5, "spread": 3.0}
+    assert methods.objective(settings).weights() == {"ce": 0.5, "spread": 3.0}
     with pytest.raises(UsageError, match="reads labels, and unlabelled images have none"):
-        methods.check_unlabelled(settings.model_copy(update={"ce_weight": 0.0}))
+        methods.objective(settings.model_copy(update={"ce_weight": 0.0})).check(unlabelled=True)
     result = fit(settings, make_splits())  # no teacher is needed
     line = result.history[-1]
     assert line.loss == pytest.approx(0.5 * line.terms["ce"] + 3 * line.terms["spread"], rel=1e-5)
@@ -148,7 +142,7 @@ def test_what_the_marker_says_holds(write: Write) -> None:
 def test_features_and_the_scale_of_logits_are_there_for_those_that_ask(write: Write) -> None:
     write(
         "asking",
-        "@method(needs_features=True)\n"
+        "@method(needs=('features',))\n"
         "def near(batch):\n"
         "    student, teacher = batch.features\n"
         "    return (student.embedding.mean() - teacher.embedding.mean()).square()\n"
@@ -175,15 +169,16 @@ def test_features_and_the_scale_of_logits_are_there_for_those_that_ask(write: Wr
     [
         "weight=-1",
         "weight='1'",
-        "ce_weight=float('nan')",
+        "ce=float('nan')",
         "tau=0",
-        "needs_features=True, needs_teacher=False",
+        "needs=('features',), needs_teacher=False",
+        "needs=('logits',)",
     ],
 )
 def test_a_marker_that_cannot_be_is_told(write: Write, words: str) -> None:
     write("wrong", f"@method({words})\ndef f(batch):\n    return batch.student_logits.mean()\n")
     with pytest.raises(UsageError, match="--method wrong:f cannot be imported: @method: "):
-        methods.get("wrong:f")
+        methods.parse("wrong:f")
 
 
 # --- what goes wrong -----------------------------------------------------------------------------------------
@@ -228,7 +223,7 @@ def test_what_cannot_be_had_is_told_in_one_line(
         ("return batch.student_logits.detach().mean()", "does not depend on the student"),
         ("return batch.student_logits.mean() * float('nan')", "the loss is no longer finite"),
         ("return batch.absent", "failed: AttributeError: 'Batch' object has no attribute 'absent'"),
-        ("return batch.targets.mean()", "failed: RuntimeError: a method that reads the teacher must say so"),
+        ("return batch.targets.mean()", "failed: RuntimeError: the teacher's logits are there only with"),
     ],
 )
 def test_what_a_function_gives_is_checked(write: Write, body: str, told: str) -> None:
@@ -239,12 +234,6 @@ def test_what_a_function_gives_is_checked(write: Write, body: str, told: str) ->
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("text", ['"""   """', "pass"])
-def test_a_function_without_a_description_has_one(write: Write, text: str) -> None:
-    write("silent", f"def f(batch):\n    {text}\n")
-    assert methods.get("silent:f").parts[0].summary == "of your own"
-
-
 def test_the_current_folder_is_searched_last_and_only_while_it_is_imported(write: Write) -> None:
     write("colorsys", "raise SystemExit('not the one that comes with Python')")
     sys.modules.pop("colorsys", None)
@@ -252,7 +241,7 @@ def test_the_current_folder_is_searched_last_and_only_while_it_is_imported(write
     write("later", "")
     write("neighbour", "import colorsys\nimport beside\ndef f(batch):\n    return beside.VALUE\n")
     before = list(sys.path)
-    methods.get("neighbour:f")
+    methods.parse("neighbour:f")
     assert sys.path == before
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("later")

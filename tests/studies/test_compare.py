@@ -212,9 +212,9 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
     splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def soft(batch: methods.Batch) -> Any:
-        return batch.student_logits.mean() * (float("nan") if batch.config.seed == 1 else 1.0)
+        return batch.student_logits.mean() * (float("nan") if batch.seed == 1 else 1.0)
 
-    broken = {**vars(methods.METHODS["kd"]), "name": "broken", "loss": soft, "reads": ()}
+    broken = {**vars(methods.METHODS["kd"]), "name": "broken", "loss": soft, "keywords": {}, "balance": None}
     monkeypatch.setitem(methods.METHODS, "broken", methods.Method(**broken))
     kd = command_line(monkeypatch, command, train)
     words = shlex.split(

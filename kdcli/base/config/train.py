@@ -84,40 +84,11 @@ class TrainSettings(DataSettings):
         gt=0,
         le=1000,
     )
-    lamda: float = setting(
-        0.3, "kd: share of cross-entropy; the soft term gets the rest.", OF_METHODS, "--lambda", ge=0, le=1
-    )
-    noisy_ratio: float = setting(
-        0.5, "noisy: probability that a sample's target is perturbed.", OF_METHODS, ge=0, le=1
-    )
-    noisy_sigma: float = setting(
-        0.9, "noisy: standard deviation of the relative noise.", OF_METHODS, ge=0, le=100
-    )
-    noise_scope: Literal["sample", "logit"] = setting(
-        "sample", "noisy: one draw for all logits of a sample, or one for each.", OF_METHODS
-    )
     standardize: bool = setting(
         False,
         "kd, dkd, born-again: standardize the logits of each image first (Sun et al. 2024).",
         OF_METHODS,
     )
-    label_smoothing: float = setting(
-        0.1, "ls: share of a label spread over all classes.", OF_METHODS, ge=0, lt=1
-    )
-    dkd_alpha: float = setting(1.0, "dkd: weight of the target class's part.", OF_METHODS, ge=0)
-    dkd_beta: float = setting(8.0, "dkd: weight of the other classes' part.", OF_METHODS, ge=0)
-    dist_inter: float = setting(2.0, "dist: weight of the relation within an image.", OF_METHODS, ge=0)
-    dist_intra: float = setting(2.0, "dist: weight of the relation within a class.", OF_METHODS, ge=0)
-    hint_stage: int = setting(
-        0, "fitnet: the stage that is guided, from 1; 0: the middle one.", OF_METHODS, ge=0, le=1000
-    )
-    rkd_distance: float = setting(25.0, "rkd: weight of distances.", OF_METHODS, ge=0)
-    rkd_angle: float = setting(50.0, "rkd: weight of angles.", OF_METHODS, ge=0)
-    crd_dim: int = setting(128, "crd: width of the common space.", OF_METHODS, ge=1, le=65536)
-    crd_negatives: int = setting(
-        1024, "crd: images of other classes each image is told apart from.", OF_METHODS, ge=1, le=1_000_000
-    )
-    crd_temperature: float = setting(0.07, "crd: temperature of the similarities.", OF_METHODS, gt=0, le=100)
     student_stages: str = setting(
         "",
         "Layers whose maps methods of features read, joined by commas; by default the network's stages.",

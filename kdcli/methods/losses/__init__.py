@@ -6,7 +6,7 @@ whose matrix products would be bfloat16 again. No gradient reaches the teacher's
 
 from __future__ import annotations
 
-from kdcli.methods.losses.features import attention, hint, review, same_size, variational
+from kdcli.methods.losses.contrast import Contrast, Negatives, contrastive
 from kdcli.methods.losses.labels import cross_entropy, mixed_cross_entropy
 from kdcli.methods.losses.logits import (
     decoupled,
@@ -17,9 +17,24 @@ from kdcli.methods.losses.logits import (
     soft_targets,
     standardize,
 )
-from kdcli.methods.losses.relations import contrastive, probabilistic, relational, similarity
+from kdcli.methods.losses.maps import (
+    Hint,
+    Review,
+    Variational,
+    attention,
+    hint,
+    review,
+    same_size,
+    variational,
+)
+from kdcli.methods.losses.pairwise import probabilistic, relational, similarity
 
 __all__ = [
+    "Contrast",
+    "Hint",
+    "Negatives",
+    "Review",
+    "Variational",
     "attention",
     "contrastive",
     "cross_entropy",

@@ -119,7 +119,7 @@ class Plan:
     @property
     def resume_command(self) -> str:
         """The command that continues it; empty with a method of one's own, which has to be typed again."""
-        if any(map(methods.any_own, self.methods)):
+        if any(map(methods.is_custom, self.methods)):
             return ""
         return f"kd compare --resume {shlex.quote(self.folder.as_posix())}"
 
@@ -130,7 +130,7 @@ class Plan:
 
     @property
     def needs_teacher(self) -> bool:
-        return any(methods.get(config.method).active(config).needs_teacher for config in self.each)
+        return any(methods.objective(config).needs_teacher for config in self.each)
 
     @cached_property
     def runs(self) -> tuple[PlannedRun, ...]:
@@ -156,7 +156,7 @@ class Plan:
             KdError: a teacher is missing.
         """
         for name in self.methods:
-            methods.get(name)
+            methods.parse(name)
         if self.baseline not in self.methods:
             raise UsageError(
                 f"--baseline {self.baseline} is not compared", f"It is one of {', '.join(self.methods)}."
@@ -219,7 +219,7 @@ class Plan:
             train = make(TrainConfig, stored.train)
         except UsageError as error:
             raise KdError(f"{path}: {error.message}", "Start the comparison anew.") from error
-        code = next((name for name in stored.methods if methods.any_own(name) and name not in typed), None)
+        code = next((name for name in stored.methods if methods.is_custom(name) and name not in typed), None)
         if code is not None:
             raise UsageError(
                 f"{path} names a method that is code, {code}, which runs only if it is typed",
@@ -291,7 +291,7 @@ def _term(text: str) -> str:
 
 def _terms(method: str) -> dict[str, None]:
     """Names of the terms of a method, in order."""
-    return dict.fromkeys((methods.CE, *(part.name for part in methods.get(method).parts)))
+    return dict.fromkeys((methods.CE, *(part.name for part in methods.parse(method))))
 
 
 def _first_difference(own: Mapping[str, Any], stored: Mapping[str, Any]) -> str | None:

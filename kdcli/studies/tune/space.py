@@ -242,7 +242,7 @@ def _within_bounds(part: Range | Choice, config: TrainConfig, text: str) -> Rang
     for value in part.values if isinstance(part, Choice) else (part.low, part.high):
         try:
             if part.name == "method":
-                methods.get(str(value))
+                methods.parse(str(value))
             one = getattr(apply(config, {part.name: value}), part.name)
         except UsageError as error:
             raise UsageError(f"--tune {text}: {error.message}", error.hint) from error

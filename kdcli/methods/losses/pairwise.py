@@ -5,13 +5,11 @@ The two sides need not have the same width. One sample alone has no relations: 0
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kdcli.methods.losses.numerics import divisor, pair, precise, unit
+from kdcli.methods.losses.numerics import divisor, pair, unit
 
 
 def similarity(student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
@@ -80,21 +78,6 @@ def _neighbours(embedding: Tensor) -> Tensor:
     rows = unit(embedding)
     kernel = (rows @ rows.T + 1) / 2
     return kernel / kernel.sum(dim=1, keepdim=True)
-
-
-def contrastive(log_scores: Tensor, samples: int) -> Tensor:
-    """−log h(positive) − Σ log(1 − h(negative)), mean over the batch: CRD's (Tian et al., ICLR 2020, eq. 18); → ().
-
-    h = P/(P + K/n): whether a pair comes from the data, P its score, or from noise that draws K of n samples alike.
-    It is computed from log P; the authors' code adds 1e-7 to the denominators.
-
-    Args:
-        log_scores: log P, (B, 1 + K), the positive first.
-        samples: n, how many there are to draw from.
-    """
-    log_scores = precise(log_scores)
-    odds = log_scores - math.log((log_scores.shape[1] - 1) / samples)  # log h/(1 − h)
-    return -(F.logsigmoid(odds[:, 0]) + F.logsigmoid(-odds[:, 1:]).sum(dim=1)).mean()
 
 
 def _none(student: Tensor) -> Tensor:

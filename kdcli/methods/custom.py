@@ -1,0 +1,148 @@
+"""Custom methods, `--method package.module:function`.
+
+A custom method is code, and kd runs code only if it is named on the command line, never because a file names it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdcli.base.errors import KdError, UsageError
+from kdcli.base.text import reason
+from kdcli.methods.batch import Batch
+from kdcli.methods.registry import METHODS, Method, described, summary_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kdcli.methods.settings import TrainConfig
+
+_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+_HINT = "It is package.module:function; the function takes a kdcli.methods.Batch and returns a scalar tensor."
+
+
+def is_custom(name: str) -> bool:
+    """Whether a method, or one of those joined by `+`, is custom."""
+    return ":" in name
+
+
+def load(name: str) -> Method:
+    """Import a function and make a method of it; the current folder is searched after all other places.
+
+    Raises:
+        UsageError: it cannot be imported, is not callable, or has the name of a registered method.
+    """
+    if _NAME.fullmatch(name) is None:
+        raise UsageError(f"--method {name} does not name a function", _HINT)
+    module_name, function_name = name.split(":")
+    if function_name in METHODS:
+        raise UsageError(
+            f"--method {name}: kd has a method {function_name}", "Give the function another name."
+        )
+    try:
+        with _current_folder_searched():
+            function = getattr(importlib.import_module(module_name), function_name)
+    except (Exception, SystemExit) as error:  # anything that the module's code raises
+        raise UsageError(f"--method {name} cannot be imported: {_line(error)}", _HINT) from error
+    if not callable(function):
+        raise UsageError(f"--method {name} is no function", _HINT)
+    entry = described(function) or Method(function_name, function, summary_of(function))
+    return replace(
+        entry,
+        name=function_name,
+        loss=_checked(name, function),
+        source=module_name,
+        tau=1.0 if entry.tau is None else entry.tau,
+    )
+
+
+def source_digests(name: str) -> dict[str, str]:
+    """SHA-256 of the modules of the custom methods among those joined by `+`, which are imported.
+
+    Of a module without a file (it is part of Python) it is the digest of nothing.
+
+    Raises:
+        UsageError: one cannot be imported or read.
+    """
+    found = {}
+    for part in filter(is_custom, name.split("+")):
+        load(part)
+        path = getattr(sys.modules[part.partition(":")[0]], "__file__", None)
+        try:
+            source = b"" if path is None else Path(path).read_bytes()
+        except OSError as error:
+            raise UsageError(f"--method {part}: cannot read {path}: {reason(error)}", _HINT) from error
+        found[part] = hashlib.sha256(source).hexdigest()
+    return found
+
+
+def check_typed(config: TrainConfig, typed: str | None, source: str) -> None:
+    """Check that a custom method was named on the command line.
+
+    Args:
+        config: of a run or recipe.
+        typed: `--method` of the command line.
+        source: of the settings, for the message.
+
+    Raises:
+        UsageError: only a file names it.
+    """
+    if is_custom(config.method) and typed != config.method:
+        raise UsageError(
+            f"{source} names a method that is code, {config.method}, and kd runs none because a file says so",
+            f"If it is yours, name it: --method {config.method}",
+        )
+
+
+@contextmanager
+def _current_folder_searched() -> Iterator[None]:
+    """Put the current folder last in Python's path.
+
+    Last, and only for the import: a file there with the name of a module that kd imports must not shadow it.
+    """
+    here = str(Path.cwd())
+    sys.path.append(here)
+    importlib.invalidate_caches()  # the file may be younger than Python's listing of the folder
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # the module's code may have removed it
+            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(here)]
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _checked(name: str, function: Callable[[Batch], Any]) -> Callable[[Batch], Tensor]:
+    """The function with its errors as KdError and its result checked."""
+
+    def loss(batch: Batch) -> Tensor:
+        from torch import Tensor
+
+        try:
+            value = function(batch)
+        except KdError:
+            raise
+        except Exception as error:
+            raise KdError(
+                f"method {name} failed: {type(error).__name__}: {_line(error)}", "--debug shows where."
+            ) from error
+        if not isinstance(value, Tensor) or value.dim() != 0 or not value.is_floating_point():
+            raise KdError(f"method {name} must return a scalar tensor", "Take the mean over the batch.")
+        if batch.student_logits.requires_grad and not value.requires_grad:
+            raise KdError(
+                f"method {name} returns a value that does not depend on the student",
+                "Compute it from batch.student_logits or batch.student_features, without detach().",
+            )
+        return value
+
+    return loss

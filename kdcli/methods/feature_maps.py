@@ -1,0 +1,114 @@
+"""Methods that match the feature maps of paired stages."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from kdcli.base.errors import UsageError
+from kdcli.methods.batch import Batch, Training
+from kdcli.methods.registry import method, option
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+HintStage = Annotated[
+    int, option("the stage that is guided, from 1; 0: the middle one", name="hint_stage", ge=0, le=1000)
+]
+
+
+def hint_adapter(training: Training, *, stage: HintStage = 0) -> nn.Module:
+    """Regressor from the guided stage's channels to the hint's."""
+    from kdcli.methods import losses
+
+    pairs = training.stages
+    return losses.Hint(*pairs[_index(len(pairs), stage)])
+
+
+@method(
+    "fitnet",
+    source="Romero et al., ICLR 2015, eq. 3",
+    ce=1.0,
+    weight=100.0,
+    needs=("features",),
+    features_only=True,
+    adapter=hint_adapter,
+)
+def hint(batch: Batch, *, stage: HintStage = 0) -> Tensor:
+    """Regress the maps of a middle stage."""
+    pairs = batch.stages
+    loss: Tensor = batch.adapter(*pairs[_index(len(pairs), stage)])
+    return loss
+
+
+def _index(count: int, stage: int) -> int:
+    if stage > count:
+        raise UsageError(
+            f"--hint-stage {stage}: student and teacher have {count} stages in common", "Use fewer."
+        )
+    return (stage or (count + 1) // 2) - 1
+
+
+@method(
+    "at",
+    source="Zagoruyko & Komodakis, ICLR 2017, eq. 2",
+    ce=1.0,
+    weight=1000.0,
+    needs=("features",),
+    features_only=True,
+)
+def attention(batch: Batch) -> Tensor:
+    """Match attention maps of all stages."""
+    from kdcli.methods import losses
+
+    total: Tensor = sum(losses.attention(student, teacher) for student, teacher in batch.stages)  # type: ignore[assignment]
+    return total
+
+
+def variational_adapter(training: Training) -> nn.Module:
+    """Regressor and variances of each stage."""
+    from torch import nn
+
+    from kdcli.methods import losses
+
+    return nn.ModuleList(losses.Variational(*pair) for pair in training.stages)
+
+
+@method(
+    "vid",
+    source="Ahn et al., CVPR 2019",
+    ce=1.0,
+    needs=("features",),
+    features_only=True,
+    adapter=variational_adapter,
+)
+def variational(batch: Batch) -> Tensor:
+    """Predict the teacher's maps, with a variance."""
+    total: Tensor = sum(layer(*pair) for layer, pair in zip(batch.adapter, batch.stages, strict=True))
+    return total
+
+
+def review_adapter(training: Training) -> nn.Module:
+    """Attention-based fusion of stages."""
+    from kdcli.methods import losses
+
+    pairs = training.stages
+    return losses.Review([student for student, _ in pairs], [teacher for _, teacher in pairs])
+
+
+@method(
+    "reviewkd",
+    source="Chen et al., CVPR 2021",
+    ce=1.0,
+    warm_up=1 / 12,
+    needs=("features",),
+    features_only=True,
+    adapter=review_adapter,
+)
+def review(batch: Batch) -> Tensor:
+    """Fuse later stages into earlier ones.
+
+    The weight rises over 20 of 240 epochs, as in the authors' code.
+    """
+    pairs = batch.stages
+    loss: Tensor = batch.adapter([student for student, _ in pairs], [teacher for _, teacher in pairs])
+    return loss

@@ -1,0 +1,39 @@
+"""Methods that learn from labels, without a teacher."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from kdcli.methods.batch import Batch
+from kdcli.methods.registry import CE, method, option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@method(CE, source="cross-entropy", needs=("labels",), needs_teacher=False)
+def cross_entropy(batch: Batch) -> Tensor:
+    """Labels alone, no teacher: the baseline."""
+    return _cross_entropy(batch, 0.0)
+
+
+@method("ls", source="Szegedy et al., CVPR 2016, section 7", needs=("labels",), needs_teacher=False)
+def label_smoothing(
+    batch: Batch,
+    *,
+    smoothing: Annotated[
+        float, option("share of a label spread over all classes", name="label_smoothing", ge=0, lt=1)
+    ] = 0.1,
+) -> Tensor:
+    """Smoothed labels, no teacher: the control."""
+    return _cross_entropy(batch, smoothing)
+
+
+def _cross_entropy(batch: Batch, smoothing: float) -> Tensor:
+    from kdcli.methods.losses import labels
+
+    if batch.other_labels is None or batch.shares is None:
+        return labels.cross_entropy(batch.student_logits, batch.labels, smoothing)
+    return labels.mixed_cross_entropy(
+        batch.student_logits, batch.labels, batch.other_labels, batch.shares, smoothing
+    )

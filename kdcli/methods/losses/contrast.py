@@ -1,0 +1,162 @@
+"""Contrastive representation distillation: loss, module with its memory, and the choice of negatives."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kdcli.base.errors import UsageError
+from kdcli.data import augment
+from kdcli.methods.losses.numerics import pair, precise, unit
+
+
+def contrastive(log_scores: Tensor, samples: int) -> Tensor:
+    """−log h(positive) − Σ log(1 − h(negative)), mean over the batch: CRD's (Tian et al., ICLR 2020, eq. 18); → ().
+
+    h = P/(P + K/n): whether a pair comes from the data, P its score, or from noise that draws K of n samples alike.
+    It is computed from log P; the authors' code adds 1e-7 to the denominators.
+
+    Args:
+        log_scores: log P, (B, 1 + K), the positive first.
+        samples: n, how many there are to draw from.
+    """
+    log_scores = precise(log_scores)
+    odds = log_scores - math.log((log_scores.shape[1] - 1) / samples)  # log h/(1 − h)
+    return -(F.logsigmoid(odds[:, 0]) + F.logsigmoid(-odds[:, 1:]).sum(dim=1)).mean()
+
+
+class Contrast(nn.Module):
+    """CRD (Tian et al., ICLR 2020): each network's embedding against the other's of the same image and of K others.
+
+    Both embeddings go through a linear layer to `dim` and are brought to length 1. Those of all the training images
+    are remembered, and a batch's own are mixed into them after its loss: m·old + (1 − m)·new, at length 1 again. A
+    score is exp(cos/T)/Z; Z is such that the first batch's mean is 1/`samples`, and then stays. In eval mode nothing
+    is remembered.
+
+    Where several processes share a batch, each must be given the whole of it: then all remember the same.
+    """
+
+    student_bank: Tensor
+    teacher_bank: Tensor
+    log_scale: Tensor
+    scaled: Tensor
+
+    def __init__(
+        self,
+        student_width: int,
+        teacher_width: int,
+        samples: int,
+        dim: int = 128,
+        temperature: float = 0.07,
+        momentum: float = 0.5,
+    ) -> None:
+        """An empty memory, uniform in ±√(3/dim) as in the authors' code.
+
+        Args:
+            student_width, teacher_width: D of the two embeddings.
+            samples: how many training images there are; their numbers are below it.
+            dim: width of what is compared.
+            temperature: T.
+            momentum: m, in [0, 1].
+        """
+        super().__init__()
+        self.samples = samples
+        self.temperature, self.momentum = temperature, momentum
+        self.student = nn.Linear(student_width, dim)
+        self.teacher = nn.Linear(teacher_width, dim)
+        bound = math.sqrt(3 / dim)
+        for name in ("student_bank", "teacher_bank"):
+            self.register_buffer(name, torch.empty(samples, dim).uniform_(-bound, bound))
+        self.register_buffer(
+            "log_scale", torch.zeros(2)
+        )  # log Z with the student, with the teacher as anchor
+        self.register_buffer("scaled", torch.tensor(False))
+
+    def forward(
+        self, student_embedding: Tensor, teacher_embedding: Tensor, samples: Tensor, negatives: Tensor
+    ) -> Tensor:
+        """The sum of both anchors' losses, mean over the batch; → ().
+
+        Args:
+            student_embedding, teacher_embedding: (B, D), or what flattens to it.
+            samples: the images' numbers, int64 (B,), each once.
+            negatives: numbers of other images, int64 (B, K).
+        """
+        student, teacher = pair(student_embedding.flatten(1), teacher_embedding.flatten(1))
+        student, teacher = unit(self.student(student)), unit(self.teacher(teacher))
+        numbers = torch.cat([samples[:, None], negatives], dim=1)  # (B, 1 + K)
+        cosines = (
+            _products(student, self.teacher_bank, numbers),
+            _products(teacher, self.student_bank, numbers),
+        )
+        scores = torch.stack(cosines) / self.temperature  # (2, B, 1 + K)
+        with torch.no_grad():
+            mean = scores.flatten(1).logsumexp(dim=1) - math.log(numbers.numel())
+            log_scale = torch.where(self.scaled, self.log_scale, mean + math.log(self.samples))
+            if self.training:
+                self.log_scale.copy_(log_scale)
+                self.scaled.fill_(True)
+                self._remember(self.student_bank, samples, student)
+                self._remember(self.teacher_bank, samples, teacher)
+        scores = scores - log_scale[:, None, None]
+        return contrastive(scores[0], self.samples) + contrastive(scores[1], self.samples)
+
+    def _remember(self, bank: Tensor, samples: Tensor, vectors: Tensor) -> None:
+        mixed = self.momentum * bank[samples] + (1 - self.momentum) * vectors
+        bank.index_copy_(0, samples, unit(mixed))
+
+
+def _products(vectors: Tensor, bank: Tensor, numbers: Tensor) -> Tensor:
+    """Of each vector with the rows of those numbers: (B, D), (N, D), (B, K) → (B, K).
+
+    Where the rows asked for are a good part of all, products with all are several times faster than gathering rows.
+    """
+    if len(bank) <= 16 * numbers.shape[1]:
+        return (vectors @ bank.clone().T).gather(
+            1, numbers
+        )  # a clone: the bank changes before the backward pass
+    return torch.bmm(bank[numbers], vectors[:, :, None]).squeeze(2)
+
+
+class Negatives:
+    """Draws images of other classes than an image's own."""
+
+    def __init__(self, labels: npt.NDArray[np.int64], samples: npt.NDArray[np.int64], count: int) -> None:
+        """Sort the training images by class.
+
+        Args:
+            labels: (N,), of all images.
+            samples: numbers of the images in the training split.
+            count: how many to draw for each image.
+
+        Raises:
+            UsageError: there is only one class.
+        """
+        self.labels = labels
+        self.count = count
+        self.by_class = samples[np.argsort(labels[samples], kind="stable")]
+        classes = int(labels.max()) + 1 if len(labels) else 0
+        self.sizes = np.bincount(labels[samples], minlength=classes)
+        self.starts = np.cumsum(self.sizes) - self.sizes
+        if np.count_nonzero(self.sizes) < 2:
+            raise UsageError("method crd contrasts images of different classes, and there is only one class")
+
+    def __call__(self, samples: npt.NDArray[np.int64], seed: int, epoch: int) -> npt.NDArray[np.int64]:
+        """Draw numbers (B, count) of training images, each class but the sample's; a function of the arguments."""
+        own = self.labels[samples]
+        limit = (len(self.by_class) - self.sizes[own]).astype(np.uint64)  # (B,)
+        blocks = -(-self.count // 4)
+        each, numbers = np.repeat(samples, blocks), np.tile(np.arange(blocks), len(samples))
+        random = augment.random_bits(seed, augment.CONTRAST, epoch, each, block=numbers).astype(np.uint64)
+        drawn = random.T.reshape(len(samples), 4 * blocks)[:, : self.count]  # (B, count)
+        places = ((drawn * limit[:, None]) >> np.uint64(32)).astype(np.int64)
+        places += np.where(
+            places >= self.starts[own][:, None], self.sizes[own][:, None], 0
+        )  # skip the own class
+        found: npt.NDArray[np.int64] = self.by_class[places]
+        return found

@@ -1,0 +1,249 @@
+"""What a run minimises: terms of one or several methods, each with its weight and temperature over time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from kdcli.base.config import Ramp
+from kdcli.base.errors import UsageError
+from kdcli.methods import custom
+from kdcli.methods.batch import Batch, Training
+from kdcli.methods.registry import CE, METHODS, Method
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from kdcli.methods.settings import TrainConfig
+
+_TEACHER_SETTINGS = (  # of any method with a teacher
+    "teacher",
+    "teacher_weight",
+    "teacher_dropout",
+    "teacher_cache",
+    "teacher_precision",
+    "cache_top_k",
+    "assistant",
+    "generations",
+    "kd_weight",
+)
+_CACHE_SETTINGS = ("cache_top_k", "teacher_cache")  # of methods without features
+_FEATURE_SETTINGS = ("student_stages", "teacher_stages")  # of methods with features
+
+
+def parse(name: str) -> tuple[Method, ...]:
+    """Methods joined by `+`: of the registry, or functions as `package.module:function`, which are imported.
+
+    Raises:
+        UsageError: a method is unknown or named twice, or a function cannot be imported.
+    """
+    methods = tuple(_method(word) for word in name.split("+"))
+    names = [method.name for method in methods]
+    twice = next((word for word in names if names.count(word) > 1), None)
+    if twice is not None:
+        raise UsageError(
+            f"method {twice} is named twice in {name}", "Give its term a weight: --weight NAME=W."
+        )
+    return methods
+
+
+def _method(name: str) -> Method:
+    if custom.is_custom(name):
+        return custom.load(name)
+    if name not in METHODS:
+        raise UsageError(
+            f"unknown method: {name}" if name else "a method has no name",
+            f"Known are {', '.join(METHODS)}; joined as in kd+at; or package.module:function, of your own.",
+        )
+    return METHODS[name]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A method's loss with its weight, temperature and settings in a run.
+
+    Attributes:
+        weight, tau: over the training.
+        settings: keyword arguments of the method's loss.
+    """
+
+    method: Method
+    weight: Ramp
+    tau: Ramp
+    settings: Mapping[str, Any]
+
+    def __call__(self, batch: Batch, adapter: nn.Module | None) -> Tensor:
+        """Compute the unweighted loss, a scalar."""
+        return self.method.loss(replace(batch, adapter=adapter, tau=self.tau.at(batch.done)), **self.settings)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The weighted sum of terms that a run minimises. Terms whose weight is always 0 are left out.
+
+    Attributes:
+        config: settings of the run.
+        terms: by the method's name, cross-entropy on the labels (`ce`) first.
+    """
+
+    config: TrainConfig
+    terms: Mapping[str, Term]
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """Methods of the terms."""
+        return tuple(term.method for term in self.terms.values())
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(method.needs_teacher for method in self.methods)
+
+    @property
+    def needs_features(self) -> bool:
+        return any(method.needs_features for method in self.methods)
+
+    @property
+    def needs_labels(self) -> bool:
+        return any(method.needs_labels for method in self.methods)
+
+    @property
+    def regresses(self) -> bool:
+        """Whether the student's logits must take on the teacher's values, beyond their softmax."""
+        return any(method.regresses for method in self.methods)
+
+    @property
+    def same_network(self) -> bool:
+        """Whether the teacher is meant to be of the student's own network."""
+        return any(method.same_network for method in self.methods)
+
+    @property
+    def no_mixup(self) -> bool:
+        """Whether a term needs one class for each image."""
+        return any(method.no_mixup for method in self.methods)
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether a term reads the student's logits, and so trains the last layer."""
+        return not all(method.features_only for method in self.methods)
+
+    @property
+    def default_tau(self) -> float | None:
+        """The default temperature of the terms that have one; None if they differ, or none has."""
+        taus = {method.tau for method in self.methods if method.tau is not None}
+        return taus.pop() if len(taus) == 1 else None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Values of the settings of methods that the terms read, by name."""
+        read = {name for method in self.methods for name in method.reads}
+        return {name: getattr(self.config, name) for name in read}
+
+    def weights(self, done: float = 1.0) -> dict[str, float]:
+        """Weight of each term when a share `done` of the training, 0 … 1, is over."""
+        return {name: term.weight.at(done) for name, term in self.terms.items()}
+
+    def adapters(self, training: Training) -> dict[str, nn.Module]:
+        """Make the modules that are trained along with the student, by the method's name."""
+        return {
+            method.name: method.adapter(training, **method.arguments(method.adapter, self.config))
+            for method in self.methods
+            if method.adapter is not None
+        }
+
+    def compute(self, batch: Batch, adapters: Mapping[str, nn.Module] | None = None) -> dict[str, Tensor]:
+        """Compute the unweighted terms, each a scalar, by name in the order of `terms`."""
+        made = adapters or {}
+        return {name: term(batch, made.get(name)) for name, term in self.terms.items()}
+
+    def check(self, *, unlabelled: bool = False) -> None:
+        """Check that the terms can train a student; `unlabelled`: on images some of which have no label.
+
+        Raises:
+            UsageError: a term needs labels, or none trains the last layer.
+        """
+        name = self.config.method
+        if unlabelled and self.needs_labels:
+            raise UsageError(
+                f"method {name} reads labels, and unlabelled images have none", self._label_free()
+            )
+        if not self.trains_head:
+            raise UsageError(
+                f"method {name} reads features alone, and nothing trains the student's last layer",
+                f"Join it with a method of logits, as --method kd+{name}, or give cross-entropy a weight.",
+            )
+
+    def _label_free(self) -> str:
+        """A hint at settings that need no labels."""
+        others = [method for method in self.methods if method.name != CE]
+        if not others or any(method.needs_labels for method in others):
+            return "Use a method without labels, as --method logits, or leave --unlabelled out."
+        if all(method.features_only for method in others):
+            joined = f"--method logits+{self.config.method}"
+            return f"Join it with a method of logits, which trains the last layer: {joined}"
+        share = any(method.balance is not None for method in others)
+        more = " or, so that the soft term gets its share, --lamda 0" if share else ""
+        return f"Leave cross-entropy out: --ce-weight 0{more}."
+
+
+def objective(config: TrainConfig) -> Objective:
+    """Parse method, weights, temperatures and settings of a run.
+
+    Raises:
+        UsageError: as `parse`; a weight is for an unknown term, or all are 0.
+    """
+    methods = parse(config.method)
+    known = {CE: METHODS[CE]} | {method.name: method for method in methods}
+    terms = {}
+    for name, weight in _weights(methods, config).items():
+        method = known[name]
+        tau = config.tau if config.tau is not None else 1.0 if method.tau is None else method.tau
+        terms[name] = Term(
+            method,
+            weight,
+            Ramp(tau, tau if config.tau_end is None else config.tau_end),
+            method.arguments(method.loss, config),
+        )
+    return Objective(config, terms)
+
+
+def _weights(methods: tuple[Method, ...], config: TrainConfig) -> dict[str, Ramp]:
+    """Weight of each term, the user's, else the method's own; terms whose weight is always 0 are left out.
+
+    Cross-entropy has the weight that the first method gives it, or 1 if it is named.
+    """
+    ce = 1.0 if any(method.name == CE for method in methods) else methods[0].weights(config)[0]
+    found = {CE: Ramp(ce, ce)}
+    found |= {method.name: method.weights(config)[1] for method in methods if method.name != CE}
+    if config.kd_weight is not None:
+        teachers = [method.name for method in methods if method.needs_teacher]
+        if len(teachers) > 1:
+            raise UsageError(
+                f"--kd-weight: method {config.method} has {len(teachers)} terms of the teacher",
+                f"Say which: --weight {teachers[0]}={config.kd_weight:g}",
+            )
+        found |= {name: found[name].to(config.kd_weight) for name in teachers}
+    if config.ce_weight is not None:
+        found[CE] = Ramp(config.ce_weight, config.ce_weight)
+    for name, ramp in config.weights.items():
+        if name not in found:
+            raise UsageError(
+                f"--weight {name}: method {config.method} has no such term", f"It has {', '.join(found)}."
+            )
+        found[name] = ramp
+    chosen = {name: ramp for name, ramp in found.items() if ramp.first or ramp.last}
+    if not chosen:
+        raise UsageError(f"all weights of method {config.method} are 0", "Raise --ce-weight or --weight.")
+    return chosen
+
+
+def unread(name: str, settings: Iterable[str]) -> list[str]:
+    """Select those of some settings that belong to methods and that this method does not read."""
+    methods = parse(name)
+    foreign = {setting for other in METHODS.values() for setting in other.reads}
+    foreign -= {setting for method in methods for setting in method.reads}
+    if not any(method.needs_teacher for method in methods):
+        foreign |= set(_TEACHER_SETTINGS)
+    features = any(method.needs_features for method in methods)
+    foreign |= set(_CACHE_SETTINGS if features else _FEATURE_SETTINGS)
+    return [setting for setting in settings if setting in foreign]

@@ -1,0 +1,235 @@
+"""Registry of methods: each is a function under `@method` in a module of this package.
+
+The modules are found by listing the package, and `kd train --help` imports them all: they import torch inside
+functions only.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
+
+from kdcli.base.config import Ramp
+from kdcli.base.config.settings import OF_METHODS, setting
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+F = TypeVar("F", bound=Callable[..., Any])
+CE = "ce"  # the term of cross-entropy on the labels, which any method may have beside its own
+METHODS: dict[str, Method] = {}
+_ATTRIBUTE = "__kd_method__"
+
+
+@dataclass(frozen=True)
+class Option:
+    """Option of a method's own setting: help, name and bounds."""
+
+    help: str
+    flags: tuple[str, ...]
+    name: str
+    bounds: Mapping[str, Any]
+
+
+def option(help: str, *flags: str, name: str = "", **bounds: Any) -> Option:  # noqa: A002
+    """Make a keyword-only parameter an option of kd train: `alpha: Annotated[float, option("weight …", ge=0)] = 1.0`.
+
+    Args:
+        help: text without a full stop; the method's name is put before it.
+        flags: further spellings of the option.
+        name: of the setting; by default METHOD_PARAMETER, and so --METHOD-PARAMETER.
+        bounds: pydantic's, as `ge=0`.
+    """
+    return Option(help, flags, name, bounds)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to learn.
+
+    Attributes:
+        loss: its own term, unweighted: from a `Batch` and its settings to a scalar.
+        summary, source: one line each, for help and reports.
+        ce, weight: default weights of cross-entropy on the labels and of its own term.
+        warm_up: share of the training over which its own weight rises from 0.
+        balance: computes (ce, weight) from settings, in place of the two.
+        tau: its default temperature; None: it has none.
+        needs_teacher: it reads the teacher's logits or features.
+        needs_features: it reads maps or embeddings of both networks: the teacher runs in each step.
+        needs_labels: its own term reads labels.
+        features_only: its own term does not read the student's logits, and so leaves the last layer untrained.
+        regresses: the student's logits must take on the teacher's values, beyond their softmax.
+        same_network: the teacher is meant to be of the student's own network.
+        no_mixup: an image must have one class.
+        adapter: makes a module that is trained along with the student and not exported.
+        fields: its own settings as fields of `TrainConfig`: type and pydantic field.
+        keywords: settings by the parameters of `loss`, `adapter` and `balance` that take them.
+    """
+
+    name: str
+    loss: Callable[..., Tensor]
+    summary: str = ""
+    source: str = ""
+    ce: float = 0.0
+    weight: float = 1.0
+    warm_up: float = 0.0
+    balance: Callable[..., tuple[float, float]] | None = None
+    tau: float | None = None
+    needs_teacher: bool = True
+    needs_features: bool = False
+    needs_labels: bool = False
+    features_only: bool = False
+    regresses: bool = False
+    same_network: bool = False
+    no_mixup: bool = False
+    adapter: Callable[..., nn.Module] | None = None
+    fields: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    keywords: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def reads(self) -> set[str]:
+        """Names of the settings that it reads."""
+        return {*self.keywords.values(), *(("tau", "tau_end") if self.tau is not None else ())}
+
+    def arguments(self, function: Callable[..., Any], config: Any) -> dict[str, Any]:
+        """Values of the settings that one of its functions takes, by parameter."""
+        taken = inspect.signature(function).parameters
+        return {name: getattr(config, key) for name, key in self.keywords.items() if name in taken}
+
+    def weights(self, config: Any) -> tuple[float, Ramp]:
+        """Default weights of cross-entropy and of its own term under these settings."""
+        ce, weight = self.ce, self.weight
+        if self.balance is not None:
+            ce, weight = self.balance(**self.arguments(self.balance, config))
+        return ce, Ramp(0.0 if self.warm_up else weight, weight, self.warm_up or 1.0)
+
+
+def method(
+    name: str = "",
+    *,
+    source: str = "",
+    needs: Sequence[Literal["features", "labels"]] = (),
+    needs_teacher: bool = True,
+    adapter: Callable[..., nn.Module] | None = None,
+    balance: Callable[..., tuple[float, float]] | None = None,
+    ce: float = 0.0,
+    weight: float = 1.0,
+    warm_up: float = 0.0,
+    tau: float | None = None,
+    features_only: bool = False,
+    regresses: bool = False,
+    same_network: bool = False,
+    no_mixup: bool = False,
+) -> Callable[[F], F]:
+    """Describe a function as a method; the arguments are attributes of `Method`.
+
+    The name is by default the function's, the summary the first line of its docstring. Keyword-only parameters of
+    the function, `adapter` and `balance` are settings: with an `option`, the method's own; without, a general
+    setting of kd train of the same name.
+
+    Raises:
+        ValueError: a weight or temperature out of range, or features without a teacher.
+    """
+    for key, value in {"ce": ce, "weight": weight, "tau": 1.0 if tau is None else tau}.items():
+        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(f"@method: {key} must be a number, 0 or more, not {value!r}")
+    if tau == 0:
+        raise ValueError("@method: tau must be above 0")
+    if not set(needs) <= {"features", "labels"}:
+        raise ValueError(f"@method: needs takes features and labels, not {needs!r}")
+    if "features" in needs and not needs_teacher:
+        raise ValueError("@method: features are the teacher's, too: needs_teacher must be true")
+
+    def describe(function: F) -> F:
+        own_name = name or function.__name__
+        fields: dict[str, tuple[Any, Any]] = {}
+        keywords: dict[str, str] = {}
+        for part in (function, adapter, balance):
+            for parameter, kind, given in _settings(part) if part is not None else ():
+                key = parameter.name
+                if given is not None:
+                    key = given.name or f"{own_name}_{parameter.name}".replace("-", "_")
+                    text = f"{own_name}: {given.help}."
+                    about = setting(parameter.default, text, OF_METHODS, *given.flags, **given.bounds)
+                    fields[key] = (kind, about)
+                keywords[parameter.name] = key
+        entry = Method(
+            own_name,
+            function,
+            summary_of(function),
+            source,
+            ce,
+            weight,
+            warm_up,
+            balance,
+            tau,
+            needs_teacher=needs_teacher,
+            needs_features="features" in needs,
+            needs_labels="labels" in needs,
+            features_only=features_only,
+            regresses=regresses,
+            same_network=same_network,
+            no_mixup=no_mixup,
+            adapter=adapter,
+            fields=fields,
+            keywords=keywords,
+        )
+        setattr(function, _ATTRIBUTE, entry)
+        return function
+
+    return describe
+
+
+def described(function: object) -> Method | None:
+    """What `@method` made of a function; None without it."""
+    found = getattr(function, _ATTRIBUTE, None)
+    return found if isinstance(found, Method) else None
+
+
+def summary_of(function: object) -> str:
+    """First line of a docstring, as part of a sentence."""
+    lines = str(getattr(function, "__doc__", None) or "").strip().splitlines()
+    first = lines[0].strip().removesuffix(".") if lines else ""
+    return first[:1].lower() + first[1:]
+
+
+def _settings(function: Callable[..., Any]) -> Iterator[tuple[inspect.Parameter, Any, Option | None]]:
+    """Keyword-only parameters with their types and options; the other annotations may name what is not imported."""
+    parameters = inspect.signature(function).parameters.values()
+    keywords = [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    annotated = SimpleNamespace(__annotations__={each.name: each.annotation for each in keywords})
+    kinds = get_type_hints(annotated, function.__globals__, include_extras=True)
+    for parameter in keywords:
+        kind = kinds[parameter.name]
+        extras = getattr(kind, "__metadata__", ())
+        given = next((extra for extra in extras if isinstance(extra, Option)), None)
+        yield parameter, kind.__origin__ if extras else kind, given
+
+
+def discover(package: str) -> None:
+    """Fill `METHODS` from the modules of a package: methods of labels first, then of logits, then of features.
+
+    Raises:
+        ValueError: two methods share a name or a setting.
+    """
+    found: list[Method] = []
+    for module in pkgutil.iter_modules(import_module(package).__path__, f"{package}."):
+        if not module.ispkg:
+            values = vars(import_module(module.name)).values()
+            entries = [
+                described(value) for value in values if getattr(value, "__module__", "") == module.name
+            ]
+            found += [entry for entry in entries if entry is not None]
+    names = [entry.name for entry in found]
+    names += [name for entry in found for name in entry.fields]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"method or setting {twice} is defined twice in {package}")
+    found.sort(key=lambda entry: (entry.needs_features, entry.needs_teacher))
+    METHODS.update((entry.name, entry) for entry in found)

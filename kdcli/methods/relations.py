@@ -1,0 +1,100 @@
+"""Methods that match relations between images, in the last maps or the embeddings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from kdcli.methods.batch import Batch, Training
+from kdcli.methods.registry import method, option
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@method(
+    "sp",
+    source="Tung & Mori, ICCV 2019",
+    ce=1.0,
+    weight=3000.0,
+    needs=("features",),
+    features_only=True,
+)
+def similarity(batch: Batch) -> Tensor:
+    """Match which images are alike."""
+    from kdcli.methods import losses
+
+    student, teacher = batch.stages[-1]
+    return losses.similarity(batch.gather(student), batch.gather(teacher))
+
+
+@method("rkd", source="Park et al., CVPR 2019", ce=1.0, needs=("features",), features_only=True)
+def relational(
+    batch: Batch,
+    *,
+    distance: Annotated[float, option("weight of distances", ge=0)] = 25.0,
+    angle: Annotated[float, option("weight of angles", ge=0)] = 50.0,
+) -> Tensor:
+    """Match distances and angles between images."""
+    from kdcli.methods import losses
+
+    return losses.relational(*batch.embeddings, distance, angle)
+
+
+@method(
+    "pkt",
+    source="Passalis & Tefas, ECCV 2018",
+    ce=1.0,
+    weight=30000.0,
+    needs=("features",),
+    features_only=True,
+)
+def probabilistic(batch: Batch) -> Tensor:
+    """Match neighbourhood probabilities."""
+    from kdcli.methods import losses
+
+    return losses.probabilistic(*batch.embeddings)
+
+
+def contrast_adapter(
+    training: Training,
+    *,
+    dim: Annotated[int, option("width of the common space", ge=1, le=65536)] = 128,
+    negatives: Annotated[
+        int, option("images of other classes each image is told apart from", ge=1, le=1_000_000)
+    ] = 1024,
+    temperature: Annotated[float, option("temperature of the similarities", gt=0, le=100)] = 0.07,
+) -> nn.Module:
+    """Projections of both embeddings, and a memory of them for each image."""
+    from kdcli.methods import losses
+
+    module: Any = losses.Contrast(
+        training.student.embedding,
+        training.teacher.embedding,
+        len(training.labels),
+        dim=dim,
+        temperature=temperature,
+    )
+    module.draw = losses.Negatives(training.labels, training.samples, negatives)
+    made: nn.Module = module
+    return made
+
+
+@method(
+    "crd",
+    source="Tian et al., ICLR 2020, eq. 18",
+    ce=1.0,
+    weight=0.8,
+    needs=("features", "labels"),
+    features_only=True,
+    no_mixup=True,
+    adapter=contrast_adapter,
+)
+def contrastive(batch: Batch) -> Tensor:
+    """Tell the teacher's embedding from those of other classes."""
+    import torch
+
+    student, teacher = batch.embeddings
+    numbers = batch.gather(torch.from_numpy(batch.samples).to(student.device))
+    negatives = batch.adapter.draw(numbers.cpu().numpy(), batch.seed, batch.epoch)
+    loss: Tensor = batch.adapter(student, teacher, numbers, torch.from_numpy(negatives).to(student.device))
+    return loss

@@ -1,0 +1,98 @@
+"""Methods that match the probabilities of teacher and student."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from kdcli.methods.batch import Batch
+from kdcli.methods.registry import method, option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MULTI_LEVEL_TAUS = (2.0, 3.0, 4.0, 5.0, 6.0)
+
+
+def share_out(
+    *,
+    lamda: Annotated[
+        float,
+        option("share of cross-entropy; the soft term gets the rest", "--lambda", name="lamda", ge=0, le=1),
+    ] = 0.3,
+) -> tuple[float, float]:
+    """Weights λ of cross-entropy and 1 − λ of the soft term."""
+    return lamda, 1 - lamda
+
+
+@method("kd", source="Hinton et al., arXiv:1503.02531", balance=share_out, tau=3.0)
+def soft_targets(batch: Batch, *, standardize: bool = False) -> Tensor:
+    """Match the teacher's softened probabilities."""
+    from kdcli.methods import losses
+
+    return losses.soft_targets(*_logits(batch, standardize), batch.tau)
+
+
+@method("born-again", source="Furlanello et al., ICML 2018", ce=1.0, tau=1.0, same_network=True)
+def born_again(batch: Batch, *, standardize: bool = False) -> Tensor:
+    """Labels and an earlier student of the same network."""
+    return soft_targets(batch, standardize=standardize)
+
+
+@method("lskd", source="Sun et al., CVPR 2024", ce=0.1, weight=9.0, tau=2.0)
+def standardized(batch: Batch) -> Tensor:
+    """Soft targets of standardized logits."""
+    return soft_targets(batch, standardize=True)
+
+
+@method("dkd", source="Zhao et al., CVPR 2022, eq. 7", ce=1.0, tau=4.0, warm_up=1 / 12, needs=("labels",))
+def decoupled(
+    batch: Batch,
+    *,
+    alpha: Annotated[float, option("weight of the target class's part", ge=0)] = 1.0,
+    beta: Annotated[float, option("weight of the other classes' part", ge=0)] = 8.0,
+    standardize: bool = False,
+) -> Tensor:
+    """Target class and the others apart.
+
+    With mixup, the loss for each of the two labels has that label's share. The weight rises over 20 of 240 epochs,
+    as in the authors' code.
+    """
+    from kdcli.methods import losses
+
+    logits, settings = _logits(batch, standardize), (batch.tau, alpha, beta)
+    if batch.other_labels is None or batch.shares is None:
+        return losses.decoupled(*logits, batch.labels, *settings)
+    own = losses.decoupled(*logits, batch.labels, *settings, batch.shares)
+    return own + losses.decoupled(*logits, batch.other_labels, *settings, 1 - batch.shares)
+
+
+@method("dist", source="Huang et al., NeurIPS 2022", ce=1.0, tau=4.0)
+def correlation(
+    batch: Batch,
+    *,
+    inter: Annotated[float, option("weight of the relation within an image", ge=0)] = 2.0,
+    intra: Annotated[float, option("weight of the relation within a class", ge=0)] = 2.0,
+) -> Tensor:
+    """Correlate with the teacher, by image and by class."""
+    from kdcli.methods import losses
+
+    student, teacher = batch.gather(batch.student_logits), batch.gather(batch.targets)
+    return losses.dist(student, teacher, batch.tau, inter, intra)
+
+
+@method("mlkd", source="Jin et al., CVPR 2023", ce=1.0)
+def multi_level(batch: Batch) -> Tensor:
+    """Images, batch and classes at several temperatures."""
+    from kdcli.methods import losses
+
+    student, teacher = batch.gather(batch.student_logits), batch.gather(batch.targets)
+    return losses.multi_level(student, teacher, MULTI_LEVEL_TAUS)
+
+
+def _logits(batch: Batch, standardize: bool) -> tuple[Tensor, Tensor]:
+    """Logits of student and teacher, each image's standardized if asked for."""
+    from kdcli.methods import losses
+
+    if not standardize:
+        return batch.student_logits, batch.targets
+    return losses.standardize(batch.student_logits), losses.standardize(batch.targets)
