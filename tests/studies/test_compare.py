@@ -250,7 +250,7 @@ def test_claims_are_made_where_all_seeds_say_so(splits: Splits, monkeypatch: pyt
         more = {"ce": (0, 0, 0), "kd": (2, 3, 4), "logits": (-2, 3, 4)}[run.config.method][run.config.seed]
         document["test"] |= {"accuracy": 50.0 + 10 * run.config.seed + more, "count": 10_000}
         run.run_dir.result_file.write_text(json.dumps(document))
-    _, kd, logits = compare(plan, splits).standings
+    _, kd, logits = conclude(plan, {}, "toy", 10_000).standings
     assert kd.difference is not None
     assert logits.difference is not None
     assert kd.difference.interval == pytest.approx((3 - 2.484138, 3 + 2.484138), abs=1e-5)
@@ -258,7 +258,7 @@ def test_claims_are_made_where_all_seeds_say_so(splits: Splits, monkeypatch: pyt
     assert kd.difference.p == pytest.approx(0.0351, abs=1e-4)
     assert kd.difference.p_holm == pytest.approx(2 * kd.difference.p)
     plan.runs[-1].run_dir.result_file.unlink()  # of logits, of which nothing can be claimed then
-    found = conclude(plan, {}, "toy")
+    found = conclude(plan, {}, "toy", 10_000)
     _, alone, logits = found.standings
     assert alone.difference is not None
     assert logits.difference is not None
@@ -276,11 +276,11 @@ def test_runs_that_are_left_when_others_failed_make_no_claim(splits: Splits) -> 
         more = {"ce": (0, 0, 0), "kd": (3, 3.02, 3.04)}[run.config.method][run.config.seed]
         document["test"] |= {"accuracy": 50.0 + more, "count": 10_000}
         run.run_dir.result_file.write_text(json.dumps(document))
-    assert conclude(plan, {}, "toy").standings[1].verdict == "better"
+    assert conclude(plan, {}, "toy", 10_000).standings[1].verdict == "better"
     for lost in (plan.runs[5], plan.runs[4]):  # kd's, then in its place the baseline's
         kept = lost.run_dir.result_file.read_bytes()
         lost.run_dir.result_file.unlink()
-        found = conclude(plan, {lost.config.name: "it broke"}, "toy")
+        found = conclude(plan, {lost.config.name: "it broke"}, "toy", 10_000)
         other = found.standings[1]
         assert other.difference is not None
         assert other.difference.interval == pytest.approx((3.01 - 0.127062, 3.01 + 0.127062), abs=1e-5)

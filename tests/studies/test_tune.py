@@ -219,7 +219,7 @@ def test_any_two_numbers_within_the_bounds_are_a_range(low: float, high: float, 
             space_of(text)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.text(max_size=30))
 def test_no_text_is_more_than_an_error(text: str) -> None:
     for written in (text, f"tau={text}", f"optimizer={text}", f"epochs={text}"):
@@ -558,7 +558,7 @@ def test_a_storage_that_cannot_be_used_is_one_line_without_its_password(
         assert "s3cret" not in caught.value.message + caught.value.hint
         assert "\n" not in caught.value.message and caught.value.hint
     url = storage.read_url("postgresql://user:s3cret@host/name?sslpassword=pr1vate", Path("unused"))
-    with pytest.raises(KdError) as caught, storage.readable_errors(url):
+    with pytest.raises(KdError) as caught, storage.readable_errors(url, Path()):
         raise OperationalError("SELECT 1", {}, Exception("no role user with s3cret and pr1vate\nin line 2"))
     assert caught.value.message == (
         "storage postgresql://user:***@host/name?sslpassword=hidden: no role user with *** and ***"

@@ -141,28 +141,18 @@ def read(path: Path) -> Comparison:
     return read_record(Comparison, path)
 
 
-def conclude(plan: Plan, failures: Mapping[str, str], label: str) -> Comparison:
+def conclude(plan: Plan, failures: Mapping[str, str], label: str, test_images: int) -> Comparison:
     """Compare the finished runs of a plan.
 
     Args:
         failures: why runs failed, by name.
-        label: of the data.
+        label, test_images: of the data.
 
     Raises:
         KdError: a finished run's files cannot be read.
     """
-    runs, counts = [], set()
-    for planned in plan.runs:
-        figures, count = _figures(planned, failures.get(planned.config.name))
-        runs.append(figures)
-        counts |= {count} if count else set()
-    if len(counts) > 1:
-        raise KdError(
-            f"the runs of {plan.folder} were not tested on the same images",
-            "Start the comparison anew under another --name.",
-        )
-    test_images = counts.pop() if counts else 0
-    standings = _standings(plan, runs, 100 / test_images if test_images else 0.0)
+    runs = [_figures(planned, failures.get(planned.config.name)) for planned in plan.runs]
+    standings = _standings(plan, runs, 100 / test_images)
     return Comparison(
         kd_version=__version__,
         folder=plan.folder.as_posix(),
@@ -182,19 +172,20 @@ def conclude(plan: Plan, failures: Mapping[str, str], label: str) -> Comparison:
     )
 
 
-def _figures(planned: PlannedRun, reason: str | None) -> tuple[RunFigures, int]:
-    """A run's figures, and its number of test images; 0 if it is not finished."""
+def _figures(planned: PlannedRun, reason: str | None) -> RunFigures:
     run_dir, config = planned.run_dir, planned.config
     known = {"run": run_dir.path.as_posix(), "method": config.method, "seed": config.seed}
     if not run_dir.result_file.is_file():
         status = "missing" if reason is None else "failed"
-        return RunFigures.model_validate({**known, "status": status, "reason": reason}), 0
+        return RunFigures.model_validate({**known, "status": status, "reason": reason})
     result = read_result(run_dir.result_file)
+    if result.test is None:
+        raise KdError(f"{run_dir.result_file} has no figures on test images", "Remove the run.")
     figures = {
         "status": "finished",
-        "test_accuracy": result.evaluation.accuracy,
+        "test_accuracy": result.test.accuracy,
         "val_accuracy": result.val_accuracy,
-        "agreement": result.evaluation.agreement,
+        "agreement": result.test.agreement,
         "teacher_passes": result.teacher_passes,
         "seconds": result.seconds,
         "circumstances": {
@@ -203,7 +194,7 @@ def _figures(planned: PlannedRun, reason: str | None) -> tuple[RunFigures, int]:
         },
         "resumed_with_differences": result.resumed_with_differences,
     }
-    return RunFigures.model_validate({**known, **figures}), result.evaluation.count
+    return RunFigures.model_validate({**known, **figures})
 
 
 def _standings(plan: Plan, runs: Sequence[RunFigures], resolution: float) -> list[Standing]:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -19,7 +16,6 @@ from kdcli.base import files, runtime
 from kdcli.base.config import make
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Epoch, Event, Note, OnEvent, Progress, ignore
-from kdcli.base.text import reason
 from kdcli.data import Splits
 from kdcli.data.split import split
 from kdcli.engine import fit
@@ -62,7 +58,7 @@ def tune(config: TuneConfig, space: Space, data: Splits, *, on_event: OnEvent = 
     folder = config.runs_dir / config.study_name
     url = storage.read_url(config.storage, folder / "study.db")
     comparable = not any(part.name == "epochs" for part in space)
-    with storage.readable_errors(url), _readable_file_errors(folder), warnings.catch_warnings():
+    with storage.readable_errors(url, folder), warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats
         settings = _shared_settings(config, space, data)
         with files.locked(folder / ".lock", lambda: None):
@@ -140,17 +136,6 @@ def _shared_settings(config: TuneConfig, space: Space, data: Splits) -> dict[str
         "seeds": config.seeds,
     }
     return json.loads(json.dumps(settings))  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _readable_file_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        where = error.filename or folder
-        raise KdError(
-            f"{where}: {reason(error)}", "Check the path, its permissions and free space."
-        ) from error
 
 
 class _Search:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdcli.base.errors import KdError, UsageError
-from kdcli.base.text import first_line
+from kdcli.base.text import first_line, reason
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -93,8 +93,8 @@ def connect(url: URL) -> RDBStorage:
 
 
 @contextmanager
-def readable_errors(url: URL) -> Iterator[None]:
-    """Turn errors of the database into one line without secrets."""
+def readable_errors(url: URL, folder: Path) -> Iterator[None]:
+    """Turn errors of the database, and of files in `folder`, into one line without secrets."""
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -110,6 +110,10 @@ def readable_errors(url: URL) -> Iterator[None]:
         raise KdError(
             f"storage {redacted(url)}: {_line(getattr(inner, 'orig', None) or inner, url)}",
             "Check --storage, and that the database can be reached and written.",
+        ) from error
+    except OSError as error:
+        raise KdError(
+            f"{error.filename or folder}: {reason(error)}", "Check the path, its permissions and free space."
         ) from error
 
 
