@@ -33,7 +33,7 @@ from kdcli.cli import tune as cli_tune
 from kdcli.data import Splits
 from kdcli.engine import read_metrics
 from kdcli.methods import TrainConfig
-from kdcli.studies.tune import search, storage
+from kdcli.studies.tune import figures, search, storage, summary
 from kdcli.studies.tune.search import tune
 from kdcli.studies.tune.settings import TuneConfig
 from kdcli.studies.tune.space import FIXED, Choice, Range, Space, read_by, read_space
@@ -91,6 +91,13 @@ def fake_fit(accuracy: Any) -> Any:
         return Fake(run, accuracy(run, run.epochs))
 
     return fit
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip figures and importance, which take longer than the fake trials."""
+    monkeypatch.setattr(summary, "importance", lambda study, trials: ({}, "skipped"))
+    monkeypatch.setattr(figures, "history", lambda trials, target: target.touch())
 
 
 def stored(path: Path = Path("runs/toy/study.db"), name: str = "toy") -> list[optuna.trial.FrozenTrial]:
@@ -326,6 +333,7 @@ def test_a_run_tells_each_epoch_and_without_test_says_so(workplace: Path, splits
         result.evaluation  # noqa: B018
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_study_of_one_process_is_repeatable_stopped_or_not(
     workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,19 +343,20 @@ def test_a_study_of_one_process_is_repeatable_stopped_or_not(
     def values(found: TuneResult) -> list[tuple[Any, float | None]]:
         return [(trial.values, trial.accuracy) for trial in found.trials]
 
-    whole = values(search_for(splits, *ranges, trials=4, sampler="random", pruner="none"))
-    assert len({str(one) for one, _ in whole}) == 4
-    for trials in (1, 3, 4):  # stopped twice, with a process of its own each time
+    whole = values(search_for(splits, *ranges, trials=3, sampler="random", pruner="none"))
+    assert len({str(one) for one, _ in whole}) == 3
+    for trials in (1, 3):  # stopped once
         parts = values(
             search_for(splits, *ranges, trials=trials, sampler="random", pruner="none", runs_dir="b")
         )
         assert parts == whole[:trials]
     other = values(search_for(splits, *ranges, trials=1, sampler="random", runs_dir="c", seed=1))
     assert other[0][0] != whole[0][0]
-    again = search_for(splits, *ranges, trials=4, sampler="random", pruner="none")
+    again = search_for(splits, *ranges, trials=3, sampler="random", pruner="none")
     assert values(again) == whole  # nothing was left to do
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_hopeless_trial_is_ended_early(
     workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,9 +385,9 @@ def test_a_hopeless_trial_is_ended_early(
     assert min(done, key=lambda trial: trial.values["lr"]) == found.best
     notes: list[Event] = []
     unpruned = search_for(
-        splits, "lr=1e-5:1", trials=8, epochs=2, sampler="random", pruner="none", study="all"
+        splits, "lr=1e-5:1", trials=7, epochs=2, sampler="random", pruner="none", study="all"
     )
-    assert unpruned.count("complete") == 8
+    assert unpruned.count("complete") == 7
     search_for(splits, "epochs=2:9", trials=1, study="long", on_event=notes.append)
     assert any(isinstance(event, Note) and "different --epochs" in event.text for event in notes)
 
@@ -401,6 +410,7 @@ def test_a_pruned_run_leaves_whole_files_only(workplace: Path, splits: Splits) -
     assert [line.epoch for line in read_metrics(Path("runs/cut/metrics.jsonl"))] == [1]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_several_seeds_count_by_their_mean(
     workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -425,6 +435,7 @@ def test_several_seeds_count_by_their_mean(
 # --- what goes wrong ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_trial_that_fails_counts_and_says_why(workplace: Path, splits: Splits) -> None:
     notes: list[Event] = []
     found = search_for(
@@ -452,6 +463,7 @@ def test_too_little_memory_fails_the_trial(
     assert found.best is None and found.figures == ()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_is_wrong_with_the_command_stops_everything_and_is_no_trial(
     workplace: Path, splits: Splits
 ) -> None:
@@ -507,6 +519,7 @@ def test_settings_that_make_no_search_are_refused_before_it(
     assert not Path("runs").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_other_settings_than_the_study_was_begun_with_are_an_error(
     workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -625,6 +638,7 @@ def test_without_optuna_one_line_says_what_to_install(
 # --- stopped, killed, and several at once ------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_ctrl_c_gives_the_trial_back_and_says_how_to_go_on(
     workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -684,6 +698,8 @@ def lost_trial(url: Any, settings: Any, space: Space) -> optuna.Trial:
     return trial
 
 
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.filterwarnings("ignore")
 def test_the_values_of_a_stale_trial_are_tried_again(
     workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -706,6 +722,7 @@ def test_the_values_of_a_stale_trial_are_tried_again(
     assert found.trials[2].values == lost.params
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_trial_that_was_reassigned_is_not_counted_twice(
     workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
