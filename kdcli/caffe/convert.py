@@ -18,7 +18,7 @@ from kdcli.caffe.preprocessing import Transform, choose_kind, is_fitted, make_pr
 from kdcli.caffe.read import read_caffemodel, read_prototxt
 from kdcli.data import catalog
 from kdcli.data.catalog import KnownNetwork
-from kdcli.data.preprocess import UInt8Images
+from kdcli.data.rows import Images
 from kdcli.models import Classifier, from_checkpoint
 from kdcli.models.checkpoint import Checkpoint
 
@@ -145,7 +145,7 @@ def to_classifier(
     files: CaffeFiles,
     config: ConvertConfig,
     *,
-    train_images: UInt8Images | None = None,
+    train_images: Images | None = None,
     classes: tuple[str, ...] | None = None,
     data_label: str | None = None,
     on_event: OnEvent = ignore,

@@ -16,7 +16,8 @@ from kdcli.caffe.blobs import Array
 from kdcli.caffe.network import transform_params
 from kdcli.caffe.read import Network, read_mean
 from kdcli.data.catalog import KnownNetwork
-from kdcli.data.preprocess import Preprocess, ScaleShift, UInt8Images, fit
+from kdcli.data.preprocess import Preprocess, ScaleShift, fit
+from kdcli.data.rows import Images
 
 _FITTED = ("gcn-zca", "mean-std", "mean-image")
 
@@ -79,7 +80,7 @@ def make_preprocess(
     transform: Transform,
     *,
     size: tuple[int, int, int],
-    images: UInt8Images | None,
+    images: Images | None,
     on_event: OnEvent,
 ) -> Preprocess:
     """The network's preprocessing.

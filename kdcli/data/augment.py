@@ -1,7 +1,7 @@
-"""Views: variants of training images whose parameters depend on (seed, view, sample) and nothing else.
+"""Views: augmented copies of training images, random by a counter (seed, view, sample) without any state.
 
-Not on batch order, process, worker or any global generator. Hence a teacher's output for a view can be kept,
-a run can resume exactly, and one process or four train on the same pictures.
+Batch order, processes, workers and global generators have no influence. Hence a teacher's output for a view can
+be cached, a run can resume exactly, and one process or four train on the same images.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ UInt32 = npt.NDArray[np.uint32]
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
-# One number each: draws for different purposes must not be the same draws.
+# Counters of different purposes differ, so that their random numbers are independent.
 FLIP, CROP, ORDER, NOISE, SPLIT, CUTOUT, MIXUP, DROPOUT, CONTRAST = range(9)
 CROP_PADDING = 4
-GREY = 128  # what cutout leaves
+GREY = 128  # fill value of cutout
 
 
 def philox(counter: npt.NDArray[np.uint64], key: tuple[int, int]) -> UInt32:
@@ -54,7 +54,7 @@ def random_bits(seed: int, purpose: int, view: int, samples: Int64, block: int |
     """uint32 (4, N): four random 32-bit words per sample in one view, for one purpose.
 
     Args:
-        block: tells further words of one sample apart; one number, or one for each sample.
+        block: index of further random bits of the same sample; one number, or one for each sample.
     """
     numbers = samples.astype(np.uint64)
     counter = np.stack(
@@ -93,9 +93,9 @@ def order(seed: int, epoch: int, samples: Int64) -> Int64:
 
 
 def _flipped(seed: int, view: int, samples: Int64) -> npt.NDArray[np.bool_]:
-    """Whether each sample is mirrored: a coin for the sample, turned over from view to view.
+    """Whether each sample is mirrored: a random bit per sample, inverted from view to view.
 
-    Two consecutive views hold both variants of every image once, so two cached views cover all there is.
+    Two consecutive views hold both variants of every image once, so two cached views cover all variants.
     (Alternating flip: Jordan, "94% on CIFAR-10 in 3.29 Seconds", arXiv:2404.00498.)
     """
     coin = random_bits(seed, FLIP, 0, samples)[0] & 1
@@ -149,12 +149,12 @@ _DISTINCT = {"none": 1, "flip": 2}  # all others have endless variants
 
 
 def apply(name: str, images: Tensor, seed: int, view: int, samples: Int64) -> Tensor:
-    """What view `view` does to each image of a batch by itself: all but mixing.
+    """Augment each image of a batch as view `view` does, without mixing.
 
     Args:
         name: steps joined by hyphens, such as `flip-crop`, or `none` (see `config.AUGMENT_STEPS`).
         images: uint8 (B, H, W, C), on any device.
-        samples: (B,), each image's number in the data set.
+        samples: (B,), each image's index in the data set.
 
     Returns:
         uint8 (B, H, W, C).
@@ -167,7 +167,7 @@ def apply(name: str, images: Tensor, seed: int, view: int, samples: Int64) -> Te
 
 
 def distinct_views(name: str) -> int:
-    """How many different views there are; 0 if there is no limit."""
+    """Number of different views; 0 if there is no limit."""
     return _DISTINCT.get(name, 0)
 
 
@@ -176,8 +176,8 @@ class Mixing:
     """Mixup of a batch: share · image + (1 − share) · partner (Zhang et al., arXiv:1710.09412, α = 1).
 
     Attributes:
-        partners: (B,), numbers of the samples mixed in.
-        shares: float32 (B,), in (0, 1): how much is left of each sample itself.
+        partners: (B,), indices of the samples mixed in.
+        shares: float32 (B,), in (0, 1): the weight of each sample itself.
     """
 
     partners: Int64
@@ -185,10 +185,10 @@ class Mixing:
 
 
 def mixing(name: str, seed: int, view: int, samples: Int64, pool: Int64) -> Mixing | None:
-    """Partners and shares of a view; None for an augmentation that does not mix.
+    """Partners and shares of a view; None for an augmentation without mixup.
 
     Args:
-        pool: numbers of the samples that may be mixed in: those that are trained on.
+        pool: indices of the samples that may be mixed in: the training samples.
     """
     if MIXUP_NAME not in name.split("-"):
         return None
@@ -199,14 +199,14 @@ def mixing(name: str, seed: int, view: int, samples: Int64, pool: Int64) -> Mixi
 def make_view(
     name: str, take: Callable[[Int64], Tensor], seed: int, view: int, samples: Int64, pool: Int64
 ) -> Tensor:
-    """View `view` of the named samples as models see it.
+    """View `view` of the given samples, the input of teacher and student.
 
     Args:
-        take: from sample numbers (B,) to raw images uint8 (B, H, W, C).
+        take: from sample indices (B,) to raw images uint8 (B, H, W, C).
         pool: see `mixing`.
 
     Returns:
-        uint8 (B, H, W, C); mixed images are rounded, so that teacher and student see the very same.
+        uint8 (B, H, W, C); mixed images are rounded, so that teacher and student get the same pixels.
     """
     images = apply(name, take(samples), seed, view, samples)
     mixed = mixing(name, seed, view, samples, pool)

@@ -1,4 +1,4 @@
-"""Facts: where files lie, what their bytes must hash to, class names, published figures."""
+"""Catalogue of files to download (URLs, sizes, hashes) and of known networks and archives."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ CIFAR10_CLASSES = (
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file to fetch: `sha256`, or git's blob SHA-1 where only that is known, decides if it is the right one.
+    """A file to download, verified by its SHA-256, or by git's blob SHA-1 where only that is known.
 
     Attributes:
-        name: path below the folder it goes to.
+        name: path below `folder`.
+        folder: `data` or `weights`: the setting that holds the folder's path.
         urls: mirrors in the order to try.
-        size_bytes: None where it is not known.
+        size_bytes: None where it is unknown.
     """
 
     name: str
@@ -47,7 +48,7 @@ _SEED = "https://raw.githubusercontent.com/chengshengchan/model_compression/mast
 
 
 def _mirrored(name: str, mirrors: tuple[str, ...], size_bytes: int, sha256: str) -> RemoteFile:
-    """A file that has the same last part of its name below each mirror."""
+    """A file of a data set, with the same file name at each mirror."""
     base = name.rsplit("/", 1)[-1]
     return RemoteFile(name, "data", tuple(mirror + base for mirror in mirrors), sha256, size_bytes=size_bytes)
 
@@ -167,16 +168,12 @@ DOWNLOADS: dict[str, tuple[RemoteFile, ...]] = {
     ),
 }
 
-ALL = (
-    "cifar10",
-    "nin",
-    "seed-weights",
-)  # what `kd download` alone fetches: the reference's data and networks
+ALL = ("cifar10", "nin", "seed-weights")  # default of `kd download`: the reference's data and networks
 
 
 @dataclass(frozen=True)
 class KnownNetwork:
-    """A Caffe network whose preprocessing and accuracy are on record."""
+    """A published Caffe network with its preprocessing and accuracy."""
 
     name: str
     preprocess: str

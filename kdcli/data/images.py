@@ -1,4 +1,4 @@
-"""The one form in which images reach the rest of the program."""
+"""Image sets and splits: the form in which all other rooms receive data."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import numpy.typing as npt
 
+from kdcli.base.text import dims
 from kdcli.data import rows
 
 NO_LABEL = -1
@@ -18,8 +19,8 @@ class ImageSet:
     """Images and labels of one split.
 
     Attributes:
-        images: uint8 (N, H, W, C), RGB or grey, in memory or a read-only memory map, or two of these as one.
-        labels: int64 (N,), in 0 … len(classes) − 1; `NO_LABEL` of an image without one.
+        images: uint8 (N, H, W, C), RGB or grey: an array, a read-only memory map, or two of these joined.
+        labels: int64 (N,), in 0 … len(classes) − 1, or `NO_LABEL`.
         classes: class names in label order.
         fingerprint: SHA-256 of the content (see `fingerprint_of`).
     """
@@ -41,10 +42,13 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Splits:
-    """A dataset: `spec` as the user gave it, `label` as tables print it, and its two splits.
+    """A data set.
 
-    `notes` are things the user should know (images resized, folders skipped). `unlabelled` are further images to
-    train on, without labels and classes.
+    Attributes:
+        spec: value of --data.
+        label: name in tables.
+        notes: information for the user (images resized, folders skipped).
+        unlabelled: further images to train on, without labels and classes.
     """
 
     spec: str
@@ -56,34 +60,33 @@ class Splits:
 
     @property
     def trained_on(self) -> ImageSet:
-        """The images of `train`, and after them those without labels; nothing is copied."""
-        train, more = self.train, self.unlabelled
-        if more is None:
+        """The images of `train` followed by the unlabelled ones, without a copy."""
+        train, unlabelled = self.train, self.unlabelled
+        if unlabelled is None:
             return train
-        digest = hashlib.sha256(f"{train.fingerprint} {more.fingerprint}".encode())
+        digest = hashlib.sha256(f"{train.fingerprint} {unlabelled.fingerprint}".encode())
         return replace(
             train,
-            images=rows.Joined(train.images, more.images),
-            labels=np.concatenate([train.labels, more.labels]),
+            images=rows.Joined(train.images, unlabelled.images),
+            labels=np.concatenate([train.labels, unlabelled.labels]),
             fingerprint=digest.hexdigest(),
         )
 
 
 def incompatibility(classes: tuple[str, ...], input_size: tuple[int, int, int], data: ImageSet) -> str | None:
-    """Why a model and a data set do not belong together, as `it …, the data …`; None if they do.
+    """Reason why a model does not fit a data set, as `has 10 classes, the data has 3`; None if it fits.
 
-    Names count, not only how many: the same number of other classes, or the same in another order, would give
-    figures that mean nothing. A model whose classes are numbers (an ONNX file that does not say) fits any names.
+    Class names and their order count, not only their number: with other classes the figures would mean nothing.
+    Numbered classes (an ONNX file without class names) fit any names.
     """
     if len(classes) != len(data.classes):
-        return f"knows {len(classes)} classes, the data has {len(data.classes)}"
+        return f"has {len(classes)} classes, the data has {len(data.classes)}"
     numbers = tuple(str(number) for number in range(len(classes)))
     if numbers not in (classes, data.classes) and classes != data.classes:
         mine, theirs = next(pair for pair in zip(classes, data.classes, strict=True) if pair[0] != pair[1])
         return f"has a class {mine!r} where the data has {theirs!r}"
     if input_size != data.input_size:
-        mine, theirs = ("×".join(map(str, size)) for size in (input_size, data.input_size))
-        return f"takes {mine} images, the data has {theirs}"
+        return f"takes {dims(input_size)} images, the data has {dims(data.input_size)}"
     return None
 
 

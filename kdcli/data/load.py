@@ -28,24 +28,24 @@ def load(
     unlabelled: Path | None = None,
     on_event: OnEvent = ignore,
 ) -> Splits:
-    """Images and labels of a named dataset, a folder or an archive.
+    """A data set: named, a folder or an archive.
 
     Args:
         spec: a name in `DATASETS`, or the path of a folder or archive with train/<class>/* and
             test/<class>/*.
-        data_dir: where `kd download` puts datasets.
-        cache_dir: decoded images are packed below it, once.
+        data_dir: folder of the files of named data sets.
+        cache_dir: folder of the cache of decoded images.
         image_size: pixels per side; None keeps the images' own size if they share one, else 32.
         grey: turn colour images to grey (N, H, W, 1).
-        fit_to: (H, W, C) that a model takes: images get its number of channels, and, if it is square and no
+        fit_to: (H, W, C) of a model's input: images get its number of channels and, if it is square and no
             `image_size` is given, its size.
-        skip_broken: leave images out that cannot be read, and say so in a note, instead of an error.
-        unlabelled: a folder or archive of further images to train on, see `add_unlabelled`.
-        on_event: gets progress while images are decoded, and the notes of the result.
+        skip_broken: leave out broken images, with a note, instead of an error.
+        unlabelled: a folder or archive of further images to train on; see `add_unlabelled`.
+        on_event: receives progress while images are decoded, and the notes of the result.
 
     Raises:
         UsageError: neither a name nor a path.
-        KdError: the data is missing, damaged or laid out in another way.
+        KdError: the data is missing or damaged, or its layout is unknown.
     """
     if image_size is None and fit_to is not None and fit_to[0] == fit_to[1]:
         image_size = fit_to[0]
@@ -69,13 +69,13 @@ def load(
 def source_for(
     model: Path, provenance: dict[str, object], named: str | None, skip_broken: bool
 ) -> tuple[str, bool]:
-    """The data to use with a model: what the user named, else what it was trained on, as it was read then.
+    """The data to use with a model: named by the user, or else recorded when it was trained.
 
     Returns:
-        What stands after --data, and whether broken images are left out.
+        The value of --data, and whether broken images are left out.
 
     Raises:
-        KdError: the model does not say, or its data is not where it was.
+        KdError: nothing is recorded, or the recorded path does not exist.
     """
     if named is not None:
         return named, skip_broken
@@ -84,11 +84,13 @@ def source_for(
     spec = str(recorded.get("spec") or "")
     if not spec:
         raise KdError(
-            f"{model} does not say what data it belongs to",
+            f"no data set recorded in {model}",
             "Name it: --data cifar10, --data digits, or a folder or archive of images.",
         )
     if spec not in DATASETS and not expand(spec).exists():
-        raise KdError(f"{model} was trained on {Path(spec).name}, which is not here", "Name it with --data.")
+        raise KdError(
+            f"{model} was trained on {Path(spec).name}, which does not exist", "Pass it with --data."
+        )
     return spec, skip_broken or recorded.get("skip_broken") is True
 
 

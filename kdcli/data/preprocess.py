@@ -18,7 +18,6 @@ from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import Note, OnEvent, ignore
 from kdcli.data import rows
 
-UInt8Images = rows.Images  # (N, H, W, C)
 _CHUNK = 4096
 # Squared pixels of so many images add up to less than 2²⁴: float32 holds the sum exactly, and is fast.
 _EXACT = 256
@@ -28,7 +27,7 @@ _EXACT = 256
 class _Sample:
     """Images to fit on: all, or some of a set that may be larger than memory. Read a chunk at a time."""
 
-    images: UInt8Images
+    images: rows.Images
     samples: npt.NDArray[np.int64] | None
 
     @property
@@ -232,7 +231,7 @@ def _class_of(name: str) -> type[Preprocess]:
 
 def fit(
     name: str,
-    images: UInt8Images,
+    images: rows.Images,
     samples: npt.NDArray[np.int64] | None = None,
     *,
     channel_order: str = "rgb",

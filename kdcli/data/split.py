@@ -1,4 +1,4 @@
-"""Train and validation samples."""
+"""Split of the train images into training and validation samples."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Int64 = npt.NDArray[np.int64]
 
 
 def split(labels: Int64, fraction: float) -> tuple[Int64, Int64]:
-    """Numbers of the training and of the validation samples, stratified by class.
+    """Indices of the training and of the validation samples, stratified by class.
 
-    The same for every seed and method, so that runs can be compared; at least one sample of each class is
-    trained on.
+    Every seed and method gets the same split, so that runs can be compared; at least one sample of each class is a
+    training sample.
     """
     samples = np.arange(len(labels))
     shuffled = augment.order(0, augment.SPLIT, samples)

@@ -321,7 +321,7 @@ def test_refusals(tmp_path: Path) -> None:
         export(tmp_path / "model.pt", ExportConfig(output=tmp_path / "m.onnx"), random_splits(8))
     model.provenance = {}
     model.save(tmp_path / "model.pt")
-    with pytest.raises(KdError, match="does not say what data") as caught:
+    with pytest.raises(KdError, match="no data set recorded in") as caught:
         export(tmp_path / "model.pt", ExportConfig(output=tmp_path / "m.onnx"))
     assert "--data" in caught.value.hint
     few = replace(SPLITS, train=random_splits(count=3).train)

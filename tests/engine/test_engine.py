@@ -157,7 +157,7 @@ def test_teacher_without_dropout_refuses_it(trained_teacher: Path, splits: Split
 
 
 def test_a_teacher_of_other_classes_or_size_is_refused(trained_teacher: Path) -> None:
-    with pytest.raises(KdError, match="knows 3 classes, the data has 4"):
+    with pytest.raises(KdError, match="has 3 classes, the data has 4"):
         fit(config(method="kd", teacher=trained_teacher), make_splits(classes=4))
     with pytest.raises(KdError, match="takes 8×8×1 images") as caught:
         fit(config(method="kd", teacher=trained_teacher), make_splits(size=(12, 12, 1)))

@@ -182,7 +182,7 @@ def test_a_resumed_run_wants_the_file_it_began_with(
 
 
 def test_what_does_not_fit_is_refused(workplace: Path, caffe_net: Path, splits: Splits) -> None:
-    with pytest.raises(KdError, match=r"student caffe-net\.pt knows 3 classes, the data has 4"):
+    with pytest.raises(KdError, match=r"student caffe-net\.pt has 3 classes, the data has 4"):
         fit(config(method="ce", student=str(caffe_net)), make_splits(size=(12, 12, 3), classes=4))
     with pytest.raises(KdError, match="takes 12×12×3 images, the data has 8×8×1"):
         fit(config(method="ce", student=str(caffe_net)), make_splits())
