@@ -19,7 +19,7 @@ SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib")
 OTHER_SUFFIXES = (".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".ppm", ".pgm", ".tga")
 MAX_PIXELS = 64_000_000
 MAX_SCAN_PIXELS = 64 * MAX_PIXELS  # of a JPEG: its pixels times its scans (passes over all of them)
-LARGE_PIXELS = MAX_PIXELS // 8
+LARGE_PIXELS = MAX_PIXELS // 4  # beyond the photos of most cameras
 _large_images = threading.Lock()
 _START_OF_SCAN = b"\xff\xda"  # the only place of these bytes in compressed data; metadata may add some
 

@@ -221,7 +221,7 @@ def _request(client: httpx.Client, url: str, remote: RemoteFile, partial: Path, 
         TransientError: cut off, silent, overloaded or unreachable.
         KdError: this address will not give the file.
     """
-    shown, done = _without_credentials(url), _size_of(partial)
+    origin, done = _without_credentials(url), _size_of(partial)
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={done}-"} if done else {})}
     with _response(client, url, headers) as response:
         # 1. Does the answer resume the part, replace it, or fail?
@@ -231,21 +231,21 @@ def _request(client: httpx.Client, url: str, remote: RemoteFile, partial: Path, 
             match = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
             if match is None or int(match[1]) != done:
                 partial.unlink()
-                raise TransientError(f"{shown} does not resume at byte {done:,}; starting over")
+                raise TransientError(f"{origin} does not resume at byte {done:,}; starting over")
             length = match[2]
         elif response.status_code == 200:
             done = 0
         else:
-            message = f"{shown} answers {response.status_code} {response.reason_phrase}".rstrip()
+            message = f"{origin} answers {response.status_code} {response.reason_phrase}".rstrip()
             if response.status_code in (408, 429) or response.status_code >= 500:
                 raise TransientError(message, _retry_after(response.headers.get("retry-after", "")))
             raise KdError(message, _from_hint(remote))
         # 2. Refuse by type and size before the part is touched.
         if response.headers.get("content-type", "").lower().startswith("text/html"):
-            raise KdError(f"{shown} answers with a web page, not the file", _from_hint(remote))
+            raise KdError(f"{origin} answers with a web page, not the file", _from_hint(remote))
         total = int(length) if length.isdecimal() else remote.size_bytes
         if total is not None:
-            _check_size(remote, total, shown)
+            _check_size(remote, total, origin)
         # 3. Write. The raw body: a .gz that is declared as `Content-Encoding: gzip` stays as it is.
         with partial.open("ab" if resumed else "wb") as output:
             reported = 0.0
@@ -256,12 +256,12 @@ def _request(client: httpx.Client, url: str, remote: RemoteFile, partial: Path, 
                 done += len(chunk)
                 if done > (total or MAX_BYTES):
                     partial.unlink()
-                    raise _wrong_size(remote, done, shown)
+                    raise _wrong_size(remote, done, origin)
                 output.write(chunk)
                 output.flush()  # survives a kill of this process
     on_event(Progress(remote.name, done, total or done, "bytes"))
     if total is not None and done < total:
-        raise TransientError(f"{shown} ended after {done:,} of {total:,} bytes")
+        raise TransientError(f"{origin} ended after {done:,} of {total:,} bytes")
     return resumed
 
 
@@ -282,7 +282,7 @@ def _client() -> Iterator[httpx.Client]:
 @contextmanager
 def _response(client: httpx.Client, url: str, headers: Mapping[str, str]) -> Iterator[httpx.Response]:
     """The response after redirects, each of which is checked by `_allowed`."""
-    shown = _without_credentials(url)
+    origin = _without_credentials(url)
     try:
         address = _allowed(url)
         for _ in range(MAX_REDIRECTS + 1):
@@ -291,9 +291,9 @@ def _response(client: httpx.Client, url: str, headers: Mapping[str, str]) -> Ite
                     yield response
                     return
                 address = _allowed(str(response.next_request.url), address)
-        raise KdError(f"{shown} redirects more than {MAX_REDIRECTS} times", "Is the address right?")
+        raise KdError(f"{origin} redirects more than {MAX_REDIRECTS} times", "Is the address right?")
     except httpx.TransportError as error:
-        raise TransientError(f"cannot fetch {shown}: {str(error) or type(error).__name__}") from error
+        raise TransientError(f"cannot fetch {origin}: {str(error) or type(error).__name__}") from error
 
 
 def _allowed(url: str, previous: httpx.URL | None = None) -> httpx.URL:
