@@ -16,7 +16,7 @@ from kdcli.cli._options import options_of
 if TYPE_CHECKING:
     from kdcli.report import Report
 
-_SHOWN_NAMES = 8
+_MAX_NAMES = 8
 
 
 @options_of(ReportConfig)
@@ -30,35 +30,34 @@ def report(
     ] = None,
     **options: Any,
 ) -> None:
-    """Write one page on runs: accuracy, speed, per class, confusions, where student and teacher differ.
+    """Write one HTML page about runs: accuracy, speed, classes, confusions, disagreements with the teacher.
 
-    The page needs no network and no other file. Test data is only shown here; nothing is chosen by it.
+    The page is self-contained. No choice on it depends on test data.
     """
     config = make(ReportConfig, options)
     if config.bench is not None and config.no_bench:
         raise UsageError("--bench and --no-bench exclude each other", "Leave one of them out.")
     for path in (config.bench, config.teacher):
         if path is not None and not path.is_file():
-            raise KdError(f"no such file: {path}", "Name a file that is there, or leave the option out.")
+            raise KdError(f"no such file: {path}", "Pass an existing file, or leave the option out.")
     if config.output.is_dir():
-        raise UsageError(f"{config.output} is a folder", "Name a file: -o report.html")
+        raise UsageError(f"{config.output} is a folder", "Pass a file: -o report.html")
     if config.no_bench or config.bench is not None:
         why = "with --no-bench" if config.no_bench else "with --bench"
         _ui.note_ignored(options, ("bench_rounds",), why)
     if config.no_images:
         _ui.note_ignored(options, ("thumbnails",), "with --no-images")
-    from kdcli import report as engine
     from kdcli.base import runtime
-    from kdcli.report import gather
+    from kdcli.report import gather, make_report, write_report
 
     runtime.set_threads(config.threads)
     folders = gather.folders(runs or [])
     exports = () if runs else tuple(sorted(Path("exports").glob("*.onnx")))
     with _ui.progress() as on_event:
-        made = engine.make_report(
+        made = make_report(
             folders, config, others=exports, comparisons=gather.comparisons(runs or []), on_event=on_event
         )
-    engine.write_report(made, config.output)
+    write_report(made, config.output)
     _show(made, config)
 
 
@@ -67,8 +66,8 @@ def _show(made: Report, config: ReportConfig) -> None:
 
     size = config.output.stat().st_size
     for reason, names in reason_groups(made.left_out):
-        more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-        _ui.note(f"left out, {reason}: {', '.join(names[:_SHOWN_NAMES])}{more}")
+        more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+        _ui.note(f"left out, {reason}: {', '.join(names[:_MAX_NAMES])}{more}")
     for line in made.notes:
         _ui.note(line)
     if _ui.settings.json:

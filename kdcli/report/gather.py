@@ -12,7 +12,7 @@ from typing import Any
 
 from kdcli.base.errors import KdError
 from kdcli.base.text import reason
-from kdcli.engine.records import Evaluation, RunResult, epoch_lines, read_result
+from kdcli.engine.records import RunResult, epoch_lines, read_result
 from kdcli.engine.run_dir import RunDir
 from kdcli.models import checkpoint
 
@@ -29,7 +29,7 @@ class Run:
     Attributes:
         student: path of its checkpoint.
         name: of the folder.
-        evaluation: on test images, as recorded.
+        result: its result.json, with figures on test images.
         validation: (epoch, validation accuracy in per cent), in order.
         classes, provenance: from student.pt.
         config, environment: (setting, value), nested names joined by spaces.
@@ -40,7 +40,6 @@ class Run:
     student: Path
     name: str
     result: RunResult
-    evaluation: Evaluation
     validation: tuple[tuple[int, float], ...]
     classes: tuple[str, ...]
     provenance: dict[str, Any]
@@ -135,7 +134,6 @@ def read_run(folder: Path) -> Run:
         student=place.student,
         name=folder.name or folder.resolve().name,
         result=result,
-        evaluation=result.test,
         validation=_validation(place.metrics_file, problems),
         classes=loaded.classes,
         provenance=loaded.provenance,

@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
@@ -107,7 +107,7 @@ def make_report(
     # 4. Sections
     sections = []
     for number, (run, found) in enumerate(zip(runs, examined, strict=True), 1):
-        evaluation = found.evaluation or run.evaluation
+        evaluation = found.evaluation or run.result.evaluation
         sections.append(Section(f"run-{number}", run, found, evaluation, rows.get(_real(run.student))))
     compared, unread = _read_comparisons(comparisons)
     html = _render(
@@ -152,7 +152,8 @@ def reason_groups(left_out: Sequence[tuple[str, str]]) -> list[tuple[str, list[s
     return [(why, [name for name, _ in group]) for why, group in groupby(ordered, lambda pair: pair[1])]
 
 
-def _render(**values: Any) -> str:
+@cache
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("kdcli.report", "assets"),
         autoescape=True,
@@ -169,13 +170,21 @@ def _render(**values: Any) -> str:
         "size": units.size,
         "count": units.count,
     }
+    return environment
+
+
+def _render(**values: Any) -> str:
     script = _asset("report.js")
-    return environment.get_template("report.html.jinja").render(
-        css=Markup(_asset("report.css")),  # noqa: S704 — kd's own files
-        script=Markup(script),  # noqa: S704
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        version=__version__,
-        **values,
+    return (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            css=Markup(_asset("report.css")),  # noqa: S704 — kd's own files
+            script=Markup(script),  # noqa: S704
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            version=__version__,
+            **values,
+        )
     )
 
 
@@ -258,7 +267,7 @@ def _comparison(key: str, path: Path, found: Comparison) -> dict[str, Any]:
         "name": path.name or path.resolve().name,
         "found": found,
         "rows": [(row, cells(row)) for row in rows],
-        "explained": statistics_note(found),
+        "statistics": statistics_note(found),
         "figure": figure,
     }
 

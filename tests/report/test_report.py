@@ -48,7 +48,7 @@ def rows() -> list[Row]:
     ]
 
 
-@pytest.mark.parametrize("kind", ["svg", "png"])
+@pytest.mark.parametrize("kind", ["svg", pytest.param("png", marks=pytest.mark.slow)])
 def test_same_figures_same_bytes(kind: str, tmp_path: Path) -> None:
     source = metrics_file(tmp_path)
     for number in (1, 2):
@@ -78,9 +78,10 @@ def test_confusion_shows_row_shares_and_any_name(tmp_path: Path) -> None:
     assert not any(len(text) > 30 for text in shown)
 
 
-def test_a_hundred_classes_are_all_named(tmp_path: Path) -> None:
-    names = [f"class number {index}" for index in range(100)]
-    report.confusion(np.eye(100), names, tmp_path / "c.svg")
+@pytest.mark.parametrize("count", [25, pytest.param(100, marks=pytest.mark.slow)])
+def test_many_classes_are_all_named(count: int, tmp_path: Path) -> None:
+    names = [f"class number {index}" for index in range(count)]
+    report.confusion(np.eye(count), names, tmp_path / "c.svg")
     shown = texts(tmp_path / "c.svg")
     assert all(shown.count(name) == 2 for name in names)
 
