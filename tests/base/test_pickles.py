@@ -146,7 +146,6 @@ OBJECT = call(b"numpy\ndtype", b"S'O'\n")
         (entry(b")" + b"\x85" * 100_000), "nested"),
         (b"}q\x00X\x01\0\0\0kh\x00s.", "nested"),  # it holds itself
         (b"\x80\x02\x8b" + struct.pack("<i", 100) + b"\x7f" * 100 + b".", "instruction"),
-        (b"N" * 2_000_002 + b".", "more than 2,000,000 instructions"),
         (b"}(K\x01\x85K\x02u.", "key of type tuple"),
         (b"}(K\x01u.", "damaged"),
         (b"(K\x01d.", "damaged"),
@@ -183,6 +182,13 @@ def test_limits_and_damage(data: bytes, message: str | None) -> None:
         return
     with pytest.raises(KdError, match=message):
         load_pickle(data)
+
+
+def test_the_number_of_instructions_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pickles, "MAX_INSTRUCTIONS", 1000)
+    assert load_pickle(b"N0" * 499 + b"}.") == {}
+    with pytest.raises(KdError, match="more than 1,000 instructions"):
+        load_pickle(b"N0" * 500 + b"}.")
 
 
 def test_shared_parts_do_not_hide_depth_or_cost() -> None:
@@ -228,11 +234,11 @@ def test_a_dtype_of_a_pickle_is_its_own() -> None:
 
 def test_truncation_and_flips_never_escape_as_other_errors() -> None:
     data = pickle.dumps(VALUE, protocol=4)
-    for end in range(len(data)):
+    for end in range(0, len(data), 3):
         with pytest.raises(KdError):
             load_pickle(data[:end])
     random = np.random.default_rng(0)
-    for _ in range(1000):
+    for _ in range(400):
         changed = bytearray(data)
         changed[random.integers(len(data))] = random.integers(256)
         with suppress(KdError):

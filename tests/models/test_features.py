@@ -99,6 +99,7 @@ def test_features_come_from_the_pass_that_gave_the_logits() -> None:
     assert logits.shape == (2, 2)
 
 
+@pytest.mark.slow
 def test_features_of_a_compiled_network_are_those_of_its_own_pass() -> None:
     torch.manual_seed(0)
     network = models.build("resnet8", classes=4, input_size=(8, 8, 3), width=0.25).eval()
@@ -113,6 +114,7 @@ def test_features_of_a_compiled_network_are_those_of_its_own_pass() -> None:
             torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.slow
 def test_an_onnx_teacher_and_several_teachers_have_no_features(workplace: Path) -> None:
     from kdcli.base.config import ExportConfig, make
     from kdcli.deploy.export import export

@@ -74,7 +74,7 @@ def pools(draw: st.DrawFn) -> tuple[tuple[int, int], ...]:
 @example(
     ((6, 6), (3, 3), (3, 3), (2, 2)), True, True, 0
 )  # torch keeps a window that starts in explicit padding
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_pooling_is_caffes_for_every_geometry(geometry: Any, average: bool, up: bool, seed: int) -> None:
     size, kernel, stride, pad = geometry
     maps = (
@@ -176,6 +176,7 @@ MIXED = [
 SPEC: dict[str, Any] = {"input": [3, 9, 9], "nodes": MIXED, "output": "ip"}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_exports_to_onnx_with_a_dynamic_batch() -> None:
     torch.manual_seed(0)

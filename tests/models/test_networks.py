@@ -168,7 +168,7 @@ def layers(network: nn.Module) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", SMALLEST)
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(width=st.floats(0.01, 2), side=st.integers(17, 70), colours=st.sampled_from([1, 3]))
 def test_any_width_gives_a_network_that_runs(name: str, width: float, side: int, colours: int) -> None:
     with torch.device("meta"):
@@ -481,6 +481,7 @@ def test_a_checkpoint_gives_the_same_logits_again(name: str, tmp_path: Path) -> 
         torch.testing.assert_close(loaded(RAW), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALLEST)
 def test_an_onnx_file_gives_the_same_logits_for_any_batch(name: str) -> None:
     model = as_classifier(name)
@@ -517,6 +518,7 @@ def test_info_shows_a_network_by_its_name() -> None:
     assert found.layers[0].name == "conv1"
 
 
+@pytest.mark.slow
 def test_the_page_of_networks_gives_each_network_and_what_it_costs() -> None:
     page = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([\w-]+)` \| ([\d,]+) \| ([\d.]+) \|", page, re.MULTILINE)
