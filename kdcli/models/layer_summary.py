@@ -1,4 +1,4 @@
-"""What a network is made of: its layers in the order they run, with shapes, parameters and work."""
+"""Summary of a network: its layers in the order they run, with shapes, parameters and multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One layer, each time it runs.
+    """One call of a layer.
 
     Attributes:
-        name: its path in the network.
-        kind: what it computes, as it is printed.
-        output: shape of what it gives for one image.
-        parameters: its trainable values; 0 where they were counted before.
-        macs: multiply-accumulates of one image; 0 for all but convolutions and linear layers. None if not known.
+        name: path in the network.
+        kind: the module's repr in one line.
+        output: shape of the output for one image.
+        parameters: trainable values; 0 if an earlier call counted them.
+        macs: multiply-accumulates per image; 0 except in convolutions and linear layers. None if unknown.
     """
 
     name: str
@@ -29,27 +29,27 @@ class LayerSummary:
 
 
 def summarize_layers(network: nn.Module, prepared: Tensor) -> list[LayerSummary]:
-    """The modules without parts of their own, as one image passes them.
+    """Summaries of the modules without children, in the order in which one image passes them.
 
     Args:
         network: prepared (B, C, H, W) → logits.
-        prepared: any input of it.
+        prepared: any input of the network.
     """
     rows: list[LayerSummary] = []
     names = {module: name for name, module in network.named_modules()}
     seen: set[int] = set()
 
-    def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        own = [value for value in module.parameters() if id(value) not in seen]
-        seen.update(map(id, own))
-        count = sum(value.numel() for value in own)
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        new = [value for value in module.parameters() if id(value) not in seen]
+        seen.update(map(id, new))
+        count = sum(value.numel() for value in new)
         kind = " ".join(repr(module).split())
         rows.append(
             LayerSummary(names[module], kind, tuple(output.shape[1:]), count, _macs(module, inputs, output))
         )
 
     leaves = [module for module in network.modules() if not any(module.children())]
-    handles = [leaf.register_forward_hook(look) for leaf in leaves]
+    handles = [leaf.register_forward_hook(record) for leaf in leaves]
     try:
         with torch.inference_mode():
             network(prepared[:1])
@@ -60,7 +60,7 @@ def summarize_layers(network: nn.Module, prepared: Tensor) -> list[LayerSummary]
 
 
 def count_macs(network: nn.Module, prepared: Tensor) -> int:
-    """Multiply-accumulates of one image in convolutions and linear layers, see `summarize_layers`."""
+    """Multiply-accumulates per image in convolutions and linear layers, see `summarize_layers`."""
     return sum(row.macs or 0 for row in summarize_layers(network, prepared))
 
 

@@ -1,4 +1,4 @@
-"""Layers that train the same however a batch is divided among processes, and wherever a run was stopped."""
+"""Dropout and batch norm that give equal results for any division of a batch among processes, and after a resume."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _GOLDEN, _FIRST, _SECOND = -1640531527, 0x21F0AAAD, 0x735A2D97  # odd constants;
 
 @dataclass
 class DropoutKeys:
-    """What dropout draws by: set before each step, shared by all layers of a network.
+    """Random keys of the current batch, shared by all dropout layers of a network.
 
     Attributes:
         seed: of the run.
-        stream: tells networks of one run apart (student, teacher).
-        keys: int32 (4, B), random words of the batch's samples in this epoch.
+        stream: number of the network within a run (student, teacher).
+        keys: int32 (4, B), random bits of the batch's samples in this epoch.
     """
 
     seed: int
@@ -31,13 +31,13 @@ class DropoutKeys:
     keys: Tensor | None = None
 
     def step(self, epoch: int, samples: npt.NDArray[np.int64], device: torch.device) -> None:
-        """Take up a batch: the same samples in the same epoch get the same masks."""
+        """Set the keys of a batch: the same samples in the same epoch get the same masks."""
         random = augment.random_bits(self.seed, augment.DROPOUT, epoch, samples, block=self.stream)
         self.keys = torch.from_numpy(random.view(np.int32)).to(device)
 
 
-def _mixed(x: Tensor) -> Tensor:
-    """A bijection of int32 in which each input bit moves each output bit (C. Wellons' `lowbias32`)."""
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of int32 in which each input bit affects each output bit (C. Wellons' `lowbias32`)."""
     x = (x ^ ((x >> 16) & 0xFFFF)) * _FIRST
     x = (x ^ ((x >> 15) & 0x1FFFF)) * _SECOND
     return x ^ ((x >> 15) & 0x1FFFF)
@@ -46,39 +46,39 @@ def _mixed(x: Tensor) -> Tensor:
 class SampleDropout(nn.Dropout):
     """Dropout whose mask is a pure function of seed, epoch, sample, layer and element.
 
-    torch's own draws from a generator, in the order of the batch: two processes with half a batch each would drop
-    other values than one process with all of it, and a resumed run would have to restore the generator.
+    torch's own dropout draws from a generator in the order of the batch: two processes with half a batch each would
+    drop other values than one process with all of it, and a resumed run would have to restore the generator.
     """
 
-    draw: DropoutKeys
-    number: int
+    keys: DropoutKeys
+    number: int  # of the layer in its network
 
     def forward(self, values: Tensor) -> Tensor:
         """(B, …) → the same, each value 0 with probability p, else divided by 1 − p."""
         if not self.training or self.p == 0:
             return values
-        keys = self.draw.keys
+        keys = self.keys.keys
         if keys is None or keys.shape[1] != len(values):
             raise RuntimeError("DropoutKeys.step was not called for this batch")
         element = torch.arange(values[0].numel(), dtype=torch.int32, device=values.device)  # (E,)
-        first = _mixed(keys[self.number % 4] + self.number // 4)[:, None]
+        first = _mix(keys[self.number % 4] + self.number // 4)[:, None]
         second = keys[(self.number + 1) % 4][:, None]
-        noise = _mixed(_mixed(first + element * _GOLDEN) ^ second)  # (B, E), each int32 as likely
+        noise = _mix(_mix(first + element * _GOLDEN) ^ second)  # (B, E), each int32 as likely
         kept = noise >= round(self.p * 2.0**32) - 2**31
         return values * (kept.reshape(values.shape).to(values.dtype) / (1 - self.p))
 
 
-def use_sample_dropout(network: nn.Module, draw: DropoutKeys) -> None:
-    """Make each `nn.Dropout` of a network a `SampleDropout` that draws by `draw`."""
+def use_sample_dropout(network: nn.Module, keys: DropoutKeys) -> None:
+    """Turn each `nn.Dropout` of a network into a `SampleDropout` with these keys."""
     layers = [module for module in network.modules() if isinstance(module, nn.Dropout)]
     for number, layer in enumerate(layers):
         layer.__class__ = SampleDropout
         assert isinstance(layer, SampleDropout)
-        layer.draw, layer.number = draw, number
+        layer.keys, layer.number = keys, number
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """The sum over all processes; each one's gradient is the sum of all gradients."""
+    """Sum over all processes; the gradient is the sum of all gradients."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -105,13 +105,13 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(B, C, …) → the same, normalised by mean and variance over all processes' B and places."""
+        """(B, C, …) → the same, normalised by mean and variance over the samples and positions of all processes."""
         if not self.training:
             return super().forward(maps)
         values = maps.float()
         places = tuple(range(2, values.dim()))
-        column = (-1, *(1 for _ in places))  # a channel's number beside its values
-        exact = torch.float64  # so that the order of summation does not show
+        column = (-1, *(1 for _ in places))  # per-channel values, broadcast over positions
+        exact = torch.float64  # so that the order of summation has no effect
         count = torch.tensor([values.numel() / values.shape[1]], dtype=exact, device=values.device)
         sums = _sum(torch.cat([values.sum(dim=(0, *places), dtype=exact), count]))
         total = sums[-1]
@@ -119,13 +119,13 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         centred = values - mean.reshape(column)
         variance = (_sum(centred.square().sum(dim=(0, *places), dtype=exact)) / total).float()
         if self.running_mean is not None and self.running_var is not None:
-            self._remember(mean.detach(), (variance * (total / (total - 1)).float()).detach())
+            self._update_running(mean.detach(), (variance * (total / (total - 1)).float()).detach())
         normal: Tensor = centred * torch.rsqrt(variance + self.eps).reshape(column)
         if self.affine:
             normal = normal * self.weight.reshape(column) + self.bias.reshape(column)
         return normal.to(maps.dtype)
 
-    def _remember(self, mean: Tensor, variance: Tensor) -> None:
+    def _update_running(self, mean: Tensor, variance: Tensor) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
@@ -137,15 +137,15 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class GlobalBatchNorm1d(_GlobalBatchNorm, nn.BatchNorm1d):
-    """Of vectors."""
+    """Global batch norm of vectors (B, C) or (B, C, L)."""
 
 
 class GlobalBatchNorm2d(_GlobalBatchNorm, nn.BatchNorm2d):
-    """Of maps."""
+    """Global batch norm of maps (B, C, H, W)."""
 
 
 def use_global_batch_norm(network: nn.Module) -> None:
-    """Make each `nn.BatchNorm1d` and `nn.BatchNorm2d` of a network count over all processes."""
+    """Turn each `nn.BatchNorm1d` and `nn.BatchNorm2d` of a network into its global form, over all processes."""
     for module in network.modules():
         if isinstance(module, _GlobalBatchNorm):
             continue

@@ -53,7 +53,7 @@ def test_layers_that_are_asked_for_are_taken_in_the_order_they_run() -> None:
     for wanted, told in {
         "conv9": "no layer 'conv9'",
         "relu": "once",
-        "flat": "does not give maps",
+        "flat": "does not return maps",
         "": "",
     }.items():
         if wanted:

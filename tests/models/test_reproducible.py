@@ -141,4 +141,4 @@ def test_global_batch_norm_of_two_halves_is_that_of_the_whole(monkeypatch: pytes
 
 def test_the_mixing_function_is_a_bijection_of_the_low_bits() -> None:
     values = torch.arange(-(2**16), 2**16, dtype=torch.int32)
-    assert len(torch.unique(reproducible._mixed(values))) == 2**17
+    assert len(torch.unique(reproducible._mix(values))) == 2**17
