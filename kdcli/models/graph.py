@@ -1,4 +1,4 @@
-"""A network drawn from a plain list of nodes: what kd convert-caffe builds. What nodes compute: `operations`."""
+"""A network built from a plain list of nodes, as kd convert-caffe makes it. `operations` has what nodes compute."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class GraphNet(nn.Module):
     """Nodes in the order they run; each is a submodule under its name.
 
     Attributes:
-        shapes: node name → output shape of one image.
-        head: the node whose outputs are the logits as they are, if it is linear, see `models.final_linear`.
+        shapes: node name → output shape for one image.
+        head: the output node, if it is linear, see `models.final_linear`.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class GraphNet(nn.Module):
             raise KdError(f"the network has no node {output!r} to read logits from")
         if classes is not None and not is_vector(self.shapes[output], classes):
             raise KdError(f"layer {output}: its output is {dims(self.shapes[output])}, not {classes} classes")
-        self._done = self._last_uses()
+        self._unused = self._unused_after()
         last = self._modules.get(output)
         if isinstance(last, nn.Linear) and last.bias is not None and self.shapes[output] == (classes,):
             self.head = output
@@ -48,7 +48,7 @@ class GraphNet(nn.Module):
             sources = tuple(str(source) for source in node["inputs"])
             args = dict(node.get("args", {}))
         except (KeyError, TypeError, ValueError) as error:
-            raise KdError(f"a node of the network is not whole: {error}") from error
+            raise KdError(f"a node of the network is incomplete: {error}") from error
         if kind not in OPS:
             raise KdError(f"layer {name}: unknown operation {kind}", "A newer kd may know it.")
         if name != safe_name(name, self.shapes):
@@ -69,27 +69,27 @@ class GraphNet(nn.Module):
         self.shapes[name] = shape
         self._steps.append((name, sources))
 
-    def _last_uses(self) -> list[tuple[str, ...]]:
-        """What no later step reads, after each: kept no longer, for a deep network's outputs add up to gigabytes."""
+    def _unused_after(self) -> list[tuple[str, ...]]:
+        """Values that no step after each one reads: freed, since a deep network's outputs add up to gigabytes."""
         last = {INPUT: 0} | {name: number for number, (name, _) in enumerate(self._steps)}
         last |= {source: number for number, (_, sources) in enumerate(self._steps) for source in sources}
         del last[self._output]
-        done: list[list[str]] = [[] for _ in self._steps]
-        for name, use in last.items():
-            done[use].append(name)
-        return [tuple(names) for names in done]
+        unused: list[list[str]] = [[] for _ in self._steps]
+        for name, step in last.items():
+            unused[step].append(name)
+        return [tuple(names) for names in unused]
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Preprocessed pixels (B, C, H, W) → logits (B, classes)."""
         values = {INPUT: pixels}
-        for (name, sources), done in zip(self._steps, self._done, strict=True):
+        for (name, sources), unused in zip(self._steps, self._unused, strict=True):
             values[name] = self._modules[name](*(values[source] for source in sources))  # type: ignore[misc]
-            for unused in done:
-                del values[unused]
+            for source in unused:
+                del values[source]
         return values[self._output].flatten(1)
 
     def __repr__(self) -> str:
-        """One line a node: its name, what it computes, of what, and the shape of that."""
+        """One line per node: name, operation, inputs, output shape."""
         lines = [f"{type(self).__name__}({INPUT} {dims(self.shapes[INPUT])})"]
         for name, sources in self._steps:
             module = " ".join(repr(self._modules[name]).split())
@@ -100,7 +100,7 @@ class GraphNet(nn.Module):
 def graph(
     classes: int,
     input_size: tuple[int, int, int],
-    input: Sequence[int],  # noqa: A002 - the key under which checkpoints keep it
+    input: Sequence[int],  # noqa: A002 - the key in checkpoints
     nodes: Sequence[dict[str, Any]],
     output: str,
 ) -> GraphNet:
@@ -109,10 +109,9 @@ def graph(
     Args:
         classes: number of logits; the output node must have as many values.
         input_size: (H, W, C) of the images.
-        input: (C, H, W) as the first node sees them.
-        nodes: `{"name", "op", "inputs": [names], "args": {...}}`, each after those it
-            reads; `input` is the network's input.
-        output: name of the node that gives the logits.
+        input: (C, H, W) of the first node's input.
+        nodes: `{"name", "op", "inputs": [names], "args": {...}}`, each after its inputs; `input` is the network's.
+        output: name of the node whose output are the logits.
 
     Raises:
         KdError: unknown operation, or shapes that do not fit; names the layer and both shapes.
@@ -129,9 +128,9 @@ def graph(
 
 
 def safe_name(name: str, taken: Collection[str]) -> str:
-    """A name torch accepts for a submodule, not yet in `taken`: dots and slashes become underscores."""
+    """A name that torch accepts for a submodule and `taken` lacks: dots and slashes become underscores."""
     cleaned = re.sub(r"[^\w-]", "_", name) or "layer"
-    if cleaned == INPUT or cleaned.startswith("_") or hasattr(nn.Module, cleaned) or cleaned in _OWN:
+    if cleaned == INPUT or cleaned.startswith("_") or hasattr(nn.Module, cleaned) or cleaned in _RESERVED:
         cleaned = f"layer_{cleaned.lstrip('_')}"
     candidate, number = cleaned, 2
     while candidate in taken:
@@ -139,4 +138,8 @@ def safe_name(name: str, taken: Collection[str]) -> str:
     return candidate
 
 
-_OWN = {"head", "shapes", "training"}  # attributes of a GraphNet that are not a class attribute of nn.Module
+_RESERVED = {
+    "head",
+    "shapes",
+    "training",
+}  # attributes of a GraphNet that are not a class attribute of nn.Module

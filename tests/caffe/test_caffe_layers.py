@@ -578,8 +578,8 @@ def test_a_network_can_be_traced_and_read(tmp_path: Path) -> None:
     inputs = torch.randn(2, *SHAPE)
     torch.testing.assert_close(traced(inputs), network(inputs))
     assert str(network).splitlines()[2:4] == [
-        "  it_0 = Cut(axis 1: 0…0) of pre: 1×6×5",
-        "  it_1 = Cut(axis 1: 1…2) of pre: 2×6×5",
+        "  it_0 = Crop(axis 1: 0…0) of pre: 1×6×5",
+        "  it_1 = Crop(axis 1: 1…2) of pre: 2×6×5",
     ]
 
 

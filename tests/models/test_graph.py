@@ -243,7 +243,7 @@ def test_trains_saves_and_prints() -> None:
         ([node("a", "linear", out=4), node("b", "concat", "a", "input")], "b", "cannot join 4 and 3×8×8"),
         ([node("a", "relu")], "a", "its output is 3×8×8, not 4 classes"),
         ([node("a", "relu")], "z", "no node 'z'"),
-        ([{"op": "relu"}], "a", "not whole"),
+        ([{"op": "relu"}], "a", "incomplete"),
     ],
 )
 def test_what_does_not_fit_is_named(nodes: list[dict[str, Any]], output: str, words: str) -> None:

@@ -1,7 +1,7 @@
-"""What a node of a `kdcli.models.graph` can compute, with Caffe's exact arithmetic.
+"""Operations of the nodes of a `kdcli.models.graph`, with Caffe's exact arithmetic.
 
 Adding an operation: one function `(inputs: list[Shape], **args) -> (module, output shape)`, one row in `OPS`.
-Shapes leave the batch out: (C, H, W) for maps, (C,) for vectors; axes are counted with it, as Caffe does.
+Shapes are without the batch: (C, H, W) for maps, (C,) for vectors; axes are counted with it, as in Caffe.
 """
 
 from __future__ import annotations

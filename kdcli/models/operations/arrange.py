@@ -1,9 +1,10 @@
-"""Joining, cutting, reshaping and reducing."""
+"""Concatenation, slices, reshaping, element-wise combination and reduction."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from itertools import pairwise
 
 import torch
@@ -11,27 +12,13 @@ from torch import Tensor, nn
 
 from kdcli.base import text
 from kdcli.base.errors import KdError
-from kdcli.models.operations.shapes import Shape, axis_of, check_size, only
+from kdcli.models.operations.shapes import Function, Shape, axis_of, check_size, only
 
-_MOST_LARGEST = 100  # of ArgMax
-
-
-class Concat(nn.Module):
-    """Concatenation; axis 1 is the channels."""
-
-    def __init__(self, axis: int) -> None:
-        super().__init__()
-        self.axis = axis
-
-    def forward(self, *values: Tensor) -> Tensor:
-        return torch.cat(values, dim=self.axis)
-
-    def extra_repr(self) -> str:
-        return f"axis={self.axis}"
+_MAX_TOP_K = 100  # of ArgMax
 
 
 def concat(inputs: list[Shape], *, axis: int = 1) -> tuple[nn.Module, Shape]:
-    """Inputs that are equal but along one axis, one after the other."""
+    """Concatenation of inputs that have equal shapes except along one axis."""
     axis = axis_of(axis, inputs[0])
     rest = {(len(s), *s[: axis - 1], *s[axis:]) for s in inputs}
     if len(rest) != 1:
@@ -39,29 +26,25 @@ def concat(inputs: list[Shape], *, axis: int = 1) -> tuple[nn.Module, Shape]:
     total = sum(shape[axis - 1] for shape in inputs)
     shape = (*inputs[0][: axis - 1], total, *inputs[0][axis:])
     check_size(shape, "output")
-    return Concat(axis), shape
+    return Function(f"Concat(axis={axis})", lambda *values: torch.cat(values, dim=axis)), shape
 
 
-class Cut(nn.Module):
-    """A box of the input; further inputs only told its size."""
+def _box(box: Sequence[tuple[int, int, int]]) -> nn.Module:
+    """The part of the first input that lies in a box of (axis, first, count)."""
 
-    def __init__(self, box: Sequence[tuple[int, int, int]]) -> None:
-        super().__init__()
-        self.box = tuple(box)  # (axis, first, count)
-
-    def forward(self, values: Tensor, *_: Tensor) -> Tensor:
-        for axis, first, count in self.box:
+    def compute(values: Tensor, *_: Tensor) -> Tensor:
+        for axis, first, count in box:
             values = values.narrow(axis, first, count)
         return values
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"axis {axis}: {first}…{first + count - 1}" for axis, first, count in self.box)
+    ranges = ", ".join(f"axis {axis}: {first}…{first + count - 1}" for axis, first, count in box)
+    return Function(f"Crop({ranges})", compute)
 
 
 def slice_(
     inputs: list[Shape], *, part: int, of: int, axis: int = 1, points: Sequence[int] = ()
 ) -> tuple[nn.Module, Shape]:
-    """Part number `part` of `of` along an axis, cut at `points`, or into equal ones."""
+    """Part number `part` of `of` along an axis, split at `points`, or into equal parts."""
     shape = only(inputs)
     axis = axis_of(axis, shape)
     length = shape[axis - 1]
@@ -75,11 +58,11 @@ def slice_(
     if not 0 <= part < of:
         raise ValueError(f"part {part} of {of}")
     count = cuts[part + 1] - cuts[part]
-    return Cut([(axis, cuts[part], count)]), (*shape[: axis - 1], count, *shape[axis:])
+    return _box([(axis, cuts[part], count)]), (*shape[: axis - 1], count, *shape[axis:])
 
 
 def crop(inputs: list[Shape], *, axis: int = 2, offset: Sequence[int] = ()) -> tuple[nn.Module, Shape]:
-    """The first input, from `axis` on cut to the size of the second."""
+    """The first input, cropped from `axis` on to the size of the second."""
     if len(inputs) != 2:
         raise KdError(f"it takes two inputs, not {len(inputs)}")
     first, like = inputs
@@ -95,28 +78,19 @@ def crop(inputs: list[Shape], *, axis: int = 2, offset: Sequence[int] = ()) -> t
         raise KdError(
             f"a box of {text.dims(like)} at {text.dims(offsets)} does not lie in {text.dims(first)}"
         )
-    return Cut(box), (*first[: axis - 1], *like[axis - 1 :])
+    return _box(box), (*first[: axis - 1], *like[axis - 1 :])
 
 
-class View(nn.Module):
-    """The same values of each image in another shape."""
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.shape = shape
-
-    def forward(self, values: Tensor) -> Tensor:
-        return values.reshape(values.shape[0], *self.shape)
-
-    def extra_repr(self) -> str:
-        return text.dims(self.shape)
+def _view(shape: Shape) -> nn.Module:
+    """The values of each image in another shape."""
+    return Function(f"View({text.dims(shape)})", lambda values: values.reshape(values.shape[0], *shape))
 
 
 def flatten(inputs: list[Shape], *, axis: int = 1, end_axis: int = -1) -> tuple[nn.Module, Shape]:
-    """Axes from `axis` to `end_axis`, both included, become one."""
+    """Merge the axes from `axis` to `end_axis`, both included."""
     shape = only(inputs)
     if not shape:
-        return View((1,)), (1,)
+        return _view((1,)), (1,)
     first, last = axis_of(axis, shape), axis_of(end_axis, shape)
     if first > last:
         raise KdError(f"axis {axis} comes after end_axis {end_axis}")
@@ -127,9 +101,9 @@ def flatten(inputs: list[Shape], *, axis: int = 1, end_axis: int = -1) -> tuple[
 def reshape(
     inputs: list[Shape], *, dims: Sequence[int], axis: int = 0, num_axes: int = -1
 ) -> tuple[nn.Module, Shape]:
-    """Caffe's Reshape: `dims` take the place of `num_axes` axes from `axis` on; 0 copies, −1 is inferred.
+    """Caffe's Reshape: `dims` replace `num_axes` axes from `axis` on; 0 copies a size, −1 is inferred.
 
-    The batch must stay what it is: its place says 0 or −1, or a number that leaves the image's values whole.
+    The batch must stay the first axis: its entry is 0 or −1, or a number that keeps each image's values together.
     """
     shape = only(inputs)
     rank, values = len(shape) + 1, math.prod(shape)
@@ -154,85 +128,62 @@ def reshape(
         raise KdError(
             f"dims {list(dims)} do not hold the {values} values of {text.dims(shape)} of each image"
         )
-    return View(tuple(sides)), tuple(sides)
-
-
-class Eltwise(nn.Module):
-    """Sum (with coefficients), product or maximum of equal shapes."""
-
-    def __init__(self, operation: str, coefficients: Sequence[float]) -> None:
-        super().__init__()
-        self.operation = operation
-        self.coefficients = tuple(coefficients)
-
-    def forward(self, *values: Tensor) -> Tensor:
-        if self.operation == "sum" and self.coefficients:
-            values = tuple(value * factor for value, factor in zip(values, self.coefficients, strict=True))
-        result = values[0]
-        for value in values[1:]:
-            if self.operation == "sum":
-                result = result + value
-            elif self.operation == "prod":
-                result = result * value
-            else:
-                result = torch.maximum(result, value)
-        return result
-
-    def extra_repr(self) -> str:
-        return self.operation + (f", coefficients={self.coefficients}" if self.coefficients else "")
+    return _view(tuple(sides)), tuple(sides)
 
 
 def eltwise(
     inputs: list[Shape], *, operation: str = "sum", coefficients: Sequence[float] = ()
 ) -> tuple[nn.Module, Shape]:
-    """Element by element over two or more equal shapes."""
+    """Sum (with coefficients), product or maximum of inputs of equal shape."""
     if operation not in ("sum", "prod", "max"):
         raise KdError(f"unknown operation {operation}")
     if len(set(inputs)) != 1:
         raise KdError(f"its inputs differ: {' and '.join(map(text.dims, inputs))}")
     if coefficients and (operation != "sum" or len(coefficients) != len(inputs)):
         raise KdError(f"{len(coefficients)} coefficients do not go with {operation} of {len(inputs)} inputs")
-    return Eltwise(operation, [float(factor) for factor in coefficients]), inputs[0]
+    factors = tuple(float(factor) for factor in coefficients)
+    combine = {"sum": torch.add, "prod": torch.mul, "max": torch.maximum}[operation]
 
+    def compute(*values: Tensor) -> Tensor:
+        if factors:
+            values = tuple(value * factor for value, factor in zip(values, factors, strict=True))
+        return reduce(combine, values)
 
-class Reduction(nn.Module):
-    """Sum, sum of magnitudes, sum of squares or mean of all from an axis on, times a factor."""
-
-    def __init__(self, operation: str, axis: int, factor: float) -> None:
-        super().__init__()
-        self.operation, self.axis, self.factor = operation, axis, factor
-
-    def forward(self, values: Tensor) -> Tensor:
-        if self.operation == "asum":
-            values = values.abs()
-        elif self.operation == "sumsq":
-            values = values.square()
-        axes = tuple(range(self.axis, values.ndim))
-        return (values.mean(axes) if self.operation == "mean" else values.sum(axes)) * self.factor
-
-    def extra_repr(self) -> str:
-        return f"{self.operation} from axis {self.axis} on, times {self.factor:g}"
+    return Function(f"Eltwise({operation}{f', coefficients={factors}' if factors else ''})", compute), inputs[
+        0
+    ]
 
 
 def reduction(
     inputs: list[Shape], *, operation: str = "sum", axis: int = 1, factor: float = 1.0
 ) -> tuple[nn.Module, Shape]:
-    """All that lies from `axis` on becomes one number."""
+    """Sum, sum of magnitudes, sum of squares or mean over all axes from `axis` on, times a factor."""
     if operation not in ("sum", "asum", "sumsq", "mean"):
         raise KdError(f"unknown operation {operation}")
     shape = only(inputs)
     axis = axis_of(axis, shape)
-    return Reduction(operation, axis, factor), shape[: axis - 1]
+
+    def compute(values: Tensor) -> Tensor:
+        if operation == "asum":
+            values = values.abs()
+        elif operation == "sumsq":
+            values = values.square()
+        axes = tuple(range(axis, values.ndim))
+        return (values.mean(axes) if operation == "mean" else values.sum(axes)) * factor
+
+    return Function(f"Reduction({operation} from axis {axis} on, times {factor:g})", compute), shape[
+        : axis - 1
+    ]
 
 
 def softmax(inputs: list[Shape], *, axis: int = 1) -> tuple[nn.Module, Shape]:
-    """Probabilities along one axis."""
+    """Softmax along one axis."""
     shape = only(inputs)
     return nn.Softmax(dim=axis_of(axis, shape)), shape
 
 
 class ArgMax(nn.Module):
-    """Places, values or both of the largest along an axis; of equal ones, Caffe takes the last."""
+    """Indices, values or both of the largest values along an axis; among equal ones the last, as in Caffe."""
 
     def __init__(self, axis: int | None, top_k: int, values: bool) -> None:
         super().__init__()
@@ -250,7 +201,7 @@ class ArgMax(nn.Module):
         return found.reshape(*found.shape, *[1] * (rank - 3))
 
     def _largest(self, values: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-        """One after the other: torch and ONNX agree on which of equal ones is found first only for a single one."""
+        """Find one at a time: for a single one, torch and ONNX agree on which of equal values comes first."""
         length = values.shape[axis]
         numbers = torch.arange(length, device=values.device).view(-1, *[1] * (values.ndim - 1 - axis))
         found = []
@@ -268,14 +219,14 @@ class ArgMax(nn.Module):
 def argmax(
     inputs: list[Shape], *, axis: int | None = None, top_k: int = 1, values: bool = False
 ) -> tuple[nn.Module, Shape]:
-    """With an axis: places (or values) of the `top_k` largest along it. Without: 1×top_k places of all the
-    image's values, or 2×top_k places and values."""
+    """With an axis: indices (or values) of the `top_k` largest along it. Without: 1×top_k indices into all values of
+    the image, or 2×top_k indices and values."""
     shape = only(inputs)
     if axis is not None:
         axis = axis_of(axis, shape)
     length = math.prod(shape) if axis is None else shape[axis - 1]
-    if not 1 <= top_k <= min(length, _MOST_LARGEST):
-        raise KdError(f"the {top_k} largest of {length} values; kd takes up to {_MOST_LARGEST}")
+    if not 1 <= top_k <= min(length, _MAX_TOP_K):
+        raise KdError(f"the {top_k} largest of {length} values; kd takes up to {_MAX_TOP_K}")
     if axis is not None:
         return ArgMax(axis, top_k, values), (*shape[: axis - 1], top_k, *shape[axis:])
     out = (2 if values else 1, top_k, *[1] * (len(shape) - 2))

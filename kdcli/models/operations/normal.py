@@ -1,4 +1,4 @@
-"""Normalisation, and the learned factors and summands that follow it."""
+"""Normalisation, and the learned scales and biases that follow it."""
 
 from __future__ import annotations
 
@@ -10,24 +10,7 @@ from torch.nn import functional as F
 
 from kdcli.base.errors import KdError
 from kdcli.base.text import dims
-from kdcli.models.operations.shapes import Shape, axis_of, check_size, only
-
-
-class LocalResponseNormWithin(nn.Module):
-    """x · (1 + α · mean of x² over a size×size window)^−β, the window of zeros beyond the map's edge."""
-
-    def __init__(self, size: int, alpha: float, beta: float) -> None:
-        super().__init__()
-        self.size, self.alpha, self.beta = size, alpha, beta
-
-    def forward(self, values: Tensor) -> Tensor:
-        """(B, C, H, W) → the same shape."""
-        reach = self.size // 2
-        squares = F.pad(values.square(), (reach, reach, reach, reach))
-        return values * (1 + self.alpha * F.avg_pool2d(squares, self.size, 1)).pow(-self.beta)
-
-    def extra_repr(self) -> str:
-        return f"{self.size}, alpha={self.alpha:g}, beta={self.beta:g}"
+from kdcli.models.operations.shapes import Function, Shape, axis_of, check_size, only
 
 
 def lrn(
@@ -45,13 +28,19 @@ def lrn(
         raise KdError(f"local size {size} must be odd")
     if within:
         check_size((shape[0], shape[1] + size, shape[2] + size), "padded input")
-        return LocalResponseNormWithin(size, alpha, beta), shape
+
+        def compute(values: Tensor) -> Tensor:
+            """x · (1 + α · mean of x² over a size×size window)^−β, zeros beyond the map's edge."""
+            squares = F.pad(values.square(), (size // 2,) * 4)
+            return values * (1 + alpha * F.avg_pool2d(squares, size, 1)).pow(-beta)
+
+        return Function(f"LocalResponseNormWithin({size}, alpha={alpha:g}, beta={beta:g})", compute), shape
     check_size((shape[0] + size, *shape[1:]), "padded input")
     return nn.LocalResponseNorm(size, alpha, beta, k), shape
 
 
 def batch_norm(inputs: list[Shape], *, eps: float = 1e-5) -> tuple[nn.Module, Shape]:
-    """(x − running mean) / sqrt(running variance + eps); no factor, no summand."""
+    """(x − running mean) / sqrt(running variance + eps), without learned scale and bias."""
     shape = only(inputs)
     if len(shape) == 3:
         return nn.BatchNorm2d(shape[0], eps=eps, affine=False), shape
@@ -60,38 +49,28 @@ def batch_norm(inputs: list[Shape], *, eps: float = 1e-5) -> tuple[nn.Module, Sh
     raise KdError(f"it takes C or C×H×W, its input is {dims(shape)}")
 
 
-class MeanVarianceNorm(nn.Module):
-    """Each map, or with `across` each image, less its mean, and by its standard deviation + eps."""
-
-    def __init__(self, variance: bool, across: bool, eps: float) -> None:
-        super().__init__()
-        self.variance, self.across, self.eps = variance, across, eps
-
-    def forward(self, values: Tensor) -> Tensor:
-        """(B, C, …) → the same shape."""
-        axes = tuple(range(1 if self.across else 2, values.ndim))
-        if not axes:  # one value is its own mean
-            return values - values
-        centred = values - values.mean(axes, keepdim=True)
-        if not self.variance:
-            return centred
-        variance = centred.square().mean(axes, keepdim=True)
-        # the bound changes no result; at exactly zero the root has no slope
-        return centred / (variance.clamp_min(1e-30).sqrt() + self.eps)
-
-    def extra_repr(self) -> str:
-        return f"variance={self.variance}, across_channels={self.across}, eps={self.eps:g}"
-
-
 def mvn(
     inputs: list[Shape], *, variance: bool = True, across: bool = False, eps: float = 1e-9
 ) -> tuple[nn.Module, Shape]:
-    """Mean-variance normalisation; eps is added to the root, not under it."""
-    return MeanVarianceNorm(variance, across, eps), only(inputs)
+    """Mean-variance normalisation of each map, or with `across` of each image; eps is added to the root."""
+
+    def compute(values: Tensor) -> Tensor:
+        axes = tuple(range(1 if across else 2, values.ndim))
+        if not axes:  # one value is its own mean
+            return values - values
+        centred = values - values.mean(axes, keepdim=True)
+        if not variance:
+            return centred
+        # The bound changes no result; at exactly zero the root has no finite slope
+        squares = centred.square().mean(axes, keepdim=True).clamp_min(1e-30)
+        return centred / (squares.sqrt() + eps)
+
+    description = f"MeanVarianceNorm(variance={variance}, across_channels={across}, eps={eps:g})"
+    return Function(description, compute), only(inputs)
 
 
 class Scale(nn.Module):
-    """One factor, and perhaps one summand, for each place along some axes."""
+    """Learned scale, and optionally bias, for each index of some axes."""
 
     def __init__(self, shape: Shape, view: Sequence[int], bias: bool) -> None:
         super().__init__()
@@ -109,7 +88,7 @@ class Scale(nn.Module):
 
 
 class Bias(nn.Module):
-    """One summand for each place along some axes."""
+    """Learned bias for each index of some axes."""
 
     def __init__(self, shape: Shape, view: Sequence[int]) -> None:
         super().__init__()
@@ -124,26 +103,10 @@ class Bias(nn.Module):
         return dims(self.bias.shape)
 
 
-class Broadcast(nn.Module):
-    """The first input times, or plus, the second, which lacks the last axes of the first."""
-
-    def __init__(self, operation: str, missing: int) -> None:
-        super().__init__()
-        self.operation, self.missing = operation, missing
-
-    def forward(self, values: Tensor, other: Tensor) -> Tensor:
-        """(B, …, …) and (B, …) → the shape of the first."""
-        other = other.reshape(*other.shape, *[1] * self.missing)
-        return values * other if self.operation == "times" else values + other
-
-    def extra_repr(self) -> str:
-        return self.operation
-
-
 def scale(
     inputs: list[Shape], *, bias: bool = False, axis: int = 1, num_axes: int = 1
 ) -> tuple[nn.Module, Shape]:
-    """Learned factors along `num_axes` axes from `axis` on, −1: all that follow; or the second input's values."""
+    """Learned scales along `num_axes` axes from `axis` on (−1: all that follow), or scales from the second input."""
     if len(inputs) == 2:
         if bias:
             raise KdError("with a second input for the factors, learned summands are not supported")
@@ -154,7 +117,7 @@ def scale(
 
 
 def bias(inputs: list[Shape], *, axis: int = 1, num_axes: int = 1) -> tuple[nn.Module, Shape]:
-    """Learned summands along `num_axes` axes from `axis` on, −1: all that follow; or the second input's values."""
+    """Learned biases along `num_axes` axes from `axis` on (−1: all that follow), or biases from the second input."""
     if len(inputs) == 2:
         return _broadcast("plus", inputs, axis)
     shape = only(inputs)
@@ -162,7 +125,7 @@ def bias(inputs: list[Shape], *, axis: int = 1, num_axes: int = 1) -> tuple[nn.M
 
 
 def _learned(shape: Shape, axis: int, num_axes: int) -> tuple[Shape, Shape]:
-    """The shape of the learned values, and the view in which they meet (B, *shape)."""
+    """Shape of the learned values, and the view that broadcasts them against (B, *shape)."""
     if num_axes == 0:
         return (), (1,)
     axis = axis_of(axis, shape)
@@ -179,4 +142,10 @@ def _broadcast(operation: str, inputs: list[Shape], axis: int) -> tuple[nn.Modul
         raise KdError(f"with two inputs only axis 0 is supported, not {axis}: both begin with the batch")
     if second != first[: len(second)]:
         raise KdError(f"its second input {dims(second)} does not begin its first {dims(first)}")
-    return Broadcast(operation, len(first) - len(second)), first
+    combine = torch.mul if operation == "times" else torch.add
+    missing = len(first) - len(second)  # axes at the end
+    module = Function(
+        f"Broadcast({operation})",
+        lambda values, other: combine(values, other.reshape(*other.shape, *[1] * missing)),
+    )
+    return module, first

@@ -1,4 +1,4 @@
-"""Element by element."""
+"""Operations on each value by itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from kdcli.base.errors import KdError
 from kdcli.base.text import dims
-from kdcli.models.operations.shapes import Shape, only
+from kdcli.models.operations.shapes import Function, Shape, only
 
 
 def relu(inputs: list[Shape], *, negative_slope: float = 0.0) -> tuple[nn.Module, Shape]:
@@ -17,7 +17,7 @@ def relu(inputs: list[Shape], *, negative_slope: float = 0.0) -> tuple[nn.Module
 
 
 def prelu(inputs: list[Shape], *, shared: bool = False) -> tuple[nn.Module, Shape]:
-    """max(x, 0) + slope · min(x, 0), a learned slope for each channel, or one for all."""
+    """max(x, 0) + slope · min(x, 0) with a learned slope per channel, or one for all."""
     shape = only(inputs)
     if not shape:
         raise KdError(f"it takes C or C×H×W, its input is {dims(shape)}")
@@ -44,89 +44,47 @@ def softplus(inputs: list[Shape]) -> tuple[nn.Module, Shape]:
     return nn.Softplus(), only(inputs)
 
 
-class Abs(nn.Module):
-    """Magnitudes."""
-
-    def forward(self, values: Tensor) -> Tensor:
-        return values.abs()
-
-
 def absolute(inputs: list[Shape]) -> tuple[nn.Module, Shape]:
     """|x|."""
-    return Abs(), only(inputs)
-
-
-class Power(nn.Module):
-    """(shift + scale · x)^power."""
-
-    def __init__(self, power: float, scale: float, shift: float) -> None:
-        super().__init__()
-        self.power, self.scale, self.shift = power, scale, shift
-
-    def forward(self, values: Tensor) -> Tensor:
-        if self.scale != 1:
-            values = values * self.scale
-        if self.shift:
-            values = values + self.shift
-        return values if self.power == 1 else values.pow(self.power)
-
-    def extra_repr(self) -> str:
-        return f"power={self.power:g}, scale={self.scale:g}, shift={self.shift:g}"
+    return Function("Abs()", lambda values: values.abs()), only(inputs)
 
 
 def power(
     inputs: list[Shape], *, power: float = 1.0, scale: float = 1.0, shift: float = 0.0
 ) -> tuple[nn.Module, Shape]:
     """(shift + scale · x)^power."""
-    return Power(power, scale, shift), only(inputs)
 
+    def compute(values: Tensor) -> Tensor:
+        if scale != 1:
+            values = values * scale
+        if shift:
+            values = values + shift
+        return values if power == 1 else values.pow(power)
 
-class Exp(nn.Module):
-    """base^(shift + scale · x); no base: e."""
-
-    def __init__(self, base: float | None, scale: float, shift: float) -> None:
-        super().__init__()
-        self.inner = scale * (1.0 if base is None else math.log(base))
-        self.outer = math.exp(shift) if base is None else base**shift
-
-    def forward(self, values: Tensor) -> Tensor:
-        return (values * self.inner).exp() * self.outer
-
-    def extra_repr(self) -> str:
-        return f"{self.outer:g} · exp({self.inner:g} · x)"
+    return Function(f"Power(power={power:g}, scale={scale:g}, shift={shift:g})", compute), only(inputs)
 
 
 def exp(
     inputs: list[Shape], *, base: float | None = None, scale: float = 1.0, shift: float = 0.0
 ) -> tuple[nn.Module, Shape]:
-    """base^(shift + scale · x)."""
+    """base^(shift + scale · x), with base e by default."""
     _check_base(base)
-    return Exp(base, scale, shift), only(inputs)
-
-
-class Log(nn.Module):
-    """Logarithm of shift + scale · x to a base; no base: e."""
-
-    def __init__(self, base: float | None, scale: float, shift: float) -> None:
-        super().__init__()
-        self.scale, self.shift = scale, shift
-        self.factor = 1.0 if base is None else 1 / math.log(base)
-
-    def forward(self, values: Tensor) -> Tensor:
-        return (values * self.scale + self.shift).log() * self.factor
-
-    def extra_repr(self) -> str:
-        return f"{self.factor:g} · log({self.scale:g} · x + {self.shift:g})"
+    inner = scale * (1.0 if base is None else math.log(base))
+    outer = math.exp(shift) if base is None else base**shift
+    description = f"Exp({outer:g} · exp({inner:g} · x))"
+    return Function(description, lambda values: (values * inner).exp() * outer), only(inputs)
 
 
 def log(
     inputs: list[Shape], *, base: float | None = None, scale: float = 1.0, shift: float = 0.0
 ) -> tuple[nn.Module, Shape]:
-    """log(shift + scale · x) to a base."""
+    """log(shift + scale · x) to a base, e by default."""
     _check_base(base)
     if base == 1:
         raise KdError("there is no logarithm to the base 1")
-    return Log(base, scale, shift), only(inputs)
+    factor = 1.0 if base is None else 1 / math.log(base)
+    description = f"Log({factor:g} · log({scale:g} · x + {shift:g}))"
+    return Function(description, lambda values: (values * scale + shift).log() * factor), only(inputs)
 
 
 def _check_base(base: float | None) -> None:
@@ -135,6 +93,8 @@ def _check_base(base: float | None) -> None:
 
 
 def dropout(inputs: list[Shape], *, ratio: float = 0.5, scale_train: bool = True) -> tuple[nn.Module, Shape]:
-    """Dropout; without `scale_train` what is left is not scaled up in training, but all is scaled down in use."""
+    """Dropout. Without `scale_train`, values are not scaled up in training, but scaled down at inference."""
     module: nn.Module = nn.Dropout(ratio)
-    return module if scale_train else nn.Sequential(module, Power(1.0, 1 - ratio, 0.0)), only(inputs)
+    if not scale_train:
+        module = nn.Sequential(module, power(inputs, scale=1 - ratio)[0])
+    return module, only(inputs)

@@ -1,15 +1,33 @@
-"""Shapes of one image's values, (C, H, W) for maps and (C,) for vectors, and what every operation checks of them."""
+"""Parts shared by the operations: shapes of one image's values, their checks, modules without parameters."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
 
 from kdcli.base.errors import KdError
 from kdcli.base.text import dims
 
-Shape = tuple[int, ...]
+Shape = tuple[int, ...]  # (C, H, W) for maps, (C,) for vectors
 _MOST_VALUES = 2**29  # per layer, parameters or activations of one image; a damaged file may ask for anything
+
+
+class Function(nn.Module):
+    """A module without parameters: a function of its inputs, and the text that stands for it in a summary."""
+
+    def __init__(self, description: str, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.description = description
+        self.function = function
+
+    def forward(self, *values: Tensor) -> Tensor:
+        """Inputs (B, …) → output (B, …)."""
+        return self.function(*values)
+
+    def __repr__(self) -> str:
+        return self.description
 
 
 def is_vector(shape: Sequence[int], length: int) -> bool:
@@ -18,7 +36,7 @@ def is_vector(shape: Sequence[int], length: int) -> bool:
 
 
 def check_size(shape: Shape, what: str) -> None:
-    """Refuse what is empty or beyond all measure, before anything is allocated."""
+    """Raise KdError for a shape that is empty or too large, before memory is allocated."""
     if any(side < 1 for side in shape):
         raise KdError(f"its {what} would be empty: {dims(shape)}")
     if math.prod(shape) > _MOST_VALUES:
@@ -26,7 +44,7 @@ def check_size(shape: Shape, what: str) -> None:
 
 
 def only(inputs: list[Shape], *, maps: bool = False) -> Shape:
-    """The one input; `maps`: it must be C×H×W."""
+    """Shape of the only input; with `maps` it must be C×H×W."""
     if len(inputs) != 1:
         raise KdError(f"it takes one input, not {len(inputs)}")
     if maps and len(inputs[0]) != 3:
@@ -35,25 +53,22 @@ def only(inputs: list[Shape], *, maps: bool = False) -> Shape:
 
 
 def pair(value: Sequence[int], least: int) -> tuple[int, int]:
-    """[y, x], neither below `least`."""
+    """Check a pair [y, x]: neither is below `least`."""
     first, second = (int(side) for side in value)
     if min(first, second) < least:
         raise ValueError(f"{first}×{second} is below {least}")
     return first, second
 
 
-def axis_of(axis: int, shape: Shape, *, end: bool = False) -> int:
-    """Caffe's number of an axis, the batch being 0, negative from the end, as a number from 1 on.
-
-    Args:
-        end: one beyond the last is allowed.
+def axis_of(axis: int, shape: Shape) -> int:
+    """Convert Caffe's number of an axis (0 is the batch, negative from the end) to a number from 1 on.
 
     Raises:
-        KdError: there is no such axis, or it is the batch: a layer that mixes images is no classifier's.
+        KdError: no such axis, or the batch: a layer that mixes images cannot be part of a classifier.
     """
     rank = len(shape) + 1
     found = axis + rank if axis < 0 else axis
-    if not 0 <= found < rank + end:
+    if not 0 <= found < rank:
         raise KdError(f"axis {axis} is not one of its input's {rank} (with the batch)")
     if found == 0:
         raise KdError(f"axis {axis} is the batch: each image must be computed by itself")

@@ -25,7 +25,7 @@ def conv(
     bias: bool = True,
     transposed: bool = False,
 ) -> tuple[nn.Module, Shape]:
-    """Convolution, windows that would hang over left out; or transposed, its padding cut off the output."""
+    """Convolution (incomplete windows are dropped), or its transpose (padding is cropped from the output)."""
     channels, *sides = only(inputs, maps=True)
     kernel, stride, dilation, pad = pair(kernel, 1), pair(stride, 1), pair(dilation, 1), pair(pad, 0)
     if groups < 1 or channels % groups or out % groups:
@@ -44,7 +44,7 @@ def conv(
 
 
 class InnerProduct(nn.Linear):
-    """Caffe's inner product: flattens what comes from `axis` on, first."""
+    """Caffe's inner product: flattens the axes from `axis` on first."""
 
     def __init__(self, features: int, out: int, bias: bool, axis: int) -> None:
         super().__init__(features, out, bias=bias)
@@ -56,7 +56,7 @@ class InnerProduct(nn.Linear):
 
 
 def linear(inputs: list[Shape], *, out: int, bias: bool = True, axis: int = 1) -> tuple[nn.Module, Shape]:
-    """Inner product over all that lies from `axis` on."""
+    """Inner product over all axes from `axis` on."""
     shape = only(inputs)
     axis = axis_of(axis, shape)
     features = math.prod(shape[axis - 1 :])
@@ -66,10 +66,10 @@ def linear(inputs: list[Shape], *, out: int, bias: bool = True, axis: int = 1) -
 
 @dataclass(frozen=True)
 class Window:
-    """How Caffe's pooling walks along one axis, in terms that torch and ONNX agree upon.
+    """Pooling along one axis, in terms on which torch and ONNX agree.
 
-    The axis is padded explicitly by `before` and `after`; windows of `kernel` then lie inside it, but for the
-    last one where `overhang` says so: it is clipped.
+    The axis is padded explicitly by `before` and `after`. Windows of `kernel` then lie inside it; with `overhang` the
+    last one is clipped.
     """
 
     out: int
@@ -86,7 +86,7 @@ def pool_window(
     where the last would start at `size + pad` or after (from the padded start). It is clipped to `size + 2·pad`.
 
     Args:
-        padded: whether this axis or the other one has padding; the rule looks at both.
+        padded: whether this axis or the other one has padding; Caffe's rule considers both.
 
     Raises:
         KdError: no window fits, or one would lie wholly outside.
@@ -101,7 +101,7 @@ def pool_window(
         raise KdError(f"a window of {kernel} with stride {stride} does not fit {size} + 2·{pad}")
     if (out - 1) * stride >= size + pad:  # Caffe gives −3.4e38 (MAX) or 0/0 (AVE) there
         raise KdError(f"window {kernel}, stride {stride} on {size}: the last window holds no value")
-    after = (out - 1) * stride + kernel - size - pad  # what the last window covers beyond the input
+    after = (out - 1) * stride + kernel - size - pad  # pixels of the last window beyond the input
     length = size + pad + min(max(after, 0), pad)
     # A window longer than the padded axis is the only one, and clipped to it
     return Window(out, min(kernel, length), pad, min(max(after, 0), pad), after > pad and kernel <= length)
@@ -116,7 +116,7 @@ def pool(
     pad: Sequence[int] = (0, 0),
     round_up: bool = True,
 ) -> tuple[nn.Module, Shape]:
-    """The largest value of each window, or the average: padding counts in its divisor, what hangs over it does not.
+    """Maximum or average of each window. Padding counts in the divisor of an average, an overhang does not.
 
     Args:
         kernel: None is global pooling.
