@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 from itertools import pairwise
 
@@ -135,19 +135,20 @@ def eltwise(
     inputs: list[Shape], *, operation: str = "sum", coefficients: Sequence[float] = ()
 ) -> tuple[nn.Module, Shape]:
     """Sum (with coefficients), product or maximum of inputs of equal shape."""
-    if operation not in ("sum", "prod", "max"):
+    functions: dict[str, Callable[[Tensor, Tensor], Tensor]]
+    functions = {"sum": torch.add, "prod": torch.mul, "max": torch.maximum}
+    if operation not in functions:
         raise KdError(f"unknown operation {operation}")
     if len(set(inputs)) != 1:
         raise KdError(f"its inputs differ: {' and '.join(map(text.dims, inputs))}")
     if coefficients and (operation != "sum" or len(coefficients) != len(inputs)):
         raise KdError(f"{len(coefficients)} coefficients do not go with {operation} of {len(inputs)} inputs")
     factors = tuple(float(factor) for factor in coefficients)
-    combine = {"sum": torch.add, "prod": torch.mul, "max": torch.maximum}[operation]
 
     def compute(*values: Tensor) -> Tensor:
         if factors:
             values = tuple(value * factor for value, factor in zip(values, factors, strict=True))
-        return reduce(combine, values)
+        return reduce(functions[operation], values)
 
     return Function(f"Eltwise({operation}{f', coefficients={factors}' if factors else ''})", compute), inputs[
         0
