@@ -417,10 +417,8 @@ def test_what_the_data_shows_to_be_wrong_is_refused_before_any_runs(splits: Spli
 def test_a_term_that_weighs_nothing_wants_no_teacher(splits: Splits) -> None:
     none = {"kd_weight": 0.0, "teacher": "gone.pt"}
     assert not planned(compared="ce,kd+ls", **none).needs_teacher
-    settings = make(TrainConfig, {"data": "digits", "method": "kd", **none})
-    train._check_place(settings, Path("runs/x"))
-    with pytest.raises(UsageError, match=r"needs its teacher gone\.pt"):
-        train._check_place(settings.model_copy(update={"kd_weight": 0.5}), Path("runs/x"))
+    with pytest.raises(KdError, match=r"no teacher at gone\.pt"):
+        planned(compared="ce,kd+ls", teacher="gone.pt")
 
 
 def test_what_followed_in_a_run_from_its_method_does_not_hold_for_others(
