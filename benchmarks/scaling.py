@@ -109,7 +109,7 @@ def run_case(case: dict[str, Any], folder: Path) -> None:
         Classifier(
             network, prepare, arch=TEACHER, arch_args={}, classes=names, input_size=(side, side, 3)
         ).save(teacher)
-    world.wait()
+    world.barrier()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     config = make(
         TrainConfig,
