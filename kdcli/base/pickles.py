@@ -170,9 +170,8 @@ class SafeUnpickler(pickle._Unpickler):
         text = code.decode("latin-1") if isinstance(code, bytes) else code
         if not isinstance(text, str) or not (_NUMBER.fullmatch(text) or _OBJECT.fullmatch(text)):
             raise KdError("refuses an array of anything but plain numbers", HINT)
-        return np.dtype(
-            text[:1] if text[0] == "O" else text, False, True
-        )  # a copy: BUILD sets its byte order
+        code = "O" if text[0] == "O" else text
+        return np.dtype(code, False, True)  # a copy, since BUILD sets its byte order
 
     def make_array(self, kind: object, *_: object) -> np.ndarray[Any, Any]:
         if kind is not _NDARRAY:
@@ -189,7 +188,9 @@ class SafeUnpickler(pickle._Unpickler):
         return array if axes is None else array.transpose(axes)
 
     def make_scalar(self, dtype: np.dtype[Any], raw: str | bytes) -> Any:
-        return np.frombuffer(_bytes(raw), dtype, 1)[0]
+        content = _bytes(raw)
+        _check_shape((), dtype, len(content))
+        return np.frombuffer(content, dtype)[0]
 
     def encode(self, text: str, encoding: str) -> bytes:
         if encoding not in ("latin1", "latin-1") or not isinstance(text, str):
@@ -290,14 +291,16 @@ def _bytes(content: object) -> bytes:
     return content
 
 
-def _check_shape(shape: object, dtype: np.dtype[Any], size: int) -> None:
+def _check_shape(shape: object, dtype: object, size: int) -> None:
+    """Raise KdError unless an array of this shape and dtype takes `size` bytes."""
     if (
-        not isinstance(shape, tuple)
+        not isinstance(dtype, np.dtype)
+        or not isinstance(shape, tuple)
         or len(shape) > 32
         or not all(type(side) is int and side >= 0 for side in shape)
         or math.prod(shape) * dtype.itemsize != size
     ):
-        raise KdError(f"damaged array: its shape does not go with {size:,} bytes of {dtype}", _DAMAGED)
+        raise KdError(f"damaged array: its shape and type do not go with its {size:,} bytes", _DAMAGED)
 
 
 def _check_content(value: dict[Any, Any]) -> None:

@@ -168,6 +168,7 @@ OBJECT = call(b"numpy\ndtype", b"S'O'\n")
         (entry(U1 + b"K\x01b"), "structured"),
         (entry(U1), "value of type"),
         (entry(call(b"numpy.core.multiarray\nscalar", U1 + b"K\x01")), "not bytes"),
+        (entry(call(b"numpy.core.multiarray\nscalar", b"S'u1'\nS'a'\n")), "damaged array"),
         (entry(call(b"numpy\ndtype", b"C\x02u9")), "plain numbers"),
         (entry(OBJECT), "value of type"),
         (entry(call(b"numpy.core.multiarray\nscalar", OBJECT + b"S'abcdefgh'\n")), "damaged"),
