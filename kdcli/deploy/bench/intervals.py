@@ -35,7 +35,7 @@ def ratio_interval(sessions: Sequence[Floats], seed: int = 0) -> tuple[float, fl
         Lower bound, ratio (the exponential of the mean of the sessions' median log ratios), upper bound; 0 and
         infinity around a single round.
     """
-    logs = [np.log(np.asarray(ratios, np.float64)) for ratios in sessions if len(ratios)]
+    logs = [np.log(np.asarray(ratios, np.float64)) for ratios in sessions]
     medians = np.array([np.median(ratios) for ratios in logs]) if len(logs) > 1 else logs[0]
     middle, count = float(medians.mean()), len(medians)
     if count < 2:

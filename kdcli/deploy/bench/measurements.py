@@ -50,7 +50,7 @@ class Row:
         footprint: memory and start-up in a separate process.
         verdict: speed and size against the teacher as text.
         worse: slower or bigger than its teacher.
-        notes: remarks on this row.
+        notes: on this row.
     """
 
     name: str
@@ -131,7 +131,7 @@ class BenchResult:
         rounds, sessions, threads: extent of the measurement.
         data_label, test_images: test data of the accuracy; None, 0 without.
         environment: CPU, versions, load (see `runtime.environment`).
-        notes: remarks on the whole measurement.
+        notes: on the whole measurement.
         budget: the check against --budget-ms and --max-drop; None without these.
     """
 

@@ -20,8 +20,8 @@ from kdcli.data import ImageSet, Splits
 from kdcli.deploy.export.job import AccuracyDrop, ExportJob, choose_samples
 from kdcli.deploy.export.parity import Parity
 from kdcli.deploy.int8 import Quantisation, RecipeTrial
-from kdcli.deploy.onnx_model.metadata import add_quantisation, make_metadata
-from kdcli.deploy.onnx_model.translate import file_bytes, to_onnx
+from kdcli.deploy.onnx_model.metadata import make_metadata
+from kdcli.deploy.onnx_model.translate import to_onnx
 from kdcli.models import Classifier
 
 EXPORTS_DIR = Path("exports")
@@ -87,19 +87,15 @@ def export(
     if output.suffix.lower() != ".onnx" or output.is_dir():
         raise UsageError(f"--output {output}: must be a file name that ends in .onnx")
     classifier = models.load(checkpoint).eval()
-    images = images or _load_data(classifier, checkpoint, config, on_event)
-    problem = data.incompatibility(classifier.classes, classifier.input_size, images.train)
-    if problem:
-        raise KdError(f"the model {problem}", "Pass data that fits with --data.")
+    images = _check(classifier, images or _load_data(classifier, checkpoint, config, on_event))
     samples = choose_samples(classifier.provenance, images.train, config)
     job = ExportJob(classifier, images.train, samples, config, on_event)
 
     # 2. Translate the float32 network and verify it.
     on_event(Progress("exporting", 0, 3, "steps"))
     model = to_onnx(classifier, opset=config.opset, with_preprocessing=config.with_preprocessing)
-    metadata = make_metadata(
-        classifier, sha256_file(checkpoint), with_preprocessing=config.with_preprocessing
-    )
+    digest = sha256_file(checkpoint)
+    metadata = make_metadata(classifier, digest, with_preprocessing=config.with_preprocessing)
     on_event(Progress("exporting", 1, 3, "steps"))
     content, outputs, parity = job.verify(model, metadata)
     on_event(Progress("exporting", 2, 3, "steps"))
@@ -108,14 +104,10 @@ def export(
     quantisation: Quantisation | None = None
     trials: tuple[RecipeTrial, ...] = ()
     if config.recipe:
-        quantised, recipe, trials = job.quantise(model, content)
-        if quantised is None:
-            output = config.output or default_output(
-                checkpoint, config.model_copy(update={"int8": False, "int8_recipe": None})
-            )
-        else:
-            quantisation = job.measure_int8(quantised, recipe, outputs)
-            content = file_bytes(quantised, add_quantisation(metadata, quantisation.to_metadata()))
+        content, quantisation, trials = job.quantise(model, metadata, content, outputs)
+        if quantisation is None:
+            config = config.model_copy(update={"int8": False, "int8_recipe": None})
+            output = config.output or default_output(checkpoint, config)
 
     # 4. Measure the loss of accuracy, and write.
     drop = None if config.max_drop is None else job.measure_drop(content, config.max_drop)
@@ -189,6 +181,13 @@ def _load_data(classifier: Classifier, checkpoint: Path, config: ExportConfig, o
         skip_broken=skip_broken,
         on_event=on_event,
     )
+
+
+def _check(classifier: Classifier, images: Splits) -> Splits:
+    problem = data.incompatibility(classifier.classes, classifier.input_size, images.train)
+    if problem:
+        raise KdError(f"the model {problem}", "Pass data that fits with --data.")
+    return images
 
 
 def _write(content: bytes, output: Path) -> tuple[int, str]:

@@ -24,6 +24,7 @@ from kdcli.deploy import int8
 from kdcli.deploy.export.parity import BATCHES, Parity, check_parity, first_differing_layer, run
 from kdcli.deploy.int8 import Quantisation, Quantiser, Recipe, RecipeTrial
 from kdcli.deploy.onnx_model import OnnxRunner
+from kdcli.deploy.onnx_model.metadata import add_quantisation
 from kdcli.deploy.onnx_model.translate import ExportedModule, file_bytes, fix_batch
 from kdcli.models import Classifier
 
@@ -182,49 +183,52 @@ class ExportJob:
         return content, outputs, parity
 
     def quantise(
-        self, model: onnx.ModelProto, float_content: bytes
-    ) -> tuple[onnx.ModelProto | None, str, tuple[RecipeTrial, ...]]:
-        """The int8 network by the given recipe or the best one, the recipe, and the trials of `auto`.
-
-        None where `auto` found no recipe faster than float32.
-        """
-        samples, config = self.samples, self.config
-
-        def batches() -> Iterator[_Inputs]:
-            for start in range(0, len(samples.calibration), _CALIBRATION_BATCH):
-                indices = samples.calibration[start : start + _CALIBRATION_BATCH]
-                self.on_event(Progress("calibrating", start + len(indices), len(samples.calibration)))
-                yield self.inputs(indices)
-
-        quantiser = Quantiser(model, batches)
-        trials: tuple[RecipeTrial, ...] = ()
-        if config.recipe == "auto":
-            reference = self.logits(samples.selection)
-            trials, quantised = int8.search(
-                quantiser, float_content, self.inputs(samples.selection), reference, self.on_event
-            )
-            if quantised is None:
-                return None, "", trials
-            recipe = next(trial.recipe for trial in trials if trial.chosen)
-        else:
-            recipe = str(config.recipe)
-            quantised = quantiser.quantise(Recipe.parse(recipe))
-        return (quantised if config.batch is None else fix_batch(quantised, config.batch)), recipe, trials
-
-    def measure_int8(self, quantised: onnx.ModelProto, recipe: str, reference: Tensor) -> Quantisation:
-        """Agreement and accuracy of an int8 network on the parity images.
+        self, model: onnx.ModelProto, metadata: dict[str, str], float_content: bytes, reference: Tensor
+    ) -> tuple[bytes, Quantisation | None, tuple[RecipeTrial, ...]]:
+        """The int8 file by the given recipe or the best one, its cost, and the trials of `auto`.
 
         Args:
-            reference: the float32 file's outputs for them.
+            float_content: the float32 file; returned, with no cost, where `auto` finds no faster recipe.
+            reference: its outputs for the parity images.
+        """
+        quantiser = Quantiser(model, self._calibration_batches)
+        trials: tuple[RecipeTrial, ...] = ()
+        recipe = str(self.config.recipe)
+        if recipe == "auto":
+            selection = self.samples.selection
+            trials, quantised = int8.search(
+                quantiser, float_content, self.inputs(selection), self.logits(selection), self.on_event
+            )
+            if quantised is None:
+                return float_content, None, trials
+            recipe = next(trial.recipe for trial in trials if trial.chosen)
+        else:
+            quantised = quantiser.quantise(Recipe.parse(recipe))
+        if self.config.batch is not None:
+            quantised = fix_batch(quantised, self.config.batch)
+        quantisation = self._measure_int8(quantised, recipe, reference)
+        metadata = add_quantisation(metadata, quantisation.to_metadata())
+        return file_bytes(quantised, metadata), quantisation, trials
+
+    def _calibration_batches(self) -> Iterator[_Inputs]:
+        calibration = self.samples.calibration
+        for start in range(0, len(calibration), _CALIBRATION_BATCH):
+            indices = calibration[start : start + _CALIBRATION_BATCH]
+            self.on_event(Progress("calibrating", start + len(indices), len(calibration)))
+            yield self.inputs(indices)
+
+    def _measure_int8(self, quantised: onnx.ModelProto, recipe: str, reference: Tensor) -> Quantisation:
+        """Agreement and accuracy of an int8 network on the parity images.
 
         Raises:
             KdError: its outputs are not finite.
         """
+        parity = self.samples.parity
         runner = OnnxRunner(quantised.SerializeToString(), name="the quantised file")
-        outputs = torch.from_numpy(runner.run(self.inputs(self.samples.parity), max(BATCHES)))
-        if not bool(torch.isfinite(outputs).all()) or outputs.shape != reference.shape:
+        outputs = torch.from_numpy(runner.run(self.inputs(parity), max(BATCHES)))
+        if not bool(torch.isfinite(outputs).all()):
             raise KdError("the quantised network gives values that are not finite; no file was written")
-        labels = self.labels(self.samples.parity)
+        labels = self.labels(parity)
         return Quantisation(
             recipe=recipe,
             calibration_images=len(self.samples.calibration),

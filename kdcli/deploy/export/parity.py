@@ -85,10 +85,6 @@ def check_parity(
         complete = level == "all" and batch == max(batches)
         count = len(inputs) if complete else min(len(inputs), 4 * batch)
         outputs = run(runners[level], inputs[:count], batch, probabilities=probabilities)
-        if outputs.shape != expected[:count].shape:
-            raise KdError(
-                f"the exported file gives {tuple(outputs.shape)} instead of {tuple(expected.shape)}"
-            )
         difference = (outputs.double() - expected[:count]).abs().max().item()
         if not difference <= TOLERANCE * scale + 1e-12:  # NaN fails too
             layer = find_layer(inputs[:count][:_LAYER_IMAGES], level)
