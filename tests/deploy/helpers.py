@@ -34,7 +34,7 @@ SPLITS = random_splits()
 
 def classifier(arch: str, preprocess: str = "mean-std", order: str = "rgb", side: int = 16) -> Classifier:
     torch.manual_seed(0)
-    args = {"widths": (4, 8)} if arch == "convnet-tiny" else {}
+    args = {"width": 0.5} if arch == "convnet-tiny" else {}  # widths 4, 8
     network = models.build(arch, classes=5, input_size=(side, side, 3), **args).eval()
     with torch.no_grad():
         for module in network.modules():
