@@ -59,22 +59,18 @@ def convert_caffe(
             on_event=on_event,
         )
         classifier = conversion.classifier
-        if splits and splits.train.input_size != classifier.input_size:
-            raise KdError(
-                f"{model} takes {dims(classifier.input_size)} images, "
-                f"{splits.label} has {dims(splits.train.input_size)}",
-                "Pass matching data with --data.",
-            )
+        if splits:
+            _check_size(model, classifier.input_size, splits)
         # 3. Check against OpenCV, then write.
         images = opencv.check_images(classifier.input_size, train_images)
         agreement = None
         if config.check:
             agreement = opencv.compare_logits(classifier, model, config.prototxt, images, on_event=on_event)
-            if not agreement.holds:
-                raise KdError(
-                    f"OpenCV reads another network from {model}: {agreement.text()}",
-                    "No file was written. Convert without --check to write it anyway.",
-                )
+        if agreement is not None and not agreement.holds:
+            raise KdError(
+                f"OpenCV reads another network from {model}: {agreement.text()}",
+                "No file was written. Convert without --check to write it anyway.",
+            )
         if to_onnx:
             from kdcli.deploy.export import export_classifier
 
@@ -86,15 +82,12 @@ def convert_caffe(
         _ui.json(_to_json(model, target, conversion, agreement))
         return
     _render(conversion, target, agreement)
-    if to_onnx:
-        _ui.next_command(shlex.join(["kd", "bench", target.as_posix()]))
-        return
     command = ["kd", "validate"]
     command += ["--teacher", target.as_posix()] if "output" in options else []
     command += ["--data", config.data] if explicit_data else []
     command += ["--against", str(model)] if source.kind == "caffe" else []
     command += ["--prototxt", str(config.prototxt)] if source.kind == "caffe" and config.prototxt else []
-    _ui.next_command(shlex.join(command))
+    _ui.next_command(shlex.join(["kd", "bench", target.as_posix()] if to_onnx else command))
 
 
 def _target(model: Path, config: ConvertConfig, *, explicit: bool) -> tuple[Path, bool]:
@@ -132,6 +125,14 @@ def _load_data(
             "Set the input size with --image-size, or pass data of that size with --data, or a deploy prototxt "
             "with --prototxt.",
         ) from error
+
+
+def _check_size(model: Path, input_size: tuple[int, int, int], splits: Splits) -> None:
+    if splits.train.input_size != input_size:
+        raise KdError(
+            f"{model} takes {dims(input_size)} images, {splits.label} has {dims(splits.train.input_size)}",
+            "Pass matching data with --data.",
+        )
 
 
 def _render(conversion: Conversion, target: Path, agreement: Agreement | None) -> None:

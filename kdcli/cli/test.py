@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,9 @@ from kdcli.base.config import TestConfig, make
 from kdcli.cli import _ui
 from kdcli.cli._find import data_for, existing_model
 from kdcli.cli._options import options_of
+
+if TYPE_CHECKING:
+    from kdcli.engine import Evaluation
 
 
 @options_of(TestConfig)
@@ -58,6 +61,12 @@ def test(
             }
         )
         return
+    _render(f"{model.name} on {splits.label}", result, loaded.classes)
+    if config.plot is not None:
+        _ui.say(f"wrote {config.plot}")
+
+
+def _render(title: str, result: Evaluation, classes: tuple[str, ...]) -> None:
     low, high = result.accuracy_interval
     rows = [
         ["accuracy, %", f"{result.accuracy:.2f}", f"{low:.2f} – {high:.2f}"],
@@ -71,14 +80,12 @@ def test(
             ["KL from teacher, nats", f"{result.divergence:.4f}", ""],
             ["teacher's accuracy, %", f"{result.teacher_accuracy:.2f}", ""],
         ]
-    _ui.table([f"{model.name} on {splits.label}", f"n = {result.count:,}", "95 % interval"], rows)
+    _ui.table([title, f"n = {result.count:,}", "95 % interval"], rows)
     _ui.say()
     _ui.table(
         ["class", "accuracy, %"],
-        [[name, _ui.percent(value)] for name, value in zip(loaded.classes, result.per_class, strict=True)],
+        [[label, _ui.percent(value)] for label, value in zip(classes, result.per_class, strict=True)],
     )
-    if config.plot is not None:
-        _ui.say(f"wrote {config.plot}")
 
 
 def _recorded_teacher(provenance: dict[str, Any]) -> Path | None:
