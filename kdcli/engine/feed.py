@@ -18,11 +18,11 @@ _RESIDENT_SHARE = 0.25  # of a GPU's free memory that images may take for good
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What a step starts from.
+class Minibatch:
+    """A process's part of a batch.
 
     Attributes:
-        samples: numbers of this process's part of the batch, (B,).
+        samples: numbers of the images, (B,).
         weight: of its mean loss, see `runtime.World.share`.
         count: images in the whole batch, over all processes.
         images: uint8 (B, H, W, C).
@@ -62,8 +62,8 @@ class Feed:
         ):
             self.resident = torch.from_numpy(rows.take(data.images, slice(None))).to(device)
 
-    def batches(self, view: int, parts: Sequence[tuple[Int64, float, int]]) -> Iterator[Inputs]:
-        """The batches of one epoch in order; each part is samples, weight and count of `Inputs`."""
+    def batches(self, view: int, parts: Sequence[tuple[Int64, float, int]]) -> Iterator[Minibatch]:
+        """The batches of one epoch in order; each part is samples, weight and count of `Minibatch`."""
         if self.device.type == "cpu":  # nothing to overlap with: all cores are at work in the step
             yield from (self.make(view, *part) for part in parts)
             return
@@ -75,16 +75,16 @@ class Feed:
                     waiting.append(thread.submit(self.make, view, *parts[number + 1]))
                 yield ready
 
-    def make(self, view: int, samples: Int64, weight: float, count: int) -> Inputs:
+    def make(self, view: int, samples: Int64, weight: float, count: int) -> Minibatch:
         """One batch."""
         images = augment.make_view(self.augment_name, self._take, self.seed, view, samples, self.pool)
         labels = self.labels[torch.from_numpy(samples).to(self.device)]
         mixed = augment.mixing(self.augment_name, self.seed, view, samples, self.pool)
         if mixed is None:
-            return Inputs(samples, weight, count, images, labels)
+            return Minibatch(samples, weight, count, images, labels)
         others = self.labels[torch.from_numpy(mixed.partners).to(self.device)]
         shares = torch.from_numpy(mixed.shares).to(self.device)
-        return Inputs(samples, weight, count, images, labels, others, shares)
+        return Minibatch(samples, weight, count, images, labels, others, shares)
 
     def _take(self, samples: Int64) -> Tensor:
         """Raw images uint8 (B, H, W, C), copied out of what may be a memory map."""

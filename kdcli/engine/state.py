@@ -1,4 +1,4 @@
-"""Where a run stands: what is saved, how often, and how it is found again."""
+"""Position of a run: what is saved of it, how often, and how it is restored."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class State:
         return asdict(self)
 
 
-class Due:
-    """When the state is to be saved."""
+class SaveSchedule:
+    """When the state is saved, from --save-every."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.number, self.unit = config.saving
@@ -77,12 +77,12 @@ class Due:
             epoch % self.number == 0 if self.unit == "epochs" else self.after_step(step)
         )
 
-    def done(self) -> None:
-        """The state has been saved."""
+    def saved(self) -> None:
+        """Restart the clock."""
         self.last = time.monotonic()
 
 
-def newest(run: RunDir, on_event: OnEvent) -> tuple[Path, Checkpoint] | None:
+def load_newest(run: RunDir, on_event: OnEvent) -> tuple[Path, Checkpoint] | None:
     """The newest state that can be read; None if none was ever written.
 
     Raises:

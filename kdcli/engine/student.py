@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -9,15 +11,17 @@ import numpy.typing as npt
 import torch
 
 from kdcli import data, methods, models
+from kdcli.base.cache import cache_folder
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import OnEvent
-from kdcli.data import ImageSet
-from kdcli.engine.plan import fitted_preprocess
+from kdcli.data import ImageSet, preprocess
+from kdcli.data.preprocess import Preprocess
 from kdcli.methods import TrainConfig
-from kdcli.models import Classifier
+from kdcli.models import Classifier, checkpoint
 from kdcli.models.feature_extractor import find_stages
 
 Int64 = npt.NDArray[np.int64]
+_CONSTANTS_VERSION = 1  # raise it when a preprocessing's fit gives other constants
 
 
 def make_student(
@@ -70,12 +74,30 @@ def _fresh(config: TrainConfig, train: ImageSet, samples: Int64, on_event: OnEve
     )
     return Classifier(
         network.to(memory_format=torch.channels_last),
-        fitted_preprocess(config, train, samples, on_event),
+        _fitted_preprocess(config, train, samples, on_event),
         arch=config.student,
         arch_args=arguments,
         classes=train.classes,
         input_size=train.input_size,
     )
+
+
+def _fitted_preprocess(config: TrainConfig, train: ImageSet, samples: Int64, on_event: OnEvent) -> Preprocess:
+    """The student's preprocessing; its constants are measured on these samples once and cached."""
+    recipe = {
+        "version": _CONSTANTS_VERSION,
+        "preprocess": config.preprocess,
+        "data": train.fingerprint,
+        "samples": hashlib.sha256(samples.tobytes()).hexdigest(),
+    }
+    path = cache_folder(config.cache_dir, "preprocess", recipe).with_suffix(".pt")
+    spec = checkpoint.load_plain(path)
+    if spec is not None:
+        return preprocess.from_spec(spec)
+    made = preprocess.fit(config.preprocess, train.images, samples, on_event=on_event)
+    with suppress(KdError):  # without a place to keep it, it is measured again
+        checkpoint.save_plain(path, made.spec())
+    return made
 
 
 def _stored(config: TrainConfig, train: ImageSet) -> Classifier:

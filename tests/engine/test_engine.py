@@ -22,7 +22,7 @@ from kdcli.base.recipes import RECIPES, read_recipe
 from kdcli.data import Splits, incompatibility
 from kdcli.data.split import split
 from kdcli.engine import RunDir, RunResult, fit, read_metrics
-from kdcli.engine.output import Output
+from kdcli.engine.output_scale import OutputScale
 from kdcli.engine.plan import resolve
 from kdcli.engine.schedule import learning_rate
 from kdcli.methods import TrainConfig
@@ -340,7 +340,7 @@ def test_a_regressing_student_starts_at_the_teachers_mean_and_spread(workplace: 
 def test_folding_changes_no_logit() -> None:
     random = np.random.default_rng(0)
     targets = (random.normal(size=(50, 4)) * 9 + [10, 20, 30, 40]).astype(np.float32)
-    output = Output.of(CachedLogits((targets,), (1.0,), 4), np.arange(50), torch.device("cpu"))
+    output = OutputScale.of(CachedLogits((targets,), (1.0,), 4), np.arange(50), torch.device("cpu"))
     np.testing.assert_allclose(output.shift.numpy(), targets.mean(axis=0), rtol=1e-6)
     assert output.scale == pytest.approx(np.sqrt(np.mean(targets.var(axis=0))))
     network = models.build("convnet-tiny", classes=4, input_size=(8, 8, 1)).eval()
@@ -598,26 +598,6 @@ def test_unknown_augmentations_are_refused(wrong: str) -> None:
 
 def test_steps_of_an_augmentation_have_one_order() -> None:
     assert config(augment="mixup-crop-flip").augment == "flip-crop-mixup"
-
-
-def test_the_update_is_torchs_own(workplace: Path) -> None:
-    """Only hooks and what is there for the compiler are left out."""
-    from kdcli.base.runtime import plain_step
-
-    networks = [nn.Linear(3, 2), nn.Linear(3, 2)]
-    networks[1].load_state_dict(networks[0].state_dict())
-    for kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
-        one, two = (kind(network.parameters(), lr=0.1, fused=True) for network in networks)
-        update = plain_step(two)
-        for number in range(3):
-            for network in networks:
-                network.zero_grad()
-                network(torch.full((4, 3), number + 1.0)).square().sum().backward()
-            one.step()
-            update()
-        assert all(
-            torch.equal(a, b) for a, b in zip(networks[0].parameters(), networks[1].parameters(), strict=True)
-        )
 
 
 def test_an_accelerator_that_is_not_here_is_refused(workplace: Path, splits: Splits) -> None:

@@ -283,7 +283,7 @@ def test_saving_by_the_clock(workplace: Path, monkeypatch: pytest.MonkeyPatch) -
 
     now = [0.0]
     monkeypatch.setattr(state.time, "monotonic", lambda: now[0])
-    due = state.Due(config(save_every="10min"))
+    due = state.SaveSchedule(config(save_every="10min"))
     assert not due.after_step(1)
     now[0] = 599.0
     assert not due.after_step(2)
@@ -291,9 +291,9 @@ def test_saving_by_the_clock(workplace: Path, monkeypatch: pytest.MonkeyPatch) -
     now[0] = 600.0
     assert due.after_step(3)
     assert due.after_epoch(1, 3)
-    due.done()
+    due.saved()
     assert not due.after_step(4)
-    never = state.Due(config(save_every="0"))
+    never = state.SaveSchedule(config(save_every="0"))
     assert not never.after_epoch(1, 1)
 
 

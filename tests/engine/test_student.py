@@ -19,7 +19,7 @@ from kdcli.cli import test, train
 from kdcli.data import Splits
 from kdcli.deploy import export
 from kdcli.engine import RunDir, fit, read_metrics
-from kdcli.engine.output import Output
+from kdcli.engine.output_scale import OutputScale
 from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint
 from tests.caffe_files import convert, field, layer, net, write
@@ -119,7 +119,7 @@ def test_unfolding_undoes_folding() -> None:
     network.add_module("out", nn.Linear(4, 3))
     network.head = "out"  # type: ignore[assignment]
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
-    output = Output(torch.tensor([3.0, -2.0, 10.0]), 7.0)
+    output = OutputScale(torch.tensor([3.0, -2.0, 10.0]), 7.0)
     wanted = network(x)
     output.unfold(network)
     torch.testing.assert_close(output(network(x)), wanted)

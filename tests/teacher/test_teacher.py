@@ -211,9 +211,9 @@ def targets_seen(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> list[tuple
     seen: list[tuple[Any, ...]] = []
     original = step.Step._step
 
-    def watch(self: Any, inputs: Any, epoch: int, rate: float, done: float, told: Any) -> torch.Tensor:
-        seen.append((epoch, inputs.samples, inputs.images.clone(), told[0].clone()))
-        return original(self, inputs, epoch, rate, done, told)
+    def watch(self: Any, batch: Any, epoch: int, rate: float, done: float, targets: Any) -> torch.Tensor:
+        seen.append((epoch, batch.samples, batch.images.clone(), targets[0].clone()))
+        return original(self, batch, epoch, rate, done, targets)
 
     monkeypatch.setattr(step.Step, "_step", watch)
     fit(config(teacher=Path("t.pt"), method="kd", **settings), make_splits())

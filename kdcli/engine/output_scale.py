@@ -14,7 +14,7 @@ from kdcli.teacher import CachedLogits
 
 
 @dataclass(frozen=True)
-class Output:
+class OutputScale:
     """logits = shift + scale · network(x), with the mean and spread of the teacher's logits.
 
     Regression has to reach the teacher's values, and a network starts near 0 with steps made for logits of a few
@@ -31,7 +31,7 @@ class Output:
     scale: float
 
     @classmethod
-    def of(cls, outputs: CachedLogits, samples: npt.NDArray[np.int64], device: torch.device) -> Output:
+    def of(cls, outputs: CachedLogits, samples: npt.NDArray[np.int64], device: torch.device) -> OutputScale:
         """From the teacher's logits for the training images."""
         total = sum(chunk.sum(axis=0) for chunk in outputs.chunks(samples))
         mean = np.asarray(total / len(samples))  # (C,)

@@ -18,7 +18,7 @@ from kdcli.engine.tensorboard import Board, board
 from kdcli.methods import TrainConfig
 
 
-class Record:
+class Recorder:
     """Sums of the terms over an epoch, on the device that computes them; nothing waits for it but what is written."""
 
     def __init__(
