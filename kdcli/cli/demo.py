@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 # Settings of the runs, all of them options of kd train.
 TEACHER = {"method": "ce", "student": "convnet-large", "epochs": 20, "batch_size": 64, "lr": 3e-3}
 METHODS = ("ce", "logits", "noisy", "kd")
-METHODS = ("ce", "logits", "noisy", "kd")
 STUDENT = {"student": "convnet-tiny", "epochs": 60, "batch_size": 64, "lr": 1e-2}
 TEACHER_FILE = Path("weights/teacher.pt")
 COMMON = {"data": "digits", "val_fraction": 0.15}

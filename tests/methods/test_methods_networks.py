@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ PAIRS = {
     "vgg13": ("vgg8", "mobilenetv2-half"),
     "nin": ("lenet", "convnet-small"),
 }
-COMBINED = ("kd+at", "dkd+vid+ls", "noisy+crd")
+COMBINED = ("kd+at", "dkd+vid+ls", "noisy+crd", "crd+reviewkd")
+QUICK_TEACHERS = ("vgg13", "nin")
+ONE_PAIR, ONE_METHOD = ("vgg13", "vgg8"), "crd+reviewkd"  # the pair is quick; the method has two adapters
 
 
 @pytest.fixture(scope="module")
@@ -66,18 +69,24 @@ def state_of(run: RunDir) -> str:
     return checkpoint.digest([stored.state_dict, stored.training], CLOCKS)
 
 
-@pytest.mark.parametrize("method", [*methods.METHODS, *COMBINED])
-@pytest.mark.parametrize(
-    ("teacher", "student"), [(teacher, name) for teacher, names in PAIRS.items() for name in names]
-)
+def cases() -> Iterator[Any]:
+    """Each method on one pair, some pairs with one method, and, slow, all others."""
+    pairs = [(teacher, student) for teacher, students in PAIRS.items() for student in students]
+    for method in (*methods.METHODS, *COMBINED):
+        for pair in pairs:
+            quick = pair == ONE_PAIR or (method == ONE_METHOD and pair[0] in QUICK_TEACHERS)
+            yield pytest.param(method, *pair, marks=() if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("method", "teacher", "student"), cases())
 def test_two_steps_an_exact_resume_and_nothing_but_the_student_in_its_file(
     workplace: Path,
     monkeypatch: pytest.MonkeyPatch,
     splits: Splits,
     teachers: dict[str, Path],
+    method: str,
     teacher: str,
     student: str,
-    method: str,
 ) -> None:
     monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
     settings: dict[str, Any] = {
@@ -109,7 +118,13 @@ def test_two_steps_an_exact_resume_and_nothing_but_the_student_in_its_file(
     assert stored.training is None
 
 
-@pytest.mark.parametrize("method", [*methods.METHODS, *COMBINED])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=() if name == ONE_METHOD else pytest.mark.slow)
+        for name in (*methods.METHODS, *COMBINED)
+    ],
+)
 def test_a_student_of_each_method_is_exported_alone(workplace: Path, method: str) -> None:
     """The ONNX file gives what the checkpoint gives, and has the weights of the bare network and no others."""
     small = make_splits(train=24, test=6, size=(16, 16, 3))
