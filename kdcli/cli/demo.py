@@ -45,16 +45,14 @@ def demo(**options: Any) -> None:
     _clear(config.output)
     started = time.monotonic()
     try:
-        with (
-            contextlib.chdir(config.output),
-            _ui.progress() as on_event,
-        ):  # paths are as a user would type them
-            outcome = _run(config, on_event)
+        with contextlib.chdir(config.output):  # the runs read their files by relative paths
+            with _ui.progress() as on_event:
+                outcome = _run(config, on_event)
+            _render(config.output, outcome, time.monotonic() - started)
     except Interrupted as stopped:
         raise Interrupted(
             "kd demo was stopped", "Rerun it: it starts from the beginning.", exit_code=stopped.exit_code
         ) from stopped
-    _render(config.output, outcome, time.monotonic() - started)
 
 
 def _clear(folder: Path) -> None:
