@@ -32,7 +32,11 @@ PAIRS = {
     "nin": ("lenet", "convnet-small"),
 }
 COMBINED = ("kd+at", "dkd+vid+ls", "noisy+crd", "crd+reviewkd")
-QUICK_TEACHERS = ("vgg13", "nin")
+# oneDNN of torch 2.14 corrupts memory on CPUs without AVX-512 in the backward pass of strided 1×1 convolutions with
+# fewer than 8 input channels: these families are less narrow
+WIDTHS = {"wrn-40-2": 0.5, "wrn-16-2": 0.5, "wrn-40-1": 0.5, "resnet32x4": 0.25, "resnet8x4": 0.25}
+WIDTHS |= dict.fromkeys(("resnet20", "resnet32", "resnet56", "resnet110"), 0.5)
+NARROW = 0.125
 ONE_PAIR, ONE_METHOD = ("vgg13", "vgg8"), "crd+reviewkd"  # the pair is quick; the method has two adapters
 
 
@@ -50,7 +54,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory, splits: Splits) -> dict[s
 
 def write_teacher(path: Path, name: str, train: ImageSet, seed: int = 1) -> Path:
     torch.manual_seed(seed)
-    arguments = {"width": 0.125}
+    arguments = {"width": WIDTHS.get(name, NARROW)}
     network = models.build(name, classes=3, input_size=train.input_size, **arguments)
     preprocess = fit_preprocess("mean-std", train.images, np.arange(len(train)))
     Classifier(
@@ -70,11 +74,11 @@ def state_of(run: RunDir) -> str:
 
 
 def cases() -> Iterator[Any]:
-    """Each method on one pair, some pairs with one method, and, slow, all others."""
+    """Each method on one pair, each pair with one method, and, slow, all others."""
     pairs = [(teacher, student) for teacher, students in PAIRS.items() for student in students]
     for method in (*methods.METHODS, *COMBINED):
         for pair in pairs:
-            quick = pair == ONE_PAIR or (method == ONE_METHOD and pair[0] in QUICK_TEACHERS)
+            quick = pair == ONE_PAIR or method == ONE_METHOD
             yield pytest.param(method, *pair, marks=() if quick else pytest.mark.slow)
 
 
@@ -93,7 +97,7 @@ def test_two_steps_an_exact_resume_and_nothing_but_the_student_in_its_file(
         "method": method,
         "teacher": teachers[teacher],
         "student": student,
-        "width": 0.125,
+        "width": WIDTHS.get(student, NARROW),
         "epochs": 1,
         "batch_size": 4,
         "lr": 1e-3,
@@ -112,7 +116,7 @@ def test_two_steps_an_exact_resume_and_nothing_but_the_student_in_its_file(
     fit(run.read_config(), splits, resume=run)
 
     assert state_of(run) == state_of(whole.run)
-    bare = models.build(student, classes=3, input_size=(32, 32, 3), width=0.125)
+    bare = models.build(student, classes=3, input_size=(32, 32, 3), width=settings["width"])
     stored = checkpoint.load(whole.run.student)
     assert set(stored.state_dict) == set(bare.state_dict())
     assert stored.training is None
