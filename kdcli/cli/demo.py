@@ -120,10 +120,10 @@ def _run(config: DemoConfig, on_event: OnEvent) -> _Outcome:
     page = report.make_report(
         [result.run.path for result in results],
         make(ReportConfig, {"output": Path("report.html"), "threads": config.threads}),
-        speed=speed.of_bench(measured.rows, measured.threads, measured.environment, measured.notes),
+        speed=speed.of_bench(measured),
         on_event=_titled("4/4 report", on_event),
     )
-    report.write_report(page, Path("report.html"))
+    write_text(Path("report.html"), page.html)
     return _Outcome(results, best, exports, list(measured.rows))
 
 

@@ -10,6 +10,7 @@ import typer
 from kdcli.base import units
 from kdcli.base.config import ReportConfig, make
 from kdcli.base.errors import KdError, UsageError
+from kdcli.base.files import write_text
 from kdcli.cli import _ui
 from kdcli.cli._options import options_of
 
@@ -48,7 +49,7 @@ def report(
     if config.no_images:
         _ui.note_ignored(options, ("thumbnails",), "with --no-images")
     from kdcli.base import runtime
-    from kdcli.report import gather, make_report, write_report
+    from kdcli.report import gather, make_report
 
     runtime.set_threads(config.threads)
     folders = gather.folders(runs or [])
@@ -57,7 +58,7 @@ def report(
         made = make_report(
             folders, config, others=exports, comparisons=gather.comparisons(runs or []), on_event=on_event
         )
-    write_report(made, config.output)
+    write_text(config.output, made.html)
     _show(made, config)
 
 

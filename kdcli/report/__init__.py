@@ -1,7 +1,7 @@
 """Figures and pages from results."""
 
 from kdcli.report.figures import comparison, confusion, curves, pareto, pareto_front
-from kdcli.report.page import Report, make_report, write_report
+from kdcli.report.page import Report, make_report
 
 __all__ = [
     "Report",
@@ -11,5 +11,4 @@ __all__ = [
     "make_report",
     "pareto",
     "pareto_front",
-    "write_report",
 ]

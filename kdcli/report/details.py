@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,7 @@ def details_of(section: Section) -> dict[str, Any]:
     run, found, evaluation = section.run, section.examined, section.evaluation
     teacher = found.teacher
     count = len(run.classes)
-    rows = _class_rows(run.classes, evaluation, teacher.evaluation if teacher else None)
+    classes = _class_rows(run.classes, evaluation, teacher.evaluation if teacher else None)
     matrix = reliability = None
     if MAX_TABLE < count <= MAX_IMAGE:
         matrix = embed(
@@ -58,15 +57,15 @@ def details_of(section: Section) -> dict[str, Any]:
     most_frequent, pair_count = pairs(evaluation.confusion)
     return {
         "section": section,
-        "classes": rows,
+        "classes": classes,
         "class_count": count,
-        "max_difference": max((abs(row["difference"] or 0) for row in rows), default=0) or 1,
+        "max_difference": max((abs(row["difference"] or 0) for row in classes), default=0) or 1,
         "cells": _cells(evaluation.confusion) if count <= MAX_TABLE else None,
         "matrix": matrix,
         "pairs": most_frequent,
         "pair_count": pair_count,
         "reliability": reliability,
-        "commands": _commands(run, recorded_teacher(run)[0]),
+        "commands": _commands(run),
         "missing": missing(section),
     }
 
@@ -88,11 +87,11 @@ def _class_rows(
                 "difference": own - other if own is not None and other is not None else None,
             }
         )
-    if len(rows) <= MAX_CLASSES:
-        return rows
-    if teacher:
-        return sorted(rows, key=lambda row: -abs(row["difference"] or 0))[:MAX_CLASSES]
-    return sorted(rows, key=lambda row: 101 if row["student"] is None else row["student"])[:MAX_CLASSES]
+    if len(rows) > MAX_CLASSES and teacher:
+        rows.sort(key=lambda row: -abs(row["difference"] or 0))
+    elif len(rows) > MAX_CLASSES:
+        rows.sort(key=lambda row: 101 if row["student"] is None else row["student"])
+    return rows[:MAX_CLASSES]
 
 
 def _cells(matrix: Sequence[Sequence[int]]) -> list[list[dict[str, Any]]]:
@@ -110,21 +109,15 @@ def _cells(matrix: Sequence[Sequence[int]]) -> list[list[dict[str, Any]]]:
     ]
 
 
-def _commands(run: Run, teacher: Path | None) -> list[str]:
-    student = path_argument(run.student)
-    compared = [path_argument(teacher)] if teacher is not None else []
+def _commands(run: Run) -> list[str]:
+    teacher, student = recorded_teacher(run)[0], run.student.as_posix()
+    compared = [teacher.as_posix()] if teacher is not None else []
     return [
-        shlex.join(["kd", "train", "--config", path_argument(run.folder / "config.toml")]),
+        shlex.join(["kd", "train", "--config", (run.folder / "config.toml").as_posix()]),
         shlex.join(["kd", "test", student]),
         shlex.join(["kd", "export", student]),
         shlex.join(["kd", "bench", *compared, student]),
     ]
-
-
-def path_argument(path: Path) -> str:
-    """A path as an argument of a command; a leading hyphen would make it an option."""
-    text = path.as_posix()
-    return f"./{text}" if text.startswith("-") else text
 
 
 def missing(section: Section) -> list[str]:
@@ -148,15 +141,10 @@ def pairs(
     counts = np.asarray(matrix, dtype=np.int64)
     totals = counts.sum(axis=1)
     np.fill_diagonal(counts, 0)
-    found = np.argwhere(counts)
-    order = np.argsort(-counts[counts > 0], kind="stable")[:limit]
-    most_frequent = [
-        (
-            int(true),
-            int(predicted),
-            int(counts[true, predicted]),
-            float(100 * counts[true, predicted] / totals[true]),
-        )
-        for true, predicted in found[order]
-    ]
-    return most_frequent, len(found)
+    number = int(np.count_nonzero(counts))
+    order = np.argsort(-counts, axis=None, kind="stable")[: min(limit, number)]
+    most_frequent = []
+    for true, predicted in zip(*np.unravel_index(order, counts.shape), strict=True):
+        count = counts[true, predicted]
+        most_frequent.append((int(true), int(predicted), int(count), float(100 * count / totals[true])))
+    return most_frequent, number

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,7 +23,6 @@ from kdcli.engine.records import Evaluation
 from kdcli.report.gather import Run
 from kdcli.teacher import Teacher, teachers_of
 
-MAX_CLASSES = 5_000  # the confusion matrix of more takes gigabytes
 BINS = 15  # as in metrics.calibration_error
 
 
@@ -86,7 +84,7 @@ class Examined:
     no_teacher: str = ""
     other_teacher: bool = False
     is_teacher: bool = False
-    outcomes: tuple[int, int, int, int] | None = None
+    outcomes: tuple[int, ...] = ()
     disagreements: int = 0
     examples: tuple[Disagreement, ...] = ()
     notes: tuple[str, ...] = ()
@@ -125,13 +123,6 @@ def reliability(logits: Tensor, labels: Tensor) -> tuple[ConfidenceBin, ...]:
     return tuple(found)
 
 
-def evenly_spaced(count: int, limit: int) -> npt.NDArray[np.int64]:
-    """At most `limit` of the numbers below `count`, first and last among them."""
-    if count <= limit:
-        return np.arange(count)
-    return np.linspace(0, count - 1, limit).round().astype(np.int64)
-
-
 def recorded_teacher(run: Run) -> tuple[Path | None, str]:
     """Path and SHA-256 of the teacher a run learned from; None for no teacher or several."""
     found = teachers_of(run.provenance)
@@ -149,10 +140,8 @@ class _Examiner:
         self.evaluated: dict[tuple[str, str], tuple[Tensor, TeacherFigures]] = {}
         recorded = [recorded_teacher(run) for run in runs]
         self.teachers = {sha256: path for path, sha256 in recorded if path is not None}
-        if config.teacher is not None and config.teacher.is_file():
+        if config.teacher is not None:
             self.teachers = {self.sha256(config.teacher): config.teacher}
-        elif config.teacher is not None:
-            self.teachers = {}
 
     def examine(self, run: Run) -> Examined:
         """Evaluate one run.
@@ -161,9 +150,6 @@ class _Examiner:
             KdError: model or data cannot be read.
         """
         # 1. The student on the test images of its data
-        classes = len(run.classes)
-        if classes > MAX_CLASSES:
-            raise KdError(f"{classes:,} classes are more than the {MAX_CLASSES:,} a report measures")
         spec, skip_broken = data.source_for(
             run.student, run.provenance, self.config.data, self.config.skip_broken
         )
@@ -181,39 +167,30 @@ class _Examiner:
         notes = ("These are not the test images that were measured when the run ended.",) if changed else ()
         found = Examined(label=splits.label, bins=reliability(logits, labels), notes=notes)
         # 2. Its teacher on the same images
-        path, no_teacher = self._teacher_of(run)
-        if path is not None:
-            try:
-                teacher_logits, figures = self._teacher(path, test)
-            except KdError as error:
-                path, no_teacher = None, error.message
-        if path is None:
+        try:
+            teacher_logits, figures = self._teacher(self._teacher_of(run), test)
+        except KdError as error:
             is_teacher = self.sha256(run.student) in self.teachers
             return replace(
                 found,
                 evaluation=measure(logits, labels),
                 is_teacher=is_teacher,
-                no_teacher="" if is_teacher else no_teacher,
+                no_teacher="" if is_teacher else error.message,
             )
-        # 3. Where they differ
+        # 3. Images with different predictions
         predicted, expected = logits.argmax(dim=1), teacher_logits.argmax(dim=1)
-        outcomes = Counter(zip((predicted == labels).tolist(), (expected == labels).tolist(), strict=True))
+        own, other = predicted == labels, expected == labels
         different = (predicted != expected).nonzero().flatten().numpy()
-        limit = 0 if self.config.no_images else self.config.thumbnails
-        chosen = different[evenly_spaced(len(different), limit)]
+        limit = 0 if self.config.no_images else min(self.config.thumbnails, len(different))
+        evenly_spaced = np.linspace(0, len(different) - 1, limit).round().astype(np.int64)
         return replace(
             found,
             evaluation=measure(logits, labels, teacher_logits),
             teacher=figures,
             other_teacher=recorded_teacher(run)[0] is None,
-            outcomes=(
-                outcomes[True, True],
-                outcomes[True, False],
-                outcomes[False, True],
-                outcomes[False, False],
-            ),
+            outcomes=tuple(int(n.sum()) for n in (own & other, own & ~other, ~own & other, ~own & ~other)),
             disagreements=len(different),
-            examples=_disagreements(splits, logits, teacher_logits, chosen),
+            examples=_disagreements(splits, logits, teacher_logits, different[evenly_spaced]),
         )
 
     def _splits(self, spec: str, size: tuple[int, int, int], skip_broken: bool) -> Splits:
@@ -231,10 +208,11 @@ class _Examiner:
         if isinstance(event, Progress):
             self.on_event(event)
 
-    def _teacher_of(self, run: Run) -> tuple[Path | None, str]:
-        """The teacher to compare with, or None and the reason.
+    def _teacher_of(self, run: Run) -> Path:
+        """The teacher to compare with: --teacher, the run's own, or the only one that other runs learned from.
 
-        In this order: --teacher, the run's own, the only one that other runs learned from.
+        Raises:
+            KdError: there is none; the message is the reason.
         """
         path, sha256 = recorded_teacher(run)
         if self.config.teacher is not None:
@@ -242,15 +220,15 @@ class _Examiner:
         elif path is None:
             if len(self.teachers) != 1:
                 learned = "several teachers" if len(teachers_of(run.provenance)) > 1 else "no teacher"
-                return None, f"It learned from {learned}; pass one with --teacher to compare with it."
+                raise KdError(f"It learned from {learned}; pass one with --teacher to compare with it.")
             [(sha256, path)] = self.teachers.items()
         if not path.is_file():
-            return None, f"The teacher {path} does not exist; pass it with --teacher."
+            raise KdError(f"The teacher {path} does not exist; pass it with --teacher.")
         if sha256 and self.sha256(path) != sha256:
-            return None, f"{path} is not the teacher this run learned from; pass that with --teacher."
+            raise KdError(f"{path} is not the teacher this run learned from; pass that with --teacher.")
         if self.sha256(path) == self.sha256(run.student):
-            return None, "It is the teacher."
-        return path, ""
+            raise KdError("It is the teacher.")
+        return path
 
     def _teacher(self, path: Path, test: data.ImageSet) -> tuple[Tensor, TeacherFigures]:
         """Test logits (N, C) and figures of a teacher."""

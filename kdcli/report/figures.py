@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kdcli.base.errors import KdError
 from kdcli.base.plotting import BLUE, FRONT, GREEN, GRID, INK, ORANGE, Target, drawn_to, shown
 from kdcli.deploy.bench import Row
-from kdcli.engine.records import Metrics, epoch_lines
+from kdcli.engine.records import epoch_lines
 from kdcli.studies.compare import Comparison
 
 if TYPE_CHECKING:
@@ -41,7 +41,12 @@ def curves(metrics_path: Path, target: Target) -> None:
             panels[0].legend(frameon=False, ncols=4, loc="upper right", fontsize=9)
         panels[0].set_ylabel("training loss")
         if validated:
-            _validation(panels[1], validated)
+            values = [line.val_accuracy or 0.0 for line in validated]
+            _line(panels[1], [line.epoch for line in validated], values, GREEN, "validation")
+            panels[1].set_ylabel("validation accuracy, %")
+            best = validated[values.index(max(values))].epoch
+            title = f"best {max(values):.2f} % at epoch {best}, last {values[-1]:.2f} %"
+            panels[1].set_title(title, fontsize=9, loc="right")
         panels[-1].set_xlabel("epoch")
         panels[-1].xaxis.get_major_locator().set_params(integer=True)
         for panel in panels:
@@ -110,20 +115,13 @@ def pareto(rows: Sequence[Row], target: Target, size: tuple[float, float] = (7.2
         axes = figure.add_subplot()
         axes.set_xscale("log")
         front = pareto_front(known)
-        axes.plot(
-            [row.latency_ms for row in front],
-            [row.accuracy or 0 for row in front],
-            color=FRONT,
-            linewidth=1.5,
-            zorder=1,
-        )
+        axes.plot(*_coordinates(front), color=FRONT, linewidth=1.5, zorder=1)
         for engine, colour in (("torch", ORANGE), ("onnxruntime", BLUE)):
             own = [row for row in known if row.engine == engine]
             if not own:
                 continue
             axes.scatter(
-                [row.latency_ms for row in own],
-                [row.accuracy or 0 for row in own],
+                *_coordinates(own),
                 s=[30 + 1200 * row.network_bytes / largest for row in own],
                 color=colour,
                 alpha=0.55,
@@ -136,13 +134,8 @@ def pareto(rows: Sequence[Row], target: Target, size: tuple[float, float] = (7.2
         sources = {row.accuracy_source for row in known}
         axes.set_ylabel("test accuracy, %" + (" (as recorded)" if sources == {"recorded"} else ""))
         axes.grid(color=GRID, linewidth=0.6)
-        legend = axes.legend(
-            frameon=False,
-            loc="lower right",
-            bbox_to_anchor=(1, 1),
-            ncols=3,
-            title="area: size; outlined: teacher",
-        )
+        title = "area: size; outlined: teacher"
+        legend = axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, title=title)
         for handle in legend.legend_handles:
             if handle is not None:
                 handle.set_sizes([60])  # type: ignore[attr-defined]
@@ -163,9 +156,8 @@ def comparison(found: Comparison, target: Target, width: float = 8.4) -> None:
         left, right = figure.subplots(1, 2, sharey=True)
         for place, row in enumerate(rows):
             own = list(found.accuracies(row.method).values())
-            _spread(
-                left, place, own, row.test_mean or 0.0, row.test_interval, INK if row.is_baseline else BLUE
-            )
+            colour = INK if row.is_baseline else BLUE
+            _spread(left, place, own, row.test_mean or 0.0, row.test_interval, colour)
             if row.difference is not None:
                 points = [value for _, value in row.difference.by_seed]
                 colour = {"better": GREEN, "worse": ORANGE}.get(row.verdict, BLUE)
@@ -211,16 +203,6 @@ def _line(
     axes.plot(numbers, values, color=colour, linewidth=width, label=label, marker=marker, markersize=3)
 
 
-def _validation(axes: Axes, epochs: list[Metrics]) -> None:
-    """Draw validation accuracy; the title gives the best and the last."""
-    values = [line.val_accuracy or 0.0 for line in epochs]
-    _line(axes, [line.epoch for line in epochs], values, GREEN, "validation")
-    axes.set_ylabel("validation accuracy, %")
-    best = epochs[values.index(max(values))].epoch
-    title = f"best {max(values):.2f} % at epoch {best}, last {values[-1]:.2f} %"
-    axes.set_title(title, fontsize=9, loc="right")
-
-
 def _write_cells(axes: Axes, shares: Any) -> None:
     for row, values in enumerate(shares):
         for column, value in enumerate(values):
@@ -229,12 +211,15 @@ def _write_cells(axes: Axes, shares: Any) -> None:
                 axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
 
 
+def _coordinates(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+    return [row.latency_ms for row in rows], [row.accuracy or 0 for row in rows]
+
+
 def _frame(axes: Axes, rows: Sequence[Row]) -> None:
     """Set limits with room for discs and names."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    times = [row.latency_ms for row in rows]
-    shares = [row.accuracy or 0 for row in rows]
+    times, shares = _coordinates(rows)
     axes.set_xlim(min(times) / 1.8, max(times) * 2.6)
     axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -260,26 +245,21 @@ def _name_points(axes: Axes, rows: Sequence[Row], front: Sequence[Row], largest:
     for row, x, y, radius in discs:
         name = shown(row.name)
         width, height, gap = 5.2 * len(name), 11.0, radius + 3
-        places = [
+        choices = []
+        for left, low in (
             (gap, -height / 2),
             (-width / 2, gap),
             (-width / 2, -gap - height),
             (-gap - width, -height / 2),
             (gap * 0.7, gap * 0.7),
             (gap * 0.7, -gap * 0.7 - height),
-        ]
-        boxes = [(x + left, y + low, x + left + width, y + low + height) for left, low in places]
-        best = min(
-            range(len(places)), key=lambda index: sum(_overlap(boxes[index], other) for other in occupied)
-        )
-        occupied.append(boxes[best])
-        axes.annotate(
-            name,
-            (row.latency_ms, row.accuracy or 0),
-            xytext=(places[best][0], places[best][1] + 2),
-            textcoords="offset points",
-            fontsize=8.5,
-        )
+        ):
+            box = (x + left, y + low, x + left + width, y + low + height)
+            choices.append((sum(_overlap(box, other) for other in occupied), (left, low + 2), box))
+        _, offset, box = min(choices, key=lambda choice: choice[0])
+        occupied.append(box)
+        point = (row.latency_ms, row.accuracy or 0)
+        axes.annotate(name, point, xytext=offset, textcoords="offset points", fontsize=8.5)
 
 
 _Box = tuple[float, float, float, float]  # left, bottom, right, top

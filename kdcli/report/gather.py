@@ -7,19 +7,19 @@ import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from kdcli.base.errors import KdError
-from kdcli.base.text import reason
+from kdcli.base.text import first_line
 from kdcli.engine.records import RunResult, epoch_lines, read_result
 from kdcli.engine.run_dir import RunDir
 from kdcli.models import checkpoint
 
 COMPARISON = "comparison.json"
 _MAX_SETTINGS_BYTES = 1 << 20  # of config.toml and environment.json
-_MAX_SETTINGS = 200
-_MAX_DEPTH = 8
+_MAX_SETTINGS = 200  # values of each
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Run:
     problems: tuple[str, ...]
 
 
-def folders(named: Sequence[Path], runs_dir: Path = Path("runs")) -> list[Path]:
+def folders(named: Sequence[Path]) -> list[Path]:
     """Run folders: those named (a student.pt stands for its folder, a comparison for its runs), else all below
-    `runs_dir`, or, where there are none, those of all comparisons.
+    runs/, or, where there are none, those of all comparisons.
 
     Raises:
         KdError: a named one does not exist, or there are none.
@@ -68,16 +68,17 @@ def folders(named: Sequence[Path], runs_dir: Path = Path("runs")) -> list[Path]:
             found.append(path.parent if path.is_file() else path)
     if named:
         return list({folder.resolve(): folder for folder in found}.values())
-    found = [path for path in runs_dir.glob("*") if path.is_dir() and not path.name.startswith(".")]
+    found = [path for path in Path("runs").glob("*") if path.is_dir() and not path.name.startswith(".")]
     found = found or [run for path in comparisons(()) for run in _runs_of(path)]
     if not found:
         raise KdError("there are no runs below runs/", "kd train makes one; or pass run folders.")
     return sorted(found)
 
 
-def comparisons(named: Sequence[Path], parent: Path = Path("comparisons")) -> list[Path]:
-    """Comparisons among the named folders; where none is named, all below `parent`."""
-    return [path for path in named or sorted(parent.glob("*")) if (path / COMPARISON).is_file()]
+def comparisons(named: Sequence[Path]) -> list[Path]:
+    """Comparisons among the named folders; where none is named, all below comparisons/."""
+    candidates = named or sorted(Path("comparisons").glob("*"))
+    return [path for path in candidates if (path / COMPARISON).is_file()]
 
 
 def _runs_of(comparison: Path) -> list[Path]:
@@ -129,12 +130,17 @@ def read_run(folder: Path) -> Run:
             f"result.json is of {len(result.test.per_class)} classes, student.pt of {len(loaded.classes)}"
         )
     problems: list[str] = []
+    try:
+        epochs = epoch_lines(place.metrics_file)
+    except KdError as error:
+        problems.append(error.message)
+        epochs = []
     return Run(
         folder=folder,
         student=place.student,
         name=folder.name or folder.resolve().name,
         result=result,
-        validation=_validation(place.metrics_file, problems),
+        validation=tuple((line.epoch, line.val_accuracy) for line in epochs if line.val_accuracy is not None),
         classes=loaded.classes,
         provenance=loaded.provenance,
         config=_settings(place.config_file, problems),
@@ -143,53 +149,27 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def read_text(path: Path, max_bytes: int) -> str:
-    """The text of a file of at most `max_bytes`.
-
-    Raises:
-        KdError: unreadable or too large.
-    """
-    try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise KdError(f"{path.name} has {size:,} bytes, more than the {max_bytes:,} a report reads")
-        return path.read_bytes().decode("utf-8", errors="replace")
-    except OSError as error:
-        raise KdError(f"cannot read {path.name}: {reason(error)}") from error
-
-
-def _validation(path: Path, problems: list[str]) -> tuple[tuple[int, float], ...]:
-    try:
-        lines = epoch_lines(path)
-    except KdError as error:
-        problems.append(error.message)
-        return ()
-    return tuple((line.epoch, line.val_accuracy) for line in lines if line.val_accuracy is not None)
-
-
 def _settings(path: Path, problems: list[str]) -> tuple[tuple[str, str], ...]:
+    """(setting, value) pairs of a TOML or JSON file; adds to `problems` if it cannot be read."""
     try:
-        text = read_text(path, _MAX_SETTINGS_BYTES)
-        document = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        with path.open("rb") as handle:
+            content = handle.read(_MAX_SETTINGS_BYTES + 1)
+        if len(content) > _MAX_SETTINGS_BYTES:
+            raise ValueError(f"more than {_MAX_SETTINGS_BYTES:,} bytes")
+        document = tomllib.loads(content.decode()) if path.suffix == ".toml" else json.loads(content)
         if not isinstance(document, dict):
-            raise KdError(f"{path.name} holds no settings")
-        rows = list(_flattened(document))
-    except KdError as error:
-        problems.append(error.message)
+            raise ValueError("it holds no settings")
+        return tuple(islice(_flattened(document), _MAX_SETTINGS))
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"cannot read {path.name}: {first_line(error)}")
         return ()
-    except (ValueError, RecursionError):
-        problems.append(f"{path.name} is not {path.suffix[1:].upper()}")
-        return ()
-    if len(rows) > _MAX_SETTINGS:
-        problems.append(f"{path.name}: {_MAX_SETTINGS} of {len(rows):,} values are listed")
-    return tuple(rows[:_MAX_SETTINGS])
 
 
-def _flattened(values: dict[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
+def _flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in values.items():
         name = f"{prefix} {key}".strip()
-        if isinstance(value, dict) and depth < _MAX_DEPTH:
-            yield from _flattened(value, name, depth + 1)
+        if isinstance(value, dict):
+            yield from _flattened(value, name)
         elif isinstance(value, list) and all(isinstance(item, str | int | float) for item in value):
             yield name, ", ".join(map(str, value))
         elif value is not None:

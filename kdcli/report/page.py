@@ -1,39 +1,30 @@
 """`kd report`: one self-contained HTML page.
 
-Texts may come from files of unknown origin: Jinja2 escapes all of them, only kd's own style sheet and script are
-inserted as markup, and the page's content security policy allows that one script, by its hash, and no requests.
+Texts may come from files of unknown origin: Jinja2 escapes all of them, and the page's content security policy
+allows kd's own script, by its hash, and no requests.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from importlib import resources
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from shlex import join
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
-from kdcli import __version__
-from kdcli.base import units
 from kdcli.base.config import ReportConfig
 from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent, ignore
-from kdcli.base.files import atomic_path, sha256_file
-from kdcli.base.text import reason
+from kdcli.base.files import sha256_file
 from kdcli.deploy.bench import Row
-from kdcli.report import figures, filters, page_figures
-from kdcli.report.details import Section, details_of, missing, path_argument
+from kdcli.report import figures, page_figures
+from kdcli.report.details import Section, details_of, missing
 from kdcli.report.examine import Examined, examine, recorded_teacher
 from kdcli.report.gather import COMPARISON, Run, gather
 from kdcli.report.page_figures import embed
+from kdcli.report.render import render
 from kdcli.report.speed import Speed, deployed, from_file, measure
 from kdcli.studies.compare import Comparison
 from kdcli.studies.compare import read as read_comparison
@@ -41,8 +32,6 @@ from kdcli.studies.compare.tables import cells, statistics_note
 
 MAX_SECTIONS = 20  # runs with a section of their own
 MAX_EPOCHS = 200  # rows of the table of epochs
-MAX_COMPARISONS = 20
-MAX_METHODS = 60  # rows of a comparison
 
 
 @dataclass(frozen=True)
@@ -96,24 +85,26 @@ def make_report(
         teacher = _teacher_file(runs, examined, config)
         speed = measure([run.student for run in runs], teacher, others, config, on_event)
     speed = replace(speed, rows=_with_accuracy(speed.rows, runs, examined))
-    rows = {_real(row.path): row for row in deployed(speed.rows)}
+    rows = {row.path.resolve(): row for row in deployed(speed.rows)}
     # 3. A teacher's own run and the copy that others learned from are one file: one row of figures
     teachers = {found.teacher.sha256: found.teacher for found in examined if found.teacher is not None}
     separate = dict(teachers)
     for run, found in zip(runs, examined, strict=True):
         teacher_figures = separate.pop(sha256_file(run.student), None) if found.is_teacher else None
-        if teacher_figures is not None and _real(teacher_figures.path) in rows:
-            rows[_real(run.student)] = rows[_real(teacher_figures.path)]
+        if teacher_figures is not None and teacher_figures.path.resolve() in rows:
+            rows[run.student.resolve()] = rows[teacher_figures.path.resolve()]
     # 4. Sections
     sections = []
     for number, (run, found) in enumerate(zip(runs, examined, strict=True), 1):
         evaluation = found.evaluation or run.result.evaluation
-        sections.append(Section(f"run-{number}", run, found, evaluation, rows.get(_real(run.student))))
+        sections.append(Section(f"run-{number}", run, found, evaluation, rows.get(run.student.resolve())))
     compared, unread = _read_comparisons(comparisons)
-    html = _render(
+    html = render(
         sections=sections,
         detailed=[details_of(section) for section in sections[:MAX_SECTIONS]],
-        teachers=[(found, rows.get(_real(found.path)), sha in separate) for sha, found in teachers.items()],
+        teachers=[
+            (found, rows.get(found.path.resolve()), sha in separate) for sha, found in teachers.items()
+        ],
         labels=sorted({found.label for found in examined if found.label}),
         best=_best(sections),
         left_out=reason_groups(left_out + unread),
@@ -133,63 +124,10 @@ def make_report(
     )
 
 
-def write_report(report: Report, target: Path) -> None:
-    """Write the page atomically.
-
-    Raises:
-        KdError: it cannot be written.
-    """
-    try:
-        with atomic_path(target) as temporary:
-            temporary.write_text(report.html, encoding="utf-8")
-    except OSError as error:
-        raise KdError(f"cannot write {target}: {reason(error)}", "Choose another path with -o.") from error
-
-
 def reason_groups(left_out: Sequence[tuple[str, str]]) -> list[tuple[str, list[str]]]:
     """(name, reason) pairs as (reason, names)."""
     ordered = sorted(left_out, key=lambda pair: pair[1])
     return [(why, [name for name, _ in group]) for why, group in groupby(ordered, lambda pair: pair[1])]
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("kdcli.report", "assets"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "plain": filters.plain,
-        "number": filters.number,
-        "signed": filters.signed,
-        "ms": filters.milliseconds,
-        "data_uri": filters.data_uri,
-        "size": units.size,
-        "count": units.count,
-    }
-    return environment
-
-
-def _render(**values: Any) -> str:
-    script = _asset("report.js")
-    return (
-        _environment()
-        .get_template("report.html.jinja")
-        .render(
-            css=Markup(_asset("report.css")),  # noqa: S704 — kd's own files
-            script=Markup(script),  # noqa: S704
-            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-            version=__version__,
-            **values,
-        )
-    )
-
-
-def _asset(name: str) -> str:
-    return resources.files("kdcli.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def _epochs(sections: Sequence[Section]) -> dict[str, Any]:
@@ -223,7 +161,7 @@ def _latencies(speed: Speed) -> dict[str, Any]:
     figure = None
     if known:
         figure = embed(
-            lambda target: figures.pareto(known, target, (5.0, 4.0)),
+            partial(figures.pareto, known, size=(5.0, 4.0)),
             "Accuracy over latency: a disc for each model, its area the size of the network, and the Pareto front. "
             "The table below has the same figures.",
         )
@@ -241,24 +179,20 @@ def _read_comparisons(
     """Comparisons by folder, and (name, reason) of those that are left out."""
     found: list[tuple[Path, Comparison]] = []
     left_out: list[tuple[str, str]] = []
-    for path in folders[:MAX_COMPARISONS]:
+    for path in folders:
         try:
             found.append((path, read_comparison(path / COMPARISON)))
         except KdError as error:
             left_out.append((path.name or path.as_posix(), error.message))
-    left_out += [(path.name, "more comparisons than a page shows") for path in folders[MAX_COMPARISONS:]]
     return found, left_out
 
 
 def _comparison(key: str, path: Path, found: Comparison) -> dict[str, Any]:
     """Template values of a comparison's section."""
-    rows = found.standings[:MAX_METHODS]
     figure = None
-    if any(row.count for row in rows):
+    if any(row.count for row in found.standings):
         figure = embed(
-            lambda target: figures.comparison(
-                found.model_copy(update={"standings": rows}), target, width=7.0
-            ),
+            partial(figures.comparison, found, width=7.0),
             "Test accuracy of each method and its difference to the baseline: a dot for each run, a diamond for the "
             "mean, a line for its 95 % interval over seeds. The table has the same figures.",
         )
@@ -266,7 +200,7 @@ def _comparison(key: str, path: Path, found: Comparison) -> dict[str, Any]:
         "key": key,
         "name": path.name or path.resolve().name,
         "found": found,
-        "rows": [(row, cells(row)) for row in rows],
+        "rows": [(row, cells(row)) for row in found.standings],
         "statistics": statistics_note(found),
         "figure": figure,
     }
@@ -275,78 +209,58 @@ def _comparison(key: str, path: Path, found: Comparison) -> dict[str, Any]:
 def _command(sections: Sequence[Section], compared: Sequence[Path], output: Path) -> str:
     """The command that makes this page; a comparison stands for its runs."""
     parents = {path.resolve() for path in compared}
-    runs = [
-        section.run.folder for section in sections if parents.isdisjoint(section.run.folder.resolve().parents)
-    ]
-    return join(["kd", "report", *map(path_argument, (*compared, *runs)), "-o", path_argument(output)])
+    folders = [section.run.folder for section in sections]
+    runs = [folder for folder in folders if parents.isdisjoint(folder.resolve().parents)]
+    return join(["kd", "report", *(path.as_posix() for path in (*compared, *runs)), "-o", output.as_posix()])
 
 
 def _best(sections: Sequence[Section]) -> Section | None:
     """The student with the highest validation accuracy: test data selects nothing."""
-    known = [
-        section
-        for section in sections
-        if section.run.result.val_accuracy is not None and not section.examined.is_teacher
-    ]
+    students = [section for section in sections if not section.examined.is_teacher]
+    known = [section for section in students if section.run.result.val_accuracy is not None]
     return max(known, key=lambda section: section.run.result.val_accuracy or 0.0) if known else None
 
 
 def _teacher_file(runs: Sequence[Run], examined: Sequence[Examined], config: ReportConfig) -> Path | None:
     """The teacher that ratios refer to: --teacher, else that of most runs, if its file is unchanged."""
-    if config.teacher is not None and config.teacher.is_file():
+    if config.teacher is not None:
         return config.teacher
     used = [found.teacher.path for found in examined if found.teacher is not None]
     if not used:
-        recorded = [recorded_teacher(run) for run in runs]
-        used = [
-            path for path, sha in recorded if path is not None and path.is_file() and sha256_file(path) == sha
-        ]
+        recorded = [(path, sha) for path, sha in map(recorded_teacher, runs) if path is not None]
+        used = [path for path, sha in recorded if path.is_file() and sha256_file(path) == sha]
     return max(used, key=used.count) if used else None
 
 
 def _with_accuracy(rows: Sequence[Row], runs: Sequence[Run], examined: Sequence[Examined]) -> tuple[Row, ...]:
     """Rows with the accuracies measured for this page in place of those recorded in files."""
-    measured: dict[str, float] = {}
+    measured: dict[Path, float] = {}
     for run, found in zip(runs, examined, strict=True):
         if found.evaluation is not None:
-            measured[_real(run.student)] = found.evaluation.accuracy
+            measured[run.student.resolve()] = found.evaluation.accuracy
         if found.teacher is not None:
-            measured[_real(found.teacher.path)] = found.teacher.evaluation.accuracy
+            measured[found.teacher.path.resolve()] = found.teacher.evaluation.accuracy
     return tuple(
-        replace(row, accuracy=measured[_real(row.path)], accuracy_source="measured")
-        if _real(row.path) in measured
+        replace(row, accuracy=measured[row.path.resolve()], accuracy_source="measured")
+        if row.path.resolve() in measured
         else row
         for row in rows
     )
 
 
-def _real(path: Path) -> str:
-    """Identity of a file that may not exist."""
-    return os.path.realpath(path)
-
-
 def _plain(section: Section) -> dict[str, Any]:
     """A run's figures for `--json`."""
-    run, row, evaluation = section.run, section.row, section.evaluation
-    result = run.result
+    result, row, evaluation = section.run.result, section.row, section.evaluation
+    settings = ("method", "student", "seed", "parameters", "val_accuracy")
+    measured = ("accuracy_interval", "calibration_error", "agreement", "teacher_accuracy")
+    timed = ("engine", "latency_ms", "speedup", "network_bytes", "size_ratio")
     return {
-        "run": run.folder.as_posix(),
-        "method": result.method,
-        "student": result.student,
-        "seed": result.seed,
-        "parameters": result.parameters,
-        "val_accuracy": result.val_accuracy,
+        "run": section.run.folder.as_posix(),
+        **{name: getattr(result, name) for name in settings},
         "measured": section.examined.evaluation is not None,
         "test_images": evaluation.count,
         "test_accuracy": evaluation.accuracy,
-        "accuracy_interval": list(evaluation.accuracy_interval),
-        "calibration_error": evaluation.calibration_error,
-        "agreement": evaluation.agreement,
-        "teacher_accuracy": evaluation.teacher_accuracy,
+        **{name: getattr(evaluation, name) for name in measured},
         "disagreements": section.examined.disagreements if section.examined.teacher else None,
-        "engine": row.engine if row else None,
-        "latency_ms": row.latency_ms if row else None,
-        "speedup": row.speedup if row else None,
-        "network_bytes": row.network_bytes if row else None,
-        "size_ratio": row.size_ratio if row else None,
+        **{name: getattr(row, name) if row else None for name in timed},
     }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
@@ -17,26 +16,18 @@ from kdcli.report.examine import ConfidenceBin
 from kdcli.report.gather import Run
 
 MAX_LINES = 14
-_MAX_POINTS = 1_000
 _MIN_COUNT = 10  # images of a confidence bin that is joined to the next
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a8437f", "#8a6d00", "#5b5ea6", "#5a5a5a")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (7, 2, 1, 2)))
 _MARKS = "osD^vPX"
 
 
-@dataclass(frozen=True)
-class EmbeddedFigure:
-    """An image of the page."""
-
-    uri: str
-    alt: str
-
-
-def embed(draw: Callable[[BytesIO], None], alt: str) -> EmbeddedFigure:
-    """The SVG that `draw` writes, as a data URI."""
+def embed(draw: Callable[[BytesIO], None], alt: str) -> dict[str, str]:
+    """The SVG that `draw` writes, as a data URI, with its text alternative."""
     buffer = BytesIO()
     draw(buffer)
-    return EmbeddedFigure("data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode(), alt)
+    uri = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return {"uri": uri, "alt": alt}
 
 
 def epochs(runs: Sequence[Run], target: BytesIO) -> None:
@@ -47,7 +38,6 @@ def epochs(runs: Sequence[Run], target: BytesIO) -> None:
         axes = figure.add_subplot()
         for number, run in enumerate(runs):
             points = run.validation
-            points = points[:: -(-len(points) // _MAX_POINTS)]
             axes.plot(
                 [epoch for epoch, _ in points],
                 [accuracy for _, accuracy in points],

@@ -7,19 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from kdcli.base.config import BenchConfig, ReportConfig, make
 from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent
-from kdcli.deploy.bench import Row, bench
-from kdcli.report.gather import read_text
+from kdcli.deploy.bench import BenchResult, Row, bench
+from kdcli.engine.records import Count, Percent, Record, read_record
 
-_MAX_BYTES = 16 << 20
 _MAX_ROWS = 500
-_Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 @dataclass(frozen=True)
@@ -38,20 +35,18 @@ class Speed:
     unavailable: str = ""
 
 
-class _BenchRow(BaseModel):
-    model_config = ConfigDict(strict=True)
-
+class _BenchRow(Record):
     name: str
     path: Annotated[str, Field(pattern="^[^\\x00]*$")]
     engine: str
     is_teacher: bool
-    file_bytes: _Count
-    network_bytes: _Count
+    file_bytes: Count
+    network_bytes: Count
     latency_ms: _Positive | None
-    latency_n: _Count = 0
+    latency_n: Count = 0
     speedup: _Positive | None = None
     size_ratio: _Positive | None = None
-    accuracy: _Percent | None = None
+    accuracy: Percent | None = None
     accuracy_source: str | None = None
 
     def to_row(self) -> Row:
@@ -59,35 +54,35 @@ class _BenchRow(BaseModel):
         return Row(**values, preprocessing_bytes=0, parameters=0, macs=None)
 
 
-class _BenchFile(BaseModel):
-    model_config = ConfigDict(strict=True)
-
+class _BenchFile(Record):
     rows: Annotated[list[_BenchRow], Field(min_length=1, max_length=_MAX_ROWS)]
     threads: Annotated[int, Field(ge=1)]
-    environment: dict[str, Any] = {}
-    notes: list[str] = []
+    environment: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def from_file(path: Path) -> Speed:
     """Rows of what `kd bench --json > FILE` printed.
 
     Raises:
-        KdError: it cannot be read, or holds something else.
+        KdError: it cannot be read, or has other content.
     """
     hint = "Make it with: kd bench --json > bench.json"
     try:
-        content = _BenchFile.model_validate_json(read_text(path, _MAX_BYTES))
+        content = read_record(_BenchFile, path)
     except KdError as error:
-        raise KdError(f"--bench {path}: {error.message}", hint) from error
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = " ".join(str(part) for part in first["loc"])
-        raise KdError(f"--bench {path}: {place}: {first['msg']}", hint) from error
+        raise KdError(f"--bench: {error.message}", hint) from error
     rows = tuple(row.to_row() for row in content.rows if row.latency_ms is not None)
     if not rows:
-        raise KdError(f"--bench {path}: no row has a latency", hint)
+        raise KdError(f"--bench: {path}: no row has a latency", hint)
     method = _method(rows, content.threads, content.environment, f"measured before this page ({path.name})")
-    return Speed(rows, method, tuple(content.notes))
+    return Speed(rows, method, content.notes)
+
+
+def of_bench(result: BenchResult, when: str = "measured with kd bench on this machine") -> Speed:
+    """Rows of a benchmark that was made just now."""
+    method = _method(result.rows, result.threads, result.environment, when)
+    return Speed(tuple(result.rows), method, tuple(result.notes))
 
 
 def measure(
@@ -100,33 +95,16 @@ def measure(
     """Time the models now, in `config.bench_rounds` rounds."""
     first = teacher if teacher is not None else students[0]
     rest = [path for path in (*students, *others) if path.resolve() != first.resolve()]
-    settings = make(
-        BenchConfig,
-        {
-            "rounds": config.bench_rounds,
-            "batch": "1",
-            "no_memory": True,
-            "threads": config.threads,
-            "teacher": first,
-        },
-    )
+    values = {"rounds": config.bench_rounds, "threads": config.threads, "teacher": first}
+    settings = make(BenchConfig, {**values, "batch": "1", "no_memory": True})
     try:
         result = bench([first, *rest], settings, on_event=on_event, skip=True)
     except KdError as error:
         return Speed(unavailable=f"The models could not be timed: {error.message}")
-    rows = tuple(result.rows)
     if teacher is None:  # `bench` takes the first student for the teacher
-        rows = tuple(replace(row, is_teacher=False, speedup=None, size_ratio=None) for row in rows)
-    when = "measured while this page was made, on this machine"
-    return Speed(rows, _method(rows, result.threads, result.environment, when), result.notes)
-
-
-def of_bench(
-    rows: Sequence[Row], threads: int, environment: dict[str, Any], notes: Sequence[str] = ()
-) -> Speed:
-    """Rows of a benchmark that was made just now."""
-    method = _method(rows, threads, environment, "measured with kd bench on this machine")
-    return Speed(tuple(rows), method, tuple(notes))
+        rows = (replace(row, is_teacher=False, speedup=None, size_ratio=None) for row in result.rows)
+        result = replace(result, rows=tuple(rows))
+    return of_bench(result, "measured while this page was made, on this machine")
 
 
 def deployed(rows: Sequence[Row]) -> list[Row]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from kdcli.report import make_report, write_report
+from kdcli.base.files import write_text
+from kdcli.report import make_report
 from tests.report.helpers import EVIL_NAME, bench_file, settings
 
 playwright = pytest.importorskip(
@@ -70,7 +71,7 @@ class Visit:
 def path(project: Path) -> Path:
     folders = [Path("runs/kd-1"), Path("runs") / EVIL_NAME, Path("runs/ce-1"), Path("runs/base")]
     target = project / "report.html"
-    write_report(make_report(folders, settings(bench=bench_file(project))), target)
+    write_text(target, make_report(folders, settings(bench=bench_file(project))).html)
     return target
 
 
