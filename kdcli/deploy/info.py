@@ -23,34 +23,20 @@ _MOST_VALUES = 16  # of a tensor that is listed; of larger ones the shape
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Description of a model.
+    """Description of a model."""
 
-    Attributes:
-        kind: `checkpoint`, `onnx` or `network`.
-        arch: the network's name; None in an ONNX file of another program.
-        input_size: (H, W, C) of the raw images.
-        gives: `logits` or `probabilities`.
-        classes: names in the order of the outputs.
-        parameters: values of the network.
-        macs: multiply-accumulates of one image in convolutions and linear layers; None if unknown.
-        layers: in the order they run.
-        file_bytes, sha256: of the file.
-        preprocess: name, settings and constants, if known.
-        provenance: origin, as recorded in the file.
-    """
-
-    kind: str
-    arch: str | None
-    input_size: tuple[int, int, int]
-    gives: str
-    classes: tuple[str, ...]
-    parameters: int
-    macs: int | None
-    layers: Sequence[LayerSummary]
+    kind: str  # checkpoint, onnx or network
+    arch: str | None  # the network's name; None in an ONNX file of another program
+    input_size: tuple[int, int, int]  # (H, W, C) of the raw images
+    gives: str  # logits or probabilities
+    classes: tuple[str, ...]  # names in the order of the outputs
+    parameters: int  # values of the network
+    macs: int | None  # multiply-accumulates of one image in convolutions and linear layers; None if unknown
+    layers: Sequence[LayerSummary]  # in the order they run
     file_bytes: int | None = None
-    sha256: str | None = None
-    preprocess: dict[str, Any] | None = None
-    provenance: dict[str, Any] = field(default_factory=dict)
+    sha256: str | None = None  # of the file
+    preprocess: dict[str, Any] | None = None  # name, settings and constants, if known
+    provenance: dict[str, Any] = field(default_factory=dict)  # origin, as recorded in the file
 
 
 def info(model: str, config: InfoConfig) -> ModelInfo:

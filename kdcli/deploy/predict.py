@@ -28,17 +28,11 @@ _HINT = "PNG, JPEG, WebP and BMP files are read."
 
 @dataclass(frozen=True)
 class Prediction:
-    """Most probable classes of one image.
+    """Most probable classes of one image."""
 
-    Attributes:
-        image: its path; within an archive, archive and member.
-        classes: names, most probable first.
-        probabilities: of these, in 0–1.
-    """
-
-    image: str
-    classes: tuple[str, ...]
-    probabilities: tuple[float, ...]
+    image: str  # its path; within an archive, archive and member
+    classes: tuple[str, ...]  # names, most probable first
+    probabilities: tuple[float, ...]  # of these, in 0–1
 
 
 def predict(
@@ -62,21 +56,17 @@ def predict(
     images = _images(paths, model.input_size, config.skip_broken, on_event)
     done = 0
     while batch := list(islice(images, _BATCH)):
-        yield from _classify(model, batch, config.top_k)
+        with torch.inference_mode():
+            logits = model(torch.from_numpy(np.stack([pixels for _, pixels in batch]))).double()
+            best = logits.softmax(dim=1).topk(min(config.top_k, logits.shape[1]), dim=1)
+        for (name, _), shares, indices in zip(
+            batch, best.values.tolist(), best.indices.tolist(), strict=True
+        ):
+            yield Prediction(name, tuple(model.classes[index] for index in indices), tuple(shares))
         done += len(batch)
         on_event(Progress("classifying", done, 0))
     if not done:
         raise KdError(f"no images in {', '.join(map(str, paths))}", _HINT)
-
-
-def _classify(
-    model: Classifier | OnnxClassifier, images: Sequence[_Named], top_k: int
-) -> Iterator[Prediction]:
-    with torch.inference_mode():
-        logits = model(torch.from_numpy(np.stack([pixels for _, pixels in images]))).double()
-        best = logits.softmax(dim=1).topk(min(top_k, logits.shape[1]), dim=1)
-    for (name, _), shares, indices in zip(images, best.values.tolist(), best.indices.tolist(), strict=True):
-        yield Prediction(name, tuple(model.classes[index] for index in indices), tuple(shares))
 
 
 def _images(
@@ -98,15 +88,18 @@ def _images(
 
 def _files(path: Path) -> Iterator[tuple[str, bytes]]:
     """Name and content of an image file, or of all images in a folder or archive."""
-    if path.is_file() and _is_image_file(path):
-        yield str(path), path.read_bytes()
-        return
+    if path.is_file() and path.stat().st_size <= MAX_MEMBER_BYTES:
+        with path.open("rb") as handle:
+            start = handle.read(16)
+        if _is_image(start, path.name):
+            yield str(path), path.read_bytes()
+            return
     try:
         source = open_source(path)
     except KdError as error:
         raise KdError(f"{path} is neither an image nor an archive of images", _HINT) from error
     for name, content in source.read(_may_be_image):
-        if decode.is_image(content[:16]) or Path(name).suffix.lower() in decode.SUFFIXES:
+        if _is_image(content[:16], name):
             yield (path / name).as_posix(), content
 
 
@@ -114,8 +107,5 @@ def _may_be_image(name: str) -> bool:
     return not is_ignored(name) and Path(name).suffix.lower() in ("", *decode.SUFFIXES)
 
 
-def _is_image_file(path: Path) -> bool:
-    if path.stat().st_size > MAX_MEMBER_BYTES:
-        return False
-    with path.open("rb") as handle:
-        return decode.is_image(handle.read(16)) or path.suffix.lower() in decode.SUFFIXES
+def _is_image(start: bytes, name: str) -> bool:
+    return decode.is_image(start) or Path(name).suffix.lower() in decode.SUFFIXES

@@ -26,7 +26,7 @@ from kdcli.base.events import OnEvent, Progress, ignore
 from kdcli.data import ImageSet, Splits, incompatibility
 from kdcli.deploy.bench.candidates import Candidate, Model, candidates_of
 from kdcli.deploy.bench.latency import compare, measure
-from kdcli.deploy.bench.measurements import BenchResult, Row, check_budget
+from kdcli.deploy.bench.measurements import BenchResult, check_budget
 from kdcli.deploy.load import load_model
 from kdcli.deploy.onnx_model import OnnxClassifier
 
@@ -45,9 +45,7 @@ def bench(
 
     Args:
         paths: `.pt` and `.onnx` files; the first is the teacher.
-        config: extent of the measurement.
         images: data whose test split gives accuracy and agreement; by default what `config.data` names.
-        on_event: receives progress.
         skip: skip files that cannot be read, with a note; never the teacher.
 
     Raises:
@@ -62,7 +60,14 @@ def bench(
         loaded = _load_all(names, config, threads, on_event, skip=skip)
         size = loaded.models[paths[0]].input_size
         if images is None and config.data is not None:
-            images = _load_data(config, size, on_event)
+            images = data.load(
+                config.data,
+                data_dir=config.data_dir,
+                cache_dir=config.cache_dir,
+                fit_to=size,
+                skip_broken=config.skip_broken,
+                on_event=on_event,
+            )
 
         # 2. Accuracy, then times.
         accuracy = _measure_accuracy(loaded.models, names, images.test if images else None, on_event)
@@ -70,14 +75,15 @@ def bench(
             raise KdError("no model could be run", " ".join(loaded.notes))
         timings = measure(loaded.candidates, config, on_event)
         environment = runtime.environment()
-    rows = [
-        candidate.row.extend(**timings.figures(index)) for index, candidate in enumerate(loaded.candidates)
-    ]
-
     # 3. Memory and start-up; ratios and verdicts.
-    if not config.no_memory:
-        rows = _add_footprints(rows, loaded.candidates, on_event)
-    rows = [row.extend(**accuracy[row.path]) for row in compare(rows, timings)]
+    footprints = (
+        [{}] * len(loaded.candidates) if config.no_memory else _footprints(loaded.candidates, on_event)
+    )
+    rows = [
+        candidate.row.extend(**timings.figures(index), **footprint)
+        for index, (candidate, footprint) in enumerate(zip(loaded.candidates, footprints, strict=True))
+    ]
+    rows = [row.extend(**accuracy.get(row.path, {})) for row in compare(rows, timings)]
     has_budget = config.budget_ms is not None or config.max_drop is not None
     return BenchResult(
         rows=tuple(rows),
@@ -154,69 +160,36 @@ def _load_all(
     return loaded
 
 
-def _load_data(config: BenchConfig, size: tuple[int, int, int], on_event: OnEvent) -> Splits:
-    assert config.data is not None
-    return data.load(
-        config.data,
-        data_dir=config.data_dir,
-        cache_dir=config.cache_dir,
-        fit_to=size,
-        skip_broken=config.skip_broken,
-        on_event=on_event,
-    )
-
-
 def _measure_accuracy(
     loaded: Mapping[Path, Model], names: Mapping[Path, str], test: ImageSet | None, on_event: OnEvent
 ) -> dict[Path, dict[str, Any]]:
-    """Values of `Row` for each file: measured, recorded in the file without test images, or a note.
-
-    Args:
-        loaded: the models; the first is the teacher.
-    """
+    """Values of `Row` for each file: measured, recorded in the file without test images, or a note."""
     found: dict[Path, dict[str, Any]] = {}
     teacher_logits: Tensor | None = None
     for index, (path, model) in enumerate(loaded.items()):
-        problem = None if test is None else _incompatibility(model, test)
         if test is None:
-            found[path] = _recorded(model)
-        elif problem:
+            value = model.provenance.get("test_accuracy")
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                found[path] = {"accuracy": float(value), "accuracy_source": "recorded"}
+            continue
+        problem = model.why_not_runnable if isinstance(model, OnnxClassifier) else None
+        mismatch = incompatibility(model.classes, model.input_size, test)
+        if problem := problem or (mismatch and f"it {mismatch}"):
             found[path] = {"notes": (f"accuracy not measured: {problem}",)}
-        else:
-            logits = models.predict_logits(
-                model, test.images, task=f"testing {names[path]}", on_event=on_event
-            )
-            found[path] = _figures(logits, teacher_logits, torch.from_numpy(np.asarray(test.labels)))
-            if index == 0:
-                teacher_logits = logits
+            continue
+        logits = models.predict_logits(model, test.images, task=f"testing {names[path]}", on_event=on_event)
+        labels = torch.from_numpy(np.asarray(test.labels))
+        found[path] = {
+            "accuracy": metrics.accuracy(logits, labels),
+            "accuracy_source": "measured",
+            "ece": metrics.calibration_error(logits, labels),
+        }
+        if teacher_logits is not None:
+            found[path]["agreement"] = metrics.agreement(logits, teacher_logits)
+            found[path]["kl"] = metrics.divergence(logits, teacher_logits)
+        if index == 0:
+            teacher_logits = logits
     return found
-
-
-def _figures(logits: Tensor, teacher: Tensor | None, labels: Tensor) -> dict[str, Any]:
-    figures: dict[str, Any] = {
-        "accuracy": metrics.accuracy(logits, labels),
-        "accuracy_source": "measured",
-        "ece": metrics.calibration_error(logits, labels),
-    }
-    if teacher is not None:
-        figures["agreement"] = metrics.agreement(logits, teacher)
-        figures["kl"] = metrics.divergence(logits, teacher)
-    return figures
-
-
-def _recorded(model: Model) -> dict[str, Any]:
-    """The test accuracy in the file's provenance, if any."""
-    value = model.provenance.get("test_accuracy")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return {}
-    return {"accuracy": float(value), "accuracy_source": "recorded"}
-
-
-def _incompatibility(model: Model, test: ImageSet) -> str | None:
-    if isinstance(model, OnnxClassifier) and model.why_not_runnable:
-        return model.why_not_runnable
-    problem = incompatibility(model.classes, model.input_size, test)
-    return f"it {problem}" if problem else None
 
 
 def _names(paths: Sequence[Path]) -> dict[Path, str]:
@@ -234,15 +207,15 @@ def _names(paths: Sequence[Path]) -> dict[Path, str]:
     }
 
 
-def _add_footprints(rows: Sequence[Row], candidates: Sequence[Candidate], on_event: OnEvent) -> list[Row]:
-    measured = []
-    for number, (row, candidate) in enumerate(zip(rows, candidates, strict=True)):
-        on_event(Progress("memory and start-up", number, len(rows), "models"))
+def _footprints(candidates: Sequence[Candidate], on_event: OnEvent) -> list[dict[str, Any]]:
+    """Values of `Row` for each candidate."""
+    found: list[dict[str, Any]] = []
+    for number, candidate in enumerate(candidates, 1):
         footprint = candidate.footprint()
         notes = [f"memory not measured: {footprint.problem}"] if footprint.problem else []
-        measured.append(row.extend(footprint=footprint, notes=notes))
-    on_event(Progress("memory and start-up", len(rows), len(rows), "models"))
-    return measured
+        found.append({"footprint": footprint, "notes": notes})
+        on_event(Progress("memory and start-up", number, len(candidates), "models"))
+    return found
 
 
 def _load_warning(environment: dict[str, Any]) -> tuple[str, ...]:

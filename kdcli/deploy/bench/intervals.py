@@ -54,8 +54,3 @@ def verdict(low: float, ratio: float, high: float) -> str:
     if high < 1 and ratio <= 1 / SMALLEST:
         return "slower"
     return "no difference"
-
-
-def half_width(low: float, ratio: float, high: float) -> float:
-    """Half the interval's width, as a share of the ratio."""
-    return (high - low) / (2 * ratio)

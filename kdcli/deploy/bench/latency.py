@@ -27,15 +27,10 @@ _WARM_S = 0.02
 
 @dataclass
 class Timings:
-    """Seconds of calls of all candidates.
+    """Seconds of calls of all candidates."""
 
-    Attributes:
-        single: of one image, by session (rounds, candidates, calls).
-        batches: by batch size (rounds, candidates).
-    """
-
-    single: list[Floats] = field(default_factory=list)
-    batches: dict[int, Floats] = field(default_factory=dict)
+    single: list[Floats] = field(default_factory=list)  # of one image, by session (rounds, candidates, calls)
+    batches: dict[int, Floats] = field(default_factory=dict)  # by batch size (rounds, candidates)
 
     @property
     def rounds(self) -> int:
@@ -97,7 +92,7 @@ def measure(candidates: Sequence[Candidate], config: BenchConfig, on_event: OnEv
             timings.single.append(seconds)
 
             # 3. Stop when all intervals are narrow.
-            if session + 1 >= _MIN_SESSIONS and _is_precise(candidates, timings):
+            if session + 1 >= _MIN_SESSIONS and _is_precise([item.row for item in candidates], timings):
                 break
         on_event(Progress("measuring latency", config.rounds, config.rounds, "rounds"))
         timings.batches = _measure_batches(runners, config, on_event)
@@ -129,14 +124,13 @@ def _measure_batches(runners: Sequence[Runner], config: BenchConfig, on_event: O
     return found
 
 
-def _is_precise(candidates: Sequence[Candidate], timings: Timings) -> bool:
-    for index, candidate in enumerate(candidates):
-        teacher = _teacher_of(candidate.row, [other.row for other in candidates])
-        if teacher is None or teacher == index:
-            continue
-        interval = intervals.ratio_interval(timings.ratios(teacher, index))
-        if intervals.half_width(*interval) > _PRECISE:
-            return False
+def _is_precise(rows: Sequence[Row], timings: Timings) -> bool:
+    for index, row in enumerate(rows):
+        teacher = _teacher_of(row, rows)
+        if teacher is not None and teacher != index:
+            low, ratio, high = intervals.ratio_interval(timings.ratios(teacher, index))
+            if (high - low) / (2 * ratio) > _PRECISE:
+                return False
     return True
 
 

@@ -21,68 +21,38 @@ _NESTED = ("throughput", "speedup_interval", "footprint")
 
 @dataclass(frozen=True)
 class Row:
-    """One model on one engine.
-
-    Attributes:
-        name, path: the model.
-        engine: `torch`, `compiled` (torch.compile) or `onnxruntime`.
-        is_teacher: the model all ratios refer to.
-        file_bytes: size of the file.
-        network_bytes: weights and buffers of the network.
-        preprocessing_bytes: constants of the preprocessing in the file.
-        parameters: trainable values (of an ONNX file: values in weights, batch norm folded in).
-        macs: multiply-accumulates for one image; None if unknown.
-        precision: `fp32`, or `int8` of a quantised ONNX file.
-        latency_ms, latency_p90_ms, latency_p95_ms, latency_p99_ms: one image; median and percentiles of `latency_n`
-            calls; the last None where fewer than ten calls lie beyond it.
-        throughput: images per second by batch size, medians.
-        images_per_s: that of the largest batch.
-        speedup: latency ratio, above 1 is faster than the teacher; None without a teacher on this engine.
-        speedup_interval: its 95 % interval.
-        speed: `faster`, `slower` or `no difference`; None as above.
-        throughput_ratio: images per second ÷ the teacher's, at the largest batch.
-        size_ratio: teacher's network bytes ÷ its own; above 1 is smaller.
-        accuracy: per cent of test images.
-        accuracy_source: `measured`, or `recorded` in the file when it was trained.
-        agreement: per cent of test images with the teacher's class.
-        kl: mean KL(teacher ‖ model) over the test images, nats.
-        ece: expected calibration error over them, per cent (15 bins).
-        footprint: memory and start-up in a separate process.
-        verdict: speed and size against the teacher as text.
-        worse: slower or bigger than its teacher.
-        notes: on this row.
-    """
+    """One model on one engine."""
 
     name: str
     path: Path
-    engine: str
-    is_teacher: bool
+    engine: str  # torch, compiled (torch.compile) or onnxruntime
+    is_teacher: bool  # the model all ratios refer to
     file_bytes: int
-    network_bytes: int
-    preprocessing_bytes: int
-    parameters: int
-    macs: int | None
-    precision: str = "fp32"
-    latency_ms: float = math.nan
+    network_bytes: int  # weights and buffers of the network
+    preprocessing_bytes: int  # constants of the preprocessing in the file
+    parameters: int  # trainable values (of an ONNX file: values in weights, batch norm folded in)
+    macs: int | None  # multiply-accumulates for one image; None if unknown
+    precision: str = "fp32"  # or int8, of a quantised ONNX file
+    latency_ms: float = math.nan  # one image, median of `latency_n` calls
     latency_p90_ms: float = math.nan
     latency_p95_ms: float = math.nan
-    latency_p99_ms: float | None = None
+    latency_p99_ms: float | None = None  # None where fewer than ten calls lie beyond it
     latency_n: int = 0
-    throughput: dict[int, float] = field(default_factory=dict)
-    images_per_s: float = math.nan
-    speedup: float | None = None
-    speedup_interval: tuple[float, float] | None = None
-    speed: str | None = None
-    throughput_ratio: float | None = None
-    size_ratio: float | None = None
-    accuracy: float | None = None
-    accuracy_source: str | None = None
-    agreement: float | None = None
-    kl: float | None = None
-    ece: float | None = None
+    throughput: dict[int, float] = field(default_factory=dict)  # images per second by batch size, medians
+    images_per_s: float = math.nan  # that of the largest batch
+    speedup: float | None = None  # teacher's latency ÷ its own; None without a teacher on this engine
+    speedup_interval: tuple[float, float] | None = None  # 95 %
+    speed: str | None = None  # faster, slower or no difference; None as above
+    throughput_ratio: float | None = None  # images per second ÷ the teacher's, at the largest batch
+    size_ratio: float | None = None  # teacher's network bytes ÷ its own; above 1 is smaller
+    accuracy: float | None = None  # per cent of test images
+    accuracy_source: str | None = None  # measured, or recorded in the file when it was trained
+    agreement: float | None = None  # per cent of test images with the teacher's class
+    kl: float | None = None  # mean KL(teacher ‖ model) over the test images, nats
+    ece: float | None = None  # expected calibration error over them, per cent (15 bins)
     footprint: Footprint | None = None
-    verdict: str = ""
-    worse: bool = False
+    verdict: str = ""  # speed and size against the teacher as text
+    worse: bool = False  # slower or bigger than its teacher
     notes: tuple[str, ...] = ()
 
     def extend(self, *, notes: Sequence[str] = (), **values: Any) -> Row:
@@ -92,17 +62,11 @@ class Row:
 
 @dataclass(frozen=True)
 class BudgetCheck:
-    """Rows within a budget, fastest first.
+    """Rows within a budget, fastest first."""
 
-    Attributes:
-        budget_ms: largest median latency of one image.
-        max_drop: largest drop of accuracy below the teacher, points.
-        met: (name, engine) of rows within both, without the teacher's.
-    """
-
-    budget_ms: float | None
-    max_drop: float | None
-    met: tuple[tuple[str, str], ...]
+    budget_ms: float | None  # largest median latency of one image
+    max_drop: float | None  # largest drop of accuracy below the teacher, points
+    met: tuple[tuple[str, str], ...]  # (name, engine) of rows within both, without the teacher's
 
 
 def check_budget(rows: Sequence[Row], budget_ms: float | None, max_drop: float | None) -> BudgetCheck:
@@ -122,30 +86,19 @@ def check_budget(rows: Sequence[Row], budget_ms: float | None, max_drop: float |
 
 @dataclass(frozen=True)
 class BenchResult:
-    """All rows and the conditions of the measurement.
+    """All rows and the conditions of the measurement."""
 
-    Attributes:
-        rows: the teacher's first.
-        teacher: its name.
-        batches: sizes of `throughput`.
-        rounds, sessions, threads: extent of the measurement.
-        data_label, test_images: test data of the accuracy; None, 0 without.
-        environment: CPU, versions, load (see `runtime.environment`).
-        notes: on the whole measurement.
-        budget: the check against --budget-ms and --max-drop; None without these.
-    """
-
-    rows: tuple[Row, ...]
-    teacher: str
-    batches: tuple[int, ...]
+    rows: tuple[Row, ...]  # the teacher's first
+    teacher: str  # its name
+    batches: tuple[int, ...]  # sizes of `throughput`
     rounds: int
     sessions: int
     threads: int
-    data_label: str | None
+    data_label: str | None  # test data of the accuracy
     test_images: int
-    environment: dict[str, Any]
+    environment: dict[str, Any]  # see `runtime.environment`
     notes: tuple[str, ...] = ()
-    budget: BudgetCheck | None = None
+    budget: BudgetCheck | None = None  # None without --budget-ms and --max-drop
 
     def to_json(self) -> dict[str, Any]:
         """Plain values with a `schema_version`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,35 +30,22 @@ EXPORTS_DIR = Path("exports")
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The file and its measurements.
-
-    Attributes:
-        path: the ONNX file.
-        size_bytes, sha256: of the file.
-        checkpoint: its source.
-        opset: ONNX operator set.
-        with_preprocessing: takes raw uint8 (N, H, W, C) images and gives probabilities.
-        data_label: the data whose train images were used.
-        parity: of the float32 network.
-        quantisation: how it was quantised; None for a float32 file.
-        trials: the int8 recipes that `--int8-recipe auto` tried; with `quantisation` None, none of them was
-            faster than float32, which was kept.
-        batch: fixed batch size; None: any.
-        drop: loss of accuracy, measured for `--max-drop`.
-    """
+    """The file and its measurements."""
 
     path: Path
     size_bytes: int
-    sha256: str
+    sha256: str  # of the file
     checkpoint: Path
     opset: int
-    with_preprocessing: bool
-    data_label: str
-    parity: Parity
-    quantisation: Quantisation | None = None
-    trials: tuple[RecipeTrial, ...] = ()
-    batch: int | None = None
-    drop: AccuracyDrop | None = None
+    with_preprocessing: bool  # takes raw uint8 (N, H, W, C) images and gives probabilities
+    data_label: str  # the data whose train images were used
+    parity: Parity  # of the float32 network
+    quantisation: Quantisation | None = None  # None for a float32 file
+    trials: tuple[
+        RecipeTrial, ...
+    ] = ()  # of --int8-recipe auto; no quantisation: none is faster than float32
+    batch: int | None = None  # fixed batch size; None: any
+    drop: AccuracyDrop | None = None  # measured for --max-drop
 
     def to_json(self) -> dict[str, Any]:
         """Plain values with a `schema_version`."""
@@ -87,15 +75,19 @@ def export(
     if output.suffix.lower() != ".onnx" or output.is_dir():
         raise UsageError(f"--output {output}: must be a file name that ends in .onnx")
     classifier = models.load(checkpoint).eval()
-    images = _check(classifier, images or _load_data(classifier, checkpoint, config, on_event))
+    images = images or _load_data(classifier, checkpoint, config, on_event)
+    problem = data.incompatibility(classifier.classes, classifier.input_size, images.train)
+    if problem:
+        raise KdError(f"the model {problem}", "Pass data that fits with --data.")
     samples = choose_samples(classifier.provenance, images.train, config)
     job = ExportJob(classifier, images.train, samples, config, on_event)
 
     # 2. Translate the float32 network and verify it.
     on_event(Progress("exporting", 0, 3, "steps"))
     model = to_onnx(classifier, opset=config.opset, with_preprocessing=config.with_preprocessing)
-    digest = sha256_file(checkpoint)
-    metadata = make_metadata(classifier, digest, with_preprocessing=config.with_preprocessing)
+    metadata = make_metadata(
+        classifier, sha256_file(checkpoint), with_preprocessing=config.with_preprocessing
+    )
     on_event(Progress("exporting", 1, 3, "steps"))
     content, outputs, parity = job.verify(model, metadata)
     on_event(Progress("exporting", 2, 3, "steps"))
@@ -106,17 +98,21 @@ def export(
     if config.recipe:
         content, quantisation, trials = job.quantise(model, metadata, content, outputs)
         if quantisation is None:
-            config = config.model_copy(update={"int8": False, "int8_recipe": None})
-            output = config.output or default_output(checkpoint, config)
+            float_config = config.model_copy(update={"int8": False, "int8_recipe": None})
+            output = config.output or default_output(checkpoint, float_config)
 
     # 4. Measure the loss of accuracy, and write.
     drop = None if config.max_drop is None else job.measure_drop(content, config.max_drop)
-    size, digest = _write(content, output)
+    try:
+        with atomic_path(output) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
+        raise KdError(f"cannot write {output}: {reason(error)}", "An earlier file is unchanged.") from error
     on_event(Progress("exporting", 3, 3, "steps"))
     return ExportResult(
         path=output,
-        size_bytes=size,
-        sha256=digest,
+        size_bytes=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
         checkpoint=checkpoint,
         opset=config.opset,
         with_preprocessing=config.with_preprocessing,
@@ -136,13 +132,7 @@ def export_classifier(
     label: str,
     on_event: OnEvent = ignore,
 ) -> ExportResult:
-    """`export` of a classifier in memory, verified on these images.
-
-    Args:
-        config: names the output.
-        images: uint8 (N, H, W, C).
-        label: their name.
-    """
+    """`export` of a classifier in memory, verified on images uint8 (N, H, W, C); `label` is their name."""
     labels = np.zeros(len(images), np.int64)
     split = ImageSet(images, labels, classifier.classes, fingerprint="")
     with tempfile.TemporaryDirectory() as folder:
@@ -167,11 +157,7 @@ def default_output(checkpoint: Path, config: ExportConfig) -> Path:
 
 
 def _load_data(classifier: Classifier, checkpoint: Path, config: ExportConfig, on_event: OnEvent) -> Splits:
-    """The data that `config` names, else the data the model was trained on.
-
-    Raises:
-        KdError: neither is known, or it is not there.
-    """
+    """The data that `config` names, else the data the model was trained on."""
     spec, skip_broken = data.source_for(checkpoint, classifier.provenance, config.data, config.skip_broken)
     return data.load(
         spec,
@@ -181,27 +167,3 @@ def _load_data(classifier: Classifier, checkpoint: Path, config: ExportConfig, o
         skip_broken=skip_broken,
         on_event=on_event,
     )
-
-
-def _check(classifier: Classifier, images: Splits) -> Splits:
-    problem = data.incompatibility(classifier.classes, classifier.input_size, images.train)
-    if problem:
-        raise KdError(f"the model {problem}", "Pass data that fits with --data.")
-    return images
-
-
-def _write(content: bytes, output: Path) -> tuple[int, str]:
-    """Write the file; returns its size and SHA-256 as read back from the disk.
-
-    Raises:
-        KdError: it cannot be written.
-    """
-    try:
-        with atomic_path(output) as temporary:
-            temporary.write_bytes(content)
-            return temporary.stat().st_size, sha256_file(temporary)
-    except OSError as error:
-        raise KdError(
-            f"cannot write {output}: {reason(error)}",
-            "Check free space and permissions; an earlier file of that name is unchanged.",
-        ) from error

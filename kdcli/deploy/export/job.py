@@ -38,21 +38,13 @@ _Inputs = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Samples:
-    """Sorted, disjoint indices of train images.
+    """Sorted, disjoint indices of train images."""
 
-    Attributes:
-        parity: images of the parity check, on which int8 is measured too.
-        calibration: images that set the ranges of int8 activations.
-        selection: images for the choice between int8 recipes.
-        held_out: images for `--max-drop`.
-        held_out_name: `validation split`, or what replaces it.
-    """
-
-    parity: _Indices
-    calibration: _Indices
-    selection: _Indices
-    held_out: _Indices
-    held_out_name: str
+    parity: _Indices  # of the parity check, on which int8 is measured too
+    calibration: _Indices  # set the ranges of int8 activations
+    selection: _Indices  # for the choice between int8 recipes
+    held_out: _Indices  # for --max-drop
+    held_out_name: str  # the validation split, or its replacement
 
 
 def choose_samples(provenance: dict[str, Any], train: ImageSet, config: ExportConfig) -> Samples:
@@ -112,22 +104,14 @@ def disjoint_indices(
 
 @dataclass(frozen=True)
 class AccuracyDrop:
-    """Loss of accuracy of the file against the checkpoint.
+    """Loss of accuracy of the file against the checkpoint."""
 
-    Attributes:
-        images: how many it was measured on.
-        measured_on: the model's validation split, or held-out train images where no split is known.
-        float_accuracy, accuracy: of checkpoint and file, per cent.
-        points: the first minus the second.
-        allowed: `--max-drop`.
-    """
-
-    images: int
-    measured_on: str
-    float_accuracy: float
-    accuracy: float
-    points: float
-    allowed: float
+    images: int  # number of images it was measured on
+    measured_on: str  # the model's validation split, or held-out train images where no split is known
+    float_accuracy: float  # of the checkpoint, per cent
+    accuracy: float  # of the file, per cent
+    points: float  # the first minus the second
+    allowed: float  # --max-drop
 
 
 @dataclass(frozen=True)
@@ -150,9 +134,8 @@ class ExportJob:
 
     def logits(self, indices: _Indices, task: str = "evaluating") -> Tensor:
         """The checkpoint's logits for train images."""
-        return models.predict_logits(
-            self.classifier, self.train.images, indices, task=task, on_event=self.on_event
-        )
+        images = self.train.images
+        return models.predict_logits(self.classifier, images, indices, task=task, on_event=self.on_event)
 
     def labels(self, indices: _Indices) -> Tensor:
         """Labels of train images."""
@@ -163,24 +146,20 @@ class ExportJob:
 
         A file with a fixed batch is verified beside the one with any batch that it was made from.
         """
-        raw_inputs = self.config.with_preprocessing
-        inputs = self.inputs(self.samples.parity)
-        logits = self.logits(self.samples.parity)
+        raw_inputs, batch = self.config.with_preprocessing, self.config.batch
+        inputs, logits = self.inputs(self.samples.parity), self.logits(self.samples.parity)
         module = ExportedModule(self.classifier, with_preprocessing=raw_inputs)
-        forms: list[tuple[onnx.ModelProto, tuple[int, ...]]] = [(model, BATCHES)]
-        if self.config.batch is not None:
-            forms.append((fix_batch(model, self.config.batch), (self.config.batch,)))
-        for form, batches in forms:
+
+        def check(form: onnx.ModelProto, batches: tuple[int, ...]) -> tuple[bytes, Tensor, Parity]:
             content = file_bytes(form, metadata)
+            find_layer = partial(first_differing_layer, module, model, content)
             outputs, parity = check_parity(
-                content,
-                inputs,
-                logits,
-                probabilities=raw_inputs,
-                batches=batches,
-                find_layer=partial(first_differing_layer, module, model, content),
+                content, inputs, logits, probabilities=raw_inputs, batches=batches, find_layer=find_layer
             )
-        return content, outputs, parity
+            return content, outputs, parity
+
+        dynamic = check(model, BATCHES)
+        return dynamic if batch is None else check(fix_batch(model, batch), (batch,))
 
     def quantise(
         self, model: onnx.ModelProto, metadata: dict[str, str], float_content: bytes, reference: Tensor
@@ -195,10 +174,8 @@ class ExportJob:
         trials: tuple[RecipeTrial, ...] = ()
         recipe = str(self.config.recipe)
         if recipe == "auto":
-            selection = self.samples.selection
-            trials, quantised = int8.search(
-                quantiser, float_content, self.inputs(selection), self.logits(selection), self.on_event
-            )
+            inputs, logits = self.inputs(self.samples.selection), self.logits(self.samples.selection)
+            trials, quantised = int8.search(quantiser, float_content, inputs, logits, self.on_event)
             if quantised is None:
                 return float_content, None, trials
             recipe = next(trial.recipe for trial in trials if trial.chosen)
@@ -218,11 +195,7 @@ class ExportJob:
             yield self.inputs(indices)
 
     def _measure_int8(self, quantised: onnx.ModelProto, recipe: str, reference: Tensor) -> Quantisation:
-        """Agreement and accuracy of an int8 network on the parity images.
-
-        Raises:
-            KdError: its outputs are not finite.
-        """
+        """Agreement and accuracy of an int8 network on the parity images."""
         parity = self.samples.parity
         runner = OnnxRunner(quantised.SerializeToString(), name="the quantised file")
         outputs = torch.from_numpy(runner.run(self.inputs(parity), max(BATCHES)))
@@ -240,11 +213,7 @@ class ExportJob:
         )
 
     def measure_drop(self, content: bytes, allowed: float) -> AccuracyDrop:
-        """Loss of accuracy of the file against the checkpoint, in points.
-
-        Raises:
-            KdError: it is more than allowed.
-        """
+        """Loss of accuracy of the file against the checkpoint; a KdError if it is more than allowed."""
         held_out, name = self.samples.held_out, self.samples.held_out_name
         labels = self.labels(held_out)
         expected = self.logits(held_out, f"accuracy on the {name}")
@@ -253,18 +222,15 @@ class ExportJob:
         for start in range(0, len(held_out), _DROP_BATCH):
             inputs = self.inputs(held_out[start : start + _DROP_BATCH])
             parts.append(run(runner, inputs, len(inputs), probabilities=self.config.with_preprocessing))
-        accuracy, float_accuracy = (
-            metrics.accuracy(torch.cat(parts), labels),
-            metrics.accuracy(expected, labels),
-        )
+        accuracy = metrics.accuracy(torch.cat(parts), labels)
+        float_accuracy = metrics.accuracy(expected, labels)
         points = float_accuracy - accuracy
         if points > allowed:
+            other = "Try --int8-recipe auto or another recipe, or allow" if self.config.recipe else "Allow"
             raise KdError(
                 f"the file loses {points:.2f} points of accuracy on the {name} "
                 f"({float_accuracy:.2f} % → {accuracy:.2f} %, n = {len(labels):,}); --max-drop allows "
                 f"{allowed:g}; no file was written",
-                "Try --int8-recipe auto or another recipe, or allow more."
-                if self.config.recipe
-                else "Allow more.",
+                f"{other} more.",
             )
         return AccuracyDrop(len(labels), name, float_accuracy, accuracy, points, allowed)

@@ -28,25 +28,15 @@ _HINT = "Try another --opset, or another onnxruntime version."
 
 @dataclass(frozen=True)
 class Parity:
-    """How close the file is to the checkpoint on real images.
+    """How close the file is to the checkpoint on real images."""
 
-    Attributes:
-        images: how many.
-        batches: batch sizes that were run.
-        levels: graph optimisation levels of onnxruntime, each run at all batch sizes.
-        largest_difference: of any logit (with preprocessing: of any log-probability).
-        scale: the largest |logit|; the difference may be 1e-4 of it.
-        same_top1: images with the same first class.
-        ties: images whose first class differs between two classes that are nearer than 1e-5 of the scale.
-    """
-
-    images: int
-    batches: tuple[int, ...]
-    levels: tuple[str, ...]
-    largest_difference: float
-    scale: float
-    same_top1: int
-    ties: int
+    images: int  # number of images
+    batches: tuple[int, ...]  # batch sizes that were run
+    levels: tuple[str, ...]  # graph optimisation levels of onnxruntime, each run at all batch sizes
+    largest_difference: float  # of any logit (with preprocessing: of any log-probability)
+    scale: float  # the largest |logit|; the difference may be 1e-4 of it
+    same_top1: int  # images with the same top-1 class
+    ties: int  # images whose top-1 class differs between two classes that are nearer than 1e-5 of the scale
 
 
 def check_parity(
@@ -72,7 +62,7 @@ def check_parity(
         The file's logits or log-probabilities (N, classes), and the figures.
 
     Raises:
-        KdError: a value is off by more than 1e-4 of the logits' scale, or a first class differs beyond a tie.
+        KdError: a value is off by more than 1e-4 of the logits' scale, or a top-1 class differs beyond a tie.
     """
     expected = logits.double()
     if probabilities:
@@ -108,11 +98,7 @@ def check_parity(
 
 
 def _compare_top1(expected: Tensor, outputs: Tensor, scale: float) -> tuple[int, int]:
-    """Number of images whose first class differs, and of ties among them.
-
-    Raises:
-        KdError: one of them is no tie.
-    """
+    """Number of images whose top-1 class differs, and of ties among them; a KdError if one is no tie."""
     theirs = outputs.argmax(dim=1)
     margin = expected.max(dim=1).values - expected.gather(1, theirs[:, None])[:, 0]
     differs = expected.argmax(dim=1) != theirs
@@ -141,16 +127,16 @@ def first_differing_layer(
     Args:
         module: the checkpoint's module, from `inputs` to the file's output.
         translated: the model as torch's exporter made it, with the module scopes of its nodes.
-        content: the file.
-        inputs: images on which they differ.
-        level: graph optimisation of onnxruntime.
 
     Returns:
         `conv2`, or `features.0 and features.1` of layers that are one operation in the file; None where each layer
         agrees, or its values cannot be read from the file.
     """
     expected = _module_outputs(module, inputs)
-    value_of = _last_values(translated, set(expected))
+    value_of: dict[str, str] = {}  # name of the value that the last node of each module produces
+    for node in translated.graph.node:
+        for name in expected.keys() & _QUOTED.findall(scopes_of(node)):
+            value_of[name] = node.output[0]
     if not value_of:
         return None
     try:
@@ -163,10 +149,8 @@ def first_differing_layer(
             merged.append(name)
             continue
         value = actual[value_of[name]]
-        bound = TOLERANCE * wanted.abs().max().item()
-        if (
-            value.shape == wanted.shape and not (value.double() - wanted).abs().max().item() <= bound
-        ):  # or NaN
+        bound = TOLERANCE * wanted.abs().max().item()  # a comparison with NaN is false
+        if value.shape == wanted.shape and not (value.double() - wanted).abs().max().item() <= bound:
             return " and ".join(layer.removeprefix("network.") for layer in (*merged, name))
         merged = []
     return None
@@ -175,16 +159,13 @@ def first_differing_layer(
 def _module_outputs(module: nn.Module, inputs: npt.NDArray[Any]) -> dict[str, Tensor]:
     """Output of each leaf module, float64, in the order they run."""
     outputs: dict[str, Tensor] = {}
-    handles = []
-    for name, part in module.named_modules():
-        if any(part.children()):
-            continue
+    names = {part: name for name, part in module.named_modules()}
 
-        def record(part: nn.Module, given: Any, output: Tensor, name: str = name) -> None:
-            outputs.pop(name, None)  # a module that runs twice counts where it runs last
-            outputs[name] = output.double()
+    def record(part: nn.Module, given: Any, output: Tensor) -> None:
+        outputs.pop(names[part], None)  # a module that runs twice counts where it runs last
+        outputs[names[part]] = output.double()
 
-        handles.append(part.register_forward_hook(record))
+    handles = [part.register_forward_hook(record) for part in names if not any(part.children())]
     try:
         with torch.inference_mode():
             module(torch.from_numpy(inputs))
@@ -192,15 +173,6 @@ def _module_outputs(module: nn.Module, inputs: npt.NDArray[Any]) -> dict[str, Te
         for handle in handles:
             handle.remove()
     return outputs
-
-
-def _last_values(translated: onnx.ModelProto, names: set[str]) -> dict[str, str]:
-    """Name of the value that the last node of each module produces."""
-    last: dict[str, str] = {}
-    for node in translated.graph.node:
-        for name in names.intersection(_QUOTED.findall(scopes_of(node))):
-            last[name] = node.output[0]
-    return last
 
 
 def _file_values(content: bytes, names: list[str], inputs: npt.NDArray[Any], level: str) -> dict[str, Tensor]:

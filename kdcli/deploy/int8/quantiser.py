@@ -77,9 +77,7 @@ class Quantiser:
             source = folder / "b.onnx"
             source.write_bytes(self._prepared)
             if recipe.ranges not in self._ranges:
-                self._ranges[recipe.ranges] = self._calibrate(
-                    source, folder / "augmented.onnx", recipe.ranges
-                )
+                self._ranges[recipe.ranges] = self._calibrate(source, recipe.ranges)
             prepared = load_model_with_shape_infer(source)
             quantizer = QDQQuantizer(
                 prepared,
@@ -97,7 +95,7 @@ class Quantiser:
             quantizer.model.save_model_to_file(folder / "c.onnx", False)  # which sorts the nodes
             return onnx.load_model(folder / "c.onnx")
 
-    def _calibrate(self, source: Path, augmented: Path, ranges: str) -> Any:
+    def _calibrate(self, source: Path, ranges: str) -> Any:
         """Ranges by tensor. Batch by batch: `quantize_static` would keep all activations of all images."""
         from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod
         from onnxruntime.quantization.calibrate import create_calibrator
@@ -112,7 +110,7 @@ class Quantiser:
         calibrator = create_calibrator(
             source,
             list(OPERATORS),
-            augmented_model_path=str(augmented),
+            augmented_model_path=str(source.with_name("augmented.onnx")),
             calibrate_method=getattr(CalibrationMethod, _CALIBRATION[ranges]),
             # a symmetric range would spend half of uint8 on negative values, which a ReLU never gives
             extra_options={"symmetric": False},
@@ -125,12 +123,12 @@ class Quantiser:
 def _excluded_nodes(model: onnx.ModelProto, recipe: Recipe) -> list[str]:
     """Nodes that stay float32: preprocessing, and the layers that the recipe excludes."""
     stored = {tensor.name for tensor in model.graph.initializer}
-    network = [node for node in model.graph.node if not node.name.startswith(PREPROCESSING)]
     excluded = [node.name for node in model.graph.node if node.name.startswith(PREPROCESSING)]
+    network = [node for node in model.graph.node if not node.name.startswith(PREPROCESSING)]
     weighted = [
         index
         for index, node in enumerate(network)
-        if node.op_type in WITH_WEIGHTS and any(name in stored for name in node.input)
+        if node.op_type in WITH_WEIGHTS and stored.intersection(node.input)
     ]
     if recipe.float_first and weighted:  # with its ReLU and pooling, which alone would be slower as int8
         excluded += [node.name for node in network[: weighted[1] if len(weighted) > 1 else None]]

@@ -12,18 +12,14 @@ RANGES = ("minmax", "entropy", "percentile")
 class Recipe:
     """One way to quantise; weights are int8 in all of them.
 
-    Attributes:
-        signed: activations are int8 (S8S8) instead of uint8 (U8S8).
-        per_channel: one scale per output channel of the weights instead of one per tensor.
-        ranges: how activation ranges are calibrated: `minmax`, the extremes; `entropy`, the range with the least KL
-            divergence from the histogram; `percentile`, 99.999 % of the values.
-        float_first, float_last: the first or last layer with weights stays float32.
+    Activation ranges are calibrated by `minmax`, the extremes; `entropy`, the range with the least KL divergence from
+    the histogram; `percentile`, 99.999 % of the values.
     """
 
-    signed: bool = False
-    per_channel: bool = True
+    signed: bool = False  # activations are int8 (S8S8) instead of uint8 (U8S8)
+    per_channel: bool = True  # one scale per output channel of the weights instead of one per tensor
     ranges: str = "minmax"
-    float_first: bool = False
+    float_first: bool = False  # the first layer with weights stays float32
     float_last: bool = False
 
     @classmethod
@@ -48,24 +44,15 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Quantisation:
-    """How a network was quantised, and the cost.
+    """How a network was quantised, and the cost."""
 
-    Attributes:
-        recipe: its name, see `Recipe`.
-        calibration_images: train images that set the activation ranges.
-        reduce_range: weights have 7 bits, because 8-bit products could overflow on this CPU.
-        images: train images, not used for calibration, on which the result was measured.
-        agreement: per cent of them with the float32 network's top-1 class.
-        float_accuracy, int8_accuracy: per cent.
-    """
-
-    recipe: str
-    calibration_images: int
-    reduce_range: bool
-    images: int
-    agreement: float
-    float_accuracy: float
-    int8_accuracy: float
+    recipe: str  # name of a `Recipe`
+    calibration_images: int  # train images that set the activation ranges
+    reduce_range: bool  # weights have 7 bits, because 8-bit products could overflow on this CPU
+    images: int  # train images, not used for calibration, on which the result was measured
+    agreement: float  # per cent of them with the float32 network's top-1 class
+    float_accuracy: float  # per cent
+    int8_accuracy: float  # per cent
 
     def to_metadata(self) -> dict[str, Any]:
         """Plain values for the metadata of the file."""

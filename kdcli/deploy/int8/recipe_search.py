@@ -32,23 +32,14 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class RecipeTrial:
-    """One recipe, tried.
-
-    Attributes:
-        recipe: its name.
-        agreement: per cent of the selection images with the float32 network's top-1 class; None if it failed.
-        speedup: median over rounds of float32's time ÷ its own, one image at a time.
-        speedup_interval: 95 % interval of that median, from its order statistics.
-        chosen: whether it was taken.
-        problem: why it failed.
-    """
+    """Measurements of one recipe."""
 
     recipe: str
-    agreement: float | None = None
-    speedup: float | None = None
-    speedup_interval: tuple[float, float] | None = None
+    agreement: float | None = None  # % of selection images with float32's top-1 class; None if it failed
+    speedup: float | None = None  # median over rounds of float32's time ÷ its own, one image at a time
+    speedup_interval: tuple[float, float] | None = None  # 95 %, from order statistics
     chosen: bool = False
-    problem: str | None = None
+    problem: str | None = None  # reason of the failure
 
 
 def search(
@@ -60,9 +51,8 @@ def search(
 ) -> tuple[tuple[RecipeTrial, ...], onnx.ModelProto | None]:
     """Try seven recipes, and take one by agreement and by speed measured here.
 
-    First the three kinds of ranges; then, with the one that agrees best, each other setting changed. Candidates are
-    all that are faster than float32 beyond chance; of these, what agrees best up to one standard error; of these,
-    the fastest.
+    First the three kinds of ranges; then, with the one that agrees best, each other setting changed. Of those that
+    are faster than float32 beyond chance, the fastest whose agreement is within one standard error of the best.
 
     Args:
         float_model: the float32 file.

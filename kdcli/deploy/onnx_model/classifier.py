@@ -31,7 +31,7 @@ _TYPES: dict[int, np.dtype[Any]] = {
     onnx.TensorProto.UINT8: np.dtype(np.uint8),
 }
 # Operators that may follow a softmax: their outputs are still probabilities.
-_KEEP_VALUES = (
+_KEEP_VALUES = [
     "Cast",
     "DequantizeLinear",
     "Flatten",
@@ -40,42 +40,26 @@ _KEEP_VALUES = (
     "Reshape",
     "Squeeze",
     "Unsqueeze",
-)
+]
 
 
 @dataclass(frozen=True)
 class OnnxClassifier:
-    """An ONNX file with the interface of `kdcli.models.Classifier`.
-
-    Attributes:
-        path: the file.
-        classes: class names in the order of the logits; numbers if the file names none.
-        input_size: (H, W, C) of the raw images.
-        provenance: origin as kd export recorded it, else empty.
-        metadata: all metadata of the file.
-        layout: `NCHW` or `NHWC`, of its input.
-        dtype: of its input; uint8 means raw images, RGB.
-        preprocess: raw pixels → its input; None if unknown, or inside the file (uint8).
-        gives: `logits` or `probabilities`.
-        batch: fixed number of images per call; None: any number.
-        runner: runs it.
-        model: the parsed file.
-        file_bytes: of the file and of external files with its weights.
-    """
+    """An ONNX file with the interface of `kdcli.models.Classifier`."""
 
     path: Path
-    classes: tuple[str, ...]
-    input_size: _Size
-    provenance: dict[str, Any]
+    classes: tuple[str, ...]  # names in the order of the logits; numbers if the file names none
+    input_size: _Size  # (H, W, C) of the raw images
+    provenance: dict[str, Any]  # origin as kd export recorded it, else empty
     metadata: dict[str, str]
-    layout: str
-    dtype: np.dtype[Any]
-    preprocess: Preprocess | None
-    gives: str
-    batch: int | None
+    layout: str  # NCHW or NHWC
+    dtype: np.dtype[Any]  # of its input; uint8 means raw images, RGB
+    preprocess: Preprocess | None  # raw pixels → its input; None if unknown, or inside the file (uint8)
+    gives: str  # logits or probabilities
+    batch: int | None  # fixed number of images per call; None: any number
     runner: OnnxRunner = field(repr=False)
     model: onnx.ModelProto = field(repr=False)
-    file_bytes: int
+    file_bytes: int  # of the file and of external files with its weights
 
     @classmethod
     def load(
@@ -98,17 +82,17 @@ class OnnxClassifier:
         layout, dtype, size, batch = _parse_input(path, model, input_size)
         runner = OnnxRunner(serialize(path, model), threads, str(path))
         blank = np.zeros((batch or 1, *size), dtype)
-        classes = _count_classes(path, runner, blank if layout == "NHWC" else blank.transpose(0, 3, 1, 2))
-        described = parse_metadata(path, metadata, classes)
+        count = _count_classes(path, runner, blank if layout == "NHWC" else blank.transpose(0, 3, 1, 2))
+        classes, provenance, preprocess = parse_metadata(path, metadata, count)
         return cls(
             path=path,
-            classes=described.classes,
+            classes=classes,
             input_size=size,
-            provenance=described.provenance,
+            provenance=provenance,
             metadata=metadata,
             layout=layout,
             dtype=dtype,
-            preprocess=described.preprocess,
+            preprocess=preprocess,
             gives="probabilities" if _ends_in_softmax(model) else "logits",
             batch=batch,
             runner=runner,
@@ -171,35 +155,25 @@ def _parse_input(
     path: Path, model: onnx.ModelProto, assumed: _Size | None
 ) -> tuple[str, np.dtype[Any], _Size, int | None]:
     """Layout, type, (H, W, C) and fixed batch of the one image input."""
-    info = image_input(model)
     hint = "kd runs files with one input: (N, C, H, W) or (N, H, W, C), uint8 or a float type."
-    if info is None:
-        raise KdError(f"{path} does not have exactly one input", hint)
-    kind = info.type.tensor_type.elem_type
-    sides = [side.dim_value for side in info.type.tensor_type.shape.dim]  # 0: open
-    if len(sides) != 4 or kind not in _TYPES:
+    info = image_input(model)
+    if info is None or info.type.tensor_type.elem_type not in _TYPES:
         raise KdError(f"{path} does not take images", hint)
+    sides = [side.dim_value for side in info.type.tensor_type.shape.dim]  # 0: open
     layout = layout_of(info)
     batch, *size = sides if layout == "NHWC" else (sides[0], sides[2], sides[3], sides[1])
     if assumed is not None:
         size = [own or other for own, other in zip(size, assumed, strict=True)]
     height, width, channels = size
     if min(size) < 1:
-        raise KdError(
-            f"{path} does not fix the size of its images", "Export it with a fixed height and width."
-        )
+        raise KdError(f"{path} does not fix the size of its images", "Export it with fixed height and width.")
     if max(height, width) > MAX_SIDE:
-        raise KdError(
-            f"{path} takes images of {height}x{width} pixels", f"kd runs files up to {MAX_SIDE:,} a side."
-        )
+        raise KdError(f"{path} takes images of {height}×{width} pixels", f"The limit is {MAX_SIDE:,} a side.")
     if channels not in CHANNELS:
         raise KdError(f"{path} takes {channels} channels in {layout} order, which is no image", hint)
     if batch > MAX_BATCH or batch * math.prod(size) > MAX_VALUES:
-        raise KdError(
-            f"{path} takes {batch} images at a time",
-            f"kd runs files that take up to {MAX_BATCH:,} small ones.",
-        )
-    return layout, _TYPES[kind], (height, width, channels), batch or None
+        raise KdError(f"{path} takes {batch} images at a time", f"The limit is {MAX_BATCH:,} small ones.")
+    return layout, _TYPES[info.type.tensor_type.elem_type], (height, width, channels), batch or None
 
 
 def _count_classes(path: Path, runner: OnnxRunner, blank: npt.NDArray[Any]) -> int:

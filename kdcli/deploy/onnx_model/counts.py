@@ -17,21 +17,15 @@ _Size = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class ModelCounts:
-    """Size and work of an ONNX model.
+    """Size and work of an ONNX model."""
 
-    Attributes:
-        parameters: values in weight tensors; quantisation scales and shapes are not counted.
-        network_bytes: all constants of the network.
-        preprocessing_bytes: constants of the preprocessing inside the file.
-        macs: multiply-accumulates of one image in the network's Conv, Gemm and MatMul; None if unknown.
-        nodes: all nodes in the order they run.
-    """
-
-    parameters: int
-    network_bytes: int
-    preprocessing_bytes: int
-    macs: int | None
-    nodes: tuple[LayerSummary, ...]
+    parameters: int  # values in weight tensors; quantisation scales and shapes are not counted
+    network_bytes: int  # all constants of the network
+    preprocessing_bytes: int  # constants of the preprocessing inside the file
+    macs: (
+        int | None
+    )  # multiply-accumulates of one image in Conv, Gemm, MatMul of the network; None if unknown
+    nodes: tuple[LayerSummary, ...]  # in the order they run
 
 
 def count_model(model: onnx.ModelProto, input_size: _Size | None = None) -> ModelCounts:
@@ -60,14 +54,8 @@ def count_model(model: onnx.ModelProto, input_size: _Size | None = None) -> Mode
         if name not in scales and tensor.data_type != onnx.TensorProto.INT64:
             weights[name] = count
     nodes = _node_rows(model, input_size, weights)
-    macs = [node.macs for node in nodes]
-    return ModelCounts(
-        parameters=sum(weights.values()),
-        network_bytes=network_bytes,
-        preprocessing_bytes=preprocessing_bytes,
-        macs=None if None in macs else sum(count or 0 for count in macs),
-        nodes=nodes,
-    )
+    macs = None if any(node.macs is None for node in nodes) else sum(node.macs or 0 for node in nodes)
+    return ModelCounts(sum(weights.values()), network_bytes, preprocessing_bytes, macs, nodes)
 
 
 def _node_rows(
@@ -93,7 +81,19 @@ def _infer_shapes(model: onnx.ModelProto, input_size: _Size | None) -> dict[str,
     """Shapes by name for a batch of one, as far as they can be inferred."""
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
-    _fix_input(fixed, input_size)
+    info = image_input(fixed)
+    if info is not None:
+        sides = info.type.tensor_type.shape.dim
+        sides[0].dim_value = 1
+        if input_size is not None:
+            height, width, channels = input_size
+            nhwc = layout_of(info) == "NHWC"
+            values = (height, width, channels) if nhwc else (channels, height, width)
+            for side, value in zip(sides[1:], values, strict=True):
+                side.dim_value = value
+        for output in fixed.graph.output:  # a named batch side would contradict the 1
+            output.type.tensor_type.ClearField("shape")
+        del fixed.graph.value_info[:]
     shapes = {tensor.name: tuple(tensor.dims) for tensor in fixed.graph.initializer}
     try:
         inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True)
@@ -118,24 +118,6 @@ def _macs(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int | Non
     return outputs * shapes[node.input[0]][-2 if transposed else -1]
 
 
-def _fix_input(model: onnx.ModelProto, input_size: _Size | None) -> None:
-    """Set the batch side to 1 and the others to `input_size`."""
-    info = image_input(model)
-    if info is None or len(info.type.tensor_type.shape.dim) != 4:
-        return
-    sides = info.type.tensor_type.shape.dim
-    sides[0].dim_value = 1
-    if input_size is not None:
-        height, width, channels = input_size
-        nhwc = layout_of(info) == "NHWC"
-        values = (height, width, channels) if nhwc else (channels, height, width)
-        for side, value in zip(sides[1:], values, strict=True):
-            side.dim_value = value
-    for output in model.graph.output:  # a named batch side would contradict the 1
-        output.type.tensor_type.ClearField("shape")
-    del model.graph.value_info[:]
-
-
 def layout_of(info: onnx.ValueInfoProto) -> str:
     """`NCHW` or `NHWC`, by which of the second and the last side is a number of channels.
 
@@ -149,7 +131,7 @@ def layout_of(info: onnx.ValueInfoProto) -> str:
 
 
 def image_input(model: onnx.ModelProto) -> onnx.ValueInfoProto | None:
-    """The only input of a model; None if there are several or none."""
+    """The only input of a model, if it has four sides; else None."""
     constants = {tensor.name for tensor in model.graph.initializer}  # old files list weights as inputs
     inputs = [info for info in model.graph.input if info.name not in constants]
-    return inputs[0] if len(inputs) == 1 else None
+    return inputs[0] if len(inputs) == 1 and len(inputs[0].type.tensor_type.shape.dim) == 4 else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -38,11 +37,7 @@ def encode_preprocess(preprocess: Preprocess, most_values: int = _MOST_VALUES) -
 
 
 def decode_preprocess(text: str) -> Preprocess | None:
-    """The inverse of `encode_preprocess`; None if the values were left out.
-
-    Raises:
-        ValueError, KeyError, TypeError, AttributeError, RuntimeError, KdError: any other text.
-    """
+    """The inverse of `encode_preprocess`; None if the values were left out. Other text is an error of any kind."""
     spec = json.loads(text)
     if spec["state"] is None:
         return None
@@ -54,12 +49,7 @@ def decode_preprocess(text: str) -> Preprocess | None:
 
 
 def make_metadata(classifier: Classifier, sha256: str, *, with_preprocessing: bool) -> dict[str, str]:
-    """Metadata of a float32 export.
-
-    Args:
-        sha256: of the checkpoint.
-        with_preprocessing: the file takes raw images and gives probabilities.
-    """
+    """Metadata of a float32 export of the checkpoint with this SHA-256."""
     provenance = _without_paths(classifier.provenance)
     teacher, teacher_sha256 = provenance.get("teacher"), None
     if isinstance(teacher, dict):
@@ -102,54 +92,31 @@ def add_quantisation(metadata: dict[str, str], quantisation: dict[str, Any]) -> 
     }
 
 
-@dataclass(frozen=True)
-class Description:
-    """What a file's metadata says of a classifier.
+def parse_metadata(
+    path: Path, metadata: dict[str, str], classes: int
+) -> tuple[tuple[str, ...], dict[str, Any], Preprocess | None]:
+    """Class names, provenance and preprocessing from the metadata of a file with that many classes.
 
-    Attributes:
-        classes: class names in the order of the outputs; numbers in a file of another program.
-        provenance: origin as plain values; empty in a file of another program.
-        preprocess: raw pixels → the network's input; None where it is not known.
-    """
-
-    classes: tuple[str, ...]
-    provenance: dict[str, Any]
-    preprocess: Preprocess | None
-
-
-def parse_metadata(path: Path, metadata: dict[str, str], classes: int) -> Description:
-    """Read the metadata of a file with that many classes.
+    In a file of another program: numbers, nothing, and None.
 
     Raises:
         KdError: it is damaged, of a newer version, or names another number of classes.
     """
     if "kd.format" not in metadata:
-        return Description(tuple(str(index) for index in range(classes)), {}, None)
+        return tuple(map(str, range(classes))), {}, None
     if metadata["kd.format"] != FORMAT:
         raise KdError(
             f"{path} was written by a newer kd ({metadata['kd.format'][:40]})", "pip install --upgrade kdcli"
         )
     try:
-        found = Description(
-            tuple(str(name) for name in json.loads(metadata["kd.classes"])),
-            dict(json.loads(metadata["kd.provenance"])),
-            decode_preprocess(metadata["kd.preprocess"]),
-        )
-    except (
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        RuntimeError,
-        KdError,
-    ) as error:
+        names = tuple(str(name) for name in json.loads(metadata["kd.classes"]))
+        provenance = dict(json.loads(metadata["kd.provenance"]))
+        preprocess = decode_preprocess(metadata["kd.preprocess"])
+    except Exception as error:  # JSON of any form raises many kinds
         raise KdError(f"{path}: its metadata is damaged: {first_line(error)}", "Export it again.") from error
-    if len(found.classes) != classes:
-        raise KdError(
-            f"{path} names {len(found.classes)} classes and gives {classes} values", "Export it again."
-        )
-    return found
+    if len(names) != classes:
+        raise KdError(f"{path} names {len(names)} classes and gives {classes} values", "Export it again.")
+    return names, provenance, preprocess
 
 
 def _without_paths(value: Any) -> Any:

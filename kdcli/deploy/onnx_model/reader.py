@@ -81,7 +81,7 @@ def _load_external(path: Path, tensors: list[onnx.TensorProto]) -> int:
     Raises:
         KdError: a location that is not a regular file in the model's own folder, or does not hold the tensor.
     """
-    sizes: dict[Path, int] = {}
+    sizes: dict[str, int] = {}
     total = 0
     for tensor in tensors:
         entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -90,11 +90,11 @@ def _load_external(path: Path, tensors: list[onnx.TensorProto]) -> int:
         try:
             if "/" in location or "\\" in location or not stat.S_ISREG(source.lstat().st_mode):
                 raise ValueError("it is not a plain file in the same folder")
-            sizes[source] = source.stat().st_size
+            sizes[location] = source.stat().st_size
             offset = int(entries.get("offset", 0))
-            length = int(entries.get("length", sizes[source] - offset))
+            length = int(entries.get("length", sizes[location] - offset))
             item = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-            if offset < 0 or offset + length > sizes[source] or length != math.prod(tensor.dims) * item:
+            if offset < 0 or offset + length > sizes[location] or length != math.prod(tensor.dims) * item:
                 raise ValueError(f"it does not hold the {list(tensor.dims)} values of {tensor.name[:60]!r}")
             total += length
             if total > MAX_BYTES:

@@ -21,13 +21,7 @@ LEVELS = {  # graph optimisation levels of onnxruntime, each a superset of the o
 
 
 class OnnxRunner:
-    """An onnxruntime session for a model with one input.
-
-    Attributes:
-        session: the session.
-        input: name of the input.
-        batch: number of images per call where the model fixes it, else None.
-    """
+    """An onnxruntime session for a model with one input, named `input`; `batch` images per call, or any if None."""
 
     def __init__(self, model: bytes, threads: int = 0, name: str = "model", *, level: str = "all") -> None:
         """Create the session.
@@ -79,7 +73,15 @@ class OnnxRunner:
         step = self.batch or batch or count
         if self.batch and count % step:
             inputs = np.concatenate([inputs, np.repeat(inputs[:1], -count % step, axis=0)])
-        parts = [self._checked(inputs[start : start + step]) for start in range(0, len(inputs), step)]
+        parts = []
+        for start in range(0, len(inputs), step):
+            part = inputs[start : start + step]
+            output: object = self.outputs([self.session.get_outputs()[0].name], part)[0]
+            if not isinstance(output, np.ndarray):  # a sequence or a map
+                raise KdError(f"{self.name} gives no tensor")
+            if output.shape[:1] != part.shape[:1]:
+                raise KdError(f"{self.name} gives an output of shape {output.shape} for {len(part)} images")
+            parts.append(output)
         return np.concatenate(parts)[:count]
 
     def outputs(self, names: list[str], inputs: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
@@ -95,11 +97,3 @@ class OnnxRunner:
                 f"onnxruntime cannot run {self.name} on {len(inputs)} images: {first_line(error)}"
             ) from error
         return values
-
-    def _checked(self, inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        output: object = self.outputs([self.session.get_outputs()[0].name], inputs)[0]
-        if not isinstance(output, np.ndarray):  # a sequence or a map
-            raise KdError(f"{self.name} gives no tensor")
-        if output.shape[:1] != inputs.shape[:1]:
-            raise KdError(f"{self.name} gives an output of shape {output.shape} for {len(inputs)} images")
-        return output

@@ -70,8 +70,7 @@ def to_onnx(classifier: Classifier, *, opset: int, with_preprocessing: bool) -> 
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
                 verbose=False,
             )
-            if program is None:
-                raise RuntimeError("the exporter returned nothing")
+            assert program is not None
             model = onnx.ModelProto()
             model.CopyFrom(program.model_proto)
     except Exception as error:  # the exporter raises many kinds
