@@ -62,13 +62,16 @@ def compare(
     from kdcli import report
     from kdcli.engine.inputs import load_data
     from kdcli.studies import compare as studies
+    from kdcli.studies.compare import tables
 
     plan = studies.Plan.load(resume) if resume is not None else studies.make_plan(settings, train)
     with _ui.progress() as on_event:
         result = studies.compare(plan, load_data(plan.train, on_event), on_event=on_event)
     if any(row.count for row in result.standings):
-        report.comparison(result, plan.figure_file)
-    _write_tables(result, settings)
+        report.comparison(result, plan.folder / "figure.svg")
+    for path, make_table in ((settings.csv, tables.to_csv), (settings.markdown, tables.to_markdown)):
+        if path is not None:
+            files.write_text(path, make_table(result))
     if _ui.settings.json:
         _ui.json(result.to_json())
     else:
@@ -78,14 +81,6 @@ def compare(
             f"{len(result.failed)} of {len(result.runs)} runs failed: {result.failed[0].reason}",
             f"{plan.resume_command or 'The same command'} tries them again.",
         )
-
-
-def _write_tables(result: Comparison, settings: CompareConfig) -> None:
-    from kdcli.studies.compare import tables
-
-    for path, make_table in ((settings.csv, tables.to_csv), (settings.markdown, tables.to_markdown)):
-        if path is not None:
-            files.write_text(path, make_table(result))
 
 
 def _show(result: Comparison, plan: Plan) -> None:

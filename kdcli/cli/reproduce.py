@@ -33,7 +33,7 @@ def reproduce(
         data = studies.check_inputs(found, on_event)
         result = studies.reproduce(found, data, config.tolerance, on_event)
     if _ui.settings.json:
-        _ui.json({**result.to_json(), "holds": result.holds})
+        _ui.json(result.to_json())
     else:
         _show(result)
     if not result.holds:

@@ -17,7 +17,6 @@ from kdcli.cli._options import Recipe, options_of
 from kdcli.studies.tune.settings import SEARCH, TuneConfig
 
 if TYPE_CHECKING:
-    from kdcli.studies.tune.space import Space
     from kdcli.studies.tune.summary import TuneResult
 
 _TOP = 10  # trials shown
@@ -50,31 +49,31 @@ def tune(
     from kdcli.studies.tune import storage
 
     storage.require()
-    tuned = spaces.names_of(ranges or [])
+    ranges = ranges or []
+    tuned = spaces.names_of(ranges)
     shared: dict[str, Any] = {}
     if recipe:  # without values that were derived from a tuned setting
         shared = read_recipe(recipe, {**options, **dict.fromkeys(tuned, ...)})
         shared = {name: value for name, value in shared.items() if name != "method" or name not in tuned}
     config = make(TuneConfig, {**shared, **options})
     methods.check_typed(config, options.get("method"), str(recipe))
-    space = spaces.read_space(ranges or [], config.train)
-    _check_options(config, space, options)
-    command = _command(ranges or [], recipe, options)
-    try:
-        result = _search(config, space)
-    except Interrupted as stopped:
-        raise Interrupted(stopped.message, command, exit_code=stopped.exit_code) from stopped
-    _show(result, config, command)
-
-
-def _check_options(config: TuneConfig, space: Space, options: dict[str, Any]) -> None:
-    """Raise UsageError for a setting both set and tuned; note options without effect."""
-    tuned = {part.name for part in space}
+    space = spaces.read_space(ranges, config.train)
     for name in sorted(tuned & set(options)):
         raise UsageError(f"--{name.replace('_', '-')} is both set and tuned", "Leave one of them out.")
     if "method" not in tuned:
         _ui.note_ignored(options, methods.unread(config.method, options), f"with --method {config.method}")
     _ui.note_ignored(options, ("save_every", "keep"), "in kd tune: an interrupted trial starts anew")
+    command = _command(ranges, recipe, options)
+    from kdcli.engine.inputs import load_data
+    from kdcli.studies.tune import search
+
+    search.check(config, space)
+    try:
+        with _ui.progress() as on_event:
+            result = search.tune(config, space, load_data(config, on_event), on_event=on_event)
+    except Interrupted as stopped:
+        raise Interrupted(stopped.message, command, exit_code=stopped.exit_code) from stopped
+    _show(result, config, command)
 
 
 def _command(ranges: list[str], recipe: str | None, options: dict[str, Any]) -> str:
@@ -86,20 +85,12 @@ def _command(ranges: list[str], recipe: str | None, options: dict[str, Any]) -> 
         words += ["--tune", text]
     if recipe:
         words += ["--recipe", recipe]
+    if "storage" in options:
+        address = storage.redacted(storage.read_url(options["storage"], Path("study.db")))
+        options = {**options, "storage": address}
     for name, value in options.items():
-        is_url = name == "storage"
-        text = storage.redacted(storage.read_url(str(value), Path("study.db"))) if is_url else value
-        words += words_of("--" + name.replace("_", "-"), text)
+        words += words_of("--" + name.replace("_", "-"), value)
     return shlex.join(words)
-
-
-def _search(config: TuneConfig, space: Space) -> TuneResult:
-    from kdcli.engine.inputs import load_data
-    from kdcli.studies.tune import search
-
-    search.check(config, space)
-    with _ui.progress() as on_event:
-        return search.tune(config, space, load_data(config, on_event), on_event=on_event)
 
 
 def _show(result: TuneResult, config: TuneConfig, command: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shlex
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from kdcli.base import files
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Note, OnEvent, ignore
 from kdcli.data import Splits
-from kdcli.engine import Evaluation, RunDir, RunResult, fit, read_result
+from kdcli.engine import RunDir, RunResult, fit, read_result
 from kdcli.engine.identity import (
     check_unchanged,
     decisive_settings,
@@ -72,16 +73,12 @@ class Reproduction:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self)
+        return {**asdict(self), "holds": self.holds}
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run, read whole.
-
-    Attributes:
-        circumstances: versions, hardware and threads, by name.
-    """
+    """A finished run, read whole; `circumstances` are versions, hardware and threads, by name."""
 
     run_dir: RunDir
     config: TrainConfig
@@ -89,17 +86,12 @@ class FinishedRun:
     result: RunResult
     circumstances: Mapping[str, str]
 
-    @property
-    def test(self) -> Evaluation:
-        """Figures on the test images."""
-        return self.result.evaluation
-
 
 def read_finished(folder: Path, method: str = "") -> FinishedRun:
     """A run to repeat.
 
     Args:
-        method: as typed; has to be the run's if that is a method of one's own.
+        method: as typed; required if the run's method is a custom one.
 
     Raises:
         KdError: it is not finished, or its files cannot be read.
@@ -154,37 +146,43 @@ def reproduce(
     """
     for difference in found.result.resumed_with_differences:
         on_event(Note(f"{found.run_dir.path} was itself resumed with a difference: {difference}"))
-    path = found.run_dir.path.resolve()
+    folder, method = found.run_dir.path, found.config.method
+    path = folder.resolve()
     with files.locked(
         path.parent / f".{path.name}.lock",
         lambda: on_event(Note("waiting for another kd reproduce of this run")),
     ):
         again, started = _repetition(found)
+        place = {"name": again.path.name, "runs_dir": again.path.parent}
+        threads = found.config.threads or int(found.circumstances.get("threads", "0"))
+        config = found.config.model_copy(update={**place, "threads": threads})
         try:
-            result = fit(_config_of(found, again), data, resume=again if started else None, on_event=on_event)
-        except Interrupted as error:
-            hint = _command(found.run_dir.path, found.config.method)
+            result = fit(config, data, resume=again if started else None, on_event=on_event)
+        except Interrupted as error:  # a custom method has to be typed again
+            typed = f" --method {method}" if methods.is_custom(method) else ""
+            hint = f"kd reproduce {shlex.quote(folder.as_posix())}{typed}"
             raise Interrupted(error.message, hint, exit_code=error.exit_code) from error
-    return _compare(found, read_finished(result.run.path, found.config.method), tolerance)
+    return _compare(found, read_finished(result.run.path, method), tolerance)
 
 
 def _compare(found: FinishedRun, other: FinishedRun, tolerance: float) -> Reproduction:
     differing, largest = _tensor_differences(found.student.state_dict, other.student.state_dict)
     sha256, sha256_again = (checkpoint.digest(one.student.state_dict) for one in (found, other))
-    if sha256 == sha256_again and found.test == other.test:
+    test, test_again = found.result.evaluation, other.result.evaluation
+    if sha256 == sha256_again and test == test_again:
         verdict = IDENTICAL
     else:
-        apart = abs(found.test.accuracy - other.test.accuracy)
-        verdict = WITHIN if apart <= tolerance + 1e-9 else DIFFERENT
+        within = abs(test.accuracy - test_again.accuracy) <= tolerance + 1e-9
+        verdict = WITHIN if within else DIFFERENT
     return Reproduction(
         run=found.run_dir.path.as_posix(),
         again=other.run_dir.path.as_posix(),
         verdict=verdict,
         tolerance=tolerance,
-        accuracy=found.test.accuracy,
-        accuracy_again=other.test.accuracy,
-        interval=found.test.accuracy_interval,
-        test_images=other.test.count,
+        accuracy=test.accuracy,
+        accuracy_again=test_again.accuracy,
+        interval=test.accuracy_interval,
+        test_images=test_again.count,
         sha256=sha256,
         sha256_again=sha256_again,
         tensors=len(found.student.state_dict),
@@ -194,31 +192,17 @@ def _compare(found: FinishedRun, other: FinishedRun, tolerance: float) -> Reprod
     )
 
 
-def _command(run: Path, method: str) -> str:
-    """The command that continues; with the method if it is one of one's own, which has to be typed."""
-    typed = f" --method {method}" if methods.is_custom(method) else ""
-    return f"kd reproduce {shlex.quote(run.as_posix())}{typed}"
-
-
-def _config_of(found: FinishedRun, again: RunDir) -> TrainConfig:
-    """The run's settings, with as many threads as it had."""
-    threads = int(found.circumstances.get("threads", "0"))
-    own = {"name": again.path.name, "runs_dir": again.path.parent, "threads": found.config.threads or threads}
-    return found.config.model_copy(update=own)
-
-
 def _repetition(found: FinishedRun) -> tuple[RunDir, bool]:
     """The folder `<run>-reproduced-N`, and whether it holds an interrupted repetition."""
-    number, path = 1, found.run_dir.path
-    while True:
+    path = found.run_dir.path
+    for number in itertools.count(1):
         again = RunDir(path.parent / f"{path.resolve().name}-reproduced-{number}")
         if not again.path.exists():
-            return again, False
-        if again.config_file.is_file() and not again.result_file.exists():
-            own, stored = (decisive_settings(one) for one in (found.config, again.read_config()))
-            if own == stored:
-                return again, True
-        number += 1
+            break
+        stopped = again.config_file.is_file() and not again.result_file.exists()
+        if stopped and decisive_settings(again.read_config()) == decisive_settings(found.config):
+            return again, True
+    return again, False
 
 
 def _tensor_differences(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> tuple[int, float]:

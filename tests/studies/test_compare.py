@@ -179,10 +179,10 @@ def test_stopped_in_a_run_and_gone_on_with_it_is_the_same(
 def test_other_settings_or_inputs_are_not_mixed_in(splits: Splits) -> None:
     compare(planned(seeds="1", epochs=1), splits)
     for changes, told in (
-        ({"epochs": 2}, "was started with --epochs 1, not 2"),
-        ({"tau": 2.0}, "was started with --tau at its default, not 2.0"),
-        ({"seeds": "2"}, "was started with --seeds 0, not 0,1"),
-        ({"compared": "ce,logits"}, "was started with --methods ce,kd, not ce,logits"),
+        ({"epochs": 2}, "started with other settings: epochs was 1, is 2"),
+        ({"tau": 2.0}, "started with other settings: tau was None, is 2.0"),
+        ({"seeds": "2"}, "started with other settings: seeds was 0, is 0,1"),
+        ({"compared": "ce,logits"}, "started with other settings: methods was ce,kd, is ce,logits"),
     ):
         with pytest.raises(UsageError, match=told) as caught:
             compare(planned(**{"seeds": "1", "epochs": 1, **changes}), splits)
@@ -195,7 +195,7 @@ def test_other_settings_or_inputs_are_not_mixed_in(splits: Splits) -> None:
         compare(planned(seeds="1", epochs=1), splits)
     config = Path("comparisons/c/runs/kd-seed0/config.toml")
     config.write_text(config.read_text().replace("tau = 3.0", "tau = 4.0"))
-    with pytest.raises(UsageError, match="not a run of this comparison: its --tau differs"):
+    with pytest.raises(UsageError, match=r"not a run of this comparison: tau was 4\.0, is 3\.0"):
         planned(seeds="1", epochs=1).runs[1].is_started()
 
 

@@ -135,29 +135,29 @@ def test_ranges_by_hand() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("tau", "no range"),
-        ("tau=", "no range"),
+        ("tau", "neither a range nor a choice"),
+        ("tau=", "neither a range nor a choice"),
         ("tau=3", "neither a range nor a choice"),
         ("tau=1:2:3", "neither a range nor a choice"),
         ("tau=1:2:cube", "neither a range nor a choice"),
-        ("tau=low:high", "low is not a number"),
+        ("tau=low:high", "--tau low: must be a valid number"),
         ("tau=5:1", "5.0 is not below 1.0"),
         ("tau=2:2", "2.0 is not below 2.0"),
-        ("tau=0:5", "--tau 0.0: must be greater than 0"),
-        ("tau=1:1001", "--tau 1001.0: must be less than or equal to 1000"),
+        ("tau=0:5", "--tau 0: must be greater than 0"),
+        ("tau=1:1001", "--tau 1001: must be less than or equal to 1000"),
         ("lamda=-0.1:1", "--lamda -0.1"),
         ("lamda=0:1:log", "a logarithmic range starts above 0"),
         ("kd-weight=0:inf", "inf is not finite"),
-        ("kd-weight=nan:1", "nan is not finite"),
-        ("epochs=1:2.5", "2.5 is not a whole number"),
-        ("dropout=0|1", "--dropout 1.0: must be less than 1"),
+        ("kd-weight=nan:1", "--kd-weight nan"),
+        ("epochs=1:2.5", "--epochs 2.5: must be a valid integer"),
+        ("dropout=0|1", "--dropout 1: must be less than 1"),
         ("optimizer=adam|lion", "--optimizer lion"),
         ("optimizer=adam:sgd", "neither a range nor a choice"),
         ("optimizer=adam|adam", "a value occurs twice"),
         ("augment=flip|twirl", "--augment twirl"),
         ("method=kd|magic", "unknown method: magic"),
         ("temperature=1:2", "no such setting"),
-        ("noisy-sigma=0:1", "method kd does not read --noisy-sigma"),
+        ("noisy-sigma=0:1", "--noisy-sigma is not read by kd"),
     ],
 )
 def test_what_is_no_range_of_a_setting_is_said(text: str, said: str) -> None:
@@ -206,7 +206,7 @@ def test_a_method_that_is_tuned_brings_its_own_settings_only() -> None:
     space = space_of("method=kd|noisy", "tau=1:10", "noisy-ratio=0:1", "lr=1e-3:1e-2")
     assert [part.name for part in read_by(space, "kd")] == ["method", "tau", "lr"]
     assert [part.name for part in read_by(space, "noisy")] == ["method", "noisy_ratio", "lr"]
-    with pytest.raises(UsageError, match="methods ce, kd do not read --noisy-ratio"):
+    with pytest.raises(UsageError, match="--noisy-ratio is not read by ce, kd"):
         space_of("method=ce|kd", "noisy-ratio=0:1")
 
 
@@ -526,12 +526,12 @@ def test_other_settings_than_the_study_was_begun_with_are_an_error(
     monkeypatch.setattr(search, "fit", fake_fit(lambda run, epoch: 50.0))
     search_for(splits, "lr=1e-3:1", trials=1)
     for changes, said in [
-        ({"batch_size": 8}, "batch size was 16, now 8"),
-        ({"seed": 1}, "seed was 0, now 1"),
-        ({"sampler": "random"}, "sampler was tpe, now random"),
-        ({"seeds": 2}, "seeds was 1, now 2"),
-        ({"weight": ("ce=2",)}, r"weight was \[\], now \['ce=2'\]"),
-        ({"view_seed": 3}, "view seed was None, now 3"),
+        ({"batch_size": 8}, "batch_size was 16, is 8"),
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"sampler": "random"}, "sampler was tpe, is random"),
+        ({"seeds": 2}, "seeds was 1, is 2"),
+        ({"weight": ("ce=2",)}, r"weight was \[\], is \['ce=2'\]"),
+        ({"view_seed": 3}, "view_seed was None, is 3"),
     ]:
         with pytest.raises(UsageError, match=said) as caught:
             search_for(splits, "lr=1e-3:1", trials=1, **changes)
@@ -557,7 +557,7 @@ def test_a_storage_that_cannot_be_used_is_one_line_without_its_password(
     for url, said in [
         ("sqlite:///noise.db", "not a database"),
         ("sqlite:///noise.db/x.db", "noise.db"),
-        ("sqlite:///other.db", "was not made by kd tune"),
+        ("sqlite:///other.db", "was started with other settings"),
         ("sqlite://", "plain file or a database server"),
         ("sqlite:///:memory:", "plain file or a database server"),
         ("nonsense s3cret", "not a database URL"),
@@ -819,7 +819,7 @@ def test_chains_are_no_part_of_a_search(workplace: Path, monkeypatch: pytest.Mon
     for name in ("assistant", "generations"):
         with pytest.raises(UsageError, match="a trial trains a single student") as caught:
             space_of(f"{name}=1|2")
-        assert caught.value.hint == "Leave it out."
+        assert caught.value.hint == "Leave it out of --tune."
     help_text = command_line(monkeypatch, cli_train, cli_tune)("tune", "--help").stdout
     assert "--generations" not in help_text and "--student" in help_text
     assert config(study="", method="kd+my.module:f").study_name == "tune-kd+f-convnet-tiny"

@@ -6,44 +6,27 @@ import re
 import shlex
 import tomllib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tomli_w
-from pydantic import Field
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from kdcli import methods
-from kdcli.base.config import CompareConfig, Settings, make
+from kdcli.base.config import CompareConfig, make
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import write_text
 from kdcli.base.text import reason
-from kdcli.engine.identity import decisive_settings
+from kdcli.engine.identity import decisive_settings, differences
 from kdcli.engine.plan import check, resolve
 from kdcli.engine.run_dir import RunDir
 from kdcli.methods import TrainConfig
 
-PER_RUN = ("method", "seed", "name", "runs_dir")
+PER_RUN = {"method", "seed", "name", "runs_dir"}
 _MAX_NAME = 80
-
-
-class CommonSettings(Settings):
-    """Settings determined once for all runs."""
-
-    threads: Annotated[int, Field(strict=True, ge=1, le=1024)]
-    precision: Literal["32", "bf16"]
-
-
-class _Document(Settings):
-    """A comparison.toml."""
-
-    methods: tuple[str, ...]
-    seeds: tuple[Annotated[int, Field(strict=True, ge=0, lt=2**63)], ...]
-    baseline: str
-    train: dict[str, Any]
-    common: CommonSettings
-    inputs: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -69,10 +52,9 @@ class PlannedRun:
         if not self.run_dir.config_file.is_file():
             return False
         own, stored = map(decisive_settings, (resolve(self.config), self.run_dir.read_config()))
-        name = _first_difference(own, stored)
-        if name is not None:
+        if changed := differences(stored, own):
             raise UsageError(
-                f"{self.run_dir.path} is not a run of this comparison: its {_flag(name)} differs",
+                f"{self.run_dir.path} is not a run of this comparison: {changed[0]}",
                 "Move it away, and it will be trained anew.",
             )
         return True
@@ -82,9 +64,9 @@ class PlannedRun:
         return self.is_started() and self.run_dir.result_file.is_file()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Plan:
-    """A comparison's settings.
+    """A comparison's settings; all but the folder are stored in `comparison.toml`.
 
     Attributes:
         folder: the comparison's folder.
@@ -92,17 +74,17 @@ class Plan:
         seeds: of each method.
         baseline: the method that the others are compared with.
         train: settings of all runs; its method and seed are not used.
-        common: `precision` and `threads` of all runs; None before the first start.
-        inputs: SHA-256 of data, teacher, student and own methods; None before the first start.
+        common: `precision` and `threads` of all runs; empty before the first start.
+        inputs: SHA-256 of data, teacher, student and own methods; empty before the first start.
     """
 
     folder: Path
     methods: tuple[str, ...]
-    seeds: tuple[int, ...]
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...]
     baseline: str
     train: TrainConfig
-    common: CommonSettings | None = None
-    inputs: Mapping[str, str] | None = None
+    common: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
 
     @property
     def file(self) -> Path:
@@ -111,10 +93,6 @@ class Plan:
     @property
     def result_file(self) -> Path:
         return self.folder / "comparison.json"
-
-    @property
-    def figure_file(self) -> Path:
-        return self.folder / "figure.svg"
 
     @property
     def resume_command(self) -> str:
@@ -145,8 +123,7 @@ class Plan:
             "runs_dir": self.folder / "runs",
             "weight": tuple(text for text in self.train.weight if _term(text) in _terms(method)),
         }
-        common = self.common.model_dump() if self.common else {}
-        return self.train.model_copy(update={**common, **own})
+        return make(TrainConfig, {**dict(self.train), **self.common, **own})
 
     def check(self) -> None:
         """Check everything that can be wrong before training.
@@ -179,15 +156,9 @@ class Plan:
 
     def save(self) -> None:
         """Write comparison.toml."""
-        document = {
-            "methods": list(self.methods),
-            "seeds": list(self.seeds),
-            "baseline": self.baseline,
-            "train": self.train.model_dump(mode="json", exclude={*PER_RUN}, exclude_none=True),
-            "common": self.common.model_dump() if self.common else {},
-            "inputs": dict(self.inputs or {}),
-        }
-        write_text(self.file, tomli_w.dumps(document))
+        skipped: Any = {"folder": True, "train": PER_RUN}
+        values = TypeAdapter(Plan).dump_python(self, mode="json", exclude=skipped, exclude_none=True)
+        write_text(self.file, tomli_w.dumps(values))
 
     @classmethod
     def load(cls, folder: Path, typed: Collection[str] = ()) -> Plan:
@@ -203,30 +174,23 @@ class Plan:
         path = folder / "comparison.toml"
         try:
             document = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise KdError(
-                f"{folder} is not a comparison", "Pass a folder that kd compare has made."
-            ) from None
+            plan = TypeAdapter(cls).validate_python({**document, "folder": folder})
         except OSError as error:
-            raise KdError(f"cannot read {path}: {reason(error)}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+            hint = "Pass a folder that kd compare has made."
+            raise KdError(f"{folder} is not a comparison: {reason(error)}", hint) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise KdError(f"{path}: {place}: {first['msg']}", "Start the comparison anew.") from error
+        except (ValueError, RecursionError) as error:
             raise KdError(f"{path} is not TOML: {error}", "Start the comparison anew.") from error
-        try:
-            stored = make(_Document, document)
-            per_run = next((name for name in PER_RUN if name in stored.train), None)
-            if per_run is not None:
-                raise UsageError(f"train has {per_run}, which differs between runs")
-            train = make(TrainConfig, stored.train)
-        except UsageError as error:
-            raise KdError(f"{path}: {error.message}", "Start the comparison anew.") from error
-        code = next((name for name in stored.methods if methods.is_custom(name) and name not in typed), None)
+        code = next((name for name in plan.methods if methods.is_custom(name) and name not in typed), None)
         if code is not None:
             raise UsageError(
                 f"{path} names a method that is code, {code}, which runs only if it is typed",
                 "If it is yours, continue by the command that started the comparison: "
                 f"--methods …,{code} --name {folder.name}",
             )
-        plan = cls(folder, stored.methods, stored.seeds, stored.baseline, train, stored.common, stored.inputs)
         plan.check()
         return plan
 
@@ -239,27 +203,23 @@ class Plan:
         if not self.file.exists():
             return self
         stored = Plan.load(self.folder, self.methods)
-        own, recorded = self._fixed(), stored._fixed()
-        name = _first_difference(own, recorded)
-        if name is not None:
+        if changed := differences(stored._fixed(), self._fixed()):
             resume = stored.resume_command or "the command that started it"
             raise UsageError(
-                f"{self.folder} was started with {_flag(name)} {_value(recorded.get(name))}, "
-                f"not {_value(own.get(name))}",
+                f"{self.folder} was started with other settings: {changed[0]}",
                 f"Choose another --name; {resume} continues it as it is.",
             )
         return replace(stored, train=self.train)
 
     def _fixed(self) -> dict[str, Any]:
         """Settings that cannot change once it has started."""
-        train = {name: value for name, value in decisive_settings(self.train).items() if name not in PER_RUN}
         return {
-            "methods": list(self.methods),
-            "seeds": list(self.seeds),
+            "methods": ",".join(self.methods),
+            "seeds": ",".join(map(str, self.seeds)),
             "baseline": self.baseline,
             "threads": self.train.threads,
             "accelerator": self.train.accelerator,
-            **train,
+            **{name: value for name, value in decisive_settings(self.train).items() if name not in PER_RUN},
         }
 
 
@@ -294,19 +254,5 @@ def _terms(method: str) -> dict[str, None]:
     return dict.fromkeys((methods.CE, *(part.name for part in methods.parse(method))))
 
 
-def _first_difference(own: Mapping[str, Any], stored: Mapping[str, Any]) -> str | None:
-    return next((name for name in {**stored, **own} if own.get(name) != stored.get(name)), None)
-
-
 def _folder_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", text).strip(".-") or "_"
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _value(value: Any) -> str:
-    if value is None:
-        return "at its default"
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

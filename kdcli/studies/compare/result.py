@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from kdcli import __version__
-from kdcli.base.errors import KdError
 from kdcli.engine import read_result
 from kdcli.engine.identity import recorded_circumstances
 from kdcli.engine.records import Count, NonNegative, Percent, Record, read_record
 from kdcli.studies.compare.plan import Plan, PlannedRun
-from kdcli.studies.compare.stats import INCONCLUSIVE, LEVEL, Summary, holm, summary, verdict
+from kdcli.studies.compare.stats import INCONCLUSIVE, LEVEL, Interval, Points, Summary, holm, summary, verdict
 
-_MAX_RUNS = 100_000
-# an interval from two seeds is up to thirteen times as wide as the differences
-Points = Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Interval = tuple[Points, Points]
 
 
 class RunFigures(Record):
@@ -51,23 +45,17 @@ class RunFigures(Record):
     resumed_with_differences: tuple[str, ...] = ()
 
 
-class Difference(Record):
-    """A method's test accuracy less the baseline's, seed by seed, in points.
+class Difference(Summary):
+    """A method's test accuracy less the baseline's, seed by seed, in points; seeds with both runs finished.
 
     Attributes:
-        count: seeds with which both runs are finished.
         by_seed: (seed, difference) of each.
-        deviation, interval, p: None for one seed; p also where a run is missing.
+        p: None also where a run is missing.
         p_holm: p adjusted for all comparisons of this table that have one.
     """
 
-    count: Annotated[int, Field(ge=1, lt=2**53)]
-    mean: Points
     by_seed: list[tuple[Seed, Points]]
-    deviation: Points | None
-    interval: Interval | None
-    p: Percent | None
-    p_holm: Percent | None
+    p_holm: Percent | None = None
 
 
 class Standing(Record):
@@ -109,14 +97,14 @@ class Comparison(Record):
     student: str
     epochs: Count
     methods: list[str]
-    seeds: Annotated[list[Seed], Field(max_length=_MAX_RUNS)]
+    seeds: list[Seed]
     baseline: str
     level: Percent
     test_images: Count
     comparisons: Count
     teacher_passes: Count
-    standings: Annotated[list[Standing], Field(max_length=_MAX_RUNS)]
-    runs: Annotated[list[RunFigures], Field(max_length=_MAX_RUNS)]
+    standings: list[Standing]
+    runs: list[RunFigures]
     notes: list[str]
 
     @property
@@ -152,7 +140,10 @@ def conclude(plan: Plan, failures: Mapping[str, str], label: str, test_images: i
         KdError: a finished run's files cannot be read.
     """
     runs = [_figures(planned, failures.get(planned.config.name)) for planned in plan.runs]
-    standings = _standings(plan, runs, 100 / test_images)
+    # a method with a missing run, its own or the baseline's, gets no verdict: the others are no fair sample
+    missing = {run.method for run in runs if run.status != "finished"}
+    withheld = {name for name in plan.methods if name != plan.baseline and missing & {name, plan.baseline}}
+    standings = _standings(plan, runs, withheld, 100 / test_images)
     return Comparison(
         kd_version=__version__,
         folder=plan.folder.as_posix(),
@@ -164,7 +155,7 @@ def conclude(plan: Plan, failures: Mapping[str, str], label: str, test_images: i
         baseline=plan.baseline,
         level=LEVEL,
         test_images=test_images,
-        comparisons=len(plan.methods) - 1 - len(_withheld(plan, runs)),
+        comparisons=len(plan.methods) - 1 - len(withheld),
         teacher_passes=sum(run.teacher_passes for run in runs),
         standings=standings,
         runs=runs,
@@ -174,54 +165,47 @@ def conclude(plan: Plan, failures: Mapping[str, str], label: str, test_images: i
 
 def _figures(planned: PlannedRun, reason: str | None) -> RunFigures:
     run_dir, config = planned.run_dir, planned.config
-    known = {"run": run_dir.path.as_posix(), "method": config.method, "seed": config.seed}
+    known: dict[str, Any] = {"run": run_dir.path.as_posix(), "method": config.method, "seed": config.seed}
     if not run_dir.result_file.is_file():
-        status = "missing" if reason is None else "failed"
-        return RunFigures.model_validate({**known, "status": status, "reason": reason})
+        return RunFigures(**known, status="missing" if reason is None else "failed", reason=reason)
     result = read_result(run_dir.result_file)
-    if result.test is None:
-        raise KdError(f"{run_dir.result_file} has no figures on test images", "Remove the run.")
-    figures = {
-        "status": "finished",
-        "test_accuracy": result.test.accuracy,
-        "val_accuracy": result.val_accuracy,
-        "agreement": result.test.agreement,
-        "teacher_passes": result.teacher_passes,
-        "seconds": result.seconds,
-        "circumstances": {
-            "precision": config.precision,
-            **recorded_circumstances(run_dir.environment_file),
-        },
-        "resumed_with_differences": result.resumed_with_differences,
-    }
-    return RunFigures.model_validate({**known, **figures})
+    return RunFigures(
+        **known,
+        status="finished",
+        test_accuracy=result.evaluation.accuracy,
+        val_accuracy=result.val_accuracy,
+        agreement=result.evaluation.agreement,
+        teacher_passes=result.teacher_passes,
+        seconds=result.seconds,
+        circumstances={"precision": config.precision, **recorded_circumstances(run_dir.environment_file)},
+        resumed_with_differences=result.resumed_with_differences,
+    )
 
 
-def _standings(plan: Plan, runs: Sequence[RunFigures], resolution: float) -> list[Standing]:
-    # 1. Accuracies by method and seed, and their differences to the baseline's
+def _standings(
+    plan: Plan, runs: Sequence[RunFigures], withheld: set[str], resolution: float
+) -> list[Standing]:
+    # 1. Accuracies by method and seed, and statistics of their differences to the baseline's
     accuracies: dict[str, dict[int, float]] = {name: {} for name in plan.methods}
     for run in runs:
         if run.test_accuracy is not None:
             accuracies[run.method][run.seed] = run.test_accuracy
     base = accuracies[plan.baseline]
-    pairs = {
-        name: [(seed, own[seed] - base[seed]) for seed in plan.seeds if seed in own and seed in base]
-        for name, own in accuracies.items()
-        if name != plan.baseline
-    }
-    # 2. Their statistics; Holm's p covers the methods without missing runs
-    withheld = _withheld(plan, runs)
-    summaries: dict[str, Summary] = {}
-    for name, by_seed in pairs.items():
-        if by_seed:
-            found = summary([value for _, value in by_seed], resolution)
-            summaries[name] = replace(found, p=None) if name in withheld else found
-    tested = [name for name, found in summaries.items() if found.p is not None]
-    adjusted = dict(zip(tested, holm([summaries[name].p or 0.0 for name in tested]), strict=True))
+    differences: dict[str, Difference] = {}
+    for name, own in accuracies.items():
+        by_seed = [(seed, own[seed] - base[seed]) for seed in plan.seeds if seed in own and seed in base]
+        if by_seed and name != plan.baseline:
+            values = dict(summary([value for _, value in by_seed], resolution))
+            values |= {"p": None} if name in withheld else {}
+            differences[name] = Difference(**values, by_seed=by_seed)
+    # 2. Holm's p covers the methods without missing runs
+    tested = {name: found.p for name, found in differences.items() if found.p is not None}
+    for name, p in zip(tested, holm(list(tested.values())), strict=True):
+        differences[name] = differences[name].model_copy(update={"p_holm": p})
     # 3. A row for each method
     rows = []
     for name, own in accuracies.items():
-        difference = summaries.get(name)
+        difference = differences.get(name)
         claim = "baseline" if name == plan.baseline else verdict(difference)
         if name in withheld and difference is not None and difference.interval is not None:
             claim = INCONCLUSIVE
@@ -233,26 +217,15 @@ def _standings(plan: Plan, runs: Sequence[RunFigures], resolution: float) -> lis
                 is_baseline=name == plan.baseline,
                 count=len(own),
                 failed=len(plan.seeds) - len(own),
-                test_mean=None if alone is None else alone.mean,
-                test_deviation=None if alone is None else alone.deviation,
-                test_interval=None if alone is None else alone.interval,
+                test_mean=alone.mean if alone else None,
+                test_deviation=alone.deviation if alone else None,
+                test_interval=alone.interval if alone else None,
                 val_mean=sum(validated) / len(validated) if validated else None,
-                difference=None
-                if difference is None
-                else Difference(**vars(difference), by_seed=pairs[name], p_holm=adjusted.get(name)),
+                difference=difference,
                 verdict=claim,
             )
         )
     return rows
-
-
-def _withheld(plan: Plan, runs: Sequence[RunFigures]) -> set[str]:
-    """Methods without a claim, because a run of theirs or of the baseline is missing.
-
-    The remaining runs are no fair sample.
-    """
-    missing = {run.method for run in runs if run.test_accuracy is None}
-    return {name for name in plan.methods if name != plan.baseline and missing & {name, plan.baseline}}
 
 
 def _notes(runs: Sequence[RunFigures], standings: Sequence[Standing]) -> list[str]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from kdcli.base import files, runtime
-from kdcli.base.config import make
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Event, Note, OnEvent, Progress, ignore
 from kdcli.base.text import reason
@@ -17,7 +17,7 @@ from kdcli.engine import fit
 from kdcli.engine.identity import check_unchanged, input_hashes
 from kdcli.engine.plan import check
 from kdcli.engine.student import check_student, make_student
-from kdcli.studies.compare.plan import CommonSettings, Plan, PlannedRun
+from kdcli.studies.compare.plan import Plan, PlannedRun
 from kdcli.studies.compare.result import Comparison, conclude
 
 _UNITS = 1000  # of one run, on the progress bar
@@ -31,12 +31,8 @@ def compare(plan: Plan, data: Splits, *, on_event: OnEvent = ignore) -> Comparis
         KdError: a file cannot be read or written, or data, teacher or student changed since the start.
         Interrupted: SIGINT or SIGTERM; finished runs and the state of the current one are kept.
     """
-
-    def waiting() -> None:
-        on_event(Note("waiting for another kd compare on this comparison"))
-
     try:
-        with files.locked(plan.folder / ".lock", waiting):
+        with files.locked(plan.folder / ".lock", lambda: on_event(Note("waiting for another kd compare"))):
             plan = _start(plan, data, on_event)
             with runtime.stop_on_signals() as stop:
                 failures = _train(plan, data, stop, on_event)
@@ -54,14 +50,14 @@ def _start(plan: Plan, data: Splits, on_event: OnEvent) -> Plan:
         check(config, data)
         check_student(config, data.train)
     inputs = {name: sha256 for config in plan.each for name, sha256 in input_hashes(config, data).items()}
-    if plan.inputs is None:
+    if not plan.inputs:
         plan = replace(plan, inputs=inputs, common=_common_settings(plan, data, on_event))
         plan.save()
-    check_unchanged(plan.inputs or {}, inputs, str(plan.folder))
+    check_unchanged(plan.inputs, inputs, str(plan.folder))
     return plan
 
 
-def _common_settings(plan: Plan, data: Splits, on_event: OnEvent) -> CommonSettings:
+def _common_settings(plan: Plan, data: Splits, on_event: OnEvent) -> dict[str, Any]:
     """Threads and precision of all runs: if they differed, runs would differ by more than their method."""
     threads = runtime.set_threads(plan.train.threads)
     config, train = plan.runs[0].config, data.train
@@ -74,7 +70,7 @@ def _common_settings(plan: Plan, data: Splits, on_event: OnEvent) -> CommonSetti
         precision, _ = runtime.choose_precision(
             "auto", student.network, student.prepare(pixels), len(train.classes)
         )
-    return make(CommonSettings, {"threads": threads, "precision": precision})
+    return {"threads": threads, "precision": precision}
 
 
 def _train(plan: Plan, data: Splits, stop: runtime.StopFlag, on_event: OnEvent) -> dict[str, str]:
@@ -103,12 +99,7 @@ def _train(plan: Plan, data: Splits, stop: runtime.StopFlag, on_event: OnEvent) 
 
 
 def _listener(run: PlannedRun, number: int, count: int, noted: set[str], on_event: OnEvent) -> OnEvent:
-    """Turn a run's events into one bar over all runs, and each note of all runs into one.
-
-    Args:
-        number: of the run, from 0, among `count`.
-        noted: the notes so far; added to.
-    """
+    """Turn a run's events into one bar over all `count` runs; each note, unless among `noted`, is sent once."""
 
     def forward(event: Event) -> None:
         if isinstance(event, Note) and event.text not in noted:

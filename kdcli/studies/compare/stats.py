@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from kdcli.engine.records import Percent, Record
 
 BETTER, WORSE, INCONCLUSIVE = "better", "worse", "inconclusive"
 ONE_SEED = "one seed: no claim"
@@ -12,8 +16,12 @@ NO_RUNS = "no runs"
 LEVEL = 0.95
 
 
-@dataclass(frozen=True)
-class Summary:
+# an interval from two seeds is up to thirteen times as wide as the differences
+Points = Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False)]
+Interval = tuple[Points, Points]
+
+
+class Summary(Record):
     """Statistics of a sample.
 
     Attributes:
@@ -24,11 +32,11 @@ class Summary:
         p: two-sided, of the mean being 0; None for one value.
     """
 
-    count: int
-    mean: float
-    deviation: float | None = None
-    interval: tuple[float, float] | None = None
-    p: float | None = None
+    count: Annotated[int, Field(ge=1, lt=2**53)]
+    mean: Points
+    deviation: Points | None = None
+    interval: Interval | None = None
+    p: Percent | None = None
 
 
 def summary(values: Sequence[float], resolution: float = 0.0) -> Summary:
@@ -47,13 +55,14 @@ def summary(values: Sequence[float], resolution: float = 0.0) -> Summary:
     count = len(values)
     mean = math.fsum(values) / count
     if count == 1:
-        return Summary(1, mean)
+        return Summary(count=1, mean=mean)
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
     error = max(deviation, resolution / math.sqrt(6)) / math.sqrt(count)
     half = float(special.stdtrit(count - 1, 0.5 + LEVEL / 2)) * error
     ratio = abs(mean) / error if error > 0 else math.inf if mean else 0.0
     p = 2 * float(special.stdtr(count - 1, -ratio))
-    return Summary(count, mean, deviation, (mean - half, mean + half), p)
+    interval = mean - half, mean + half
+    return Summary(count=count, mean=mean, deviation=deviation, interval=interval, p=p)
 
 
 def verdict(difference: Summary | None) -> str:

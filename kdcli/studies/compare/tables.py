@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from kdcli.base.tables import csv_text, markdown_cell, markdown_text
 from kdcli.studies.compare.result import Comparison, Standing
 
-_MAX_SEEDS = 12  # listed
-
 
 def to_csv(result: Comparison) -> str:
     """All figures, a line for each method."""
     rows = []
     for row in result.standings:
-        difference, (low, high) = row.difference, row.test_interval or (None, None)
-        below, above = (difference.interval if difference else None) or (None, None)
+        difference = row.difference
+        low, high = row.test_interval or (None, None)
+        below, above = (difference and difference.interval) or (None, None)
         rows.append(
             {
                 "method": row.method,
@@ -28,12 +27,12 @@ def to_csv(result: Comparison) -> str:
                 "test_high": high,
                 "val_mean": row.val_mean,
                 "pairs": difference.count if difference else 0,
-                "difference": difference.mean if difference else None,
-                "difference_deviation": difference.deviation if difference else None,
+                "difference": difference and difference.mean,
+                "difference_deviation": difference and difference.deviation,
                 "difference_low": below,
                 "difference_high": above,
-                "p": difference.p if difference else None,
-                "p_holm": difference.p_holm if difference else None,
+                "p": difference and difference.p,
+                "p_holm": difference and difference.p_holm,
                 "verdict": row.verdict,
             }
         )
@@ -73,8 +72,9 @@ def statistics_note(result: Comparison) -> str:
 def _seeds(seeds: Sequence[int]) -> str:
     if len(seeds) > 2 and list(seeds) == list(range(len(seeds))):
         return f"seeds 0 to {len(seeds) - 1}"
-    more = f" and {len(seeds) - _MAX_SEEDS} more" if len(seeds) > _MAX_SEEDS else ""
-    return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds[:_MAX_SEEDS]))}{more}"
+    if len(seeds) > 12:
+        return f"{len(seeds)} seeds"
+    return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}"
 
 
 def cells(row: Standing) -> list[str]:

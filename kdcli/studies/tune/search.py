@@ -13,7 +13,6 @@ from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 
 from kdcli import models
 from kdcli.base import files, runtime
-from kdcli.base.config import make
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Epoch, Event, Note, OnEvent, Progress, ignore
 from kdcli.data import Splits
@@ -25,15 +24,7 @@ from kdcli.methods import TrainConfig
 from kdcli.studies.tune import storage
 from kdcli.studies.tune.settings import TuneConfig
 from kdcli.studies.tune.space import Space, apply, candidates, choices, describe, methods_of
-from kdcli.studies.tune.study import (
-    COUNTED,
-    REASON,
-    count,
-    draw,
-    make_sampler,
-    open_study,
-    trials_of,
-)
+from kdcli.studies.tune.study import COUNTED, REASON, count, draw, make_sampler, open_study, trials_of
 from kdcli.studies.tune.summary import TuneResult, best_of, run_folder, summarize, trial_folder
 
 # compared by content instead: paths may differ between machines
@@ -54,7 +45,6 @@ def tune(config: TuneConfig, space: Space, data: Splits, *, on_event: OnEvent = 
     check(config, space)
     if len(split(data.train.labels, config.val_fraction)[1]) == 0:
         raise UsageError(f"--val-fraction {config.val_fraction} keeps no image for validation", "Raise it.")
-    _check_student(config, space)
     folder = config.runs_dir / config.study_name
     url = storage.read_url(config.storage, folder / "study.db")
     comparable = not any(part.name == "epochs" for part in space)
@@ -62,8 +52,7 @@ def tune(config: TuneConfig, space: Space, data: Splits, *, on_event: OnEvent = 
         warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats
         settings = _shared_settings(config, space, data)
         with files.locked(folder / ".lock", lambda: None):
-            pruner = config.pruner if comparable else "none"
-            study = open_study(url, config.study_name, settings, pruner)
+            study = open_study(url, config.study_name, settings, config.pruner if comparable else "none")
         if not trials_of(study) and any(folder.glob("trial-*")):
             raise UsageError(
                 f"{folder} holds trials of a study that is not in the storage",
@@ -98,43 +87,30 @@ def check(config: TuneConfig, space: Space) -> None:
         )
     for settings in candidates(space, config.train):
         check_run(settings)
-
-
-def _check_student(config: TuneConfig, space: Space) -> None:
-    """Raise UsageError if a tuned setting has no effect on any of the networks."""
-    students = [make(TrainConfig, {"student": name}) for name in choices(space, "student", config.student)]
+    students = [str(name) for name in choices(space, "student", config.student)]
+    networks = [name for name in students if not name.lower().endswith(".pt")]
     names = {part.name for part in space}
-    if "dropout" in names and not any(
-        one.student_file is None and models.accepts(one.student, "dropout") for one in students
-    ):
+    if "dropout" in names and not any(models.accepts(name, "dropout") for name in networks):
         raise UsageError(f"--tune dropout: {config.student} has no dropout", "Leave it out.")
-    if "preprocess" in names and all(one.student_file is not None for one in students):
-        raise UsageError("--tune preprocess: a student's file brings its own", "Leave it out.")
+    if "preprocess" in names and not networks:
+        raise UsageError("--tune preprocess: a student's file contains its own", "Leave it out.")
 
 
 def _shared_settings(config: TuneConfig, space: Space, data: Splits) -> dict[str, Any]:
-    """Plain values that must be equal for all processes of a study."""
+    """Plain values that must be equal for all processes of a study, by name."""
     tuned = {part.name for part in space}
-    fixed = {
-        name: value
-        for name, value in decisive_settings(config.train).items()
-        if name not in tuned and name not in _INPUTS
-    }
-    inputs: dict[str, str] = {}
-    for method in methods_of(space, config.train):
-        one = apply(config.train, {"method": method})
-        if "teacher" in tuned:
-            one = one.model_copy(update={"teacher": ()})
-        inputs |= input_hashes(one, data)
-    settings = {
+    settings: dict[str, Any] = {
         "tune": sorted(map(str, space)),
-        "settings": fixed,
-        "student": None if config.student_file or "student" in tuned else config.student,
-        "inputs": inputs,
+        "student": None if "student" in tuned else config.student,
         "sampler": config.sampler,
         "pruner": config.pruner,
         "seeds": config.seeds,
     }
+    fixed = decisive_settings(config.train)
+    settings |= {name: fixed[name] for name in fixed if name not in tuned and name not in _INPUTS}
+    for method in methods_of(space, config.train):  # inputs last: a student's file counts by its content
+        values: dict[str, Any] = {"method": method} | ({"teacher": ()} if "teacher" in tuned else {})
+        settings |= input_hashes(config.train.model_copy(update=values), data)
     return json.loads(json.dumps(settings))  # type: ignore[no-any-return]
 
 
@@ -142,19 +118,10 @@ class _Search:
     """One process that works on a study."""
 
     def __init__(
-        self,
-        config: TuneConfig,
-        space: Space,
-        data: Splits,
-        study: optuna.Study,
-        on_event: OnEvent,
+        self, config: TuneConfig, space: Space, data: Splits, study: optuna.Study, on_event: OnEvent
     ) -> None:
-        self.config = config
-        self.space = space
-        self.base = config.train
-        self.data = data
-        self.study = study
-        self.on_event = on_event
+        self.config, self.base, self.space, self.data = config, config.train, space, data
+        self.study, self.on_event = study, on_event
         self.noted: set[str] = set()
         self.reassigned: KdError | None = None
 
@@ -168,8 +135,7 @@ class _Search:
         with runtime.stop_on_signals() as stop:
 
             def after(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-                self._note_end(trial.number)
-                self._remove_weights()
+                self._after(trial.number)
                 if stop:
                     study.stop()
 
@@ -183,8 +149,6 @@ class _Search:
                 raise self._stopped(stop.exit_code)
         if config.timeout and count(self.study) < config.trials:
             self.note(f"--timeout {config.timeout:g}: no further trial was started")
-
-    # --- one trial ---------------------------------------------------------------------------------------
 
     def _objective(self, trial: optuna.Trial) -> float:
         """Mean validation accuracy of a trial's runs.
@@ -207,7 +171,8 @@ class _Search:
                 raise KdError(error.message, "Fix it, then rerun the same command to continue.") from error
             failure = error.message
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if not memory and "DefaultCPUAllocator" not in str(error):
                 raise
             failure = "out of memory"
         trial.set_user_attr(REASON, failure)
@@ -232,10 +197,29 @@ class _Search:
         return sum(accuracies) / len(accuracies)
 
     def _listener(self, trial: optuna.Trial, index: int, before: list[float]) -> OnEvent:
-        """Forward a run's events, and judge the run after each epoch."""
-        title = f"trial {trial.number}"
-        if self.config.seeds > 1:
-            title += f", seed {index + 1} of {self.config.seeds}"
+        """Forward a run's events; after each epoch report the mean accuracy over the seeds so far, or prune.
+
+        Args:
+            index: of the run's seed.
+            before: accuracies of the seeds before it.
+        """
+        seeds = self.config.seeds
+        title = f"trial {trial.number}" + (f", seed {index + 1} of {seeds}" if seeds > 1 else "")
+
+        def judge(event: Epoch) -> None:
+            assert event.val_accuracy is not None  # the validation split is not empty
+            mean = (sum(before) + event.val_accuracy) / (index + 1)
+            try:
+                trial.report(mean, index * event.epochs + event.epoch)
+            except UpdateFinishedTrialError as error:
+                self.reassigned = KdError(
+                    f"trial {trial.number} was reassigned: no heartbeat of this process for {storage.GRACE_S} s",
+                    "Rerun the same command to continue.",
+                )
+                raise self.reassigned from error
+            last = event.epoch == event.epochs and index + 1 == seeds
+            if not last and trial.should_prune():
+                raise optuna.TrialPruned
 
         def on_event(event: Event) -> None:
             if isinstance(event, Note):
@@ -244,41 +228,12 @@ class _Search:
                 group = f"{title}: {event.group or event.task}"
                 self.on_event(replace(event, task=f"{title}: {event.task}", group=group))
             else:
-                self._judge(event, trial, index, before)
+                judge(event)
 
         return on_event
 
-    def _judge(self, event: Epoch, trial: optuna.Trial, index: int, before: list[float]) -> None:
-        """Report the mean accuracy over the seeds so far; raise TrialPruned if the pruner says so."""
-        assert event.val_accuracy is not None  # the validation split is not empty
-        mean = (sum(before) + event.val_accuracy) / (index + 1)
-        last = event.epoch == event.epochs and index + 1 == self.config.seeds
-        try:
-            trial.report(mean, index * event.epochs + event.epoch)
-        except UpdateFinishedTrialError as error:
-            self.reassigned = KdError(
-                f"trial {trial.number} was reassigned: no heartbeat of this process for {storage.GRACE_S} s",
-                "Rerun the same command to continue.",
-            )
-            raise self.reassigned from error
-        if not last and trial.should_prune():
-            raise optuna.TrialPruned
-
-    # --- after a trial ----------------------------------------------------------------------------
-
-    def _remove_weights(self) -> None:
-        """Of all trials that are over, keep the weights of the best one's students only."""
-        trials = self.study.get_trials(deepcopy=False)
-        best = best_of(trials_of(self.study))
-        for trial in trials:
-            folder = trial_folder(self.config, trial.number)
-            if not trial.state.is_finished():
-                continue
-            for path in folder.glob("**/*.pt"):
-                if best is None or trial.number != best.number or path.name != "student.pt":
-                    path.unlink(missing_ok=True)
-
-    def _note_end(self, number: int) -> None:
+    def _after(self, number: int) -> None:
+        """Note how a trial ended, and of all ended ones keep only the best one's students."""
         trials = trials_of(self.study)
         best = best_of(trials)
         trial = next(one for one in trials if one.number == number)
@@ -289,6 +244,12 @@ class _Search:
         }[trial.state]
         so_far = f"; best so far {best.accuracy:.2f} % in trial {best.number}" if best else ""
         self.on_event(Note(f"trial {number}: {end} with {describe(trial.values)}{so_far}"))
+        for ended in self.study.get_trials(deepcopy=False):
+            if not ended.state.is_finished():
+                continue
+            for path in trial_folder(self.config, ended.number).glob("**/*.pt"):
+                if best is None or ended.number != best.number or path.name != "student.pt":
+                    path.unlink(missing_ok=True)
 
     def note(self, text: str) -> None:
         """Emit a note once."""
@@ -303,7 +264,3 @@ class _Search:
             "Rerun the same command to continue.",
             exit_code=exit_code,
         )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from kdcli.base.errors import UsageError
+from kdcli.engine.identity import differences
 from kdcli.studies.tune import storage
 from kdcli.studies.tune.space import Choice, Range, Space, Value, read_by
 
@@ -53,34 +55,26 @@ def open_study(
         settings: plain values that all processes of a study must share.
 
     Raises:
-        UsageError: it was started with other settings, or by another program.
+        UsageError: it was started with other settings.
         sqlalchemy.exc.SQLAlchemyError: see `storage.readable_errors`.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    database = storage.connect(url)
-
-    def create() -> optuna.Study:
-        return optuna.create_study(
-            storage=database,
-            study_name=name,
-            direction="maximize",
-            load_if_exists=True,
-            pruner=optuna.pruners.MedianPruner() if pruner == "median" else optuna.pruners.NopPruner(),
-        )
-
+    create = partial(
+        optuna.create_study,
+        storage=(database := storage.connect(url)),
+        study_name=name,
+        direction="maximize",
+        load_if_exists=True,
+        pruner=optuna.pruners.MedianPruner() if pruner == "median" else optuna.pruners.NopPruner(),
+    )
     study = create()
-    known = study.user_attrs.get(SETTINGS)
+    known = study.user_attrs.get(SETTINGS, {})
     if known == settings:
         return study
     states = [trial.state for trial in study.get_trials(deepcopy=False)]
-    if known is None and states:
+    if any(state != TrialState.FAIL for state in states) or (states and not known):
         raise UsageError(
-            f"study {name} in that storage was not made by kd tune",
-            "Choose another --study.",
-        )
-    if any(state != TrialState.FAIL for state in states):
-        raise UsageError(
-            f"study {name} was started with other settings: {_difference(known or {}, settings)}",
+            f"study {name} was started with other settings: {differences(known, settings)[0]}",
             "Use the same settings to continue it, or choose another --study.",
         )
     if states:
@@ -117,20 +111,18 @@ def count(study: optuna.Study) -> int:
 
 def trials_of(study: optuna.Study) -> tuple[Trial, ...]:
     """All trials by number but those that were interrupted."""
-    trials = study.get_trials(deepcopy=False)
-    return tuple(_as_trial(trial) for trial in trials if trial.state != TrialState.FAIL)
-
-
-def _as_trial(trial: FrozenTrial) -> Trial:
-    reason = str(trial.user_attrs.get(REASON, ""))
-    return Trial(
-        number=trial.number,
-        state="failed" if reason else trial.state.name.lower(),
-        values=dict(trial.params),
-        accuracy=trial.value if trial.state in COUNTED and not reason else None,
-        accuracies=tuple(trial.user_attrs.get("accuracies", ())),
-        reason=reason,
-        precision=str(trial.user_attrs.get("precision", "")),
+    return tuple(
+        Trial(
+            number=trial.number,
+            state="failed" if REASON in trial.user_attrs else trial.state.name.lower(),
+            values=dict(trial.params),
+            accuracy=trial.value if trial.state in COUNTED and REASON not in trial.user_attrs else None,
+            accuracies=tuple(trial.user_attrs.get("accuracies", ())),
+            reason=trial.user_attrs.get(REASON, ""),
+            precision=trial.user_attrs.get("precision", ""),
+        )
+        for trial in study.get_trials(deepcopy=False)
+        if trial.state != TrialState.FAIL
     )
 
 
@@ -140,15 +132,3 @@ def _suggest(trial: optuna.Trial, part: Range | Choice) -> Any:
     if isinstance(part.low, int) and isinstance(part.high, int):
         return trial.suggest_int(part.name, part.low, part.high, log=part.log)
     return trial.suggest_float(part.name, part.low, part.high, log=part.log)
-
-
-def _difference(known: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """The first setting in which two records differ, and how."""
-    for name in [*settings, *known]:
-        before, now = known.get(name), settings.get(name)
-        if before == now:
-            continue
-        if isinstance(before, dict) and isinstance(now, dict):
-            return _difference(before, now)
-        return f"{name.replace('_', ' ')} was {before}, now {now}"
-    return "none"

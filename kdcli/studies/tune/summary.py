@@ -72,24 +72,27 @@ def summarize(config: TuneConfig, study: optuna.Study, address: str) -> TuneResu
         KdError: a figure cannot be written.
     """
     trials = trials_of(study)
-    best = best_of(trials)
     shares, why_not = importance(study, trials)
     folder = config.runs_dir / config.study_name
-    drawn = []
+    drawn: list[Path] = []
+    best, settings, run = best_of(trials), None, None
     if best is not None:
+        # with the precision it was computed in, because `auto` may choose another next time
+        precision = {"precision": best.precision} if best.precision else {}
+        settings = apply(config.train, {**best.values, **precision})
+        run = run_folder(config, best.number, config.seed)
         drawn.append(folder / "trials.svg")
         figures.history(trials, drawn[-1])
     if shares:
         drawn.append(folder / "importance.svg")
         figures.importances(shares, drawn[-1])
-    run = None if best is None else run_folder(config, best.number, config.seed)
     return TuneResult(
         study=config.study_name,
         folder=folder,
         storage=address,
         trials=trials,
         best=best,
-        config=None if best is None else config_of(best, config.train),
+        config=settings,
         run=run if run is not None and run.is_dir() else None,
         importance=shares,
         why_not=why_not,
@@ -114,15 +117,6 @@ def best_of(trials: Sequence[Trial]) -> Trial | None:
     return max(finished, key=lambda trial: (trial.accuracy or 0.0, -trial.number), default=None)
 
 
-def config_of(trial: Trial, config: TrainConfig) -> TrainConfig:
-    """The settings of a trial's run, of the first one with several seeds.
-
-    The precision is the one it was computed in, because `auto` may choose another next time.
-    """
-    precision = {"precision": trial.precision} if trial.precision else {}
-    return apply(config, {**trial.values, **precision})
-
-
 def command_of(config: TrainConfig) -> str:
     """The kd train command with these settings: all that are not defaults, quoted for a shell."""
     words = ["kd", "train"]
@@ -130,9 +124,7 @@ def command_of(config: TrainConfig) -> str:
         value = getattr(config, name)
         if value == field.default or value is None or name == "name":
             continue
-        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-        flag = str(extra.get("flag", "--" + name.replace("_", "-")))
-        words += words_of(flag, value)
+        words += words_of("--" + name.replace("_", "-"), value)
     return shlex.join(words)
 
 
