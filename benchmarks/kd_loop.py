@@ -14,7 +14,7 @@ from kdcli.base import runtime
 from kdcli.base.events import OnEvent, ignore
 from kdcli.engine import RunResult, fit
 from kdcli.methods import TrainConfig
-from kdcli.models.layer_summary import count_macs
+from kdcli.models.layers import count_macs
 
 _MATMUL_SIZES = (512, 1024, 2048)
 _MATMUL_SECONDS = 0.15  # at least, for each size

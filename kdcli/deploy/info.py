@@ -16,7 +16,7 @@ from kdcli.base.text import dims
 from kdcli.data.preprocess import Preprocess
 from kdcli.deploy.load import load_model
 from kdcli.deploy.onnx_model import OnnxClassifier, count_model
-from kdcli.models.layer_summary import LayerSummary, summarize_layers
+from kdcli.models.layers import LayerSummary, summarize_layers
 
 _MOST_VALUES = 16  # of a tensor that is listed; of larger ones the shape
 

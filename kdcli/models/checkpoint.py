@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from kdcli.base.errors import KdError
@@ -45,15 +46,11 @@ class Checkpoint:
     provenance: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] | None = None
 
+    __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True, extra="ignore")  # for `load`
+
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint atomically: temporary file, read back, fsync, rename.
-
-    The file holds the SHA-256 of its own content, since torch's reader does not notice a flipped bit.
-
-    Raises:
-        KdError: the file cannot be written or does not read back; an earlier file of that name is unchanged.
-    """
+    """Write a checkpoint atomically, see `save_plain`."""
     document = {
         "format_version": FORMAT_VERSION,
         **vars(checkpoint),
@@ -69,7 +66,9 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def save_plain(path: Path, document: dict[str, Any]) -> None:
-    """Write tensors and plain values as `save` writes a checkpoint.
+    """Write tensors and plain values atomically: temporary file, read back, fsync, rename.
+
+    The file holds the SHA-256 of its own content, since torch's reader does not notice a flipped bit.
 
     Raises:
         KdError: the file cannot be written or does not read back; an earlier file of that name is unchanged.
@@ -77,16 +76,12 @@ def save_plain(path: Path, document: dict[str, Any]) -> None:
     document = {**document, "sha256": digest(document)}
     try:
         with atomic_path(path) as temporary:
-            with temporary.open(
-                "wb"
-            ) as handle:  # given a path, torch would write the temporary name into the file
+            with temporary.open("wb") as handle:  # with a path, torch would write its name into the file
                 torch.save(document, handle)
-            if not _is_intact(_read(temporary)):
-                raise OSError("it does not read back as it was written")
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+            _read(temporary)
+    except (OSError, RuntimeError, KdError) as error:  # torch reports a full disk as RuntimeError
         raise KdError(
-            f"cannot write {path}: {reason}",
+            f"cannot write {path}: {getattr(error, 'strerror', None) or first_line(error)}",
             "Check free space and permissions; an earlier file of that name is unchanged.",
         ) from error
 
@@ -94,10 +89,9 @@ def save_plain(path: Path, document: dict[str, Any]) -> None:
 def load_plain(path: Path) -> dict[str, Any] | None:
     """Return what `save_plain` wrote, or None if the file is missing, damaged or of another kind."""
     try:
-        document = _read_checked(path)
+        return _read_checked(path)
     except KdError:
         return None
-    return document if "sha256" in document else None
 
 
 def load(path: Path) -> Checkpoint:
@@ -106,20 +100,28 @@ def load(path: Path) -> Checkpoint:
     Raises:
         KdError: missing, unreadable, damaged, not a checkpoint of kd, or made by a newer version.
     """
-    return _to_checkpoint(path, _read_checked(path))
+    document = _read_checked(path)
+    version = document.get("format_version")
+    if not isinstance(version, int) or version != FORMAT_VERSION:
+        raise KdError(
+            f"{path} is not a kd checkpoint of format {FORMAT_VERSION}",
+            "kd reads .pt files that kd wrote; for one that a newer kd wrote: pip install --upgrade kdcli",
+        )
+    try:
+        return TypeAdapter(Checkpoint).validate_python(document)
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise KdError(f"{path} is not a complete kd checkpoint: {place}: {first['msg']}") from error
 
 
 def _read_checked(path: Path) -> dict[str, Any]:
     """Content of a file: first its archive is checked, then what torch read, then the SHA-256."""
     if not path.exists():
         raise KdError(f"no such file: {path}", "kd convert-caffe makes a teacher, kd train a student.")
-    if path.is_dir():
-        raise KdError(f"{path} is a folder, not a checkpoint", "Name the .pt file itself.")
     try:
         check_archive(path)
-        document = _read(path)
-        _check_extent(path, document)
-        intact = _is_intact(document)
+        return _read(path)
     except KdError:
         raise
     except Exception as error:  # the unpickler and the zip reader raise whatever the bytes provoke
@@ -127,18 +129,20 @@ def _read_checked(path: Path) -> dict[str, Any]:
             f"{path} cannot be read safely: {first_line(error)}",
             "The file is damaged, or holds more than tensors and plain values; kd never executes what it reads.",
         ) from error
-    if not intact:
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a file without the SHA-256 recorded in it, which must be that of the content."""
+    document = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(document, dict):
+        raise KdError(f"{path} is not a kd checkpoint", "kd reads .pt files that kd wrote.")
+    _check_extent(path, document)
+    recorded = document.pop("sha256", None)
+    if recorded is not None and recorded != digest(document):
         raise KdError(
             f"{path} is damaged: its content does not have the SHA-256 recorded in it",
             "Restore it, or write it again.",
         )
-    return document
-
-
-def _read(path: Path) -> dict[str, Any]:
-    document = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(document, dict):
-        raise KdError(f"{path} is not a kd checkpoint", "kd reads .pt files that kd wrote.")
     return document
 
 
@@ -194,42 +198,3 @@ def digest(value: Any, without: tuple[str, ...] = ()) -> str:
 
     add(value)
     return sha.hexdigest()
-
-
-def _is_intact(document: dict[str, Any]) -> bool:
-    """Whether the content has the SHA-256 recorded in it, if it records one."""
-    content = {key: value for key, value in document.items() if key != "sha256"}
-    return "sha256" not in document or document["sha256"] == digest(content)
-
-
-def _to_checkpoint(path: Path, document: dict[str, Any]) -> Checkpoint:
-    version = document.get("format_version")
-    if not isinstance(version, int):
-        raise KdError(
-            f"{path} is not a kd checkpoint", "It has no format version; kd reads .pt files that kd wrote."
-        )
-    if version > FORMAT_VERSION:
-        raise KdError(
-            f"{path} was written by a newer kd (format {version}, this one reads {FORMAT_VERSION})",
-            "pip install --upgrade kdcli",
-        )
-    try:
-        state = document["state_dict"]
-        preprocess = document["preprocess"]
-        height, width, channels = (int(value) for value in document["input_size"])
-        if not all(isinstance(value, Tensor) for value in state.values()):
-            raise TypeError("state_dict holds something other than tensors")
-        if not {"name", "args", "state"} <= set(preprocess):
-            raise KeyError("preprocess")
-        return Checkpoint(
-            arch=str(document["arch"]),
-            arch_args=dict(document["arch_args"]),
-            state_dict=dict(state),
-            preprocess=dict(preprocess),
-            classes=tuple(str(name) for name in document["classes"]),
-            input_size=(height, width, channels),
-            provenance=dict(document["provenance"]),
-            training=document.get("training"),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise KdError(f"{path} is not a complete kd checkpoint: {first_line(error)}") from error

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +18,6 @@ from kdcli.data import rows
 from kdcli.data.preprocess import Preprocess, from_spec
 from kdcli.models import checkpoint, registry
 from kdcli.models.checkpoint import Checkpoint
-
-_PROGRESS_SECONDS = 0.1  # at least, between two events
 
 
 class Classifier(nn.Module):
@@ -57,16 +54,14 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Raw images uint8 (B, H, W, C) → logits (B, classes)."""
-        logits: Tensor = self.network(self.prepare(images))
-        return logits
+        return self.network(self.prepare(images))
 
     def prepare(self, images: Tensor) -> Tensor:
         """Raw images uint8 (B, H, W, C) → the network's input float32 (B, C, H, W).
 
         The permutation of contiguous NHWC is channels-last NCHW, so the cast is the only copy.
         """
-        prepared: Tensor = self.preprocess(images.permute(0, 3, 1, 2).float())
-        return prepared
+        return self.preprocess(images.permute(0, 3, 1, 2).float())
 
     def to_checkpoint(self, training: dict[str, Any] | None = None) -> Checkpoint:
         """Return the content of the checkpoint file."""
@@ -99,9 +94,7 @@ def from_checkpoint(stored: Checkpoint, source: str = "checkpoint") -> Classifie
         )
 
     try:
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # the initial weights are discarded; keep the caller's RNG state
+        with torch.random.fork_rng(devices=[]):  # the initial weights are discarded
             with torch.device("meta"):  # compare shapes before memory is allocated
                 _check_shapes(stored.state_dict, build().state_dict())
             network = build()
@@ -155,8 +148,7 @@ def final_linear(network: nn.Module) -> nn.Linear | None:
     None where another layer follows it (in NIN a ReLU).
     """
     name = getattr(network, "head", None)
-    layer = network.get_submodule(name) if isinstance(name, str) else None
-    return layer if isinstance(layer, nn.Linear) else None
+    return None if name is None else cast(nn.Linear, network.get_submodule(name))
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -184,15 +176,10 @@ def predict_logits(
         device = next((value.device for value in model.parameters()), None)
     count = len(images) if samples is None else len(samples)
     parts: list[Tensor] = []
-    last_event = 0.0
     with torch.inference_mode():
         for start in range(0, count, batch_size):
             part = slice(start, start + batch_size)
             batch = torch.from_numpy(rows.take(images, part if samples is None else samples[part]))
             parts.append(model(batch if device is None else batch.to(device)).float().cpu())
-            done = min(start + batch_size, count)
-            now = time.monotonic()
-            if now - last_event > _PROGRESS_SECONDS or done == count:
-                last_event = now
-                on_event(Progress(task, done, count))
+            on_event(Progress(task, min(start + batch_size, count), count))
     return torch.cat(parts) if parts else torch.zeros(0, 0)

@@ -23,8 +23,7 @@ class ConvClassifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Preprocessed pixels (B, C, H, W) → logits (B, classes)."""
-        logits: Tensor = self.fc(self.maps(pixels).mean(dim=(2, 3)))
-        return logits
+        return self.fc(self.maps(pixels).mean(dim=(2, 3)))
 
 
 def conv_norm(

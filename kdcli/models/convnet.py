@@ -35,5 +35,4 @@ class ConvNet(ConvClassifier):
 
     def maps(self, pixels: Tensor) -> Tensor:
         """(B, C, H, W) → (B, widths[-1], H/2^(stages−1), W/2^(stages−1))."""
-        maps: Tensor = self.features(pixels)
-        return maps
+        return self.features(pixels)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kdcli.base.errors import UsageError
+from kdcli.models.layers import run_with_hooks
 
 _IDENTITIES = (nn.Dropout, nn.Dropout2d, nn.Identity)  # in eval mode their output is their input
 _EMBEDDING = ""
@@ -27,11 +27,11 @@ class FeatureExtractor(nn.Module):
         self.network = network
         self.stages = tuple(stages)
         self._features: dict[str, Tensor] = {}
-        self._hooks: list[Any] = []
-        for name in self.stages:
-            self._hooks.append(network.get_submodule(name).register_forward_hook(self._store_output(name)))
-        head = getattr(network, "head", None)
-        self._head = head if isinstance(head, str) else None
+        self._hooks = [
+            network.get_submodule(name).register_forward_hook(self._store_output(name))
+            for name in self.stages
+        ]
+        self._head: str | None = getattr(network, "head", None)
         if self._head is not None:
             layer = network.get_submodule(self._head)
             self._hooks.append(layer.register_forward_pre_hook(self._store_embedding))
@@ -75,7 +75,13 @@ def find_stages(network: nn.Module, example: Tensor, wanted: str = "") -> tuple[
     Raises:
         UsageError: a wanted layer does not exist or returns no maps; or the network has no maps.
     """
-    shapes, classes = _output_shapes(network, example)
+    shapes: dict[str, list[tuple[int, ...]]] = {}  # of each output, one per call, in the order of their ends
+
+    def record(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if name and isinstance(output, Tensor):
+            shapes.setdefault(name, []).append(tuple(output.shape))
+
+    classes = run_with_hooks(network, example, record).shape[1]
     if wanted:
         return _check_wanted(wanted, shapes)
     own = getattr(network, "stages", None)
@@ -95,7 +101,7 @@ def find_stages(network: nn.Module, example: Tensor, wanted: str = "") -> tuple[
 
 
 def _check_wanted(wanted: str, shapes: dict[str, list[tuple[int, ...]]]) -> tuple[str, ...]:
-    names = tuple(word.strip() for word in wanted.split(","))
+    names = dict.fromkeys(word.strip() for word in wanted.split(","))
     for name in names:
         if name not in shapes:
             maps = [known for known, outputs in shapes.items() if _is_map(outputs)]
@@ -106,38 +112,9 @@ def _check_wanted(wanted: str, shapes: dict[str, list[tuple[int, ...]]]) -> tupl
             raise UsageError(
                 f"layer {name} does not return maps (B, C, H, W) once per pass", "kd info lists layers."
             )
-    if len(set(names)) < len(names):
-        raise UsageError(f"{wanted} names a layer twice", "Name each once.")
     return tuple(sorted(names, key=list(shapes).index))
 
 
 def _is_map(outputs: list[tuple[int, ...]]) -> bool:
     """Whether a layer runs once per pass and returns maps (B, C, H, W)."""
     return len(outputs) == 1 and len(outputs[0]) == 4
-
-
-def _output_shapes(network: nn.Module, example: Tensor) -> tuple[dict[str, list[tuple[int, ...]]], int]:
-    """Output shapes of each submodule, one per call, in the order of their ends; and the number of classes."""
-    found: dict[str, list[tuple[int, ...]]] = {}
-    hooks = []
-
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                found.setdefault(name, []).append(tuple(output.shape))
-
-        return hook
-
-    for name, module in network.named_modules():
-        if name:
-            hooks.append(module.register_forward_hook(record(name)))
-    training = network.training
-    try:
-        network.eval()
-        with torch.no_grad():
-            logits = network(example)
-    finally:
-        network.train(training)
-        for handle in hooks:
-            handle.remove()
-    return found, logits.shape[1]

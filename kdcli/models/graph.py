@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from itertools import chain, count
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from kdcli.models.operations import OPS
 from kdcli.models.operations.shapes import Shape, check_size, is_vector
 
 INPUT = "input"  # the name under which nodes refer to the network's input
+_RESERVED = {"head", "shapes", "training"}  # attributes of a GraphNet's instance
 
 
 class GraphNet(nn.Module):
@@ -59,7 +61,7 @@ class GraphNet(nn.Module):
                 f"layer {name}: its input {', '.join(missing) or '(none)'} is not computed before it"
             )
         try:
-            module, shape = OPS[kind]([self.shapes[source] for source in sources], **args)
+            module, shape = OPS[kind](*(self.shapes[source] for source in sources), **args)
         except KdError as error:
             raise KdError(f"layer {name}: {error.message}", error.hint) from error
         except (TypeError, ValueError, ArithmeticError) as error:
@@ -88,14 +90,6 @@ class GraphNet(nn.Module):
                 del values[source]
         return values[self._output].flatten(1)
 
-    def __repr__(self) -> str:
-        """One line per node: name, operation, inputs, output shape."""
-        lines = [f"{type(self).__name__}({INPUT} {dims(self.shapes[INPUT])})"]
-        for name, sources in self._steps:
-            module = " ".join(repr(self._modules[name]).split())
-            lines.append(f"  {name} = {module} of {', '.join(sources)}: {dims(self.shapes[name])}")
-        return "\n".join([*lines, f"  logits: {self._output}"])
-
 
 def graph(
     classes: int,
@@ -116,13 +110,10 @@ def graph(
     Raises:
         KdError: unknown operation, or shapes that do not fit; names the layer and both shapes.
     """
-    try:
-        shape = tuple(int(side) for side in input)
-        height, width, channels = input_size
-    except (TypeError, ValueError) as error:
-        raise KdError(f"input shape {input!r} is not (C, H, W)") from error
-    if shape != (channels, height, width) or min(shape) < 1:
-        raise KdError(f"the network takes {dims(shape)}, the images are {dims((channels, height, width))}")
+    height, width, channels = input_size
+    shape = (channels, height, width)
+    if list(input) != list(shape):
+        raise KdError(f"the network takes {dims(input)}, the images are {dims(shape)}")
     check_size(shape, "input")
     return GraphNet(shape, nodes, output, classes)
 
@@ -132,14 +123,5 @@ def safe_name(name: str, taken: Collection[str]) -> str:
     cleaned = re.sub(r"[^\w-]", "_", name) or "layer"
     if cleaned == INPUT or cleaned.startswith("_") or hasattr(nn.Module, cleaned) or cleaned in _RESERVED:
         cleaned = f"layer_{cleaned.lstrip('_')}"
-    candidate, number = cleaned, 2
-    while candidate in taken:
-        candidate, number = f"{cleaned}_{number}", number + 1
-    return candidate
-
-
-_RESERVED = {
-    "head",
-    "shapes",
-    "training",
-}  # attributes of a GraphNet that are not a class attribute of nn.Module
+    candidates = chain([cleaned], (f"{cleaned}_{number}" for number in count(2)))
+    return next(name for name in candidates if name not in taken)

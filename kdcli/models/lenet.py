@@ -43,5 +43,4 @@ class LeNet(nn.Module):
         """Preprocessed pixels (B, C, H, W) → logits (B, classes)."""
         features = self.pool1(self.conv1(pixels))  # (B, 64, 14, 14) for 32×32
         features = self.pool2(self.conv2(features))  # (B, 128, 5, 5)
-        logits: Tensor = self.ip2(torch.relu(self.ip1(features.flatten(1))))
-        return logits
+        return self.ip2(torch.relu(self.ip1(features.flatten(1))))

@@ -73,5 +73,4 @@ class MobileNetV2(ConvClassifier):
 
     def maps(self, pixels: Tensor) -> Tensor:
         """(B, C, H, W) → (B, 1280, H/16, W/16), rounded up."""
-        maps: Tensor = self.conv2(self.blocks(self.conv1(pixels)))
-        return maps
+        return self.conv2(self.blocks(self.conv1(pixels)))

@@ -43,8 +43,7 @@ class _Trunk(nn.Module):
         maps = self.drop3(self.pool1(maps))  # (B, 96, 16, 16) for 32×32
         maps = F.relu(self.cccp4(F.relu(self.cccp3(F.relu(self.conv2(maps))))))
         maps = self.drop6(self.pool2(maps))  # (B, 192, 8, 8)
-        last: Tensor = self.relu_cccp5(self.cccp5(F.relu(self.conv3(maps))))
-        return last
+        return self.relu_cccp5(self.cccp5(F.relu(self.conv3(maps))))
 
     def initialise(self) -> None:
         """He initialisation (He et al. 2015), fan in, of convolutions and linear layers."""
@@ -106,5 +105,4 @@ class NINFc(_Trunk):
     def forward(self, pixels: Tensor) -> Tensor:
         """Preprocessed pixels (B, C, H, W) → logits (B, classes)."""
         hidden = F.relu(self.ip1(self.features(pixels).flatten(1)))
-        logits: Tensor = self.ip2(hidden)
-        return logits
+        return self.ip2(hidden)

@@ -43,10 +43,11 @@ MODELS: dict[str, Entry] = {
     **{f"resnet{depth}": _entry("resnet:ResNet", depth=depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
     "resnet8x4": _entry("resnet:ResNet", depth=8, widths=(32, 64, 128, 256)),
     "resnet32x4": _entry("resnet:ResNet", depth=32, widths=(32, 64, 128, 256)),
-    "wrn-16-1": _entry("wide_resnet:WideResNet", depth=16, factor=1),
-    "wrn-16-2": _entry("wide_resnet:WideResNet", depth=16, factor=2),
-    "wrn-40-1": _entry("wide_resnet:WideResNet", depth=40, factor=1),
-    "wrn-40-2": _entry("wide_resnet:WideResNet", depth=40, factor=2),
+    **{
+        f"wrn-{depth}-{factor}": _entry("wide_resnet:WideResNet", depth=depth, factor=factor)
+        for depth in (16, 40)
+        for factor in (1, 2)
+    },
     "vgg8": _entry("vgg:VGG", convolutions=1),
     "vgg13": _entry("vgg:VGG", convolutions=2),
     "mobilenetv2-half": _entry("mobilenet:MobileNetV2"),
@@ -108,5 +109,4 @@ def _builder(arch: str) -> Callable[..., nn.Module]:
             f"Known are {', '.join(names())}; kd train also takes a checkpoint (.pt).",
         )
     module, name = MODELS[arch].path.split(":")
-    builder: Callable[..., nn.Module] = getattr(importlib.import_module(module), name)
-    return builder
+    return getattr(importlib.import_module(module), name)

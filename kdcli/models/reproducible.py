@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
+from kdcli.base.runtime import sum_over_processes
 from kdcli.data import augment
 
 _GOLDEN, _FIRST, _SECOND = -1640531527, 0x21F0AAAD, 0x735A2D97  # odd constants; the first is 0x9E3779B9
@@ -77,28 +76,7 @@ def use_sample_dropout(network: nn.Module, keys: DropoutKeys) -> None:
         layer.keys, layer.number = keys, number
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    """Sum over all processes; the gradient is the sum of all gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        total = values.clone()
-        torch.distributed.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        total = gradient.clone()
-        torch.distributed.all_reduce(total)
-        return total
-
-
-def _sum(values: Tensor) -> Tensor:
-    total: Tensor = _SumOverProcesses.apply(values)
-    return total
-
-
-class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
+class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over the parts of a batch that all processes hold, on any device.
 
     torch's `SyncBatchNorm` is for GPUs only.
@@ -113,22 +91,24 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         column = (-1, *(1 for _ in places))  # per-channel values, broadcast over positions
         exact = torch.float64  # so that the order of summation has no effect
         count = torch.tensor([values.numel() / values.shape[1]], dtype=exact, device=values.device)
-        sums = _sum(torch.cat([values.sum(dim=(0, *places), dtype=exact), count]))
+        sums = sum_over_processes(torch.cat([values.sum(dim=(0, *places), dtype=exact), count]))
         total = sums[-1]
         mean = (sums[:-1] / total).float()
         centred = values - mean.reshape(column)
-        variance = (_sum(centred.square().sum(dim=(0, *places), dtype=exact)) / total).float()
-        if self.running_mean is not None and self.running_var is not None:
-            self._update_running(mean.detach(), (variance * (total / (total - 1)).float()).detach())
+        squares = sum_over_processes(centred.square().sum(dim=(0, *places), dtype=exact))
+        variance = (squares / total).float()
+        self._update_running(mean.detach(), (variance * (total / (total - 1)).float()).detach())
         normal: Tensor = centred * torch.rsqrt(variance + self.eps).reshape(column)
         if self.affine:
             normal = normal * self.weight.reshape(column) + self.bias.reshape(column)
         return normal.to(maps.dtype)
 
+    def _check_input_dim(self, maps: Tensor) -> None:
+        """Accept vectors and maps."""
+
     def _update_running(self, mean: Tensor, variance: Tensor) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
         self.num_batches_tracked.add_(1)
         momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         with torch.no_grad():
@@ -136,20 +116,8 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.running_var.lerp_(variance, momentum)
 
 
-class GlobalBatchNorm1d(_GlobalBatchNorm, nn.BatchNorm1d):
-    """Global batch norm of vectors (B, C) or (B, C, L)."""
-
-
-class GlobalBatchNorm2d(_GlobalBatchNorm, nn.BatchNorm2d):
-    """Global batch norm of maps (B, C, H, W)."""
-
-
 def use_global_batch_norm(network: nn.Module) -> None:
     """Turn each `nn.BatchNorm1d` and `nn.BatchNorm2d` of a network into its global form, over all processes."""
     for module in network.modules():
-        if isinstance(module, _GlobalBatchNorm):
-            continue
-        if isinstance(module, nn.BatchNorm1d):
-            module.__class__ = GlobalBatchNorm1d
-        elif isinstance(module, nn.BatchNorm2d):
-            module.__class__ = GlobalBatchNorm2d
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.__class__ = GlobalBatchNorm  # type: ignore[assignment]

@@ -67,5 +67,4 @@ class ResNet(ConvClassifier):
     def maps(self, pixels: Tensor) -> Tensor:
         """(B, C, H, W) → (B, widths[3], H/4, W/4)."""
         maps = F.relu(self.bn1(self.conv1(pixels)))  # (B, 16, 32, 32) for 32×32
-        last: Tensor = self.layer3(self.layer2(self.layer1(maps)))  # (B, 64, 8, 8)
-        return last
+        return self.layer3(self.layer2(self.layer1(maps)))  # (B, 64, 8, 8)

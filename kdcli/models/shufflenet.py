@@ -78,8 +78,7 @@ class ShuffleNetV1(ConvClassifier):
     def maps(self, pixels: Tensor) -> Tensor:
         """(B, C, H, W) → (B, 960, H/8, W/8), rounded up."""
         maps = F.relu(self.bn1(self.conv1(pixels)))  # (B, 24, 32, 32) for 32×32
-        last: Tensor = self.layer3(self.layer2(self.layer1(maps)))  # (B, 960, 4, 4)
-        return last
+        return self.layer3(self.layer2(self.layer1(maps)))  # (B, 960, 4, 4)
 
 
 def _group_stage(before: int, after: int, units: int, first_groups: int = _GROUPS) -> nn.Sequential:

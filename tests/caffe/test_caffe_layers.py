@@ -455,7 +455,7 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
         "a box of 4×5×4 at 2×2 does not lie in 4×6×5",
     ),
     "crop-offsets": (one("Crop", field(2, 0) * 3, bottoms="x y"), "3 offsets for 2 axes"),
-    "crop-alone": (one("Crop"), "layer it: it takes two inputs, not 1"),
+    "crop-alone": (one("Crop"), "layer it: crop cannot be built"),
     "flatten-backwards": (one("Flatten", field(1, 3) + field(2, 2)), "axis 3 comes after end_axis 2"),
     "argmax-too-many": (one("ArgMax", field(3, 1) + field(2, 5)), "the 5 largest of 4 values"),
     "exp-base": (one("Exp", field(1, -2.0)), "base -2 is not above 0"),

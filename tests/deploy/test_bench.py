@@ -35,7 +35,7 @@ from kdcli.deploy.bench.measurements import check_budget
 from kdcli.deploy.export import ExportResult
 from kdcli.deploy.onnx_model import OnnxClassifier, OnnxRunner
 from kdcli.models import Classifier, build
-from kdcli.models.layer_summary import count_macs
+from kdcli.models.layers import count_macs
 from tests.deploy.helpers import SPLITS, classifier, exported
 
 

@@ -19,7 +19,7 @@ from kdcli.base.errors import KdError, UsageError
 from kdcli.cli import info, test
 from kdcli.data import preprocess
 from kdcli.deploy.export import export_classifier
-from kdcli.models.layer_summary import summarize_layers
+from kdcli.models.layers import summarize_layers
 from tests.helpers import command_line
 
 PIXELS = np.random.default_rng(5).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)

@@ -195,7 +195,7 @@ def test_exports_to_onnx_with_a_dynamic_batch() -> None:
         np.testing.assert_allclose(found, net(pixels).detach().numpy(), atol=1e-5)
 
 
-def test_trains_saves_and_prints() -> None:
+def test_trains_and_saves() -> None:
     net = models.build("graph", classes=5, input_size=(9, 9, 3), **SPEC)
     net.train()
     loss = net(torch.randn(4, 3, 9, 9)).square().sum()
@@ -208,10 +208,6 @@ def test_trains_saves_and_prints() -> None:
     pixels = torch.randn(3, 3, 9, 9)
     torch.testing.assert_close(again.eval()(pixels), net.eval()(pixels))
     assert {"conv1.weight", "conv1.bias", "ip.weight", "scale1.weight"} <= set(net.state_dict())
-    assert (
-        "  conv1 = Conv2d(3, 6, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1)) of input: 6×9×9\n"
-        in repr(net)
-    )
     assert [m.p for m in net.modules() if isinstance(m, torch.nn.Dropout)] == [0.4]
     # same numbers in torch, but several onnxruntimes get it wrong
     assert not any(m.count_include_pad for m in net.modules() if isinstance(m, torch.nn.AvgPool2d))

@@ -8,7 +8,7 @@ import torch
 
 from kdcli import models
 from kdcli.base.errors import UsageError
-from kdcli.models.layer_summary import count_macs
+from kdcli.models.layers import count_macs
 
 NAMES = [name for name in models.MODELS if name != "graph"]
 

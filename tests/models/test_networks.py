@@ -25,7 +25,7 @@ from kdcli.deploy.onnx_model.translate import to_onnx
 from kdcli.models import Classifier, checkpoint
 from kdcli.models.common import scaled
 from kdcli.models.feature_extractor import find_stages
-from kdcli.models.layer_summary import count_macs
+from kdcli.models.layers import count_macs
 from kdcli.models.mobilenet import InvertedResidual
 from kdcli.models.shufflenet import GroupUnit, HalvingUnit, SplitUnit, shuffled
 from tests.helpers import ROOT

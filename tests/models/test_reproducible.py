@@ -12,8 +12,7 @@ from torch import nn
 from kdcli.models import reproducible
 from kdcli.models.reproducible import (
     DropoutKeys,
-    GlobalBatchNorm1d,
-    GlobalBatchNorm2d,
+    GlobalBatchNorm,
     use_global_batch_norm,
     use_sample_dropout,
 )
@@ -91,15 +90,15 @@ def test_gradient_passes_where_values_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "plain_norm", "global_norm"),
+    ("first", "plain_norm"),
     [
-        (nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), GlobalBatchNorm2d),
-        (nn.Flatten(2), nn.BatchNorm1d(3), GlobalBatchNorm1d),
-        (nn.Flatten(1), nn.BatchNorm1d(126), GlobalBatchNorm1d),
+        (nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)),
+        (nn.Flatten(2), nn.BatchNorm1d(3)),
+        (nn.Flatten(1), nn.BatchNorm1d(126)),
     ],
 )
 def test_global_batch_norm_of_one_process_is_batch_norm(
-    monkeypatch: pytest.MonkeyPatch, first: nn.Module, plain_norm: nn.Module, global_norm: type
+    monkeypatch: pytest.MonkeyPatch, first: nn.Module, plain_norm: nn.Module
 ) -> None:
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)  # the sum over one
     torch.manual_seed(0)
@@ -109,7 +108,7 @@ def test_global_batch_norm_of_one_process_is_batch_norm(
             value.uniform_(0.5, 2)
     other = copy.deepcopy(plain)
     use_global_batch_norm(other)
-    assert type(other[1]) is global_norm
+    assert type(other[1]) is GlobalBatchNorm
     for number in range(3):
         maps = torch.randn(4, 3, 6, 7, generator=torch.Generator().manual_seed(number)) * 3 + 1
         left, right = plain(maps), other(maps)

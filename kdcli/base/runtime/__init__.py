@@ -3,7 +3,7 @@
 from kdcli.base.runtime.machine import available_cores, cpu_info, environment, set_threads
 from kdcli.base.runtime.memory import keep_freed_memory
 from kdcli.base.runtime.precision import choose_precision
-from kdcli.base.runtime.processes import World, choose_device, describe, launch
+from kdcli.base.runtime.processes import World, choose_device, describe, launch, sum_over_processes
 from kdcli.base.runtime.signals import StopFlag, stop_on_signals
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "launch",
     "set_threads",
     "stop_on_signals",
+    "sum_over_processes",
 ]

@@ -89,8 +89,10 @@ class World:
         """
         if self.size == 1 or count < self.size:
             return values
-        gathered: Tensor = _Gather.apply(values, count, self.rank, self.size)
-        return gathered
+        end = sum(len(part) for part in np.array_split(np.arange(count), self.size)[: self.rank + 1])
+        whole = values.new_zeros(count, *values.shape[1:])
+        whole[end - len(values) : end] = values
+        return sum_over_processes(whole)
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over all processes."""
@@ -104,21 +106,17 @@ class World:
         """The values (K,) of all processes, one row for each."""
         if self.fabric is None:
             return [values.tolist()]
-        import torch.distributed as dist
-
         table = values.new_zeros(self.size, len(values))
         table[self.rank] = values
-        dist.all_reduce(table)
+        torch.distributed.all_reduce(table)
         return [[float(value) for value in row] for row in table.tolist()]
 
     def all_max(self, *flags: int) -> tuple[int, ...]:
         """The maximum of each flag over all processes."""
         if self.fabric is None:
             return flags
-        import torch.distributed as dist
-
         shared = torch.tensor(flags, dtype=torch.int64, device=self.device)
-        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
         return tuple(int(value) for value in shared.tolist())
 
     def broadcast(self, value: T) -> T:
@@ -177,23 +175,25 @@ class World:
                 process.kill()
 
 
-class _Gather(torch.autograd.Function):
-    """Concatenation of all processes' parts; the gradient of a part is summed over processes."""
+class _Sum(torch.autograd.Function):
+    """Sum over all processes; the gradient is the sum of all gradients."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, count: int, rank: int, size: int) -> Tensor:
-        ends = np.cumsum([len(part) for part in np.array_split(np.arange(count), size)])
-        ctx.part = slice(int(ends[rank]) - len(values), int(ends[rank]))
-        whole = values.new_zeros(count, *values.shape[1:])
-        whole[ctx.part] = values
-        torch.distributed.all_reduce(whole)
-        return whole
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        total = gradients[0].contiguous().clone()
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
         torch.distributed.all_reduce(total)
-        return total[ctx.part], None, None, None
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Sum of a tensor over all processes; differentiable."""
+    return _Sum.apply(values)
 
 
 def launch(accelerator: str, devices: int) -> World:

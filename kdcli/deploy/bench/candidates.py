@@ -23,7 +23,7 @@ from kdcli.deploy.bench.measurements import Row
 from kdcli.deploy.onnx_model import OnnxClassifier, OnnxRunner, count_model, serialize
 from kdcli.deploy.onnx_model.translate import to_onnx
 from kdcli.models import Classifier
-from kdcli.models.layer_summary import count_macs
+from kdcli.models.layers import count_macs
 
 TORCH, COMPILED, ORT = "torch", "compiled", "onnxruntime"
 ENGINES = {"both": (TORCH, ORT), "all": (TORCH, COMPILED, ORT)}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx
 
 from kdcli.base.text import dims
-from kdcli.models.layer_summary import LayerSummary
+from kdcli.models.layers import LayerSummary
 
 PREPROCESSING = "preprocess/"  # prefix of the names of preprocessing nodes in exported files
 CHANNELS = (1, 2, 3, 4)

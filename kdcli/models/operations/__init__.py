@@ -1,18 +1,38 @@
 """Operations of the nodes of a `kdcli.models.graph`, with Caffe's exact arithmetic.
 
-Adding an operation: one function `(inputs: list[Shape], **args) -> (module, output shape)`, one row in `OPS`.
-Shapes are without the batch: (C, H, W) for maps, (C,) for vectors; axes are counted with it, as in Caffe.
+Adding an operation: one function `(*input shapes, **args) -> (module, output shape)`, one row in `OPS`; or, if it
+keeps the shape, `(**args) -> module`, one row in `_POINTWISE`. Shapes are without the batch: (C, H, W) for maps, (C,)
+for vectors; axes are counted with it, as in Caffe.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import nn
 
 from kdcli.models.operations import arrange, normal, pointwise, windows
 from kdcli.models.operations.shapes import Shape
+
+_POINTWISE: dict[str, Callable[..., nn.Module]] = {
+    "relu": pointwise.relu,
+    "elu": nn.ELU,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "softplus": nn.Softplus,  # Caffe's BNLL
+    "abs": pointwise.absolute,
+    "power": pointwise.power,
+    "exp": pointwise.exp,
+    "log": pointwise.log,
+    "dropout": pointwise.dropout,
+}
+
+
+def _same_shape(build: Callable[..., nn.Module], shape: Shape, **args: Any) -> tuple[nn.Module, Shape]:
+    return build(**args), shape
+
 
 OPS: dict[str, Callable[..., tuple[nn.Module, Shape]]] = {
     "conv": windows.conv,
@@ -34,15 +54,6 @@ OPS: dict[str, Callable[..., tuple[nn.Module, Shape]]] = {
     "reduction": arrange.reduction,
     "softmax": arrange.softmax,
     "argmax": arrange.argmax,
-    "relu": pointwise.relu,
-    "prelu": pointwise.prelu,
-    "elu": pointwise.elu,
-    "sigmoid": pointwise.sigmoid,
-    "tanh": pointwise.tanh,
-    "softplus": pointwise.softplus,
-    "abs": pointwise.absolute,
-    "power": pointwise.power,
-    "exp": pointwise.exp,
-    "log": pointwise.log,
-    "dropout": pointwise.dropout,
+    "prelu": normal.prelu,
+    **{name: partial(_same_shape, build) for name, build in _POINTWISE.items()},
 }

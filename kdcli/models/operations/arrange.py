@@ -12,12 +12,17 @@ from torch import Tensor, nn
 
 from kdcli.base import text
 from kdcli.base.errors import KdError
-from kdcli.models.operations.shapes import Function, Shape, axis_of, check_size, only
+from kdcli.models.operations.shapes import Function, Shape, axis_of, check_size
 
 _MAX_TOP_K = 100  # of ArgMax
+_ELTWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": torch.add,
+    "prod": torch.mul,
+    "max": torch.maximum,
+}
 
 
-def concat(inputs: list[Shape], *, axis: int = 1) -> tuple[nn.Module, Shape]:
+def concat(*inputs: Shape, axis: int = 1) -> tuple[nn.Module, Shape]:
     """Concatenation of inputs that have equal shapes except along one axis."""
     axis = axis_of(axis, inputs[0])
     rest = {(len(s), *s[: axis - 1], *s[axis:]) for s in inputs}
@@ -42,10 +47,9 @@ def _box(box: Sequence[tuple[int, int, int]]) -> nn.Module:
 
 
 def slice_(
-    inputs: list[Shape], *, part: int, of: int, axis: int = 1, points: Sequence[int] = ()
+    shape: Shape, *, part: int, of: int, axis: int = 1, points: Sequence[int] = ()
 ) -> tuple[nn.Module, Shape]:
     """Part number `part` of `of` along an axis, split at `points`, or into equal parts."""
-    shape = only(inputs)
     axis = axis_of(axis, shape)
     length = shape[axis - 1]
     if not points and length % of:
@@ -61,11 +65,8 @@ def slice_(
     return _box([(axis, cuts[part], count)]), (*shape[: axis - 1], count, *shape[axis:])
 
 
-def crop(inputs: list[Shape], *, axis: int = 2, offset: Sequence[int] = ()) -> tuple[nn.Module, Shape]:
+def crop(first: Shape, like: Shape, *, axis: int = 2, offset: Sequence[int] = ()) -> tuple[nn.Module, Shape]:
     """The first input, cropped from `axis` on to the size of the second."""
-    if len(inputs) != 2:
-        raise KdError(f"it takes two inputs, not {len(inputs)}")
-    first, like = inputs
     axis = axis_of(axis, first)
     axes = range(axis, len(first) + 1)
     if len(first) != len(like):
@@ -86,9 +87,8 @@ def _view(shape: Shape) -> nn.Module:
     return Function(f"View({text.dims(shape)})", lambda values: values.reshape(values.shape[0], *shape))
 
 
-def flatten(inputs: list[Shape], *, axis: int = 1, end_axis: int = -1) -> tuple[nn.Module, Shape]:
+def flatten(shape: Shape, *, axis: int = 1, end_axis: int = -1) -> tuple[nn.Module, Shape]:
     """Merge the axes from `axis` to `end_axis`, both included."""
-    shape = only(inputs)
     if not shape:
         return _view((1,)), (1,)
     first, last = axis_of(axis, shape), axis_of(end_axis, shape)
@@ -99,13 +99,12 @@ def flatten(inputs: list[Shape], *, axis: int = 1, end_axis: int = -1) -> tuple[
 
 
 def reshape(
-    inputs: list[Shape], *, dims: Sequence[int], axis: int = 0, num_axes: int = -1
+    shape: Shape, *, dims: Sequence[int], axis: int = 0, num_axes: int = -1
 ) -> tuple[nn.Module, Shape]:
     """Caffe's Reshape: `dims` replace `num_axes` axes from `axis` on; 0 copies a size, −1 is inferred.
 
     The batch must stay the first axis: its entry is 0 or −1, or a number that keeps each image's values together.
     """
-    shape = only(inputs)
     rank, values = len(shape) + 1, math.prod(shape)
     start = axis if axis >= 0 else rank + axis + 1
     end = rank if num_axes == -1 else start + num_axes
@@ -132,12 +131,10 @@ def reshape(
 
 
 def eltwise(
-    inputs: list[Shape], *, operation: str = "sum", coefficients: Sequence[float] = ()
+    *inputs: Shape, operation: str = "sum", coefficients: Sequence[float] = ()
 ) -> tuple[nn.Module, Shape]:
     """Sum (with coefficients), product or maximum of inputs of equal shape."""
-    functions: dict[str, Callable[[Tensor, Tensor], Tensor]]
-    functions = {"sum": torch.add, "prod": torch.mul, "max": torch.maximum}
-    if operation not in functions:
+    if operation not in _ELTWISE:
         raise KdError(f"unknown operation {operation}")
     if len(set(inputs)) != 1:
         raise KdError(f"its inputs differ: {' and '.join(map(text.dims, inputs))}")
@@ -148,20 +145,18 @@ def eltwise(
     def compute(*values: Tensor) -> Tensor:
         if factors:
             values = tuple(value * factor for value, factor in zip(values, factors, strict=True))
-        return reduce(functions[operation], values)
+        return reduce(_ELTWISE[operation], values)
 
-    return Function(f"Eltwise({operation}{f', coefficients={factors}' if factors else ''})", compute), inputs[
-        0
-    ]
+    description = f"Eltwise({operation}{f', coefficients={factors}' if factors else ''})"
+    return Function(description, compute), inputs[0]
 
 
 def reduction(
-    inputs: list[Shape], *, operation: str = "sum", axis: int = 1, factor: float = 1.0
+    shape: Shape, *, operation: str = "sum", axis: int = 1, factor: float = 1.0
 ) -> tuple[nn.Module, Shape]:
     """Sum, sum of magnitudes, sum of squares or mean over all axes from `axis` on, times a factor."""
     if operation not in ("sum", "asum", "sumsq", "mean"):
         raise KdError(f"unknown operation {operation}")
-    shape = only(inputs)
     axis = axis_of(axis, shape)
 
     def compute(values: Tensor) -> Tensor:
@@ -172,14 +167,12 @@ def reduction(
         axes = tuple(range(axis, values.ndim))
         return (values.mean(axes) if operation == "mean" else values.sum(axes)) * factor
 
-    return Function(f"Reduction({operation} from axis {axis} on, times {factor:g})", compute), shape[
-        : axis - 1
-    ]
+    description = f"Reduction({operation} from axis {axis} on, times {factor:g})"
+    return Function(description, compute), shape[: axis - 1]
 
 
-def softmax(inputs: list[Shape], *, axis: int = 1) -> tuple[nn.Module, Shape]:
+def softmax(shape: Shape, *, axis: int = 1) -> tuple[nn.Module, Shape]:
     """Softmax along one axis."""
-    shape = only(inputs)
     return nn.Softmax(dim=axis_of(axis, shape)), shape
 
 
@@ -191,38 +184,33 @@ class ArgMax(nn.Module):
         self.axis, self.top_k, self.values = axis, top_k, values
 
     def forward(self, values: Tensor) -> Tensor:
-        axis = 1 if self.axis is None else self.axis
-        if self.axis is None:
-            rank = values.ndim
-            values = values.flatten(1)
-        largest, places = self._largest(values, axis)
         if self.axis is not None:
+            places, largest = self._largest(values, self.axis)
             return largest if self.values else places
-        found = torch.stack((places, largest), 1) if self.values else places.unsqueeze(1)
-        return found.reshape(*found.shape, *[1] * (rank - 3))
+        found = torch.stack(self._largest(values.flatten(1), 1)[: 2 if self.values else 1], 1)
+        return found.reshape(*found.shape, *[1] * (values.ndim - 3))
 
     def _largest(self, values: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-        """Find one at a time: for a single one, torch and ONNX agree on which of equal values comes first."""
+        """Indices and values, one at a time: for one, torch and ONNX agree on which of equal values comes first."""
         length = values.shape[axis]
         numbers = torch.arange(length, device=values.device).view(-1, *[1] * (values.ndim - 1 - axis))
         found = []
         for _ in range(self.top_k):
             place = length - 1 - values.flip(axis).argmax(axis, keepdim=True)
-            found.append((values.gather(axis, place), place.to(values.dtype)))
+            found.append((place.to(values.dtype), values.gather(axis, place)))
             values = values.masked_fill(numbers == place, -math.inf)
-        largest, places = zip(*found, strict=True)
-        return torch.cat(largest, axis), torch.cat(places, axis)
+        places, largest = zip(*found, strict=True)
+        return torch.cat(places, axis), torch.cat(largest, axis)
 
     def extra_repr(self) -> str:
         return f"axis={self.axis}, top_k={self.top_k}, values={self.values}"
 
 
 def argmax(
-    inputs: list[Shape], *, axis: int | None = None, top_k: int = 1, values: bool = False
+    shape: Shape, *, axis: int | None = None, top_k: int = 1, values: bool = False
 ) -> tuple[nn.Module, Shape]:
     """With an axis: indices (or values) of the `top_k` largest along it. Without: 1×top_k indices into all values of
     the image, or 2×top_k indices and values."""
-    shape = only(inputs)
     if axis is not None:
         axis = axis_of(axis, shape)
     length = math.prod(shape) if axis is None else shape[axis - 1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,11 @@ from torch.nn import functional as F
 
 from kdcli.base.errors import KdError
 from kdcli.base.text import dims
-from kdcli.models.operations.shapes import Function, Shape, axis_of, check_size, only
+from kdcli.models.operations.shapes import Function, Shape, axis_of, check_maps, check_size
 
 
 def lrn(
-    inputs: list[Shape],
+    shape: Shape,
     *,
     size: int = 5,
     alpha: float = 1.0,
@@ -23,7 +23,7 @@ def lrn(
     within: bool = False,
 ) -> tuple[nn.Module, Shape]:
     """Local response normalisation, across channels, or within each (where Caffe takes k to be 1)."""
-    shape = only(inputs, maps=True)
+    check_maps(shape)
     if size < 1 or size % 2 == 0:
         raise KdError(f"local size {size} must be odd")
     if within:
@@ -39,9 +39,8 @@ def lrn(
     return nn.LocalResponseNorm(size, alpha, beta, k), shape
 
 
-def batch_norm(inputs: list[Shape], *, eps: float = 1e-5) -> tuple[nn.Module, Shape]:
+def batch_norm(shape: Shape, *, eps: float = 1e-5) -> tuple[nn.Module, Shape]:
     """(x − running mean) / sqrt(running variance + eps), without learned scale and bias."""
-    shape = only(inputs)
     if len(shape) == 3:
         return nn.BatchNorm2d(shape[0], eps=eps, affine=False), shape
     if len(shape) in (1, 2):
@@ -50,7 +49,7 @@ def batch_norm(inputs: list[Shape], *, eps: float = 1e-5) -> tuple[nn.Module, Sh
 
 
 def mvn(
-    inputs: list[Shape], *, variance: bool = True, across: bool = False, eps: float = 1e-9
+    shape: Shape, *, variance: bool = True, across: bool = False, eps: float = 1e-9
 ) -> tuple[nn.Module, Shape]:
     """Mean-variance normalisation of each map, or with `across` of each image; eps is added to the root."""
 
@@ -66,62 +65,53 @@ def mvn(
         return centred / (squares.sqrt() + eps)
 
     description = f"MeanVarianceNorm(variance={variance}, across_channels={across}, eps={eps:g})"
-    return Function(description, compute), only(inputs)
+    return Function(description, compute), shape
 
 
-class Scale(nn.Module):
-    """Learned scale, and optionally bias, for each index of some axes."""
+def prelu(shape: Shape, *, shared: bool = False) -> tuple[nn.Module, Shape]:
+    """max(x, 0) + slope · min(x, 0) with a learned slope per channel, or one for all."""
+    if not shape:
+        raise KdError(f"it takes C or C×H×W, its input is {dims(shape)}")
+    return nn.PReLU(1 if shared else shape[0]), shape
 
-    def __init__(self, shape: Shape, view: Sequence[int], bias: bool) -> None:
+
+class Affine(nn.Module):
+    """Learned scale, bias or both for each index of some axes."""
+
+    def __init__(self, shape: Shape, view: Sequence[int], *, scale: bool, bias: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(shape))
+        self.weight = nn.Parameter(torch.ones(shape)) if scale else None
         self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
-        self._view = tuple(view)
+        self._shape, self._view = shape, tuple(view)
 
     def forward(self, values: Tensor) -> Tensor:
         """(B, C, …) → the same shape."""
-        scaled = values * self.weight.view(self._view)
-        return scaled if self.bias is None else scaled + self.bias.view(self._view)
+        if self.weight is not None:
+            values = values * self.weight.view(self._view)
+        return values if self.bias is None else values + self.bias.view(self._view)
 
     def extra_repr(self) -> str:
-        return f"{dims(self.weight.shape)}, bias={self.bias is not None}"
-
-
-class Bias(nn.Module):
-    """Learned bias for each index of some axes."""
-
-    def __init__(self, shape: Shape, view: Sequence[int]) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(shape))
-        self._view = tuple(view)
-
-    def forward(self, values: Tensor) -> Tensor:
-        """(B, C, …) → the same shape."""
-        return values + self.bias.view(self._view)
-
-    def extra_repr(self) -> str:
-        return dims(self.bias.shape)
+        return f"{dims(self._shape)}, scale={self.weight is not None}, bias={self.bias is not None}"
 
 
 def scale(
-    inputs: list[Shape], *, bias: bool = False, axis: int = 1, num_axes: int = 1
+    shape: Shape, factors: Shape | None = None, *, bias: bool = False, axis: int = 1, num_axes: int = 1
 ) -> tuple[nn.Module, Shape]:
     """Learned scales along `num_axes` axes from `axis` on (−1: all that follow), or scales from the second input."""
-    if len(inputs) == 2:
-        if bias:
-            raise KdError("with a second input for the factors, learned summands are not supported")
-        return _broadcast("times", inputs, axis)
-    shape = only(inputs)
-    learned, view = _learned(shape, axis, num_axes)
-    return Scale(learned, view, bias), shape
+    if factors is None:
+        return Affine(*_learned(shape, axis, num_axes), scale=True, bias=bias), shape
+    if bias:
+        raise KdError("with a second input for the factors, learned summands are not supported")
+    return _broadcast("times", torch.mul, shape, factors, axis)
 
 
-def bias(inputs: list[Shape], *, axis: int = 1, num_axes: int = 1) -> tuple[nn.Module, Shape]:
+def bias(
+    shape: Shape, summands: Shape | None = None, *, axis: int = 1, num_axes: int = 1
+) -> tuple[nn.Module, Shape]:
     """Learned biases along `num_axes` axes from `axis` on (−1: all that follow), or biases from the second input."""
-    if len(inputs) == 2:
-        return _broadcast("plus", inputs, axis)
-    shape = only(inputs)
-    return Bias(*_learned(shape, axis, num_axes)), shape
+    if summands is None:
+        return Affine(*_learned(shape, axis, num_axes), scale=False, bias=True), shape
+    return _broadcast("plus", torch.add, shape, summands, axis)
 
 
 def _learned(shape: Shape, axis: int, num_axes: int) -> tuple[Shape, Shape]:
@@ -136,16 +126,14 @@ def _learned(shape: Shape, axis: int, num_axes: int) -> tuple[Shape, Shape]:
     return learned, (*learned, *[1] * (len(shape) + 1 - end))
 
 
-def _broadcast(operation: str, inputs: list[Shape], axis: int) -> tuple[nn.Module, Shape]:
-    first, second = inputs
+def _broadcast(
+    name: str, combine: Callable[[Tensor, Tensor], Tensor], first: Shape, second: Shape, axis: int
+) -> tuple[nn.Module, Shape]:
     if axis not in (0, -len(first) - 1):
         raise KdError(f"with two inputs only axis 0 is supported, not {axis}: both begin with the batch")
     if second != first[: len(second)]:
         raise KdError(f"its second input {dims(second)} does not begin its first {dims(first)}")
-    combine = torch.mul if operation == "times" else torch.add
-    missing = len(first) - len(second)  # axes at the end
-    module = Function(
-        f"Broadcast({operation})",
-        lambda values, other: combine(values, other.reshape(*other.shape, *[1] * missing)),
-    )
-    return module, first
+    ones = [1] * (len(first) - len(second))  # axes at the end
+    return Function(
+        f"Broadcast({name})", lambda values, other: combine(values, other.reshape(*other.shape, *ones))
+    ), first

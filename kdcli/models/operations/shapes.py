@@ -43,13 +43,10 @@ def check_size(shape: Shape, what: str) -> None:
         raise KdError(f"its {what} of {dims(shape)} values is beyond what kd takes ({_MOST_VALUES:,})")
 
 
-def only(inputs: list[Shape], *, maps: bool = False) -> Shape:
-    """Shape of the only input; with `maps` it must be C×H×W."""
-    if len(inputs) != 1:
-        raise KdError(f"it takes one input, not {len(inputs)}")
-    if maps and len(inputs[0]) != 3:
-        raise KdError(f"it takes maps C×H×W, its input is {dims(inputs[0])}")
-    return inputs[0]
+def check_maps(shape: Shape) -> None:
+    """Raise KdError for a shape that is not C×H×W."""
+    if len(shape) != 3:
+        raise KdError(f"it takes maps C×H×W, its input is {dims(shape)}")
 
 
 def pair(value: Sequence[int], least: int) -> tuple[int, int]:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from kdcli.base.errors import KdError
 from kdcli.base.text import dims
-from kdcli.models.operations.shapes import Shape, axis_of, check_size, only, pair
+from kdcli.models.operations.shapes import Shape, axis_of, check_maps, check_size, pair
 
 
 def conv(
-    inputs: list[Shape],
+    shape: Shape,
     *,
     out: int,
     kernel: Sequence[int],
@@ -26,7 +26,8 @@ def conv(
     transposed: bool = False,
 ) -> tuple[nn.Module, Shape]:
     """Convolution (incomplete windows are dropped), or its transpose (padding is cropped from the output)."""
-    channels, *sides = only(inputs, maps=True)
+    check_maps(shape)
+    channels, *sides = shape
     kernel, stride, dilation, pad = pair(kernel, 1), pair(stride, 1), pair(dilation, 1), pair(pad, 0)
     if groups < 1 or channels % groups or out % groups:
         raise KdError(f"{groups} groups do not divide {channels} input and {out} output channels")
@@ -37,7 +38,7 @@ def conv(
         check_size((out, *size), "output")
         return nn.ConvTranspose2d(channels, out, kernel, stride, pad, 0, groups, bias, dilation), (out, *size)
     if any(side + 2 * p < r for side, p, r in zip(sides, pad, reach, strict=True)):
-        raise KdError(f"a window of {dims(reach)} does not fit its input of {dims((channels, *sides))}")
+        raise KdError(f"a window of {dims(reach)} does not fit its input of {dims(shape)}")
     size = [(side + 2 * p - r) // s + 1 for side, p, r, s in zip(sides, pad, reach, stride, strict=True)]
     check_size((out, *size), "output")
     return nn.Conv2d(channels, out, kernel, stride, pad, dilation, groups, bias), (out, *size)
@@ -55,9 +56,8 @@ class InnerProduct(nn.Linear):
         return super().forward(values.flatten(self.axis))
 
 
-def linear(inputs: list[Shape], *, out: int, bias: bool = True, axis: int = 1) -> tuple[nn.Module, Shape]:
+def linear(shape: Shape, *, out: int, bias: bool = True, axis: int = 1) -> tuple[nn.Module, Shape]:
     """Inner product over all axes from `axis` on."""
-    shape = only(inputs)
     axis = axis_of(axis, shape)
     features = math.prod(shape[axis - 1 :])
     check_size((out, features), "weight")
@@ -108,7 +108,7 @@ def pool_window(
 
 
 def pool(
-    inputs: list[Shape],
+    shape: Shape,
     *,
     average: bool,
     kernel: Sequence[int] | None = None,
@@ -121,7 +121,8 @@ def pool(
     Args:
         kernel: None is global pooling.
     """
-    channels, *sides = only(inputs, maps=True)
+    check_maps(shape)
+    channels, *sides = shape
     stride, pad = pair(stride, 1), pair(pad, 0)
     kernel = (sides[0], sides[1]) if kernel is None else pair(kernel, 1)
     y, x = (

@@ -111,7 +111,7 @@ def _shared_settings(config: TuneConfig, space: Space, data: Splits) -> dict[str
     for method in methods_of(space, config.train):  # inputs last: a student's file counts by its content
         values: dict[str, Any] = {"method": method} | ({"teacher": ()} if "teacher" in tuned else {})
         settings |= input_hashes(config.train.model_copy(update=values), data)
-    return json.loads(json.dumps(settings))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(settings))
 
 
 class _Search:

@@ -1,9 +1,12 @@
-"""Summary of a network: its layers in the order they run, with shapes, parameters and multiply-accumulates."""
+"""Layers of a network in the order they run, with shapes, parameters and multiply-accumulates."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +31,22 @@ class LayerSummary:
     macs: int | None
 
 
+def run_with_hooks(
+    network: nn.Module, prepared: Tensor, hook: Callable[[str, nn.Module, Any, Any], None]
+) -> Tensor:
+    """Run a network once in eval mode; `hook(name, module, inputs, output)` is called after each submodule."""
+    handles = [module.register_forward_hook(partial(hook, name)) for name, module in network.named_modules()]
+    training = network.training
+    try:
+        with torch.no_grad():
+            logits: Tensor = network.eval()(prepared)
+    finally:
+        network.train(training)
+        for handle in handles:
+            handle.remove()
+    return logits
+
+
 def summarize_layers(network: nn.Module, prepared: Tensor) -> list[LayerSummary]:
     """Summaries of the modules without children, in the order in which one image passes them.
 
@@ -36,26 +55,18 @@ def summarize_layers(network: nn.Module, prepared: Tensor) -> list[LayerSummary]
         prepared: any input of the network.
     """
     rows: list[LayerSummary] = []
-    names = {module: name for name, module in network.named_modules()}
     seen: set[int] = set()
 
-    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def record(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if any(module.children()):
+            return
         new = [value for value in module.parameters() if id(value) not in seen]
         seen.update(map(id, new))
         count = sum(value.numel() for value in new)
         kind = " ".join(repr(module).split())
-        rows.append(
-            LayerSummary(names[module], kind, tuple(output.shape[1:]), count, _macs(module, inputs, output))
-        )
+        rows.append(LayerSummary(name, kind, tuple(output.shape[1:]), count, _macs(module, inputs, output)))
 
-    leaves = [module for module in network.modules() if not any(module.children())]
-    handles = [leaf.register_forward_hook(record) for leaf in leaves]
-    try:
-        with torch.inference_mode():
-            network(prepared[:1])
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_with_hooks(network, prepared[:1], record)
     return rows
 
 
