@@ -68,20 +68,16 @@ def load_npy(path: Path) -> dict[Any, Any]:
     """
     try:
         if not path.is_file():
-            raise KdError(f"cannot read {path}: no such file", "Check the path.")
+            raise KdError("no such file", "Check the path.")
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise KdError(
-                f"{path} is larger than {MAX_FILE_BYTES:,} bytes", "kd reads weights up to that size."
-            )
-        data = path.read_bytes()
+            raise KdError(f"larger than {MAX_FILE_BYTES:,} bytes", "kd reads weights up to that size.")
+        return parse_npy(path.read_bytes())
+    except KdError as error:
+        raise KdError(f"{path}: {error.message}", error.hint) from error
     except OSError as error:
         raise KdError(f"cannot read {path}: {reason(error)}", "Check the path.") from error
     except MemoryError as error:
         raise KdError(f"{path} needs more memory than is available", HINT) from error
-    try:
-        return parse_npy(data)
-    except KdError as error:
-        raise KdError(f"{path}: {error.message}", error.hint) from error
 
 
 def parse_npy(data: bytes) -> dict[Any, Any]:
@@ -157,7 +153,7 @@ class SafeUnpickler(pickle._Unpickler):
         """Return this class's own stand-in for a global."""
         if (module, name) == ("numpy", "ndarray"):
             return _NDARRAY
-        method = _ALLOWED.get((module, name))
+        method = _ALLOWED.get(f"{module}.{name}".replace("numpy._core.", "numpy.core.", 1))
         if method is None:
             raise KdError(
                 f"refuses {module[:80]}.{name[:80]}: reading this pickle would import or run it", HINT
@@ -270,15 +266,12 @@ def _handlers() -> dict[int, Callable[[Any], None]]:
 SafeUnpickler.dispatch = _handlers()
 
 _ALLOWED = {
-    ("numpy", "dtype"): "make_dtype",
-    ("numpy.core.multiarray", "_reconstruct"): "make_array",
-    ("numpy._core.multiarray", "_reconstruct"): "make_array",
-    ("numpy.core.multiarray", "scalar"): "make_scalar",
-    ("numpy._core.multiarray", "scalar"): "make_scalar",
-    ("numpy.core.numeric", "_frombuffer"): "make_array_of_buffer",
-    ("numpy._core.numeric", "_frombuffer"): "make_array_of_buffer",
-    ("_codecs", "encode"): "encode",
-    ("collections", "OrderedDict"): "make_ordered_dict",
+    "numpy.dtype": "make_dtype",
+    "numpy.core.multiarray._reconstruct": "make_array",
+    "numpy.core.multiarray.scalar": "make_scalar",
+    "numpy.core.numeric._frombuffer": "make_array_of_buffer",
+    "_codecs.encode": "encode",
+    "collections.OrderedDict": "make_ordered_dict",
 }
 
 

@@ -11,10 +11,8 @@ from pydantic import field_validator
 from kdcli.base.config.settings import (
     DATA,
     RUN,
-    CacheDir,
-    DataDir,
     DataSettings,
-    ModelDataSpec,
+    ModelDataSettings,
     Settings,
     SkipBroken,
     TeacherPath,
@@ -29,31 +27,21 @@ INT8_DEFAULT = "u8s8-channel-minmax"
 class ConvertConfig(DataSettings):
     """`kd convert-caffe`."""
 
-    prototxt: Path | None = setting(
-        None, "Deploy prototxt; by default the network recorded in the caffemodel.", "Caffe"
-    )
+    prototxt: Path | None = setting(None, "Deploy prototxt; by default that in the caffemodel.", "Caffe")
     arch: Literal["auto", "nin", "nin-fc", "lenet"] = setting(
         "auto", "Network of a caffe-tensorflow .npy; auto: recognised by its layer names.", "Caffe"
     )
     preprocess: Literal["auto", "gcn-zca", "mean-std", "mean-image", "none"] = setting(
-        "auto",
-        "Preprocessing of the network; auto: known for this file, else its transform_param.",
-        "Caffe",
+        "auto", "Preprocessing of the network; auto: known for this file, else its transform_param.", "Caffe"
     )
     channel_order: Literal["auto", "rgb", "bgr"] = setting(
         "auto", "Channel order; auto: known for this file, else bgr as in Caffe.", "Caffe"
     )
     check: bool = setting(
-        False,
-        "Compare with OpenCV's Caffe importer on noise and images of --data; write the file only if they agree.",
-        "Check",
+        False, "Write the file only if OpenCV's Caffe importer agrees on noise and images of --data.", "Check"
     )
-    to: Literal["auto", "pt", "onnx"] = setting(
-        "auto", "Output format: checkpoint or ONNX; auto: by the suffix of --output.", RUN
-    )
-    output: Path = setting(
-        TeacherPath, "Output file; with --to onnx by default exports/<model>.onnx.", RUN, "-o"
-    )
+    to: Literal["auto", "pt", "onnx"] = setting("auto", "Format; auto: by the suffix of --output.", RUN)
+    output: Path = setting(TeacherPath, "Output file; for ONNX exports/<model>.onnx.", RUN, "-o")
 
 
 class ValidateConfig(DataSettings):
@@ -68,13 +56,9 @@ class ValidateConfig(DataSettings):
     threads: Threads = 0
 
 
-class TestConfig(Settings):
+class TestConfig(ModelDataSettings):
     """`kd test`."""
 
-    data: ModelDataSpec = None
-    skip_broken: SkipBroken = False
-    data_dir: DataDir = Path("data")
-    cache_dir: CacheDir = Path("cache")
     teacher: Path | None = setting(
         None, "Teacher to compare with; by default the one recorded in the student.", "Check"
     )
@@ -82,28 +66,22 @@ class TestConfig(Settings):
     threads: Threads = 0
 
 
-class ExportConfig(Settings):
+class ExportConfig(ModelDataSettings):
     """`kd export`."""
 
-    output: Path | None = setting(
-        None, "ONNX file; by default exports/<run or file name>.onnx.", "Export", "-o"
-    )
-    int8: bool = setting(
-        False,
-        "Quantise weights and activations to int8 (static QDQ, calibrated on training images).",
-        "Export",
-    )
+    output: Path | None = setting(None, "ONNX file; by default exports/<run or file>.onnx.", "Export", "-o")
+    int8: bool = setting(False, "Quantise to int8 (static QDQ, calibrated on training images).", "Export")
     int8_recipe: str | None = setting(
         None,
-        f"How to quantise; implies --int8, which alone uses {INT8_DEFAULT}. A recipe is "
-        "u8s8|s8s8 - channel|tensor - minmax|entropy|percentile, with -first, -last to keep that layer float32. "
-        "auto: try several and take the best, or float32 where int8 is not faster on this machine.",
+        f"Recipe of --int8, which it implies; by default {INT8_DEFAULT}. Form: u8s8|s8s8 - channel|tensor - "
+        "minmax|entropy|percentile, with -first, -last to keep that layer float32. auto: the best of several, "
+        "or float32 where int8 is not faster here.",
         "Export",
         metavar="auto|RECIPE",
     )
     max_drop: float | None = setting(
         None,
-        "Maximum accuracy loss on the validation split, in points; beyond it no file is written (exit 1).",
+        "Maximum accuracy loss on validation, in points; above it exit 1, no file.",
         "Export",
         ge=0,
         le=100,
@@ -114,13 +92,7 @@ class ExportConfig(Settings):
     batch: int | None = setting(None, "Fixed batch size; by default dynamic.", "Export", ge=1, le=4096)
     opset: int = setting(18, "ONNX opset version.", "Export", ge=18, le=25)
     calibration_images: int = setting(512, "Training images for int8 calibration.", "Export", ge=1)
-    parity_images: int = setting(
-        256, "Images for verifying the export against the checkpoint.", "Export", ge=7
-    )
-    data: ModelDataSpec = None
-    skip_broken: SkipBroken = False
-    data_dir: DataDir = Path("data")
-    cache_dir: CacheDir = Path("cache")
+    parity_images: int = setting(256, "Images for verifying the exported file.", "Export", ge=7)
 
     @property
     def recipe(self) -> str | None:
@@ -138,12 +110,8 @@ class ExportConfig(Settings):
 class InfoConfig(Settings):
     """`kd info`."""
 
-    classes: int = setting(
-        10, "Number of classes, for a network given by name.", "Network", ge=1, le=1_000_000
-    )
-    image_size: int = setting(
-        32, "Input size in pixels, for a network given by name.", "Network", ge=4, le=1024
-    )
+    classes: int = setting(10, "Classes, for a network given by name.", "Network", ge=1, le=1_000_000)
+    image_size: int = setting(32, "Input size, for a network given by name.", "Network", ge=4, le=1024)
     grey: bool = setting(False, "Greyscale input, for a network given by name.", "Network")
 
 
@@ -155,13 +123,13 @@ class PredictConfig(Settings):
     threads: Threads = 0
 
 
-class BenchConfig(Settings):
+class BenchConfig(ModelDataSettings):
     """`kd bench`."""
 
     batch: str = setting("1,8,64", "Batch sizes for throughput.", "Measure", metavar="N,N,…")
     rounds: int = setting(
         480,
-        "Maximum number of interleaved rounds; stops early when all ratios are known to 1 %.",
+        "Maximum of interleaved rounds; fewer if all ratios are known to 1 %.",
         "Measure",
         ge=3,
         le=100_000,
@@ -170,17 +138,13 @@ class BenchConfig(Settings):
     engine: Literal["both", "all", "torch", "compiled", "onnxruntime"] = setting(
         "both", "Engine for .pt files; both: torch and onnxruntime; all: also torch.compile.", "Measure"
     )
-    no_memory: bool = setting(
-        False,
-        "Skip memory and load time, which are measured in a separate process for each model.",
-        "Measure",
-    )
+    no_memory: bool = setting(False, "Skip memory and load time (a process for each model).", "Measure")
     budget_ms: float | None = setting(
         None, "Exit 1 unless the median latency of a model is within this limit (one image).", "Check", gt=0
     )
     max_drop: float | None = setting(
         None,
-        "Exit 1 unless a model (within --budget-ms) is at most this many points below the teacher's accuracy.",
+        "Exit 1 unless a model (within --budget-ms) loses at most so many points.",
         "Check",
         ge=0,
         le=100,
@@ -189,9 +153,6 @@ class BenchConfig(Settings):
     data: str | None = setting(
         None, "Data set whose test images measure accuracy and agreement.", DATA, metavar="NAME|PATH"
     )
-    skip_broken: SkipBroken = False
-    data_dir: DataDir = Path("data")
-    cache_dir: CacheDir = Path("cache")
     plot: Path | None = setting(None, "Plot accuracy against latency (.png or .svg).", "Output")
     csv: Path | None = setting(None, "Write all measurements as CSV.", "Output")
     markdown: Path | None = setting(None, "Write the table as Markdown.", "Output")
@@ -211,7 +172,7 @@ class BenchConfig(Settings):
         return tuple(map(int, self.batch.split(",")))
 
 
-class ReportConfig(Settings):
+class ReportConfig(ModelDataSettings):
     """`kd report`."""
 
     output: Path = setting(Path("report.html"), "Output file.", "Page", "-o")
@@ -220,20 +181,13 @@ class ReportConfig(Settings):
     )
     no_images: bool = setting(False, "Omit images.", "Page")
     bench: Path | None = setting(
-        None,
-        "Output of kd bench --json to take latencies from; by default they are measured.",
-        "Measure",
-        metavar="FILE",
+        None, "Output of kd bench --json with latencies; by default measured.", "Measure", metavar="FILE"
     )
     bench_rounds: int = setting(80, "Interleaved rounds of the measurement.", "Measure", ge=3, le=100_000)
     no_bench: bool = setting(False, "Omit latencies and sizes.", "Measure")
     teacher: Path | None = setting(
         None, "Teacher to compare with; by default the one recorded in each student.", "Measure"
     )
-    data: ModelDataSpec = None
-    skip_broken: SkipBroken = False
-    data_dir: DataDir = Path("data")
-    cache_dir: CacheDir = Path("cache")
     threads: Threads = 0
 
 

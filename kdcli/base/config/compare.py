@@ -78,9 +78,5 @@ class ReproduceConfig(Settings):
         metavar="MODULE:FUNCTION",
     )
     tolerance: float = setting(
-        0.5,
-        "Points of test accuracy by which the two may differ if their bits do.",
-        "Check",
-        ge=0,
-        le=100,
+        0.5, "Points of test accuracy by which the two may differ if their bits do.", "Check", ge=0, le=100
     )

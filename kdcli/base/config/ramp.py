@@ -1,4 +1,4 @@
-"""A value that may change while training, as a weight or a temperature does."""
+"""Values that change linearly during training: weights and temperatures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Ramp:
-    """From `first` in a straight line to `last`, which it keeps.
+    """Linear from `first` to `last`, then constant.
 
     Attributes:
         over: share of the training after which `last` is reached, above 0, at most 1.
@@ -19,7 +19,7 @@ class Ramp:
     over: float = 1.0
 
     def to(self, weight: float) -> Ramp:
-        """The same on its way to another value: one that rises from 0 still does."""
+        """The same ramp to another value; a rise from 0 stays one."""
         return Ramp(0.0 if self.first == 0 else weight, weight, self.over)
 
     def at(self, done: float) -> float:
@@ -30,25 +30,22 @@ class Ramp:
 
 
 def read_weight(text: str, epochs: int) -> tuple[str, Ramp]:
-    """`at=1000`, `at=0:1000` or `at=0:1000:20`: a term's name, and its weight, the last over so many epochs.
+    """Name and weight of a term from `at=1000`, `at=0:1000` or `at=0:1000:20`, the last over 20 epochs.
 
     Raises:
-        ValueError: it is none of these, or a weight is negative or no number.
+        ValueError: another form, or a weight that is negative or not finite.
     """
-    name, equals, value = text.partition("=")
-    words = value.split(":")
-    form = "must be NAME=WEIGHT, NAME=FIRST:LAST or NAME=FIRST:LAST:EPOCHS"
-    if not (name.strip() and equals) or len(words) > 3:
-        raise ValueError(form)
+    name, _, value = text.partition("=")
     try:
-        numbers = [float(word) for word in words]
+        first, *rest = (float(word) for word in value.split(":"))
     except ValueError:
-        raise ValueError(form) from None
-    if not all(math.isfinite(number) and number >= 0 for number in numbers):
+        rest = [math.nan] * 3
+    if not name.strip() or len(rest) > 2:
+        raise ValueError("must be NAME=WEIGHT, NAME=FIRST:LAST or NAME=FIRST:LAST:EPOCHS")
+    last = rest[0] if rest else first
+    over = rest[1] if len(rest) == 2 else epochs
+    if not all(math.isfinite(number) and number >= 0 for number in (first, last)):
         raise ValueError("must have weights of 0 or more")
-    first, last = numbers[0], numbers[min(1, len(numbers) - 1)]
-    if len(numbers) < 3:
-        return name.strip(), Ramp(first, last)
-    if not 0 < numbers[2] <= epochs:
+    if not 0 < over <= epochs:
         raise ValueError(f"must have 1 … {epochs} epochs, as many as there are at most")
-    return name.strip(), Ramp(first, last, numbers[2] / epochs)
+    return name.strip(), Ramp(first, last, over / epochs)

@@ -17,13 +17,7 @@ OF_METHODS = "Settings of methods"
 
 
 def setting(
-    default: Any,
-    text: str,
-    panel: str,
-    *flags: str,
-    flag: str = "",
-    metavar: str = "",
-    **bounds: Any,
+    default: Any, text: str, panel: str, *flags: str, flag: str = "", metavar: str = "", **bounds: Any
 ) -> Any:
     """A field of a settings class: default, help text, and panel of --help.
 
@@ -56,8 +50,7 @@ DataSpec = Annotated[
     ),
 ]
 ModelDataSpec = Annotated[
-    str | None,
-    option("Data set; by default the one the model was trained on.", DATA, metavar="NAME|PATH"),
+    str | None, option("Data set; by default the one the model was trained on.", DATA, metavar="NAME|PATH")
 ]
 ImageSize = Annotated[
     int | None,
@@ -69,18 +62,11 @@ ImageSize = Annotated[
     ),
 ]
 SkipBroken = Annotated[
-    bool,
-    option("Skip unreadable images with a note; by default an unreadable image is an error.", DATA),
+    bool, option("Skip unreadable images with a note; by default an unreadable image is an error.", DATA)
 ]
-CacheDir = Annotated[
-    Path,
-    option("Folder for packed images and teacher logits.", DATA),
-]
+CacheDir = Annotated[Path, option("Folder for packed images and teacher logits.", DATA)]
 DataDir = Annotated[Path, option("Folder of downloaded data sets.", DATA)]
-Threads = Annotated[
-    int,
-    option("CPU threads; 0: all available cores.", RUN, ge=0, le=1024),
-]
+Threads = Annotated[int, option("CPU threads; 0: all available cores.", RUN, ge=0, le=1024)]
 TeacherPath = Path("weights/teacher.pt")
 
 
@@ -98,6 +84,15 @@ class DataSettings(Settings):
 
     data: DataSpec = "cifar10"
     image_size: ImageSize = None
+    skip_broken: SkipBroken = False
+    data_dir: DataDir = Path("data")
+    cache_dir: CacheDir = Path("cache")
+
+
+class ModelDataSettings(Settings):
+    """Data set and folders of a command that evaluates a model."""
+
+    data: ModelDataSpec = None
     skip_broken: SkipBroken = False
     data_dir: DataDir = Path("data")
     cache_dir: CacheDir = Path("cache")
@@ -136,6 +131,5 @@ def make(kind: type[S], values: Mapping[str, Any]) -> S:
             raise UsageError(message, f"{more[:1].upper()}{more[1:]}." if more else _SEE_HELP) from error
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         raise UsageError(
-            f"{flag} {first.get('input')!s}: must be {message.removeprefix('must be ')}",
-            _SEE_HELP,
+            f"{flag} {first.get('input')!s}: must be {message.removeprefix('must be ')}", _SEE_HELP
         ) from error

@@ -30,78 +30,55 @@ _SAVE_EVERY = re.compile(r"(\d{1,9}) ?(epochs?|steps?|min|)")
 class TrainSettings(DataSettings):
     """`kd train`."""
 
-    method: str = setting(
-        "kd",
-        "How the student learns; several joined as in kd+at; or package.module:function, of your own.",
-        METHOD,
-    )
+    method: str = setting("kd", "Method, several joined as in kd+at, or package.module:function.", METHOD)
     student: str = setting(
         "lenet",
-        "The network that is trained: lenet, lenet-caffe, nin, nin-fc, convnet-tiny…large, "
-        "resnet8…110, resnet8x4, resnet32x4, wrn-16-1…40-2, vgg8, vgg13, mobilenetv2-half, shufflenetv1 or "
-        "shufflenetv2 (kd info NETWORK shows it); or a checkpoint (.pt), to go on from its weights.",
+        "Network to train: lenet, lenet-caffe, nin, nin-fc, convnet-tiny…large, resnet8…110, resnet8x4, "
+        "resnet32x4, wrn-16-1…40-2, vgg8, vgg13, mobilenetv2-half, shufflenetv1 or shufflenetv2 (see kd info "
+        "NETWORK); or a checkpoint (.pt) whose weights it starts from.",
         METHOD,
     )
     teacher: tuple[Path, ...] = setting(
-        (TeacherPath,),
-        "A checkpoint (.pt) or an ONNX file that the student learns from; several, each with a --teacher "
-        "of its own, are averaged.",
-        METHOD,
-        metavar="FILE",
+        (TeacherPath,), "Teacher: .pt or ONNX file; repeat to average several.", METHOD, metavar="FILE"
     )
     teacher_weight: tuple[float, ...] = setting(
-        (),
-        "Weight of each teacher's logits in their mean, in the order of --teacher; by default equal.",
-        METHOD,
-        metavar="WEIGHT",
+        (), "Weight of each teacher in the mean of logits; by default equal.", METHOD, metavar="WEIGHT"
     )
     assistant: tuple[str, ...] = setting(
         (),
-        "A network between teacher and student: the teacher teaches it, and it the next one. Once for "
-        "each, in this order; each is a run, NAME-assistant-1 and so on.",
+        "Network trained between teacher and student, as run NAME-assistant-1; repeat for a chain.",
         METHOD,
         metavar="NETWORK",
     )
     generations: int = setting(
         1,
-        "Train the student so many times, each time from the one before; the seed rises by 1.",
+        "Number of generations, each with the one before as teacher and the next seed.",
         METHOD,
         ge=1,
         le=100,
     )
     tau: float | None = setting(
         None,
-        "Temperature of soft targets; by default the method's own: kd 3, dkd and dist 4, lskd 2, "
-        "born-again 1.",
+        "Temperature; by default the method's own: kd 3, dkd and dist 4, lskd 2, born-again 1.",
         OF_METHODS,
         gt=0,
         le=1000,
     )
     tau_end: float | None = setting(
-        None,
-        "The temperature moves in a straight line to this one; by default it stays.",
-        OF_METHODS,
-        gt=0,
-        le=1000,
+        None, "Temperature at the end, reached linearly; by default constant.", OF_METHODS, gt=0, le=1000
     )
     standardize: bool = setting(
-        False,
-        "kd, dkd, born-again: standardize the logits of each image first (Sun et al. 2024).",
-        OF_METHODS,
+        False, "kd, dkd, born-again: standardize the logits of each image (Sun et al. 2024).", OF_METHODS
     )
     student_stages: str = setting(
-        "",
-        "Layers whose maps methods of features read, joined by commas; by default the network's stages.",
-        OF_METHODS,
-        metavar="LAYER,LAYER…",
+        "", "Layers whose maps are compared; by default the network's.", OF_METHODS, metavar="LAYER,LAYER…"
     )
     teacher_stages: str = setting(
-        "", "The same of the teacher; kd info lists layers.", OF_METHODS, metavar="LAYER,LAYER…"
+        "", "The same for the teacher; kd info lists layers.", OF_METHODS, metavar="LAYER,LAYER…"
     )
     weight: tuple[str, ...] = setting(
         (),
-        "Weight of a term by its method's name, or ce; FIRST:LAST moves in a straight line, over all or "
-        "so many EPOCHS. Once for each term.",
+        "Weight of a term by its method's name or ce; FIRST:LAST changes linearly. Repeat for each term.",
         METHOD,
         metavar="NAME=W|NAME=FIRST:LAST[:EPOCHS]",
     )
@@ -109,60 +86,51 @@ class TrainSettings(DataSettings):
         None, "Weight of cross-entropy on the labels; by default the method's own.", METHOD, ge=0
     )
     kd_weight: float | None = setting(
-        None, "Weight of the teacher's term, where there is one; by default the method's own.", METHOD, ge=0
+        None, "Weight of the teacher's term; by default the method's own.", METHOD, ge=0
     )
     teacher_dropout: float = setting(
         0.0, "Dropout left on in the teacher; above 0 it runs live at each step.", METHOD, ge=0, lt=1
     )
     teacher_cache: Literal["views", "fixed", "off"] = setting(
         "views",
-        "views: the teacher is run once on each of --views variants; fixed: once on the plain images, "
-        "while the student sees a fresh variant each epoch; off: in each step.",
+        "Run the teacher once on each of --views variants (views), once on the plain images while the student "
+        "sees a new variant each epoch (fixed), or at each step (off).",
         METHOD,
     )
     cache_top_k: int = setting(
-        0,
-        "Keep only the K largest of the teacher's logits, for many classes; 0: all.",
-        METHOD,
-        ge=0,
-        le=65535,
+        0, "Cache only the K largest logits of each image; 0: all.", METHOD, ge=0, le=65535
     )
     teacher_precision: Literal["auto", "32", "bf16"] = setting(
         "auto",
-        "auto: what is fastest here and gives 99.9 % of images the same class as float32; of a teacher "
-        "that runs in each step, float32.",
+        "auto: the fastest that gives 99.9 % of images the same class as float32; live teachers: float32.",
         METHOD,
     )
 
-    grey: bool = setting(False, "Turn colour images to grey, one channel.", DATA)
+    grey: bool = setting(False, "Convert colour images to grey, one channel.", DATA)
     augment: str = setting(
         "none",
-        "How training images are varied: any of flip, crop, cutout and mixup, joined by hyphens.",
+        "Augmentation: any of flip, crop, cutout and mixup, joined by hyphens.",
         DATA,
         metavar="none|flip|flip-crop|…",
     )
     unlabelled: Path | None = setting(
         None,
-        "A folder or archive of further images to train on, without labels, at any depth; for methods "
-        "that read none, as logits, or kd with --lamda 0.",
+        "Further training images without labels, for methods that need none, such as logits, or kd with "
+        "--lamda 0.",
         DATA,
         metavar="FOLDER|ARCHIVE",
     )
     views: int = setting(
-        0,
-        "Distinct variants of each image, cycled over the epochs; 0: as many as make sense.",
-        DATA,
-        ge=0,
-        le=100_000,
+        0, "Distinct variants of each image, cycled over the epochs; 0: automatic.", DATA, ge=0, le=100_000
     )
     preprocess: Literal["mean-std", "mean-image", "gcn-zca", "none"] = setting(
-        "mean-std", "What the student does to its pixels.", DATA
+        "mean-std", "Preprocessing of the student's input.", DATA
     )
     val_fraction: float = setting(0.05, "Share of the training data kept for validation.", DATA, ge=0, lt=1)
 
     epochs: int = setting(100, "Passes over the training data.", OPTIMISER, ge=1, le=1_000_000)
-    batch_size: int = setting(256, "Images a step.", OPTIMISER, ge=1, le=1_000_000)
-    lr: float = setting(1e-3, "Learning rate at its highest.", OPTIMISER, gt=0, le=100)
+    batch_size: int = setting(256, "Images per step.", OPTIMISER, ge=1, le=1_000_000)
+    lr: float = setting(1e-3, "Maximum learning rate.", OPTIMISER, gt=0, le=100)
     optimizer: Literal["adam", "adamw", "sgd"] = setting("adam", "sgd has Nesterov momentum 0.9.", OPTIMISER)
     schedule: Literal["step", "cosine", "onecycle"] = setting(
         "onecycle",
@@ -170,43 +138,34 @@ class TrainSettings(DataSettings):
         OPTIMISER,
     )
     weight_decay: float = setting(0.0, "L2 penalty (adamw: decoupled).", OPTIMISER, ge=0, le=1)
-    width: float = setting(1.0, "Channels of the network that is trained, times this.", METHOD, gt=0, le=100)
-    dropout: float = setting(
-        0.5, "Dropout of the network that is trained, where it has any.", OPTIMISER, ge=0, lt=1
-    )
+    width: float = setting(1.0, "Multiplier of the student's channels.", METHOD, gt=0, le=100)
+    dropout: float = setting(0.5, "Dropout of the student, if it has any.", OPTIMISER, ge=0, lt=1)
 
-    seed: int = setting(0, "Initial weights, order, views and noise all follow from it.", RUN, ge=0, lt=2**63)
+    seed: int = setting(0, "Seed of initial weights, order, views and noise.", RUN, ge=0, lt=2**63)
     view_seed: int | None = setting(
         None,
-        "Seed of the views alone, so that runs of several seeds share what is kept of the teacher; "
-        "by default that of the run.",
+        "Seed of the views alone, so that runs share cached logits; by default --seed.",
         RUN,
         ge=0,
         lt=2**63,
     )
-    precision: Literal["auto", "32", "bf16"] = setting("auto", "auto measures which is faster here.", RUN)
+    precision: Literal["auto", "32", "bf16"] = setting("auto", "auto: measured, the faster one here.", RUN)
     compile: bool = setting(False, "Compile the student's step (torch.compile).", RUN)
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = setting(
-        "auto", "What to train on; auto: a GPU if there is one.", RUN
-    )
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "auto: a GPU if there is one.", RUN)
     devices: int = setting(
-        1,
-        "GPUs, or on a CPU processes, that share each batch. Under torchrun it decides.",
-        RUN,
-        ge=1,
-        le=1024,
+        1, "GPUs, or on a CPU processes, that share each batch; torchrun overrides it.", RUN, ge=1, le=1024
     )
     threads: Threads = 0
     name: FolderName = setting("", "Name of the run; by default method, student and a number.", RUN)
-    runs_dir: Path = setting(Path("runs"), "Runs are written here.", RUN)
+    runs_dir: Path = setting(Path("runs"), "Folder of the runs.", RUN)
     save_every: str = setting(
         "1",
-        "How often last.pt is written: N epochs, or as in 500steps or 10min; 0: only at the end.",
+        "Interval between states (last.pt): epochs, 500steps or 10min; 0: only at the end.",
         RUN,
         metavar="N|Nsteps|Nmin",
     )
     keep: int = setting(2, "Saved states to keep: last.pt and those before it.", RUN, ge=1, le=10_000)
-    log_every: int = setting(50, "Steps between lines of metrics.jsonl; 0: a line an epoch only.", RUN, ge=0)
+    log_every: int = setting(50, "Steps between lines of metrics.jsonl; 0: a line per epoch.", RUN, ge=0)
     tensorboard: bool = setting(
         False, "Also write metrics for TensorBoard (pip install 'kdcli[tensorboard]').", RUN
     )
@@ -231,25 +190,22 @@ class TrainSettings(DataSettings):
         file = next((name for name in self.assistant if name.lower().endswith(".pt")), None)
         if file is not None:
             raise ValueError(f"--assistant {file}: an assistant is trained anew; name a network")
-        names = [name for name, _ in self._read_weights()]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f"--weight {twice}: given twice")
+        _ = self.weights
         return self
-
-    def _read_weights(self) -> list[tuple[str, Ramp]]:
-        found = []
-        for text in self.weight:
-            try:
-                found.append(read_weight(text, self.epochs))
-            except ValueError as error:
-                raise ValueError(f"--weight {text}: {error}") from error
-        return found
 
     @property
     def weights(self) -> dict[str, Ramp]:
-        """What --weight says, by the term's name."""
-        return dict(self._read_weights())
+        """The weights given by --weight, by the term's name."""
+        found: dict[str, Ramp] = {}
+        for text in self.weight:
+            try:
+                name, ramp = read_weight(text, self.epochs)
+            except ValueError as error:
+                raise ValueError(f"--weight {text}: {error}") from error
+            if name in found:
+                raise ValueError(f"--weight {name}: given twice")
+            found[name] = ramp
+        return found
 
     @field_validator("augment")
     @classmethod
@@ -270,7 +226,7 @@ class TrainSettings(DataSettings):
 
     @property
     def augment_seed(self) -> int:
-        """What views are drawn by."""
+        """Seed of the views."""
         return self.seed if self.view_seed is None else self.view_seed
 
     @property
@@ -282,17 +238,17 @@ class TrainSettings(DataSettings):
 
     @property
     def student_file(self) -> Path | None:
-        """The checkpoint that the student goes on from; None for a network's name."""
+        """The checkpoint whose weights the student starts from; None for a network's name."""
         return Path(self.student) if self.student.lower().endswith(".pt") else None
 
     @property
     def method_name(self) -> str:
-        """The method as a run's name has it; of a function of one's own, what follows the module."""
+        """The method's part of the run's name; of a custom function, its name without the module."""
         return "+".join(part.rpartition(":")[2] for part in self.method.split("+"))
 
     @property
     def student_name(self) -> str:
-        """The network's name, or what its file is called; a run's student by the run's name."""
+        """The network's name, or that of its file; for a run's student.pt that of the run."""
         path = self.student_file
         if path is None:
             return self.student
