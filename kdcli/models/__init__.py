@@ -9,17 +9,3 @@ from kdcli.models.classifier import (
     predict_logits,
 )
 from kdcli.models.registry import MODELS, accepts, build, names, register
-
-__all__ = [
-    "MODELS",
-    "Classifier",
-    "accepts",
-    "build",
-    "final_linear",
-    "from_checkpoint",
-    "load",
-    "names",
-    "parameter_count",
-    "predict_logits",
-    "register",
-]

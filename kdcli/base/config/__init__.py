@@ -19,29 +19,3 @@ from kdcli.base.config.compare import CompareConfig, ReproduceConfig
 from kdcli.base.config.ramp import Ramp
 from kdcli.base.config.settings import DATA, METHOD, OPTIMISER, RUN, DataSettings, Settings, make, words_of
 from kdcli.base.config.train import AUGMENT_STEPS, TrainSettings
-
-__all__ = [
-    "AUGMENT_STEPS",
-    "DATA",
-    "METHOD",
-    "OPTIMISER",
-    "RUN",
-    "BenchConfig",
-    "CompareConfig",
-    "ConvertConfig",
-    "DataSettings",
-    "DemoConfig",
-    "DownloadConfig",
-    "ExportConfig",
-    "InfoConfig",
-    "PredictConfig",
-    "Ramp",
-    "ReportConfig",
-    "ReproduceConfig",
-    "Settings",
-    "TestConfig",
-    "TrainSettings",
-    "ValidateConfig",
-    "make",
-    "words_of",
-]

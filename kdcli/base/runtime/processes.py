@@ -109,7 +109,7 @@ class World:
         table = values.new_zeros(self.size, len(values))
         table[self.rank] = values
         torch.distributed.all_reduce(table)
-        return [[float(value) for value in row] for row in table.tolist()]
+        return table.tolist()
 
     def all_max(self, *flags: int) -> tuple[int, ...]:
         """The maximum of each flag over all processes."""
@@ -117,7 +117,7 @@ class World:
             return flags
         shared = torch.tensor(flags, dtype=torch.int64, device=self.device)
         torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
-        return tuple(int(value) for value in shared.tolist())
+        return tuple(shared.tolist())
 
     def broadcast(self, value: T) -> T:
         """The value of rank 0."""

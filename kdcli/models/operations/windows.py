@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -64,29 +63,20 @@ def linear(shape: Shape, *, out: int, bias: bool = True, axis: int = 1) -> tuple
     return InnerProduct(features, out, bias, axis), (*shape[: axis - 1], out)
 
 
-@dataclass(frozen=True)
-class Window:
-    """Pooling along one axis, in terms on which torch and ONNX agree.
-
-    The axis is padded explicitly by `before` and `after`. Windows of `kernel` then lie inside it; with `overhang` the
-    last one is clipped.
-    """
-
-    out: int
-    kernel: int
-    before: int
-    after: int
-    overhang: bool
-
-
 def pool_window(
-    size: int, kernel: int, stride: int, pad: int, *, round_up: bool = True, padded: bool | None = None
-) -> Window:
-    """Caffe's geometry: `ceil((size + 2·pad − kernel) / stride) + 1` windows (or `floor`); with padding, one less
-    where the last would start at `size + pad` or after (from the padded start). It is clipped to `size + 2·pad`.
+    size: int, kernel: int, stride: int, pad: int, *, round_up: bool, padded: bool
+) -> tuple[int, int, int, int, bool]:
+    """Pooling along one axis with Caffe's geometry, in terms on which torch and ONNX agree.
+
+    `ceil((size + 2·pad − kernel) / stride) + 1` windows (or `floor`); with padding, one less where the last would
+    start at `size + pad` or after (from the padded start). It is clipped to `size + 2·pad`.
 
     Args:
         padded: whether this axis or the other one has padding; Caffe's rule considers both.
+
+    Returns:
+        Number of windows, their length, explicit padding before and after, and whether the last window overhangs the
+        padded axis and is clipped.
 
     Raises:
         KdError: no window fits, or one would lie wholly outside.
@@ -95,16 +85,17 @@ def pool_window(
         raise KdError(f"padding {pad} is not below the window {kernel}")
     span = size + 2 * pad - kernel
     out = (-(-span // stride) if round_up else span // stride) + 1
-    if (pad if padded is None else padded) and (out - 1) * stride >= size + pad:
+    if padded and (out - 1) * stride >= size + pad:
         out -= 1
     if out < 1:
         raise KdError(f"a window of {kernel} with stride {stride} does not fit {size} + 2·{pad}")
     if (out - 1) * stride >= size + pad:  # Caffe gives −3.4e38 (MAX) or 0/0 (AVE) there
         raise KdError(f"window {kernel}, stride {stride} on {size}: the last window holds no value")
-    after = (out - 1) * stride + kernel - size - pad  # pixels of the last window beyond the input
-    length = size + pad + min(max(after, 0), pad)
+    beyond = max((out - 1) * stride + kernel - size - pad, 0)  # pixels of the last window beyond the input
+    after = min(beyond, pad)
+    length = size + pad + after
     # A window longer than the padded axis is the only one, and clipped to it
-    return Window(out, min(kernel, length), pad, min(max(after, 0), pad), after > pad and kernel <= length)
+    return out, min(kernel, length), pad, after, beyond > pad and kernel <= length
 
 
 def pool(
@@ -124,21 +115,20 @@ def pool(
     check_maps(shape)
     channels, *sides = shape
     stride, pad = pair(stride, 1), pair(pad, 0)
-    kernel = (sides[0], sides[1]) if kernel is None else pair(kernel, 1)
-    y, x = (
+    kernel = pair(sides if kernel is None else kernel, 1)
+    windows = (
         pool_window(*axis, round_up=round_up, padded=any(pad))
         for axis in zip(sides, kernel, stride, pad, strict=True)
     )
-    padded = (channels, *(side + w.before + w.after for side, w in zip(sides, (y, x), strict=True)))
-    check_size(padded, "padded input")
-    window, overhang = (y.kernel, x.kernel), y.overhang or x.overhang
-    module: nn.Module
+    out, window, before, after, overhangs = zip(*windows, strict=True)
+    padded = (side + b + a for side, b, a in zip(sides, before, after, strict=True))
+    check_size((channels, *padded), "padded input")
+    ceil_mode = any(overhangs)
+    module: nn.Module = nn.MaxPool2d(window, stride, ceil_mode=ceil_mode)
     if average:
-        module = nn.AvgPool2d(window, stride, ceil_mode=overhang, count_include_pad=False)
-    else:
-        module = nn.MaxPool2d(window, stride, ceil_mode=overhang)
-    if any((y.before, y.after, x.before, x.after)):
+        module = nn.AvgPool2d(window, stride, ceil_mode=ceil_mode, count_include_pad=False)
+    if any((*before, *after)):
         # torch, onnxruntime and Caffe disagree about windows that touch a pooling layer's own padding
-        edge = nn.ConstantPad2d((x.before, x.after, y.before, y.after), 0.0 if average else -math.inf)
+        edge = nn.ConstantPad2d((before[1], after[1], before[0], after[0]), 0.0 if average else -math.inf)
         module = nn.Sequential(edge, module)
-    return module, (channels, y.out, x.out)
+    return module, (channels, *out)
