@@ -13,8 +13,8 @@ from kdcli.base.events import OnEvent, ignore
 from kdcli.base.files import git_blob_sha1_file, sha256_file
 from kdcli.caffe import tensorflow
 from kdcli.caffe.blobs import weights_sha256
-from kdcli.caffe.network import ConvertedLayer, ConvertedNetwork, assemble, declared_input, input_channels
-from kdcli.caffe.preprocessing import Transform, choose_kind, is_fitted, make_preprocess, transform_of
+from kdcli.caffe.network import ConvertedLayer, ConvertedNetwork, assemble, declared_size, input_channels
+from kdcli.caffe.preprocessing import FITTED, Transform, choose_kind, make_preprocess, transform_of
 from kdcli.caffe.read import read_caffemodel, read_prototxt
 from kdcli.data import catalog
 from kdcli.data.catalog import KnownNetwork
@@ -53,7 +53,7 @@ class CaffeFiles:
 
     def fits_preprocessing(self, config: ConvertConfig) -> bool:
         """Whether the preprocessing is fitted on train images."""
-        return is_fitted(choose_kind(config.preprocess, self.known, self.transform))
+        return choose_kind(config.preprocess, self.known, self.transform) in FITTED
 
     def needs_images(self, config: ConvertConfig) -> bool:
         """Whether train images are required: to fit the preprocessing, or for the input size."""
@@ -75,7 +75,7 @@ def read(model: Path, config: ConvertConfig) -> CaffeFiles:
     Raises:
         KdError: a damaged file, or content that kd does not support.
     """
-    if _is_npy(model):
+    if model.suffix == ".npy":
         if config.prototxt is not None:
             raise UsageError("--prototxt goes with a caffemodel, not with a .npy", "Use --arch.")
         return _read_npy(model, config)
@@ -88,13 +88,10 @@ def read(model: Path, config: ConvertConfig) -> CaffeFiles:
     digest = weights_sha256(stored.weights)
     known = catalog.KNOWN_NETWORKS.get(stored.sha256) or catalog.KNOWN_WEIGHTS.get(digest)
     channels = input_channels(network, stored.weights)
-    declared = declared_input(network, stored.weights)
-    size = None
-    if declared is not None:
-        size = (declared[1], declared[2], declared[0])
-    elif known is not None:
+    size = declared_size(network, channels)
+    if size is None and known is not None:
         size = known.input_size
-    elif config.image_size:
+    elif size is None and config.image_size:
         size = (config.image_size, config.image_size, channels)
     folders = [path.parent for path in (config.prototxt, model) if path is not None]
     transform = transform_of(network, folders)
@@ -112,13 +109,6 @@ def read(model: Path, config: ConvertConfig) -> CaffeFiles:
         transform=transform,
         build=lambda size, on_event: assemble(network, stored.weights, (size[2], *size[:2]), on_event),
     )
-
-
-def _is_npy(model: Path) -> bool:
-    if not model.is_file():
-        return False
-    with model.open("rb") as handle:
-        return handle.read(6) == b"\x93NUMPY" or model.suffix == ".npy"
 
 
 def _read_npy(model: Path, config: ConvertConfig) -> CaffeFiles:

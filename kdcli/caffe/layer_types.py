@@ -69,14 +69,12 @@ def state_of(
         KdError: a wrong number of blobs, or shapes that differ; names the layer and both shapes.
     """
     names = [name for name in PARAMETERS.get(operation, ()) if name in shapes or name == "factor"]
-    if not shapes or not names:
+    if not names:
         return {}
-    if not blobs:
-        missing = ", ".join(f"{name} {dims(shapes[name])}" for name in names if name in shapes)
-        raise KdError(f"layer {layer.name}: the file holds no weights for it (the network wants {missing})")
     if len(blobs) != len(names):
+        wanted = ", ".join(f"{name} {dims(shapes[name])}" for name in names if name in shapes)
         raise KdError(
-            f"layer {layer.name}: the file holds {len(blobs)} blobs, the network wants {len(names)}"
+            f"layer {layer.name}: the file holds {len(blobs)} blobs, the network wants {len(names)} ({wanted})"
         )
     transposed = operation == "linear" and layer.param.inner_product_param.transpose
     state: dict[str, Array] = {}
@@ -108,11 +106,9 @@ def _fields(operation: str, message: str = "", *names: str, **renamed: str) -> C
     fields = {**{name: name for name in names}, **renamed}
 
     def translate(layer: Layer) -> Operation:
-        values = {arg: getattr(getattr(layer.param, message), field) for arg, field in fields.items()}
-        return operation, {
-            arg: value if isinstance(value, bool | int | float) else list(value)
-            for arg, value in values.items()
-        }
+        args = {arg: getattr(getattr(layer.param, message), field) for arg, field in fields.items()}
+        scalar = (bool, int, float)
+        return operation, {arg: v if isinstance(v, scalar) else list(v) for arg, v in args.items()}
 
     return translate
 

@@ -149,16 +149,14 @@ def _bind(network: Network) -> tuple[dict[str, Step], dict[str, str]]:
     return steps, external
 
 
-def declared_input(network: Network, weights: Weights) -> Shape | None:
-    """(C, H, W) as the network declares it, or as its data layers crop to; None if neither is given."""
+def declared_size(network: Network, channels: int) -> tuple[int, int, int] | None:
+    """(H, W, C) as the network declares it, or as its data layers crop to; None if neither is given."""
     declared = network.inputs.get(logits_graph(network).input_blob)
     if declared is not None and len(declared) == 3:
-        return declared
-    for source in network.sources:
-        for _, param in transform_params(source):
-            if param.crop_size:
-                return (input_channels(network, weights), int(param.crop_size), int(param.crop_size))
-    return None
+        return (declared[1], declared[2], declared[0])
+    params = [param for source in network.sources for _, param in transform_params(source)]
+    crops = [int(param.crop_size) for param in params if param.crop_size]
+    return (crops[0], crops[0], channels) if crops else None
 
 
 def transform_params(source: Layer) -> list[tuple[str, Any]]:

@@ -15,7 +15,7 @@ from google.protobuf import text_format
 
 from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent, Progress, ignore
-from kdcli.base.text import dims, first_line
+from kdcli.base.text import first_line
 from kdcli.caffe import schema
 from kdcli.caffe.layer_types import DEPTHWISE
 from kdcli.caffe.network import logits_graph
@@ -98,12 +98,6 @@ def compare_logits(
     Raises:
         KdError: OpenCV is missing, cannot read the files, or gives another number of logits.
     """
-    if len(images) == 0:
-        raise KdError("there are no images to compare on")
-    if images.shape[1:] != classifier.input_size:
-        raise KdError(
-            f"the images are {dims(images.shape[1:])}, the classifier takes {dims(classifier.input_size)}"
-        )
     network = read_caffemodel(caffemodel).network if prototxt is None else read_prototxt(prototxt)
     height, width, channels = classifier.input_size
     text, layer = deploy_text(network, (channels, height, width))
@@ -174,16 +168,19 @@ def _import(caffemodel: Path, text: str) -> Any:
     """OpenCV's network from the caffemodel and a prototxt's text."""
     try:
         import cv2
-    except ImportError as error:
-        raise _unavailable("OpenCV is not installed") from error
-    if not hasattr(getattr(cv2, "dnn", None), "readNetFromCaffe"):
-        raise _unavailable(f"OpenCV {getattr(cv2, '__version__', '')} has no Caffe importer")
+
+        read_network = cv2.dnn.readNetFromCaffe
+    except (ImportError, AttributeError) as error:  # OpenCV 5 has no Caffe importer
+        raise KdError(
+            "OpenCV with a Caffe importer is not installed, so there is nothing to compare with",
+            'pip install "opencv-python-headless>=4.10,<5"',
+        ) from error
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # errors are raised as well
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "deploy.prototxt"
         path.write_text(text, encoding="utf-8")
         try:
-            return cv2.dnn.readNetFromCaffe(str(path), str(caffemodel))
+            return read_network(str(path), str(caffemodel))
         except cv2.error as error:
             raise KdError(f"OpenCV cannot read {caffemodel}: {first_line(error)}") from error
 
@@ -196,9 +193,3 @@ def _forward(net: Any, prepared: npt.NDArray[np.float32], layer: str) -> npt.NDA
         return np.asarray(net.forward(layer), dtype=np.float32)
     except cv2.error as error:
         raise KdError(f"OpenCV cannot run the network: {first_line(error)}") from error
-
-
-def _unavailable(problem: str) -> KdError:
-    return KdError(
-        f"{problem}, so there is nothing to compare with", 'pip install "opencv-python-headless>=4.10,<5"'
-    )

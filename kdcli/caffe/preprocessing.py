@@ -19,7 +19,7 @@ from kdcli.data.catalog import KnownNetwork
 from kdcli.data.preprocess import Preprocess, ScaleShift, fit
 from kdcli.data.rows import Images
 
-_FITTED = ("gcn-zca", "mean-std", "mean-image")
+FITTED = ("gcn-zca", "mean-std", "mean-image")  # kinds that are fitted on train images
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,6 @@ def choose_kind(option: str, known: KnownNetwork | None, transform: Transform) -
     return "none" if transform.is_identity() else "scale-shift"
 
 
-def is_fitted(kind: str) -> bool:
-    """Whether a kind of preprocessing is fitted on train images."""
-    return kind in _FITTED
-
-
 def make_preprocess(
     config: ConvertConfig,
     known: KnownNetwork | None,
@@ -87,7 +82,7 @@ def make_preprocess(
 
     Args:
         size: (H, W, C) of the network's input.
-        images: uint8 (N, H, W, C), to fit it on where `is_fitted`.
+        images: uint8 (N, H, W, C), to fit it on.
 
     Raises:
         KdError: it must be fitted and there are no images, or their size is not the network's.
@@ -100,7 +95,7 @@ def make_preprocess(
         order = known_order or ("bgr" if size[2] == 3 else "rgb")
     if kind == "scale-shift":
         return _scale_shift(transform, size, order)
-    if not is_fitted(kind):
+    if kind not in FITTED:
         if automatic:
             on_event(
                 Note(

@@ -6,7 +6,7 @@ The files are untrusted: their size is bounded, and a file that does not parse r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ _MAX_TEXT = (
 )  # bounds the parser's time to seconds; the largest published networks have a twentieth of it
 _MAX_MEAN = 2**26
 _TEST = 1  # Phase.TEST
+_FORMATS = (
+    "kd reads whole binary caffemodels (snapshot_format BINARYPROTO, not HDF5) and caffe-tensorflow's .npy."
+)
 
-_V2_TYPES = {  # V1 enum → V2 type, where CamelCase does not give it
-    "ABSVAL": "AbsVal", "ARGMAX": "ArgMax", "BNLL": "BNLL", "HDF5_DATA": "HDF5Data", "HDF5_OUTPUT": "HDF5Output",
-    "IM2COL": "Im2col", "LRN": "LRN", "MVN": "MVN", "RELU": "ReLU", "SOFTMAX_LOSS": "SoftmaxWithLoss",
-    "TANH": "TanH",
+_V1_TYPES = tuple(schema.V1_TYPES.values())
+_DATA_TYPES = {
+    "Data", "ImageData", "HDF5Data", "MemoryData", "DummyData", "WindowData", "AnnotatedData", "Input",
 }  # fmt: skip
 
 
@@ -59,11 +61,6 @@ class Layer:
         )
 
 
-_DATA_TYPES = {
-    "Data", "ImageData", "HDF5Data", "MemoryData", "DummyData", "WindowData", "AnnotatedData", "Input",
-}  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Network:
     """A network definition.
@@ -84,7 +81,6 @@ class Network:
 class CaffeModel:
     """A caffemodel: the network definition stored in it and its weights."""
 
-    path: Path
     sha256: str
     network: Network
     weights: Weights
@@ -98,7 +94,7 @@ def read_caffemodel(path: Path) -> CaffeModel:
             match their shape.
     """
     content = read_bytes(path, _MAX_BYTES)
-    if _is_text(content):
+    if _is_textual(content):
         if b"blobs" in content:
             raise KdError(
                 f"{path} is a caffemodel written as text; kd reads binary ones",
@@ -113,25 +109,22 @@ def read_caffemodel(path: Path) -> CaffeModel:
     try:
         message.ParseFromString(content)
     except (DecodeError, RecursionError) as error:
-        raise KdError(
-            f"{path} is not a whole caffemodel: {first_line(error)}", _format_hint(content)
-        ) from error
+        raise KdError(f"{path} is not a whole caffemodel: {first_line(error)}", _FORMATS) from error
     if not message.layers and not message.layer:
-        raise KdError(f"{path} is not a caffemodel: it holds no layers", _format_hint(content))
+        raise KdError(f"{path} is not a caffemodel: it holds no layers", _FORMATS)
+    layers = _all_layers(message, path)
     weights: Weights = {}
-    for layer in _all_layers(message, path):
-        blobs = layer.param.blobs
-        if not blobs:
-            continue
-        if layer.name in weights:
+    for layer in layers:
+        if layer.param.blobs and layer.name in weights:
             raise KdError(f"{path}: two layers named {layer.name} hold weights")
-        weights[layer.name] = tuple(
-            blob_array(blob, f"{path}: layer {layer.name}, blob {index}") for index, blob in enumerate(blobs)
-        )
+        if layer.param.blobs:
+            context = f"{path}: layer {layer.name}, blob"
+            blobs = (blob_array(blob, f"{context} {n}") for n, blob in enumerate(layer.param.blobs))
+            weights[layer.name] = tuple(blobs)
     if not weights:
         raise KdError(f"{path} holds no weights", "Pass the file that Caffe saved after training.")
-    network = _network(message, path, snapshot=True)
-    return CaffeModel(path, hashlib.sha256(content).hexdigest(), network, weights)
+    network = _network(message, layers, snapshot=True)
+    return CaffeModel(hashlib.sha256(content).hexdigest(), network, weights)
 
 
 def read_prototxt(path: Path) -> Network:
@@ -140,21 +133,19 @@ def read_prototxt(path: Path) -> Network:
     Raises:
         KdError: missing, not text, or malformed; names the line.
     """
-    text = read_bytes(path, _MAX_TEXT).decode("utf-8-sig", "replace")  # comments may be in any encoding
-    if "\0" in text:
-        raise KdError(
-            f"{path} is not a prototxt: it is not text", "--prototxt takes the network's text form."
-        )
+    content = read_bytes(path, _MAX_TEXT).decode("utf-8-sig", "replace")  # comments may be in any encoding
+    if "\0" in content:
+        raise KdError(f"{path} is not a prototxt: it is not text", "Pass the network's text form.")
     message = schema.net_parameter()
     try:
-        text_format.Parse(text, message, allow_unknown_field=True)
+        text_format.Parse(content, message, allow_unknown_field=True)
     except text_format.ParseError as error:
         raise KdError(f"{path} is not a well-formed prototxt: line {first_line(error)}") from error
     except (ValueError, RecursionError, OverflowError) as error:
         raise KdError(f"{path} is not a well-formed prototxt: {first_line(error)}") from error
     if not message.layers and not message.layer:
         raise KdError(f"{path} holds no layers", "kd takes a deploy or train_val prototxt, not a solver.")
-    return _network(message, path, snapshot=False)
+    return _network(message, _all_layers(message, path), snapshot=False)
 
 
 def read_mean(path: Path) -> Array:
@@ -173,16 +164,12 @@ def read_mean(path: Path) -> Array:
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """The content of a non-empty file of at most `limit` bytes."""
-    if not path.exists():
-        raise KdError(f"no such file: {path}")
+    """The content of a file of at most `limit` bytes."""
     if not path.is_file():
-        raise KdError(f"{path} is not a file")
+        raise KdError(f"no such file: {path}")
     size = path.stat().st_size
     if size > limit:
         raise KdError(f"{path} is {size:,} bytes; kd reads at most {limit:,}")
-    if not size:
-        raise KdError(f"{path} is empty")
     return path.read_bytes()
 
 
@@ -200,38 +187,34 @@ def _all_layers(message: Any, path: Path) -> list[Layer]:
         )
     layers = []
     for number, param in enumerate(message.layers or message.layer):
-        kind = _v2_type(schema.v1_type_name(param.type)) if message.layers else _text(param.type)
-        name = _text(param.name) or f"layer {number + 1}"
-        bottoms, tops = (tuple(map(_text, blobs)) for blobs in (param.bottom, param.top))
+        kind = _V1_TYPES[param.type] if message.layers else text(param.type)
+        name = text(param.name) or f"layer {number + 1}"
+        bottoms, tops = (tuple(map(text, blobs)) for blobs in (param.bottom, param.top))
         layers.append(Layer(name, kind, bottoms, tops, param))
     return layers
 
 
-def _text(value: str | bytes) -> str:
-    """A string field's value; protobuf returns bytes where it is not UTF-8."""
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+def text(value: object) -> str:
+    """A name as text; protobuf returns bytes where it is not UTF-8, Python 2's pickles hold bytes."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-def _v2_type(v1: str) -> str:
-    return _V2_TYPES.get(v1, v1.title().replace("_", ""))
-
-
-def _network(message: Any, path: Path, *, snapshot: bool) -> Network:
-    """The test phase of a network.
+def _network(message: Any, every: Sequence[Layer], *, snapshot: bool) -> Network:
+    """The test phase of a network of these layers.
 
     Args:
         snapshot: whether a solver saved it. It records only the layers of training, so that a layer with weights
             that is marked for training, and whose output the test phase reads, stands for its missing twin.
     """
-    every = _all_layers(message, path)
     tested = [_is_included(layer, message.state) for layer in every]
     names = {layer.name for layer, test in zip(every, tested, strict=True) if test}
     read = {blob for layer, test in zip(every, tested, strict=True) if test for blob in layer.bottoms}
+
+    def is_missing(layer: Layer) -> bool:
+        return bool(layer.param.blobs) and layer.name not in names and not read.isdisjoint(layer.tops)
+
     layers = tuple(
-        layer
-        for layer, test in zip(every, tested, strict=True)
-        if test
-        or (snapshot and layer.param.blobs and layer.name not in names and not read.isdisjoint(layer.tops))
+        layer for layer, test in zip(every, tested, strict=True) if test or (snapshot and is_missing(layer))
     )
     # Sources of the test phase come first: their sizes win
     order = sorted(zip(tested, every, strict=True), key=lambda pair: not pair[0])
@@ -241,11 +224,11 @@ def _network(message: Any, path: Path, *, snapshot: bool) -> Network:
         sides = message.input_dim[4 * number : 4 * number + 4]
         if len(message.input_shape) > number:
             sides = message.input_shape[number].dim
-        inputs[_text(name)] = _without_batch(sides)
+        inputs[text(name)] = _without_batch(sides)
     for layer in sources:
         for number, top in enumerate(layer.tops):
             inputs.setdefault(top, _declared_shape(layer, number))
-    return Network(_text(message.name), layers, sources, inputs)
+    return Network(text(message.name), layers, sources, inputs)
 
 
 def _without_batch(sides: Iterable[int]) -> tuple[int, ...] | None:
@@ -283,23 +266,15 @@ def _matches(rule: Any, state: Any) -> bool:
     """Whether a NetStateRule matches the test phase, with the level and stages of the file's `state`."""
     if rule.HasField("phase") and rule.phase != _TEST:
         return False
-    if (rule.HasField("min_level") and state.level < rule.min_level) or (
-        rule.HasField("max_level") and state.level > rule.max_level
-    ):
+    if rule.HasField("min_level") and state.level < rule.min_level:
+        return False
+    if rule.HasField("max_level") and state.level > rule.max_level:
         return False
     stages = set(state.stage)
     return stages.issuperset(rule.stage) and stages.isdisjoint(rule.not_stage)
 
 
-def _format_hint(content: bytes) -> str:
-    if content.startswith(b"\x89HDF"):
-        return "It is HDF5; kd reads binary caffemodels: save it from Caffe as snapshot_format BINARYPROTO."
-    if content.startswith((b"PK\x03\x04", b"\x80\x02")):
-        return "It looks like a zip or PyTorch file; kd convert-caffe reads .caffemodel and caffe-tensorflow .npy."
-    return "Is the download complete, and the name right?"
-
-
-def _is_text(content: bytes) -> bool:
+def _is_textual(content: bytes) -> bool:
     """Whether it is a network's text form; a binary file starts with a control byte (a field tag)."""
     head = content[:4096]
     return b"layer" in head and all(byte in b"\t\n\r" or byte >= 32 for byte in head)

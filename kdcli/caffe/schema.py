@@ -15,6 +15,20 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 _PACKAGE = "kd_caffe"
 
+V1_TYPES = {  # V1's enum value → type in V2; the order is that of the numbers, from 0
+    "NONE": "None", "ACCURACY": "Accuracy", "BNLL": "BNLL", "CONCAT": "Concat",
+    "CONVOLUTION": "Convolution", "DATA": "Data", "DROPOUT": "Dropout", "EUCLIDEAN_LOSS": "EuclideanLoss",
+    "FLATTEN": "Flatten", "HDF5_DATA": "HDF5Data", "HDF5_OUTPUT": "HDF5Output", "IM2COL": "Im2col",
+    "IMAGE_DATA": "ImageData", "INFOGAIN_LOSS": "InfogainLoss", "INNER_PRODUCT": "InnerProduct",
+    "LRN": "LRN", "MULTINOMIAL_LOGISTIC_LOSS": "MultinomialLogisticLoss", "POOLING": "Pooling",
+    "RELU": "ReLU", "SIGMOID": "Sigmoid", "SOFTMAX": "Softmax", "SOFTMAX_LOSS": "SoftmaxWithLoss",
+    "SPLIT": "Split", "TANH": "TanH", "WINDOW_DATA": "WindowData", "ELTWISE": "Eltwise", "POWER": "Power",
+    "SIGMOID_CROSS_ENTROPY_LOSS": "SigmoidCrossEntropyLoss", "HINGE_LOSS": "HingeLoss",
+    "MEMORY_DATA": "MemoryData", "ARGMAX": "ArgMax", "THRESHOLD": "Threshold", "DUMMY_DATA": "DummyData",
+    "SLICE": "Slice", "MVN": "MVN", "ABSVAL": "AbsVal", "SILENCE": "Silence",
+    "CONTRASTIVE_LOSS": "ContrastiveLoss", "EXP": "Exp", "DECONVOLUTION": "Deconvolution",
+}  # fmt: skip
+
 _ENUMS: dict[str, dict[str, int]] = {
     "Phase": {"TRAIN": 0, "TEST": 1},
     "PoolMethod": {"MAX": 0, "AVE": 1, "STOCHASTIC": 2},
@@ -22,17 +36,8 @@ _ENUMS: dict[str, dict[str, int]] = {
     "NormRegion": {"ACROSS_CHANNELS": 0, "WITHIN_CHANNEL": 1},
     "EltwiseOp": {"PROD": 0, "SUM": 1, "MAX": 2},
     "ReductionOp": {"SUM": 1, "ASUM": 2, "SUMSQ": 3, "MEAN": 4},
-    "V1Type": {
-        "NONE": 0, "ACCURACY": 1, "BNLL": 2, "CONCAT": 3, "CONVOLUTION": 4, "DATA": 5, "DROPOUT": 6,
-        "EUCLIDEAN_LOSS": 7, "FLATTEN": 8, "HDF5_DATA": 9, "HDF5_OUTPUT": 10, "IM2COL": 11,
-        "IMAGE_DATA": 12, "INFOGAIN_LOSS": 13, "INNER_PRODUCT": 14, "LRN": 15,
-        "MULTINOMIAL_LOGISTIC_LOSS": 16, "POOLING": 17, "RELU": 18, "SIGMOID": 19, "SOFTMAX": 20,
-        "SOFTMAX_LOSS": 21, "SPLIT": 22, "TANH": 23, "WINDOW_DATA": 24, "ELTWISE": 25, "POWER": 26,
-        "SIGMOID_CROSS_ENTROPY_LOSS": 27, "HINGE_LOSS": 28, "MEMORY_DATA": 29, "ARGMAX": 30,
-        "THRESHOLD": 31, "DUMMY_DATA": 32, "SLICE": 33, "MVN": 34, "ABSVAL": 35, "SILENCE": 36,
-        "CONTRASTIVE_LOSS": 37, "EXP": 38, "DECONVOLUTION": 39,
-    },
-}  # fmt: skip
+    "V1Type": {name: number for number, name in enumerate(V1_TYPES)},
+}
 
 # A field is `name number type [default]`; `*` after the type marks a repeated field.
 _MESSAGES: dict[str, str] = {
@@ -136,13 +141,8 @@ _MESSAGES: dict[str, str] = {
 
 _Field = descriptor_pb2.FieldDescriptorProto
 _SCALARS = {
-    "bool": _Field.TYPE_BOOL,
-    "bytes": _Field.TYPE_BYTES,
-    "float": _Field.TYPE_FLOAT,
-    "int32": _Field.TYPE_INT32,
-    "int64": _Field.TYPE_INT64,
-    "string": _Field.TYPE_STRING,
-    "uint32": _Field.TYPE_UINT32,
+    kind: _Field.Type.Value(f"TYPE_{kind.upper()}")
+    for kind in ("bool", "bytes", "float", "int32", "int64", "string", "uint32")
 }
 
 
@@ -193,8 +193,3 @@ def net_parameter() -> Any:
 def blob_proto() -> Any:
     """A fresh, empty BlobProto."""
     return _classes()["BlobProto"]()
-
-
-def v1_type_name(number: int) -> str:
-    """18 → `RELU`; an unknown number as a decimal string."""
-    return next((name for name, value in _ENUMS["V1Type"].items() if value == number), str(number))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from kdcli.base.errors import KdError
 from kdcli.base.text import dims
 from kdcli.caffe.blobs import Array, Weights
 from kdcli.caffe.network import ConvertedLayer, ConvertedNetwork, converted_layer
-from kdcli.models.operations.shapes import Shape
+from kdcli.caffe.read import text
 
 Layers = dict[str, tuple[Array, Array]]  # name → weights, biases, as stored
 
@@ -67,10 +68,10 @@ def _by_layer(content: Mapping[Any, Any], path: Path) -> dict[str, dict[str, Any
     """Layer → part → values, from any of the layouts."""
     layers: dict[str, dict[str, Any]] = {}
     for key, value in content.items():
-        name = _text(key)
+        name = text(key)
         layer, _, part = name.rpartition("/")
         if isinstance(value, Mapping):
-            parts = {_text(part): array for part, array in value.items()}
+            parts = {text(part): array for part, array in value.items()}
         elif isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.dtype == object):
             if len(value) != len(_PARTS):
                 raise KdError(f"{path}: layer {name} is a list of {len(value)}, not of weights and biases")
@@ -84,10 +85,6 @@ def _by_layer(content: Mapping[Any, Any], path: Path) -> dict[str, dict[str, Any
             raise KdError(f"{path}: layer {name} holds {', '.join(sorted(repeated))} twice")
         layers.setdefault(name, {}).update(parts)
     return layers
-
-
-def _text(key: object) -> str:
-    return key.decode("utf-8", "replace") if isinstance(key, bytes) else str(key)
 
 
 def _floats(value: object, context: str) -> Array:
@@ -108,7 +105,7 @@ def identify(layers: Layers, arch: str) -> tuple[str, Layers]:
         arch: a key of `KERNELS`, or `auto`.
 
     Raises:
-        KdError: no such network; with a given `arch`, names the layer that is missing or superfluous.
+        KdError: no such network.
     """
     candidates = KERNELS if arch == "auto" else {arch: KERNELS[arch]}
     kernels = [weights.shape[0] if weights.ndim == 4 else 0 for weights, _ in layers.values()]
@@ -122,16 +119,9 @@ def identify(layers: Layers, arch: str) -> tuple[str, Layers]:
                     shape = dims(layers[layer][0].shape)
                     raise KdError(f"layer {layer}: weights are {shape}, {name} wants {axes} axes")
             return name, {layer: layers[layer] for layer in layout}
-    if arch != "auto":
-        for layer in KERNELS[arch]:
-            if layer not in layers:
-                raise KdError(
-                    f"layer {layer}: {arch} needs it, the file holds {', '.join(layers)}", "See --arch."
-                )
-        extra = next(layer for layer in layers if layer not in KERNELS[arch])
-        raise KdError(f"layer {extra}: {arch} has no such layer", "See --arch.")
-    known = "; ".join(f"{arch}: {', '.join(layout)}" for arch, layout in KERNELS.items())
-    raise KdError(f"no known network has the layers {', '.join(layers)}", f"kd knows {known}.")
+    known = "; ".join(f"{name}: {', '.join(layout)}" for name, layout in candidates.items())
+    kind = "known network" if arch == "auto" else "network of that --arch"
+    raise KdError(f"no {kind} has the layers {', '.join(layers)}", f"Layers of {known}.")
 
 
 def caffe_layout(layers: Layers) -> Weights:
@@ -201,21 +191,15 @@ def build(arch: str, weights: Weights, size: tuple[int, int, int]) -> ConvertedN
 
 def _layers(network: nn.Module, size: tuple[int, int, int]) -> tuple[ConvertedLayer, ...]:
     """The modules of a network on the meta device, in the order they run."""
-    shapes: dict[str, Shape] = {}
+    layers: list[ConvertedLayer] = []
 
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, inputs: object, output: Tensor) -> None:
-            shapes[name] = tuple(output.shape[1:])
-
-        return hook
+    def record(name: str, module: nn.Module, inputs: object, output: Tensor) -> None:
+        kind = _TYPES.get(type(module), type(module).__name__)
+        layers.append(converted_layer(name, kind, module, tuple(output.shape[1:])))
 
     for name, module in network.named_children():
-        module.register_forward_hook(record(name))
+        module.register_forward_hook(partial(record, name))
     height, width, channels = size
     with torch.inference_mode():
         network.eval()(torch.empty((1, channels, height, width), device="meta"))
-    modules = {name: network.get_submodule(name) for name in shapes}
-    return tuple(
-        converted_layer(name, _TYPES.get(type(module), type(module).__name__), module, shapes[name])
-        for name, module in modules.items()
-    )
+    return tuple(layers)
