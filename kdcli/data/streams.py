@@ -55,18 +55,10 @@ class ForwardStream(io.RawIOBase):
 
     def __init__(self, stream: IO[bytes], path: Path) -> None:
         super().__init__()
-        self._stream = stream
-        self._path = path
-        self._offset = 0
-        self._last = b""
+        self._stream, self._path = stream, path
+        self._offset, self._last = 0, b""
         self._limit = expansion_limit(path)
         self._headers_left = MAX_HEADERS_BYTES
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
 
     def tell(self) -> int:
         return self._offset
@@ -92,7 +84,9 @@ class ForwardStream(io.RawIOBase):
         while missing and (part := self._stream.read(min(missing, 1 << 20))):
             parts.append(part)
             missing -= len(part)
-            self._advance(len(part))
+            self._offset += len(part)
+            if self._offset > self._limit:
+                raise expands_too_far(self._path)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def finish(self) -> None:
@@ -114,8 +108,3 @@ class ForwardStream(io.RawIOBase):
         while self._offset < offset and self.content(min(1 << 20, offset - self._offset)):
             pass
         return self._offset
-
-    def _advance(self, count: int) -> None:
-        self._offset += count
-        if self._offset > self._limit:
-            raise expands_too_far(self._path)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import time
 import unicodedata
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,15 +19,13 @@ from kdcli.base.events import OnEvent, Progress
 from kdcli.data import catalog, decode
 from kdcli.data.datasets import Request
 from kdcli.data.images import Splits
-from kdcli.data.pack import FALLBACK_SIZE, Cache, Packer, Selection
+from kdcli.data.pack import FALLBACK_SIZE, Cache, Selection
 from kdcli.data.sources import Source, open_source
 
 SPLIT_NAMES = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
-JUNK_NAMES = ("thumbs.db", "desktop.ini")
 BATCH_FILES = 64
 BATCH_BYTES = 8 << 20
 WAITING_BYTES = 64 << 20  # of files that are read and not decoded; one more may be larger
-EVENT_SECONDS = 0.25
 MAX_LISTED = 3  # broken images named in a note
 LAYOUT_HINT = "It must hold train/<class>/* and test/<class>/* (val and validation stand in for test)."
 
@@ -43,25 +40,25 @@ class Place:
     rest: str
 
 
-def _is_junk(parts: Sequence[str]) -> bool:
-    return "__MACOSX" in parts or parts[-1].lower() in JUNK_NAMES
-
-
 def is_ignored(name: str) -> bool:
     """Whether a file is hidden, lies in a hidden folder, or is what systems leave beside images."""
     parts = name.split("/")
-    return _is_junk(parts) or any(part.startswith(".") for part in parts)
+    return (
+        "__MACOSX" in parts
+        or parts[-1].lower() in ("thumbs.db", "desktop.ini")
+        or any(part.startswith(".") for part in parts)
+    )
 
 
 def place_of(name: str) -> Place | None:
     """The place that a file's path gives it; None for a file outside of all splits and classes."""
     parts = name.split("/")
-    if _is_junk(parts):
+    if "__MACOSX" in parts:
         return None
     # The plain layout first: a folder *above* may be called test, and a class may be called train.
     for at in (len(parts) - 3, *range(len(parts) - 3)):
         if at >= 0 and parts[at].lower() in SPLIT_NAMES:
-            if any(part.startswith(".") for part in parts[at:]):
+            if is_ignored("/".join(parts[at:])):
                 return None
             split, class_name = SPLIT_NAMES[parts[at].lower()], unicodedata.normalize("NFC", parts[at + 1])
             return Place("/".join(parts[:at]), split, class_name, "/".join(parts[at + 2 :]))
@@ -79,13 +76,11 @@ class Found:
         images: each place with the index of its image.
         other: files that are not images.
         broken: images that were skipped.
-        emptied: split and name of the classes all of whose images are broken.
     """
 
     images: Places = field(default_factory=dict)
     other: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
-    emptied: list[tuple[str, str]] = field(default_factory=list)
 
 
 def load_tree(path: Path, request: Request) -> Splits:
@@ -99,43 +94,33 @@ def load_tree(path: Path, request: Request) -> Splits:
     """
     source = open_source(path)
     content, size, channels = source.key(), request.image_size, request.channels or 3
+    recipe = {"tree": path.name, "content": content, "channels": channels, "skip_broken": request.skip_broken}
 
     def cache_for(image_size: int | None) -> Cache:
-        recipe = {
-            "tree": path.name,
-            "content": content,
-            "image_size": image_size,
-            "channels": channels,
-            "skip_broken": request.skip_broken,
-        }
-        return Cache(request.cache_dir, recipe)
+        return Cache(request.cache_dir, {**recipe, "image_size": image_size})
 
     packed = cache_for(None).load()
     if size is not None and (packed is None or packed.parts["train"].input_size[:2] != (size, size)):
         packed = cache_for(size).load()
-    if packed is None:
-        with cache_for(size).packer(size, channels) as packer:
-            found = decode_all(
-                source,
-                lambda index, _, pixels: packer.put(index, pixels),
-                request.on_event,
-                request.skip_broken,
+    if packed is not None:
+        return packed.splits(request.spec)
+    with cache_for(size).packer(size, channels) as packer:
+        found = decode_all(
+            source, lambda index, _, pixels: packer.put(index, pixels), request.on_event, request.skip_broken
+        )
+        parts, classes, notes = _layout(found, source)
+        if packer.resized and size is None:
+            notes.append(
+                f"Images differ in size: cropped to squares and resized to {FALLBACK_SIZE}x{FALLBACK_SIZE}. "
+                "--image-size sets another size."
             )
-            if found.emptied:
-                raise KdError(
-                    f"all images of {'/'.join(found.emptied[0])} in {path} are broken, as {found.broken[0]}",
-                    "A class needs images: replace them, or remove its folder.",
-                )
-            train, test, classes = _choose(found, source)
-            packed = cache_for(size if packer.resized else None).store(
-                packer,
-                {"train": _selection(train, classes), "test": _selection(test, classes)},
-                classes=classes,
-                label=catalog.KNOWN_ARCHIVES.get(content, path.resolve().name or str(path)),
-                notes=_notes(
-                    found, source, packer, size, set(classes) - {place.class_name for place in test}
-                ),
-            )
+        packed = cache_for(size if packer.resized else None).store(
+            packer,
+            {name: _selection(places, classes) for name, places in parts.items()},
+            classes=classes,
+            label=catalog.KNOWN_ARCHIVES.get(content, path.resolve().name or str(path)),
+            notes=notes + skipped_notes(found, source),
+        )
     return packed.splits(request.spec)
 
 
@@ -157,12 +142,8 @@ def decode_all(
     """
     found = Found()
     broken: dict[int, str] = {}
-    workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
-    pending: deque[tuple[Future[int], int]] = deque()  # and the bytes of each batch
-    done = waiting = 0
-    started = announced = time.monotonic()
 
-    def work(batch: list[tuple[int, str, bytes]]) -> int:
+    def work(batch: list[tuple[int, str, bytes]]) -> None:
         for index, name, data in batch:
             try:
                 decode.decode_into(partial(keep, index, name), data, name)
@@ -170,13 +151,11 @@ def decode_all(
                 if not skip_broken:
                     raise
                 broken[index] = name
-        return len(batch)
 
-    def announce() -> None:
-        values = {"images_per_s": done / max(time.monotonic() - started, 1e-3)}
-        on_event(Progress("decoding", source.done, source.total, source.unit, values))
-
+    workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    pending: deque[tuple[Future[None], int]] = deque()  # and the bytes of each batch
+    waiting = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about odd files; only errors matter here
         try:
@@ -184,26 +163,18 @@ def decode_all(
                 size = sum(len(data) for _, _, data in batch)
                 while pending and (len(pending) > 2 * workers or waiting + size > WAITING_BYTES):
                     future, decoded = pending.popleft()
-                    done, waiting = done + future.result(), waiting - decoded
+                    future.result()
+                    waiting -= decoded
                 pending.append((pool.submit(work, batch), size))
                 waiting += size
-                if time.monotonic() - announced >= EVENT_SECONDS:
-                    announced = time.monotonic()
-                    announce()
-            done += sum(future.result() for future, _ in pending)
-            announce()
+                on_event(Progress("decoding", source.done, source.total, source.unit))
+            for future, _ in pending:
+                future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-    _leave_out(found, broken)
-    return found
-
-
-def _leave_out(found: Found, broken: dict[int, str]) -> None:
-    """Remove broken images from what was found."""
-    before = {(place.split, place.class_name) for place in found.images}
     found.images = {place: index for place, index in found.images.items() if index not in broken}
     found.broken = sorted([*found.broken, *broken.values()])
-    found.emptied = sorted(before - {(place.split, place.class_name) for place in found.images})
+    return found
 
 
 def _batches(
@@ -213,8 +184,8 @@ def _batches(
     batch: list[tuple[int, str, bytes]] = []
     held = count = 0
     for name, data in source.read(lambda name: place_of_name(name) is not None):
-        place = place_of_name(name)
-        assert place is not None
+        if (place := place_of_name(name)) is None:
+            continue
         suffix = Path(name).suffix.lower()
         if not decode.is_image(data[:16]) and suffix not in decode.SUFFIXES:
             if suffix not in decode.OTHER_SUFFIXES:
@@ -239,42 +210,56 @@ def _batches(
         yield batch
 
 
-def _choose(found: Found, source: Source) -> tuple[Places, Places, tuple[str, ...]]:
-    """Train images, test images and class names.
+def _layout(found: Found, source: Source) -> tuple[dict[str, Places], tuple[str, ...], list[str]]:
+    """Images of the parts `train` and `test`, class names, and notes for the user.
 
     Raises:
-        KdError: no such layout.
+        KdError: no such layout, or a class that is left empty.
     """
-    path, skipped = source.path, source.skipped
-    hint = LAYOUT_HINT + (f" Skipped {skipped} links and special files." if skipped else "")
+    path, hint = source.path, LAYOUT_HINT
+    filled = {(place.split, place.class_name) for place in found.images}
+    for name in found.broken:
+        place = place_of(name)
+        if place is not None and (place.split, place.class_name) not in filled:
+            raise KdError(
+                f"all images of {place.split}/{place.class_name} in {path} are broken, as {name}",
+                "A class needs images: replace them, or remove its folder.",
+            )
+    if source.skipped:
+        hint += f" Skipped {source.skipped} links and special files."
     by_split: dict[str, Places] = {"train": {}, "test": {}, "val": {}}
     for place, index in found.images.items():
         by_split[place.split][place] = index
-    if not found.images:
-        raise KdError(f"no images found in train/<class> or test/<class> of {path}", hint)
-    train, test = by_split["train"], by_split["test"] or by_split["val"]
-    for images, split in ((train, "train"), (test, "test")):
-        if not images:
+    parts = {"train": by_split["train"], "test": by_split["test"] or by_split["val"]}
+    for split, places in parts.items():
+        if not places:
             raise KdError(f"{path} has no {split} images: no folder {split}/<class>", hint)
-    prefixes = sorted({place.prefix for place in (*train, *test)})
-    if len(prefixes) > 1:
+    prefix, *others = sorted({place.prefix for places in parts.values() for place in places})
+    if others:
         raise KdError(
-            f"{path} holds more than one dataset: {', '.join(name or '.' for name in prefixes[:4])}",
+            f"{path} holds more than one dataset: {', '.join([prefix or '.', *others][:4])}",
             "Point --data at one of them.",
         )
-    classes = tuple(sorted_names({place.class_name for place in train}))
-    unknown = sorted({place.class_name for place in test} - set(classes))
-    if unknown:
+    names, tested = ({place.class_name for place in places} for places in parts.values())
+    classes = tuple(_sorted_names(names))
+    if unknown := sorted(tested - names):
         raise KdError(
             f"{path} has test images of classes without train images: {', '.join(unknown[:8])}",
             "Folder names must be the same in train and test; upper and lower case differ.",
         )
     if len(classes) < 2:
         raise KdError(f"{path} has only one class: {classes[0]}", "A classifier needs two or more.")
-    return train, test, classes
+    notes = [f"Images are below {prefix}/."] if prefix else []
+    if not by_split["test"]:
+        notes.append("Validation images stand in for test images: there is no folder test.")
+    elif by_split["val"]:
+        notes.append("The validation folder is not used: there is a test folder.")
+    if absent := sorted(names - tested):
+        notes.append(f"No test images of {', '.join(absent)}.")
+    return parts, classes, notes
 
 
-def sorted_names(names: set[str]) -> list[str]:
+def _sorted_names(names: set[str]) -> list[str]:
     """Class names in the order of their labels: by number if all are numbers (2 before 10), else as text."""
     if all(name.isascii() and name.isdecimal() for name in names):
         return sorted(names, key=lambda name: (int(name), name))
@@ -282,35 +267,11 @@ def sorted_names(names: set[str]) -> list[str]:
 
 
 def _selection(places: Places, classes: tuple[str, ...]) -> Selection:
-    """Images by class and then by name, whatever order they came in."""
+    """Indices and labels of images, by class and then by name, whatever order they came in."""
     label_of = {name: label for label, name in enumerate(classes)}
     rows = sorted((label_of[place.class_name], place.rest, index) for place, index in places.items())
-    labels = np.array([label for label, _, _ in rows], dtype=np.int64)
-    return Selection(np.array([index for _, _, index in rows], dtype=np.int64), labels)
-
-
-def _notes(
-    found: Found, source: Source, packer: Packer, image_size: int | None, without_test: set[str]
-) -> list[str]:
-    """Notes for the user on what was read; `without_test` are the classes without test images."""
-    notes = []
-    splits = {place.split for place in found.images}
-    prefix = next(place.prefix for place in found.images if place.split == "train")
-    if prefix:
-        notes.append(f"Images are below {prefix}/.")
-    if "test" not in splits:
-        notes.append("Validation images stand in for test images: there is no folder test.")
-    elif "val" in splits:
-        notes.append("The validation folder is not used: there is a test folder.")
-    if packer.resized and image_size is None:
-        notes.append(
-            f"Images differ in size: cropped to squares and resized to {FALLBACK_SIZE}x{FALLBACK_SIZE}. "
-            "--image-size sets another size."
-        )
-    notes += skipped_notes(found, source)
-    if without_test:
-        notes.append(f"No test images of {', '.join(sorted(without_test))}.")
-    return notes
+    indices, labels = (np.array([row[part] for row in rows], dtype=np.int64) for part in (2, 0))
+    return indices, labels
 
 
 def skipped_notes(found: Found, source: Source) -> list[str]:

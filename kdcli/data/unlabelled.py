@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from kdcli.base.events import Progress
 from kdcli.data import decode, rows
 from kdcli.data.datasets import Request
 from kdcli.data.images import NO_LABEL, ImageSet, Splits
-from kdcli.data.pack import Cache, Packed, Selection
+from kdcli.data.pack import Cache, Packed
 from kdcli.data.sources import Source, open_source
 from kdcli.data.tree import Place, decode_all, is_ignored, skipped_notes
 
@@ -57,8 +56,11 @@ def _pack(source: Source, splits: Splits, cache: Cache, request: Request) -> Pac
         def keep(index: int, name: str, pixels: decode.Pixels) -> None:
             packer.put(index, decode.fit_to(pixels, name, size, "the data's images are"))
 
+        def place_of(name: str) -> Place | None:
+            return None if is_ignored(name) else Place("", "", "", name)
+
         # 1. Decode.
-        found = decode_all(source, keep, request.on_event, request.skip_broken, _place)
+        found = decode_all(source, keep, request.on_event, request.skip_broken, place_of)
         indices = [index for _, index in sorted((place.rest, index) for place, index in found.images.items())]
         if not indices:
             more = f": all are broken, as {found.broken[0]}" if found.broken else ""
@@ -86,12 +88,8 @@ def _pack(source: Source, splits: Splits, cache: Cache, request: Request) -> Pac
             if count:
                 notes.append(f"Left out {count:,} images in {where} that are among the {split} images.")
         notes += [f"{where}: {note}" for note in skipped_notes(found, source)]
-        selection = Selection(np.array(kept, dtype=np.int64), np.full(len(kept), NO_LABEL, np.int64))
+        selection = (np.array(kept, dtype=np.int64), np.full(len(kept), NO_LABEL, np.int64))
         return cache.store(packer, {_PART: selection}, classes=(), label=where, notes=notes)
-
-
-def _place(name: str) -> Place | None:
-    return None if is_ignored(name) else Place("", "", "", name)
 
 
 def _hash(image: decode.Pixels) -> bytes:
@@ -100,9 +98,7 @@ def _hash(image: decode.Pixels) -> bytes:
 
 def _hashes(data: ImageSet) -> set[bytes]:
     """A hash of each image's pixels."""
-
-    def chunks() -> Iterator[decode.Pixels]:
-        for start in range(0, len(data), _CHUNK):
-            yield from rows.take(data.images, slice(start, start + _CHUNK))
-
-    return {_hash(image) for image in chunks()}
+    found: set[bytes] = set()
+    for start in range(0, len(data), _CHUNK):
+        found.update(map(_hash, rows.take(data.images, slice(start, start + _CHUNK))))
+    return found

@@ -60,7 +60,8 @@ def test_two_flip_views_hold_both_variants_of_every_image() -> None:
         pair = {tuple(v[index].flatten().tolist()) for v in (first, second)}
         assert pair == {tuple(v[index].flatten().tolist()) for v in (pictures, mirrored)}
     assert torch.equal(augment.apply("flip", pictures, 5, 2, samples), first)
-    share = augment._flipped(0, 0, np.arange(10_000)).mean()
+    halves = torch.tensor([0, 1], dtype=torch.uint8).expand(10_000, 1, 2)[..., None]
+    share = augment.apply("flip", halves, 0, 0, np.arange(10_000))[:, 0, 0, 0].double().mean()
     assert share == pytest.approx(0.5, abs=0.02)
 
 

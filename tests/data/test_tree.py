@@ -124,8 +124,8 @@ def test_layout_errors(tmp_path: Path, read: Callable[..., Splits]) -> None:
         for label in "xy"
     }
     cases: dict[str, Files] = {
-        "no images": {"train/zebra/a.txt": b"x"},
-        "no images found": {"zebra/a.png": png()},
+        "no train images: no folder": {"zebra/a.png": png()},
+        "has no train images": {"train/zebra/a.txt": b"x"},
         "no train images": without(small_tree(), "train"),
         "no test images": without(small_tree(), "test"),
         "only one class: zebra": without(small_tree(), "train/ape", "test/ape"),
@@ -138,7 +138,7 @@ def test_layout_errors(tmp_path: Path, read: Callable[..., Splits]) -> None:
             read(write_tar(tmp_path / f"{number}.tar", files))
         assert caught.value.hint
     (tmp_path / "empty").mkdir()
-    with pytest.raises(KdError, match="no images found"):
+    with pytest.raises(KdError, match="no train images"):
         read(tmp_path / "empty")
 
 

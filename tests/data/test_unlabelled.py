@@ -271,17 +271,6 @@ def test_joined_maps_give_what_their_concatenation_gives(
         assert found.flags.writeable  # a copy: torch takes no read-only map
 
 
-def test_there_is_no_image_beyond_the_last_or_before_the_first(
-    parts: tuple[rows.Images, rows.Images, UInt8],
-) -> None:
-    joined = rows.Joined(*parts[:2])
-    for number in (-1, 12):
-        with pytest.raises(IndexError):
-            joined[np.array([0, number])]
-    with pytest.raises(ValueError, match="cannot be joined"):
-        rows.Joined(parts[0], np.zeros((1, 4, 4, 1), np.uint8))
-
-
 # --- training ------------------------------------------------------------------------------------------------
 
 

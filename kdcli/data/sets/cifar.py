@@ -23,10 +23,8 @@ CIFAR10_TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
 def read_cifar10(paths: Mapping[str, Path]) -> Content:
     """Five batches of train images, one of test images, and the class names, which may be absent."""
     batches = _batches(paths, (*CIFAR10_TRAIN, "test_batch"), ("batches.meta",))
-    train, test = (
-        _images(batches, CIFAR10_TRAIN, "labels", 10),
-        _images(batches, ["test_batch"], "labels", 10),
-    )
+    train = _images(batches, CIFAR10_TRAIN, "labels", 10)
+    test = _images(batches, ["test_batch"], "labels", 10)
     if "batches.meta" not in batches:
         return Content(train, test, catalog.CIFAR10_CLASSES)
     return Content(train, test, _class_names(batches["batches.meta"], "label_names", 10))
@@ -82,14 +80,8 @@ def _images(
 
 def _class_names(meta: Mapping[str, object], key: str, count: int) -> tuple[str, ...]:
     names = meta.get(key)
-    if (
-        not isinstance(names, list)
-        or len(names) != count
-        or not all(isinstance(n, str | bytes) for n in names)
-    ):
+    names = names if isinstance(names, list) else []
+    texts = [n.decode("latin-1") if isinstance(n, bytes) else n for n in names]  # Python 2 wrote bytes
+    if len(texts) != count or not all(isinstance(text, str) for text in texts):
         raise KdError(f"the CIFAR archive has no {count} {key}")
-    return tuple(map(_text, names))
-
-
-def _text(value: object) -> str:
-    return value.decode("latin-1") if isinstance(value, bytes) else str(value)  # Python 2 wrote bytes
+    return tuple(texts)
