@@ -147,11 +147,8 @@ def reproduce(
     for difference in found.result.resumed_with_differences:
         on_event(Note(f"{found.run_dir.path} was itself resumed with a difference: {difference}"))
     folder, method = found.run_dir.path, found.config.method
-    path = folder.resolve()
-    with files.locked(
-        path.parent / f".{path.name}.lock",
-        lambda: on_event(Note("waiting for another kd reproduce of this run")),
-    ):
+    lock = folder.resolve().parent / f".{folder.resolve().name}.lock"
+    with files.locked(lock, lambda: on_event(Note("waiting for another kd reproduce of this run"))):
         again, started = _repetition(found)
         place = {"name": again.path.name, "runs_dir": again.path.parent}
         threads = found.config.threads or int(found.circumstances.get("threads", "0"))

@@ -431,5 +431,5 @@ def test_a_search_with_code_goes_on_with_that_code_only(write: Write) -> None:
     assert tune(wanted, space, splits).study == "tune-song-convnet-tiny"
     source = Path("tuned_song.py")
     source.write_text(source.read_text() + "# another\n")
-    with pytest.raises(UsageError, match="started with other settings: code of tuned song:song was"):
+    with pytest.raises(UsageError, match="started with other settings: code of tuned_song:song was"):
         tune(wanted, space, splits)

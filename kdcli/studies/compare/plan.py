@@ -106,10 +106,6 @@ class Plan:
         """The settings of one run of each method."""
         return tuple(self._config(name, 0) for name in self.methods)
 
-    @property
-    def needs_teacher(self) -> bool:
-        return any(methods.objective(config).needs_teacher for config in self.each)
-
     @cached_property
     def runs(self) -> tuple[PlannedRun, ...]:
         """All methods of a seed before the next seed, so that an interrupted comparison is balanced."""
@@ -147,7 +143,7 @@ class Plan:
         for config in self.each:
             check(config)
         missing = [path for path in self.train.teacher if not path.is_file()]
-        if self.needs_teacher and missing:
+        if missing and any(methods.objective(config).needs_teacher for config in self.each):
             raise KdError(
                 f"no teacher at {missing[0]}",
                 "kd convert-caffe makes one from a Caffe network, kd train --method ce trains one; "

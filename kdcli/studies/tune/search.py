@@ -63,8 +63,7 @@ def tune(config: TuneConfig, space: Space, data: Splits, *, on_event: OnEvent = 
             search.note("no trial is pruned: with different --epochs their epochs cannot be compared")
         search.run()
         result = summarize(config, study, storage.redacted(url))
-        running = result.count("running")
-        if running:
+        if running := result.count("running"):
             search.note(
                 f"{running} trial(s) are still running in another process, or it was killed within the last "
                 f"{storage.GRACE_S} s; rerun the same command later for the final result"
