@@ -102,7 +102,6 @@ Column = tuple[str, Callable[["Row"], str]]
 
 def _show(result: BenchResult) -> None:
     first, cpu = result.rows[0], result.environment["cpu"]["model"]
-    has_agreement = any(row.agreement is not None for row in result.rows)
     has_footprint = any(row.footprint is not None for row in result.rows)
     _ui.say(f"{cpu}, {result.threads} threads; ratios to {result.teacher} on the same engine")
     main: list[Column] = [
@@ -113,7 +112,8 @@ def _show(result: BenchResult) -> None:
         ("smaller", lambda row: _ratio(row.size_ratio)),
         ("acc %", lambda row: _number(row.accuracy, ".2f") + "*" * (row.accuracy_source == "recorded")),
     ]
-    agreement: list[Column] = [("agree", lambda row: _number(row.agreement, ".1f"))]
+    if any(row.agreement is not None for row in result.rows):
+        main.append(("agree", lambda row: _number(row.agreement, ".1f")))
     speed: list[Column] = [
         ("95 % of faster", _interval),
         ("verdict", lambda row: "teacher" if row.is_teacher else row.speed or "—"),
@@ -126,14 +126,15 @@ def _show(result: BenchResult) -> None:
         ("MACs", lambda row: "—" if row.macs is None else units.count(row.macs)),
         ("file", lambda row: units.size(row.file_bytes)),
     ]
-    footprint: list[Column] = [
-        ("load", lambda row: _number(getattr(row.footprint, "load_ms", None))),
-        ("1st", lambda row: _number(getattr(row.footprint, "first_ms", None))),
-        ("memory", _peak_memory),
-    ]
-    _table(result.rows, [*main, *(agreement if has_agreement else [])], marked=0)
+    if has_footprint:
+        extent += [
+            ("load", lambda row: _number(getattr(row.footprint, "load_ms", None))),
+            ("1st", lambda row: _number(getattr(row.footprint, "first_ms", None))),
+            ("memory", _peak_memory),
+        ]
+    _table(result.rows, main, marked=0)
     _table(result.rows, speed)
-    _table(result.rows, [*extent, *(footprint if has_footprint else [])])
+    _table(result.rows, extent)
     _ui.say(
         f"ms, p90, p95, p99: one image, n = {first.latency_n:,} in {result.rounds} rounds; prepared input"
     )

@@ -23,7 +23,6 @@ from kdcli.deploy.bench import (
     bench,
     candidates,
     default_models,
-    intervals,
     latency,
     to_csv,
     to_markdown,
@@ -196,14 +195,14 @@ def test_verdicts() -> None:
         (0.985, 0.99, 0.995): "no difference",
         (1, 1, 1): "no difference",
     }.items():
-        assert intervals.verdict(low, ratio, high) == expected
+        assert latency.verdict(low, ratio, high) == expected
 
 
 def test_the_interval_is_the_bootstraps() -> None:
     """SciPy's own bootstrap of the sessions' medians, at the level that few of them ask for."""
     random = np.random.default_rng(3)
     sessions = [np.exp(random.normal(0.2, 0.1, 30)) for _ in range(12)]
-    low, middle, high = intervals.ratio_interval(sessions)
+    low, middle, high = latency.ratio_interval(sessions)
     medians = np.array([np.median(np.log(one)) for one in sessions])
     assert np.log(middle) == pytest.approx(medians.mean())
     tail = scipy.stats.norm.sf((12 / 11) ** 0.5 * 2.2009852)  # t of 11 degrees of freedom, from a table
@@ -216,7 +215,7 @@ def test_the_interval_is_the_bootstraps() -> None:
         rng=np.random.default_rng(1),
     ).confidence_interval
     assert np.log([low, high]) == pytest.approx(list(theirs), abs=0.003)
-    assert intervals.ratio_interval([np.array([2.0])])[1] == pytest.approx(2)
+    assert latency.ratio_interval([np.array([2.0])])[1] == pytest.approx(2)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
@@ -227,16 +226,16 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
         sessions = [
             np.exp(np.log(1.3) + random.normal(0, 0.01) + random.normal(0, 0.1, 60)) for _ in range(8)
         ]
-        low, _, high = intervals.ratio_interval(sessions)
+        low, _, high = latency.ratio_interval(sessions)
         held += low <= 1.3 <= high
     assert 180 <= held <= 197
 
 
 def test_percentiles_are_told_where_there_is_something_beyond_them() -> None:
     values = np.arange(1.0, 1001.0)
-    assert intervals.percentile(values, 99) == pytest.approx(990.01)
-    assert intervals.percentile(values[:999], 99) is None
-    assert intervals.percentile(values[:11], 90) == 10
+    assert latency.percentile(values, 99) == pytest.approx(990.01)
+    assert latency.percentile(values[:999], 99) is None
+    assert latency.percentile(values[:11], 90) == 10
 
 
 def test_models_are_loaded_anew_and_take_turns_in_random_order(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,7 @@ from kdcli.base.events import OnEvent, Progress, ignore
 from kdcli.data import ImageSet, Splits, incompatibility
 from kdcli.deploy.bench.candidates import Candidate, Model, candidates_of
 from kdcli.deploy.bench.latency import compare, measure
-from kdcli.deploy.bench.measurements import BenchResult, check_budget
-from kdcli.deploy.load import load_model
+from kdcli.deploy.bench.measurements import BenchResult, Row, check_budget
 from kdcli.deploy.onnx_model import OnnxClassifier
 
 _BUSY = 1.5  # load average ÷ cores; the measurement itself adds about 1
@@ -46,7 +44,7 @@ def bench(
     Args:
         paths: `.pt` and `.onnx` files; the first is the teacher.
         images: data whose test split gives accuracy and agreement; by default what `config.data` names.
-        skip: skip files that cannot be read, with a note; never the teacher.
+        skip: skip unreadable files with a note, except the teacher.
 
     Raises:
         KdError: no models, or a file that cannot be read or run.
@@ -57,34 +55,30 @@ def bench(
     threads = config.threads or runtime.available_cores()
     with _torch_threads(threads):
         # 1. Load the models and the test images.
-        loaded = _load_all(names, config, threads, on_event, skip=skip)
-        size = loaded.models[paths[0]].input_size
+        loaded, candidates, notes = _load_all(names, config, threads, on_event, skip=skip)
         if images is None and config.data is not None:
             images = data.load(
                 config.data,
                 data_dir=config.data_dir,
                 cache_dir=config.cache_dir,
-                fit_to=size,
+                fit_to=loaded[paths[0]].input_size,
                 skip_broken=config.skip_broken,
                 on_event=on_event,
             )
 
         # 2. Accuracy, then times.
-        accuracy = _measure_accuracy(loaded.models, names, images.test if images else None, on_event)
-        if not loaded.candidates:
-            raise KdError("no model could be run", " ".join(loaded.notes))
-        timings = measure(loaded.candidates, config, on_event)
+        accuracy = _measure_accuracy(loaded, names, images.test if images else None, on_event)
+        if not candidates:
+            raise KdError("no model could be run", " ".join(notes))
+        timings = measure(candidates, config, on_event)
         environment = runtime.environment()
+
     # 3. Memory and start-up; ratios and verdicts.
-    footprints = (
-        [{}] * len(loaded.candidates) if config.no_memory else _footprints(loaded.candidates, on_event)
-    )
-    rows = [
-        candidate.row.extend(**timings.figures(index), **footprint)
-        for index, (candidate, footprint) in enumerate(zip(loaded.candidates, footprints, strict=True))
-    ]
+    rows = [candidate.row.extend(**timings.figures(index)) for index, candidate in enumerate(candidates)]
+    if not config.no_memory:
+        rows = _add_footprints(rows, candidates, on_event)
     rows = [row.extend(**accuracy.get(row.path, {})) for row in compare(rows, timings)]
-    has_budget = config.budget_ms is not None or config.max_drop is not None
+    budget = config.budget_ms, config.max_drop
     return BenchResult(
         rows=tuple(rows),
         teacher=names[paths[0]],
@@ -95,8 +89,8 @@ def bench(
         data_label=images.label if images else None,
         test_images=len(images.test) if images else 0,
         environment=environment,
-        notes=(*loaded.notes, *_load_warning(environment)),
-        budget=check_budget(rows, config.budget_ms, config.max_drop) if has_budget else None,
+        notes=(*notes, *_load_warning(environment)),
+        budget=None if budget == (None, None) else check_budget(rows, *budget),
     )
 
 
@@ -124,19 +118,13 @@ def default_models(
     return [config.teacher, *rest]
 
 
-@dataclass
-class _Loaded:
-    """Models by path, their candidates, and notes on files and engines that were skipped."""
-
-    models: dict[Path, Model] = field(default_factory=dict)
-    candidates: list[Candidate] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
 def _load_all(
     names: dict[Path, str], config: BenchConfig, threads: int, on_event: OnEvent, *, skip: bool
-) -> _Loaded:
-    loaded = _Loaded()
+) -> tuple[dict[Path, Model], list[Candidate], list[str]]:
+    """Models by path, their candidates, and notes on files and engines that were skipped."""
+    loaded: dict[Path, Model] = {}
+    candidates: list[Candidate] = []
+    notes: list[str] = []
     size: tuple[int, int, int] | None = None  # the teacher's, for ONNX files that leave it open
     for index, (path, name) in enumerate(names.items()):
         on_event(Progress("preparing", index, len(names), "models"))
@@ -144,20 +132,20 @@ def _load_all(
             model: Model = (
                 OnnxClassifier.load(path, threads, size, external=True)
                 if path.suffix.lower() == ".onnx"
-                else load_model(path, threads)
+                else models.load(path)
             )
-            candidates, notes = candidates_of(path, name, model, config, threads, is_teacher=index == 0)
+            found, problems = candidates_of(path, name, model, config, threads, is_teacher=index == 0)
         except KdError as error:
             if not skip or index == 0:
                 raise
-            loaded.notes.append(f"left out: {error.message}")
+            notes.append(f"left out: {error.message}")
             continue
         size = size or model.input_size
-        loaded.models[path] = model
-        loaded.candidates += candidates
-        loaded.notes += notes
+        loaded[path] = model
+        candidates += found
+        notes += problems
     on_event(Progress("preparing", len(names), len(names), "models"))
-    return loaded
+    return loaded, candidates, notes
 
 
 def _measure_accuracy(
@@ -207,15 +195,15 @@ def _names(paths: Sequence[Path]) -> dict[Path, str]:
     }
 
 
-def _footprints(candidates: Sequence[Candidate], on_event: OnEvent) -> list[dict[str, Any]]:
-    """Values of `Row` for each candidate."""
-    found: list[dict[str, Any]] = []
-    for number, candidate in enumerate(candidates, 1):
+def _add_footprints(rows: Sequence[Row], candidates: Sequence[Candidate], on_event: OnEvent) -> list[Row]:
+    measured = []
+    for number, (row, candidate) in enumerate(zip(rows, candidates, strict=True)):
+        on_event(Progress("memory and start-up", number, len(rows), "models"))
         footprint = candidate.footprint()
         notes = [f"memory not measured: {footprint.problem}"] if footprint.problem else []
-        found.append({"footprint": footprint, "notes": notes})
-        on_event(Progress("memory and start-up", number, len(candidates), "models"))
-    return found
+        measured.append(row.extend(footprint=footprint, notes=notes))
+    on_event(Progress("memory and start-up", len(rows), len(rows), "models"))
+    return measured
 
 
 def _load_warning(environment: dict[str, Any]) -> tuple[str, ...]:

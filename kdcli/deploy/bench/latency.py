@@ -1,19 +1,19 @@
-"""Latency and throughput of models side by side, and their ratios to the teacher."""
+"""Latency and throughput of models side by side, their ratios to the teacher, intervals and verdicts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
+import scipy.stats
 import torch
 
 from kdcli.base.config import BenchConfig
 from kdcli.base.events import OnEvent, Progress
 from kdcli.base.timing import Floats, interleaved, warm_up
-from kdcli.deploy.bench import intervals
 from kdcli.deploy.bench.candidates import Candidate, Runner
 from kdcli.deploy.bench.measurements import SAME_SIZE, Row
 
@@ -23,6 +23,9 @@ _CALLS = 5  # timed single-image calls of a model in a round
 _PRECISE = 0.01  # half width of an interval that is narrow enough
 _BATCH_ROUNDS = 15
 _WARM_S = 0.02
+_SMALLEST = 1.02  # ratios nearer to 1 are called no difference, however narrow the interval
+_BEYOND = 10  # samples that must lie beyond a reported percentile above the 95th
+_RESAMPLES = 10_000  # of the bootstrap
 
 
 @dataclass
@@ -52,9 +55,9 @@ class Timings:
         }
         return {
             "latency_ms": median,
-            "latency_p90_ms": intervals.percentile(single_ms, 90),
-            "latency_p95_ms": intervals.percentile(single_ms, 95),
-            "latency_p99_ms": intervals.percentile(single_ms, 99),
+            "latency_p90_ms": percentile(single_ms, 90),
+            "latency_p95_ms": percentile(single_ms, 95),
+            "latency_p99_ms": percentile(single_ms, 99),
             "latency_n": len(single_ms),
             "throughput": throughput,
             "images_per_s": throughput[max(throughput)],
@@ -78,16 +81,13 @@ def measure(candidates: Sequence[Candidate], config: BenchConfig, on_event: OnEv
                 warm_up(partial(runner, 1), at_least_s=_WARM_S, until_stable=session == 0)
 
             # 2. Rounds.
-            done = timings.rounds
             seconds = interleaved(
                 [partial(runner, 1) for runner in runners],
                 rounds=config.rounds // sessions + (session < config.rounds % sessions),
                 repeats=_CALLS,
                 budget_s=config.max_seconds / SESSIONS,
                 seed=session,
-                on_round=lambda number, done=done: on_event(  # type: ignore[misc]
-                    Progress("measuring latency", done + number, config.rounds, "rounds")
-                ),
+                on_round=_reporter(on_event, "measuring latency", timings.rounds, config.rounds),
             )
             timings.single.append(seconds)
 
@@ -103,32 +103,32 @@ def _measure_batches(runners: Sequence[Runner], config: BenchConfig, on_event: O
     """Seconds by batch size (rounds, candidates)."""
     sizes = [size for size in config.batches if size > 1]
     rounds = min(_BATCH_ROUNDS, config.rounds)
-    total = rounds * len(sizes)
     found: dict[int, Floats] = {}
     for position, size in enumerate(sizes):
         calls = [partial(runner, size) for runner in runners]
         for call in calls:
             call()  # allocates memory for this size
-        done = position * rounds
         seconds = interleaved(
             calls,
             rounds=rounds,
             settle=False,
             budget_s=config.max_seconds / len(sizes),
-            on_round=lambda number, done=done: on_event(  # type: ignore[misc]
-                Progress("measuring batches", done + number, total, "rounds")
-            ),
+            on_round=_reporter(on_event, "measuring batches", position * rounds, rounds * len(sizes)),
         )
         found[size] = seconds[:, :, 0]
-    on_event(Progress("measuring batches", total, total, "rounds"))
+    _reporter(on_event, "measuring batches", 0, rounds * len(sizes))(rounds * len(sizes))
     return found
+
+
+def _reporter(on_event: OnEvent, task: str, done: int, total: int) -> Callable[[int], None]:
+    return lambda number: on_event(Progress(task, done + number, total, "rounds"))
 
 
 def _is_precise(rows: Sequence[Row], timings: Timings) -> bool:
     for index, row in enumerate(rows):
         teacher = _teacher_of(row, rows)
         if teacher is not None and teacher != index:
-            low, ratio, high = intervals.ratio_interval(timings.ratios(teacher, index))
+            low, ratio, high = ratio_interval(timings.ratios(teacher, index))
             if (high - low) / (2 * ratio) > _PRECISE:
                 return False
     return True
@@ -158,8 +158,8 @@ def _compare(index: int, rows: Sequence[Row], timings: Timings) -> Row:
         return row.extend(verdict=size, worse=bigger, notes=[note])
     if row.is_teacher:
         return row.extend(speedup=1.0, speedup_interval=(1.0, 1.0), throughput_ratio=1.0, verdict="teacher")
-    low, ratio, high = intervals.ratio_interval(timings.ratios(teacher, index))
-    speed = intervals.verdict(low, ratio, high)
+    low, ratio, high = ratio_interval(timings.ratios(teacher, index))
+    speed = verdict(low, ratio, high)
     throughput_ratio = ratio
     if timings.batches:
         seconds = timings.batches[max(timings.batches)]
@@ -181,3 +181,45 @@ def ratio_text(ratio: float, above: str, below: str, same: str) -> str:
         return same
     times = max(ratio, 1 / ratio)
     return f"{times:,.{0 if times >= 10 else 1}f}× {above if ratio > 1 else below}"
+
+
+def percentile(values: Floats, share: float) -> float | None:
+    """The value that `share` per cent lie below; None where fewer than ten lie beyond it."""
+    if len(values) * (100 - share) / 100 < _BEYOND and share > 95:
+        return None
+    return float(np.percentile(values, share))
+
+
+def ratio_interval(sessions: Sequence[Floats], seed: int = 0) -> tuple[float, float, float]:
+    """Bootstrap 95 % interval of a ratio.
+
+    Rounds of one session share the models' place in memory and the state of the machine, so sessions are resampled,
+    not rounds. As there are few, the interval is the expanded percentile interval (Hesterberg, "What Teachers Should
+    Know About the Bootstrap", 2015), which is as wide as Student's t requires.
+
+    Args:
+        sessions: ratios of the rounds of each session, positive; of a single session, rounds are resampled.
+
+    Returns:
+        Lower bound, ratio (the exponential of the mean of the sessions' median log ratios), upper bound; 0 and
+        infinity around a single round.
+    """
+    logs = [np.log(np.asarray(ratios, np.float64)) for ratios in sessions]
+    medians = np.array([np.median(ratios) for ratios in logs]) if len(logs) > 1 else logs[0]
+    middle, count = float(medians.mean()), len(medians)
+    if count < 2:
+        return 0.0, float(np.exp(middle)), float("inf")
+    random = np.random.default_rng(seed)
+    means = medians[random.integers(0, count, (_RESAMPLES, count))].mean(axis=1)
+    tail = 100 * scipy.stats.norm.cdf(-np.sqrt(count / (count - 1)) * scipy.stats.t.ppf(0.975, count - 1))
+    low, high = np.percentile(means, [tail, 100 - tail])
+    return float(np.exp(min(low, middle))), float(np.exp(middle)), float(np.exp(max(high, middle)))
+
+
+def verdict(low: float, ratio: float, high: float) -> str:
+    """`faster`, `slower` or `no difference`: the interval must exclude 1, and the ratio be 2 % away from it."""
+    if low > 1 and ratio >= _SMALLEST:
+        return "faster"
+    if high < 1 and ratio <= 1 / _SMALLEST:
+        return "slower"
+    return "no difference"

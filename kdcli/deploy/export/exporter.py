@@ -41,9 +41,7 @@ class ExportResult:
     data_label: str  # the data whose train images were used
     parity: Parity  # of the float32 network
     quantisation: Quantisation | None = None  # None for a float32 file
-    trials: tuple[
-        RecipeTrial, ...
-    ] = ()  # of --int8-recipe auto; no quantisation: none is faster than float32
+    trials: tuple[RecipeTrial, ...] = ()  # of `auto`; without a quantisation, none was faster than float32
     batch: int | None = None  # fixed batch size; None: any
     drop: AccuracyDrop | None = None  # measured for --max-drop
 
@@ -60,11 +58,8 @@ def export(
     """Write a checkpoint as one ONNX file whose outputs are verified against the checkpoint.
 
     Args:
-        checkpoint: a `.pt` file.
-        config: form and place of the file.
         images: data whose *train* images verify parity, calibrate int8 and choose its recipe; by default what
             `config` or the checkpoint's provenance names.
-        on_event: receives progress.
 
     Raises:
         KdError: the file cannot be written, differs from the checkpoint, or loses more than `max_drop`. No file is
@@ -75,10 +70,7 @@ def export(
     if output.suffix.lower() != ".onnx" or output.is_dir():
         raise UsageError(f"--output {output}: must be a file name that ends in .onnx")
     classifier = models.load(checkpoint).eval()
-    images = images or _load_data(classifier, checkpoint, config, on_event)
-    problem = data.incompatibility(classifier.classes, classifier.input_size, images.train)
-    if problem:
-        raise KdError(f"the model {problem}", "Pass data that fits with --data.")
+    images = _fitting_data(classifier, checkpoint, config, images, on_event)
     samples = choose_samples(classifier.provenance, images.train, config)
     job = ExportJob(classifier, images.train, samples, config, on_event)
 
@@ -103,11 +95,7 @@ def export(
 
     # 4. Measure the loss of accuracy, and write.
     drop = None if config.max_drop is None else job.measure_drop(content, config.max_drop)
-    try:
-        with atomic_path(output) as temporary:
-            temporary.write_bytes(content)
-    except OSError as error:
-        raise KdError(f"cannot write {output}: {reason(error)}", "An earlier file is unchanged.") from error
+    _write(content, output)
     on_event(Progress("exporting", 3, 3, "steps"))
     return ExportResult(
         path=output,
@@ -156,14 +144,31 @@ def default_output(checkpoint: Path, config: ExportConfig) -> Path:
     return EXPORTS_DIR / f"{stem}{suffix}.onnx"
 
 
-def _load_data(classifier: Classifier, checkpoint: Path, config: ExportConfig, on_event: OnEvent) -> Splits:
-    """The data that `config` names, else the data the model was trained on."""
-    spec, skip_broken = data.source_for(checkpoint, classifier.provenance, config.data, config.skip_broken)
-    return data.load(
-        spec,
-        data_dir=config.data_dir,
-        cache_dir=config.cache_dir,
-        fit_to=classifier.input_size,
-        skip_broken=skip_broken,
-        on_event=on_event,
-    )
+def _fitting_data(
+    classifier: Classifier, checkpoint: Path, config: ExportConfig, given: Splits | None, on_event: OnEvent
+) -> Splits:
+    """The given data, else those that `config` or the provenance names; a KdError if the model cannot take them."""
+    if given is None:
+        spec, skip_broken = data.source_for(
+            checkpoint, classifier.provenance, config.data, config.skip_broken
+        )
+        given = data.load(
+            spec,
+            data_dir=config.data_dir,
+            cache_dir=config.cache_dir,
+            fit_to=classifier.input_size,
+            skip_broken=skip_broken,
+            on_event=on_event,
+        )
+    problem = data.incompatibility(classifier.classes, classifier.input_size, given.train)
+    if problem:
+        raise KdError(f"the model {problem}", "Pass data that fits with --data.")
+    return given
+
+
+def _write(content: bytes, output: Path) -> None:
+    try:
+        with atomic_path(output) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
+        raise KdError(f"cannot write {output}: {reason(error)}", "An earlier file is unchanged.") from error

@@ -18,7 +18,6 @@ from kdcli.base.text import first_line
 from kdcli.deploy.onnx_model.counts import PREPROCESSING
 from kdcli.models import Classifier
 
-SCOPES = "pkg.torch.onnx.name_scopes"  # torch's record of the module a node came from
 _MAX_REASON = 300
 
 
@@ -83,7 +82,10 @@ def to_onnx(classifier: Classifier, *, opset: int, with_preprocessing: bool) -> 
         raise KdError(
             f"the exporter wrote operator set {written} instead of {opset}", f"Use --opset {written}."
         )
-    _name_nodes(model, with_preprocessing)
+    network_seen = not with_preprocessing  # all nodes before the network's first are preprocessing
+    for index, node in enumerate(model.graph.node):
+        network_seen |= "'network'" in scopes_of(node)
+        node.name = f"{'network/' if network_seen else PREPROCESSING}{index:03d}_{node.op_type}"
     return model
 
 
@@ -132,16 +134,8 @@ def file_bytes(model: onnx.ModelProto, metadata: dict[str, str]) -> bytes:
 
 def scopes_of(node: onnx.NodeProto) -> str:
     """Modules that a freshly translated node came from, as torch's exporter wrote them."""
-    return next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "")
-
-
-def _name_nodes(model: onnx.ModelProto, with_preprocessing: bool) -> None:
-    """Name nodes by the part they belong to: all before the network's first are preprocessing."""
-    network_seen = not with_preprocessing
-    for index, node in enumerate(model.graph.node):
-        network_seen |= "'network'" in scopes_of(node)
-        part = "network/" if network_seen else PREPROCESSING
-        node.name = f"{part}{index:03d}_{node.op_type}"
+    entries = (item for item in node.metadata_props if item.key == "pkg.torch.onnx.name_scopes")
+    return next((item.value for item in entries), "")
 
 
 @contextlib.contextmanager
