@@ -98,13 +98,12 @@ def _files(path: Path) -> Iterator[tuple[str, bytes]]:
         source = open_source(path)
     except KdError as error:
         raise KdError(f"{path} is neither an image nor an archive of images", _HINT) from error
-    for name, content in source.read(_may_be_image):
+    suffixes = ("", *decode.SUFFIXES)
+    for name, content in source.read(
+        lambda name: not is_ignored(name) and Path(name).suffix.lower() in suffixes
+    ):
         if _is_image(content[:16], name):
             yield (path / name).as_posix(), content
-
-
-def _may_be_image(name: str) -> bool:
-    return not is_ignored(name) and Path(name).suffix.lower() in ("", *decode.SUFFIXES)
 
 
 def _is_image(start: bytes, name: str) -> bool:

@@ -39,10 +39,9 @@ def bench(
     *,
     skip: bool = False,
 ) -> BenchResult:
-    """Measure models against the first of them.
+    """Measure models, `.pt` and `.onnx` files, against the first of them, the teacher.
 
     Args:
-        paths: `.pt` and `.onnx` files; the first is the teacher.
         images: data whose test split gives accuracy and agreement; by default what `config.data` names.
         skip: skip unreadable files with a note, except the teacher.
 

@@ -64,11 +64,7 @@ def read(path: Path, *, external: bool = False) -> tuple[onnx.ModelProto, int]:
 
 
 def serialize(path: Path, model: onnx.ModelProto) -> bytes:
-    """Bytes of a model that was read from `path`.
-
-    Raises:
-        KdError: it does not fit one message, or memory.
-    """
+    """Bytes of a model that was read from `path`; a KdError if it does not fit one message, or memory."""
     try:
         return model.SerializeToString()
     except Exception as error:  # protobuf raises whatever the content provokes
@@ -76,11 +72,7 @@ def serialize(path: Path, model: onnx.ModelProto) -> bytes:
 
 
 def _load_external(path: Path, tensors: list[onnx.TensorProto]) -> int:
-    """Load tensors from files beside the model; returns the total size of these files.
-
-    Raises:
-        KdError: a location that is not a regular file in the model's own folder, or does not hold the tensor.
-    """
+    """Load tensors from regular files in the model's own folder; returns the total size of these files."""
     sizes: dict[str, int] = {}
     total = 0
     for tensor in tensors:
@@ -113,11 +105,7 @@ def _load_external(path: Path, tensors: list[onnx.TensorProto]) -> int:
 
 
 def _check_work(path: Path, model: onnx.ModelProto) -> None:
-    """Reject small files that expand without bound: loops, nested function calls, sparse weights.
-
-    Raises:
-        KdError: naming what was found.
-    """
+    """Reject small files that expand without bound: loops, nested function calls, sparse weights."""
     for node in _messages(model, onnx.NodeProto):
         if node.op_type in LOOPS:
             raise KdError(f"{path} holds a {node.op_type}", "kd reads classifiers, which need no loops.")

@@ -85,11 +85,7 @@ class OnnxRunner:
         return np.concatenate(parts)[:count]
 
     def outputs(self, names: list[str], inputs: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
-        """Outputs by name for inputs (N, …).
-
-        Raises:
-            KdError: onnxruntime fails.
-        """
+        """Outputs by name for inputs (N, …); a KdError if onnxruntime fails."""
         try:
             values: list[npt.NDArray[Any]] = self.session.run(names, {self.input: inputs})
         except Exception as error:  # onnxruntime's exceptions have no common base

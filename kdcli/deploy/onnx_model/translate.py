@@ -124,11 +124,7 @@ def finish(model: onnx.ModelProto, metadata: dict[str, str]) -> onnx.ModelProto:
 
 
 def file_bytes(model: onnx.ModelProto, metadata: dict[str, str]) -> bytes:
-    """Content of the ONNX file: the same bytes for the same model and metadata.
-
-    Raises:
-        KdError: the model is not valid ONNX.
-    """
+    """Content of the ONNX file, see `finish`: the same bytes for the same model and metadata."""
     return finish(model, metadata).SerializeToString(deterministic=True)
 
 
