@@ -18,6 +18,7 @@ from kdcli import data, models
 from kdcli.base.config import make
 from kdcli.base.events import Event, Progress
 from kdcli.cli import _ui
+from kdcli.cli.app import add_command
 from kdcli.data import ImageSet, Splits, preprocess
 from kdcli.data.images import fingerprint_of
 from kdcli.methods import TrainConfig
@@ -53,7 +54,7 @@ def command_line(monkeypatch: pytest.MonkeyPatch, *commands: ModuleType) -> Any:
         monkeypatch.setattr(_ui.settings, name, False)
     app = typer.Typer()
     for command in commands:
-        command.register(app)
+        add_command(app, command)
 
     def call(*words: str) -> Any:
         result = CliRunner().invoke(app, list(words))

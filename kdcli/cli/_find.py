@@ -16,17 +16,11 @@ if TYPE_CHECKING:
     from kdcli.models import Classifier
 
 
-def students() -> list[Path]:
-    """Trained students below `runs/`, newest first."""
-    found = (path for path in Path("runs").glob("*/student.pt") if path.is_file())  # skips broken links
-    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
-
-
 def existing_model(path: Path) -> Path:
     """The model file at `path`, or `student.pt` in it if it is a run folder.
 
     Raises:
-        KdError: no such file; the hint lists the trained students.
+        KdError: no such file; the hint lists the trained students, newest first.
     """
     if path.is_file():
         return path
@@ -34,11 +28,12 @@ def existing_model(path: Path) -> Path:
         return path / "student.pt"
     if path.is_dir():
         raise KdError(f"{path} is a folder, not a model", "Pass the .pt or .onnx file.")
-    names = [shlex.quote(student.as_posix()) for student in students()]
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    students = [student for student in Path("runs").glob("*/student.pt") if student.is_file()]
+    students.sort(key=lambda student: student.stat().st_mtime, reverse=True)
+    names = ", ".join(shlex.quote(student.as_posix()) for student in students[:8])
     raise KdError(
         f"no such file: {path}",
-        f"Trained students: {shown}." if names else "Train a student first: kd train.",
+        f"Trained students: {names}." if names else "Train a student first: kd train.",
     )
 
 
@@ -50,7 +45,7 @@ def data_for(
     on_event: OnEvent,
     image_size: int | None = None,
 ) -> Splits:
-    """The data set with images of the model's size and channels.
+    """The data set `spec` with images of the model's size and channels.
 
     Raises:
         KdError: classes or image sizes do not match, or the data cannot be read.

@@ -28,6 +28,11 @@ Recipe = Annotated[
 ]
 
 
+def examples(*commands: str) -> str:
+    """Epilog of a command's help: each example in a paragraph of its own."""
+    return "\n\n".join(f"[bold]{command}[/bold]" for command in commands)
+
+
 def options_of(
     *settings: type[Settings], metavars: Mapping[str, str] | None = None, without: Container[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -48,9 +53,9 @@ def options_of(
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
-        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        added = [_parameter(name, field, (metavars or {}).get(name)) for name, field in fields.items()]
-        added += [_output_flag(name, *about) for name, about in _OUTPUT.items()]
+        parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        parameters += [_parameter(name, field, (metavars or {}).get(name)) for name, field in fields.items()]
+        parameters += [_keyword(name, False, bool, option) for name, option in _OUTPUT.items()]
 
         def run(**values: Any) -> None:
             for name in _OUTPUT:
@@ -59,25 +64,27 @@ def options_of(
 
         run.__name__ = command.__name__
         run.__doc__ = command.__doc__
-        run.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
+        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
 
     return decorate
 
 
+def _output_flag(*flags: str, text: str) -> Any:
+    return typer.Option(*flags, help=text, rich_help_panel="Output")
+
+
 _OUTPUT = {  # options of every command
-    "json": (("--json",), "Print one JSON object on stdout instead of text."),
-    "quiet": (("--quiet", "-q"), "Print errors only."),
-    "debug": (("--debug",), "Show the traceback of an error."),
+    "json": _output_flag("--json", text="Print one JSON object on stdout instead of text."),
+    "quiet": _output_flag("--quiet", "-q", text="Print errors only."),
+    "debug": _output_flag("--debug", text="Show the traceback of an error."),
 }
 
 
-def _output_flag(name: str, flags: tuple[str, ...], text: str) -> inspect.Parameter:
-    option = typer.Option(*flags, help=text, rich_help_panel="Output")
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option]
-    )
+def _keyword(name: str, default: Any, kind: Any, option: Any) -> inspect.Parameter:
+    annotation = Annotated[kind, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _parameter(name: str, field: FieldInfo, metavar: str | None) -> inspect.Parameter:
@@ -86,16 +93,15 @@ def _parameter(name: str, field: FieldInfo, metavar: str | None) -> inspect.Para
     flag = "--" + name.replace("_", "-")
     flags = [str(extra.get("flag", flag)), *(str(text) for text in extra.get("flags", []))]  # type: ignore[union-attr]
     choices = get_args(kind) if get_origin(kind) is Literal else ()
-    shown = metavar or extra.get("metavar") or ("|".join(map(str, choices)) if choices else None)
+    placeholder = metavar or extra.get("metavar") or "|".join(map(str, choices))
     option = typer.Option(
         *flags,
         help=_help(field),
         rich_help_panel=str(extra.get("panel", "Options")),
         show_default=False,
-        metavar=str(shown) if shown else None,
+        metavar=str(placeholder) or None,
     )
-    annotation: Any = Annotated[(str if choices else kind) | None, option]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    return _keyword(name, None, (str if choices else kind) | None, option)
 
 
 def _value_type(annotation: Any) -> Any:
@@ -114,5 +120,4 @@ def _help(field: FieldInfo) -> str:
         return text
     if isinstance(default, tuple):
         [default] = default
-    shown = default.as_posix() if isinstance(default, Path) else str(default)
-    return f"{text} [dim]\\[default: {shown}][/dim]"
+    return f"{text} [dim]\\[default: {default.as_posix() if isinstance(default, Path) else default}][/dim]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import math
 import sys
 import time
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -11,11 +12,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from kdcli.base.errors import Interrupted, KdError
-from kdcli.base.events import Epoch, Event, Note, OnEvent
+from kdcli.base.events import Event, Note, OnEvent, ignore
 from kdcli.base.events import Progress as ProgressEvent
 from kdcli.base.units import size
 
@@ -72,7 +73,7 @@ def json(value: dict[str, Any]) -> None:
 
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else None  # noqa: PLR0124 — NaN test
+        return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -83,7 +84,7 @@ def _finite(value: Any) -> Any:
 def table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", left: int = 1, marked: int = -1
 ) -> None:
-    """Print a table on stdout. (CSV and Markdown: `base.tables`.)
+    """Print a table on stdout.
 
     Args:
         left: number of leading left-aligned text columns; the others are numbers, right-aligned.
@@ -134,95 +135,68 @@ def _printable(text: str) -> str:
 @contextmanager
 def progress() -> Iterator[OnEvent]:
     """An `OnEvent` that shows progress: a bar on a terminal, otherwise a line every 10 seconds."""
+    console = Console(stderr=True, highlight=False)
     if settings.quiet or settings.follower:
-        yield lambda event: None
-        return
-    console = _console(stderr=True)
-    if not console.is_terminal:
-        yield _Plain()
-        return
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[figures]}"),
-        console=Console(stderr=True, highlight=False),
-        transient=True,
-        refresh_per_second=8,
-    ) as bars:
-        yield _Bars(bars)
-
-
-class _Rate:
-    """Rate and remaining time of a task, counted from its first event."""
-
-    def __init__(self, first: ProgressEvent) -> None:
-        self.started = time.monotonic()
-        self.first = first.done
-
-    def figures(self, event: ProgressEvent) -> str:
-        elapsed = time.monotonic() - self.started
-        done = event.done - self.first
-        parts = [_value(name, value) for name, value in event.values.items()]
-        if done > 0 and elapsed > 0:
-            rate = done / elapsed
-            if "images_per_s" not in event.values:
-                parts.append(f"{quantity(rate, event.unit)}/s")
-            parts.append(f"ETA {clock((event.total - event.done) / rate)}" if event.total else "")
-        return "  ".join(part for part in parts if part)
-
-
-class _Bars:
-    def __init__(self, bars: Progress) -> None:
-        self.bars = bars
-        self.tasks: dict[str, tuple[TaskID, _Rate]] = {}
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Note):
-            self.bars.console.print(f"[dim]{escape(_line(event.text))}[/dim]")
-            return
-        if isinstance(event, Epoch):  # its values are shown by the bar
-            return
-        group = event.group or event.task
-        if group not in self.tasks:
-            for name in list(self.tasks):  # one bar at a time
-                self.bars.remove_task(self.tasks.pop(name)[0])
-            self.tasks[group] = (
-                self.bars.add_task(escape(event.task), total=event.total, figures=""),
-                _Rate(event),
-            )
-        task, rate = self.tasks[group]
-        self.bars.update(
-            task,
-            description=escape(event.task),
-            completed=event.done,
-            total=event.total,
-            figures=escape(rate.figures(event)),
+        yield ignore
+    elif not console.is_terminal:
+        yield _Display()
+    else:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[metrics]}"),
         )
+        with Progress(*columns, console=console, transient=True, refresh_per_second=8) as bars:
+            yield _Display(bars)
 
 
-class _Plain:
-    def __init__(self) -> None:
+class _Display:
+    """Progress of one task at a time, as a bar if there are `bars`, else as lines."""
+
+    def __init__(self, bars: Progress | None = None) -> None:
+        self.bars = bars
         self.group = ""
-        self.rate: _Rate | None = None
-        self.printed = time.monotonic()
+        self.printed = self.started = time.monotonic()
+        self.first = 0  # units done at the task's first event
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Note):
-            note(event.text)
+            note(event.text)  # above the bar: `Progress` redirects stderr
+        if not isinstance(event, ProgressEvent):
             return
-        if isinstance(event, Epoch):
-            return
-        group = event.group or event.task
         now = time.monotonic()
-        if group != self.group or self.rate is None:
-            self.group, self.rate = group, _Rate(event)
-        if now - self.printed >= PLAIN_INTERVAL_S:
-            self.printed = now
-            share = (
-                f"{100 * event.done / event.total:.0f} %" if event.total else quantity(event.done, event.unit)
+        group = event.group or event.task
+        if group != self.group:
+            self.group, self.started, self.first = group, now, event.done
+            if self.bars:
+                for task in self.bars.task_ids:
+                    self.bars.remove_task(task)
+                self.bars.add_task("", metrics="")
+        metrics = self._metrics(event, now - self.started)
+        if self.bars:
+            self.bars.update(
+                self.bars.task_ids[0],
+                description=escape(event.task),
+                completed=event.done,
+                total=event.total,
+                metrics=escape(metrics),
             )
-            note(f"{event.task}  {share}  {self.rate.figures(event)}")
+        elif now - self.printed >= PLAIN_INTERVAL_S:
+            self.printed = now
+            share = f"{100 * event.done / event.total:.0f} %" if event.total else _quantity(event.done, event)
+            note(f"{event.task}  {share}  {metrics}")
+
+    def _metrics(self, event: ProgressEvent, seconds: float) -> str:
+        """The event's values, the rate and the remaining time."""
+        parts = [_value(name, value) for name, value in event.values.items()]
+        rate = (event.done - self.first) / seconds if seconds else 0.0
+        if rate > 0:
+            if "images_per_s" not in event.values:
+                parts.append(f"{_quantity(rate, event)}/s")
+            if event.total:
+                parts.append(f"ETA {clock((event.total - event.done) / rate)}")
+        return "  ".join(parts)
 
 
 def _value(name: str, value: float) -> str:
@@ -233,18 +207,17 @@ def _value(name: str, value: float) -> str:
     return f"{name.replace('_', ' ')} {value:.4g}"
 
 
-def quantity(value: float, unit: str) -> str:
-    """A number with its unit: `3.9 MB`, `412 images`."""
-    return size(value) if unit == "bytes" else f"{value:,.0f} {unit}"
+def _quantity(value: float, event: ProgressEvent) -> str:
+    """A number with the event's unit: `3.9 MB`, `412 images`."""
+    return size(value) if event.unit == "bytes" else f"{value:,.0f} {event.unit}"
 
 
 def clock(seconds: float) -> str:
     """`0:07`, `3:25`, `1:02:03`."""
-    whole = max(0, round(seconds))
-    hours, rest = divmod(whole, 3600)
+    hours, rest = divmod(max(0, round(seconds)), 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
-def percent(value: float | None, digits: int = 2) -> str:
+def percent(value: float | None) -> str:
     """A percentage without its sign; a dash if unknown."""
-    return "—" if value is None or value != value else f"{value:.{digits}f}"  # noqa: PLR0124 — NaN test
+    return "—" if value is None or math.isnan(value) else f"{value:.2f}"

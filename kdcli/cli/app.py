@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
+import inspect
 import io
 import os
+import re
 import signal
 import sys
 import traceback
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Annotated, NoReturn
 
 import typer
@@ -27,35 +28,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={
         "help_option_names": ["-h", "--help"],
-        "token_normalize_func": lambda token: token.replace(
-            "_", "-"
-        ),  # --noisy_ratio, as in the paper's code
+        "token_normalize_func": lambda token: token.replace("_", "-"),  # --noisy_ratio: the paper's code
     },
     epilog="Start with [bold]kd demo[/bold]: the whole workflow on small data, offline, in under two minutes.",
 )
 
-# in the order of --help; each is a module here with a function of its name and `register`
+# in the order of --help; each is a module here with a function of its name and an EPILOG
 COMMANDS = (
-    "demo",
-    "download",
-    "convert-caffe",
-    "validate",
-    "train",
-    "compare",
-    "reproduce",
-    "tune",
-    "test",
-    "export",
-    "info",
-    "predict",
-    "bench",
-    "report",
-)
-_RERUN = "Rerun the same command: finished parts are kept."
+    "demo", "download", "convert-caffe", "validate", "train", "compare", "reproduce",
+    "tune", "test", "export", "info", "predict", "bench", "report",
+)  # fmt: skip
 
 
-class Terminated(BaseException):
-    """SIGTERM, as KeyboardInterrupt is SIGINT; not an Exception, so that no handler swallows it."""
+class Stopped(BaseException):
+    """SIGINT or SIGTERM; not an Exception, so that no handler swallows it."""
+
+    def __init__(self, number: int) -> None:
+        self.exit_code = 128 + number
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise Stopped(number)
 
 
 def main() -> None:
@@ -64,7 +57,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without × or → shows ?
-    signal.signal(signal.SIGTERM, _raise_terminated)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as for a background job
+            signal.signal(number, _stop)
     try:
         _register(arguments)
         _check_repeated(arguments)
@@ -72,14 +67,13 @@ def main() -> None:
     except BrokenPipeError:  # `kd … | head`
         sys.stderr.close()
         sys.exit(1)
-    except KeyboardInterrupt:
-        _fail(Interrupted("stopped", _RERUN, exit_code=130))
-    except Terminated:
-        _fail(Interrupted("stopped", _RERUN, exit_code=143))
+    except Stopped as stop:
+        hint = "Rerun the same command: finished parts are kept."
+        _fail(Interrupted("stopped", hint, exit_code=stop.exit_code))
     except Exception as error:
         if hasattr(error, "format_message") and not str(error.format_message()).strip():
             sys.exit(2)  # called without arguments: the help has been printed
-        _fail(error if isinstance(error, KdError) else as_kd_error(error, arguments))
+        _fail(error if isinstance(error, KdError) else as_kd_error(error))
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -113,9 +107,17 @@ def _register(arguments: list[str]) -> None:
     for name in COMMANDS:
         module = name.replace("-", "_")
         if name == requested or completing:
-            importlib.import_module(f"kdcli.cli.{module}").register(app)
+            add_command(app, importlib.import_module(f"kdcli.cli.{module}"))
         else:
             app.command(name, help=_summary(module))(lambda: None)
+
+
+def add_command(app: typer.Typer, module: ModuleType) -> None:
+    """Register a module's command; without arguments, a command that requires some prints its help."""
+    name = module.__name__.rpartition(".")[2]
+    command = getattr(module, name)
+    required = any(p.default is p.empty for p in inspect.signature(command).parameters.values())
+    app.command(name.replace("_", "-"), epilog=module.EPILOG, no_args_is_help=required)(command)
 
 
 def _summary(module: str) -> str:
@@ -132,10 +134,6 @@ def _check_repeated(arguments: list[str]) -> None:
         raise UsageError("--method is given twice", "A run has one method; make a run for each.")
 
 
-def _raise_terminated(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
-
-
 def _fail(error: KdError) -> NoReturn:
     """Print an error with its hint and exit; with --debug, print the traceback first."""
     from kdcli.cli import _ui
@@ -149,28 +147,20 @@ def _fail(error: KdError) -> NoReturn:
     sys.exit(error.exit_code)
 
 
-def as_kd_error(error: Exception, arguments: list[str]) -> KdError:
+def as_kd_error(error: Exception) -> KdError:
     """A KdError for a usage error of Typer, an OSError, exhausted memory, or a bug of kd."""
     if hasattr(error, "format_message"):
-        return _usage_error(str(error.format_message()).rstrip("."), arguments)
+        text = str(error.format_message()).rstrip(".")
+        return UsageError(text[0].lower() + text[1:])
     if isinstance(error, OSError):
         prefix = f"{error.filename}: " if error.filename else ""
         return KdError(f"{prefix}{reason(error)}", "Check the path, its permissions and free space.")
-    message = (
-        str(error) if isinstance(error, RuntimeError) else ""
-    )  # torch raises RuntimeError, on CPU and GPU
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in message or "out of memory" in message:
+    allocation = isinstance(error, RuntimeError) and re.search(
+        "DefaultCPUAllocator|out of memory", str(error)
+    )
+    if isinstance(error, MemoryError) or allocation:  # torch raises RuntimeError, on CPU and GPU
         return KdError("out of memory", "Use smaller images, fewer of them, or a smaller batch.")
     return KdError(
         f"unexpected {type(error).__name__}: {error}",
         "This is a bug in kd: please report it with the output of the same command and --debug.",
     )
-
-
-def _usage_error(message: str, arguments: list[str]) -> UsageError:
-    command = next((word for word in arguments if word in COMMANDS), "")
-    hint = f"See {' '.join(filter(None, ('kd', command)))} --help."
-    if message.startswith("No such command"):
-        close = difflib.get_close_matches(message.split("'")[1] if "'" in message else "", COMMANDS, 1)
-        hint = f"Did you mean kd {close[0]}?" if close else f"Commands are {', '.join(COMMANDS)}."
-    return UsageError(message[0].lower() + message[1:], hint)

@@ -14,10 +14,15 @@ from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import write_text
 from kdcli.cli import _ui
 from kdcli.cli._find import existing_model
-from kdcli.cli._options import options_of
+from kdcli.cli._options import examples, options_of
 
 if TYPE_CHECKING:
     from kdcli.deploy.bench import BenchResult, Row
+
+EPILOG = examples(
+    "kd bench --data cifar10 --plot bench.svg",
+    "kd bench runs/*/student.pt exports/*.onnx --engine onnxruntime --json",
+)
 
 
 @options_of(BenchConfig)
@@ -202,12 +207,3 @@ def _footnotes(result: BenchResult) -> list[str]:
             lines.append(f"{label} is slower or bigger than its teacher: {row.verdict}")
         lines += [f"{label}: {note}" for note in row.notes]
     return lines
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command(
-        "bench",
-        epilog="[bold]kd bench --data cifar10 --plot bench.svg[/bold]\n\n"
-        "[bold]kd bench runs/*/student.pt exports/*.onnx --engine onnxruntime --json[/bold]",
-    )(bench)

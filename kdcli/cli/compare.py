@@ -14,7 +14,7 @@ from kdcli.base.config import RUN, CompareConfig, make
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.recipes import read_recipe
 from kdcli.cli import _ui
-from kdcli.cli._options import Recipe, options_of
+from kdcli.cli._options import Recipe, examples, options_of
 from kdcli.methods import TrainConfig
 
 if TYPE_CHECKING:
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 _PER_RUN = {"method", "seed", "name", "runs_dir", "devices"}
 _CHAIN = {"assistant", "generations"}  # a comparison trains single students
 _WITH_RESUME = {"csv", "markdown"}
+EPILOG = examples(
+    "kd compare --methods ce,logits,kd --seeds 5 --data digits --epochs 20",
+    "kd compare --resume comparisons/NAME",
+)
 
 
 @options_of(CompareConfig, TrainConfig, metavars={"student": "NETWORK"}, without=_PER_RUN | _CHAIN)
@@ -107,12 +111,3 @@ def _show(result: Comparison, plan: Plan) -> None:
     _ui.say(f"wrote {plan.result_file.as_posix()} and figure.svg beside it")
     if not result.failed:
         _ui.next_command(f"kd report {shlex.quote(plan.folder.as_posix())}")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command(
-        "compare",
-        epilog="[bold]kd compare --methods ce,logits,kd --seeds 5 --data digits --epochs 20[/bold]\n\n"
-        "[bold]kd compare --resume comparisons/NAME[/bold]",
-    )(compare)

@@ -10,17 +10,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdcli.base import units
-from kdcli.base.config import ConvertConfig, ExportConfig, make
+from kdcli.base.config import ConvertConfig, ExportConfig, make, words_of
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.text import dims
 from kdcli.cli import _ui
-from kdcli.cli._options import options_of
+from kdcli.cli._options import examples, options_of
 
 if TYPE_CHECKING:
     from kdcli.base.events import OnEvent
     from kdcli.caffe import CaffeFiles, Conversion
     from kdcli.caffe.opencv import Agreement
     from kdcli.data import Splits
+
+EPILOG = examples(
+    "kd convert-caffe weights/cifar10_nin.caffemodel",
+    "kd convert-caffe net.caffemodel --prototxt deploy.prototxt -o weights/net.pt",
+    "kd convert-caffe net.caffemodel --check --to onnx",
+)
 
 
 @options_of(ConvertConfig)
@@ -47,7 +53,7 @@ def convert_caffe(
             raise UsageError("--check needs a caffemodel", "OpenCV does not read caffe-tensorflow's .npy.")
         explicit_data = "data" in options
         needs_data = explicit_data or source.needs_images(config)
-        splits = _load_data(model, source, config, explicit_data, on_event) if needs_data else None
+        splits = _load_data(source, config, explicit_data, on_event) if needs_data else None
         train_images = splits.train.images if splits else None
         # 2. Convert.
         conversion = caffe.to_classifier(
@@ -59,18 +65,16 @@ def convert_caffe(
             on_event=on_event,
         )
         classifier = conversion.classifier
-        if splits:
-            _check_size(model, classifier.input_size, splits)
         # 3. Check against OpenCV, then write.
         images = opencv.check_images(classifier.input_size, train_images)
         agreement = None
         if config.check:
             agreement = opencv.compare_logits(classifier, model, config.prototxt, images, on_event=on_event)
-        if agreement is not None and not agreement.holds:
-            raise KdError(
-                f"OpenCV reads another network from {model}: {agreement.text()}",
-                "No file was written. Convert without --check to write it anyway.",
-            )
+            if not agreement.holds:
+                raise KdError(
+                    f"OpenCV reads another network from {model}: {agreement.text()}",
+                    "No file was written. Convert without --check to write it anyway.",
+                )
         if to_onnx:
             from kdcli.deploy.export import export_classifier
 
@@ -82,12 +86,14 @@ def convert_caffe(
         _ui.json(_to_json(model, target, conversion, agreement))
         return
     _render(conversion, target, agreement)
-    command = ["kd", "validate"]
-    command += ["--teacher", target.as_posix()] if "output" in options else []
-    command += ["--data", config.data] if explicit_data else []
-    command += ["--against", str(model)] if source.kind == "caffe" else []
-    command += ["--prototxt", str(config.prototxt)] if source.kind == "caffe" and config.prototxt else []
-    _ui.next_command(shlex.join(["kd", "bench", target.as_posix()] if to_onnx else command))
+    next_command = ["kd", "bench", target.as_posix()]
+    if not to_onnx:
+        next_command = ["kd", "validate"]
+        next_command += ["--teacher", target.as_posix()] if "output" in options else []
+        next_command += ["--data", config.data] if explicit_data else []
+        if source.kind == "caffe":
+            next_command += words_of("--against", model) + words_of("--prototxt", config.prototxt or ())
+    _ui.next_command(shlex.join(next_command))
 
 
 def _target(model: Path, config: ConvertConfig, *, explicit: bool) -> tuple[Path, bool]:
@@ -101,13 +107,12 @@ def _target(model: Path, config: ConvertConfig, *, explicit: bool) -> tuple[Path
     return config.output, to_onnx
 
 
-def _load_data(
-    model: Path, source: CaffeFiles, config: ConvertConfig, explicit: bool, on_event: OnEvent
-) -> Splits:
+def _load_data(source: CaffeFiles, config: ConvertConfig, explicit: bool, on_event: OnEvent) -> Splits:
+    """The data set of --data, with images of the network's size and channels."""
     from kdcli import data
 
     try:
-        return data.load(
+        splits = data.load(
             config.data,
             data_dir=config.data_dir,
             cache_dir=config.cache_dir,
@@ -121,18 +126,17 @@ def _load_data(
         if explicit or source.input_size is not None:
             raise
         raise KdError(
-            f"{model} does not record its input size, and {error.message}",
+            f"{source.path} does not record its input size, and {error.message}",
             "Set the input size with --image-size, or pass data of that size with --data, or a deploy prototxt "
             "with --prototxt.",
         ) from error
-
-
-def _check_size(model: Path, input_size: tuple[int, int, int], splits: Splits) -> None:
-    if splits.train.input_size != input_size:
+    size = splits.train.input_size
+    if source.input_size not in (None, size):
         raise KdError(
-            f"{model} takes {dims(input_size)} images, {splits.label} has {dims(splits.train.input_size)}",
+            f"{source.path} takes {dims(source.input_size)} images, {splits.label} has {dims(size)}",
             "Pass matching data with --data.",
         )
+    return splits
 
 
 def _render(conversion: Conversion, target: Path, agreement: Agreement | None) -> None:
@@ -182,14 +186,3 @@ def _to_json(
         "parameters": sum(layer.parameters for layer in conversion.layers),
         "layers": [asdict(layer) for layer in conversion.layers],
     }
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command(
-        "convert-caffe",
-        no_args_is_help=True,
-        epilog="[bold]kd convert-caffe weights/cifar10_nin.caffemodel[/bold]\n\n"
-        "[bold]kd convert-caffe net.caffemodel --prototxt deploy.prototxt -o weights/net.pt[/bold]\n\n"
-        "[bold]kd convert-caffe net.caffemodel --check --to onnx[/bold]",
-    )(convert_caffe)

@@ -6,11 +6,9 @@ import contextlib
 import shlex
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import typer
 
 from kdcli.base import units
 from kdcli.base.config import BenchConfig, DemoConfig, ExportConfig, ReportConfig, make
@@ -18,7 +16,7 @@ from kdcli.base.errors import Interrupted, UsageError
 from kdcli.base.events import Event, OnEvent, Progress
 from kdcli.base.files import write_text
 from kdcli.cli import _ui
-from kdcli.cli._options import options_of
+from kdcli.cli._options import examples, options_of
 from kdcli.methods import TrainConfig
 
 if TYPE_CHECKING:
@@ -32,6 +30,10 @@ STUDENT = {"student": "convnet-tiny", "epochs": 60, "batch_size": 64, "lr": 1e-2
 TEACHER_FILE = Path("weights/teacher.pt")
 COMMON = {"data": "digits", "val_fraction": 0.15}
 QUICK_BENCH = {"rounds": 48, "max_seconds": 6, "no_memory": True}  # within two minutes
+EPILOG = examples(
+    "kd demo",
+    "kd demo -o /tmp/demo --seed 1",
+)
 
 
 @options_of(DemoConfig)
@@ -47,8 +49,8 @@ def demo(**options: Any) -> None:
     try:
         with contextlib.chdir(config.output):  # the runs read their files by relative paths
             with _ui.progress() as on_event:
-                outcome = _run(config, on_event)
-            _render(config.output, outcome, time.monotonic() - started)
+                results, best, rows = _run(config, on_event)
+            _render(config.output, results, best, rows, time.monotonic() - started)
     except Interrupted as stopped:
         raise Interrupted(
             "kd demo was stopped", "Rerun it: it starts from the beginning.", exit_code=stopped.exit_code
@@ -69,17 +71,8 @@ def _clear(folder: Path) -> None:
     write_text(marker, "Made by kd demo, which replaces runs/, exports/ and weights/ here.\n")
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """Results of the teacher and the students, the best student, its exports, benchmark rows."""
-
-    results: list[RunResult]
-    best: RunResult
-    exports: list[Path]
-    rows: list[Row]
-
-
-def _run(config: DemoConfig, on_event: OnEvent) -> _Outcome:
+def _run(config: DemoConfig, on_event: OnEvent) -> tuple[list[RunResult], RunResult, list[Row]]:
+    """Results of the teacher and the students, the best student's, and benchmark rows."""
     from kdcli import data, report
     from kdcli.deploy.bench import bench
     from kdcli.deploy.export import export
@@ -104,12 +97,10 @@ def _run(config: DemoConfig, on_event: OnEvent) -> _Outcome:
     best = max(results[1:], key=lambda result: result.val_accuracy or 0.0)
     # 3. Export it.
     exports = []
-    for int8 in (False, True):
-        target = Path(f"exports/{best.config.method}{'-int8' if int8 else ''}.onnx")
-        settings = make(ExportConfig, {"output": target, "int8": int8})
-        exports.append(
-            export(best.run.student, settings, splits, on_event=_titled("3/4 export", on_event)).path
-        )
+    for name, int8 in ((best.config.method, False), (f"{best.config.method}-int8", True)):
+        settings = make(ExportConfig, {"output": Path(f"exports/{name}.onnx"), "int8": int8})
+        exported = export(best.run.student, settings, splits, on_event=_titled("3/4 export", on_event))
+        exports.append(exported.path)
     # 4. Measure all models and write the report.
     measured = bench(
         [TEACHER_FILE, *(result.run.student for result in results[1:]), *exports],
@@ -124,7 +115,7 @@ def _run(config: DemoConfig, on_event: OnEvent) -> _Outcome:
         on_event=_titled("4/4 report", on_event),
     )
     write_text(Path("report.html"), page.html)
-    return _Outcome(results, best, exports, list(measured.rows))
+    return results, best, list(measured.rows)
 
 
 def _titled(title: str, on_event: OnEvent) -> OnEvent:
@@ -138,47 +129,42 @@ def _titled(title: str, on_event: OnEvent) -> OnEvent:
     return forward
 
 
-def _render(folder: Path, outcome: _Outcome, seconds: float) -> None:
-    best, exports = outcome.best, outcome.exports
+def _render(folder: Path, results: list[RunResult], best: RunResult, rows: list[Row], seconds: float) -> None:
     if _ui.settings.json:
         _ui.json(
             {
                 "folder": folder.as_posix(),
                 "seconds": seconds,
                 "best": best.config.method,
-                "runs": [result.to_json() for result in outcome.results],
-                "rows": [{**vars(row), "path": row.path.as_posix()} for row in outcome.rows],
+                "runs": [result.to_json() for result in results],
+                "rows": [{**vars(row), "path": row.path.as_posix()} for row in rows],
             }
         )
         return
     # each model on the engine it is deployed with; the benchmark exports a checkpoint for that
-    rows = [row for row in outcome.rows if row.engine == "onnxruntime"]
+    rows = [row for row in rows if row.engine == "onnxruntime"]
     _ui.table(
         ["method", "test %", "agree %", "params", "size", "latency", "speed-up"],
-        [_cells(row, exports) for row in rows],
+        [_cells(row) for row in rows],
         marked=[row.path for row in rows].index(best.run.student),
     )
     count = best.evaluation.count
-    _ui.say()
     _ui.say(
-        f"digits, {count} test images: one image is {100 / count:.2f} points; small differences are noise."
+        f"\ndigits, {count} test images: one image is {100 / count:.2f} points; small differences are noise.\n"
+        "size, latency: of the network alone, one image, onnxruntime; speed-up: over the teacher.\n"
+        f"best on the validation split: {best.config.method}\n"
+        f"done in {_ui.clock(seconds)}; everything is in {folder.as_posix()}/:\n"
+        f"  teacher   {TEACHER_FILE.as_posix()}\n"
+        "  students  runs/<method>/student.pt\n"
+        f"  ONNX      exports/{best.config.method}.onnx\n"
+        f"  int8      exports/{best.config.method}-int8.onnx\n"
+        "  report    report.html"
     )
-    _ui.say("size, latency: of the network alone, one image, onnxruntime; speed-up: over the teacher.")
-    _ui.say(f"best on the validation split: {best.config.method}")
-    _ui.say(f"done in {_ui.clock(seconds)}; everything is in {folder.as_posix()}/:")
-    for text, path in (
-        ("teacher ", TEACHER_FILE),
-        ("students", Path("runs/<method>/student.pt")),
-        ("ONNX    ", exports[0]),
-        ("int8    ", exports[1]),
-        ("report  ", Path("report.html")),
-    ):
-        _ui.say(f"  {text}  {path.as_posix()}")
     _ui.next_command(f"cd {shlex.quote(folder.as_posix())} && kd test {best.run.student.as_posix()}")
 
 
-def _cells(row: Row, exports: list[Path]) -> list[str]:
-    name = row.path.name if row.path in exports else row.path.parent.name
+def _cells(row: Row) -> list[str]:
+    name = row.path.name if row.path.suffix == ".onnx" else row.path.parent.name
     return [
         "teacher" if row.is_teacher else name,
         _ui.percent(row.accuracy),
@@ -188,8 +174,3 @@ def _cells(row: Row, exports: list[Path]) -> list[str]:
         f"{row.latency_ms * 1e3:.0f} µs",
         "1.0×" if row.is_teacher or row.speedup is None else f"{row.speedup:.1f}×",
     ]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("demo", epilog="[bold]kd demo[/bold]\n\n[bold]kd demo -o /tmp/demo --seed 1[/bold]")(demo)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import shlex
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
@@ -12,29 +10,31 @@ import typer
 
 from kdcli.base import units
 from kdcli.base.config import DownloadConfig, make
-from kdcli.base.errors import Interrupted, KdError, UsageError
+from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import expand
 from kdcli.cli import _ui
-from kdcli.cli._options import options_of
-from kdcli.cli.app import Terminated
+from kdcli.cli._options import examples, options_of
 from kdcli.data import catalog
 from kdcli.data.catalog import DOWNLOADS, RemoteFile
 
 if TYPE_CHECKING:
-    from kdcli.data.download import FetchResult, LocalState
+    from kdcli.data.download import FetchResult
 
 ALL = "all"
-Wanted = list[tuple[RemoteFile, Path]]
-_NEXT = {
-    "cifar10": "kd train --method ce",
-    "cifar100": "kd train --method ce --data cifar100",
-    "svhn": "kd train --method ce --data svhn",
-    "mnist": "kd train --method ce --data mnist",
-    "fashion-mnist": "kd train --method ce --data fashion-mnist",
-    "nin": "kd convert-caffe {weights}/cifar10_nin.caffemodel",
-    "seed-weights": "kd convert-caffe {weights}/teacher.npy",
+Files = list[tuple[RemoteFile, Path, str | None]]  # with target, and source or None for the file's mirrors
+_TEACHERS = {"nin": "cifar10_nin.caffemodel", "seed-weights": "teacher.npy"}
+_STATUS = {"present": "already there", "downloaded": "downloaded", "copied": "copied"}
+_STATE = {
+    "present": "there",
+    "partial": "{kept} there",
+    "absent": "to fetch",
+    "other": "another file, to replace",
 }
-_DONE = {"present": "already there", "downloaded": "downloaded", "copied": "copied"}
+EPILOG = examples(
+    "kd download nin",
+    "kd download cifar10 --from ~/cifar10.tar.gz",
+    "kd download mnist --dry-run",
+)
 
 
 @options_of(DownloadConfig)
@@ -54,213 +54,135 @@ def download(
     Files that are there already and right are left alone; a download that was cut off goes on where it was.
     """
     config = make(DownloadConfig, options)
-    names = _names(what)
-    wanted = [(remote, _folder(remote, config) / remote.name) for name in names for remote in DOWNLOADS[name]]
-    sources = _sources(what, wanted, config.source)
-    wanted = [(remote, target) for remote, target in wanted if remote.name in sources]
+    if what not in (*DOWNLOADS, ALL):
+        raise UsageError(f"unknown download: {what}", f"Choose from {', '.join([*DOWNLOADS, ALL])}.")
+    names = [name for name in DOWNLOADS if name in catalog.ALL] if what == ALL else [what]
+    remotes = [remote for name in names for remote in DOWNLOADS[name]]
+    sources = _sources(what, remotes, config.source)
+    folders = {"data": config.data_dir, "weights": config.weights_dir}
+    files = [
+        (remote, folders[remote.folder] / remote.name, sources[remote.name])
+        for remote in remotes
+        if remote.name in sources
+    ]
     if config.dry_run:
-        _list(wanted, sources)
+        _list(files)
         return
+    _fetch(files)
+    name = "nin" if "nin" in names else names[0]
+    if name in _TEACHERS:
+        _ui.next_command(f"kd convert-caffe {(config.weights_dir / _TEACHERS[name]).as_posix()}")
+    else:
+        _ui.next_command(f"kd train --method ce --data {name}")
+
+
+def _fetch(files: Files) -> None:
+    """Fetch each file, with a bar; the errors of some are raised after the others are fetched."""
+    from kdcli.data import download as downloads
+
     results: list[FetchResult] = []
     failures: list[tuple[RemoteFile, KdError]] = []
-    for remote, target in wanted:
+    for remote, target, source in files:
         try:
-            results.append(_fetch(remote, target, sources[remote.name], _command(what, config)))
-        except Interrupted:
-            raise
+            with _ui.progress() as on_event:
+                result = downloads.fetch(remote, target, source=source, on_event=on_event)
         except KdError as problem:
             failures.append((remote, problem))
+            continue
+        results.append(result)
+        size = units.size(result.size_bytes)
+        _ui.say(f"{result.path.as_posix()}  {size}  {_STATUS[result.status]}, hash verified")
     if _ui.settings.json:
-        _ui.json(
-            {
-                "files": [
-                    {"path": r.path.as_posix(), "status": r.status, "size_bytes": r.size_bytes}
-                    for r in results
-                ],
-                "failed": [{"name": remote.name, "error": failed.message} for remote, failed in failures],
-            }
-        )
+        done = [
+            {"path": result.path.as_posix(), "status": result.status, "size_bytes": result.size_bytes}
+            for result in results
+        ]
+        failed = [{"name": remote.name, "error": problem.message} for remote, problem in failures]
+        _ui.json({"files": done, "failed": failed})
     for _, earlier in failures[:-1]:
         _ui.error(earlier)
     if failures:
         raise failures[-1][1]
-    _ui.next_command(_NEXT[_next_of(names)].format(weights=config.weights_dir.as_posix()))
 
 
-def _fetch(remote: RemoteFile, target: Path, source: str | None, command: str) -> FetchResult:
-    """One file, with a bar.
-
-    Raises:
-        Interrupted: by Ctrl-C or SIGTERM; it says what is kept, and that `command` goes on from there.
-    """
+def _list(files: Files) -> None:
+    """Print what would be fetched, without a request to any server."""
     from kdcli.data import download as downloads
 
-    try:
-        with _ui.progress() as on_event:
-            result = downloads.fetch(remote, target, source=source, on_event=on_event)
-    except (KeyboardInterrupt, Terminated) as stop:
-        code = 130 if isinstance(stop, KeyboardInterrupt) else 143
+    entries: list[dict[str, Any]] = []
+    for remote, target, source in files:
         state = downloads.inspect(remote, target)
-        if state.status != "partial":
-            raise Interrupted("stopped", f"{command} begins again.", exit_code=code) from stop
-        raise Interrupted(
-            f"stopped: {units.size(state.partial_bytes)} of {remote.name} are kept in {state.partial.as_posix()}",
-            f"{command} goes on from there.",
-            exit_code=code,
-        ) from stop
-    _ui.say(
-        f"{result.path.as_posix()}  {units.size(result.size_bytes)}  {_DONE[result.status]}, hash verified"
-    )
-    return result
-
-
-def _command(what: str, config: DownloadConfig) -> str:
-    """The command as it was typed, to be typed again."""
-    words = ["kd", "download", what]
-    for flag, name in (("--from", "source"), ("--data-dir", "data_dir"), ("--weights-dir", "weights_dir")):
-        value = getattr(config, name)
-        if value != DownloadConfig.model_fields[name].default:
-            words += [flag, str(value)]
-    return shlex.join(words)
-
-
-def _list(wanted: Wanted, sources: dict[str, str | None]) -> None:
-    """What would be fetched; nothing is asked of any server."""
-    from kdcli.data import download as downloads
-
-    states = [downloads.inspect(remote, target) for remote, target in wanted]
-    missing = [
-        None if remote.size_bytes is None else remote.size_bytes - state.partial_bytes
-        for (remote, _), state in zip(wanted, states, strict=True)
-        if state.status != "present"
-    ]
-    known = [size for size in missing if size is not None]
-    listed = list(zip(wanted, states, strict=True))
-    _ui.table(
-        ["file", "from", "state", "size"],
-        [
-            [
-                target.as_posix(),
-                _origin(remote, sources[remote.name]),
-                _state(state),
-                "unknown" if remote.size_bytes is None else units.size(remote.size_bytes),
-            ]
-            for (remote, target), state in listed
-        ],
-        left=3,
-    )
-    unknown = len(missing) - len(known)
-    rest = f" and {unknown} file{'s' * (unknown > 1)} of unknown size" if unknown else ""
-    _ui.say(f"to fetch: {units.size(sum(known))}{rest}")
-    if _ui.settings.json:
-        _ui.json(
+        entries.append(
             {
-                "dry_run": True,
-                "files": [
-                    {
-                        "name": remote.name,
-                        "path": target.as_posix(),
-                        "status": state.status,
-                        "size_bytes": remote.size_bytes,
-                        "kept_bytes": state.partial_bytes,
-                        "from": [sources[remote.name]] if sources[remote.name] else list(remote.urls),
-                    }
-                    for (remote, target), state in listed
-                ],
-                "to_fetch_bytes": sum(known),
-                "unknown_sizes": unknown,
+                "name": remote.name,
+                "path": target.as_posix(),
+                "status": state.status,
+                "size_bytes": remote.size_bytes,
+                "kept_bytes": state.partial_bytes,
+                "from": [source] if source else list(remote.urls),
             }
         )
+    missing = [entry for entry in entries if entry["status"] != "present"]
+    known = [entry for entry in missing if entry["size_bytes"] is not None]
+    unknown = len(missing) - len(known)
+    to_fetch = sum(entry["size_bytes"] - entry["kept_bytes"] for entry in known)
+    if _ui.settings.json:
+        _ui.json({"dry_run": True, "files": entries, "to_fetch_bytes": to_fetch, "unknown_sizes": unknown})
+        return
+    rows = [
+        [
+            entry["path"],
+            urlsplit(entry["from"][0]).hostname or entry["from"][0],
+            _STATE[entry["status"]].format(kept=units.size(entry["kept_bytes"])),
+            "unknown" if entry["size_bytes"] is None else units.size(entry["size_bytes"]),
+        ]
+        for entry in entries
+    ]
+    _ui.table(["file", "from", "state", "size"], rows, left=3)
+    rest = f" and {unknown} file{'s' * (unknown > 1)} of unknown size" if unknown else ""
+    _ui.say(f"to fetch: {units.size(to_fetch)}{rest}")
 
 
-def _state(state: LocalState) -> str:
-    return {
-        "present": "there",
-        "partial": f"{units.size(state.partial_bytes)} there",
-        "absent": "to fetch",
-        "other": "another file, to replace",
-    }[state.status]
-
-
-def _origin(remote: RemoteFile, source: str | None) -> str:
-    if source is not None:
-        return source
-    return next((urlsplit(url).hostname or url for url in remote.urls), "")
-
-
-def _names(what: str) -> list[str]:
-    if what == ALL:
-        return [name for name in DOWNLOADS if name in catalog.ALL]
-    if what in DOWNLOADS:
-        return [what]
-    near = difflib.get_close_matches(what, [*DOWNLOADS, ALL], n=1)
-    raise UsageError(
-        f"nothing to download by the name {what}",
-        (f"Did you mean {near[0]}? " if near else "") + f"Known are {', '.join([*DOWNLOADS, ALL])}.",
-    )
-
-
-def _next_of(names: list[str]) -> str:
-    return "nin" if "nin" in names else names[0]
-
-
-def _folder(remote: RemoteFile, config: DownloadConfig) -> Path:
-    return config.data_dir if remote.folder == "data" else config.weights_dir
-
-
-def _sources(what: str, wanted: Wanted, source: str | None) -> dict[str, str | None]:
-    """Where each file comes from (None: its mirrors); a file that is left out stays away.
+def _sources(what: str, remotes: list[RemoteFile], source: str | None) -> dict[str, str | None]:
+    """Source of each file, None for its mirrors; without files that the folder of --from does not have.
 
     Raises:
-        UsageError: --from does not say which file it stands for.
+        UsageError: --from is one address for several files.
+        KdError: --from is a folder or file with none of the files, or does not exist.
     """
     from kdcli.data import download as downloads
 
     if source is None:
-        return {remote.name: None for remote, _ in wanted}
-    several = f"{what} has {len(wanted)} files"
-    if downloads.is_url(source):
-        if source.endswith("/"):
-            return {remote.name: source + PurePosixPath(remote.name).name for remote, _ in wanted}
-        if len(wanted) > 1:
-            raise UsageError(
-                f"{several}: --from {source} is one address",
-                'End it with "/" if all of them lie below it under their own names, or name one target.',
-            )
-        return {wanted[0][0].name: source}
+        return {remote.name: None for remote in remotes}
+    if downloads.is_url(source) and source.endswith("/"):
+        return {remote.name: source + PurePosixPath(remote.name).name for remote in remotes}
     path = expand(source)
-    if path.is_dir():
-        here: dict[str, str | None] = {
+    if not downloads.is_url(source) and path.is_dir():
+        present: dict[str, str | None] = {
             remote.name: str(path / name)
-            for remote, _ in wanted
+            for remote in remotes
             for name in (PurePosixPath(remote.name).name, remote.name)
             if (path / name).is_file()
         }
-        if not here:
-            raise KdError(
-                f"{path} holds none of {', '.join(remote.name for remote, _ in wanted)}",
-                "Give the folder that holds them, or a file.",
-            )
-        return here
-    if len(wanted) == 1:
-        return {wanted[0][0].name: source}
+        if not present:
+            names = ", ".join(remote.name for remote in remotes)
+            raise KdError(f"{path} holds none of {names}", "Give the folder that holds them, or a file.")
+        return present
+    if len(remotes) == 1:
+        return {remotes[0].name: source}
+    if downloads.is_url(source):
+        raise UsageError(
+            f"{what} has {len(remotes)} files: --from {source} is one address",
+            'End it with "/" if all of them lie below it under their own names, or name one target.',
+        )
     if not path.is_file():
         raise KdError(
             f"no such file or folder: {path}", "--from takes a file, a folder or an https:// address."
         )
-    for remote, _ in wanted:
+    for remote in remotes:
         if downloads.is_intact(remote, path):
             return {remote.name: source}
     raise KdError(
         f"{path} is none of the files of {what}: its hash is none of theirs",
-        "Files wanted: " + ", ".join(remote.name for remote, _ in wanted) + ".",
+        f"Files wanted: {', '.join(remote.name for remote in remotes)}.",
     )
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command(
-        "download",
-        epilog="[bold]kd download nin[/bold]\n\n[bold]kd download cifar10 --from ~/cifar10.tar.gz[/bold]\n\n"
-        "[bold]kd download mnist --dry-run[/bold]",
-    )(download)

@@ -11,10 +11,15 @@ from kdcli.base import units
 from kdcli.base.config import ExportConfig, make
 from kdcli.cli import _ui
 from kdcli.cli._find import existing_model
-from kdcli.cli._options import options_of
+from kdcli.cli._options import examples, options_of
 
 if TYPE_CHECKING:
     from kdcli.deploy.export import ExportResult
+
+EPILOG = examples(
+    "kd export runs/kd-lenet-1/student.pt",
+    "kd export student.pt --int8 --with-preprocessing -o app/model.onnx",
+)
 
 
 @options_of(ExportConfig)
@@ -98,13 +103,3 @@ def _show_trials(result: ExportResult) -> None:
         _ui.say("int8 is not faster than float32 here: float32 is kept")
     else:
         _ui.say(f"--int8-recipe {result.quantisation.recipe} gives the same file without trials")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command(
-        "export",
-        no_args_is_help=True,
-        epilog="[bold]kd export runs/kd-lenet-1/student.pt[/bold]\n\n"
-        "[bold]kd export student.pt --int8 --with-preprocessing -o app/model.onnx[/bold]",
-    )(export)

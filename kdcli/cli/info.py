@@ -16,12 +16,16 @@ from kdcli.base.errors import UsageError
 from kdcli.base.text import dims
 from kdcli.cli import _ui
 from kdcli.cli._find import existing_model
-from kdcli.cli._options import options_of
+from kdcli.cli._options import examples, options_of
 
 if TYPE_CHECKING:
     from kdcli.deploy.info import ModelInfo
 
 _MAX_CLASSES = 20
+EPILOG = examples(
+    "kd info exports/kd-lenet-1.onnx",
+    "kd info lenet --classes 100 --image-size 64",
+)
 
 
 @options_of(InfoConfig)
@@ -92,13 +96,3 @@ def _flat(values: dict[str, Any], before: str = "") -> Iterator[list[str]]:
                 name,
                 value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str),
             ]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command(
-        "info",
-        no_args_is_help=True,
-        epilog="[bold]kd info exports/kd-lenet-1.onnx[/bold]\n\n"
-        "[bold]kd info lenet --classes 100 --image-size 64[/bold]",
-    )(info)

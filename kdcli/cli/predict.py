@@ -10,7 +10,12 @@ import typer
 from kdcli.base.config import PredictConfig, make
 from kdcli.cli import _ui
 from kdcli.cli._find import existing_model
-from kdcli.cli._options import options_of
+from kdcli.cli._options import examples, options_of
+
+EPILOG = examples(
+    "kd predict exports/kd-lenet-1.onnx cat.jpg",
+    "kd predict runs/kd-lenet-1/student.pt photos/ --top-k 1 --json",
+)
 
 
 @options_of(PredictConfig)
@@ -59,13 +64,3 @@ def predict(
         for one in found
     ]
     _ui.table(["image", "class", "probability, %"], rows, left=2)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command(
-        "predict",
-        no_args_is_help=True,
-        epilog="[bold]kd predict exports/kd-lenet-1.onnx cat.jpg[/bold]\n\n"
-        "[bold]kd predict runs/kd-lenet-1/student.pt photos/ --top-k 1 --json[/bold]",
-    )(predict)

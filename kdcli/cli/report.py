@@ -12,12 +12,15 @@ from kdcli.base.config import ReportConfig, make
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import write_text
 from kdcli.cli import _ui
-from kdcli.cli._options import options_of
+from kdcli.cli._options import examples, options_of
 
 if TYPE_CHECKING:
     from kdcli.report import Report
 
-_MAX_NAMES = 8
+EPILOG = examples(
+    "kd report -o report.html",
+    "kd report runs/kd-lenet-1 runs/ce-lenet-1 --bench bench.json",
+)
 
 
 @options_of(ReportConfig)
@@ -67,8 +70,7 @@ def _show(made: Report, config: ReportConfig) -> None:
 
     size = config.output.stat().st_size
     for reason, names in reason_groups(made.left_out):
-        more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-        _ui.note(f"left out, {reason}: {', '.join(names[:_MAX_NAMES])}{more}")
+        _ui.note(f"left out, {reason}: {', '.join(names)}")
     for line in made.notes:
         _ui.note(line)
     if _ui.settings.json:
@@ -97,12 +99,3 @@ def _show(made: Report, config: ReportConfig) -> None:
         ],
     )
     _ui.say(f"wrote {config.output.as_posix()} ({units.size(size)}); it opens in any browser")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command(
-        "report",
-        epilog="[bold]kd report -o report.html[/bold]\n\n"
-        "[bold]kd report runs/kd-lenet-1 runs/ce-lenet-1 --bench bench.json[/bold]",
-    )(report)

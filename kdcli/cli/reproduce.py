@@ -10,10 +10,15 @@ import typer
 from kdcli.base.config import ReproduceConfig, make
 from kdcli.base.errors import KdError
 from kdcli.cli import _ui
-from kdcli.cli._options import options_of
+from kdcli.cli._options import examples, options_of
 
 if TYPE_CHECKING:
     from kdcli.studies.reproduce import Reproduction
+
+EPILOG = examples(
+    "kd reproduce runs/kd-lenet-1",
+    "kd reproduce runs/kd-lenet-1 --tolerance 0.3 --json",
+)
 
 
 @options_of(ReproduceConfig)
@@ -62,12 +67,3 @@ def _show(result: Reproduction) -> None:
         _ui.say(f"different: {line}")
     if result.tensors_differ and not result.circumstances:
         _ui.say("machine, versions and threads are equal")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command(
-        "reproduce",
-        epilog="[bold]kd reproduce runs/kd-lenet-1[/bold]\n\n"
-        "[bold]kd reproduce runs/kd-lenet-1 --tolerance 0.3 --json[/bold]",
-    )(reproduce)

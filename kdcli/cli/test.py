@@ -10,10 +10,15 @@ import typer
 from kdcli.base.config import TestConfig, make
 from kdcli.cli import _ui
 from kdcli.cli._find import data_for, existing_model
-from kdcli.cli._options import options_of
+from kdcli.cli._options import examples, options_of
 
 if TYPE_CHECKING:
     from kdcli.engine import Evaluation
+
+EPILOG = examples(
+    "kd test runs/kd-lenet-1/student.pt --plot confusion.png",
+    "kd test exports/kd-lenet-1.onnx --json",
+)
 
 
 @options_of(TestConfig)
@@ -90,32 +95,17 @@ def _render(title: str, result: Evaluation, classes: tuple[str, ...]) -> None:
 
 def _recorded_teacher(provenance: dict[str, Any]) -> Path | None:
     """The teacher recorded in a student, if its file is unchanged."""
+    from kdcli.base.files import sha256_file
     from kdcli.teacher.recorded import teachers_of
 
-    found = teachers_of(provenance)
-    if len(found) > 1:
-        _ui.note(f"trained by {len(found)} teachers: pass one with --teacher to compare with it")
-    if len(found) != 1:
+    recorded = teachers_of(provenance)
+    if len(recorded) > 1:
+        _ui.note(f"trained by {len(recorded)} teachers: pass one with --teacher to compare with it")
+    if len(recorded) != 1:
         return None
-    [(path, sha256)] = found
-    if not path.is_file():
-        _ui.note(f"teacher {path} not found: agreement is not measured; pass the teacher with --teacher")
-        return None
-    from kdcli.base.files import sha256_file
-
-    if sha256_file(path) != sha256:
-        _ui.note(
-            f"{path} has changed since training: agreement is not measured; pass a teacher with --teacher"
-        )
-        return None
-    return path
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command(
-        "test",
-        no_args_is_help=True,
-        epilog="[bold]kd test runs/kd-lenet-1/student.pt --plot confusion.png[/bold]\n\n"
-        "[bold]kd test exports/kd-lenet-1.onnx --json[/bold]",
-    )(test)
+    [(path, sha256)] = recorded
+    if path.is_file() and sha256_file(path) == sha256:
+        return path
+    problem = "has changed since training" if path.is_file() else "not found"
+    _ui.note(f"teacher {path} {problem}: agreement is not measured; pass a teacher with --teacher")
+    return None

@@ -15,11 +15,17 @@ from kdcli.base.config import RUN, make
 from kdcli.base.errors import UsageError
 from kdcli.base.recipes import read_recipe
 from kdcli.cli import _ui
-from kdcli.cli._options import Recipe, options_of
+from kdcli.cli._options import Recipe, examples, options_of
 from kdcli.methods import TrainConfig
 
 if TYPE_CHECKING:
     from kdcli.engine import RunDir, RunResult
+
+_METHODS = " · ".join(f"[bold]{name}[/bold] {entry.summary}" for name, entry in methods.METHODS.items())
+EPILOG = f"[bold]Methods[/bold]  {_METHODS}\n\n" + examples(
+    "kd train --method noisy --noisy-ratio 0.5",
+    "kd train --method ce --student nin --data digits --image-size 32 --epochs 20",
+)
 
 
 @options_of(TrainConfig, metavars={"method": "NAME[+NAME…]", "student": "NETWORK"})
@@ -40,45 +46,34 @@ def train(
     """
     run = None
     if resume is not None:
-        run, config = _resumed(resume, recipe, options)
+        from kdcli.engine import RunDir, continued
+
+        if recipe is not None or set(options) - {"method"}:
+            raise UsageError(
+                "--resume continues a run with its own settings and takes no other option",
+                "Omit the other options, or start a new run.",
+            )
+        run = RunDir.existing(resume)
+        config = run.read_config()
     else:
         config = make(TrainConfig, {**(read_recipe(recipe, options) if recipe else {}), **options})
-        _ui.settings.follower = _is_follower(config)
-        methods.check_typed(config, options.get("method"), str(recipe))
+    _ui.settings.follower = _is_follower(config)
+    methods.check_typed(config, options.get("method"), str(resume or recipe))  # before its code is imported
+    if run is not None:
+        if options.get("method", config.method) != config.method:
+            raise UsageError(
+                f"{resume} was started with --method {config.method}", "Omit --method, or start a new run."
+            )
+        _check_inputs(config, run)
+        config = continued(run)
+    else:
         unread = methods.unread(config.method, options)
         _ui.note_ignored(options, unread, f"with --method {config.method}")
     if config.unlabelled is not None:
         methods.objective(config).check(unlabelled=True)
-    if config.student_file is not None and not config.student_file.is_file():
-        raise UsageError(
-            f"no such student: {config.student_file}", "--student takes a network's name or a .pt file."
-        )
     results, data_label = _train(config, run, options)
     if results:  # rank 0
         _render(results, data_label)
-
-
-def _resumed(resume: Path, recipe: str | None, options: dict[str, Any]) -> tuple[RunDir, TrainConfig]:
-    """The run to continue and its settings."""
-    method = options.get("method")
-    own = method is not None and methods.is_custom(method)
-    if recipe is not None or set(options) - ({"method"} if own else set()):
-        raise UsageError(
-            "--resume continues a run with its own settings and takes no other option",
-            "Omit the other options, or start a new run.",
-        )
-    from kdcli.engine import RunDir, continued
-
-    run = RunDir.existing(resume)
-    config = run.read_config()
-    _ui.settings.follower = _is_follower(config)
-    methods.check_typed(config, method, str(resume))
-    if own and method != config.method:
-        raise UsageError(
-            f"{resume} was started with --method {config.method}", "Omit --method, or start a new run."
-        )
-    _check_inputs(config, resume)
-    return run, continued(run)
 
 
 def _is_follower(config: TrainConfig) -> bool:
@@ -87,20 +82,16 @@ def _is_follower(config: TrainConfig) -> bool:
     return several and os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) != "0"
 
 
-def _check_inputs(config: TrainConfig, resume: Path) -> None:
+def _check_inputs(config: TrainConfig, run: RunDir) -> None:
     """Check that the run's input files exist; relative paths refer to the folder where it was started."""
-    needs_teacher = methods.objective(config).needs_teacher
-    inputs = [("teacher", path) for path in (config.teacher if needs_teacher else ())]
-    if config.student_file is not None:
-        inputs.append(("initial student", config.student_file))
+    teachers = config.teacher if methods.objective(config).needs_teacher else ()
+    inputs = [*teachers, config.student_file, config.unlabelled]
     if Path(config.data).parent != Path():
-        inputs.append(("data", files.expand(config.data)))
-    if config.unlabelled is not None:
-        inputs.append(("unlabelled images", files.expand(str(config.unlabelled))))
-    for kind, path in inputs:
-        if not path.exists():
+        inputs.append(Path(config.data))
+    for path in inputs:
+        if path is not None and not files.expand(str(path)).exists():
             raise UsageError(
-                f"{kind} {path} of {resume} not found", "Resume from the folder where the run was started."
+                f"{path} of {run.path} not found", "Resume from the folder where the run was started."
             )
 
 
@@ -173,15 +164,3 @@ def _teacher_passes(result: RunResult) -> str:
     if methods.objective(config).needs_teacher and cache_mode(config) == "off":
         return "in every step"
     return f"on {result.teacher_passes} view{'s' * (result.teacher_passes != 1)}"
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command(
-        "train",
-        epilog="[bold]Methods[/bold]  "
-        + " · ".join(f"[bold]{name}[/bold] {entry.summary}" for name, entry in methods.METHODS.items())
-        + "\n\n"
-        "[bold]kd train --method noisy --noisy-ratio 0.5[/bold]\n\n"
-        "[bold]kd train --method ce --student nin --data digits --image-size 32 --epochs 20[/bold]",
-    )(train)

@@ -13,13 +13,17 @@ from kdcli.base.config import make, words_of
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.recipes import read_recipe
 from kdcli.cli import _ui
-from kdcli.cli._options import Recipe, options_of
+from kdcli.cli._options import Recipe, examples, options_of
 from kdcli.studies.tune.settings import SEARCH, TuneConfig
 
 if TYPE_CHECKING:
     from kdcli.studies.tune.summary import TuneResult
 
 _TOP = 10  # trials shown
+EPILOG = examples(
+    "kd tune --tune tau=1:10 --tune lamda=0:1 --trials 30",
+    "kd tune --method ce --tune lr=1e-4:1e-1 --tune 'optimizer=adam|sgd' --data digits",
+)
 
 
 @options_of(
@@ -138,12 +142,3 @@ def _cell(value: Any) -> str:
     if value is None:
         return "—"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command(
-        "tune",
-        epilog="[bold]kd tune --tune tau=1:10 --tune lamda=0:1 --trials 30[/bold]\n\n"
-        "[bold]kd tune --method ce --tune lr=1e-4:1e-1 --tune 'optimizer=adam|sgd' --data digits[/bold]",
-    )(tune)

@@ -11,7 +11,12 @@ from kdcli.base.config import ValidateConfig, make
 from kdcli.base.errors import KdError
 from kdcli.cli import _ui
 from kdcli.cli._find import data_for
-from kdcli.cli._options import options_of
+from kdcli.cli._options import examples, options_of
+
+EPILOG = examples(
+    "kd validate --data cifar10",
+    "kd validate --against weights/cifar10_nin.caffemodel",
+)
 
 
 @options_of(ValidateConfig)
@@ -37,10 +42,12 @@ def validate(**options: Any) -> None:
         splits = data_for(teacher, config.teacher, config.data, config, on_event, config.image_size)
         agreement = None
         if config.against is not None:
-            count = min(config.images, len(splits.test))
-            rows = np.arange(count) * len(splits.test) // count  # spread: folders are sorted by class
+            total = len(splits.test)
+            count = min(config.images, total)
+            rows = np.arange(count) * total // count  # spread: folders are sorted by class
+            images = take(splits.test.images, rows)
             agreement = opencv.compare_logits(
-                teacher, config.against, config.prototxt, take(splits.test.images, rows), on_event=on_event
+                teacher, config.against, config.prototxt, images, on_event=on_event
             )
         result = evaluate(teacher, splits.test, task="validating", on_event=on_event)
     published = str(teacher.provenance.get("published") or "")
@@ -79,12 +86,3 @@ def validate(**options: Any) -> None:
     command += ["--data", config.data] if "data" in options else []
     command += ["--teacher", str(config.teacher)] if "teacher" in options else []
     _ui.next_command(shlex.join(command))
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command(
-        "validate",
-        epilog="[bold]kd validate --data cifar10[/bold]\n\n"
-        "[bold]kd validate --against weights/cifar10_nin.caffemodel[/bold]",
-    )(validate)

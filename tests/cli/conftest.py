@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -26,6 +27,7 @@ def kd(workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
         capfd.readouterr()
         with pytest.raises(SystemExit) as left:
             cli.main()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # for pytest
         out, err = capfd.readouterr()
         return Outcome(int(left.value.code or 0), out, err)
 

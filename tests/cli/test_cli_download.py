@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from kdcli.base.errors import KdError, UsageError
 from kdcli.cli import _ui, download
+from kdcli.cli.app import add_command
 from kdcli.data import download as downloads
 from kdcli.data.catalog import RemoteFile
 
@@ -51,7 +52,7 @@ def mirror(tmp_path: Path) -> Path:
 def kd(*arguments: str) -> Any:
     app = typer.Typer()
     app.callback()(lambda: None)
-    download.register(app)
+    add_command(app, download)
     return CliRunner().invoke(app, ["download", *arguments])
 
 
@@ -151,7 +152,7 @@ def test_a_dry_run_lists_and_does_nothing(
 
 def test_usage(workplace: Path, mirror: Path) -> None:
     for arguments, message in (
-        (("cifar",), "Did you mean cifar10"),
+        (("cifar",), "Choose from nin, cifar10, all"),
         (("nin", "--from", "https://example.org/x"), 'End it with "/"'),
     ):
         result = kd(*arguments)

@@ -351,7 +351,7 @@ def test_a_run_with_code_goes_on_where_the_same_code_is_typed(
     call = command_line(monkeypatch, train_command)
     for words, told in (
         ("--resume runs/cut", "names a method that is code"),
-        ("--resume runs/cut --method ce", "takes no other option"),
+        ("--resume runs/cut --method ce", "names a method that is code"),
         ("--resume runs/cut --method resumed:other", "names a method that is code"),
         ("--resume runs/cut --method resumed:sing --epochs 3", "takes no other option"),
     ):
