@@ -110,6 +110,11 @@ def image_folder(folder: Path) -> None:
                 Image.fromarray(pixels).save(place / f"{number}.png")
 
 
+def slow(*values: Any) -> Any:
+    """A parameter set for `pytest.mark.parametrize` that only the slow tests cover."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def digits_student(path: Path, arch: str = "convnet-tiny", **provenance: Any) -> Path:
     """An untrained network for the digits, with the provenance that kd train writes."""
     torch.manual_seed(1)

@@ -18,7 +18,7 @@ import torch
 from kdcli.base.runtime import World
 from kdcli.models import checkpoint
 from kdcli.teacher.cache import PART
-from tests.helpers import CLOCKS
+from tests.helpers import CLOCKS, ROOT
 
 # a run's command line, with the teacher's pass cut into parts small enough that both processes get some
 DRIVER = f"""
@@ -47,7 +47,7 @@ DIGITS = (
 
 def launch(folder: Path, *words: str, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     (folder / "driver.py").write_text(DRIVER)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, *before, "driver.py", "train", *DIGITS, *words],
         cwd=folder,
@@ -102,7 +102,8 @@ DROPOUT = shlex.split(
 )
 
 
-def test_two_processes_and_torchrun_give_the_losses_of_one(folder: Path) -> None:
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(folder: Path) -> None:
     """Batch norm, noise, a teacher's pass divided in two; the cache of one serves the other."""
     train(folder, *NOISY, "--name", "two", "--devices", "2")
     made = json.loads(next((folder / "cache/teacher").glob("*/manifest.json")).read_text())
@@ -114,6 +115,11 @@ def test_two_processes_and_torchrun_give_the_losses_of_one(folder: Path) -> None
     assert_same_losses(folder, "one", "two")
     environment = json.loads((folder / "runs/two/environment.json").read_text())
     assert environment["processes"] == 2
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_bits_of_two_processes(folder: Path) -> None:
+    train(folder, *NOISY, "--name", "launched", "--devices", "2")
     train(
         folder,
         *NOISY,
@@ -121,9 +127,10 @@ def test_two_processes_and_torchrun_give_the_losses_of_one(folder: Path) -> None
         "torchrun",
         before=("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611"),
     )
-    assert digest(folder, "torchrun") == digest(folder, "two")
+    assert digest(folder, "torchrun") == digest(folder, "launched")
 
 
+@pytest.mark.slow
 def test_dropout_and_mixup_do_not_depend_on_the_number_of_processes(folder: Path) -> None:
     train(folder, *DROPOUT, "--name", "dropout-two", "--devices", "2")
     train(folder, *DROPOUT, "--name", "dropout-one")
@@ -138,6 +145,7 @@ FEATURES = shlex.split(
 )
 
 
+@pytest.mark.slow
 def test_methods_that_compare_images_see_the_whole_batch_in_each_process(folder: Path) -> None:
     train(folder, *FEATURES, "--name", "features-two", "--devices", "2")
     train(folder, *FEATURES, "--name", "features-one")
@@ -162,6 +170,7 @@ def test_methods_that_compare_images_see_the_whole_batch_in_each_process(folder:
         torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_resume_exactly(folder: Path) -> None:
     settings = (*NOISY, "--devices", "2", "--save-every", "4steps")
     train(folder, *settings, "--name", "whole")
@@ -176,7 +185,7 @@ def test_two_processes_stop_together_and_resume_exactly(folder: Path) -> None:
         assert process.returncode == 143
         assert err.count("error:") == 1
         assert "kd train --resume runs/cut" in err
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent.parent)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         subprocess.run(
             [sys.executable, "driver.py", "train", "--resume", "runs/cut", "-q"],
             cwd=folder,

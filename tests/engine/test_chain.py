@@ -24,7 +24,7 @@ from kdcli.cli import train
 from kdcli.data import Splits
 from kdcli.engine import RunDir, RunResult, continued, fit, fit_chain, read_metrics, read_result
 from kdcli.models import checkpoint
-from tests.helpers import CLOCKS, ROOT, command_line, config, image_folder, make_splits
+from tests.helpers import CLOCKS, ROOT, command_line, config, image_folder, make_splits, slow
 
 KD = (sys.executable, "-m", "kdcli")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -157,8 +157,8 @@ class _StopInLink:
                 os.kill(os.getpid(), self.sent)
 
 
-@pytest.mark.parametrize("by", ["resume", "repeating"])
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("by", [slow("resume"), "repeating"])
+@pytest.mark.parametrize("number", [slow(0), slow(1), 2, slow(3)])
 def test_stopped_in_any_link_and_continued_it_ends_with_the_same_bits(
     taught: Path, whole: Path, splits: Splits, number: int, by: str
 ) -> None:
@@ -402,6 +402,7 @@ def at(typed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_chain_is_shown_with_a_line_for_each_link(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kd = command_line(monkeypatch, train)
     told = [read_result(Path("runs") / name / "result.json") for name in OF_TYPED]
@@ -430,7 +431,8 @@ def test_a_chain_is_shown_with_a_line_for_each_link(at: Path, monkeypatch: pytes
     assert weights(Path("runs/z")) == weights(Path("runs/x"))
 
 
-def test_what_a_method_does_not_read_is_noted(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_method_does_not_read_is_noted(taught: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image_folder(Path("images"))
     kd = command_line(monkeypatch, train)
     words = shlex.split("--data images --threads 1 --epochs 1 --student convnet-tiny --name c --method ls")
     said = kd(*words, "--assistant", "convnet-small", "--generations", "3")
@@ -442,6 +444,7 @@ def test_what_a_method_does_not_read_is_noted(at: Path, monkeypatch: pytest.Monk
         kd(*words[:-2], "--method", "kd", "--teacher", "teacher.pt", "--assistant", "resnet7")
 
 
+@pytest.mark.slow
 def test_killed_in_each_link_a_chain_goes_on_to_the_same_students(at: Path) -> None:
     """SIGKILL to a real `kd train`; then it is typed again, or any of its links is resumed."""
     for name in OF_TYPED:
@@ -465,6 +468,7 @@ def test_killed_in_each_link_a_chain_goes_on_to_the_same_students(at: Path) -> N
         assert state(Path("runs") / name) == state(Path(name))
 
 
+@pytest.mark.slow
 def test_two_processes_go_through_a_chain_together(at: Path) -> None:
     """The first link is there; the others are trained by both."""
     for name in OF_TYPED[1:]:

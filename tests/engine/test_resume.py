@@ -21,11 +21,12 @@ import torch
 from kdcli import engine
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Event, Note
-from kdcli.engine import RunDir, fit, read_metrics
+from kdcli.data import Splits
+from kdcli.engine import RunDir, fit, read_metrics, read_result
 from kdcli.engine.state import State
 from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint
-from tests.helpers import CLOCKS, ROOT, StopAfter, config, image_folder, make_splits
+from tests.helpers import CLOCKS, ROOT, StopAfter, config, image_folder, make_splits, slow
 
 KILLS = 20
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -48,6 +49,7 @@ def state_of(run: RunDir) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_killed_twenty_times_and_resumed_it_ends_the_same(workplace: Path) -> None:
     """SIGKILL to a real `kd train`: the first while it starts, the others wherever they hit between two lines."""
     image_folder(Path("images"))  # not the digits: scikit-learn alone would be a second of each start
@@ -86,7 +88,7 @@ def test_killed_twenty_times_and_resumed_it_ends_the_same(workplace: Path) -> No
 # --- what must be in the state -------------------------------------------------------------------------------
 
 
-def stopped(name: str, splits: Any, **settings: Any) -> RunDir:
+def stopped(name: str, splits: Splits, **settings: Any) -> RunDir:
     """A run interrupted in the middle of its second epoch, between two lines of metrics."""
     with pytest.raises(Interrupted):
         fit(config(**settings, name=name), splits, on_event=StopAfter(115, signal.SIGINT))
@@ -103,7 +105,8 @@ def rewrite(run: RunDir, change: Callable[[dict[str, Any]], None]) -> None:
 
 SETTINGS: dict[str, Any] = {
     "method": "ce",
-    "student": "nin",
+    "student": "nin",  # it has dropout
+    "width": 0.25,
     "augment": "flip-crop",
     "lr": 1e-3,
     "val_fraction": 0.2,
@@ -113,16 +116,42 @@ TIMES = {"seconds", "epoch_seconds", "logged_seconds", "marks"}
 PARTS = ["weights", "optimizer", *(field.name for field in fields(State) if field.name not in TIMES)]
 
 
+def reference_runs(folder: Path, splits: Splits, **settings: Any) -> Path:
+    """A folder with three runs of the same settings: `whole`, `start` (stopped in its first epoch), `cut`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
+        fit(config(**settings, name="whole"), splits)
+        with pytest.raises(Interrupted):
+            fit(config(**settings, name="start"), splits, on_event=StopAfter(1, signal.SIGINT))
+        stopped("cut", splits, **settings)
+    return folder / "runs"
+
+
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    return make_splits(size=(8, 8, 3))
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, splits: Splits) -> Path:
+    """`reference_runs` of SETTINGS."""
+    return reference_runs(tmp_path_factory.mktemp("reference"), splits, **SETTINGS)
+
+
+def copy_of_cut(reference: Path) -> RunDir:
+    """The interrupted run, copied into the current folder."""
+    shutil.copytree(reference / "cut", "runs/cut")
+    return RunDir.existing(Path("runs/cut"))
+
+
 @pytest.mark.parametrize("part", [None, *PARTS])
 def test_each_part_of_the_state_is_needed(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch, part: str | None
+    workplace: Path, splits: Splits, reference: Path, part: str | None
 ) -> None:
     """A saver that drops any one part is found out; the one that drops none is not."""
-    monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
-    splits = make_splits(size=(8, 8, 3))
-    whole = fit(config(**SETTINGS, name="whole"), splits)
-    fresh = next(iter(checkpoint.load(stopped_at_start(splits).last).state_dict.values()))
-    run = stopped("cut", splits, **SETTINGS)
+    fresh = next(iter(checkpoint.load(reference / "start/last.pt").state_dict.values()))
+    run = copy_of_cut(reference)
 
     def drop(document: dict[str, Any]) -> None:
         training = document["training"]
@@ -138,8 +167,8 @@ def test_each_part_of_the_state_is_needed(
 
     rewrite(run, drop)
     try:
-        resumed = fit(run.read_config(), splits, resume=run)
-        same = state_of(resumed.run) == state_of(whole.run)
+        fit(run.read_config(), splits, resume=run)
+        same = state_of(run) == state_of(RunDir(reference / "whole"))
     except KdError:
         same = False
     assert same == (part is None)
@@ -155,25 +184,28 @@ FEATURES: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def splits_and_teacher(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    splits = make_splits(size=(16, 16, 3))
-    folder = tmp_path_factory.mktemp("teacher")
+def wide_splits() -> Splits:
+    return make_splits(size=(16, 16, 3))
+
+
+@pytest.fixture(scope="module")
+def feature_reference(tmp_path_factory: pytest.TempPathFactory, wide_splits: Splits) -> Path:
+    """`reference_runs` of FEATURES, and their teacher."""
+    folder = tmp_path_factory.mktemp("features")
     made = config(method="ce", student="convnet-small", epochs=1, runs_dir=folder, cache_dir=folder, name="t")
-    return splits, fit(made, splits).run.student
+    teacher = fit(made, wide_splits).run.student
+    return reference_runs(folder, wide_splits, **FEATURES, teacher=teacher)
 
 
-@pytest.mark.parametrize("part", [None, "crd", "reviewkd", "vid", "student_bank", "scaled", "all"])
-def test_what_learns_along_is_part_of_the_state(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch, splits_and_teacher: tuple[Any, Path], part: str | None
+@pytest.mark.parametrize(
+    "part", [None, "crd", *map(slow, ("reviewkd", "vid", "student_bank", "scaled")), "all"]
+)
+def test_adapters_are_part_of_the_state(
+    workplace: Path, wide_splits: Splits, feature_reference: Path, part: str | None
 ) -> None:
-    monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
-    splits, teacher = splits_and_teacher
-    settings = {**FEATURES, "teacher": teacher}
-    whole = fit(config(**settings, name="whole"), splits)
-    with pytest.raises(Interrupted):
-        fit(config(**settings, name="start"), splits, on_event=StopAfter(1, signal.SIGINT))
-    fresh = checkpoint.load(Path("runs/start/last.pt")).training["adapters"]  # type: ignore[index]
-    run = stopped("cut", splits, **settings)
+    start = checkpoint.load(feature_reference / "start/last.pt")
+    fresh = start.training["adapters"]  # type: ignore[index]
+    run = copy_of_cut(feature_reference)
 
     def drop(document: dict[str, Any]) -> None:
         training = document["training"]
@@ -190,29 +222,20 @@ def test_what_learns_along_is_part_of_the_state(
 
     rewrite(run, drop)
     try:
-        resumed = fit(run.read_config(), splits, resume=run)
-        same = state_of(resumed.run) == state_of(whole.run)
+        fit(run.read_config(), wide_splits, resume=run)
+        same = state_of(run) == state_of(RunDir(feature_reference / "whole"))
     except KdError as error:
         assert "does not fit its run" in error.message
         same = False
     assert same == (part is None)
 
 
-def stopped_at_start(splits: Any) -> RunDir:
-    with pytest.raises(Interrupted):
-        fit(config(**SETTINGS, name="start"), splits, on_event=StopAfter(1, signal.SIGINT))
-    return RunDir.existing(Path("runs/start"))
-
-
 def test_the_last_state_is_the_newest_that_can_be_read(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, splits: Splits, reference: Path
 ) -> None:
     """Cut short or with one bit flipped, a state is passed over, with a note, for the one before."""
     monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
-    splits = make_splits(size=(8, 8, 3))
-    settings = {**SETTINGS, "save_every": "2steps", "keep": 3}
-    whole = fit(config(**settings, name="whole"), splits)
-    run = stopped("cut", splits, **settings)
+    run = stopped("cut", splits, **SETTINGS, save_every="2steps", keep=3)
     states = run.saved()
     assert [path.name for path in states] == ["last.pt", "last-000000006.pt", "last-000000004.pt"]
     content = bytearray(states[0].read_bytes())
@@ -225,15 +248,13 @@ def test_the_last_state_is_the_newest_that_can_be_read(
     assert "SHA-256" in told[0]
     assert "last-000000006.pt" in told[1]
     assert "after step 4" in told[2]
-    assert state_of(resumed.run) == state_of(whole.run)
+    assert state_of(resumed.run) == state_of(RunDir(reference / "whole"))
 
 
-def test_with_all_states_damaged_it_says_so_and_touches_nothing(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch
+def test_with_all_states_damaged_the_error_names_the_run_and_its_files_stay(
+    workplace: Path, splits: Splits, reference: Path
 ) -> None:
-    monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
-    splits = make_splits(size=(8, 8, 3))
-    run = stopped("cut", splits, **SETTINGS)
+    run = copy_of_cut(reference)
     for path in run.saved():
         path.write_bytes(b"junk")
     before = run.metrics_file.read_bytes()
@@ -321,11 +342,9 @@ def test_save_every_of_no_meaning(wrong: str) -> None:
 
 
 def test_a_run_resumed_under_other_circumstances_says_so_and_is_marked(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch
+    workplace: Path, splits: Splits, reference: Path
 ) -> None:
-    monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
-    splits = make_splits(size=(8, 8, 3))
-    run = stopped("cut", splits, **SETTINGS)
+    run = copy_of_cut(reference)
     text = run.config_file.read_text()
     run.config_file.write_text(text.replace("lr = 0.001", "lr = 0.002"))
     rewrite(run, lambda document: document["training"]["made_with"].update(torch="2.0"))
@@ -337,8 +356,7 @@ def test_a_run_resumed_under_other_circumstances_says_so_and_is_marked(
     marks = json.loads(run.result_file.read_text())["resumed_with_differences"]
     assert len(marks) == 2
     assert list(result.resumed_with_differences) == marks
-    whole = fit(config(**SETTINGS, name="whole"), splits)
-    assert whole.resumed_with_differences == ()
+    assert read_result(reference / "whole/result.json").resumed_with_differences == ()
 
 
 # --- a full disk ---------------------------------------------------------------------------------------------
@@ -356,6 +374,7 @@ def small_disk(workplace: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_error_and_the_state_before_it_stays(small_disk: Path) -> None:
     """A state takes some 8 MB: two of them fit, the third does not."""
     settings = shlex.split(

@@ -127,6 +127,7 @@ def test_unfolding_undoes_folding() -> None:
     torch.testing.assert_close(network(x), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ce", "logits", "noisy", "kd"])
 def test_a_caffe_net_trains_resumes_and_exports(
     workplace: Path, caffe_net: Path, splits: Splits, method: str, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -27,7 +28,7 @@ from kdcli.models import Classifier, checkpoint
 from kdcli.teacher import CachedLogits, Teacher, runner, teachers_of
 from kdcli.teacher.cache import top_k_of
 from kdcli.teacher.runner import Engine, choose_engine
-from tests.helpers import ROOT, config, image_set, make_splits
+from tests.helpers import ROOT, config, image_set, make_splits, slow
 
 
 @pytest.fixture(autouse=True)
@@ -272,18 +273,20 @@ def test_images_kept_for_validation_are_not_mixed_in(workplace: Path) -> None:
 # --- engine, precision, batch ---------------------------------------------------------------------------------
 
 
-class _Slow:
-    """A clock in which what runs takes the time it is given."""
+FORWARD_OF = functools.cache(runner.forward_of)  # a translation to ONNX takes seconds
+
+
+class SimulatedClock:
+    """A clock by which each engine takes the time it is given."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, cost: dict[str, float]) -> None:
         self.now = 0.0
         self.cost = cost
         self.name = ""
         monkeypatch.setattr("kdcli.base.timing.time.perf_counter", lambda: self.now)
-        made = runner.forward_of
 
         def timed(model: Any, engine: Engine, threads: int = 0) -> Any:
-            forward = made(model, engine, threads)
+            forward = FORWARD_OF(model, engine, threads)
 
             def call(images: torch.Tensor) -> torch.Tensor:
                 self.now += self.cost[f"{engine.name} {engine.precision}"] * (len(images) + 16)
@@ -307,7 +310,7 @@ def test_the_fastest_way_with_the_same_answers_is_chosen(
 
     def engine(costs: dict[str, float], precision: str = "auto") -> Engine:
         with monkeypatch.context() as patch:
-            _Slow(patch, costs)
+            SimulatedClock(patch, costs)
             return choose_engine(model, take, count=90, precision=precision, on_event=lambda event: None)
 
     chosen = engine({**COSTS, "torch bf16": 9.0})
@@ -327,11 +330,12 @@ def test_the_fastest_way_with_the_same_answers_is_chosen(
     assert engine(COSTS, "bf16") == Engine("torch", "bf16")
 
 
+@pytest.mark.slow
 def test_bf16_that_changes_answers_is_not_taken(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, images: ImageSet
 ) -> None:
     model = make_teacher(Path("t.pt"))
-    _Slow(monkeypatch, {**COSTS, "torch bf16": 0.01})
+    SimulatedClock(monkeypatch, {**COSTS, "torch bf16": 0.01})
     made = runner.forward_of
 
     def wrong(model: Any, engine: Engine, threads: int = 0) -> Any:
@@ -356,6 +360,7 @@ def test_onnxruntime_gives_what_torch_gives(workplace: Path, images: ImageSet) -
     np.testing.assert_allclose(found, expected_of(model, images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_warm_cache_needs_neither_the_teachers_weights_nor_onnxruntime(
     workplace: Path,
 ) -> None:
@@ -401,7 +406,7 @@ def test_a_live_onnx_teacher(workplace: Path, monkeypatch: pytest.MonkeyPatch) -
     assert result.teacher_passes == 1  # the test images
 
 
-@pytest.mark.parametrize("count", [3, 63])
+@pytest.mark.parametrize("count", [3, slow(63)])
 def test_fewer_images_than_a_batch_have_views_too(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
