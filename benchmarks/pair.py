@@ -21,7 +21,7 @@ from kdcli import models
 from kdcli.data import ImageSet, Splits, preprocess
 from kdcli.data.images import fingerprint_of
 from kdcli.data.split import split
-from kdcli.methods import losses
+from kdcli.methods.losses import logits as losses
 from kdcli.models import Classifier
 
 Int64 = npt.NDArray[np.int64]

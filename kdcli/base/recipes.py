@@ -28,12 +28,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def read_recipe(name: str, typed: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Settings of a named recipe or a TOML file; keys are kd train's options with underscores or hyphens.
+    """Settings of a recipe in `RECIPES` or of a TOML file; keys are kd train's options with underscores or hyphens.
 
-    Args:
-        name: of a recipe in `RECIPES`, or the file's path.
-        typed: options that will override it. A run's own config.toml says in `filled` which settings followed
-            from others; where something else is typed, these are left out, so that they follow from that.
+    A run's config.toml lists in `filled` the settings that were derived from others. Where an option `typed` on the
+    command line differs from the file, these are left out, and so derived again.
 
     Raises:
         UsageError: no such recipe or file, or not TOML.
@@ -54,9 +52,7 @@ def read_recipe(name: str, typed: Mapping[str, Any] | None = None) -> dict[str, 
     for key, value in document.items():
         setting = "lamda" if key == "lambda" else key.replace("-", "_")
         if setting in values:
-            raise UsageError(
-                f"recipe {name} sets {setting} twice, the second time as {key}", "Keep one of them."
-            )
+            raise UsageError(f"recipe {name} sets {setting} twice, the second time as {key}", "Keep one.")
         values[setting] = value
     if isinstance(filled, list) and any(values.get(key) != value for key, value in (typed or {}).items()):
         values = {key: value for key, value in values.items() if key not in filled}

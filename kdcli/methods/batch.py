@@ -16,12 +16,7 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Features:
-    """Feature maps and embedding of a network.
-
-    Attributes:
-        stages: maps (B, C, H, W) at the end of each stage, from input to output.
-        embedding: (B, D), the input of the last linear layer.
-    """
+    """Feature maps (B, C, H, W) at the end of each stage, and the input (B, D) of the last linear layer."""
 
     stages: tuple[Tensor, ...]
     embedding: Tensor
@@ -37,10 +32,9 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Training:
-    """Facts about a run from which an adapter is made.
+    """Data from which an adapter is made.
 
     Attributes:
-        student, teacher: shapes of their features.
         labels: int64 (N,), of all images of the data set; −1 without a label.
         samples: int64, numbers of the images in the training split.
     """
@@ -61,20 +55,16 @@ class Batch:
     """Inputs of a method in one step.
 
     Attributes:
-        student_logits: (B, C), float32, with gradient.
-        teacher_logits: (B, C), float32; None without a teacher.
+        student_logits, teacher_logits: float32 (B, C); the teacher's are None without a teacher.
         labels: int64 (B,); −1 without a label, which methods that need labels never get.
         samples: int64 (B,), the images' numbers in the data set, the counters of random numbers.
-        epoch: number of the pass, from 0.
-        seed: of the run.
-        other_labels, shares: with mixup, labels (B,) of the images mixed in, and λ (B,), the weight of each image
-            itself; None without.
+        epoch: from 0.
+        other_labels, shares: with mixup, labels (B,) of the images mixed in, and λ (B,), the weight of the own label.
         student_features, teacher_features: None unless a method needs features.
-        adapter: the module that the method's `adapter` made.
-        done: share of the training that is done, 0 … 1.
-        gather: from a process's part of the batch to the whole; gradients flow back. For losses on relations
-            between images.
-        tau: temperature: that of the user, else the method's own.
+        adapter: module that the method's `adapter` made.
+        done: completed share of the training, 0 … 1.
+        gather: from a process's part of the batch to the whole, with gradients, for relations between images.
+        tau: temperature of this step.
     """
 
     student_logits: Tensor

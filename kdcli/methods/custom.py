@@ -9,8 +9,8 @@ import hashlib
 import importlib
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,8 +48,7 @@ def load(name: str) -> Method:
             f"--method {name}: kd has a method {function_name}", "Give the function another name."
         )
     try:
-        with _current_folder_searched():
-            function = getattr(importlib.import_module(module_name), function_name)
+        function = getattr(_import(module_name), function_name)
     except (Exception, SystemExit) as error:  # anything that the module's code raises
         raise UsageError(f"--method {name} cannot be imported: {_line(error)}", _HINT) from error
     if not callable(function):
@@ -61,7 +60,24 @@ def load(name: str) -> Method:
         loss=_checked(name, function),
         source=module_name,
         tau=1.0 if entry.tau is None else entry.tau,
+        keywords={},  # its own settings are no options: they keep their defaults
     )
+
+
+def _import(module: str) -> Any:
+    """Import a module with the current folder in Python's path.
+
+    It is the last folder, and only for the import: a file there with the name of a module that kd imports must not
+    shadow it.
+    """
+    here = str(Path.cwd())
+    sys.path.append(here)
+    importlib.invalidate_caches()  # the file may be younger than Python's listing of the folder
+    try:
+        return importlib.import_module(module)
+    finally:
+        with suppress(ValueError):  # the module's code may have removed it
+            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(here)]
 
 
 def source_digests(name: str) -> dict[str, str]:
@@ -100,22 +116,6 @@ def check_typed(config: TrainConfig, typed: str | None, source: str) -> None:
             f"{source} names a method that is code, {config.method}, and kd runs none because a file says so",
             f"If it is yours, name it: --method {config.method}",
         )
-
-
-@contextmanager
-def _current_folder_searched() -> Iterator[None]:
-    """Put the current folder last in Python's path.
-
-    Last, and only for the import: a file there with the name of a module that kd imports must not shadow it.
-    """
-    here = str(Path.cwd())
-    sys.path.append(here)
-    importlib.invalidate_caches()  # the file may be younger than Python's listing of the folder
-    try:
-        yield
-    finally:
-        with suppress(ValueError):  # the module's code may have removed it
-            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(here)]
 
 
 def _line(error: BaseException) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from kdcli.base.errors import UsageError
 from kdcli.methods.batch import Batch, Training
-from kdcli.methods.registry import method, option
+from kdcli.methods.registry import feature_method, option
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -18,25 +18,15 @@ HintStage = Annotated[
 
 def hint_adapter(training: Training, *, stage: HintStage = 0) -> nn.Module:
     """Regressor from the guided stage's channels to the hint's."""
-    from kdcli.methods import losses
+    from kdcli.methods.losses import maps
 
-    pairs = training.stages
-    return losses.Hint(*pairs[_index(len(pairs), stage)])
+    return maps.Hint(*training.stages[_index(len(training.stages), stage)])
 
 
-@method(
-    "fitnet",
-    source="Romero et al., ICLR 2015, eq. 3",
-    ce=1.0,
-    weight=100.0,
-    needs=("features",),
-    features_only=True,
-    adapter=hint_adapter,
-)
+@feature_method("fitnet", source="Romero et al., ICLR 2015, eq. 3", weight=100.0, adapter=hint_adapter)
 def hint(batch: Batch, *, stage: HintStage = 0) -> Tensor:
     """Regress the maps of a middle stage."""
-    pairs = batch.stages
-    loss: Tensor = batch.adapter(*pairs[_index(len(pairs), stage)])
+    loss: Tensor = batch.adapter(*batch.stages[_index(len(batch.stages), stage)])
     return loss
 
 
@@ -48,19 +38,12 @@ def _index(count: int, stage: int) -> int:
     return (stage or (count + 1) // 2) - 1
 
 
-@method(
-    "at",
-    source="Zagoruyko & Komodakis, ICLR 2017, eq. 2",
-    ce=1.0,
-    weight=1000.0,
-    needs=("features",),
-    features_only=True,
-)
+@feature_method("at", source="Zagoruyko & Komodakis, ICLR 2017, eq. 2", weight=1000.0)
 def attention(batch: Batch) -> Tensor:
     """Match attention maps of all stages."""
-    from kdcli.methods import losses
+    from kdcli.methods.losses import maps
 
-    total: Tensor = sum(losses.attention(student, teacher) for student, teacher in batch.stages)  # type: ignore[assignment]
+    total: Tensor = sum(maps.attention(*pair) for pair in batch.stages)  # type: ignore[assignment]
     return total
 
 
@@ -68,19 +51,12 @@ def variational_adapter(training: Training) -> nn.Module:
     """Regressor and variances of each stage."""
     from torch import nn
 
-    from kdcli.methods import losses
+    from kdcli.methods.losses import maps
 
-    return nn.ModuleList(losses.Variational(*pair) for pair in training.stages)
+    return nn.ModuleList(maps.Variational(*pair) for pair in training.stages)
 
 
-@method(
-    "vid",
-    source="Ahn et al., CVPR 2019",
-    ce=1.0,
-    needs=("features",),
-    features_only=True,
-    adapter=variational_adapter,
-)
+@feature_method("vid", source="Ahn et al., CVPR 2019", adapter=variational_adapter)
 def variational(batch: Batch) -> Tensor:
     """Predict the teacher's maps, with a variance."""
     total: Tensor = sum(layer(*pair) for layer, pair in zip(batch.adapter, batch.stages, strict=True))
@@ -89,26 +65,17 @@ def variational(batch: Batch) -> Tensor:
 
 def review_adapter(training: Training) -> nn.Module:
     """Attention-based fusion of stages."""
-    from kdcli.methods import losses
+    from kdcli.methods.losses import maps
 
-    pairs = training.stages
-    return losses.Review([student for student, _ in pairs], [teacher for _, teacher in pairs])
+    student, teacher = zip(*training.stages, strict=True)
+    return maps.Review(student, teacher)
 
 
-@method(
-    "reviewkd",
-    source="Chen et al., CVPR 2021",
-    ce=1.0,
-    warm_up=1 / 12,
-    needs=("features",),
-    features_only=True,
-    adapter=review_adapter,
-)
+@feature_method("reviewkd", source="Chen et al., CVPR 2021", warm_up=1 / 12, adapter=review_adapter)
 def review(batch: Batch) -> Tensor:
     """Fuse later stages into earlier ones.
 
     The weight rises over 20 of 240 epochs, as in the authors' code.
     """
-    pairs = batch.stages
-    loss: Tensor = batch.adapter([student for student, _ in pairs], [teacher for _, teacher in pairs])
+    loss: Tensor = batch.adapter(*zip(*batch.stages, strict=True))
     return loss

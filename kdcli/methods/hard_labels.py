@@ -10,30 +10,23 @@ from kdcli.methods.registry import CE, method, option
 if TYPE_CHECKING:
     from torch import Tensor
 
+Smoothing = Annotated[
+    float, option("share of a label spread over all classes", name="label_smoothing", ge=0, lt=1)
+]
+
 
 @method(CE, source="cross-entropy", needs=("labels",), needs_teacher=False)
 def cross_entropy(batch: Batch) -> Tensor:
     """Labels alone, no teacher: the baseline."""
-    return _cross_entropy(batch, 0.0)
+    return label_smoothing(batch, smoothing=0.0)
 
 
 @method("ls", source="Szegedy et al., CVPR 2016, section 7", needs=("labels",), needs_teacher=False)
-def label_smoothing(
-    batch: Batch,
-    *,
-    smoothing: Annotated[
-        float, option("share of a label spread over all classes", name="label_smoothing", ge=0, lt=1)
-    ] = 0.1,
-) -> Tensor:
+def label_smoothing(batch: Batch, *, smoothing: Smoothing = 0.1) -> Tensor:
     """Smoothed labels, no teacher: the control."""
-    return _cross_entropy(batch, smoothing)
+    from kdcli.methods.losses import logits as losses
 
-
-def _cross_entropy(batch: Batch, smoothing: float) -> Tensor:
-    from kdcli.methods.losses import labels
-
+    student, labels = batch.student_logits, batch.labels
     if batch.other_labels is None or batch.shares is None:
-        return labels.cross_entropy(batch.student_logits, batch.labels, smoothing)
-    return labels.mixed_cross_entropy(
-        batch.student_logits, batch.labels, batch.other_labels, batch.shares, smoothing
-    )
+        return losses.cross_entropy(student, labels, smoothing)
+    return losses.mixed_cross_entropy(student, labels, batch.other_labels, batch.shares, smoothing)

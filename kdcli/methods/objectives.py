@@ -17,19 +17,11 @@ if TYPE_CHECKING:
 
     from kdcli.methods.settings import TrainConfig
 
-_TEACHER_SETTINGS = (  # of any method with a teacher
-    "teacher",
-    "teacher_weight",
-    "teacher_dropout",
-    "teacher_cache",
-    "teacher_precision",
-    "cache_top_k",
-    "assistant",
-    "generations",
-    "kd_weight",
-)
-_CACHE_SETTINGS = ("cache_top_k", "teacher_cache")  # of methods without features
-_FEATURE_SETTINGS = ("student_stages", "teacher_stages")  # of methods with features
+# settings of `kd train` that only some methods read
+_CHAIN_SETTINGS = ("assistant", "generations")
+_CACHE_SETTINGS = ("cache_top_k", "teacher_cache")  # of methods with a teacher and without features
+_TEACHER_SETTINGS = ("teacher", "teacher_weight", "teacher_dropout", "teacher_precision", "kd_weight")
+_FEATURE_SETTINGS = ("student_stages", "teacher_stages")
 
 
 def parse(name: str) -> tuple[Method, ...]:
@@ -38,25 +30,20 @@ def parse(name: str) -> tuple[Method, ...]:
     Raises:
         UsageError: a method is unknown or named twice, or a function cannot be imported.
     """
-    methods = tuple(_method(word) for word in name.split("+"))
-    names = [method.name for method in methods]
-    twice = next((word for word in names if names.count(word) > 1), None)
-    if twice is not None:
-        raise UsageError(
-            f"method {twice} is named twice in {name}", "Give its term a weight: --weight NAME=W."
-        )
-    return methods
-
-
-def _method(name: str) -> Method:
-    if custom.is_custom(name):
-        return custom.load(name)
-    if name not in METHODS:
-        raise UsageError(
-            f"unknown method: {name}" if name else "a method has no name",
-            f"Known are {', '.join(METHODS)}; joined as in kd+at; or package.module:function, of your own.",
-        )
-    return METHODS[name]
+    methods: dict[str, Method] = {}
+    for word in name.split("+"):
+        if not custom.is_custom(word) and word not in METHODS:
+            raise UsageError(
+                f"unknown method: {word}" if word else "a method has no name",
+                f"Known are {', '.join(METHODS)}; joined as in kd+at; or package.module:function, of your own.",
+            )
+        method = custom.load(word) if custom.is_custom(word) else METHODS[word]
+        if method.name in methods:
+            raise UsageError(
+                f"method {method.name} is named twice in {name}", "Give its term a weight: --weight NAME=W."
+            )
+        methods[method.name] = method
+    return tuple(methods.values())
 
 
 @dataclass(frozen=True)
@@ -72,10 +59,6 @@ class Term:
     weight: Ramp
     tau: Ramp
     settings: Mapping[str, Any]
-
-    def __call__(self, batch: Batch, adapter: nn.Module | None) -> Tensor:
-        """Compute the unweighted loss, a scalar."""
-        return self.method.loss(replace(batch, adapter=adapter, tau=self.tau.at(batch.done)), **self.settings)
 
 
 @dataclass(frozen=True)
@@ -123,11 +106,6 @@ class Objective:
         return any(method.no_mixup for method in self.methods)
 
     @property
-    def trains_head(self) -> bool:
-        """Whether a term reads the student's logits, and so trains the last layer."""
-        return not all(method.features_only for method in self.methods)
-
-    @property
     def default_tau(self) -> float | None:
         """The default temperature of the terms that have one; None if they differ, or none has."""
         taus = {method.tau for method in self.methods if method.tau is not None}
@@ -136,8 +114,7 @@ class Objective:
     @property
     def settings(self) -> dict[str, Any]:
         """Values of the settings of methods that the terms read, by name."""
-        read = {name for method in self.methods for name in method.reads}
-        return {name: getattr(self.config, name) for name in read}
+        return {name: getattr(self.config, name) for method in self.methods for name in method.reads}
 
     def weights(self, done: float = 1.0) -> dict[str, float]:
         """Weight of each term when a share `done` of the training, 0 … 1, is over."""
@@ -153,8 +130,11 @@ class Objective:
 
     def compute(self, batch: Batch, adapters: Mapping[str, nn.Module] | None = None) -> dict[str, Tensor]:
         """Compute the unweighted terms, each a scalar, by name in the order of `terms`."""
-        made = adapters or {}
-        return {name: term(batch, made.get(name)) for name, term in self.terms.items()}
+        found = {}
+        for name, term in self.terms.items():
+            own = replace(batch, adapter=(adapters or {}).get(name), tau=term.tau.at(batch.done))
+            found[name] = term.method.loss(own, **term.settings)
+        return found
 
     def check(self, *, unlabelled: bool = False) -> None:
         """Check that the terms can train a student; `unlabelled`: on images some of which have no label.
@@ -165,22 +145,20 @@ class Objective:
         name = self.config.method
         if unlabelled and self.needs_labels:
             raise UsageError(
-                f"method {name} reads labels, and unlabelled images have none", self._label_free()
+                f"method {name} reads labels, and unlabelled images have none", self._label_free_hint()
             )
-        if not self.trains_head:
+        if all(method.features_only for method in self.methods):
             raise UsageError(
                 f"method {name} reads features alone, and nothing trains the student's last layer",
                 f"Join it with a method of logits, as --method kd+{name}, or give cross-entropy a weight.",
             )
 
-    def _label_free(self) -> str:
-        """A hint at settings that need no labels."""
+    def _label_free_hint(self) -> str:
         others = [method for method in self.methods if method.name != CE]
         if not others or any(method.needs_labels for method in others):
             return "Use a method without labels, as --method logits, or leave --unlabelled out."
         if all(method.features_only for method in others):
-            joined = f"--method logits+{self.config.method}"
-            return f"Join it with a method of logits, which trains the last layer: {joined}"
+            return f"Add a method of logits to train the last layer: --method logits+{self.config.method}"
         share = any(method.balance is not None for method in others)
         more = " or, so that the soft term gets its share, --lamda 0" if share else ""
         return f"Leave cross-entropy out: --ce-weight 0{more}."
@@ -198,12 +176,8 @@ def objective(config: TrainConfig) -> Objective:
     for name, weight in _weights(methods, config).items():
         method = known[name]
         tau = config.tau if config.tau is not None else 1.0 if method.tau is None else method.tau
-        terms[name] = Term(
-            method,
-            weight,
-            Ramp(tau, tau if config.tau_end is None else config.tau_end),
-            method.arguments(method.loss, config),
-        )
+        taus = Ramp(tau, tau if config.tau_end is None else config.tau_end)
+        terms[name] = Term(method, weight, taus, method.arguments(method.loss, config))
     return Objective(config, terms)
 
 
@@ -243,7 +217,7 @@ def unread(name: str, settings: Iterable[str]) -> list[str]:
     foreign = {setting for other in METHODS.values() for setting in other.reads}
     foreign -= {setting for method in methods for setting in method.reads}
     if not any(method.needs_teacher for method in methods):
-        foreign |= set(_TEACHER_SETTINGS)
+        foreign |= {*_TEACHER_SETTINGS, *_CHAIN_SETTINGS, *_CACHE_SETTINGS}
     features = any(method.needs_features for method in methods)
     foreign |= set(_CACHE_SETTINGS if features else _FEATURE_SETTINGS)
     return [setting for setting in settings if setting in foreign]

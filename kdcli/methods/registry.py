@@ -9,8 +9,9 @@ from __future__ import annotations
 import inspect
 import math
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
@@ -29,7 +30,7 @@ _ATTRIBUTE = "__kd_method__"
 
 @dataclass(frozen=True)
 class Option:
-    """Option of a method's own setting: help, name and bounds."""
+    """Option of a method's own setting, made by `option`."""
 
     help: str
     flags: tuple[str, ...]
@@ -51,19 +52,16 @@ def option(help: str, *flags: str, name: str = "", **bounds: Any) -> Option:  # 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to learn.
+    """A distillation loss, its default weights, and its requirements.
 
     Attributes:
-        loss: its own term, unweighted: from a `Batch` and its settings to a scalar.
-        summary, source: one line each, for help and reports.
-        ce, weight: default weights of cross-entropy on the labels and of its own term.
+        loss: computes the unweighted term, a scalar, from a `Batch` and settings.
+        source: paper and equation.
+        ce, weight: default weights of cross-entropy on the labels and of the method's own term.
         warm_up: share of the training over which its own weight rises from 0.
         balance: computes (ce, weight) from settings, in place of the two.
-        tau: its default temperature; None: it has none.
-        needs_teacher: it reads the teacher's logits or features.
-        needs_features: it reads maps or embeddings of both networks: the teacher runs in each step.
-        needs_labels: its own term reads labels.
-        features_only: its own term does not read the student's logits, and so leaves the last layer untrained.
+        tau: default temperature; None for a loss without one.
+        features_only: the loss does not read the student's logits, and so leaves the last layer untrained.
         regresses: the student's logits must take on the teacher's values, beyond their softmax.
         same_network: the teacher is meant to be of the student's own network.
         no_mixup: an image must have one class.
@@ -111,105 +109,78 @@ class Method:
 
 
 def method(
-    name: str = "",
-    *,
-    source: str = "",
-    needs: Sequence[Literal["features", "labels"]] = (),
-    needs_teacher: bool = True,
-    adapter: Callable[..., nn.Module] | None = None,
-    balance: Callable[..., tuple[float, float]] | None = None,
-    ce: float = 0.0,
-    weight: float = 1.0,
-    warm_up: float = 0.0,
-    tau: float | None = None,
-    features_only: bool = False,
-    regresses: bool = False,
-    same_network: bool = False,
-    no_mixup: bool = False,
+    name: str = "", *, needs: Sequence[Literal["features", "labels"]] = (), **attributes: Any
 ) -> Callable[[F], F]:
-    """Describe a function as a method; the arguments are attributes of `Method`.
+    """Describe a function as a method.
 
-    The name is by default the function's, the summary the first line of its docstring. Keyword-only parameters of
-    the function, `adapter` and `balance` are settings: with an `option`, the method's own; without, a general
-    setting of kd train of the same name.
+    Keyword-only parameters of the function, `adapter` and `balance` are settings: with an `option`, the method's own;
+    without, a general setting of kd train of the same name.
+
+    Args:
+        name: by default the function's; the summary is the first line of its docstring.
+        needs: `features` for maps or embeddings of both networks, with which the teacher runs in each step; `labels`.
+        attributes: of `Method`.
 
     Raises:
         ValueError: a weight or temperature out of range, or features without a teacher.
+        TypeError: no such attribute.
     """
-    for key, value in {"ce": ce, "weight": weight, "tau": 1.0 if tau is None else tau}.items():
-        if not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise ValueError(f"@method: {key} must be a number, 0 or more, not {value!r}")
-    if tau == 0:
-        raise ValueError("@method: tau must be above 0")
+    numbers = [attributes.get(key, 1.0) for key in ("ce", "weight", "tau")]
+    if not all(isinstance(each, int | float) and 0 <= each < math.inf for each in numbers) or not numbers[2]:
+        raise ValueError("@method: ce and weight must be numbers, 0 or more, and tau above 0")
     if not set(needs) <= {"features", "labels"}:
         raise ValueError(f"@method: needs takes features and labels, not {needs!r}")
-    if "features" in needs and not needs_teacher:
+    if "features" in needs and not attributes.get("needs_teacher", True):
         raise ValueError("@method: features are the teacher's, too: needs_teacher must be true")
+    attributes |= {"needs_features": "features" in needs, "needs_labels": "labels" in needs}
 
-    def describe(function: F) -> F:
-        own_name = name or function.__name__
-        fields: dict[str, tuple[Any, Any]] = {}
-        keywords: dict[str, str] = {}
-        for part in (function, adapter, balance):
-            for parameter, kind, given in _settings(part) if part is not None else ():
-                key = parameter.name
-                if given is not None:
-                    key = given.name or f"{own_name}_{parameter.name}".replace("-", "_")
-                    text = f"{own_name}: {given.help}."
-                    about = setting(parameter.default, text, OF_METHODS, *given.flags, **given.bounds)
-                    fields[key] = (kind, about)
-                keywords[parameter.name] = key
-        entry = Method(
-            own_name,
-            function,
-            summary_of(function),
-            source,
-            ce,
-            weight,
-            warm_up,
-            balance,
-            tau,
-            needs_teacher=needs_teacher,
-            needs_features="features" in needs,
-            needs_labels="labels" in needs,
-            features_only=features_only,
-            regresses=regresses,
-            same_network=same_network,
-            no_mixup=no_mixup,
-            adapter=adapter,
-            fields=fields,
-            keywords=keywords,
-        )
-        setattr(function, _ATTRIBUTE, entry)
+    def register(function: F) -> F:
+        setattr(function, _ATTRIBUTE, _describe(function, name or function.__name__, attributes))
         return function
 
-    return describe
+    return register
+
+
+# a loss on features alone, beside cross-entropy
+feature_method = partial(method, ce=1.0, needs=("features",), features_only=True)
+
+
+def _describe(function: Callable[..., Any], name: str, attributes: Mapping[str, Any]) -> Method:
+    fields: dict[str, tuple[Any, Any]] = {}
+    keywords: dict[str, str] = {}
+    for part in (function, attributes.get("adapter"), attributes.get("balance")):
+        for parameter, kind in _keyword_only(part) if part is not None else ():
+            key = parameter.name
+            extras = getattr(kind, "__metadata__", ())
+            own = next((extra for extra in extras if isinstance(extra, Option)), None)
+            if own is not None:
+                key = own.name or f"{name}_{parameter.name}".replace("-", "_")
+                text = f"{name}: {own.help}."
+                about = setting(parameter.default, text, OF_METHODS, *own.flags, **own.bounds)
+                fields[key] = (kind.__origin__, about)
+            keywords[parameter.name] = key
+    return Method(name, function, summary_of(function), fields=fields, keywords=keywords, **attributes)
+
+
+def _keyword_only(function: Callable[..., Any]) -> list[tuple[inspect.Parameter, Any]]:
+    """Keyword-only parameters with their types; annotations of others may name modules that are not imported."""
+    parameters = inspect.signature(function).parameters.values()
+    keywords = [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    annotated = SimpleNamespace(__annotations__={each.name: each.annotation for each in keywords})
+    kinds = get_type_hints(annotated, function.__globals__, include_extras=True)
+    return [(parameter, kinds[parameter.name]) for parameter in keywords]
 
 
 def described(function: object) -> Method | None:
-    """What `@method` made of a function; None without it."""
+    """The entry that `@method` made of a function; None without it."""
     found = getattr(function, _ATTRIBUTE, None)
     return found if isinstance(found, Method) else None
 
 
 def summary_of(function: object) -> str:
     """First line of a docstring, as part of a sentence."""
-    lines = str(getattr(function, "__doc__", None) or "").strip().splitlines()
-    first = lines[0].strip().removesuffix(".") if lines else ""
+    first = (inspect.getdoc(function) or "").partition("\n")[0].removesuffix(".")
     return first[:1].lower() + first[1:]
-
-
-def _settings(function: Callable[..., Any]) -> Iterator[tuple[inspect.Parameter, Any, Option | None]]:
-    """Keyword-only parameters with their types and options; the other annotations may name what is not imported."""
-    parameters = inspect.signature(function).parameters.values()
-    keywords = [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-    annotated = SimpleNamespace(__annotations__={each.name: each.annotation for each in keywords})
-    kinds = get_type_hints(annotated, function.__globals__, include_extras=True)
-    for parameter in keywords:
-        kind = kinds[parameter.name]
-        extras = getattr(kind, "__metadata__", ())
-        given = next((extra for extra in extras if isinstance(extra, Option)), None)
-        yield parameter, kind.__origin__ if extras else kind, given
 
 
 def discover(package: str) -> None:
@@ -222,12 +193,9 @@ def discover(package: str) -> None:
     for module in pkgutil.iter_modules(import_module(package).__path__, f"{package}."):
         if not module.ispkg:
             values = vars(import_module(module.name)).values()
-            entries = [
-                described(value) for value in values if getattr(value, "__module__", "") == module.name
-            ]
-            found += [entry for entry in entries if entry is not None]
-    names = [entry.name for entry in found]
-    names += [name for entry in found for name in entry.fields]
+            own = (described(value) for value in values if getattr(value, "__module__", "") == module.name)
+            found += filter(None, own)
+    names = [name for entry in found for name in (entry.name, *entry.fields)]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"method or setting {twice} is defined twice in {package}")

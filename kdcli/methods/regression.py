@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @method("logits", source="Ba & Caruana, NIPS 2014, eq. 1", regresses=True)
 def logits(batch: Batch) -> Tensor:
     """Regress the teacher's logits."""
-    from kdcli.methods import losses
+    from kdcli.methods.losses import logits as losses
 
     return losses.logit_regression(batch.student_logits, batch.targets)
 
@@ -33,7 +33,7 @@ def noisy_logits(
     ] = "sample",
 ) -> Tensor:
     """Regress logits that noise has scaled."""
-    from kdcli.methods import losses
+    from kdcli.methods.losses import logits as losses
 
     targets = batch.targets
     classes = targets.shape[1] if scope == "logit" else None
@@ -70,5 +70,4 @@ def draw_noise(
             block = augment.random_bits(seed, augment.NOISE, epoch, samples, block=1 + first // 2)
             columns += [augment.normal(block[0], block[1]), augment.normal(block[2], block[3])]
         noise = np.stack(columns[:classes], axis=1)
-    scaled = torch.from_numpy((sigma * noise).astype(np.float32))
-    return torch.from_numpy(selected)[:, None], scaled
+    return torch.from_numpy(selected)[:, None], torch.from_numpy((sigma * noise).astype(np.float32))

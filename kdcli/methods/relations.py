@@ -5,29 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 from kdcli.methods.batch import Batch, Training
-from kdcli.methods.registry import method, option
+from kdcli.methods.registry import feature_method, option
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-@method(
-    "sp",
-    source="Tung & Mori, ICCV 2019",
-    ce=1.0,
-    weight=3000.0,
-    needs=("features",),
-    features_only=True,
-)
+@feature_method("sp", source="Tung & Mori, ICCV 2019", weight=3000.0)
 def similarity(batch: Batch) -> Tensor:
     """Match which images are alike."""
-    from kdcli.methods import losses
+    from kdcli.methods.losses import pairwise
 
     student, teacher = batch.stages[-1]
-    return losses.similarity(batch.gather(student), batch.gather(teacher))
+    return pairwise.similarity(batch.gather(student), batch.gather(teacher))
 
 
-@method("rkd", source="Park et al., CVPR 2019", ce=1.0, needs=("features",), features_only=True)
+@feature_method("rkd", source="Park et al., CVPR 2019")
 def relational(
     batch: Batch,
     *,
@@ -35,57 +28,41 @@ def relational(
     angle: Annotated[float, option("weight of angles", ge=0)] = 50.0,
 ) -> Tensor:
     """Match distances and angles between images."""
-    from kdcli.methods import losses
+    from kdcli.methods.losses import pairwise
 
-    return losses.relational(*batch.embeddings, distance, angle)
+    return pairwise.relational(*batch.embeddings, distance, angle)
 
 
-@method(
-    "pkt",
-    source="Passalis & Tefas, ECCV 2018",
-    ce=1.0,
-    weight=30000.0,
-    needs=("features",),
-    features_only=True,
-)
+@feature_method("pkt", source="Passalis & Tefas, ECCV 2018", weight=30000.0)
 def probabilistic(batch: Batch) -> Tensor:
     """Match neighbourhood probabilities."""
-    from kdcli.methods import losses
+    from kdcli.methods.losses import pairwise
 
-    return losses.probabilistic(*batch.embeddings)
+    return pairwise.probabilistic(*batch.embeddings)
 
 
 def contrast_adapter(
     training: Training,
     *,
     dim: Annotated[int, option("width of the common space", ge=1, le=65536)] = 128,
-    negatives: Annotated[
-        int, option("images of other classes each image is told apart from", ge=1, le=1_000_000)
-    ] = 1024,
+    negatives: Annotated[int, option("images of other classes per image", ge=1, le=1_000_000)] = 1024,
     temperature: Annotated[float, option("temperature of the similarities", gt=0, le=100)] = 0.07,
 ) -> nn.Module:
     """Projections of both embeddings, and a memory of them for each image."""
-    from kdcli.methods import losses
+    from kdcli.methods.losses.contrast import Contrast, Negatives
 
-    module: Any = losses.Contrast(
-        training.student.embedding,
-        training.teacher.embedding,
-        len(training.labels),
-        dim=dim,
-        temperature=temperature,
-    )
-    module.draw = losses.Negatives(training.labels, training.samples, negatives)
+    widths = training.student.embedding, training.teacher.embedding
+    module: Any = Contrast(*widths, len(training.labels), dim=dim, temperature=temperature)
+    module.draw = Negatives(training.labels, training.samples, negatives)
     made: nn.Module = module
     return made
 
 
-@method(
+@feature_method(
     "crd",
     source="Tian et al., ICLR 2020, eq. 18",
-    ce=1.0,
     weight=0.8,
     needs=("features", "labels"),
-    features_only=True,
     no_mixup=True,
     adapter=contrast_adapter,
 )

@@ -27,7 +27,7 @@ def share_out(
 @method("kd", source="Hinton et al., arXiv:1503.02531", balance=share_out, tau=3.0)
 def soft_targets(batch: Batch, *, standardize: bool = False) -> Tensor:
     """Match the teacher's softened probabilities."""
-    from kdcli.methods import losses
+    from kdcli.methods.losses import logits as losses
 
     return losses.soft_targets(*_logits(batch, standardize), batch.tau)
 
@@ -57,7 +57,7 @@ def decoupled(
     With mixup, the loss for each of the two labels has that label's share. The weight rises over 20 of 240 epochs,
     as in the authors' code.
     """
-    from kdcli.methods import losses
+    from kdcli.methods.losses import logits as losses
 
     logits, settings = _logits(batch, standardize), (batch.tau, alpha, beta)
     if batch.other_labels is None or batch.shares is None:
@@ -74,7 +74,7 @@ def correlation(
     intra: Annotated[float, option("weight of the relation within a class", ge=0)] = 2.0,
 ) -> Tensor:
     """Correlate with the teacher, by image and by class."""
-    from kdcli.methods import losses
+    from kdcli.methods.losses import logits as losses
 
     student, teacher = batch.gather(batch.student_logits), batch.gather(batch.targets)
     return losses.dist(student, teacher, batch.tau, inter, intra)
@@ -83,7 +83,7 @@ def correlation(
 @method("mlkd", source="Jin et al., CVPR 2023", ce=1.0)
 def multi_level(batch: Batch) -> Tensor:
     """Images, batch and classes at several temperatures."""
-    from kdcli.methods import losses
+    from kdcli.methods.losses import logits as losses
 
     student, teacher = batch.gather(batch.student_logits), batch.gather(batch.targets)
     return losses.multi_level(student, teacher, MULTI_LEVEL_TAUS)
@@ -91,7 +91,7 @@ def multi_level(batch: Batch) -> Tensor:
 
 def _logits(batch: Batch, standardize: bool) -> tuple[Tensor, Tensor]:
     """Logits of student and teacher, each image's standardized if asked for."""
-    from kdcli.methods import losses
+    from kdcli.methods.losses import logits as losses
 
     if not standardize:
         return batch.student_logits, batch.targets

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdcli.methods import losses
+from kdcli.methods.losses import maps as losses
+from kdcli.methods.losses.contrast import Contrast
 from tests import formulas
 from tests.formulas import Array, normal
 
@@ -29,9 +30,9 @@ def weights(module: nn.Module) -> dict[str, Array]:
     return {name: value.double().numpy().copy() for name, value in module.state_dict().items()}
 
 
-def contrast(**changes: float) -> losses.Contrast:
+def contrast(**changes: float) -> Contrast:
     torch.manual_seed(0)
-    return losses.Contrast(6, 9, **{"samples": 10, "dim": 4, **changes}).double()
+    return Contrast(6, 9, **{"samples": 10, "dim": 4, **changes}).double()
 
 
 def review() -> losses.Review:
@@ -151,7 +152,7 @@ def test_same_seed_same_adapter_and_another_seed_another(name: str) -> None:
     kinds = {
         "hint": lambda: losses.Hint(STUDENT, TEACHER),
         "variational": lambda: losses.Variational(STUDENT, TEACHER),
-        "contrast": lambda: losses.Contrast(6, 9, 10, 4),
+        "contrast": lambda: Contrast(6, 9, 10, 4),
         "review": lambda: losses.Review([(3, 8, 8)], [(2, 8, 8)], mid=3),
     }
     one, other = kinds[name](), kinds[name]()
@@ -287,7 +288,7 @@ def test_contrast_remembers_nothing_in_eval_mode() -> None:
 
 
 def test_contrast_starts_uniform_within_the_bound_of_its_width() -> None:
-    bank = losses.Contrast(2, 2, samples=2000, dim=12).student_bank
+    bank = Contrast(2, 2, samples=2000, dim=12).student_bank
     bound = math.sqrt(3 / 12)
     assert float(bank.abs().max()) <= bound
     assert float(bank.double().std()) == pytest.approx(bound / math.sqrt(3), rel=0.02)
@@ -295,7 +296,7 @@ def test_contrast_starts_uniform_within_the_bound_of_its_width() -> None:
 
 
 def test_contrast_is_finite_where_embeddings_are_zero() -> None:
-    module = losses.Contrast(6, 9, samples=10, dim=4)
+    module = Contrast(6, 9, samples=10, dim=4)
     with torch.no_grad():
         module.student.bias.zero_()
     student = torch.zeros(3, 6, requires_grad=True)

@@ -16,7 +16,9 @@ from kdcli import methods
 from kdcli.base.config import make
 from kdcli.base.errors import UsageError
 from kdcli.data import augment
-from kdcli.methods import TrainConfig, losses
+from kdcli.methods import TrainConfig
+from kdcli.methods.losses import logits as losses
+from kdcli.methods.losses.contrast import Negatives
 from kdcli.methods.regression import draw_noise
 from tests import formulas
 
@@ -387,7 +389,7 @@ def test_dkd_of_a_mixture_takes_each_label_with_its_share() -> None:
 def test_the_contrasted_images_are_of_other_classes_and_follow_the_sample() -> None:
     labels = np.array([0, 2, 1, 0, 1, 2, 0, 0, 1, 2, 2, 0])
     trained = np.array([0, 1, 2, 3, 4, 5, 6, 8, 9])
-    draw = losses.Negatives(labels, trained, 4001)
+    draw = Negatives(labels, trained, 4001)
     samples = np.array([3, 1, 8, 0])
     found = draw(samples, seed=5, epoch=2)
     assert found.shape == (4, 4001)
@@ -399,7 +401,7 @@ def test_the_contrasted_images_are_of_other_classes_and_follow_the_sample() -> N
     assert np.array_equal(draw(samples[::-1], 5, 2)[::-1], found)
     assert not np.array_equal(draw(samples, 5, 3), found)
     with pytest.raises(UsageError, match="only one class"):
-        losses.Negatives(np.zeros(4, np.int64), np.arange(4), 3)
+        Negatives(np.zeros(4, np.int64), np.arange(4), 3)
 
 
 def test_a_weight_of_the_teachers_term_keeps_its_warm_up() -> None:

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kdcli.methods import losses
+from kdcli.methods.losses import maps as losses
+from kdcli.methods.losses import pairwise
+from kdcli.methods.losses.contrast import contrastive
 from tests import formulas
 from tests.formulas import Array, normal
 
@@ -28,9 +30,9 @@ MAPS: Losses = {
     "review": (losses.review, formulas.review),
 }
 RELATIONS: Losses = {
-    "similarity": (losses.similarity, formulas.similarity),
-    "relational": (losses.relational, lambda s, t: formulas.relational(s, t, 25, 50)),
-    "probabilistic": (losses.probabilistic, formulas.probabilistic),
+    "similarity": (pairwise.similarity, formulas.similarity),
+    "relational": (pairwise.relational, lambda s, t: formulas.relational(s, t, 25, 50)),
+    "probabilistic": (pairwise.probabilistic, formulas.probabilistic),
 }
 BOTH = MAPS | RELATIONS
 SIZES = [((3, 6, 6), (3, 6, 6)), ((3, 8, 8), (3, 4, 4)), ((3, 3, 5), (3, 7, 5)), ((3, 1, 1), (3, 2, 2))]
@@ -141,7 +143,7 @@ def test_zero_where_the_student_is_the_teacher_and_never_below(name: str, seed: 
 @given(st.integers(0, 10**6), st.floats(0.01, 100), st.floats(0.01, 100))
 def test_attention_and_relations_are_blind_to_scale(seed: int, scale: float, other_scale: float) -> None:
     student, teacher = tensors(normal(4, 2, 3, 3, seed=seed), normal(4, 2, 3, 3, seed=seed + 1))
-    for loss in (losses.attention, losses.similarity, losses.relational, losses.probabilistic):
+    for loss in (losses.attention, pairwise.similarity, pairwise.relational, pairwise.probabilistic):
         plain = loss(student, teacher).item()
         assert loss(scale * student, other_scale * teacher).item() == pytest.approx(plain, rel=1e-9)
 
@@ -156,15 +158,15 @@ def test_relational_is_blind_to_rotation_and_shift(seed: int) -> None:
         normal(1, 4, seed=seed),
     )
     turned = student @ torch.linalg.qr(turn)[0] + 10 * shift
-    expected = losses.relational(student, teacher).item()
-    assert losses.relational(turned, teacher).item() == pytest.approx(expected, rel=1e-7)
+    expected = pairwise.relational(student, teacher).item()
+    assert pairwise.relational(turned, teacher).item() == pytest.approx(expected, rel=1e-7)
 
 
 def test_relational_is_as_precise_far_from_zero() -> None:
     """Float32 products of such embeddings hold no more than whole numbers."""
     student, teacher = tensors(500 + normal(6, 20, seed=14), normal(6, 4, seed=15), dtype=torch.float32)
     expected = formulas.relational(student.double().numpy(), teacher.double().numpy(), 25, 50)
-    assert losses.relational(student, teacher).item() == pytest.approx(expected, rel=1e-5)
+    assert pairwise.relational(student, teacher).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_relational_of_two_samples_that_are_the_same_has_no_angle_there() -> None:
@@ -172,7 +174,7 @@ def test_relational_of_two_samples_that_are_the_same_has_no_angle_there() -> Non
     student[1] = student[0]
     expected = formulas.relational(student.double().numpy(), teacher.double().numpy(), 25, 50)
     for scale in (1.0, 2.0**13):  # what rounding leaves of their difference is large then
-        assert losses.relational(scale * student, teacher).item() == pytest.approx(expected, rel=1e-5)
+        assert pairwise.relational(scale * student, teacher).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", MAPS)
@@ -221,7 +223,7 @@ def test_similarity_by_hand() -> None:
     """Unit matrix against one whose entries are all 1/√2."""
     student, teacher = torch.eye(2).double(), maps([1, 0, 1, 0], 2, 2)
     expected = (2 * (1 - math.sqrt(0.5)) ** 2 + 2 * 0.5) / 4
-    assert losses.similarity(student, teacher).item() == pytest.approx(expected, rel=1e-12)
+    assert pairwise.similarity(student, teacher).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_relational_by_hand() -> None:
@@ -230,42 +232,38 @@ def test_relational_by_hand() -> None:
     teacher = maps([0, 0, 1, 0, 0.5, math.sqrt(0.75)], 3, 2)
     distance = 2 * (0.125 + 0 + 0.125) / 9
     angle = 2 * (0.125 + 1.0 + 0.125) / 27
-    assert losses.relational(student, teacher, 1.0, 0.0).item() == pytest.approx(distance, rel=1e-9)
-    assert losses.relational(student, teacher, 0.0, 1.0).item() == pytest.approx(angle, rel=1e-9)
-    assert losses.relational(student, teacher).item() == pytest.approx(25 * distance + 50 * angle, rel=1e-9)
+    assert pairwise.relational(student, teacher, 1.0, 0.0).item() == pytest.approx(distance, rel=1e-9)
+    assert pairwise.relational(student, teacher, 0.0, 1.0).item() == pytest.approx(angle, rel=1e-9)
+    assert pairwise.relational(student, teacher).item() == pytest.approx(25 * distance + 50 * angle, rel=1e-9)
 
 
 def test_probabilistic_by_hand() -> None:
     """Right angles: rows (⅔, ⅓); the same direction: (½, ½)."""
     teacher = maps([1, 2, 2, 4], 2, 2)
     row = 0.5 * math.log(0.75) + 0.5 * math.log(1.5)
-    found = losses.probabilistic(maps([3, 0, 0, 1], 2, 2), teacher)
+    found = pairwise.probabilistic(maps([3, 0, 0, 1], 2, 2), teacher)
     assert found.item() == pytest.approx(2 * row / 4, rel=1e-5)
 
 
 def test_contrastive_by_hand() -> None:
     """P = 1 for the positive, ½ for one negative of two samples: h = ⅔ and ½, together log 3."""
     scores = torch.tensor([[1.0, 0.5]]).double().log()
-    assert losses.contrastive(scores, 2).item() == pytest.approx(math.log(3), rel=1e-12)
+    assert contrastive(scores, 2).item() == pytest.approx(math.log(3), rel=1e-12)
 
 
 def test_contrastive_equals_the_formula_and_has_its_gradient() -> None:
     log_scores = normal(5, 8, seed=13, scale=3)
-    check(
-        lambda s, _: losses.contrastive(s, 50), formulas.contrastive(log_scores, 50), log_scores, log_scores
-    )
+    check(lambda s, _: contrastive(s, 50), formulas.contrastive(log_scores, 50), log_scores, log_scores)
     (scores,) = tensors(log_scores)
-    assert torch.autograd.gradcheck(lambda s: losses.contrastive(s, 50), scores.requires_grad_())
-    torch.testing.assert_close(
-        losses.contrastive(torch.cat([scores] * 2), 50), losses.contrastive(scores, 50)
-    )
+    assert torch.autograd.gradcheck(lambda s: contrastive(s, 50), scores.requires_grad_())
+    torch.testing.assert_close(contrastive(torch.cat([scores] * 2), 50), contrastive(scores, 50))
     half = scores.detach().bfloat16()
-    assert torch.equal(losses.contrastive(half, 50), losses.contrastive(half.float(), 50))
+    assert torch.equal(contrastive(half, 50), contrastive(half.float(), 50))
 
 
 def test_contrastive_is_finite_for_scores_that_no_float_holds() -> None:
     scores = torch.tensor([[-300.0, 300.0, -300.0], [300.0, -300.0, -300.0]], requires_grad=True)
-    found = losses.contrastive(scores, 4)
+    found = contrastive(scores, 4)
     found.backward()
     assert found.item() == pytest.approx((300 + math.log(0.5) + 300 - math.log(0.5)) / 2, rel=1e-6)
     assert scores.grad is not None

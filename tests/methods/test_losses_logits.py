@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kdcli.methods import losses
+from kdcli.methods.losses import logits as losses
 from tests import formulas
 from tests.formulas import Array, normal
 

@@ -55,14 +55,13 @@ class Contrast(nn.Module):
         temperature: float = 0.07,
         momentum: float = 0.5,
     ) -> None:
-        """An empty memory, uniform in ±√(3/dim) as in the authors' code.
+        """Initialise the memory uniformly in ±√(3/dim), as in the authors' code.
 
         Args:
             student_width, teacher_width: D of the two embeddings.
-            samples: how many training images there are; their numbers are below it.
-            dim: width of what is compared.
-            temperature: T.
-            momentum: m, in [0, 1].
+            samples: number of images in the memory.
+            dim: width of the projections.
+            temperature, momentum: T > 0, and m in [0, 1].
         """
         super().__init__()
         self.samples = samples
@@ -72,9 +71,7 @@ class Contrast(nn.Module):
         bound = math.sqrt(3 / dim)
         for name in ("student_bank", "teacher_bank"):
             self.register_buffer(name, torch.empty(samples, dim).uniform_(-bound, bound))
-        self.register_buffer(
-            "log_scale", torch.zeros(2)
-        )  # log Z with the student, with the teacher as anchor
+        self.register_buffer("log_scale", torch.zeros(2))  # log Z, anchored at the student and at the teacher
         self.register_buffer("scaled", torch.tensor(False))
 
     def forward(
@@ -117,22 +114,16 @@ def _products(vectors: Tensor, bank: Tensor, numbers: Tensor) -> Tensor:
     Where the rows asked for are a good part of all, products with all are several times faster than gathering rows.
     """
     if len(bank) <= 16 * numbers.shape[1]:
-        return (vectors @ bank.clone().T).gather(
-            1, numbers
-        )  # a clone: the bank changes before the backward pass
+        # cloned, since the bank changes before the backward pass
+        return (vectors @ bank.clone().T).gather(1, numbers)
     return torch.bmm(bank[numbers], vectors[:, :, None]).squeeze(2)
 
 
 class Negatives:
-    """Draws images of other classes than an image's own."""
+    """Sampler of images of other classes than an image's own."""
 
     def __init__(self, labels: npt.NDArray[np.int64], samples: npt.NDArray[np.int64], count: int) -> None:
-        """Sort the training images by class.
-
-        Args:
-            labels: (N,), of all images.
-            samples: numbers of the images in the training split.
-            count: how many to draw for each image.
+        """Sort the training images `samples` by class, to draw `count` for each; `labels` (N,) are of all images.
 
         Raises:
             UsageError: there is only one class.
@@ -155,8 +146,7 @@ class Negatives:
         random = augment.random_bits(seed, augment.CONTRAST, epoch, each, block=numbers).astype(np.uint64)
         drawn = random.T.reshape(len(samples), 4 * blocks)[:, : self.count]  # (B, count)
         places = ((drawn * limit[:, None]) >> np.uint64(32)).astype(np.int64)
-        places += np.where(
-            places >= self.starts[own][:, None], self.sizes[own][:, None], 0
-        )  # skip the own class
+        # skip the own class
+        places += np.where(places >= self.starts[own][:, None], self.sizes[own][:, None], 0)
         found: npt.NDArray[np.int64] = self.by_class[places]
         return found

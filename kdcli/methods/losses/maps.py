@@ -177,12 +177,7 @@ class Review(nn.Module):
         teacher_shapes: Sequence[Sequence[int]],
         mid: int | None = None,
     ) -> None:
-        """Stages from the first to the deepest, equally many, in pairs.
-
-        Args:
-            student_shapes, teacher_shapes: (C, H, W) of each stage.
-            mid: width in which stages are fused; without, the student's deepest maps', at most 512.
-        """
+        """Shapes (C, H, W) of paired stages; `mid`: width of the fusion, by default the deepest's, at most 512."""
         super().__init__()
         mid = min(512, student_shapes[-1][0]) if mid is None else mid
         last = len(student_shapes) - 1
