@@ -1,4 +1,4 @@
-"""What a run minimises: terms of one or several methods, each with its weight and temperature over time."""
+"""Objective of a run: terms of one or several methods, with scheduled weights and temperatures."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Objective:
-    """The weighted sum of terms that a run minimises. Terms whose weight is always 0 are left out.
+    """Weighted sum of terms that a run minimises; terms whose weight is always 0 are left out.
 
     Attributes:
         config: settings of the run.
@@ -194,7 +194,7 @@ def _weights(methods: tuple[Method, ...], config: TrainConfig) -> dict[str, Ramp
         if len(teachers) > 1:
             raise UsageError(
                 f"--kd-weight: method {config.method} has {len(teachers)} terms of the teacher",
-                f"Say which: --weight {teachers[0]}={config.kd_weight:g}",
+                f"Name the term: --weight {teachers[0]}={config.kd_weight:g}",
             )
         found |= {name: found[name].to(config.kd_weight) for name in teachers}
     if config.ce_weight is not None:

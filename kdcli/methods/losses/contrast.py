@@ -23,7 +23,7 @@ def contrastive(log_scores: Tensor, samples: int) -> Tensor:
 
     Args:
         log_scores: log P, (B, 1 + K), the positive first.
-        samples: n, how many there are to draw from.
+        samples: n, the number of samples to draw from.
     """
     log_scores = precise(log_scores)
     odds = log_scores - math.log((log_scores.shape[1] - 1) / samples)  # log h/(1 − h)
@@ -109,9 +109,9 @@ class Contrast(nn.Module):
 
 
 def _products(vectors: Tensor, bank: Tensor, numbers: Tensor) -> Tensor:
-    """Of each vector with the rows of those numbers: (B, D), (N, D), (B, K) → (B, K).
+    """Products of each vector with the numbered rows: (B, D), (N, D), (B, K) → (B, K).
 
-    Where the rows asked for are a good part of all, products with all are several times faster than gathering rows.
+    Where these rows are a good part of all, products with all are several times faster than gathering rows.
     """
     if len(bank) <= 16 * numbers.shape[1]:
         # cloned, since the bank changes before the backward pass

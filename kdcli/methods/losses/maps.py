@@ -125,7 +125,7 @@ class Variational(nn.Module):
 
 
 class _BatchNorm(nn.BatchNorm2d):
-    """One value a channel, a single image's 1×1 maps, has no spread: the running statistics are taken instead."""
+    """Batch norm that uses running statistics for one value per channel, a single image's 1×1 maps."""
 
     def forward(self, maps: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, H, W)."""
@@ -135,7 +135,7 @@ class _BatchNorm(nn.BatchNorm2d):
 
 
 class _Fusion(nn.Module):
-    """ReviewKD's attention-based fusion of one stage: its maps with what came from the deeper stages."""
+    """ReviewKD's attention-based fusion of one stage's maps with those of the deeper stages."""
 
     def __init__(self, channels: int, mid: int, out: int, fuses: bool) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class _Fusion(nn.Module):
         self.attention = nn.Conv2d(2 * mid, 2, 1) if fuses else None
 
     def forward(self, maps: Tensor, deeper: Tensor | None, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """What is compared, with the teacher's channels, and what the next stage gets; both of the teacher's size."""
+        """Maps to compare, with the teacher's channels, and maps for the next stage; both of the teacher's size."""
         maps = self.enter(maps)
         if self.attention is not None and deeper is not None:
             deeper = _resize(deeper, maps.shape[2:])
@@ -187,7 +187,7 @@ class Review(nn.Module):
         )
 
     def forward(self, student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
-        """Lists of (B, C, H, W), one a stage → ()."""
+        """(B, C, H, W) of each stage → ()."""
         deeper: Tensor | None = None
         found = []
         for stage in reversed(range(len(self.stages))):

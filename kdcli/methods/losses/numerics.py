@@ -1,4 +1,4 @@
-"""What the losses share: their precision, and divisions by lengths that may be 0."""
+"""Precision of the losses, and divisions by lengths that may be 0."""
 
 from __future__ import annotations
 

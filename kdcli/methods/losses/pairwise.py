@@ -1,4 +1,4 @@
-"""Losses on how the samples of a batch lie to each other: of embeddings (B, D), or of maps, which are flattened.
+"""Losses on relations between the samples of a batch: embeddings (B, D), or maps, which are flattened.
 
 The two sides need not have the same width. One sample alone has no relations: 0.
 """
