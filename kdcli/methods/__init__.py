@@ -8,24 +8,3 @@ from kdcli.methods.custom import check_typed, is_custom, source_digests
 from kdcli.methods.objectives import Objective, Term, objective, parse, unread
 from kdcli.methods.registry import CE, METHODS, Method, method, option
 from kdcli.methods.settings import TrainConfig
-
-__all__ = [
-    "CE",
-    "METHODS",
-    "Batch",
-    "Features",
-    "Method",
-    "Objective",
-    "Shapes",
-    "Term",
-    "TrainConfig",
-    "Training",
-    "check_typed",
-    "is_custom",
-    "method",
-    "objective",
-    "option",
-    "parse",
-    "source_digests",
-    "unread",
-]

@@ -26,8 +26,7 @@ def hint_adapter(training: Training, *, stage: HintStage = 0) -> nn.Module:
 @feature_method("fitnet", source="Romero et al., ICLR 2015, eq. 3", weight=100.0, adapter=hint_adapter)
 def hint(batch: Batch, *, stage: HintStage = 0) -> Tensor:
     """Regress the maps of a middle stage."""
-    loss: Tensor = batch.adapter(*batch.stages[_index(len(batch.stages), stage)])
-    return loss
+    return batch.adapter(*batch.stages[_index(len(batch.stages), stage)])
 
 
 def _index(count: int, stage: int) -> int:
@@ -59,8 +58,7 @@ def variational_adapter(training: Training) -> nn.Module:
 @feature_method("vid", source="Ahn et al., CVPR 2019", adapter=variational_adapter)
 def variational(batch: Batch) -> Tensor:
     """Predict the teacher's maps, with a variance."""
-    total: Tensor = sum(layer(*pair) for layer, pair in zip(batch.adapter, batch.stages, strict=True))
-    return total
+    return sum(layer(*pair) for layer, pair in zip(batch.adapter, batch.stages, strict=True))
 
 
 def review_adapter(training: Training) -> nn.Module:
@@ -77,5 +75,4 @@ def review(batch: Batch) -> Tensor:
 
     The weight rises over 20 of 240 epochs, as in the authors' code.
     """
-    loss: Tensor = batch.adapter(*zip(*batch.stages, strict=True))
-    return loss
+    return batch.adapter(*zip(*batch.stages, strict=True))

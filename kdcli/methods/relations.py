@@ -54,8 +54,7 @@ def contrast_adapter(
     widths = training.student.embedding, training.teacher.embedding
     module: Any = Contrast(*widths, len(training.labels), dim=dim, temperature=temperature)
     module.draw = Negatives(training.labels, training.samples, negatives)
-    made: nn.Module = module
-    return made
+    return module
 
 
 @feature_method(
@@ -73,5 +72,4 @@ def contrastive(batch: Batch) -> Tensor:
     student, teacher = batch.embeddings
     numbers = batch.gather(torch.from_numpy(batch.samples).to(student.device))
     negatives = batch.adapter.draw(numbers.cpu().numpy(), batch.seed, batch.epoch)
-    loss: Tensor = batch.adapter(student, teacher, numbers, torch.from_numpy(negatives).to(student.device))
-    return loss
+    return batch.adapter(student, teacher, numbers, torch.from_numpy(negatives).to(student.device))

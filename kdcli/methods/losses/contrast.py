@@ -148,5 +148,4 @@ class Negatives:
         places = ((drawn * limit[:, None]) >> np.uint64(32)).astype(np.int64)
         # skip the own class
         places += np.where(places >= self.starts[own][:, None], self.sizes[own][:, None], 0)
-        found: npt.NDArray[np.int64] = self.by_class[places]
-        return found
+        return self.by_class[places]
