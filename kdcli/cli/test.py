@@ -96,7 +96,7 @@ def _render(title: str, result: Evaluation, classes: tuple[str, ...]) -> None:
 def _recorded_teacher(provenance: dict[str, Any]) -> Path | None:
     """The teacher recorded in a student, if its file is unchanged."""
     from kdcli.base.files import sha256_file
-    from kdcli.teacher.recorded import teachers_of
+    from kdcli.teacher import teachers_of
 
     recorded = teachers_of(provenance)
     if len(recorded) > 1:

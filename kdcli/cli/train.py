@@ -46,7 +46,7 @@ def train(
     """
     run = None
     if resume is not None:
-        from kdcli.engine import RunDir, continued
+        from kdcli.engine import RunDir, resume_config
 
         if recipe is not None or set(options) - {"method"}:
             raise UsageError(
@@ -65,7 +65,7 @@ def train(
                 f"{resume} was started with --method {config.method}", "Omit --method, or start a new run."
             )
         _check_inputs(config, run)
-        config = continued(run)
+        config = resume_config(run)
     else:
         unread = methods.unread(config.method, options)
         _ui.note_ignored(options, unread, f"with --method {config.method}")

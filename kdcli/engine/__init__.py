@@ -1,6 +1,6 @@
 """The only training loop, chains of trainings, and evaluation."""
 
-from kdcli.engine.chain import continued, fit_chain
+from kdcli.engine.chain import fit_chain, resume_config
 from kdcli.engine.evaluate import evaluate, measure
 from kdcli.engine.fit import fit
 from kdcli.engine.records import Evaluation, Metrics, RunResult, read_metrics, read_result
@@ -11,11 +11,11 @@ __all__ = [
     "Metrics",
     "RunDir",
     "RunResult",
-    "continued",
     "evaluate",
     "fit",
     "fit_chain",
     "measure",
     "read_metrics",
     "read_result",
+    "resume_config",
 ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
@@ -60,20 +58,3 @@ def _feature_shapes(network: nn.Module, prepared: Tensor, stages: tuple[str, ...
     finally:
         extractor.remove()
         network.train(training)
-
-
-def states_of(adapters: Mapping[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
-    """State of each adapter, for a saved state."""
-    return {name: dict(module.state_dict()) for name, module in adapters.items()}
-
-
-def restore_adapters(adapters: Mapping[str, nn.Module], states: Mapping[str, dict[str, Tensor]]) -> None:
-    """Load the states of a saved run.
-
-    Raises:
-        KeyError, RuntimeError: they are of other adapters.
-    """
-    if set(adapters) != set(states):
-        raise KeyError("adapters")
-    for name, module in adapters.items():
-        module.load_state_dict(states[name])

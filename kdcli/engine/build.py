@@ -17,10 +17,9 @@ from kdcli.engine.feed import Feed
 from kdcli.engine.output_scale import OutputScale
 from kdcli.engine.plan import RunPlan
 from kdcli.engine.recorder import Recorder
-from kdcli.engine.records import cut_metrics
 from kdcli.engine.run_dir import RunDir
 from kdcli.engine.schedule import make_optimizer
-from kdcli.engine.state import State, load_newest, restore
+from kdcli.engine.state import State, restore
 from kdcli.engine.step import Step
 from kdcli.engine.student import make_student
 from kdcli.engine.targets import Targets, make_targets, warn_of_other_networks
@@ -32,12 +31,12 @@ _FEW_STEPS, _SMALL_BATCH = 50, 32
 
 @dataclass
 class Parts:
-    """What a trainer works with.
+    """Parts of a run.
 
     Attributes:
-        plan: with the precision settled.
+        plan: the plan, with the precision settled.
         scale: the student's output in the teacher's units; None where it needs none.
-        state: the position, of a resumed run that of its newest saved state.
+        state: the position; of a resumed run, that of its newest saved state.
         saved_step: step of the present `last.pt`; None without one.
     """
 
@@ -56,14 +55,16 @@ class Parts:
 
 
 def build(plan: RunPlan, resume: RunDir | None, on_event: OnEvent, stop: StopFlag) -> Parts:
-    """Make or restore all parts of a run. Mistakes of the user are found before its folder is made.
+    """Make or restore all parts of a run. A user's mistakes are found before the folder is made.
 
     Raises:
         KdError, UsageError, Interrupted: see `engine.fit`.
     """
     config, world = plan.config, plan.world
-    if resume is None:
-        _warn_of_few_steps(plan, on_event)
+    if resume is None and plan.steps < _FEW_STEPS and config.batch_size > _SMALL_BATCH:
+        count = f"{len(plan.train_samples):,} images in batches of {config.batch_size}"
+        advice = "--batch-size 32 or more --epochs make more"
+        on_event(Note(f"{plan.steps} steps are few to learn from: {count}; {advice}"))
     # 1. Student, with its preprocessing
     student = make_student(config, plan.data.train, plan.labelled_samples, world.device, on_event)
     if resume is None and world.first:
@@ -88,7 +89,7 @@ def build(plan: RunPlan, resume: RunDir | None, on_event: OnEvent, stop: StopFla
     # 6. The saved state
     state, saved_step = State(), None
     if resume is not None:
-        state, saved_step = _restore(plan, run, student, adapters, optimizer, on_event)
+        state, saved_step = restore(plan, run, student.network, adapters, optimizer, on_event)
     # 7. Batches, step and records
     return Parts(
         plan=plan,
@@ -104,18 +105,6 @@ def build(plan: RunPlan, resume: RunDir | None, on_event: OnEvent, stop: StopFla
         state=state,
         saved_step=saved_step,
     )
-
-
-def _warn_of_few_steps(plan: RunPlan, on_event: OnEvent) -> None:
-    batch_size = plan.config.batch_size
-    if plan.steps < _FEW_STEPS and batch_size > _SMALL_BATCH:
-        count = f"{len(plan.train_samples):,} images in batches of {batch_size}"
-        on_event(
-            Note(
-                f"{plan.steps} steps are few to learn from: {count}; "
-                "--batch-size 32 or more --epochs make more"
-            )
-        )
 
 
 def _open_run(plan: RunPlan, student: Classifier, resume: RunDir | None) -> tuple[RunPlan, RunDir]:
@@ -134,35 +123,3 @@ def _open_run(plan: RunPlan, student: Classifier, resume: RunDir | None) -> tupl
         made = RunDir.create(config, environment, plan.derived, plan.chain), config
     run, config = world.broadcast(made) or (RunDir(config.runs_dir), config)
     return replace(plan, config=config), run
-
-
-def _restore(
-    plan: RunPlan,
-    run: RunDir,
-    student: Classifier,
-    adapters: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    on_event: OnEvent,
-) -> tuple[State, int | None]:
-    """Position and step of `last.pt`, from the newest saved state; a mismatch is an error, never a warning."""
-    state, saved_step = State(), None
-    newest = load_newest(run, on_event)
-    if newest is not None:
-        path, stored = newest
-        state = restore(
-            stored,
-            path,
-            student.network,
-            adapters,
-            optimizer,
-            plan.inputs,
-            plan.made_with,
-            lambda text: on_event(Note(text)),
-        )
-        saved_step = state.step if path == run.last else None
-    if plan.world.first:
-        cut_metrics(run.metrics_file, state.step, state.epoch)
-    plan.world.barrier()
-    if newest is not None:
-        on_event(Note(f"continuing {run.path.as_posix()} after step {state.step} of {plan.steps}"))
-    return state, saved_step

@@ -1,4 +1,4 @@
-"""Chains of trainings: over assistants, which each teach the next network, and over generations of one student."""
+"""Chains of trainings: over assistants, each the teacher of the next network, and over generations of one student."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ _SEEDS = 2**63
 
 
 def links(config: TrainConfig) -> tuple[TrainConfig, ...]:
-    """The settings of each training in turn: assistants, then generations; one alone where there are neither.
+    """Settings of each training in order: assistants, then generations; a single training without either.
 
-    Each is an ordinary run. The teacher of each but the first is the student of the one before, so that the weights
-    of teachers and --teacher-dropout hold for the first alone; layers named in `student_stages` are the student's,
-    learning or teaching.
-    Generation k has the seed + k - 1 (Furlanello et al. 2018 begin each from weights of its own).
+    Each is an ordinary run. The teacher of each but the first is the student of the one before, so weights of
+    teachers and --teacher-dropout apply to the first alone; `student_stages` are layers of the student, both where
+    it learns and where it teaches.
+    Generation k has the seed + k - 1 (Furlanello et al. 2018 start each from its own weights).
     """
     alone = config.model_copy(update={"assistant": (), "generations": 1})
     if not methods.objective(config).needs_teacher:
         return (alone,)
     count = config.generations
-    wanted = [(network, f"-assistant-{number}", 0) for number, network in enumerate(config.assistant, 1)]
-    wanted += [(config.student, f"-generation-{number}", number - 1) for number in range(1, count)]
-    wanted += [(config.student, "", count - 1)]
+    trainings = [(network, f"-assistant-{number}", 0) for number, network in enumerate(config.assistant, 1)]
+    trainings += [(config.student, f"-generation-{number}", number - 1) for number in range(1, count)]
+    trainings += [(config.student, "", count - 1)]
     made: list[TrainConfig] = []
-    for student, suffix, later in wanted:
+    for student, suffix, seed_offset in trainings:
         changes: dict[str, object] = {
             "student": student,
-            "seed": (config.seed + later) % _SEEDS,
+            "seed": (config.seed + seed_offset) % _SEEDS,
             "student_stages": config.student_stages if student == config.student else "",
         }
         if suffix:
@@ -57,15 +57,14 @@ def links(config: TrainConfig) -> tuple[TrainConfig, ...]:
     return tuple(made)
 
 
-def continued(run: RunDir) -> TrainConfig:
-    """What a resume of this run goes on with: the whole chain's settings if it is a link of one, else its own.
+def resume_config(run: RunDir) -> TrainConfig:
+    """Settings to resume a run with: those of its chain if it is a link of one, else its own.
 
-    A link that has been given another name since is a run like any other.
+    A renamed link counts as a run of its own.
     """
     own, chain = run.read_config(), run.read_chain()
-    if (
-        chain is None or chain.method != own.method
-    ):  # a method may be code: it is the one that has been checked
+    # a method may be code, and the caller has checked the run's own
+    if chain is None or chain.method != own.method:
         return own
     return chain if run.path.name in [link.name for link in links(chain)] else own
 
@@ -78,57 +77,63 @@ def fit_chain(
     world: World | None = None,
     on_event: OnEvent = ignore,
 ) -> tuple[RunResult, ...]:
-    """Train what the settings say: one student, or a chain of them, each from the one before.
+    """Train one student, or a chain of them, each from the one before.
 
-    The links of a chain that are there already, begun with the same settings, are taken as they are where they are
-    finished, and continued where not: to repeat the call is to go on.
+    Existing links with the same settings are reused if finished and continued if not, so repeating the call
+    continues an interrupted chain.
 
     Args:
-        resume: an interrupted run to continue; `config` is then what `continued` says of it.
-        world: as of `fit`.
+        resume: an interrupted run to continue; `config` is then its `resume_config`.
+        world: see `fit`.
 
     Returns:
-        What each training has to say, the last one's student being the one that was asked for.
+        Results in order; the last is that of the student in `config`.
 
     Raises:
-        UsageError: a network is not known or the images are too small for it, or a link's name is taken by a run
-            with other settings; all of that before anything is trained.
+        UsageError: a network is unknown or the images are too small for it, or a link's name is taken by a run
+            with other settings; all checked before the first training.
         KdError, Interrupted: as `fit`. The hint of the latter continues the whole chain.
     """
     chain = links(config)
     teaches = any(part.needs_teacher for part in methods.parse(config.method))
+    # 1. A single run
     if len(chain) == 1:
         if teaches and (config.assistant or config.generations > 1) and (world is None or world.first):
-            on_event(Note("no term of a teacher weighs anything: --assistant and --generations do nothing"))
+            on_event(
+                Note("all weights of the teacher's terms are 0: --assistant and --generations do nothing")
+            )
         return (fit(chain[0], data, resume=resume, world=world, on_event=on_event),)
     if world is None and config.devices == 1:
         world = World.alone(config.accelerator)
     if world is None:
         raise UsageError("fit_chain() runs in one process", "Start the others with runtime.launch.")
-    tell = on_event if world.first else ignore
+    notify = on_event if world.first else ignore
     with runtime.stop_on_signals() as stop, world.report_lost_process():
+        # 2. Check all links before the first training
         for link in chain:
             check_student(link, data.train)
-        config, done = world.broadcast(_standing(config, data) if world.first else None) or (config, 0)
+        config, done = world.broadcast(_finished_links(config, data) if world.first else None) or (config, 0)
         chain = links(config)
-        tell(Note(f"chain {config.name}: {' → '.join(link.student for link in chain)}"))
+        notify(Note(f"chain {config.name}: {' → '.join(link.student for link in chain)}"))
+        # 3. Train the links that are not finished
         results: list[RunResult] = []
         for number, link in enumerate(chain):
-            _go_on(chain, stop, world)
+            run = _run(link)
+            _check_signal(chain, stop, world)
             if number < done:
-                tell(Note(f"{_run(link).path.as_posix()} is there already: it is not trained again"))
-                results.append(read_result(_run(link).result_file))
+                notify(Note(f"{run.path.as_posix()} exists and is finished: it is not trained again"))
+                results.append(read_result(run.result_file))
                 continue
-            begun = world.broadcast(_run(link).config_file.is_file() if world.first else None)
+            begun = world.broadcast(run.config_file.is_file() if world.first else None)
             title = f"{number + 1}/{len(chain)} {link.student}"
             try:
                 results.append(
                     fit(
-                        _run(link).read_config() if begun else link,
+                        run.read_config() if begun else link,
                         data,
-                        resume=_run(link) if begun else None,
+                        resume=run if begun else None,
                         world=world,
-                        on_event=_titled(title, on_event),
+                        on_event=_with_title(title, on_event),
                         chain=config,
                     )
                 )
@@ -141,12 +146,12 @@ def _run(link: TrainConfig) -> RunDir:
     return RunDir(link.runs_dir / link.name)
 
 
-def _standing(config: TrainConfig, data: Splits) -> tuple[TrainConfig, int]:
-    """The settings with a name, and how many links are finished; at most the one after these is begun.
+def _finished_links(config: TrainConfig, data: Splits) -> tuple[TrainConfig, int]:
+    """The settings with a name, and the number of finished links; only the link after these may be begun.
 
     Raises:
-        UsageError: a name is taken, or links are there whose teachers are not.
-        KdError: a finished link cannot be read.
+        UsageError: a name is taken, or a link exists whose teacher is not finished.
+        KdError: a finished link cannot be read, or had other inputs.
     """
     if not config.name:
         number = 1
@@ -156,27 +161,28 @@ def _standing(config: TrainConfig, data: Splits) -> tuple[TrainConfig, int]:
                 return named, 0
             number += 1
     chain = links(config)
-    there = [_is_there(link, config) for link in chain]
-    finished = [here and _run(link).result_file.is_file() for here, link in zip(there, chain, strict=True)]
-    done = finished.index(False) if False in finished else len(chain)
-    orphan = next(
-        (link for here, link in zip(there[done + 1 :], chain[done + 1 :], strict=True) if here), None
-    )
-    if orphan is not None:
-        raise UsageError(
-            f"run {orphan.name} in {config.runs_dir} learned from {chain[done].name}, which is not finished there",
-            f"Choose another --name, or remove {shlex.quote(_run(orphan).path.as_posix())}.",
-        )
+    begun = [link for link in chain if _is_begun(link, config)]
+    done = 0
+    while done < len(begun) and begun[done] is chain[done] and _run(chain[done]).result_file.is_file():
+        done += 1
+    for link in begun[done:]:
+        if link is not chain[done]:
+            raise UsageError(
+                f"run {link.name} in {config.runs_dir} learned from {chain[done].name}, which is not finished there",
+                f"Choose another --name, or remove {shlex.quote(_run(link).path.as_posix())}.",
+            )
     for link in chain[:done]:
-        _check_finished(link, data)
+        recorded = recorded_inputs(checkpoint.load(_run(link).student).provenance)
+        # a teacher's file that is missing now is not needed any more: its student is trained
+        check_unchanged(recorded, input_hashes(link, data, missing=recorded), _run(link).path.as_posix())
     return config, done
 
 
-def _is_there(link: TrainConfig, config: TrainConfig) -> bool:
-    """Whether a link is finished or begun by this very chain.
+def _is_begun(link: TrainConfig, config: TrainConfig) -> bool:
+    """Whether a link exists and belongs to this chain.
 
     Raises:
-        UsageError: what is there is something else.
+        UsageError: its name is taken by another run, or by a chain with other settings.
     """
     run = _run(link)
     chain = run.read_chain()
@@ -186,29 +192,21 @@ def _is_there(link: TrainConfig, config: TrainConfig) -> bool:
     before, now = decisive_settings(chain), decisive_settings(config)
     for name, value in now.items():
         if before[name] != value:
+            old, new = (
+                " ".join(map(str, typed)) or "none" if isinstance(typed, list) else typed
+                for typed in (before[name], value)
+            )
             raise UsageError(
                 f"run {link.name} in {link.runs_dir} is of a chain with other settings: "
-                f"--{name.replace('_', '-')} was {_shown(before[name])}, is {_shown(value)}",
+                f"--{name.replace('_', '-')} was {old}, is {new}",
                 "Choose another --name, or continue that chain: "
                 f"kd train --resume {shlex.quote(run.path.as_posix())}",
             )
     return True
 
 
-def _shown(value: object) -> str:
-    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
-
-
-def _check_finished(link: TrainConfig, data: Splits) -> None:
-    """Raise KdError if a finished link learned from other images, or from a teacher that has been replaced."""
-    run = _run(link)
-    recorded = recorded_inputs(checkpoint.load(run.student).provenance)
-    # a teacher that is gone since is no matter: its student is there
-    check_unchanged(recorded, input_hashes(link, data, missing=recorded), run.path.as_posix())
-
-
-def _go_on(chain: tuple[TrainConfig, ...], stop: StopFlag, world: World) -> None:
-    """Raise Interrupted if a signal came while a link was finished: `fit` does not stop for that."""
+def _check_signal(chain: tuple[TrainConfig, ...], stop: StopFlag, world: World) -> None:
+    """Raise Interrupted for a signal that came at the end of a link, where `fit` does not stop."""
     [number] = world.all_max(stop.signal or 0)
     if number:
         stop.signal = number
@@ -216,20 +214,20 @@ def _go_on(chain: tuple[TrainConfig, ...], stop: StopFlag, world: World) -> None
 
 
 def _interrupted(chain: tuple[TrainConfig, ...], message: str, stopped: Interrupted) -> Interrupted:
-    """With what continues the whole chain: a resume of the last link that is there."""
+    """The error, with a hint that continues the whole chain: resuming its last link."""
     begun = [_run(link).path for link in chain if _run(link).config_file.is_file()]
     hint = resume_command(begun[-1], chain[0].method) if begun else stopped.hint
     return Interrupted(message, hint or "Type the same command again.", exit_code=stopped.exit_code)
 
 
-def _titled(title: str, on_event: OnEvent) -> OnEvent:
-    """Say which link a bar belongs to."""
+def _with_title(title: str, on_event: OnEvent) -> OnEvent:
+    """Prefix the task of each progress bar with its link."""
 
-    def tell(event: Event) -> None:
+    def forward(event: Event) -> None:
         if isinstance(event, Progress):
             event = replace(
                 event, task=f"{title}: {event.task}", group=f"{title}: {event.group or event.task}"
             )
         on_event(event)
 
-    return tell
+    return forward

@@ -1,4 +1,4 @@
-"""Batches as the student and the teacher see them, on the device that trains."""
+"""Batches for student and teacher, on the training device."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Feed:
 
     def batches(self, view: int, parts: Sequence[tuple[Int64, float, int]]) -> Iterator[Minibatch]:
         """The batches of one epoch in order; each part is samples, weight and count of `Minibatch`."""
-        if self.device.type == "cpu":  # nothing to overlap with: all cores are at work in the step
+        if self.device.type == "cpu":  # all cores work in the step: no work could overlap
             yield from (self.make(view, *part) for part in parts)
             return
         with ThreadPoolExecutor(1, thread_name_prefix="feed") as thread:

@@ -14,7 +14,6 @@ from kdcli.base.events import Epoch, OnEvent, Progress, ignore
 from kdcli.base.runtime import World
 from kdcli.base.text import reason
 from kdcli.data import Splits, augment
-from kdcli.engine.adapters import states_of
 from kdcli.engine.build import Parts, build
 from kdcli.engine.evaluate import measure
 from kdcli.engine.feed import Minibatch
@@ -219,7 +218,7 @@ class Trainer:
         if self.world.first:
             training = {
                 "optimizer": parts.optimizer.state_dict(),
-                "adapters": states_of(parts.adapters),
+                "adapters": {name: dict(module.state_dict()) for name, module in parts.adapters.items()},
                 "state": self.state.to_json(),
                 "inputs": dict(self.plan.inputs),
                 "made_with": self.plan.made_with,

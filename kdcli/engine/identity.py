@@ -1,4 +1,4 @@
-"""What the bits of a trained student depend on: its settings, its inputs by content, and the circumstances.
+"""Identity of a run: its settings, its inputs by content, and the circumstances that decide the student's bits.
 
     decisive_settings(config) -> {name: value}     settings that change what is computed
     input_hashes(config, data) -> {name: SHA-256}  images, teachers, student's file, code of own methods
@@ -29,7 +29,7 @@ from kdcli.base.text import reason
 from kdcli.data import Splits
 from kdcli.engine.run_dir import PLACE
 from kdcli.methods import TrainConfig
-from kdcli.teacher.recorded import teachers_of
+from kdcli.teacher import teachers_of
 
 # Settings of storage and hardware. Those that change bits (threads, devices) are recorded among the circumstances.
 NEUTRAL = PLACE | {
@@ -54,10 +54,10 @@ def decisive_settings(config: TrainConfig) -> dict[str, Any]:
 def input_hashes(
     config: TrainConfig, data: Splits, *, missing: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """SHA-256 of all that a run reads, by what it is called: images, teachers, student's file, code of own methods.
+    """SHA-256 of a run's inputs, by name: images, teachers, student's file, code of own methods.
 
     Args:
-        missing: hashes of files that need not be there any more; by default each must be.
+        missing: hashes to use for files that no longer exist; by default each must exist.
 
     Raises:
         KdError: a file cannot be read.
@@ -110,7 +110,7 @@ def environment(world: World) -> dict[str, Any]:
 
 
 def circumstances(recorded: Any) -> dict[str, str]:
-    """From the values of an `environment.json`, of any origin: what the last bits depend on beside the settings."""
+    """Versions and hardware on which the last bits depend, from the values of an `environment.json` of any origin."""
     values = _mapping(recorded)
     packages = _mapping(values.get("packages"))
     found = {name: values.get(name) for name in _CIRCUMSTANCES}
@@ -128,7 +128,7 @@ def recorded_circumstances(environment_file: Path) -> dict[str, str]:
 
 
 def made_with(config: TrainConfig, environment: Mapping[str, Any]) -> dict[str, Any]:
-    """Circumstances and decisive settings of a run; what must stay equal for a resumed run to have equal bits."""
+    """Circumstances and decisive settings: a resumed run has equal bits if these stay equal."""
     settings = {f"--{name.replace('_', '-')}": value for name, value in decisive_settings(config).items()}
     return circumstances(environment) | settings
 
@@ -146,7 +146,7 @@ def check_unchanged(known: Mapping[str, str | None], now: Mapping[str, str | Non
     """Raise KdError if an input differs from the recorded one, or is missing on one side.
 
     Args:
-        owner: what has these inputs, for the message: a run's folder.
+        owner: the run's folder, for the message.
     """
     for name in {**known, **now}:
         if known.get(name) != now.get(name):

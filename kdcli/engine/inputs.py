@@ -10,11 +10,11 @@ from kdcli.methods import TrainConfig
 
 
 def load_data(config: TrainConfig, on_event: OnEvent = ignore) -> Splits:
-    """Training and test images; where the student is a file, in the shape that it takes.
+    """Training and test images; where the student is a file, in its input size.
 
     Raises:
-        KdError: there are none, or they cannot be read.
-        UsageError: the student's file is not there.
+        KdError: the data cannot be read.
+        UsageError: the student's file does not exist.
     """
     stored = config.student_file
     if stored is not None and not stored.is_file():

@@ -1,4 +1,4 @@
-"""What a finished run leaves of itself: the provenance in `student.pt`, and `result.json`."""
+"""Records of a finished run: the provenance in `student.pt`, and `result.json`."""
 
 from __future__ import annotations
 

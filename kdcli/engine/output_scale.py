@@ -1,4 +1,4 @@
-"""The student's output in the teacher's units, while it learns to regress logits."""
+"""Scaling of the student's output to the teacher's units, for the regression of logits."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class OutputScale:
             head.bias.mul_(self.scale).add_(self.shift)
 
     def unfold(self, network: nn.Module) -> None:
-        """The reverse of `fold`: a network that gives the logits itself gives them by this scale."""
+        """The reverse of `fold`, for a network that already gives logits."""
         head = _head(network)
         with torch.no_grad():
             head.weight.div_(self.scale)

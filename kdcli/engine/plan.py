@@ -1,7 +1,8 @@
-"""The plan of a run: all that follows from its settings, its data and the processes that share it."""
+"""The plan of a run, derived from its settings, its data and the processes that share it."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from kdcli.base.errors import UsageError
 from kdcli.base.runtime import World
 from kdcli.data import ImageSet, Splits, augment
 from kdcli.data.split import split
-from kdcli.engine import identity, tensorboard
+from kdcli.engine import identity
 from kdcli.methods import Objective, TrainConfig
 from kdcli.teacher import Teacher
 
@@ -26,18 +27,18 @@ _DERIVED = ("views", "tau")  # by `resolve`, where they are not set
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run computes, derived once by `make_plan`.
+    """Plan of a run, derived once by `make_plan`.
 
     Attributes:
-        config: settings with `tau` and `views` filled in; those that were are named in `derived`.
+        config: settings with `tau` and `views` filled in; `derived` names those that were not set.
         objective: terms with their weights and temperatures over time.
         data: the data set; `train` are the images that are trained on, those without labels after the others.
-        train_samples, labelled_samples, val_samples: numbers in `train` of the images that are trained on, of those
-            among them with a label, and of those that are kept for validation.
+        train_samples, labelled_samples, val_samples: indices into `train` of the images that are trained on, of
+            those among them with a label, and of the validation split.
         steps_per_epoch, steps: optimizer steps.
         cache_mode: where the teacher's logits come from, see `cache_mode`.
         teacher: None where no term reads one.
-        inputs: SHA-256 of all that the run reads, see `identity.input_hashes`.
+        inputs: SHA-256 of the run's inputs, see `identity.input_hashes`.
         environment: values of `environment.json`.
         source_digests: SHA-256 of the code of own methods, by name.
         world: the processes that share the work.
@@ -66,7 +67,7 @@ class RunPlan:
 
     @property
     def made_with(self) -> dict[str, Any]:
-        """What must be equal for equal bits, beside `inputs`; known when `config.precision` is."""
+        """Values that must be equal for equal bits, beside `inputs`; complete once `config.precision` is settled."""
         return identity.made_with(self.config, self.environment)
 
 
@@ -83,7 +84,8 @@ def make_plan(
     derived = tuple(name for name in _DERIVED if not getattr(config, name))
     objective = methods.objective(config)
     _check(config, objective, data)
-    tensorboard.require(config)
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UsageError("--tensorboard: it is not installed", "pip install 'kdcli[tensorboard]'")
     config = _resolve(config, objective)
     # 2. Samples and steps: images without labels come after all others
     train = data.trained_on

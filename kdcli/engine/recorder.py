@@ -1,9 +1,9 @@
-"""The losses of a run: summed where they arise, written to metrics.jsonl and TensorBoard."""
+"""Losses of a run: summed on the device, written to metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,17 +14,16 @@ from kdcli.base.runtime import World
 from kdcli.engine.records import Metrics, append_metrics
 from kdcli.engine.run_dir import RunDir
 from kdcli.engine.state import State
-from kdcli.engine.tensorboard import Board, board
 from kdcli.methods import TrainConfig
 
 
 class Recorder:
-    """Sums of the terms over an epoch, on the device that computes them; nothing waits for it but what is written."""
+    """Sums of the terms over an epoch, on the training device, which is waited for only to write or report them."""
 
     def __init__(
         self, config: TrainConfig, run: RunDir, terms: Sequence[str], state: State, world: World
     ) -> None:
-        """Go on from the sums in the state.
+        """Continue from the sums in the state.
 
         Args:
             terms: names, in the order in which a step gives them after the loss.
@@ -42,7 +41,12 @@ class Recorder:
         mine = rows[world.rank] if len(rows) == world.size else list(np.mean(rows, axis=0))
         wide = torch.float32 if world.device.type == "mps" else torch.float64
         self.sums = torch.tensor(mine, dtype=wide, device=world.device)  # (1 + terms,)
-        self.board: Board = board(config, run.path, state.step, write=world.first)
+        self.tensorboard: Any = None
+        if config.tensorboard and world.first:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # lines beyond the step that a resumed run continues from are dropped
+            self.tensorboard = SummaryWriter(str(run.path / "tensorboard"), purge_step=state.step or None)
 
     def add(self, terms: Tensor) -> None:
         """One step's loss and terms times its images, (1 + terms,)."""
@@ -61,7 +65,7 @@ class Recorder:
         return self._means(self.sums.tolist(), self.state.images)[0]
 
     def steps(self, rate: float) -> None:
-        """Write a line on the steps since the line before.
+        """Write a line for the steps since the previous line.
 
         Raises:
             KdError: the loss is no longer finite.
@@ -73,7 +77,7 @@ class Recorder:
         state.logged, state.logged_images, state.logged_seconds = sums, state.images, state.seconds
 
     def epoch(self, rate: float, val_accuracy: float | None) -> float:
-        """Write the epoch's line, and begin the next one; gives the epoch's mean loss.
+        """Write the epoch's line, advance to the next epoch and return the mean loss.
 
         Raises:
             KdError: the loss is no longer finite.
@@ -91,8 +95,9 @@ class Recorder:
         return loss
 
     def close(self) -> None:
-        """No more lines."""
-        self.board.close()
+        """Close the TensorBoard file."""
+        if self.tensorboard is not None:
+            self.tensorboard.close()
 
     def _means(self, sums: list[float], images: int) -> tuple[float, dict[str, float]]:
         loss, *means = (value / images for value in sums)
@@ -128,5 +133,11 @@ class Recorder:
             seconds=state.seconds,
         )
         append_metrics(self.run.metrics_file, line)
-        self.board.write(line)
+        if self.tensorboard is not None:
+            values = {"loss": loss, "lr": rate, "images_per_s": line.images_per_s, **terms}
+            if val_accuracy is not None:
+                values["val_accuracy"] = val_accuracy
+            for name, value in values.items():
+                self.tensorboard.add_scalar(f"{kind}/{name}", value, line.step)
+            self.tensorboard.flush()
         return loss

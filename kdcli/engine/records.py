@@ -220,7 +220,7 @@ def epoch_lines(path: Path) -> list[Metrics]:
 
 
 def append_metrics(path: Path, line: Metrics) -> None:
-    """Add a line and flush it to the disk: it is there before a state that comes after it."""
+    """Add a line and flush it to the disk, so that no saved state is newer than the metrics."""
     with path.open("a", encoding="utf-8") as handle:
         handle.write(json.dumps(line.to_json()) + "\n")
         handle.flush()

@@ -1,4 +1,4 @@
-"""`runs/<name>/`: everything a run leaves behind."""
+"""`runs/<name>/`: the files of a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kdcli.base.text import reason
 from kdcli.methods import TrainConfig
 from kdcli.models.checkpoint import Checkpoint, save
 
-# Where the run lies is not part of what it computes: the file can be used as a recipe for another run.
+# The run's location is not stored in its config.toml, which can thus serve as a recipe for other runs.
 PLACE = {"name", "runs_dir"}
 
 
@@ -40,15 +40,15 @@ class RunDir:
         filled: Sequence[str] = (),
         chain: TrainConfig | None = None,
     ) -> RunDir:
-        """Make a new folder, named by the user or by method, student and the next free number.
+        """Create the folder, named by the user or by method, student and the next free number.
 
-        It gets its name with settings and environment in it: whenever a run is killed, it can be resumed.
+        It is renamed into place with settings and environment in it, so a killed run can always be resumed.
 
         Args:
             config: the settings, resolved.
-            environment: what `environment.json` says.
-            filled: names of settings that were not typed but resolved from others.
-            chain: the settings of the chain of trainings that this run is a link of.
+            environment: values of `environment.json`.
+            filled: names of settings that were derived from others.
+            chain: settings of the chain of trainings that this run is a link of.
 
         Raises:
             UsageError: the name is taken.
@@ -86,7 +86,7 @@ class RunDir:
 
     @staticmethod
     def check_free(config: TrainConfig) -> None:
-        """Raise UsageError if the name is taken: better now than after the teacher's passes."""
+        """Raise UsageError if the name is taken: checked before the teacher's passes."""
         if config.runs_dir.exists() and not config.runs_dir.is_dir():
             raise UsageError(f"--runs-dir {config.runs_dir} is not a folder", "Choose another.")
         if config.name and (config.runs_dir / config.name).exists():
@@ -94,10 +94,10 @@ class RunDir:
 
     @classmethod
     def existing(cls, path: Path) -> RunDir:
-        """A run that is there.
+        """An existing run.
 
         Raises:
-            KdError: it is not, or it has nothing to continue from.
+            KdError: the folder has no `config.toml`.
         """
         run = cls(path)
         if not run.config_file.is_file():
@@ -121,24 +121,23 @@ class RunDir:
         return self.path / "last.pt"
 
     def saved(self) -> list[Path]:
-        """The saved states that are there, newest first: last.pt, then last-<step>.pt."""
+        """Existing saved states, newest first: last.pt, then last-<step>.pt."""
         older = sorted(self.path.glob("last-*.pt"), reverse=True)
         return [path for path in (self.last, *older) if path.exists()]
 
     def save_state(self, state: Checkpoint, keep: int, before: int | None) -> None:
-        """Write last.pt; the one before it stays as last-<step>.pt, up to `keep` in all.
+        """Write last.pt; the previous one stays as last-<step>.pt, up to `keep` states in all.
 
-        At every moment there is a whole last.pt: the old one gets its second name first.
+        A complete last.pt exists at every moment: the old one is linked to its second name first.
 
         Args:
-            keep: how many states to have.
-            before: at which step the present last.pt was written; None if there is none, or none that can be read.
+            before: step of the present last.pt; None without a readable one.
 
         Raises:
-            KdError: it cannot be written; what was there is untouched.
+            KdError: it cannot be written; the previous states are untouched.
         """
         if before is not None and keep > 1:
-            with suppress(OSError):  # it is there already, or the file system has no links: one state less
+            with suppress(OSError):  # it exists, or the file system has no links: one state less
                 os.link(self.last, self.path / f"last-{before:09d}.pt")
         save(self.last, state)
         for path in sorted(self.path.glob("last-*.pt"), reverse=True)[keep - 1 :]:
@@ -163,15 +162,15 @@ class RunDir:
         write_text(self.config_file, tomli_w.dumps(values))
 
     def read_config(self) -> TrainConfig:
-        """The settings this run was started with, with its own place filled in."""
+        """The run's settings, with its present name and location."""
         values = read_recipe(str(self.config_file))
         return make(TrainConfig, {**values, "name": self.path.name, "runs_dir": self.path.parent})
 
     def read_chain(self) -> TrainConfig | None:
-        """The settings of the chain that this run is a link of, where it lies now; None if it is none.
+        """Settings of the chain that this run is a link of, with its present location; None if it is no link.
 
         Raises:
-            UsageError: there are some, and they cannot be read.
+            UsageError: the file is damaged.
         """
         if not self.chain_file.is_file():
             return None
@@ -180,12 +179,12 @@ class RunDir:
 
 
 def name_of(config: TrainConfig, number: int) -> str:
-    """What a run is called that the user has not named."""
+    """Name of a run that the user has not named."""
     return f"{config.method_name}-{config.student_name}-{number}"
 
 
 def resume_command(run: Path, method: str) -> str:
-    """What to type to go on with a run; its method again where that is code, which no file may name."""
+    """Command that resumes a run; it repeats a method that is code, because no file may name code."""
     typed = f" --method {method}" if methods.is_custom(method) else ""
     return f"kd train --resume {shlex.quote(run.as_posix())}{typed}"
 

@@ -13,7 +13,7 @@ _WARM_UP, _START, _END = 0.3, 1 / 25, 1e-4  # of onecycle: share of steps, first
 
 
 def learning_rate(schedule: str, peak: float, step: int, steps: int) -> float:
-    """The rate of one step, a pure function of its number: nothing to save, nothing to restore.
+    """Learning rate of one step: a pure function of its number, so it has no state to save.
 
     step: ÷10 at 80 % (the reference's recipe). cosine: half a cosine from the peak to 0 (Loshchilov & Hutter 2017).
     onecycle: cosine from peak/25 up to the peak over 30 %, then cosine to peak·1e-4 (Smith & Topin 2018).

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from kdcli.base.errors import KdError
 from kdcli.base.events import Note, OnEvent
-from kdcli.engine.adapters import restore_adapters
 from kdcli.engine.identity import check_unchanged, differences
+from kdcli.engine.plan import RunPlan
+from kdcli.engine.records import cut_metrics
 from kdcli.engine.run_dir import RunDir
 from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint
@@ -22,10 +24,10 @@ from kdcli.models.checkpoint import Checkpoint
 
 @dataclass
 class State:
-    """What changes while training; with the weights, the adapters and the optimizer, all that a resume needs.
+    """Position and sums of a run; a resume needs these, the weights, the adapters and the optimizer's state.
 
-    Learning rate, order, views, noise and dropout are pure functions of seed, step, epoch and sample: no generator
-    has to be restored.
+    Learning rate, order, views, noise and dropout are pure functions of seed, step, epoch and sample: no random
+    generator has to be restored.
 
     Attributes:
         epoch: the pass under way, from 0.
@@ -36,7 +38,7 @@ class State:
         logged: the same sums, all processes together, at the last line of metrics; `logged_images` and
             `logged_seconds` likewise.
         seconds: of training so far; `epoch_seconds`: when this epoch began.
-        marks: what was different when the run was resumed, so that it is not the same run any more.
+        marks: differences of settings or circumstances at a resume, which end bit-identity.
     """
 
     epoch: int = 0
@@ -82,11 +84,56 @@ class SaveSchedule:
         self.last = time.monotonic()
 
 
-def load_newest(run: RunDir, on_event: OnEvent) -> tuple[Path, Checkpoint] | None:
-    """The newest state that can be read; None if none was ever written.
+def restore(
+    plan: RunPlan,
+    run: RunDir,
+    network: nn.Module,
+    adapters: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    on_event: OnEvent,
+) -> tuple[State, int | None]:
+    """Load the newest saved state into network, adapters and optimizer, and cut the metrics after it.
+
+    Returns:
+        The position, at the start if no state was ever saved, and the step of `last.pt` if that is readable.
 
     Raises:
-        KdError: there are some, and all of them are damaged.
+        KdError: every saved state is damaged, or the newest readable one does not fit the run.
+    """
+    state, saved_step = State(), None
+    newest = _load_newest(run, on_event)
+    if newest is not None:
+        path, stored = newest
+        training = stored.training or {}
+        try:
+            check_unchanged(training["inputs"], plan.inputs, run.path.as_posix())
+            network.load_state_dict(stored.state_dict)
+            if set(adapters) != set(training["adapters"]):
+                raise KeyError("adapters")
+            for name, module in adapters.items():
+                module.load_state_dict(training["adapters"][name])
+            optimizer.load_state_dict(training["optimizer"])
+            state = State(**training["state"])
+            changes = differences(training["made_with"], plan.made_with)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise KdError(f"{path} does not fit its run: {error}", "Start the run anew.") from error
+        for change in changes:
+            on_event(Note(f"{change}: the result will not be bit-identical to an uninterrupted run's"))
+        state.marks += [change for change in changes if change not in state.marks]
+        saved_step = state.step if path == run.last else None
+    if plan.world.first:
+        cut_metrics(run.metrics_file, state.step, state.epoch)
+    plan.world.barrier()
+    if newest is not None:
+        on_event(Note(f"continuing {run.path.as_posix()} after step {state.step} of {plan.steps}"))
+    return state, saved_step
+
+
+def _load_newest(run: RunDir, on_event: OnEvent) -> tuple[Path, Checkpoint] | None:
+    """The newest readable state; None if none was ever saved.
+
+    Raises:
+        KdError: all of them are damaged.
     """
     problems = []
     for path in run.saved():
@@ -98,39 +145,3 @@ def load_newest(run: RunDir, on_event: OnEvent) -> tuple[Path, Checkpoint] | Non
     if problems:
         raise KdError(f"no saved state of {run.path} can be read", "Start the run anew under another --name.")
     return None
-
-
-def restore(
-    stored: Checkpoint,
-    source: Path,
-    network: torch.nn.Module,
-    adapters: Mapping[str, torch.nn.Module],
-    optimizer: torch.optim.Optimizer,
-    inputs: Mapping[str, str],
-    made_with: Mapping[str, Any],
-    tell: Callable[[str], None],
-) -> State:
-    """Fill in weights, adapters and optimizer, and return the position.
-
-    Args:
-        inputs: see `identity.input_hashes`; they must be as they were.
-        made_with: settings and circumstances, see `identity.made_with`; a difference is told and marked.
-
-    Raises:
-        KdError: anything that does not fit. Never a warning.
-    """
-    training = stored.training or {}
-    run = source.parent
-    try:
-        check_unchanged(training["inputs"], inputs, run.as_posix())
-        network.load_state_dict(stored.state_dict)
-        restore_adapters(adapters, training["adapters"])
-        optimizer.load_state_dict(training["optimizer"])
-        state = State(**training["state"])
-        changes = differences(training["made_with"], made_with)
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise KdError(f"{source} does not fit its run: {error}", "Start the run anew.") from error
-    for change in changes:
-        tell(f"{change}: the result will not be bit-identical to an uninterrupted run's")
-    state.marks += [change for change in changes if change not in state.marks]
-    return state

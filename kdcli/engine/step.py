@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,7 +47,6 @@ class Step:
         if config.compile:
             network = torch.compile(network)  # type: ignore[assignment]
         self.network: Callable[[Tensor], Any] = self.world.replicate(network)
-        self.compiled = not config.compile  # the compiler runs in the first step
 
     def __call__(
         self,
@@ -65,35 +65,14 @@ class Step:
             targets: the teacher's logits (B, C) and features.
 
         Returns:
-            (1 + terms,): the loss, and each unweighted term, times the number of images it stands for, in the order
-            of the weights. Nothing waits for the device.
+            (1 + terms,): the loss and each unweighted term times the number of images it stands for, in the order
+            of the weights. On the device, without synchronising.
         """
-        if self.compiled:
-            return self._step(batch, epoch, rate, done, targets)
-        try:
-            result = self._step(batch, epoch, rate, done, targets)
-        except Exception as error:
-            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                raise
-            raise KdError(
-                f"--compile: torch cannot compile {self.config.student} here: {first_line(error)}",
-                "It needs a C++ compiler; leave --compile out.",
-            ) from error
-        self.compiled = True
-        return result
-
-    def _step(
-        self,
-        batch: Minibatch,
-        epoch: int,
-        rate: float,
-        done: float,
-        targets: tuple[Tensor | None, Features | None],
-    ) -> Tensor:
         config, world = self.config, self.world
         self.keys.step(epoch, batch.samples, world.device)
         prepared = self.student.prepare(batch.images)  # in float32, as in evaluation and in the export
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        bf16 = config.precision == "bf16"
+        with self._compiler_errors(), torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
             outputs = self.network(prepared)
         features = None
         if self.stages:
@@ -124,10 +103,24 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        world.backward(total if world.size == 1 else total * batch.weight)
+        with self._compiler_errors():
+            world.backward(total if world.size == 1 else total * batch.weight)
         for value in self.learning if world.size > 1 else ():
             if value.grad is not None:
                 value.grad = world.mean(value.grad)
         self.optimizer.step()
         values = [total, *terms.values()]
         return torch.stack([value.detach() for value in values]) * (batch.weight * batch.count)
+
+    @contextmanager
+    def _compiler_errors(self) -> Iterator[None]:
+        """Translate an error of torch.compile, which compiles in the first step, to a KdError."""
+        try:
+            yield
+        except Exception as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            raise KdError(
+                f"--compile: torch cannot compile {self.config.student} here: {first_line(error)}",
+                "It needs a C++ compiler; leave --compile out.",
+            ) from error

@@ -1,4 +1,4 @@
-"""The network that is trained: a fresh one by its name, or one that goes on from its file."""
+"""The student: a new network by name, or one whose training continues from a file."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _CONSTANTS_VERSION = 1  # raise it when a preprocessing's fit gives other consta
 def make_student(
     config: TrainConfig, train: ImageSet, samples: Int64, device: torch.device, on_event: OnEvent
 ) -> Classifier:
-    """What `config.student` names, in training mode, its classes those of the data.
+    """The network that `config.student` names, in training mode, with the classes of the data.
 
     Args:
-        samples: numbers of the images that are trained on; a fresh network's preprocessing is measured on them.
+        samples: indices of the images on which a new network's preprocessing is measured.
 
     Raises:
         KdError: a file that cannot be read, or does not fit the data.
@@ -41,7 +41,7 @@ def make_student(
 
 
 def check_student(config: TrainConfig, train: ImageSet) -> None:
-    """See whether `make_student` will find what it needs, and the stages asked for; nothing is allocated.
+    """Check that `make_student` will succeed and that the wanted stages exist, without allocating weights.
 
     Raises:
         KdError: a file that cannot be read, or does not fit the data.
@@ -101,7 +101,7 @@ def _fitted_preprocess(config: TrainConfig, train: ImageSet, samples: Int64, on_
 
 
 def _stored(config: TrainConfig, train: ImageSet) -> Classifier:
-    """Weights, and the preprocessing they were made for, from a file; nothing of where they came from."""
+    """Weights and their preprocessing from a file, without its provenance."""
     path = config.student_file
     assert path is not None
     stored = models.load(path)

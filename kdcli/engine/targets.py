@@ -23,7 +23,7 @@ from kdcli.teacher import CachedLogits, LiveTeacher
 
 @dataclass(frozen=True)
 class Targets:
-    """The teacher's side of a run; without a teacher it has neither views nor a live teacher.
+    """Source of the teacher's logits and features; empty without a teacher.
 
     Attributes:
         views: cached logits, cycled over the epochs.
@@ -64,7 +64,7 @@ class Targets:
 
 
 def make_targets(plan: RunPlan, on_event: OnEvent, stop: StopFlag) -> Targets:
-    """Compute the views that are not cached yet, or read the teacher that runs live.
+    """Compute the views that are not cached yet, or load the teacher that runs live.
 
     Raises:
         KdError: the teacher does not fit the data or the method.

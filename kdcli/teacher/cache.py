@@ -1,4 +1,4 @@
-"""Logits on disk: a file for each view, written in parts, so that a killed pass continues where it stopped."""
+"""Logits on disk: a file for each view, written in parts from which a killed pass continues."""
 
 from __future__ import annotations
 

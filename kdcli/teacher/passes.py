@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -117,7 +117,7 @@ class TeacherPass:
                 done += round(self._part_size(part) * len(missing) / len(mine))
             if any(world.all_max(int(stopped))):
                 return False
-            if world.broadcast(world.first and cache.finish(view, engine.to_json())):
+            if world.broadcast(world.first and cache.finish(view, asdict(engine))):
                 self.computed += 1
                 self.member.passes += int(ran)
                 return True

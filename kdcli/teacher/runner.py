@@ -1,9 +1,9 @@
-"""The fastest way to run a teacher here at the same answers: engine, precision, batch size."""
+"""Selection of the fastest engine, precision and batch size for a teacher, with the same top-1 classes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from kdcli.base.events import Note, OnEvent
 from kdcli.base.timing import interleaved
 from kdcli.models import Classifier
 
-_MEASURED_FROM_S = 15.0  # a shorter pass is not measured first
-_TRANSLATED_FROM_S = 60.0  # nor is a shorter one translated to ONNX, which takes some seconds itself
+_MEASURED_FROM_S = 15.0  # shorter passes run without measurements
+_TRANSLATED_FROM_S = 60.0  # shorter passes are not worth a translation to ONNX, which takes some seconds
 _LEAST_AGREEMENT = 99.9  # per cent equal top-1 with float32
 _SAMPLE = 1024  # images on which agreement is checked
 _BATCHES = {"cpu": (32, 64, 128, 256), "other": (256, 1024, 4096)}
@@ -28,7 +28,7 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Engine:
-    """What runs a teacher.
+    """An engine that runs a teacher.
 
     Attributes:
         name: `torch`, or `onnxruntime` for a checkpoint translated to ONNX, or `file` for an ONNX file as it is.
@@ -42,10 +42,6 @@ class Engine:
     batch_size: int = BATCH
     agreement: float | None = None
     images_per_s: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """For the cache's manifest."""
-        return asdict(self)
 
 
 def forward_of(model: Any, engine: Engine, threads: int = 0) -> Forward:
@@ -87,7 +83,7 @@ def choose_engine(
     threads: int = 0,
     on_event: OnEvent,
 ) -> Engine:
-    """The fastest way to run a teacher over `count` images that gives the answers of float32.
+    """The fastest engine for a pass over `count` images whose top-1 classes agree with float32.
 
     Args:
         model: a frozen classifier, or an ONNX model.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -241,3 +241,20 @@ class Teacher:
             exact=exact,
             top_k=0 if exact else self.top_k,
         )
+
+
+def teachers_of(provenance: Mapping[str, Any]) -> list[tuple[Path, str]]:
+    """Path and SHA-256 of each teacher in a student's provenance, which may be of any origin.
+
+    Empty without a teacher, or where the entry is malformed.
+    """
+    recorded = provenance.get("teacher")
+    if not isinstance(recorded, Mapping):
+        return []
+    several = recorded.get("teachers")
+    entries = several if isinstance(several, list) else [recorded]
+    return [
+        (Path(entry["path"]), str(entry.get("sha256")))
+        for entry in entries
+        if isinstance(entry, Mapping) and isinstance(entry.get("path"), str) and "\0" not in entry["path"]
+    ]

@@ -22,7 +22,7 @@ from kdcli.base.events import Event, Note, Progress
 from kdcli.base.runtime import stop_on_signals
 from kdcli.cli import train
 from kdcli.data import Splits
-from kdcli.engine import RunDir, RunResult, continued, fit, fit_chain, read_metrics, read_result
+from kdcli.engine import RunDir, RunResult, fit, fit_chain, read_metrics, read_result, resume_config
 from kdcli.models import checkpoint
 from tests.helpers import CLOCKS, ROOT, command_line, config, image_folder, make_splits, slow
 
@@ -135,7 +135,7 @@ def test_repeated_a_finished_chain_is_not_trained_again(
         config(**{**CHAIN, "keep": 5, "save_every": "0"}, name="x"), splits, on_event=told.append
     )
     assert names(results) == list(LINKS)
-    assert notes_of(told).count("is there already") == 4
+    assert notes_of(told).count("it is not trained again") == 4
     for result in results:
         written = json.loads(result.run.result_file.read_text())
         assert {"schema_version": 1, **json.loads(json.dumps(result.to_json()))} == written
@@ -176,7 +176,7 @@ def test_stopped_in_any_link_and_continued_it_ends_with_the_same_bits(
     assert not run.result_file.exists()
     told: list[Event] = []
     if by == "resume":
-        fit_chain(continued(run), splits, resume=run, on_event=told.append)
+        fit_chain(resume_config(run), splits, resume=run, on_event=told.append)
     else:
         fit_chain(config(**CHAIN, name="x"), splits, on_event=told.append)
     assert f"continuing runs/{LINKS[number]} after step" in notes_of(told)
@@ -197,7 +197,7 @@ def test_a_signal_while_a_link_is_tested_stops_the_chain_behind_it(taught: Path,
     run = RunDir.existing(Path("runs/x-assistant-1"))
     assert run.result_file.exists()
     with pytest.raises(Interrupted, match="2/4"):  # it goes on with the second
-        fit_chain(continued(run), splits, resume=run, on_event=_StopInLink(1, "epoch", 1))
+        fit_chain(resume_config(run), splits, resume=run, on_event=_StopInLink(1, "epoch", 1))
 
 
 def test_a_stop_before_the_first_folder_says_to_type_it_again(taught: Path, splits: Splits) -> None:
@@ -290,9 +290,11 @@ def test_a_finished_link_of_other_data_or_another_teacher_is_not_taken(
 
 def test_a_renamed_link_is_a_run_like_any_other(finished: Path) -> None:
     shutil.move("runs/x", "runs/best")
-    assert continued(RunDir(Path("runs/best"))).generations == 1
+    assert resume_config(RunDir(Path("runs/best"))).generations == 1
     shutil.move("runs", "moved")
-    assert continued(RunDir(Path("moved/x-assistant-2"))) == config(**CHAIN, name="x", runs_dir=Path("moved"))
+    assert resume_config(RunDir(Path("moved/x-assistant-2"))) == config(
+        **CHAIN, name="x", runs_dir=Path("moved")
+    )
 
 
 def test_what_cannot_be_trained_is_told_before_the_first_link(taught: Path) -> None:

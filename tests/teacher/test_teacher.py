@@ -210,13 +210,13 @@ def targets_seen(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> list[tuple
     from kdcli.engine import step
 
     seen: list[tuple[Any, ...]] = []
-    original = step.Step._step
+    original = step.Step.__call__
 
     def watch(self: Any, batch: Any, epoch: int, rate: float, done: float, targets: Any) -> torch.Tensor:
         seen.append((epoch, batch.samples, batch.images.clone(), targets[0].clone()))
         return original(self, batch, epoch, rate, done, targets)
 
-    monkeypatch.setattr(step.Step, "_step", watch)
+    monkeypatch.setattr(step.Step, "__call__", watch)
     fit(config(teacher=Path("t.pt"), method="kd", **settings), make_splits())
     return seen
 
