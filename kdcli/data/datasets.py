@@ -22,7 +22,7 @@ import numpy.typing as npt
 from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent, Progress
 from kdcli.base.files import sha256_file
-from kdcli.base.text import reason
+from kdcli.base.text import first_line, reason
 from kdcli.data import catalog, sets
 from kdcli.data.decode import Pixels, resize, with_channels
 from kdcli.data.images import ImageSet, Splits, fingerprint_of
@@ -179,6 +179,13 @@ class Dataset:
             content = self.read(paths)
         except KdError as error:
             raise KdError(error.message, error.hint or self.hint) from error
+        except (
+            OSError,
+            EOFError,
+            ValueError,
+            LookupError,
+        ) as error:  # a damaged file, as its library reports it
+            raise KdError(f"{self.label} cannot be read: {first_line(error)}", self.hint) from error
         for name, (images, labels) in (("train", content.train), ("test", content.test)):
             if images.dtype != np.uint8 or images.shape[1:] != self.input_size or not len(images):
                 expected = ", ".join(map(str, self.input_size))
@@ -212,7 +219,12 @@ def dataset(
     Args:
         files: by default those of the entry `name` in `catalog.DOWNLOADS`; an empty tuple for a data set without
             files.
+
+    Raises:
+        ValueError: no files are named, and the catalogue has no such entry.
     """
+    if files is None and name not in catalog.DOWNLOADS:
+        raise ValueError(f"@dataset: {name} is not in catalog.DOWNLOADS, so `files` must name its files")
 
     def register(read: AnyRead) -> AnyRead:
         known = catalog.DOWNLOADS.get(name, ()) if files is None else ()

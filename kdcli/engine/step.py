@@ -100,17 +100,22 @@ class Step:
         total = sum((weights[name] * terms[name] for name in terms), logits.new_zeros(()))
         if world.size > 1:
             total = total + 0 * logits.sum()  # the processes wait for a gradient of each weight
+        self._update(total if world.size == 1 else total * batch.weight, rate)
+        values = [total, *terms.values()]
+        return torch.stack([value.detach() for value in values]) * (batch.weight * batch.count)
+
+    def _update(self, loss: Tensor, rate: float) -> None:
+        """Backward pass and optimizer step; gradients of auxiliary modules are averaged over the processes."""
+        world = self.world
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         with self._compiler_errors():
-            world.backward(total if world.size == 1 else total * batch.weight)
+            world.backward(loss)
         for value in self.learning if world.size > 1 else ():
             if value.grad is not None:
                 value.grad = world.mean(value.grad)
         self.optimizer.step()
-        values = [total, *terms.values()]
-        return torch.stack([value.detach() for value in values]) * (batch.weight * batch.count)
 
     @contextmanager
     def _compiler_errors(self) -> Iterator[None]:

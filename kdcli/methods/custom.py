@@ -60,7 +60,8 @@ def load(name: str) -> Method:
         loss=_checked(name, function),
         source=module_name,
         tau=1.0 if entry.tau is None else entry.tau,
-        keywords={},  # its own settings are no options: they keep their defaults
+        fields={},  # its own settings are no options: they keep their defaults
+        keywords={},
     )
 
 

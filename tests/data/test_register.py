@@ -11,7 +11,7 @@ import pytest
 
 from kdcli.base.errors import KdError, UsageError
 from kdcli.data import load, sets
-from kdcli.data.datasets import DATASETS, discover
+from kdcli.data.datasets import DATASETS, dataset, discover
 from kdcli.engine import fit
 from tests.helpers import config
 
@@ -72,3 +72,14 @@ def test_its_errors_name_it(new_file: None, tmp_path: Path) -> None:
     (tmp_path / "data/bars/labels.npy").unlink()
     with pytest.raises(KdError, match=r"Bars not found in .*: no labels\.npy"):
         load("bars", data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")
+
+
+def test_a_damaged_file_is_one_error_line(new_file: None, tmp_path: Path, workplace: Path) -> None:
+    (tmp_path / "data/bars/labels.npy").write_bytes(b"no array")
+    with pytest.raises(KdError, match="Bars cannot be read"):
+        load("bars", data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")
+
+
+def test_a_data_set_names_its_files_or_is_in_the_catalogue() -> None:
+    with pytest.raises(ValueError, match="must name its files"):
+        dataset("neither", label="Neither", input_size=(8, 8, 1))
