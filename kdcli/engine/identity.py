@@ -1,7 +1,7 @@
 """Identity of a run: its settings, its inputs by content, and the circumstances that decide the student's bits.
 
     decisive_settings(config) -> {name: value}     settings that change what is computed
-    input_hashes(config, data) -> {name: SHA-256}  images, teachers, student's file, code of own methods
+    input_hashes(config, data) -> {name: SHA-256}  images, teachers, student's file, code of custom methods
     recorded_inputs(provenance) -> {name: SHA-256} the same from a student.pt
     circumstances(environment) -> {name: text}     versions, processor, device, threads, processes
     recorded_circumstances(file) -> {name: text}   the same from an environment.json
@@ -54,7 +54,7 @@ def decisive_settings(config: TrainConfig) -> dict[str, Any]:
 def input_hashes(
     config: TrainConfig, data: Splits, *, missing: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """SHA-256 of a run's inputs, by name: images, teachers, student's file, code of own methods.
+    """SHA-256 of a run's inputs, by name: images, teachers, student's file, code of custom methods.
 
     Args:
         missing: hashes to use for files that no longer exist; by default each must exist.

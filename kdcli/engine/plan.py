@@ -40,7 +40,7 @@ class RunPlan:
         teacher: None where no term reads one.
         inputs: SHA-256 of the run's inputs, see `identity.input_hashes`.
         environment: values of `environment.json`.
-        source_digests: SHA-256 of the code of own methods, by name.
+        source_digests: SHA-256 of the code of custom methods, by name.
         world: the processes that share the work.
         test: whether the student is measured on the test images.
         chain: settings of the chain of trainings that the run is a link of.

@@ -34,7 +34,7 @@ class Checkpoint:
         classes: class names in the order of the logits.
         input_size: `(H, W, C)` of the raw uint8 images.
         provenance: method, data, teacher, accuracy, source file: plain JSON values.
-        training: optimizer, step, RNG and config of an unfinished run; None in a finished model.
+        training: optimizer, auxiliary modules, position and identity of an unfinished run; None in a finished model.
     """
 
     arch: str

@@ -118,7 +118,7 @@ def read_finished(folder: Path, method: str = "") -> FinishedRun:
 
 
 def check_inputs(found: FinishedRun, on_event: OnEvent = ignore) -> Splits:
-    """The run's data, if it, teacher, student's file and own methods are those that were recorded.
+    """The run's data, if it, teacher, student's file and custom methods are those that were recorded.
 
     Raises:
         KdError: one is missing or changed.

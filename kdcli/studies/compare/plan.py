@@ -75,7 +75,7 @@ class Plan:
         baseline: the method that the others are compared with.
         train: settings of all runs; its method and seed are not used.
         common: `precision` and `threads` of all runs; empty before the first start.
-        inputs: SHA-256 of data, teacher, student and own methods; empty before the first start.
+        inputs: SHA-256 of data, teacher, student and custom methods; empty before the first start.
     """
 
     folder: Path
