@@ -152,9 +152,13 @@ class RunResult(Record):
 
     @property
     def evaluation(self) -> Evaluation:
-        """Figures on the test images, of a run that has read them."""
+        """Figures on the test images.
+
+        Raises:
+            KdError: the run has not read them, as trials of kd tune.
+        """
         if self.test is None:
-            raise RuntimeError("this run has not read the test images")
+            raise KdError(f"{self.run.path} has no test figures", "Use a run of kd train or kd compare.")
         return self.test
 
     @property
