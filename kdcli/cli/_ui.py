@@ -47,10 +47,10 @@ def say(text: str = "") -> None:
         _console().print(escape(_printable(text)))
 
 
-def note(text: str) -> None:
+def note(text: str, console: Console | None = None) -> None:
     """Print a note on stderr, unless --quiet is given."""
     if not settings.quiet and not settings.follower:
-        _console(stderr=True).print(f"[dim]{escape(_line(text))}[/dim]")
+        (console or _console(stderr=True)).print(f"[dim]{escape(_line(text))}[/dim]")
 
 
 def note_ignored(given: Container[str], names: Iterable[str], why: str) -> None:
@@ -162,7 +162,7 @@ class _Display:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Note):
-            note(event.text)  # above the bar: `Progress` redirects stderr
+            note(event.text, self.bars.console if self.bars else None)  # prints above the bar
         if not isinstance(event, ProgressEvent):
             return
         now = time.monotonic()

@@ -17,10 +17,14 @@ from kdcli.cli import _ui
 from kdcli.cli._options import examples, options_of
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from kdcli.base.events import OnEvent
     from kdcli.caffe import CaffeFiles, Conversion
     from kdcli.caffe.opencv import Agreement
     from kdcli.data import Splits
+    from kdcli.models import Classifier
 
 EPILOG = examples(
     "kd convert-caffe weights/cifar10_nin.caffemodel",
@@ -67,14 +71,7 @@ def convert_caffe(
         classifier = conversion.classifier
         # 3. Check against OpenCV, then write.
         images = opencv.check_images(classifier.input_size, train_images)
-        agreement = None
-        if config.check:
-            agreement = opencv.compare_logits(classifier, model, config.prototxt, images, on_event=on_event)
-            if not agreement.holds:
-                raise KdError(
-                    f"OpenCV reads another network from {model}: {agreement.text()}",
-                    "No file was written. Convert without --check to write it anyway.",
-                )
+        agreement = _check(classifier, model, config, images, on_event) if config.check else None
         if to_onnx:
             from kdcli.deploy.export import export_classifier
 
@@ -86,14 +83,15 @@ def convert_caffe(
         _ui.json(_to_json(model, target, conversion, agreement))
         return
     _render(conversion, target, agreement)
-    next_command = ["kd", "bench", target.as_posix()]
-    if not to_onnx:
-        next_command = ["kd", "validate"]
-        next_command += ["--teacher", target.as_posix()] if "output" in options else []
-        next_command += ["--data", config.data] if explicit_data else []
-        if source.kind == "caffe":
-            next_command += words_of("--against", model) + words_of("--prototxt", config.prototxt or ())
-    _ui.next_command(shlex.join(next_command))
+    if to_onnx:
+        _ui.next_command(shlex.join(["kd", "bench", target.as_posix()]))
+        return
+    command = ["kd", "validate"]
+    command += words_of("--teacher", target if "output" in options else ())
+    command += words_of("--data", config.data if explicit_data else ())
+    if source.kind == "caffe":
+        command += words_of("--against", model) + words_of("--prototxt", config.prototxt or ())
+    _ui.next_command(shlex.join(command))
 
 
 def _target(model: Path, config: ConvertConfig, *, explicit: bool) -> tuple[Path, bool]:
@@ -105,6 +103,25 @@ def _target(model: Path, config: ConvertConfig, *, explicit: bool) -> tuple[Path
     if explicit and onnx_suffix != to_onnx:
         raise UsageError(f"--output {config.output} does not match --to {config.to}")
     return config.output, to_onnx
+
+
+def _check(
+    classifier: Classifier,
+    model: Path,
+    config: ConvertConfig,
+    images: npt.NDArray[np.uint8],
+    on_event: OnEvent,
+) -> Agreement:
+    """Compare with OpenCV's reading of the same files; raise KdError if the two differ."""
+    from kdcli.caffe import opencv
+
+    agreement = opencv.compare_logits(classifier, model, config.prototxt, images, on_event=on_event)
+    if agreement.holds:
+        return agreement
+    raise KdError(
+        f"OpenCV reads another network from {model}: {agreement.text()}",
+        "No file was written. Convert without --check to write it anyway.",
+    )
 
 
 def _load_data(source: CaffeFiles, config: ConvertConfig, explicit: bool, on_event: OnEvent) -> Splits:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -12,6 +12,10 @@ from kdcli.base.errors import KdError
 from kdcli.cli import _ui
 from kdcli.cli._find import data_for
 from kdcli.cli._options import examples, options_of
+
+if TYPE_CHECKING:
+    from kdcli.caffe.opencv import Agreement
+    from kdcli.engine import Evaluation
 
 EPILOG = examples(
     "kd validate --data cifar10",
@@ -67,14 +71,7 @@ def validate(**options: Any) -> None:
             }
         )
         raise typer.Exit(int(failed))
-    low, high = result.accuracy_interval
-    table = [
-        ["accuracy", f"{result.accuracy:.2f} % ({low:.2f}–{high:.2f}, n = {result.count:,})"],
-        [f"measured before on {splits.label}", "—" if measured is None else f"{measured:.2f} %"],
-        ["published", published or "—"],
-    ]
-    if agreement is not None:
-        table.append(["largest difference from OpenCV", agreement.text()])
+    table = _rows(result, agreement, splits.label, measured, published)
     _ui.table([f"{config.teacher} on {splits.label}", ""], table, left=2)
     if agreement is not None and failed:
         raise KdError(
@@ -86,3 +83,15 @@ def validate(**options: Any) -> None:
     command += ["--data", config.data] if "data" in options else []
     command += ["--teacher", str(config.teacher)] if "teacher" in options else []
     _ui.next_command(shlex.join(command))
+
+
+def _rows(
+    result: Evaluation, agreement: Agreement | None, label: str, measured: float | None, published: str
+) -> list[list[str]]:
+    low, high = result.accuracy_interval
+    return [
+        ["accuracy", f"{result.accuracy:.2f} % ({low:.2f}–{high:.2f}, n = {result.count:,})"],
+        [f"measured before on {label}", "—" if measured is None else f"{measured:.2f} %"],
+        ["published", published or "—"],
+        *([["largest difference from OpenCV", agreement.text()]] if agreement else []),
+    ]
