@@ -329,7 +329,7 @@ def test_a_run_tells_each_epoch_and_without_test_says_so(workplace: Path, splits
         (line.epoch, 2, line.loss, line.val_accuracy) for line in lines
     ]
     assert result.test is None and result.to_json()["test"] is None
-    with pytest.raises(RuntimeError, match="test images"):
+    with pytest.raises(KdError, match="no test figures"):
         result.evaluation  # noqa: B018
 
 
