@@ -49,6 +49,11 @@ class Checkpoint:
     __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True, extra="ignore")  # for `load`
 
 
+_CHECKPOINT = TypeAdapter(
+    Checkpoint
+)  # made here: it evaluates annotations, and reading a file evaluates nothing
+
+
 def save(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint atomically, see `save_plain`."""
     document = {
@@ -108,7 +113,7 @@ def load(path: Path) -> Checkpoint:
             "kd reads .pt files that kd wrote; for one that a newer kd wrote: pip install --upgrade kdcli",
         )
     try:
-        return TypeAdapter(Checkpoint).validate_python(document)
+        return _CHECKPOINT.validate_python(document)
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         place = ".".join(map(str, first["loc"]))

@@ -9,11 +9,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from typing_extensions import TypedDict  # comes with pydantic, which needs this one before Python 3.12
 
 from kdcli import methods
 from kdcli.base.config import CompareConfig, make
@@ -64,6 +65,14 @@ class PlannedRun:
         return self.is_started() and self.run_dir.result_file.is_file()
 
 
+class CommonSettings(TypedDict, total=False):
+    """Settings that are measured once, for all runs."""
+
+    precision: Literal["32", "bf16"]
+    threads: int
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # type: ignore[misc]
+
+
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Plan:
     """A comparison's settings; all but the folder are stored in `comparison.toml`.
@@ -83,7 +92,7 @@ class Plan:
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...]
     baseline: str
     train: TrainConfig
-    common: dict[str, Any] = field(default_factory=dict)
+    common: CommonSettings = field(default_factory=CommonSettings)
     inputs: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -170,6 +179,8 @@ class Plan:
         path = folder / "comparison.toml"
         try:
             document = tomllib.loads(path.read_text(encoding="utf-8"))
+            if PER_RUN & set(document.get("train", ())):
+                raise ValueError(f"[train] has settings of single runs: {', '.join(sorted(PER_RUN))}")
             plan = TypeAdapter(cls).validate_python({**document, "folder": folder})
         except OSError as error:
             hint = "Pass a folder that kd compare has made."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -17,7 +16,7 @@ from kdcli.engine import fit
 from kdcli.engine.identity import check_unchanged, input_hashes
 from kdcli.engine.plan import check
 from kdcli.engine.student import check_student, make_student
-from kdcli.studies.compare.plan import Plan, PlannedRun
+from kdcli.studies.compare.plan import CommonSettings, Plan, PlannedRun
 from kdcli.studies.compare.result import Comparison, conclude
 
 _UNITS = 1000  # of one run, on the progress bar
@@ -57,7 +56,7 @@ def _start(plan: Plan, data: Splits, on_event: OnEvent) -> Plan:
     return plan
 
 
-def _common_settings(plan: Plan, data: Splits, on_event: OnEvent) -> dict[str, Any]:
+def _common_settings(plan: Plan, data: Splits, on_event: OnEvent) -> CommonSettings:
     """Threads and precision of all runs: if they differed, runs would differ by more than their method."""
     threads = runtime.set_threads(plan.train.threads)
     config, train = plan.runs[0].config, data.train
@@ -70,7 +69,7 @@ def _common_settings(plan: Plan, data: Splits, on_event: OnEvent) -> dict[str, A
         precision, _ = runtime.choose_precision(
             "auto", student.network, student.prepare(pixels), len(train.classes)
         )
-    return {"threads": threads, "precision": precision}
+    return CommonSettings(threads=threads, precision="bf16" if precision == "bf16" else "32")
 
 
 def _train(plan: Plan, data: Splits, stop: runtime.StopFlag, on_event: OnEvent) -> dict[str, str]:
