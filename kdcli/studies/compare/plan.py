@@ -105,7 +105,7 @@ class Plan:
 
     @property
     def resume_command(self) -> str:
-        """The command that continues it; empty with a method of one's own, which has to be typed again."""
+        """The command that continues it; empty with a custom method, which has to be typed again."""
         if any(map(methods.is_custom, self.methods)):
             return ""
         return f"kd compare --resume {shlex.quote(self.folder.as_posix())}"
@@ -170,11 +170,11 @@ class Plan:
         """The comparison recorded in a folder.
 
         Args:
-            typed: methods on the command line: methods of one's own have to be among them.
+            typed: methods on the command line: custom methods have to be among them.
 
         Raises:
             KdError: there is none, or it cannot be read.
-            UsageError: it names a method of one's own that was not typed.
+            UsageError: it names a custom method that was not typed.
         """
         path = folder / "comparison.toml"
         try:
