@@ -29,7 +29,7 @@ Recipe = Annotated[
 
 
 def examples(*commands: str) -> str:
-    """Epilog of a command's help: each example in a paragraph of its own."""
+    """Epilog of a command's help, one example per paragraph."""
     return "\n\n".join(f"[bold]{command}[/bold]" for command in commands)
 
 

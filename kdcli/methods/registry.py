@@ -101,7 +101,7 @@ class Method:
         return {name: getattr(config, key) for name, key in self.keywords.items() if name in taken}
 
     def weights(self, config: Any) -> tuple[float, Ramp]:
-        """Default weights of cross-entropy and of its own term under these settings."""
+        """Default weights of cross-entropy and of the method's term for these settings."""
         ce, weight = self.ce, self.weight
         if self.balance is not None:
             ce, weight = self.balance(**self.arguments(self.balance, config))
