@@ -1,7 +1,5 @@
 """Folders of the cache, named by all that their content depends on."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

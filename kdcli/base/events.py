@@ -1,7 +1,5 @@
 """Events of long operations. Only the command line prints; everything else calls `on_event`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 

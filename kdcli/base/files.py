@@ -1,7 +1,5 @@
 """Atomic files, hashes, locks and scratch folders."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Metrics of logits. Accuracies and rates are in per cent."""
 
-from __future__ import annotations
-
 import math
 
 import torch

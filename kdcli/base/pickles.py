@@ -5,8 +5,6 @@ accepts only the instructions that plain data needs, `find_class` maps a few Num
 dictionary keys are checked before they are hashed.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import pickle

@@ -1,7 +1,5 @@
 """Recipes: named sets of kd train's settings, and TOML files of them."""
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tables as text: CSV for programs, Markdown for a README. The terminal's are drawn by `cli._ui.table`."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Mapping, Sequence

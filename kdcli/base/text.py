@@ -1,7 +1,5 @@
 """Short texts made from errors and shapes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 _MAX_LINE = 200

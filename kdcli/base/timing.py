@@ -1,7 +1,5 @@
 """Interleaved timing. Every comparison of speeds in kd is made here."""
 
-from __future__ import annotations
-
 import gc
 import math
 import time

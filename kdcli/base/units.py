@@ -1,7 +1,5 @@
 """Human-readable quantities."""
 
-from __future__ import annotations
-
 
 def size(count: float) -> str:
     """Bytes, powers of 1000: `41.6 MB`."""

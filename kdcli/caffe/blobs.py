@@ -1,7 +1,5 @@
 """Caffe's weight blobs as float32 arrays, and the digest that identifies them."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """From Caffe's files to a `Classifier`: read them, decide input size and preprocessing, build."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ Adding a layer type: one row in `LAYERS`, with a function `(layer) -> (operation
 copying; if it has weights, a row in `PARAMETERS`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

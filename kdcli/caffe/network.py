@@ -1,7 +1,5 @@
 """A Caffe network and its weights → the arguments of a `kdcli.models.graph` and its state."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from typing import Any

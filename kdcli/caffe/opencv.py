@@ -1,7 +1,5 @@
 """Comparison of a converted network with OpenCV's own Caffe importer, an independent implementation."""
 
-from __future__ import annotations
-
 import copy
 import tempfile
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """What a Caffe network's data layers do to pixels, and the `Preprocess` that does the same."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 The files are untrusted: their size is bounded, and a file that does not parse raises KdError.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

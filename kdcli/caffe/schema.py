@@ -6,8 +6,6 @@ skipped. Two declarations differ from Caffe's with the same bytes on disk: packe
 are `bytes`, which avoids one Python object a value, and sizes that Caffe declares once are repeated.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

@@ -5,8 +5,6 @@ Layouts: {layer: {weights, biases}} of its later releases, {layer: [weights, bia
 after a convolution; kd holds OIHW, and (N, K) with K in C, H, W order, as Caffe does.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from functools import partial

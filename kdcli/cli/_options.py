@@ -1,7 +1,5 @@
 """Typer options generated from settings classes: one definition of each default, bound and help text."""
 
-from __future__ import annotations
-
 import inspect
 import types
 from collections.abc import Callable, Container, Mapping

@@ -1,7 +1,5 @@
 """All output: results to stdout; progress, notes and errors to stderr."""
 
-from __future__ import annotations
-
 import json as json_module
 import math
 import sys

@@ -1,7 +1,5 @@
 """The Typer application: registration of commands, exit codes, one line for each error."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import inspect

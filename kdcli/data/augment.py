@@ -4,8 +4,6 @@ Batch order, processes, workers and global generators have no influence. Hence a
 be cached, a run can resume exactly, and one process or four train on the same images.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

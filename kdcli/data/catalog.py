@@ -1,7 +1,5 @@
 """Catalogue of files to download (URLs, sizes, hashes) and of known networks and archives."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 CIFAR10_CLASSES = (

@@ -6,8 +6,6 @@ A module registers a function that reads the files of a data set:
     def read_mnist(paths: Mapping[str, Path]) -> Content: ...
 """
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping

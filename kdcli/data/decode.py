@@ -1,7 +1,5 @@
 """One image file's bytes to uint8 RGB pixels."""
 
-from __future__ import annotations
-
 import io
 import threading
 from collections.abc import Callable

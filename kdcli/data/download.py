@@ -1,7 +1,5 @@
 """Resumable downloads of the catalogue's files. A file gets its final name only if its hash is right."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import time

@@ -1,7 +1,5 @@
 """Image sets and splits: the form in which all other rooms receive data."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass, field, replace
 

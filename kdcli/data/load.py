@@ -1,7 +1,5 @@
 """Load a data set by name, or from a folder or archive of images."""
 
-from __future__ import annotations
-
 import difflib
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Cache of decoded data sets: per part an .npy file of pixels and one of labels, and a meta.json written last."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import threading

@@ -4,8 +4,6 @@ Archives are read member by member and never extracted; only regular files count
 pass, whatever its compression.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import stat

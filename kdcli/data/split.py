@@ -1,7 +1,5 @@
 """Split of the train images into training and validation samples."""
 
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 

@@ -1,7 +1,5 @@
 """Streams under an archive: decompressed, forward only, with a cap on each read and on the whole."""
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import io

@@ -1,7 +1,5 @@
 """Image trees: train/<class>/* and test/<class>/* in a folder or archive."""
 
-from __future__ import annotations
-
 import os
 import unicodedata
 import warnings

@@ -1,7 +1,5 @@
 """Unlabelled images: a folder or archive of image files at any depth, whatever its folders are called."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import replace
 from pathlib import Path

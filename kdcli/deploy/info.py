@@ -1,7 +1,5 @@
 """Contents of a checkpoint or an ONNX file, or of a network by its name."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Classification of image files."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Auxiliary modules for feature losses: trained with the student, not exported."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """The parts of a run, made from its plan."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """Chains of trainings: over assistants, each the teacher of the next network, and over generations of one student."""
 
-from __future__ import annotations
-
 import shlex
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Figures of a model on a data set."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

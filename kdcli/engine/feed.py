@@ -1,7 +1,5 @@
 """Batches for student and teacher, on the training device."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Training: one loop for every method, student and teacher."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 

@@ -12,8 +12,6 @@ Runs with equal settings, inputs and circumstances end with equal bits. The one 
 comparisons, searches and `kd reproduce`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The images that a run's settings name."""
 
-from __future__ import annotations
-
 from kdcli import data, models
 from kdcli.base.errors import UsageError
 from kdcli.base.events import OnEvent, ignore

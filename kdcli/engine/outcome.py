@@ -1,7 +1,5 @@
 """Records of a finished run: the provenance in `student.pt`, and `result.json`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from kdcli import __version__, models

@@ -1,7 +1,5 @@
 """The plan of a run, derived from its settings, its data and the processes that share it."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass

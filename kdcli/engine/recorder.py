@@ -1,7 +1,5 @@
 """Losses of a run: summed on the device, written to metrics.jsonl and TensorBoard."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """Position of a run: what is saved of it, how often, and how it is restored."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field

@@ -1,7 +1,5 @@
 """The student: a new network by name, or one whose training continues from a file."""
 
-from __future__ import annotations
-
 import hashlib
 from contextlib import suppress
 from typing import Any

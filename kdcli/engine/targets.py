@@ -1,7 +1,5 @@
 """Teacher logits for each batch: cached per view, or computed live."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

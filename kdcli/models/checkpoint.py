@@ -1,7 +1,5 @@
 """Checkpoints: one `.pt` file with everything a model needs, read without executing anything in it."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path

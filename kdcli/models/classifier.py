@@ -1,7 +1,5 @@
 """`Classifier`: a network joined with its preprocessing, and what is done with one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast

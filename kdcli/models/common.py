@@ -1,7 +1,5 @@
 """Parts shared by the networks: the frame of a convolutional classifier, stages, channel counts, initial weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor, nn

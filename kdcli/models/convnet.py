@@ -1,7 +1,5 @@
 """Plain small convolutional networks for any image of 8×8 or more: 3×3 convolutions, batch norm, ReLU, pooling."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Features of a network: the maps at the end of each stage and the embedding, read by hooks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

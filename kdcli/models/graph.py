@@ -1,7 +1,5 @@
 """A network built from a plain list of nodes, as kd convert-caffe makes it. `operations` has what nodes compute."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Sequence
 from itertools import chain, count

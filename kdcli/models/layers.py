@@ -1,7 +1,5 @@
 """Layers of a network in the order they run, with shapes, parameters and multiply-accumulates."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """LeNet: the reference's wide student without ReLU after its convolutions, and Caffe's classic."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

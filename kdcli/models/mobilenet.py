@@ -1,8 +1,6 @@
 """MobileNetV2 (Sandler et al. 2018, arXiv:1801.04381), as the distillation literature has it for small images (Tian
 et al. 2020, arXiv:1910.10699): half the channels, four halvings of the image, plain ReLU, no dropout."""
 
-from __future__ import annotations
-
 from functools import partial
 
 from torch import Tensor, nn

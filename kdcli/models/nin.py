@@ -1,7 +1,5 @@
 """Network in Network (Lin, Chen, Yan 2013, arXiv:1312.4400), in the form of its Caffe model for CIFAR-10."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch.nn.functional as F

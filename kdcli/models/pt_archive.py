@@ -4,8 +4,6 @@
 any dictionary key. Hence the archive's directory is checked for sizes, and its pickle is run once without tensors.
 """
 
-from __future__ import annotations
-
 import pickle
 import struct
 import zipfile

@@ -7,8 +7,6 @@ outputs are the maps (B, C, H, W) at the end of each stage, in order; and `head`
 reads vectors (B, D).
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 from collections.abc import Callable

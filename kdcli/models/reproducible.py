@@ -1,7 +1,5 @@
 """Dropout and batch norm that give equal results for any division of a batch among processes, and after a resume."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

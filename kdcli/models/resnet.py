@@ -1,8 +1,6 @@
 """ResNet for small images (He et al. 2016, arXiv:1512.03385, section 4.2), with the shortcuts and the wider forms of
 the distillation literature (Tian et al. 2020, arXiv:1910.10699)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch.nn.functional as F

@@ -2,8 +2,6 @@
 distillation literature has them for small images (Tian et al. 2020, arXiv:1910.10699): they begin with a 1×1
 convolution that keeps the image's size."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,8 +1,6 @@
 """VGG with batch norm and one linear layer (Simonyan & Zisserman 2015, arXiv:1409.1556), as the distillation
 literature has it for small images (Tian et al. 2020, arXiv:1910.10699)."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from kdcli.models.common import ConvClassifier, check_size, conv_norm, initialise, scaled

@@ -1,7 +1,5 @@
 """The section of one run: values for the template."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Measurement of students and teachers on test images, for what the records of a run do not hold."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache

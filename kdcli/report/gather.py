@@ -1,7 +1,5 @@
 """Files of runs and comparisons. They are of unknown origin: wrong content is a KdError or a line of `problems`."""
 
-from __future__ import annotations
-
 import json
 import re
 import tomllib

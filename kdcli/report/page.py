@@ -4,8 +4,6 @@ Texts may come from files of unknown origin: Jinja2 escapes all of them, and the
 allows kd's own script, by its hash, and no requests.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial

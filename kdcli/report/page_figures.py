@@ -4,8 +4,6 @@ An image cannot run scripts or load anything, so that names from files need no e
 background is white; the style sheet shows it as a light card in both colour schemes.
 """
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Callable, Sequence
 from io import BytesIO

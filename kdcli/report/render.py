@@ -1,7 +1,5 @@
 """The page's template with its filters: values of unknown origin as text of the page."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import io

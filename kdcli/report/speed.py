@@ -1,7 +1,5 @@
 """Latency and size of the models of a page: measured now, or read from what `kd bench --json` printed."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`kd reproduce`: repeat a finished run from its own folder, and compare the two."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import shlex

@@ -1,7 +1,5 @@
 """Logits on disk: a file for each view, written in parts from which a killed pass continues."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

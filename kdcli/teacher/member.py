@@ -1,7 +1,5 @@
 """A model of a teacher: a frozen checkpoint or an ONNX file."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

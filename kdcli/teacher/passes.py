@@ -1,7 +1,5 @@
 """A pass of one model over a data set: the views that are not in its cache."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from contextlib import ExitStack

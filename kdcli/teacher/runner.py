@@ -1,7 +1,5 @@
 """Selection of the fastest engine, precision and batch size for a teacher, with the same top-1 classes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Settings of the other commands."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Literal

@@ -1,7 +1,5 @@
 """Settings of `kd compare`, beside those of `kd train` that its runs share, and of `kd reproduce`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pydantic import field_validator

@@ -1,7 +1,5 @@
 """Base class of settings, fields shared by commands, and validation errors as one line."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path

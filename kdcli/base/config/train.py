@@ -1,7 +1,5 @@
 """Settings of `kd train`."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path

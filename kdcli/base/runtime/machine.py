@@ -1,7 +1,5 @@
 """CPU cores, threads, memory, and the environment record of measurements."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

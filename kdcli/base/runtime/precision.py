@@ -1,7 +1,5 @@
 """Which precision a training step is faster in, here."""
 
-from __future__ import annotations
-
 import copy
 import time
 

@@ -1,7 +1,5 @@
 """SIGINT and SIGTERM as a flag that long loops check."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -3,8 +3,6 @@
 The fine labels of CIFAR-100 are its classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

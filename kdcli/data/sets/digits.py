@@ -1,7 +1,5 @@
 """scikit-learn's 1,797 handwritten digits, 8×8, grey: no download, for demos and tests."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """MNIST and Fashion-MNIST: gzip'ed IDX files, a header of big-endian sizes and then bytes."""
 
-from __future__ import annotations
-
 import gzip
 import math
 import struct

@@ -1,7 +1,5 @@
 """SVHN, cropped digits: MATLAB 5 files with X (32, 32, 3, N) and y (N, 1), where 10 stands for the digit 0."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

@@ -6,8 +6,6 @@ Times are of the network on prepared input; only a file with its preprocessing i
 start-up are measured in a process for each model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Models of a benchmark, each on the engines that run it."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass

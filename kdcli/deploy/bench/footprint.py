@@ -4,8 +4,6 @@ The process runs this file as a script, not as a module of kdcli: an ONNX file i
 alone, as it will be deployed.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

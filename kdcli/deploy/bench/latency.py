@@ -1,7 +1,5 @@
 """Latency and throughput of models side by side, their ratios to the teacher, intervals and verdicts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial

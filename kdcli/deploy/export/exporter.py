@@ -1,7 +1,5 @@
 """Checkpoint → ONNX file: translate, verify, quantise, measure, write."""
 
-from __future__ import annotations
-
 import hashlib
 import tempfile
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """The images of an export, and its steps: verify, quantise, measure."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """Comparison of an exported file's outputs with its checkpoint's, and layer by layer where they differ."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass

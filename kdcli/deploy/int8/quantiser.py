@@ -1,7 +1,5 @@
 """Float32 ONNX → static int8 (QDQ), calibrated on train images."""
 
-from __future__ import annotations
-
 import platform
 import tempfile
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """`--int8-recipe auto`: try recipes, compare and time them, and take one."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Parameters, bytes and multiply-accumulates of an ONNX model, and the form of its input."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

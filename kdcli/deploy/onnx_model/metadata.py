@@ -1,7 +1,5 @@
 """Metadata of exported ONNX files: classes, preprocessing, origin, quantisation. Written and read here only."""
 
-from __future__ import annotations
-
 import base64
 import json
 from pathlib import Path, PurePosixPath, PureWindowsPath

@@ -1,7 +1,5 @@
 """Reading ONNX files of unknown origin."""
 
-from __future__ import annotations
-
 import math
 import stat
 from collections.abc import Iterator

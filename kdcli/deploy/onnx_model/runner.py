@@ -1,7 +1,5 @@
 """ONNX models in onnxruntime, on the CPU. Every session of kd is made here."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Classifier → ONNX model, by torch's exporter, without traces of this machine."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

@@ -1,7 +1,5 @@
 """Contrastive representation distillation: loss, module with its memory, and the choice of negatives."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Losses on logits: against labels, and against the teacher's logits."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

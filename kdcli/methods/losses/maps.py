@@ -3,8 +3,6 @@
 Where the two sides differ in height or width, the larger is brought to the smaller by adaptive average pooling.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

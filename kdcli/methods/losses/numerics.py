@@ -1,7 +1,5 @@
 """Precision of the losses, and divisions by lengths that may be 0."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

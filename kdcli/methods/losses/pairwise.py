@@ -3,8 +3,6 @@
 The two sides need not have the same width. One sample alone has no relations: 0.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

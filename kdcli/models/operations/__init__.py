@@ -5,8 +5,6 @@ keeps the shape, `(**args) -> module`, one row in `_POINTWISE`. Shapes are witho
 for vectors; axes are counted with it, as in Caffe.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

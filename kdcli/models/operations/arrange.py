@@ -1,7 +1,5 @@
 """Concatenation, slices, reshaping, element-wise combination and reduction."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import reduce

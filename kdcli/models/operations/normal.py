@@ -1,7 +1,5 @@
 """Normalisation, and the learned scales and biases that follow it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

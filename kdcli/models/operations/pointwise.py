@@ -1,7 +1,5 @@
 """Operations on each value by itself: the module for some arguments; the shape stays."""
 
-from __future__ import annotations
-
 import math
 
 from torch import Tensor, nn

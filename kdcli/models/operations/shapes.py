@@ -1,7 +1,5 @@
 """Parts shared by the operations: shapes of one image's values, their checks, modules without parameters."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

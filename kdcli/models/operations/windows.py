@@ -1,7 +1,5 @@
 """Convolution, inner product and pooling."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The result of a comparison, from the results of its runs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal

@@ -1,7 +1,5 @@
 """The runs of a comparison, one after the other; finished ones are kept, an interrupted one is resumed."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -1,7 +1,5 @@
 """Statistics of paired runs: the interval of a mean difference, verdicts, and Holm's correction."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Annotated

@@ -1,7 +1,5 @@
 """A comparison as CSV, as Markdown, and as cells of any table."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from kdcli.base.tables import csv_text, markdown_cell, markdown_text

@@ -1,7 +1,5 @@
 """Figures of a study."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 

@@ -1,7 +1,5 @@
 """The search: Optuna draws settings, `engine.fit` trains with them, validation images judge."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Settings of `kd tune`."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from kdcli.base.config.settings import FolderName, make, setting

@@ -1,7 +1,5 @@
 """The search space: which of kd train's settings vary, between which bounds or among which values."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import re

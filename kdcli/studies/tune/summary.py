@@ -1,7 +1,5 @@
 """Results of a study: its best trial as a command, and the importance of each setting."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
