@@ -1,4 +1,4 @@
-"""Atomic files, hashes, locks and scratch folders."""
+"""Atomic files, hashes, locks, scratch folders and folders of the cache."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,12 @@ def git_blob_sha1_file(path: Path) -> str:
     header = f"blob {path.stat().st_size}\0".encode()
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, lambda: hashlib.sha1(header, usedforsecurity=False)).hexdigest()
+
+
+def cache_folder(cache_dir: Path, kind: str, recipe: Mapping[str, Any]) -> Path:
+    """`<cache_dir>/<kind>/<128 bits of SHA-256>` by all that the content depends on; not created."""
+    text = json.dumps(recipe, sort_keys=True)
+    return cache_dir / kind / hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import io
 import math
 import pickle
 import re
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,16 +25,19 @@ MAX_KEY_BITS = 60  # larger integers can be chosen to share one hash, which make
 HINT = "Use the file only if you trust its source; kd reads numbers, text and arrays, never code."
 _DAMAGED = "Download or write the file again."
 
-_INSTRUCTIONS = (
-    "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "GET", "BINGET",
-    "LONG_BINGET", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "FLOAT",
-    "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
-    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST",
-    "LIST", "APPEND", "APPENDS", "EMPTY_DICT", "GLOBAL", "STACK_GLOBAL", "REDUCE",
-)  # fmt: skip
+_INSTRUCTIONS = {  # those that plain data needs and that Python's own handlers do safely
+    getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]]
+    for name in (
+        "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "GET",
+        "BINGET", "LONG_BINGET", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG",
+        "LONG1", "FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE",
+        "BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "EMPTY_TUPLE", "TUPLE",
+        "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "LIST", "APPEND", "APPENDS", "EMPTY_DICT", "GLOBAL",
+        "STACK_GLOBAL", "REDUCE",
+    )
+}  # fmt: skip
 _NDARRAY = object()  # stands for numpy.ndarray, which pickles only name as an argument of `_reconstruct`
-_NUMBER = re.compile(r"[biuf][1248]")
-_OBJECT = re.compile(r"O[48]?")
+_TYPE = re.compile(r"[biuf][1248]|O[48]?")
 _NPY_OBJECT = re.compile(
     rb"\x93NUMPY[\1\2\3]\0..(?:\0\0)?"
     rb"\{'descr': '\|O[48]?', 'fortran_order': (?:False|True), 'shape': \(\), \} *\n?",
@@ -44,7 +46,7 @@ _NPY_OBJECT = re.compile(
 
 
 def load_pickle(data: bytes) -> dict[Any, Any]:
-    """Return the dictionary in a pickle of protocol 0 to 5, as Python 2 or 3 wrote it.
+    """Return the dictionary in a pickle, as Python 2 or 3 wrote it; arrays of protocol 0 to 4.
 
     Byte keys become text (Latin-1, as Python 2 wrote them).
 
@@ -59,7 +61,7 @@ def load_pickle(data: bytes) -> dict[Any, Any]:
 
 
 def load_npy(path: Path) -> dict[Any, Any]:
-    """Return the dictionary that `numpy.save(path, dictionary)` wrote.
+    """Return the dictionary that `numpy.save(path, dictionary)` wrote, or that of a bare pickle.
 
     Raises:
         KdError: unreadable, an array in place of a dictionary, or refused by `load_pickle`.
@@ -69,7 +71,15 @@ def load_npy(path: Path) -> dict[Any, Any]:
             raise KdError("no such file", "Check the path.")
         if path.stat().st_size > MAX_FILE_BYTES:
             raise KdError(f"larger than {MAX_FILE_BYTES:,} bytes", "kd reads weights up to that size.")
-        return parse_npy(path.read_bytes())
+        data = path.read_bytes()
+        header = _NPY_OBJECT.match(data)
+        if header is None and data[:1] != pickle.PROTO:
+            kind = "an array" if data.startswith(b"\x93NUMPY") else "something else"
+            raise KdError(
+                f"not a .npy file with a dictionary of weights, but {kind}",
+                "Write it with numpy.save(path, dict).",
+            )
+        return load_pickle(data[header.end() :] if header else data)
     except KdError as error:
         raise KdError(f"{path}: {error.message}", error.hint) from error
     except OSError as error:
@@ -78,38 +88,19 @@ def load_npy(path: Path) -> dict[Any, Any]:
         raise KdError(f"{path} needs more memory than is available", HINT) from error
 
 
-def parse_npy(data: bytes) -> dict[Any, Any]:
-    """Return the dictionary in the bytes of a `.npy` file, or of a bare pickle (`numpy.load` accepts one too).
-
-    Raises:
-        KdError: as `load_npy`.
-    """
-    if data[:1] == b"\x80":
-        return load_pickle(data)
-    header = _NPY_OBJECT.match(data)
-    if header is None:
-        kind = "an array" if data.startswith(b"\x93NUMPY") else "something else"
-        raise KdError(
-            f"not a .npy file with a dictionary of weights, but {kind}",
-            "Write it with numpy.save(path, dict).",
-        )
-    return load_pickle(data[header.end() :])
-
-
 class _Dispatch(dict[int, Callable[[Any], None]]):
     """Instruction → handler, with a limit on the number of instructions."""
 
-    def __init__(self, handlers: dict[int, Callable[[Any], None]]) -> None:
-        super().__init__(handlers)
-        self.left = MAX_INSTRUCTIONS
+    left = MAX_INSTRUCTIONS
 
     def __getitem__(self, code: int) -> Callable[[Any], None]:
         self.left -= 1
         if self.left < 0:
             raise KdError(f"refuses a pickle of more than {MAX_INSTRUCTIONS:,} instructions", HINT)
-        if code not in self:
-            raise KdError(f"refuses the pickle instruction {chr(code)!r}", HINT)
         return super().__getitem__(code)
+
+    def __missing__(self, code: int) -> Callable[[Any], None]:
+        raise KdError(f"refuses the pickle instruction {chr(code)!r}", HINT)
 
 
 class SafeUnpickler(pickle._Unpickler):
@@ -120,9 +111,7 @@ class SafeUnpickler(pickle._Unpickler):
             times, so a small file could ask for any amount of memory.
     """
 
-    dispatch: ClassVar[Any]  # instruction → handler, set below; each instance counts with its own
     stack: list[Any]
-    read: Callable[[int], bytes]
     pop_mark: Callable[[], list[Any]]
 
     def __init__(self, data: bytes) -> None:
@@ -148,38 +137,35 @@ class SafeUnpickler(pickle._Unpickler):
         return value
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return this class's own stand-in for a global."""
-        if (module, name) == ("numpy", "ndarray"):
-            return _NDARRAY
-        method = _ALLOWED.get(f"{module}.{name}".replace("numpy._core.", "numpy.core.", 1))
-        if method is None:
+        """Return the stand-in for a global."""
+        allowed: dict[str, object] = {
+            "numpy.ndarray": _NDARRAY,
+            "numpy.dtype": self.make_dtype,
+            "numpy.core.multiarray._reconstruct": self.make_array,
+            "numpy.core.multiarray.scalar": self.make_scalar,
+            "_codecs.encode": self.encode,
+            "collections.OrderedDict": self.make_dict,  # not `dict`, which would hash keys unchecked
+        }
+        full_name = f"{module}.{name}".replace("numpy._core.", "numpy.core.", 1)
+        if full_name not in allowed:
             raise KdError(
                 f"refuses {module[:80]}.{name[:80]}: reading this pickle would import or run it", HINT
             )
-        return getattr(self, method)
+        return allowed[full_name]
 
     # Functions that a pickle may call, in place of NumPy's and Python's
 
     def make_dtype(self, code: str | bytes, *_: object) -> np.dtype[Any]:
         text = code.decode("latin-1") if isinstance(code, bytes) else code
-        if not isinstance(text, str) or not (_NUMBER.fullmatch(text) or _OBJECT.fullmatch(text)):
+        if not isinstance(text, str) or not _TYPE.fullmatch(text):
             raise KdError("refuses an array of anything but plain numbers", HINT)
-        code = "O" if text[0] == "O" else text
-        return np.dtype(code, False, True)  # a copy, since BUILD sets its byte order
+        # A copy, since BUILD sets its byte order
+        return np.dtype("O" if text[0] == "O" else text, False, True)
 
     def make_array(self, kind: object, *_: object) -> np.ndarray[Any, Any]:
         if kind is not _NDARRAY:
             raise KdError("refuses any array class but numpy.ndarray", HINT)
         return np.empty(0)
-
-    def make_array_of_buffer(
-        self, buffer: object, dtype: np.dtype[Any], shape: Any, order: str, axes: Any = None
-    ) -> np.ndarray[Any, Any]:
-        content = _bytes(buffer)
-        self.spend(len(content))
-        _check_shape(shape, dtype, len(content))
-        array = np.frombuffer(content, dtype).reshape(shape, order="F" if order == "F" else "C")
-        return array if axes is None else array.transpose(axes)
 
     def make_scalar(self, dtype: np.dtype[Any], raw: str | bytes) -> Any:
         content = _bytes(raw)
@@ -192,7 +178,7 @@ class SafeUnpickler(pickle._Unpickler):
         self.spend(len(text))
         return text.encode("latin-1")
 
-    def make_ordered_dict(self) -> dict[Any, Any]:
+    def make_dict(self) -> dict[Any, Any]:
         return {}
 
     # Instructions with checks of their own
@@ -238,39 +224,19 @@ class SafeUnpickler(pickle._Unpickler):
         self.stack.append({})
         self.store(items)
 
-    def read_byte_array(self) -> None:
-        """BYTEARRAY8, as bytes; Python's own handler would allocate whatever length the file claims."""
-        (length,) = struct.unpack("<Q", self.read(8))
-        self.stack.append(self.read(length))
-
     def spend(self, count: int) -> None:
         """Subtract from the bytes that arrays and encoded text may still take."""
         self.budget -= count
         if self.budget < 0:
             raise KdError("refuses arrays that are larger than the file", HINT)
 
-
-def _handlers() -> dict[int, Callable[[Any], None]]:
-    codes = [getattr(pickle, name)[0] for name in _INSTRUCTIONS]
-    return {code: pickle._Unpickler.dispatch[code] for code in codes} | {
-        pickle.BUILD[0]: SafeUnpickler.build,
+    dispatch: ClassVar[Any] = {  # instruction → handler; each instance counts with its own
+        **_INSTRUCTIONS,
+        pickle.BUILD[0]: build,
         pickle.SETITEM[0]: lambda self: self.store([self.stack.pop(-2), self.stack.pop()]),
         pickle.SETITEMS[0]: lambda self: self.store(self.pop_mark()),
-        pickle.DICT[0]: SafeUnpickler.store_new,
-        pickle.BYTEARRAY8[0]: SafeUnpickler.read_byte_array,
+        pickle.DICT[0]: store_new,
     }
-
-
-SafeUnpickler.dispatch = _handlers()
-
-_ALLOWED = {
-    "numpy.dtype": "make_dtype",
-    "numpy.core.multiarray._reconstruct": "make_array",
-    "numpy.core.multiarray.scalar": "make_scalar",
-    "numpy.core.numeric._frombuffer": "make_array_of_buffer",
-    "_codecs.encode": "encode",
-    "collections.OrderedDict": "make_ordered_dict",
-}
 
 
 def _bytes(content: object) -> bytes:

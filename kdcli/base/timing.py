@@ -3,8 +3,7 @@
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +36,9 @@ def interleaved(
     """
     order, started = np.random.default_rng(seed), time.perf_counter()
     seconds: list[Floats] = []
-    with _garbage_collection_off():
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
         while len(seconds) < rounds and (not seconds or time.perf_counter() - started < budget_s):
             turn = np.zeros((len(calls), repeats))
             for index in order.permutation(len(calls)):
@@ -46,6 +47,9 @@ def interleaved(
                 turn[index] = [seconds_of(calls[index]) for _ in range(repeats)]
             seconds.append(turn)
             on_round(len(seconds))
+    finally:
+        if collecting:
+            gc.enable()
     return np.stack(seconds)  # (rounds, calls, repeats)
 
 
@@ -80,14 +84,3 @@ def median_interval(values: Floats) -> tuple[float, float, float]:
     ordered = np.sort(values)
     below = max(int(scipy.stats.binom.ppf(0.025, len(ordered), 0.5)) - 1, 0)
     return float(ordered[below]), float(np.median(ordered)), float(ordered[-1 - below])
-
-
-@contextmanager
-def _garbage_collection_off() -> Iterator[None]:
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
@@ -16,9 +16,6 @@ from kdcli.cli import _ui
 from kdcli.cli._options import examples, options_of
 from kdcli.data import catalog
 from kdcli.data.catalog import DOWNLOADS, RemoteFile
-
-if TYPE_CHECKING:
-    from kdcli.data.download import FetchResult
 
 ALL = "all"
 Files = list[tuple[RemoteFile, Path, str | None]]  # with target, and source or None for the file's mirrors
@@ -80,23 +77,19 @@ def _fetch(files: Files) -> None:
     """Fetch each file, with a bar; the errors of some are raised after the others are fetched."""
     from kdcli.data import download as downloads
 
-    results: list[FetchResult] = []
+    done: list[dict[str, Any]] = []
     failures: list[tuple[RemoteFile, KdError]] = []
     for remote, target, source in files:
         try:
             with _ui.progress() as on_event:
-                result = downloads.fetch(remote, target, source=source, on_event=on_event)
+                status = downloads.fetch(remote, target, source=source, on_event=on_event)
         except KdError as problem:
             failures.append((remote, problem))
             continue
-        results.append(result)
-        size = units.size(result.size_bytes)
-        _ui.say(f"{result.path.as_posix()}  {size}  {_STATUS[result.status]}, hash verified")
+        size = target.stat().st_size
+        done.append({"path": target.as_posix(), "status": status, "size_bytes": size})
+        _ui.say(f"{target.as_posix()}  {units.size(size)}  {_STATUS[status]}, hash verified")
     if _ui.settings.json:
-        done = [
-            {"path": result.path.as_posix(), "status": result.status, "size_bytes": result.size_bytes}
-            for result in results
-        ]
         failed = [{"name": remote.name, "error": problem.message} for remote, problem in failures]
         _ui.json({"files": done, "failed": failed})
     for _, earlier in failures[:-1]:
@@ -111,14 +104,14 @@ def _list(files: Files) -> None:
 
     entries: list[dict[str, Any]] = []
     for remote, target, source in files:
-        state = downloads.inspect(remote, target)
+        status, kept_bytes = downloads.inspect(remote, target)
         entries.append(
             {
                 "name": remote.name,
                 "path": target.as_posix(),
-                "status": state.status,
+                "status": status,
                 "size_bytes": remote.size_bytes,
-                "kept_bytes": state.partial_bytes,
+                "kept_bytes": kept_bytes,
                 "from": [source] if source else list(remote.urls),
             }
         )

@@ -177,27 +177,19 @@ class Dataset:
             content = self.read(paths)
         except KdError as error:
             raise KdError(error.message, error.hint or self.hint) from error
-        except (
-            OSError,
-            EOFError,
-            ValueError,
-            LookupError,
-        ) as error:  # a damaged file, as its library reports it
+        except (OSError, EOFError, ValueError, LookupError) as error:  # as a library reports a damaged file
             raise KdError(f"{self.label} cannot be read: {first_line(error)}", self.hint) from error
+        count = len(content.classes)
         for name, (images, labels) in (("train", content.train), ("test", content.test)):
+            problem = ""
             if images.dtype != np.uint8 or images.shape[1:] != self.input_size or not len(images):
-                expected = ", ".join(map(str, self.input_size))
-                raise KdError(
-                    f"{self.label} has {name} images {images.dtype} {images.shape} instead of uint8 "
-                    f"(N, {expected})",
-                    self.hint,
-                )
-            if labels.shape != (len(images),) or labels.min() < 0 or labels.max() >= len(content.classes):
-                raise KdError(
-                    f"{self.label} has {name} labels that are not {len(images)} numbers of "
-                    f"{len(content.classes)} classes",
-                    self.hint,
-                )
+                problem = f"images {images.dtype} {images.shape} instead of uint8 (N, *{self.input_size})"
+            elif labels.dtype != np.int64 or labels.shape != images.shape[:1]:
+                problem = f"labels {labels.dtype} {labels.shape} instead of int64 ({len(images)},)"
+            elif labels.min() < 0 or labels.max() >= count:
+                problem = f"labels {labels.min()} … {labels.max()} instead of 0 … {count - 1}"
+            if problem:
+                raise KdError(f"{self.label} has {name} {problem}", self.hint)
         return content
 
 
@@ -217,17 +209,12 @@ def dataset(
     Args:
         files: by default those of the entry `name` in `catalog.DOWNLOADS`; an empty tuple for a data set without
             files.
-
-    Raises:
-        ValueError: no files are named, and the catalogue has no such entry.
     """
-    if files is None and name not in catalog.DOWNLOADS:
-        raise ValueError(f"@dataset: {name} is not in catalog.DOWNLOADS, so `files` must name its files")
+    if files is None:
+        files = tuple(remote.name for remote in catalog.DOWNLOADS[name])
 
     def register(read: AnyRead) -> AnyRead:
-        known = catalog.DOWNLOADS.get(name, ()) if files is None else ()
-        paths = files or tuple(remote.name for remote in known)
-        DATASETS[name] = Dataset(name, label, input_size, paths, folder, read)
+        DATASETS[name] = Dataset(name, label, input_size, files, folder, read)
         return read
 
     return register

@@ -4,7 +4,6 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -26,30 +25,6 @@ TIMEOUT = httpx.Timeout(30.0, connect=15.0)  # without any data, not for the who
 EVENT_SECONDS = 0.25
 
 
-@dataclass(frozen=True)
-class FetchResult:
-    """A file that is in place and has the right hash."""
-
-    path: Path
-    status: Literal["present", "downloaded", "copied"]
-    size_bytes: int
-
-
-@dataclass(frozen=True)
-class LocalState:
-    """State of a file of the catalogue on this machine.
-
-    Attributes:
-        status: `other` is a file of that name with another hash.
-        partial: path of the partial download.
-        partial_bytes: its size; the next download resumes there.
-    """
-
-    status: Literal["present", "partial", "absent", "other"]
-    partial: Path
-    partial_bytes: int = 0
-
-
 class TransientError(Exception):
     """A failure that may not recur; `retry_after_s` is how long the server asks to wait."""
 
@@ -60,7 +35,7 @@ class TransientError(Exception):
 
 def fetch(
     remote: RemoteFile, target: Path, *, source: str | None = None, on_event: OnEvent = ignore
-) -> FetchResult:
+) -> Literal["present", "downloaded", "copied"]:
     """Put a file of the catalogue at `target`, from its mirrors or from `source`.
 
     An intact file is left alone; a file with another hash is replaced once the new one is verified. A lock makes
@@ -69,25 +44,28 @@ def fetch(
     Args:
         source: URL of another mirror, or path of a local file.
 
+    Returns:
+        How it got there; `present` if it was there before.
+
     Raises:
         KdError: unreachable, refused, too large, not writable, or the hash is wrong.
     """
-    if target.is_dir():
-        raise KdError(f"{target} is a folder", "Move it away.")
     try:
         if is_intact(remote, target):
-            return FetchResult(target, "present", target.stat().st_size)
+            return "present"
         with files.locked(
             target.with_name(f".{target.name}.lock"),
             lambda: on_event(Note(f"Another process is fetching {target}; waiting for it.")),
         ) as waited:
             if waited and is_intact(remote, target):
-                return FetchResult(target, "present", target.stat().st_size)
+                return "present"
             if target.exists():
                 on_event(Note(f"{target} is not the expected file (its hash differs); it will be replaced."))
             if source is not None and not is_url(source):
-                return _copy(remote, files.expand(source), target)
-            return _download(remote, [source] if source else remote.urls, target, on_event)
+                _copy(remote, files.expand(source), target)
+                return "copied"
+            _download(remote, [source] if source else remote.urls, target, on_event)
+            return "downloaded"
     except OSError as error:
         raise KdError(
             f"cannot read or write {error.filename or target}: {reason(error)}",
@@ -95,14 +73,16 @@ def fetch(
         ) from error
 
 
-def inspect(remote: RemoteFile, target: Path) -> LocalState:
-    """State of a file on this machine; no server is asked."""
-    partial = _partial_path(target)
+def inspect(remote: RemoteFile, target: Path) -> tuple[Literal["present", "partial", "absent", "other"], int]:
+    """State of a file on this machine, and bytes of a partial download; no server is asked.
+
+    `other` is a file of that name with another hash.
+    """
     if is_intact(remote, target):
-        return LocalState("present", partial)
-    if size := _size_of(partial):
-        return LocalState("partial", partial, size)
-    return LocalState("other" if target.exists() else "absent", partial)
+        return "present", 0
+    if size := _size_of(_partial_path(target)):
+        return "partial", size
+    return ("other" if target.exists() else "absent"), 0
 
 
 def is_url(source: str) -> bool:
@@ -127,7 +107,7 @@ def _size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _copy(remote: RemoteFile, source: Path, target: Path) -> FetchResult:
+def _copy(remote: RemoteFile, source: Path, target: Path) -> None:
     if not source.is_file():
         raise KdError(
             f"no such file: {source}", "--from takes a file on this machine or an https:// address."
@@ -137,35 +117,27 @@ def _copy(remote: RemoteFile, source: Path, target: Path) -> FetchResult:
         shutil.copyfile(source, temporary)
         if not is_intact(remote, temporary):
             raise _wrong_hash(remote, str(source))
-    return FetchResult(target, "copied", target.stat().st_size)
 
 
-def _download(remote: RemoteFile, urls: Sequence[str], target: Path, on_event: OnEvent) -> FetchResult:
+def _download(remote: RemoteFile, urls: Sequence[str], target: Path, on_event: OnEvent) -> None:
     """Try one mirror after another; a later one resumes what an earlier one gave."""
     partial = _partial_path(target)
-    problem = KdError(f"no address is known for {remote.name}", _from_hint(remote))
     for number, url in enumerate(urls, 1):
         try:
             _download_from(url, remote, partial, on_event)
             break
         except KdError as error:
-            problem = error
-            if number < len(urls):
-                on_event(Note(f"{error.message}; trying mirror {number + 1} of {len(urls)}."))
-    else:
-        if size := _size_of(partial):
-            problem.hint = f"{size / 1e6:,.1f} MB are kept for the next attempt. {problem.hint}"
-        raise problem
+            if number == len(urls):
+                if size := _size_of(partial):
+                    error.hint = f"{size / 1e6:,.1f} MB are kept for the next attempt. {error.hint}"
+                raise
+            on_event(Note(f"{error.message}; trying mirror {number + 1} of {len(urls)}."))
     with files.atomic_path(target) as temporary:
         partial.replace(temporary)
-    return FetchResult(target, "downloaded", target.stat().st_size)
 
 
 def _download_from(url: str, remote: RemoteFile, partial: Path, on_event: OnEvent) -> None:
     """Complete `partial` from one mirror, with retries; without progress their number is bounded.
-
-    A resumed file whose hash is wrong is fetched once more from its first byte, since its two parts may be of
-    different versions.
 
     Raises:
         KdError: this mirror failed; `partial` keeps what may be the beginning of the file.
@@ -173,11 +145,12 @@ def _download_from(url: str, remote: RemoteFile, partial: Path, on_event: OnEven
     """
     if is_intact(remote, partial):  # the process ended just before the rename
         return
-    failures, furthest, restarted = 0, _size_of(partial), False
+    failures, furthest = 0, _size_of(partial)
     with _client(url) as client:
         while True:
             try:
-                resumed = _request(client, url, remote, partial, on_event)
+                _request(client, url, remote, partial, on_event)
+                return
             except TransientError as error:
                 failures = 1 if _size_of(partial) > furthest else failures + 1
                 furthest = max(furthest, _size_of(partial))
@@ -188,14 +161,6 @@ def _download_from(url: str, remote: RemoteFile, partial: Path, on_event: OnEven
                 wait = min(max(BACK_OFF_S * 2 ** (failures - 1), error.retry_after_s), MAX_WAIT_S)
                 on_event(Note(f"{error}; trying again in {wait:.0f} s."))
                 time.sleep(wait)
-                continue
-            if is_intact(remote, partial):
-                return
-            partial.unlink()
-            if restarted or not resumed:
-                raise _wrong_hash(remote, _without_credentials(url))
-            restarted = True
-            on_event(Note(f"{remote.name}: the resumed download has a wrong hash; starting over."))
 
 
 def _client(url: str) -> httpx.Client:
@@ -226,35 +191,33 @@ def _client(url: str) -> httpx.Client:
         ) from error
 
 
-def _request(client: httpx.Client, url: str, remote: RemoteFile, partial: Path, on_event: OnEvent) -> bool:
-    """Append the missing bytes to `partial`, or replace it where the server sends the whole file.
-
-    Returns:
-        Whether the download was resumed.
+def _request(client: httpx.Client, url: str, remote: RemoteFile, partial: Path, on_event: OnEvent) -> None:
+    """Append the missing bytes to `partial`, or replace it where the server sends all, and check the hash.
 
     Raises:
-        TransientError: cut off, silent, overloaded or unreachable.
+        TransientError: cut off, silent, overloaded or unreachable, or a part that the rest does not go with.
         KdError: this address will not give the file.
     """
     origin, done = _without_credentials(url), _size_of(partial)
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={done}-"} if done else {})}
     try:
         with client.stream("GET", url, headers=headers) as response:
-            return _receive(response, origin, remote, partial, on_event)
-    except httpx.InvalidURL as error:
-        raise KdError(f"not a URL: {url}: {error}", "Give an https:// address.") from error
-    except httpx.TooManyRedirects as error:
-        raise KdError(
-            f"{origin} redirects more than {MAX_REDIRECTS} times", "Is the address right?"
-        ) from error
+            resumed = _receive(response, origin, remote, partial, on_event)
+    except (httpx.InvalidURL, httpx.TooManyRedirects) as error:
+        raise KdError(f"cannot use {origin}: {first_line(error)}", "Give an https:// address.") from error
     except httpx.TransportError as error:
         raise TransientError(f"cannot fetch {origin}: {first_line(error)}") from error
+    if not is_intact(remote, partial):
+        partial.unlink()
+        if resumed:  # its two parts may be of different versions
+            raise TransientError(f"{remote.name}: the resumed download has a wrong hash; starting over")
+        raise _wrong_hash(remote, origin)
 
 
 def _receive(
     response: httpx.Response, origin: str, remote: RemoteFile, partial: Path, on_event: OnEvent
 ) -> bool:
-    """Check a response and write its body; see `_request`."""
+    """Check a response and write its body; returns whether the download was resumed."""
     # 1. Does the answer resume the part, replace it, or fail?
     done = _size_of(partial)
     resumed = done > 0 and response.status_code == 206

@@ -53,7 +53,12 @@ def load(
     if spec in DATASETS:
         splits = DATASETS[spec](request)
     elif not spec or "\0" in spec or not path.exists():
-        raise _unknown(spec)
+        near = difflib.get_close_matches(spec.lower().replace("-", ""), DATASETS, n=1)
+        raise UsageError(
+            f"no dataset or path: {spec or '(empty)'}",
+            (f"Did you mean {near[0]}? " if near else "")
+            + f"--data takes {', '.join(DATASETS)}, or the path of a folder or archive of images.",
+        )
     else:
         named = next((known for known in DATASETS.values() if known.matches(path)), None)
         splits = load_tree(path, request) if named is None else named(request, path)
@@ -90,12 +95,3 @@ def source_for(
             f"{model} was trained on {Path(spec).name}, which does not exist", "Pass it with --data."
         )
     return spec, skip_broken or recorded.get("skip_broken") is True
-
-
-def _unknown(spec: str) -> UsageError:
-    near = difflib.get_close_matches(spec.lower().replace("-", ""), DATASETS, n=1)
-    hint = f"Did you mean {near[0]}? " if near else ""
-    return UsageError(
-        f"no dataset or path: {spec or '(empty)'}",
-        f"{hint}--data takes {', '.join(DATASETS)}, or the path of a folder or archive of images.",
-    )

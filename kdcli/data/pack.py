@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcli.base import files
-from kdcli.base.cache import cache_folder
 from kdcli.base.errors import KdError
 from kdcli.base.text import reason
 from kdcli.data import rows
@@ -106,7 +105,7 @@ class Cache:
     """The entry of one data set below `cache_dir`, named by its recipe: all that its content depends on."""
 
     def __init__(self, cache_dir: Path, recipe: Mapping[str, Any]) -> None:
-        self.folder = cache_folder(cache_dir, _FOLDER, {"format": FORMAT_VERSION, **recipe})
+        self.folder = files.cache_folder(cache_dir, _FOLDER, {"format": FORMAT_VERSION, **recipe})
 
     def load(self) -> Packed | None:
         """The entry, memory-mapped; None if it is absent, incomplete or damaged."""

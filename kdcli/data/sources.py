@@ -4,8 +4,13 @@ Archives are read member by member and never extracted; only regular files count
 pass, whatever its compression.
 """
 
+import bz2
+import gzip
 import hashlib
+import io
+import lzma
 import os
+import re
 import stat
 import tarfile
 import zipfile
@@ -14,16 +19,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import IO, cast
 
 from kdcli.base.errors import KdError
 from kdcli.base.files import sha256_file
 from kdcli.base.text import first_line, reason
-from kdcli.data.streams import ForwardStream, decompressed, expands_too_far, expansion_limit
 
 MAX_MEMBER_BYTES = 256 << 20
 MAX_FILES = 2_000_000  # names in one source
 MAX_GLOBAL_HEADERS = 1_000
 ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)  # LZMA's header may ask for 4 GiB
+
+MAX_HEADER_BYTES = 64 << 10  # one long name or pax header
+MAX_HEADERS_BYTES = 1 << 20  # all of them before one member
+MAX_EXPANSION = 100  # of an archive, beyond a floor that any honest small one stays below
+EXPANSION_FLOOR = 512 << 20
+_DIGITS = re.compile(rb"[0-9]{300}")  # tarfile's patterns take quadratic time on them
 
 Wanted = Callable[[str], bool]
 
@@ -115,6 +126,12 @@ def _check_size(size: int, name: str, path: Path) -> None:
         )
 
 
+def _check_expansion(count: int, path: Path) -> None:
+    limit = max(EXPANSION_FLOOR, MAX_EXPANSION * path.stat().st_size)
+    if count > limit:
+        raise KdError(f"{path} expands to more than {limit:,} bytes", "It looks like a decompression bomb.")
+
+
 def _check_count(count: int, path: Path) -> None:
     if count > MAX_FILES:
         raise KdError(f"{path} holds more than {MAX_FILES:,} files", "Split it.")
@@ -185,19 +202,23 @@ class ZipSource(Source):
     def read(self, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
         """Members in the order of the archive."""
         with _archive_errors(self.path), zipfile.ZipFile(self.path) as archive:
+            _check_count(len(archive.infolist()), self.path)
             chosen = [(name, info) for name, info in self._members(archive) if wanted(name)]
-            self.done, self.total, expanded = 0, len(chosen), 0
+            _check_expansion(sum(info.file_size for _, info in chosen), self.path)
+            self.done, self.total = 0, len(chosen)
             for name, info in chosen:
-                data = self._content(archive, name, info)
-                expanded += len(data)
-                if expanded > expansion_limit(self.path):
-                    raise expands_too_far(self.path)
+                _check_size(info.file_size, name, self.path)
+                if info.compress_type not in ZIP_METHODS:
+                    raise zipfile.BadZipFile(f"{name} is not stored, deflated or compressed by bzip2")
+                with archive.open(info) as member:
+                    data = member.read(MAX_MEMBER_BYTES + 1)
+                if len(data) != info.file_size:
+                    raise zipfile.BadZipFile(f"{name} has another length than its header states")
                 yield name, data
                 self.done += 1
 
     def _members(self, archive: zipfile.ZipFile) -> Iterator[tuple[str, zipfile.ZipInfo]]:
         """Regular members with clean names."""
-        _check_count(len(archive.infolist()), self.path)
         for info in archive.infolist():
             if info.filename.endswith("/"):  # is_dir() fails on an empty name
                 continue
@@ -205,20 +226,6 @@ class ZipSource(Source):
                 self.skipped += 1
                 continue
             yield _clean_name(info.filename.replace("\\", "/"), self.path), info
-
-    def _content(self, archive: zipfile.ZipFile, name: str, info: zipfile.ZipInfo) -> bytes:
-        _check_size(info.file_size, name, self.path)
-        if info.flag_bits & 1:
-            raise KdError(f"{name} in {self.path} is encrypted", "Repack it by zip -r, without a password.")
-        if info.compress_type not in ZIP_METHODS:
-            raise KdError(
-                f"{name} in {self.path} is compressed by method {info.compress_type}", "Repack it by zip -r."
-            )
-        with archive.open(info) as member:
-            data = member.read(MAX_MEMBER_BYTES + 1)
-        if len(data) != info.file_size:
-            raise zipfile.BadZipFile(f"{name} has another length than its header states")
-        return data
 
 
 @dataclass
@@ -229,7 +236,7 @@ class TarSource(Source):
         """Members in the order of the archive."""
         self.total = self.path.stat().st_size
         with _archive_errors(self.path), self.path.open("rb") as raw:
-            stream = ForwardStream(decompressed(raw), self.path)
+            stream = _ForwardStream(_decompressed(raw), self.path)
             with tarfile.open(fileobj=stream, mode="r:") as archive:
                 for name, data in self._members(archive, stream, wanted):
                     self.done = raw.tell()
@@ -237,16 +244,14 @@ class TarSource(Source):
             stream.finish()
 
     def _members(
-        self, archive: tarfile.TarFile, stream: ForwardStream, wanted: Wanted
+        self, archive: tarfile.TarFile, stream: "_ForwardStream", wanted: Wanted
     ) -> Iterator[tuple[str, bytes]]:
-        count = 0
-        while (member := archive.next()) is not None:
+        for count, member in enumerate(iter(archive.next, None), 1):
             archive.members.clear()  # type: ignore[attr-defined]  # else it keeps every header it has passed
-            count += 1
             _check_count(count, self.path)
             if len(archive.pax_headers) > MAX_GLOBAL_HEADERS:
                 raise tarfile.ReadError("too many global headers")
-            stream.next_header()
+            stream.headers_left = MAX_HEADERS_BYTES
             if member.isdir():
                 continue
             if not member.isreg() or member.issparse():
@@ -261,3 +266,74 @@ class TarSource(Source):
             if len(data) != member.size:
                 raise tarfile.ReadError(f"ends within {name}")
             yield name, data
+
+
+def _decompressed(raw: IO[bytes]) -> IO[bytes]:
+    """The content of a gzip, xz or bzip2 stream, recognised by its first bytes; else the stream itself."""
+    head = raw.read(6)
+    raw.seek(0)
+    if head.startswith(b"\x1f\x8b"):
+        return cast(IO[bytes], gzip.open(raw, "rb"))
+    if head == b"\xfd7zXZ\0":
+        return lzma.open(raw, "rb")
+    if head.startswith(b"BZh"):
+        return bz2.open(raw, "rb")
+    return raw
+
+
+class _ForwardStream(io.RawIOBase):
+    """A stream that only goes forward, with caps on each read, on the headers of one member, and on the whole.
+
+    tarfile reads a long name or pax header in one call of the size that the header states, so without these a few
+    compressed kilobytes could ask for gigabytes of memory.
+    """
+
+    def __init__(self, stream: IO[bytes], path: Path) -> None:
+        super().__init__()
+        self._stream, self._path = stream, path
+        self._offset, self._last = 0, b""
+        self.headers_left = MAX_HEADERS_BYTES  # bytes, until the next member
+
+    def tell(self) -> int:
+        return self._offset
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Part of a header."""
+        if size is None or size < 0 or size > MAX_HEADER_BYTES or size > self.headers_left:
+            raise KdError(f"{self._path} has an oversized header", "It is damaged or made to do harm.")
+        self.headers_left -= size
+        data = self.content(size)
+        if size != tarfile.BLOCKSIZE and _DIGITS.search(data):
+            raise tarfile.ReadError("a header holds no more than digits")
+        self._last = data
+        return data
+
+    def content(self, size: int) -> bytes:
+        """Up to `size` bytes of a member."""
+        parts, missing = [], size
+        while missing and (part := self._stream.read(min(missing, 1 << 20))):
+            parts.append(part)
+            missing -= len(part)
+            self._offset += len(part)
+            _check_expansion(self._offset, self._path)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def finish(self) -> None:
+        """Check that the archive ended as archives do, and read on, so that a compressed one checks its sums.
+
+        tarfile takes a damaged or truncated header for the end, without an error.
+
+        Raises:
+            ReadError: the last block read is not empty.
+        """
+        if len(self._last) != tarfile.BLOCKSIZE or self._last.strip(b"\0"):
+            raise tarfile.ReadError("damaged or cut short")
+        while self.content(1 << 20):
+            pass
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence != os.SEEK_SET or offset < self._offset:
+            raise tarfile.ReadError("a header points backwards")
+        while self._offset < offset and self.content(min(1 << 20, offset - self._offset)):
+            pass
+        return self._offset

@@ -239,7 +239,8 @@ def _layout(found: Found, source: Source) -> tuple[dict[str, Places], tuple[str,
             "Point --data at one of them.",
         )
     names, tested = ({place.class_name for place in places} for places in parts.values())
-    classes = tuple(_sorted_names(names))
+    by_number = all(name.isascii() and name.isdecimal() for name in names)  # 2 before 10
+    classes = tuple(sorted(names, key=lambda name: (int(name) if by_number else 0, name)))
     if unknown := sorted(tested - names):
         raise KdError(
             f"{path} has test images of classes without train images: {', '.join(unknown[:8])}",
@@ -255,13 +256,6 @@ def _layout(found: Found, source: Source) -> tuple[dict[str, Places], tuple[str,
     if absent := sorted(names - tested):
         notes.append(f"No test images of {', '.join(absent)}.")
     return parts, classes, notes
-
-
-def _sorted_names(names: set[str]) -> list[str]:
-    """Class names in the order of their labels: by number if all are numbers (2 before 10), else as text."""
-    if all(name.isascii() and name.isdecimal() for name in names):
-        return sorted(names, key=lambda name: (int(name), name))
-    return sorted(names)
 
 
 def _selection(places: Places, classes: tuple[str, ...]) -> Selection:

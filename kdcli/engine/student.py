@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 
 from kdcli import data, methods, models
-from kdcli.base.cache import cache_folder
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import OnEvent
+from kdcli.base.files import cache_folder
 from kdcli.data import ImageSet, preprocess
 from kdcli.data.preprocess import Preprocess
 from kdcli.methods import TrainConfig

@@ -13,10 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdcli.base.cache import cache_folder
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import Note, OnEvent, ignore
-from kdcli.base.files import sha256_file
+from kdcli.base.files import cache_folder, sha256_file
 from kdcli.base.runtime import World
 from kdcli.data import ImageSet, augment, rows
 from kdcli.deploy.load import load_model

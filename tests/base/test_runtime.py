@@ -43,7 +43,7 @@ def test_precision_is_measured_and_leaves_network_and_chance_alone() -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    chosen, timings = runtime.choose_precision("auto", network, example, 3, budget_s=0.05)
+    chosen, timings = runtime.choose_precision("auto", network, example, 3)
     assert chosen in ("32", "bf16")
     assert set(timings) == {"32", "bf16"}
     assert torch.equal(torch.rand(1), expected)
@@ -53,7 +53,7 @@ def test_precision_is_measured_and_leaves_network_and_chance_alone() -> None:
 
 
 class _SlowInBf16(nn.Module):
-    """A network that a machine without such instructions would run at half the speed in bf16; it counts its steps."""
+    """A network whose steps take seconds in bf16, as on a machine without such instructions; counts its steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,15 +66,15 @@ class _SlowInBf16(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bf16 = torch.is_autocast_enabled("cpu")
         self.steps.append("bf16" if bf16 else "32")
-        time.sleep(0.04 if bf16 else 0.02)
+        time.sleep(0.75 if bf16 else 0.02)
         return self.layer(x.flatten(1))
 
 
-def test_precision_is_not_measured_longer_than_it_is_in_doubt() -> None:
+def test_a_slow_precision_is_measured_once() -> None:
     network = _SlowInBf16()
-    chosen, _ = runtime.choose_precision("auto", network, torch.zeros(1, 3, 2, 2), 3, budget_s=60)
+    chosen, _ = runtime.choose_precision("auto", network, torch.zeros(1, 3, 2, 2), 3)
     assert chosen == "32"
-    assert network.steps == ["32", "32", "bf16", "bf16"]
+    assert network.steps == ["32", "32", "bf16"]
 
 
 def test_first_signal_sets_the_flag_and_handlers_come_back() -> None:

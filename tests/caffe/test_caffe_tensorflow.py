@@ -156,7 +156,7 @@ LAYOUTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("protocol", range(5))
 def test_every_layout_and_protocol_gives_the_same(tmp_path: Path, layout: str, protocol: int) -> None:
     layers = lenet()
     array = np.empty((), dtype=object)

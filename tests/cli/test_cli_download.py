@@ -166,11 +166,11 @@ def test_usage(workplace: Path, mirror: Path) -> None:
 def test_a_prefix_is_joined_with_each_name(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str | None] = []
 
-    def fake(
-        remote: RemoteFile, target: Path, *, source: str | None, on_event: object
-    ) -> downloads.FetchResult:
+    def fake(remote: RemoteFile, target: Path, *, source: str | None, on_event: object) -> str:
         asked.append(source)
-        return downloads.FetchResult(target, "downloaded", 1)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(b"x")
+        return "downloaded"
 
     monkeypatch.setattr(downloads, "fetch", fake)
     assert kd("nin", "--from", "https://example.org/a/").exit_code == 0

@@ -59,15 +59,15 @@ def remote(*urls: str, size: int | None = 1_024_000, blob: bool = False) -> Remo
 
 
 class Got(NamedTuple):
-    result: download.FetchResult
+    status: str
     notes: list[str]
 
 
 def get(file: RemoteFile, target: Path, **options: Any) -> Got:
     seen: list[Event] = []
-    result = download.fetch(file, target, on_event=seen.append, **options)
+    status = download.fetch(file, target, on_event=seen.append, **options)
     assert target.read_bytes() == CONTENT
-    return Got(result, [event.text for event in seen if isinstance(event, Note)])
+    return Got(status, [event.text for event in seen if isinstance(event, Note)])
 
 
 def listing(folder: Path) -> list[str]:
@@ -90,14 +90,12 @@ def test_an_intact_file_is_fetched_once(server: Loopback, tmp_path: Path, moved:
         url = server.serve("/moved", status(301, Location="/good")).replace("127.0.0.1", "localhost")
     seen: list[Event] = []
     target = tmp_path / "new" / "x.bin"
-    found = download.fetch(remote(url, blob=blob), target, on_event=seen.append)
-    assert (found.path, found.status, found.size_bytes) == (target, "downloaded", 1_024_000)
+    assert download.fetch(remote(url, blob=blob), target, on_event=seen.append) == "downloaded"
     assert target.read_bytes() == CONTENT and listing(target.parent) == ["x.bin"]
     assert seen[0] == Progress("x.bin", 0, 1_024_000, "bytes")
     assert seen[-1] == Progress("x.bin", 1_024_000, 1_024_000, "bytes")
     assert {request["accept-encoding"] for request in server.requests} == {"identity"}
-    again = download.fetch(remote("https://nowhere.invalid/x", blob=blob), target)
-    assert again.status == "present"
+    assert download.fetch(remote("https://nowhere.invalid/x", blob=blob), target) == "present"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +111,7 @@ def test_an_intact_file_is_fetched_once(server: Loopback, tmp_path: Path, moved:
         (send(200, CONTENT, Content_Type="text/html; charset=utf-8"), 1_024_000, "answers with a web page"),
         (status(302, Location="http://example.org/x"), 1_024_000, "refuses http://example.org/x"),
         (status(302, Location="file:///etc/passwd"), 1_024_000, "refuses file:"),
-        (status(302, Location="/x"), 1_024_000, "redirects more than 5 times"),
+        (status(302, Location="/x"), 1_024_000, "maximum allowed redirects"),
     ],
 )
 def test_a_wrong_answer_is_requested_once_and_leaves_nothing(
@@ -152,7 +150,7 @@ def test_a_file_of_unknown_size_is_capped(
 )
 def test_only_https_leaves_this_machine(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(httpx.HTTPTransport, "handle_request", lambda *_: pytest.fail("contacted"))
-    with pytest.raises(KdError, match=r"refuses|not a URL"):
+    with pytest.raises(KdError, match=r"refuses|cannot use"):
         download.fetch(remote(), tmp_path / "x", source=url)
 
 
@@ -203,15 +201,15 @@ def test_a_wrong_file_is_replaced_only_by_an_intact_one(server: Loopback, tmp_pa
     with pytest.raises(KdError):
         download.fetch(remote(server.serve("/bad", honest(OTHER))), target)
     assert target.read_bytes() == b"mine"
-    assert download.inspect(remote(), target).status == "other"
+    assert download.inspect(remote(), target) == ("other", 0)
     got = get(remote(server.serve("/good", honest())), target)
-    assert got.result.status == "downloaded" and "will be replaced" in got.notes[0]
+    assert got.status == "downloaded" and "will be replaced" in got.notes[0]
 
 
 def test_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = tmp_path / "source", tmp_path / "out" / "x.bin"
     source.write_bytes(CONTENT)
-    assert get(remote(), target, source=str(source)).result.status == "copied"
+    assert get(remote(), target, source=str(source)).status == "copied"
     source.write_bytes(CONTENT[:-1] + b"!")
     target.unlink()
     for file in (remote(), remote(blob=True)):
@@ -233,15 +231,11 @@ def test_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         download.fetch(remote(), target, source=str(source))
 
 
-def test_unusable_targets_and_entries(server: Loopback, tmp_path: Path) -> None:
+def test_a_target_below_a_file_is_an_error(server: Loopback, tmp_path: Path) -> None:
     url = server.serve("/x", honest())
-    with pytest.raises(KdError, match="is a folder"):
-        download.fetch(remote(url), tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(KdError, match="cannot read or write"):
         download.fetch(remote(url), tmp_path / "file" / "x")
-    with pytest.raises(KdError, match="no address is known"):
-        download.fetch(remote(), tmp_path / "y")
 
 
 # --- a partial download ------------------------------------------------------------------------------------
@@ -258,24 +252,19 @@ def test_a_cut_download_resumes(server: Loopback, tmp_path: Path, waits: list[fl
 def test_a_partial_file_outlives_its_process(server: Loopback, tmp_path: Path) -> None:
     target = tmp_path / "x.bin"
     file = remote(server.serve("/x", honest(cut=HALF), status(404)))
-    assert download.inspect(file, target).status == "absent"
+    assert download.inspect(file, target) == ("absent", 0)
     with pytest.raises(KdError, match="404") as caught:
         download.fetch(file, target)
     assert "0.5 MB are kept" in caught.value.hint
     assert listing(tmp_path) == [".x.bin.partial"]
-    state = download.inspect(file, target)
-    assert (state.status, state.partial_bytes, state.partial) == (
-        "partial",
-        HALF,
-        tmp_path / ".x.bin.partial",
-    )
+    assert download.inspect(file, target) == ("partial", HALF)
     server.serve("/x", honest())
     get(file, target)
     assert server.ranges()[2:] == ["bytes=500000-"]
-    assert download.inspect(file, target).status == "present" and listing(tmp_path) == ["x.bin"]
+    assert download.inspect(file, target) == ("present", 0) and listing(tmp_path) == ["x.bin"]
 
 
-def test_the_rest_may_come_in_pieces(server: Loopback, tmp_path: Path) -> None:
+def test_resumed_download_may_arrive_in_several_parts(server: Loopback, tmp_path: Path) -> None:
     leave_partial(tmp_path / "x.bin")
     get(remote(server.serve("/x", honest(most=300_000))), tmp_path / "x.bin")
     assert server.ranges() == ["bytes=500000-", "bytes=800000-"]
@@ -302,8 +291,8 @@ def test_200_instead_of_206_replaces_the_partial_file(server: Loopback, tmp_path
     assert server.ranges() == ["bytes=500000-"] and got.notes == []
 
 
-def test_a_resumed_file_with_a_wrong_hash_is_fetched_anew_once(server: Loopback, tmp_path: Path) -> None:
-    """The second time it is refused, even if that one was cut and resumed, too."""
+def test_a_resumed_file_with_a_wrong_hash_is_fetched_anew(server: Loopback, tmp_path: Path) -> None:
+    """The whole with a wrong hash is refused, even if that one was cut and resumed in between."""
     leave_partial(tmp_path / "x.bin", OTHER[:HALF])
     got = get(remote(server.serve("/x", honest())), tmp_path / "x.bin")
     assert server.ranges() == ["bytes=500000-", None]
@@ -314,7 +303,7 @@ def test_a_resumed_file_with_a_wrong_hash_is_fetched_anew_once(server: Loopback,
     file = remote(server.serve("/x", honest(OTHER), honest(OTHER, cut=HALF), honest(OTHER)))
     with pytest.raises(KdError, match="its hash is not"):
         download.fetch(file, tmp_path / "x.bin")
-    assert server.ranges() == ["bytes=500000-", None, "bytes=500000-"] and listing(tmp_path) == []
+    assert server.ranges() == ["bytes=500000-", None, "bytes=500000-", None] and listing(tmp_path) == []
 
 
 @pytest.mark.parametrize("size", [None, 1_024_000])
@@ -337,7 +326,7 @@ def test_a_complete_partial_file_needs_no_server(server: Loopback, tmp_path: Pat
     for content, asked in ((CONTENT, []), (OTHER, ["bytes=1024000-", None])):
         server.requests.clear()
         leave_partial(target, content)
-        assert get(file, target).result.status == "downloaded"
+        assert get(file, target).status == "downloaded"
         assert server.ranges() == asked
         target.unlink()
 
@@ -449,7 +438,7 @@ def test_proxies_from_the_environment(
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
-def test_what_has_arrived_is_kept(
+def test_partial_download_survives_an_interruption(
     server: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException
 ) -> None:
     """The event stands for the write, which only a full disk makes fail."""
@@ -462,7 +451,7 @@ def test_what_has_arrived_is_kept(
 
     with pytest.raises(KdError if isinstance(stop, OSError) else KeyboardInterrupt):
         download.fetch(file, target, on_event=interrupt)
-    kept = download.inspect(file, target).partial_bytes
+    _, kept = download.inspect(file, target)
     assert kept >= HALF and not target.exists()
     get(file, target)
     assert server.ranges() == [None, f"bytes={kept}-"]
@@ -478,7 +467,7 @@ def test_a_process_that_waited_finds_the_file(tmp_path: Path) -> None:
         target.write_bytes(CONTENT)
         lock.__exit__(None, None, None)
 
-    assert download.fetch(remote(), target, on_event=end).status == "present"
+    assert download.fetch(remote(), target, on_event=end) == "present"
 
 
 def test_the_catalogue_is_complete() -> None:

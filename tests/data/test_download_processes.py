@@ -32,7 +32,7 @@ from kdcli.data.catalog import RemoteFile
 from kdcli.base.events import Note
 file = RemoteFile("x.bin", "data", (sys.argv[1],), sys.argv[2], size_bytes=1_024_000)
 tell = lambda event: print("note", event.text, flush=True) if isinstance(event, Note) else None
-print("end", download.fetch(file, Path("x.bin"), on_event=tell).status, flush=True)
+print("end", download.fetch(file, Path("x.bin"), on_event=tell), flush=True)
 """
 KD = """
 import signal, sys

@@ -87,9 +87,7 @@ def test_a_changed_folder_is_packed_anew(tmp_path: Path, read: Callable[..., Spl
     assert read(path).train.images[1, 0, 0, 0] == 200 and first.train.images[1, 0, 0, 0] == 2
 
 
-def test_packed_bytes_of_good_images_are_what_they_always_were(
-    tmp_path: Path, read: Callable[..., Splits]
-) -> None:
+def test_packed_pixels_and_fingerprint(tmp_path: Path, read: Callable[..., Splits]) -> None:
     """Worked out by hand: the fingerprint's words, labels and pixels of the small tree."""
     found = read(write_tar(tmp_path / "x.tar", small_tree()))
     pixels = np.array([[1, 0, 0], [2, 0, 0], [3, 0, 0]], np.uint8)[:, None, None].repeat(4, 1).repeat(6, 2)

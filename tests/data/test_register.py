@@ -11,7 +11,7 @@ import pytest
 
 from kdcli.base.errors import KdError, UsageError
 from kdcli.data import load, sets
-from kdcli.data.datasets import DATASETS, dataset, discover
+from kdcli.data.datasets import DATASETS, discover
 from kdcli.engine import fit
 from tests.helpers import config
 
@@ -65,7 +65,7 @@ def test_a_new_file_registers_a_data_set_to_train_on(new_file: None, tmp_path: P
     assert np.isfinite(result.history[0].loss)
 
 
-def test_its_errors_name_it(new_file: None, tmp_path: Path) -> None:
+def test_errors_name_the_registered_data_set(new_file: None, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as unknown:
         load("bar")
     assert "Did you mean bars?" in unknown.value.hint
@@ -78,8 +78,3 @@ def test_a_damaged_file_is_one_error_line(new_file: None, tmp_path: Path, workpl
     (tmp_path / "data/bars/labels.npy").write_bytes(b"no array")
     with pytest.raises(KdError, match="Bars cannot be read"):
         load("bars", data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")
-
-
-def test_a_data_set_names_its_files_or_is_in_the_catalogue() -> None:
-    with pytest.raises(ValueError, match="must name its files"):
-        dataset("neither", label="Neither", input_size=(8, 8, 1))

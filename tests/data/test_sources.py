@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from kdcli.base.errors import KdError
-from kdcli.data import decode, sources, streams, tree
+from kdcli.data import decode, sources, tree
 from kdcli.data.images import Splits
 from tests.data.helpers import Files, png, small_tree, write_folder, write_tar, write_zip
 
@@ -69,7 +69,7 @@ def test_bombs(tmp_path: Path, read: Callable[..., Splits], monkeypatch: pytest.
         with pytest.raises(KdError, match=r"big\.png in .* is 20,000 bytes"):
             read(path)
     monkeypatch.setattr(sources, "MAX_MEMBER_BYTES", 1 << 30)
-    monkeypatch.setattr(streams, "EXPANSION_FLOOR", 1 << 20)
+    monkeypatch.setattr(sources, "EXPANSION_FLOOR", 1 << 20)
     huge = {"README": bytes(3 << 20), **small_tree()}
     path = write_tar(tmp_path / "y.tar.xz", huge)
     with pytest.raises(KdError, match="bomb"):
@@ -112,10 +112,8 @@ def test_an_encrypted_zip_is_named_as_such(tmp_path: Path, read: Callable[..., S
         data[at + 8] |= 1
         at = data.find(b"PK\x01\x02", at + 4)
     (tmp_path / "x.zip").write_bytes(data)
-    with pytest.raises(KdError) as caught:
+    with pytest.raises(KdError, match=r"x\.zip .*train/zebra/b\.PNG.* is encrypted"):
         read(tmp_path / "x.zip")
-    assert caught.value.message == f"train/zebra/b.PNG in {tmp_path / 'x.zip'} is encrypted"
-    assert "password" in (caught.value.hint or "")
 
 
 def test_the_real_archive_begins_as_it_should(shared_data: Path) -> None:

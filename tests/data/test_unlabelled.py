@@ -131,7 +131,7 @@ def test_a_tar_and_a_zip_file_give_what_the_folder_gives(place: Path) -> None:
     assert not Path("more.tar").exists()
 
 
-def test_they_get_the_size_and_the_channels_of_the_data(place: Path) -> None:
+def test_unlabelled_images_get_the_size_and_channels_of_the_data(place: Path) -> None:
     pixels = np.random.default_rng(3).integers(0, 256, (20, 30, 3)).astype(np.uint8)
     save(Path("wide/one.png"), pixels)
     found = more_of(loaded(path="wide", grey=True))
@@ -182,7 +182,7 @@ def test_a_copy_of_other_test_images_is_found_though_the_same_folder_was_read_be
     np.testing.assert_array_equal(found, np.delete(before, 4, axis=0))
 
 
-def test_what_is_hidden_or_no_image_is_not_taken(place: Path) -> None:
+def test_hidden_files_and_other_files_are_skipped(place: Path) -> None:
     for name in (".hidden/a.png", "__MACOSX/a.png", "a/.b.png"):
         save(Path("more") / name, np.zeros(SIZE, np.uint8))
     Path("more/readme.txt").write_text("not an image")
@@ -209,7 +209,7 @@ def test_a_broken_image_is_an_error_or_left_out(place: Path) -> None:
     assert not list(Path("cache/data").glob(".*"))  # nothing half-written
 
 
-def test_what_cannot_be_read_is_told_in_one_line(place: Path) -> None:
+def test_unreadable_sources_are_one_error_line(place: Path) -> None:
     with pytest.raises(UsageError, match="no unlabelled images at nowhere"):
         loaded(path="nowhere")
     Path("text").write_text("text")
@@ -319,7 +319,7 @@ def test_another_method_does_not_run_the_teacher_again_and_other_images_do(place
     assert fit(taught(epochs=1), loaded()).teacher_passes == 1
 
 
-def test_features_of_them_are_learned_from(place: Path) -> None:
+def test_feature_methods_train_on_unlabelled_images(place: Path) -> None:
     result = fit(taught(method="logits+at", epochs=1), loaded())
     assert set(result.history[0].terms) == {"logits", "at"}
 
@@ -401,7 +401,7 @@ def test_a_method_that_reads_labels_is_refused_before_anything_is_read(
     ],
     ids=str,
 )
-def test_a_method_without_labels_is_not(changes: dict[str, Any]) -> None:
+def test_a_method_without_labels_is_accepted(changes: dict[str, Any]) -> None:
     methods.objective(config(**changes)).check(unlabelled=True)
 
 
@@ -429,7 +429,7 @@ def test_train_test_and_export_by_the_command_line(place: Path, monkeypatch: pyt
         call("train", "--resume", "runs/one")
 
 
-def test_a_header_that_lies_is_no_traceback(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forged_header_is_one_error_line(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4)).save(buffer, "BMP")
     content = bytearray(buffer.getvalue())
@@ -445,7 +445,7 @@ def test_a_header_that_lies_is_no_traceback(place: Path, monkeypatch: pytest.Mon
 # --- comparisons, searches and repetitions --------------------------------------------------------------------
 
 
-def test_runs_with_other_images_are_not_taken_for_those_with_these(place: Path) -> None:
+def test_runs_with_other_unlabelled_images_differ_in_identity(place: Path) -> None:
     settings = make(CompareConfig, {"methods": "logits,noisy", "seeds": "1", "name": "c"})
     values = taught(epochs=1, data="toy", unlabelled="more").model_dump(exclude_defaults=True)
     plan = make_plan(settings, {name: value for name, value in values.items() if name != "method"})
@@ -465,7 +465,7 @@ def test_runs_with_other_images_are_not_taken_for_those_with_these(place: Path) 
 
 
 @pytest.mark.slow
-def test_a_search_trains_on_them_and_knows_them_by_their_content(
+def test_a_search_trains_on_unlabelled_images_identified_by_content(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = command_line(monkeypatch, train_command, tune_command)

@@ -60,7 +60,7 @@ def _load(path: Path) -> None:
 
 TARGETS: dict[str, Target] = {
     "pickle": of_bytes(pickles.load_pickle),
-    "npy": of_bytes(pickles.parse_npy),
+    "npy": of_file(pickles.load_npy, "x.npy"),
     "archive": of_file(_load, "x.tar"),
     "cifar": of_file(_load, "cifar-10-python.tar.gz"),
     "checkpoint": of_file(checkpoint.load, "x.pt"),

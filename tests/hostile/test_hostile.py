@@ -81,7 +81,7 @@ def chosen(files: dict[str, bytes], part: slice) -> dict[str, bytes]:
 REFUSED, EITHER, READ = {"KdError"}, {"KdError", "read"}, {"read"}
 
 
-def test_the_watch_sees_what_it_is_to_see(watched: Watched, tmp_path: Path) -> None:
+def test_watch_detects_execution_slowness_and_memory(watched: Watched, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     files = written(tmp_path / "x", pickles.bombs(canary))
     for name, event in (

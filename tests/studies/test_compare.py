@@ -337,8 +337,8 @@ def test_the_command_shows_a_table_and_writes_it(splits: Splits, monkeypatch: py
         (("--resume", "runs"), "runs is not a comparison"),
         (("--methods", "ce,nothing"), "unknown method: nothing"),
         (("--methods", "ce,ce"), "must be names of methods, each once"),
-        (("--seeds", "0"), "must be a number from 1"),
-        (("--seeds", "1,1"), "must be seeds that differ"),
+        (("--seeds", "0"), "must be a number of seeds"),
+        (("--seeds", "1,1"), "must be a number of seeds"),
         (("--baseline", "logits"), "--baseline logits is not compared"),
         (("--teacher", "none.pt"), "no teacher at none.pt"),
     ):

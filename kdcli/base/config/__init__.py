@@ -5,6 +5,7 @@ Each field is one `setting(default, help text, panel, …)`.
 
 from kdcli.base.config.commands import (
     BenchConfig,
+    CompareConfig,
     ConvertConfig,
     DemoConfig,
     DownloadConfig,
@@ -12,10 +13,9 @@ from kdcli.base.config.commands import (
     InfoConfig,
     PredictConfig,
     ReportConfig,
+    ReproduceConfig,
     TestConfig,
     ValidateConfig,
 )
-from kdcli.base.config.compare import CompareConfig, ReproduceConfig
-from kdcli.base.config.ramp import Ramp
 from kdcli.base.config.settings import DATA, METHOD, OPTIMISER, RUN, DataSettings, Settings, make, words_of
-from kdcli.base.config.train import AUGMENT_STEPS, TrainSettings
+from kdcli.base.config.train import AUGMENT_STEPS, Ramp, TrainSettings

@@ -2,12 +2,12 @@
 
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import field_validator, model_validator
 
-from kdcli.base.config.ramp import Ramp, read_weight
 from kdcli.base.config.settings import (
     DATA,
     METHOD,
@@ -23,6 +23,51 @@ from kdcli.base.config.settings import (
 
 AUGMENT_STEPS = ("flip", "crop", "cutout", "mixup")
 _SAVE_EVERY = re.compile(r"(\d{1,9}) ?(epochs?|steps?|min|)")
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """Linear from `first` to `last`, then constant.
+
+    Attributes:
+        over: share of the training after which `last` is reached, above 0, at most 1.
+    """
+
+    first: float
+    last: float
+    over: float = 1.0
+
+    def to(self, weight: float) -> Self:
+        """The same ramp to another value; a rise from 0 stays one."""
+        return type(self)(0.0 if self.first == 0 else weight, weight, self.over)
+
+    def at(self, done: float) -> float:
+        """The value when a share of the training is done, 0 … 1."""
+        if self.first == self.last:
+            return self.last
+        return self.first + (self.last - self.first) * min(1.0, done / self.over)
+
+
+def read_weight(text: str, epochs: int) -> tuple[str, Ramp]:
+    """Name and weight of a term from `at=1000`, `at=0:1000` or `at=0:1000:20`, the last over 20 epochs.
+
+    Raises:
+        ValueError: another form, or a weight that is negative or not finite.
+    """
+    name, _, value = text.partition("=")
+    try:
+        numbers = [float(word) for word in value.split(":")]
+    except ValueError:
+        numbers = []
+    if not name.strip() or not 1 <= len(numbers) <= 3:
+        raise ValueError("must be NAME=WEIGHT, NAME=FIRST:LAST or NAME=FIRST:LAST:EPOCHS")
+    first, last = numbers[0], numbers[:2][-1]
+    over = numbers[2] if len(numbers) == 3 else epochs
+    if not all(math.isfinite(number) and number >= 0 for number in (first, last)):
+        raise ValueError("must have weights of 0 or more")
+    if not 0 < over <= epochs:
+        raise ValueError(f"must have 1 … {epochs} epochs, as many as there are at most")
+    return name.strip(), Ramp(first, last, over / epochs)
 
 
 class TrainSettings(DataSettings):

@@ -1,18 +1,26 @@
-"""CPU cores, threads, memory, and the environment record of measurements."""
+"""What this machine offers: cores, threads, memory, precision; the environment record of measurements."""
 
+import copy
 import ctypes
 import os
 import platform
 import sys
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kdcli import __version__
+from kdcli.base.timing import interleaved, seconds_of
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+_LARGEST_BATCH = 16  # on a CPU: enough to tell the two apart, and a fraction of a second
+_ROUNDS, _BUDGET_S = 6, 0.5
+_HOPELESS_S = 0.7  # for a first step of bf16: it would cost too much to measure more of them
 
 
 def available_cores() -> int:
@@ -56,6 +64,46 @@ def keep_freed_memory() -> None:
     if sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "mallopt"):
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 30)
         ctypes.CDLL(None).mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def choose_precision(
+    wanted: str, network: nn.Module, example: Tensor, classes: int
+) -> tuple[str, dict[str, float]]:
+    """Resolve `auto` to `32` or `bf16` by timing training steps of a copy of the network.
+
+    Args:
+        wanted: `auto`, `32` or `bf16`.
+        example: a prepared batch (B, C, H, W), on the network's device.
+        classes: number of logits.
+
+    Returns:
+        The precision, and the measured step times in ms (empty if nothing was measured).
+    """
+    if wanted != "auto":
+        return wanted, {}
+    device = example.device.type
+    if device == "cpu":
+        example = example[:_LARGEST_BATCH]
+    labels = torch.zeros(len(example), dtype=torch.long, device=example.device) % classes
+    with torch.random.fork_rng(enabled=device == "cpu", devices=[]):
+        trial = copy.deepcopy(network).train()
+
+        def step(precision: str) -> None:
+            with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+                logits = trial(example)
+            loss = F.cross_entropy(logits.float(), labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+            loss.item()  # waits for the device
+
+        calls = [partial(step, "32"), partial(step, "bf16")]
+        calls[0]()  # the first step makes what is made once
+        seconds = [seconds_of(call) for call in calls]
+        if seconds[1] < _HOPELESS_S:
+            measured = interleaved(calls, rounds=_ROUNDS, settle=False, budget_s=_BUDGET_S)
+            seconds = measured.min(axis=(0, 2)).tolist()
+    # bf16 costs digits, so it has to earn them
+    best = {"32": seconds[0] * 1e3, "bf16": seconds[1] * 1e3}
+    return ("bf16" if best["bf16"] < 0.8 * best["32"] else "32"), best
 
 
 def cpu_info() -> dict[str, Any]:

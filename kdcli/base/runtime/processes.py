@@ -6,7 +6,7 @@ import logging
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -167,11 +167,11 @@ class World:
             return
         launcher = getattr(self.fabric.strategy, "launcher", None)
         for process in getattr(launcher, "procs", []):
-            if failed and process.poll() is None:
+            if failed:
                 process.terminate()
-            with suppress(subprocess.TimeoutExpired):
+            try:
                 process.wait(timeout=_CLOSE_TIMEOUT_S)
-            if process.poll() is None:
+            except subprocess.TimeoutExpired:
                 process.kill()
 
 
