@@ -29,7 +29,7 @@ from kdcli.base.config import BenchConfig
 from kdcli.data.preprocess import fit
 from kdcli.deploy.bench import bench
 from kdcli.deploy.onnx_model import count_model
-from kdcli.deploy.onnx_model.translate import finish, to_onnx
+from kdcli.deploy.onnx_model.translate import file_bytes, to_onnx
 
 
 def own_network(name: str, folder: Path) -> Path:
@@ -44,7 +44,7 @@ def own_network(name: str, folder: Path) -> Path:
         input_size=(32, 32, 3),
     ).eval()
     path = folder / f"{name}.onnx"
-    onnx.save(finish(to_onnx(classifier, opset=18, with_preprocessing=False), {}), path)
+    path.write_bytes(file_bytes(to_onnx(classifier, opset=18, with_preprocessing=False), {}))
     return path
 
 

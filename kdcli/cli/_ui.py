@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -65,7 +66,7 @@ def next_command(text: str) -> None:
 
 
 def json(value: dict[str, Any]) -> None:
-    """Print the JSON object of --json on stdout; NaN and infinity become null."""
+    """Print the JSON object of --json on stdout; NaN and infinity become null, paths text."""
     sys.stdout.write(json_module.dumps(_finite({"schema_version": 1, **value}), ensure_ascii=False) + "\n")
 
 
@@ -76,7 +77,7 @@ def _finite(value: Any) -> Any:
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
-    return value
+    return value.as_posix() if isinstance(value, Path) else value
 
 
 def table(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,7 +53,7 @@ def bench(
     with _ui.progress() as on_event:
         result = run_benchmark(paths, config, on_event=on_event, skip=not model)
     if _ui.settings.json:
-        _ui.json(result.to_json())
+        _ui.json(asdict(result))
     else:
         _show(result)
     if config.plot is not None:
@@ -62,7 +63,7 @@ def bench(
         if table is not None:
             write_text(table, make_table(result))
             _ui.say(f"wrote {table.as_posix()}")
-    _check(result)
+    _check(result, config)
 
 
 def _models(named: list[Path], config: BenchConfig, *, named_teacher: bool) -> list[Path]:
@@ -78,27 +79,26 @@ def _models(named: list[Path], config: BenchConfig, *, named_teacher: bool) -> l
     return paths
 
 
-def _check(result: BenchResult) -> None:
+def _check(result: BenchResult, config: BenchConfig) -> None:
     """Name the models within --budget-ms and --max-drop.
 
     Raises:
         KdError: there is none.
     """
-    budget = result.budget
-    if budget is None:
+    if result.within_limits is None:
         return
-    limits = [f"within --budget-ms {budget.budget_ms:g}"] if budget.budget_ms is not None else []
-    if budget.max_drop is not None:
-        points = "point" if budget.max_drop == 1 else "points"
-        limits.append(f"within {budget.max_drop:g} {points} of the teacher (--max-drop)")
+    limits = [f"within --budget-ms {config.budget_ms:g}"] if config.budget_ms is not None else []
+    if config.max_drop is not None:
+        points = "point" if config.max_drop == 1 else "points"
+        limits.append(f"within {config.max_drop:g} {points} of the teacher (--max-drop)")
     text = " and ".join(limits)
-    if not budget.met:
-        unknown = budget.max_drop is not None and any(row.accuracy is None for row in result.rows)
+    if not result.within_limits:
+        unknown = config.max_drop is not None and any(row.accuracy is None for row in result.rows)
         raise KdError(
             f"no model is {text}",
             "Accuracy is not known for all models: pass --data." if unknown else "See the table for the gap.",
         )
-    first, *others = (f"{name} ({_short(engine)})" for name, engine in budget.met)
+    first, *others = (f"{name} ({_short(engine)})" for name, engine in result.within_limits)
     _ui.say(f"fastest model {text}: {first}{'; also: ' if others else ''}{', '.join(others)}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,7 +41,7 @@ def export(
     with _ui.progress() as on_event:
         result = write_onnx(source, config, on_event=on_event)
     if _ui.settings.json:
-        _ui.json(result.to_json())
+        _ui.json(asdict(result))
         return
     _show(result)
 

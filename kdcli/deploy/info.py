@@ -1,11 +1,11 @@
 """Contents of a checkpoint or an ONNX file, or of a network by its name."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from kdcli import models
 from kdcli.base.config import InfoConfig
@@ -30,7 +30,7 @@ class ModelInfo:
     classes: tuple[str, ...]  # names in the order of the outputs
     parameters: int  # values of the network
     macs: int | None  # multiply-accumulates of one image in convolutions and linear layers; None if unknown
-    layers: Sequence[LayerSummary]  # in the order they run
+    layers: tuple[LayerSummary, ...]  # in the order they run
     file_bytes: int | None = None
     sha256: str | None = None  # of the file
     preprocess: dict[str, Any] | None = None  # name, settings and constants, if known
@@ -47,9 +47,9 @@ def info(model: str, config: InfoConfig) -> ModelInfo:
     Raises:
         KdError: no such file or network, or not a model.
     """
-    if model in models.names() and not Path(model).is_file():
-        return _network_info(model, config)
     path = Path(model)
+    if model in models.names() and not path.is_file():
+        return _network_info(model, config)
     loaded = load_model(path)
     if isinstance(loaded, OnnxClassifier):
         counts = count_model(loaded.model, loaded.input_size)
@@ -57,10 +57,7 @@ def info(model: str, config: InfoConfig) -> ModelInfo:
         parameters, macs, layers = counts.parameters, counts.macs, counts.nodes
     else:
         kind, arch, gives, size = "checkpoint", loaded.arch, "logits", path.stat().st_size
-        with torch.inference_mode():
-            prepared = loaded.prepare(torch.zeros((1, *loaded.input_size), dtype=torch.uint8))
-        layers = tuple(summarize_layers(loaded.network, prepared))
-        parameters, macs = models.parameter_count(loaded.network), _total_macs(layers)
+        parameters, macs, layers = _measures(loaded.network, loaded.input_size)
     return ModelInfo(
         kind=kind,
         arch=arch,
@@ -78,24 +75,19 @@ def info(model: str, config: InfoConfig) -> ModelInfo:
 
 
 def _network_info(name: str, config: InfoConfig) -> ModelInfo:
-    side, channels = config.image_size, 1 if config.grey else 3
-    with torch.random.fork_rng(devices=[]):
-        network = models.build(name, classes=config.classes, input_size=(side, side, channels)).eval()
-    layers = summarize_layers(network, torch.zeros(1, channels, side, side))
-    return ModelInfo(
-        kind="network",
-        arch=name,
-        input_size=(side, side, channels),
-        gives="logits",
-        classes=tuple(str(number) for number in range(config.classes)),
-        parameters=models.parameter_count(network),
-        macs=_total_macs(layers),
-        layers=layers,
-    )
+    size = config.image_size, config.image_size, 1 if config.grey else 3
+    network = models.build(name, classes=config.classes, input_size=size)
+    classes = tuple(map(str, range(config.classes)))
+    return ModelInfo("network", name, size, "logits", classes, *_measures(network, size))
 
 
-def _total_macs(layers: Sequence[LayerSummary]) -> int:
-    return sum(row.macs or 0 for row in layers)
+def _measures(
+    network: nn.Module, size: tuple[int, int, int]
+) -> tuple[int, int | None, tuple[LayerSummary, ...]]:
+    """Parameters, multiply-accumulates and layers of a network for images (H, W, C)."""
+    height, width, channels = size
+    layers = summarize_layers(network, torch.zeros(1, channels, height, width))
+    return models.parameter_count(network), sum(layer.macs or 0 for layer in layers), tuple(layers)
 
 
 def _constants(preprocess: Preprocess) -> dict[str, Any]:

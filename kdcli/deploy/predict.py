@@ -7,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from kdcli.base.config import PredictConfig
@@ -19,7 +18,6 @@ from kdcli.data.tree import is_ignored
 from kdcli.deploy.onnx_model import OnnxClassifier
 from kdcli.models import Classifier
 
-_Named = tuple[str, npt.NDArray[np.uint8]]
 _BATCH = 64
 _HINT = "PNG, JPEG, WebP and BMP files are read."
 
@@ -57,10 +55,8 @@ def predict(
         with torch.inference_mode():
             logits = model(torch.from_numpy(np.stack([pixels for _, pixels in batch]))).double()
             best = logits.softmax(dim=1).topk(min(config.top_k, logits.shape[1]), dim=1)
-        for (name, _), shares, indices in zip(
-            batch, best.values.tolist(), best.indices.tolist(), strict=True
-        ):
-            yield Prediction(name, tuple(model.classes[index] for index in indices), tuple(shares))
+        for (name, _), shares, indices in zip(batch, best.values, best.indices, strict=True):
+            yield Prediction(name, tuple(model.classes[index] for index in indices), tuple(shares.tolist()))
         done += len(batch)
         on_event(Progress("classifying", done, 0))
     if not done:
@@ -69,12 +65,11 @@ def predict(
 
 def _images(
     paths: Sequence[Path], size: tuple[int, int, int], skip_broken: bool, on_event: OnEvent
-) -> Iterator[_Named]:
+) -> Iterator[tuple[str, decode.Pixels]]:
     for path in paths:
         for name, content in _files(path):
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # Pillow's, on unusual files; errors are reported
+                with warnings.catch_warnings(action="ignore"):  # Pillow's, on unusual files
                     pixels = decode.decode(content, name)
             except KdError as error:
                 if not skip_broken:
@@ -86,20 +81,21 @@ def _images(
 
 def _files(path: Path) -> Iterator[tuple[str, bytes]]:
     """Name and content of an image file, or of all images in a folder or archive."""
-    if path.is_file() and path.stat().st_size <= MAX_MEMBER_BYTES:
+    if path.is_file():
         with path.open("rb") as handle:
-            start = handle.read(16)
-        if _is_image(start, path.name):
-            yield str(path), path.read_bytes()
-            return
+            if _is_image(handle.read(16), path.name):
+                handle.seek(0)
+                yield str(path), handle.read(MAX_MEMBER_BYTES)
+                return
     try:
         source = open_source(path)
     except KdError as error:
         raise KdError(f"{path} is neither an image nor an archive of images", _HINT) from error
-    suffixes = ("", *decode.SUFFIXES)
-    for name, content in source.read(
-        lambda name: not is_ignored(name) and Path(name).suffix.lower() in suffixes
-    ):
+
+    def wanted(name: str) -> bool:
+        return not is_ignored(name) and Path(name).suffix.lower() in ("", *decode.SUFFIXES)
+
+    for name, content in source.read(wanted):
         if _is_image(content[:16], name):
             yield (path / name).as_posix(), content
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kdcli.deploy.bench import candidates
+from kdcli.deploy.bench import benchmark
 from kdcli.deploy.export import ExportResult, exporter
 from kdcli.models import Classifier
 from tests.deploy.helpers import cached_to_onnx, classifier, exported
@@ -16,7 +16,7 @@ from tests.deploy.helpers import cached_to_onnx, classifier, exported
 def translations() -> Iterator[None]:
     """Translate equal networks once."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (exporter, candidates):
+        for module in (exporter, benchmark):
             patch.setattr(module, "to_onnx", cached_to_onnx)
         yield
 

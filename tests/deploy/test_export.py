@@ -19,14 +19,9 @@ from kdcli.base.errors import KdError, UsageError
 from kdcli.data.preprocess import PREPROCESSES, fit
 from kdcli.deploy.export import ExportResult, default_output, export, exporter, job, parity
 from kdcli.deploy.export.job import disjoint_indices
-from kdcli.deploy.onnx_model import (
-    OnnxClassifier,
-    OnnxRunner,
-    count_model,
-    decode_preprocess,
-    encode_preprocess,
-)
-from kdcli.deploy.onnx_model.translate import finish
+from kdcli.deploy.onnx_model import OnnxClassifier, OnnxRunner, count_model
+from kdcli.deploy.onnx_model.metadata import decode_preprocess, encode_preprocess
+from kdcli.deploy.onnx_model.translate import ExportedModule, file_bytes
 from kdcli.models import Classifier
 from tests.deploy.helpers import CLASSES, SPLITS, classifier, exported, random_splits
 
@@ -213,7 +208,7 @@ def test_a_wrong_constant_is_found_where_it_is(
     arch: str, raw: bool, number: int, layer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def corrupted(model: onnx.ModelProto, metadata: dict[str, str]) -> bytes:
-        broken = finish(model, metadata)
+        broken = onnx.load_from_string(file_bytes(model, metadata))
         node = broken.graph.node[number]
         tensor = next(one for one in broken.graph.initializer if one.name in node.input)
         values = onnx.numpy_helper.to_array(tensor)
@@ -242,8 +237,8 @@ def test_every_level_of_optimisation_is_tried(tmp_path: Path, monkeypatch: pytes
             return super().run(*args) + (self.level == wrong)
 
     monkeypatch.setattr(parity, "OnnxRunner", Runner)
-    result = exported(tmp_path, classifier("lenet"))
-    assert tried == ["none", "basic", "extended", "all"] == list(result.parity.levels)
+    exported(tmp_path, classifier("lenet"))
+    assert tried == ["none", "basic", "extended", "all"]
     for wrong in tried[:4]:
         with pytest.raises(KdError, match=f"at batch 1, optimisation {wrong}"):
             exported(tmp_path, classifier("lenet"))
@@ -257,6 +252,7 @@ def test_only_a_near_tie_may_change_the_class(
     with torch.inference_mode():
         inputs = np.ascontiguousarray(model.prepare(torch.from_numpy(images)).numpy())
         logits = model(torch.from_numpy(images))
+    module = ExportedModule(model, with_preprocessing=False)
     # a further class that is just behind the first of image 0 in the file, just before it in the checkpoint
     scale = logits.abs().max().item()
     top = logits[0].max().item()
@@ -274,7 +270,8 @@ def test_only_a_near_tie_may_change_the_class(
             ),
         )
         expected = torch.cat([logits, torch.full((len(logits), 1), top + before)], dim=1)
-        return parity.check_parity(result.path.read_bytes(), inputs, expected, probabilities=False)[1]
+        content = result.path.read_bytes()
+        return parity.check_parity(content, module, onnx.load(result.path), inputs, expected, (1, 7))[1]
 
     real = parity.run
     near, far = 0.2 * parity.TIE * scale, 5 * parity.TIE * scale
@@ -309,7 +306,7 @@ def test_default_names() -> None:
     config = ExportConfig()
     assert default_output(Path("runs/kd-lenet-1/student.pt"), config) == Path("exports/kd-lenet-1.onnx")
     assert default_output(Path("student.pt"), config) == Path("exports/student.onnx")
-    assert default_output(Path("w/t.pt"), ExportConfig(int8=True)) == Path("exports/t-int8.onnx")
+    assert default_output(Path("w/t.pt"), config, int8=True) == Path("exports/t-int8.onnx")
     assert default_output(Path("w/t.pt"), ExportConfig(opset=21)) == Path("exports/t-opset21.onnx")
 
 
@@ -402,7 +399,7 @@ def test_damaged_metadata_is_an_error(tmp_path: Path, plain: tuple[Classifier, E
             if entry.key == key:
                 entry.value = value
         onnx.save(model, tmp_path / "x.onnx")
-        with pytest.raises(KdError, match=r"damaged|names 0 classes"):
+        with pytest.raises(KdError, match="has invalid metadata"):
             OnnxClassifier.load(tmp_path / "x.onnx")
 
 

@@ -31,7 +31,7 @@ from kdcli.data.split import split
 from kdcli.deploy import int8
 from kdcli.deploy.export import ExportResult, export
 from kdcli.deploy.export.job import choose_samples, disjoint_indices
-from kdcli.deploy.int8 import Recipe, RecipeTrial, quantiser, recipe_search
+from kdcli.deploy.int8 import Recipe, RecipeTrial
 from kdcli.deploy.onnx_model import OnnxRunner
 from kdcli.deploy.onnx_model.translate import to_onnx
 from kdcli.models import Classifier
@@ -105,7 +105,7 @@ def test_a_recipe_is_what_the_quantisers_own_call_makes(name: str, tmp_path: Pat
         str(tmp_path / "c.onnx"),
         Reader(batches),
         quant_format=QuantFormat.QDQ,
-        op_types_to_quantize=list(quantiser.OPERATORS),
+        op_types_to_quantize=list(int8.OPERATORS),
         per_channel="channel" in name,
         reduce_range=int8.needs_reduced_range(),
         activation_type=QuantType.QInt8 if name.startswith("s8") else QuantType.QUInt8,
@@ -115,7 +115,7 @@ def test_a_recipe_is_what_the_quantisers_own_call_makes(name: str, tmp_path: Pat
             {"minmax": "MinMax", "entropy": "Entropy"}.get(name.split("-")[2], "Percentile"),
         ),
         extra_options={
-            "OpTypesToExcludeOutputQuantization": list(quantiser.FLOAT_OUTPUT),
+            "OpTypesToExcludeOutputQuantization": list(int8.FLOAT_OUTPUT),
             "CalibTensorRangeSymmetric": False,
         },
     )
@@ -156,21 +156,19 @@ def trial(agreement: float | None, speedup: float, low: float) -> RecipeTrial:
 
 def test_what_agrees_and_is_fast_is_taken() -> None:
     """With 400 images at 98 % one standard error is 0.7 points."""
-    assert recipe_search.choose([trial(98, 2.0, 1.9), trial(97.5, 2.5, 2.4)], 400) == 1  # as good, faster
-    assert recipe_search.choose([trial(98, 2.0, 1.9), trial(97.2, 2.5, 2.4)], 400) == 0  # worse
-    assert recipe_search.choose([trial(98, 2.0, 1.9), trial(98, 2.05, 2.0)], 400) == 0  # as fast: the earlier
-    assert (
-        recipe_search.choose([trial(99, 1.1, 0.9), trial(80, 1.5, 1.2)], 400) == 1
-    )  # the first may be no faster
-    assert recipe_search.choose([trial(99, 1.1, 0.9), trial(99, 0.4, 0.3)], 400) is None
-    assert recipe_search.choose([RecipeTrial("r", problem="failed"), trial(100, 2, 1.5)], 400) == 1
-    assert recipe_search.choose([], 400) is None
+    assert int8.choose([trial(98, 2.0, 1.9), trial(97.5, 2.5, 2.4)], 400) == 1  # as good, faster
+    assert int8.choose([trial(98, 2.0, 1.9), trial(97.2, 2.5, 2.4)], 400) == 0  # worse
+    assert int8.choose([trial(98, 2.0, 1.9), trial(98, 2.05, 2.0)], 400) == 0  # as fast: the earlier
+    assert int8.choose([trial(99, 1.1, 0.9), trial(80, 1.5, 1.2)], 400) == 1  # the first may be no faster
+    assert int8.choose([trial(99, 1.1, 0.9), trial(99, 0.4, 0.3)], 400) is None
+    assert int8.choose([RecipeTrial("r", problem="failed"), trial(100, 2, 1.5)], 400) == 1
+    assert int8.choose([], 400) is None
 
 
 def test_all_are_timed_in_every_round(plain: tuple[Classifier, ExportResult]) -> None:
     model = plain[1].path.read_bytes()
     done: list[Event] = []
-    seconds = recipe_search.measure_seconds([model, model], np.zeros((1, 3, 16, 16), np.float32), done.append)
+    seconds = int8.measure_seconds([model, model], np.zeros((1, 3, 16, 16), np.float32), done.append)
     assert seconds.shape == (len(done), 2)
     assert (seconds > 0).all()
 
@@ -202,7 +200,7 @@ def test_float32_is_kept_where_int8_is_not_faster(
             OnnxRunner(model).call(inputs)  # each of them runs
         return np.tile([1.0] + [1 / factor] * (len(models) - 1), (41, 1))
 
-    monkeypatch.setattr(recipe_search, "measure_seconds", measure_seconds)
+    monkeypatch.setattr(int8, "measure_seconds", measure_seconds)
     plain = run(checkpoint).path.read_bytes()
     result = run(checkpoint, int8_recipe="auto")
     assert len(result.trials) == 7

@@ -1,6 +1,6 @@
 """Size, latency, throughput, memory and accuracy of models against their teacher, on this CPU."""
 
 from kdcli.deploy.bench.benchmark import bench, default_models
-from kdcli.deploy.bench.measurements import BenchResult, BudgetCheck, Row, to_csv, to_markdown
+from kdcli.deploy.bench.measurements import BenchResult, Row, to_csv, to_markdown
 
-__all__ = ["BenchResult", "BudgetCheck", "Row", "bench", "default_models", "to_csv", "to_markdown"]
+__all__ = ["BenchResult", "Row", "bench", "default_models", "to_csv", "to_markdown"]

@@ -1,4 +1,4 @@
-"""`kd bench`: load models, measure them, compare them with the first.
+"""`kd bench`: load models on the engines that run them, measure them, compare them with the first.
 
 All models run in one process, in rounds of random order: what slows the machine for a while slows all. In each of
 several sessions they are loaded anew. Ratios are of times within a round, on the same engine, with an interval.
@@ -6,27 +6,37 @@ Times are of the network on prepared input; only a file with its preprocessing i
 start-up are measured in a process for each model.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdcli import data, models
 from kdcli.base import metrics, runtime
 from kdcli.base.config import BenchConfig
 from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent, Progress, ignore
+from kdcli.base.text import first_line
 from kdcli.data import ImageSet, Splits, incompatibility
-from kdcli.deploy.bench.candidates import Candidate, Model, candidates_of
-from kdcli.deploy.bench.latency import compare, measure
-from kdcli.deploy.bench.measurements import BenchResult, Row, check_budget
-from kdcli.deploy.onnx_model import OnnxClassifier
+from kdcli.deploy.bench.footprint import measure_footprint
+from kdcli.deploy.bench.latency import Candidate, Runner, compare, measure
+from kdcli.deploy.bench.measurements import BenchResult, Row, rows_within
+from kdcli.deploy.onnx_model import OnnxClassifier, OnnxRunner, count_model
+from kdcli.deploy.onnx_model.translate import to_onnx
+from kdcli.models import Classifier
+from kdcli.models.layers import count_macs
 
+TORCH, COMPILED, ORT = "torch", "compiled", "onnxruntime"
+ENGINES = {"both": (TORCH, ORT), "all": (TORCH, COMPILED, ORT)}
 _BUSY = 1.5  # load average ÷ cores; the measurement itself adds about 1
+
+Model = Classifier | OnnxClassifier
 
 
 def bench(
@@ -49,33 +59,36 @@ def bench(
     if not paths:
         raise KdError("no models to measure", "Pass some: kd bench weights/teacher.pt runs/*/student.pt")
     names = _names(paths)
-    threads = config.threads or runtime.available_cores()
-    with _torch_threads(threads):
-        # 1. Load the models and the test images.
-        loaded, candidates, notes = _load_all(names, config, threads, on_event, skip=skip)
-        if images is None and config.data is not None:
-            images = data.load(
-                config.data,
-                data_dir=config.data_dir,
-                cache_dir=config.cache_dir,
-                fit_to=loaded[paths[0]].input_size,
-                skip_broken=config.skip_broken,
-                on_event=on_event,
-            )
+    threads = runtime.set_threads(config.threads)
+    # 1. Load the models and the test images.
+    loaded, candidates, notes = _load_all(names, config, threads, on_event, skip=skip)
+    if not candidates:
+        raise KdError("no model could be run", " ".join(notes))
+    if images is None and config.data is not None:
+        images = data.load(
+            config.data,
+            data_dir=config.data_dir,
+            cache_dir=config.cache_dir,
+            fit_to=loaded[paths[0]].input_size,
+            skip_broken=config.skip_broken,
+            on_event=on_event,
+        )
 
-        # 2. Accuracy, then times.
-        accuracy = _measure_accuracy(loaded, names, images.test if images else None, on_event)
-        if not candidates:
-            raise KdError("no model could be run", " ".join(notes))
-        timings = measure(candidates, config, on_event)
-        environment = runtime.environment()
+    # 2. Accuracy, then times.
+    accuracy = _measure_accuracy(loaded, names, images.test if images else None, on_event)
+    timings = measure(candidates, config, on_event)
+    environment = runtime.environment()
 
     # 3. Memory and start-up; ratios and verdicts.
     rows = [candidate.row.extend(**timings.figures(index)) for index, candidate in enumerate(candidates)]
+    rows = [compare(index, rows, timings).extend(**accuracy[row.path]) for index, row in enumerate(rows)]
     if not config.no_memory:
         rows = _add_footprints(rows, candidates, on_event)
-    rows = [row.extend(**accuracy.get(row.path, {})) for row in compare(rows, timings)]
-    budget = config.budget_ms, config.max_drop
+    load, cores = environment["load_average_1min"], environment["cpu"]["cores"]
+    if load is not None and load > _BUSY * cores:
+        notes.append(f"this machine is busy (load {load:.1f}, {cores} cores): times are too long")
+    limits = config.budget_ms, config.max_drop
+    within = [(row.name, row.engine) for row in rows_within(rows, *limits)]
     return BenchResult(
         rows=tuple(rows),
         teacher=names[paths[0]],
@@ -86,20 +99,18 @@ def bench(
         data_label=images.label if images else None,
         test_images=len(images.test) if images else 0,
         environment=environment,
-        notes=(*notes, *_load_warning(environment)),
-        budget=None if budget == (None, None) else check_budget(rows, *budget),
+        notes=tuple(notes),
+        within_limits=None if limits == (None, None) else tuple(within),
     )
 
 
-def default_models(
-    config: BenchConfig, runs_dir: Path = Path("runs"), exports_dir: Path = Path("exports")
-) -> list[Path]:
+def default_models(config: BenchConfig) -> list[Path]:
     """The teacher, every finished student and every export; a file is listed once.
 
     Raises:
         KdError: there is no teacher, or nothing to compare it with.
     """
-    found = [*sorted(runs_dir.glob("*/student.pt")), *sorted(exports_dir.glob("*.onnx"))]
+    found = [*sorted(Path("runs").glob("*/student.pt")), *sorted(Path("exports").glob("*.onnx"))]
     if not config.teacher.is_file():
         listed = f" Found: {', '.join(path.as_posix() for path in found[:5])}." if found else ""
         raise KdError(
@@ -145,17 +156,128 @@ def _load_all(
     return loaded, candidates, notes
 
 
+def candidates_of(
+    path: Path, name: str, model: Model, config: BenchConfig, threads: int, *, is_teacher: bool
+) -> tuple[list[Candidate], list[str]]:
+    """A candidate for each engine, and notes on engines that cannot run the model."""
+    size = (max(config.batches), *model.input_size)
+    raw = torch.from_numpy(np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8))
+    make_row = partial(Row, name=name, path=path, is_teacher=is_teacher)
+    if isinstance(model, OnnxClassifier):
+        return [_onnx_candidate(model, raw, make_row, threads)], []
+    network = model.network.to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        prepared = model.prepare(raw).contiguous(memory_format=torch.channels_last)
+    row = make_row(
+        engine=TORCH,
+        file_bytes=path.stat().st_size,
+        network_bytes=_state_bytes(network),
+        preprocessing_bytes=_state_bytes(model.preprocess),
+        parameters=models.parameter_count(network),
+        macs=count_macs(network, prepared),
+    )
+    candidates: list[Candidate] = []
+    notes: list[str] = []
+    for engine in ENGINES.get(config.engine, (config.engine,)):
+        if engine == ORT:
+            content = to_onnx(model, opset=18, with_preprocessing=False).SerializeToString()
+            inputs = np.ascontiguousarray(prepared.numpy())
+            candidates.append(_ort_candidate(row.extend(engine=ORT), content, inputs, threads))
+            continue
+        try:
+            load = _torch_loader(engine, network, prepared, config.batches)
+        except Exception as error:  # torch's compiler and the C++ compiler raise many kinds
+            notes.append(f"{name} is not compiled here: {first_line(error, 120)}")
+            continue
+        shape = tuple(prepared.shape[1:])
+        footprint = partial(measure_footprint, path, engine, threads, shape, len(prepared))
+        candidates.append(Candidate(row.extend(engine=engine), load, footprint))
+    return candidates, notes
+
+
+def _state_bytes(module: nn.Module) -> int:
+    return sum(value.numel() * value.element_size() for value in module.state_dict().values())
+
+
+def _torch_loader(
+    engine: str, network: nn.Module, prepared: Tensor, batches: tuple[int, ...]
+) -> Callable[[], Runner]:
+    """A function that loads the network anew; a compiled one is compiled once, which takes half a minute."""
+
+    def load() -> Runner:
+        loaded = copy.deepcopy(network)
+        return lambda count: loaded(prepared[:count])
+
+    if engine == TORCH:
+        return load
+    compiled = torch.compile(copy.deepcopy(network), dynamic=False)
+    with torch.inference_mode():
+        for count in {1, *batches}:  # each is compiled separately
+            compiled(prepared[:count])
+    return lambda: lambda count: compiled(prepared[:count])
+
+
+def _onnx_candidate(
+    model: OnnxClassifier, raw: Tensor, make_row: Callable[..., Row], threads: int
+) -> Candidate:
+    notes = []
+    inputs = model.to_layout(raw.numpy() / 255) if model.why_not_runnable else model.prepare(raw)
+    if model.takes_pixels:
+        notes.append("timed with its preprocessing, which is inside")
+    batch = model.batch
+    if batch is None:
+        try:
+            model.run(inputs)
+        except KdError:  # it declares any batch, and runs single images only
+            batch = 1
+    if batch == 1:
+        notes.append("its batch is fixed at 1; images of a batch are run singly")
+    elif batch is not None:
+        notes.append(f"its batch is fixed at {batch}; one image takes as long as {batch}")
+    counts = count_model(model.model, model.input_size)
+    operators = {node.op_type for node in model.model.graph.node}
+    quantised = any("Quantize" in operator or "QLinear" in operator for operator in operators)
+    row = make_row(
+        engine=ORT,
+        file_bytes=model.file_bytes,
+        network_bytes=counts.network_bytes,
+        preprocessing_bytes=counts.preprocessing_bytes,
+        parameters=counts.parameters,
+        macs=counts.macs,
+        precision="int8" if quantised else "fp32",
+        notes=tuple(notes),
+    )
+    return _ort_candidate(row, model.model.SerializeToString(), inputs, threads, batch)
+
+
+def _ort_candidate(
+    row: Row, content: bytes, inputs: npt.NDArray[Any], threads: int, batch: int | None = None
+) -> Candidate:
+    """An ONNX model and its input; `batch`: images per call, if fixed."""
+
+    def load() -> Runner:
+        runner = OnnxRunner(content, threads, str(row.path))
+        if batch is None:  # timed without kd's own overhead
+            return lambda count: runner.call(inputs[:count])
+        return lambda count: runner.run(inputs[:count], batch)
+
+    footprint = partial(
+        measure_footprint, content, ORT, threads, inputs.shape[1:], batch or len(inputs), str(inputs.dtype)
+    )
+    return Candidate(row, load, footprint)
+
+
 def _measure_accuracy(
     loaded: Mapping[Path, Model], names: Mapping[Path, str], test: ImageSet | None, on_event: OnEvent
 ) -> dict[Path, dict[str, Any]]:
     """Values of `Row` for each file: measured, recorded in the file without test images, or a note."""
-    found: dict[Path, dict[str, Any]] = {}
+    found: dict[Path, dict[str, Any]] = {path: {} for path in loaded}
     teacher_logits: Tensor | None = None
     for index, (path, model) in enumerate(loaded.items()):
         if test is None:
             value = model.provenance.get("test_accuracy")
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                found[path] = {"accuracy": float(value), "accuracy_source": "recorded"}
+            if isinstance(value, float):
+                found[path] = {"accuracy": value, "accuracy_source": "recorded"}
             continue
         problem = model.why_not_runnable if isinstance(model, OnnxClassifier) else None
         mismatch = incompatibility(model.classes, model.input_size, test)
@@ -194,27 +316,10 @@ def _names(paths: Sequence[Path]) -> dict[Path, str]:
 
 def _add_footprints(rows: Sequence[Row], candidates: Sequence[Candidate], on_event: OnEvent) -> list[Row]:
     measured = []
-    for number, (row, candidate) in enumerate(zip(rows, candidates, strict=True)):
+    for number, (row, candidate) in enumerate(zip(rows, candidates, strict=True), 1):
+        try:
+            measured.append(row.extend(footprint=candidate.footprint()))
+        except RuntimeError as error:
+            measured.append(row.extend(notes=[f"memory not measured: {error}"]))
         on_event(Progress("memory and start-up", number, len(rows), "models"))
-        footprint = candidate.footprint()
-        notes = [f"memory not measured: {footprint.problem}"] if footprint.problem else []
-        measured.append(row.extend(footprint=footprint, notes=notes))
-    on_event(Progress("memory and start-up", len(rows), len(rows), "models"))
     return measured
-
-
-def _load_warning(environment: dict[str, Any]) -> tuple[str, ...]:
-    load, cores = environment["load_average_1min"], environment["cpu"]["cores"]
-    if load is None or load <= _BUSY * cores:
-        return ()
-    return (f"this machine is busy (load {load:.1f} on {cores} cores): times are longer than they could be",)
-
-
-@contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

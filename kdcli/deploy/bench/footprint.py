@@ -19,24 +19,22 @@ _LIMIT_S = 600
 
 @dataclass(frozen=True)
 class Footprint:
-    """Memory and start-up of one process; None where it could not be measured."""
+    """Memory and start-up of one process; memory is None where the system does not report it."""
 
-    import_ms: float | None = None  # import of the libraries
-    load_ms: float | None = None  # from the file to a callable model
-    first_ms: float | None = None  # its first output for one image
-    base_rss_bytes: int | None = None  # memory with the libraries alone
-    peak_rss_bytes: int | None = None  # peak memory, running one image at a time
-    peak_rss_batch_bytes: int | None = None  # peak memory, after the largest batch too
-    problem: str | None = None  # why there are no figures
+    import_ms: float  # import of the libraries
+    load_ms: float  # from the file to a callable model
+    first_ms: float  # its first output for one image
+    base_rss_bytes: int | None  # memory with the libraries alone
+    peak_rss_bytes: int | None  # peak memory, running one image at a time
+    peak_rss_batch_bytes: int | None  # peak memory, after the largest batch too
 
 
 def measure_footprint(
     model: Path | bytes, engine: str, threads: int, shape: tuple[int, ...], batch: int, dtype: str = "float32"
 ) -> Footprint:
-    """Load and run a model in a fresh process.
+    """Load and run a `.pt` file, or an ONNX file's content, in a fresh process; a RuntimeError if that fails.
 
     Args:
-        model: a `.pt` file for torch, an ONNX file's content for onnxruntime.
         shape: of one image as the network takes it.
         batch: the largest batch.
         dtype: NumPy's name of the input's type.
@@ -47,28 +45,19 @@ def measure_footprint(
             path.write_bytes(model)
         else:
             path = model.resolve()
-        settings = {
-            "path": str(path),
-            "engine": engine,
-            "threads": threads,
-            "input": list(shape),
-            "dtype": dtype,
-            "batch": batch,
-        }
+        settings = [str(path), engine, threads, shape, batch, dtype]  # arguments of `_load_and_run`
         # -P: modules in this folder cannot shadow others
         command = [sys.executable, "-P", __file__, json.dumps(settings)]
         try:
             done = subprocess.run(  # noqa: S603  our own file; its argument is data
                 command, capture_output=True, text=True, timeout=_LIMIT_S, check=False
             )
-        except subprocess.TimeoutExpired:
-            return Footprint(problem=f"it took more than {_LIMIT_S} s")
-        except OSError as error:
-            return Footprint(problem=str(error)[:200])
-    if done.returncode == 0:
-        return Footprint(**json.loads(done.stdout))
-    lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-    return Footprint(problem=lines[-1][:200])
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"it took more than {_LIMIT_S} s") from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise RuntimeError(lines[-1][:200])
+    return Footprint(**json.loads(done.stdout))
 
 
 def _memory() -> tuple[int | None, int | None]:
@@ -81,40 +70,37 @@ def _memory() -> tuple[int | None, int | None]:
     return tuple(1024 * int(fields[key].split()[0]) for key in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
 
 
-def _load_and_run(settings: dict[str, Any]) -> dict[str, Any]:
+def _load_and_run(
+    path: str, engine: str, threads: int, shape: list[int], batch: int, dtype: str
+) -> dict[str, Any]:
     """Load the model, run one image, then a batch; times in ms, memory in bytes."""
     begin = time.perf_counter()
     import numpy as np
 
-    shape = settings["input"]
     runner: Callable[[int], Any]
-    if settings["engine"] == "onnxruntime":
+    if engine == "onnxruntime":
         import onnxruntime as ort
 
         imported, before = time.perf_counter(), _memory()[0]
         options = ort.SessionOptions()
-        options.intra_op_num_threads = settings["threads"]
+        options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 4
-        session = ort.InferenceSession(settings["path"], options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         [model_input] = session.get_inputs()
         fixed = model_input.shape[0] if isinstance(model_input.shape[0], int) else None
 
         def runner(count: int) -> Any:
-            return session.run(
-                None, {model_input.name: np.zeros((fixed or count, *shape), settings["dtype"])}
-            )
+            return session.run(None, {model_input.name: np.zeros((fixed or count, *shape), dtype)})
     else:
         import torch
 
         from kdcli import models
 
         imported, before = time.perf_counter(), _memory()[0]
-        torch.set_num_threads(settings["threads"])
-        network: Any = (
-            models.load(Path(settings["path"])).network.eval().to(memory_format=torch.channels_last)
-        )
-        if settings["engine"] == "compiled":
+        torch.set_num_threads(threads)
+        network: Any = models.load(Path(path)).network.to(memory_format=torch.channels_last)
+        if engine == "compiled":
             network = torch.compile(network, dynamic=False)
 
         def runner(count: int) -> Any:
@@ -128,7 +114,7 @@ def _load_and_run(settings: dict[str, Any]) -> dict[str, Any]:
     for _ in range(3):
         runner(1)
     peak = _memory()[1]
-    runner(settings["batch"])
+    runner(batch)
     return {
         "import_ms": 1e3 * (imported - begin),
         "load_ms": 1e3 * (loaded - imported),
@@ -140,4 +126,4 @@ def _load_and_run(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(_load_and_run(json.loads(sys.argv[1]))))
+    sys.stdout.write(json.dumps(_load_and_run(*json.loads(sys.argv[1]))))

@@ -12,8 +12,8 @@ import torch
 from kdcli.base.config import BenchConfig
 from kdcli.base.events import OnEvent, Progress
 from kdcli.base.timing import Floats, interleaved, warm_up
-from kdcli.deploy.bench.candidates import Candidate, Runner
-from kdcli.deploy.bench.measurements import SAME_SIZE, Row
+from kdcli.deploy.bench.footprint import Footprint
+from kdcli.deploy.bench.measurements import Row
 
 SESSIONS = 16
 _MIN_SESSIONS = 8  # before the intervals may end the measurement
@@ -21,9 +21,21 @@ _CALLS = 5  # timed single-image calls of a model in a round
 _PRECISE = 0.01  # half width of an interval that is narrow enough
 _BATCH_ROUNDS = 15
 _WARM_S = 0.02
+_SAME_SIZE = 1.05  # a smaller ratio of sizes is called `same size`
 _SMALLEST = 1.02  # ratios nearer to 1 are called no difference, however narrow the interval
-_BEYOND = 10  # samples that must lie beyond a reported percentile above the 95th
+_LEAST_CALLS = 1000  # for the 99th percentile: ten lie beyond it
 _RESAMPLES = 10_000  # of the bootstrap
+
+Runner = Callable[[int], Any]  # runs the network on that many images
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model on one engine."""
+
+    row: Row  # its figures so far
+    load: Callable[[], Runner]  # loads it anew: the place of weights in memory changes speeds by 1 %
+    footprint: Callable[[], Footprint]  # measures it in a separate process
 
 
 @dataclass
@@ -46,16 +58,15 @@ class Timings:
     def figures(self, model: int) -> dict[str, Any]:
         """Values of `Row` from a model's own times."""
         single_ms = 1e3 * np.concatenate([session[:, model].ravel() for session in self.single])
-        median = float(np.median(single_ms))
+        median, p90, p95, p99 = np.percentile(single_ms, [50, 90, 95, 99]).tolist()
         throughput = {1: 1e3 / median}
-        throughput |= {
-            size: float(size / np.median(seconds[:, model])) for size, seconds in self.batches.items()
-        }
+        for size, seconds in self.batches.items():
+            throughput[size] = float(size / np.median(seconds[:, model]))
         return {
             "latency_ms": median,
-            "latency_p90_ms": percentile(single_ms, 90),
-            "latency_p95_ms": percentile(single_ms, 95),
-            "latency_p99_ms": percentile(single_ms, 99),
+            "latency_p90_ms": p90,
+            "latency_p95_ms": p95,
+            "latency_p99_ms": p99 if len(single_ms) >= _LEAST_CALLS else None,
             "latency_n": len(single_ms),
             "throughput": throughput,
             "images_per_s": throughput[max(throughput)],
@@ -114,7 +125,7 @@ def _measure_batches(runners: Sequence[Runner], config: BenchConfig, on_event: O
             on_round=_reporter(on_event, "measuring batches", position * rounds, rounds * len(sizes)),
         )
         found[size] = seconds[:, :, 0]
-    _reporter(on_event, "measuring batches", 0, rounds * len(sizes))(rounds * len(sizes))
+    on_event(Progress("measuring batches", rounds * len(sizes), rounds * len(sizes), "rounds"))
     return found
 
 
@@ -125,7 +136,7 @@ def _reporter(on_event: OnEvent, task: str, done: int, total: int) -> Callable[[
 def _is_precise(rows: Sequence[Row], timings: Timings) -> bool:
     for index, row in enumerate(rows):
         teacher = _teacher_of(row, rows)
-        if teacher is not None and teacher != index:
+        if teacher is not None:
             low, ratio, high = ratio_interval(timings.ratios(teacher, index))
             if (high - low) / (2 * ratio) > _PRECISE:
                 return False
@@ -139,17 +150,12 @@ def _teacher_of(row: Row, rows: Sequence[Row]) -> int | None:
     )
 
 
-def compare(rows: Sequence[Row], timings: Timings) -> list[Row]:
-    """Rows with their ratios to the teacher on the same engine, and verdicts."""
-    return [_compare(index, rows, timings) for index in range(len(rows))]
-
-
-def _compare(index: int, rows: Sequence[Row], timings: Timings) -> Row:
+def compare(index: int, rows: Sequence[Row], timings: Timings) -> Row:
+    """A row with its ratios to the teacher on the same engine, and the verdict."""
     row = rows[index]
-    size_ratio = rows[0].network_bytes / row.network_bytes if row.network_bytes else None
+    size_ratio = rows[0].network_bytes / max(row.network_bytes, 1)
     row = row.extend(size_ratio=size_ratio)
-    size = ratio_text(size_ratio, "smaller", "bigger", "same size") if size_ratio else ""
-    bigger = size_ratio is not None and size_ratio < 1 / SAME_SIZE
+    size, bigger = size_text(size_ratio), size_ratio < 1 / _SAME_SIZE
     teacher = _teacher_of(row, rows)
     if teacher is None:
         note = f"the teacher was not run on {row.engine}: no speed ratio"
@@ -162,33 +168,26 @@ def _compare(index: int, rows: Sequence[Row], timings: Timings) -> Row:
     if timings.batches:
         seconds = timings.batches[max(timings.batches)]
         throughput_ratio = float(np.median(seconds[:, teacher] / seconds[:, index]))
-    text = f"{max(ratio, 1 / ratio):,.3g}× {speed}" if speed != "no difference" else "no difference in speed"
+    text = "no difference in speed" if speed == "no difference" else f"{max(ratio, 1 / ratio):,.3g}× {speed}"
     return row.extend(
         speedup=ratio,
         speedup_interval=(low, high),
         speed=speed,
         throughput_ratio=throughput_ratio,
-        verdict=", ".join(filter(None, (text, size))),
+        verdict=f"{text}, {size}",
         worse=bigger or speed == "slower",
     )
 
 
-def ratio_text(ratio: float, above: str, below: str, same: str) -> str:
+def size_text(ratio: float) -> str:
     """2.13 → `2.1× smaller`, 0.5 → `2.0× bigger`, 1.01 → `same size`."""
-    if 1 / SAME_SIZE <= ratio <= SAME_SIZE:
-        return same
     times = max(ratio, 1 / ratio)
-    return f"{times:,.{0 if times >= 10 else 1}f}× {above if ratio > 1 else below}"
+    if times <= _SAME_SIZE:
+        return "same size"
+    return f"{times:,.{0 if times >= 10 else 1}f}× {'smaller' if ratio > 1 else 'bigger'}"
 
 
-def percentile(values: Floats, share: float) -> float | None:
-    """The value that `share` per cent lie below; None where fewer than ten lie beyond it."""
-    if len(values) * (100 - share) / 100 < _BEYOND and share > 95:
-        return None
-    return float(np.percentile(values, share))
-
-
-def ratio_interval(sessions: Sequence[Floats], seed: int = 0) -> tuple[float, float, float]:
+def ratio_interval(sessions: Sequence[Floats]) -> tuple[float, float, float]:
     """Bootstrap 95 % interval of a ratio.
 
     Rounds of one session share the models' place in memory and the state of the machine, so sessions are resampled,
@@ -207,7 +206,7 @@ def ratio_interval(sessions: Sequence[Floats], seed: int = 0) -> tuple[float, fl
     middle, count = float(medians.mean()), len(medians)
     if count < 2:
         return 0.0, float(np.exp(middle)), float("inf")
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     means = medians[random.integers(0, count, (_RESAMPLES, count))].mean(axis=1)
     tail = 100 * scipy.stats.norm.cdf(-np.sqrt(count / (count - 1)) * scipy.stats.t.ppf(0.975, count - 1))
     low, high = np.percentile(means, [tail, 100 - tail])

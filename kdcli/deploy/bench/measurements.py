@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from kdcli.base.tables import csv_text, markdown_cell, markdown_text
 from kdcli.deploy.bench.footprint import Footprint
 
-SAME_SIZE = 1.05  # a smaller ratio of sizes is called `same size`
 _MARKDOWN = (
     "model, engine, network (MB), one image (ms), speed-up and 95 % interval, verdict, images/s, peak memory (MB), "
     "accuracy (%)"
 )
-_NESTED = ("throughput", "speedup_interval", "footprint")
 
 
 @dataclass(frozen=True)
@@ -60,28 +58,24 @@ class Row:
         return replace(self, **values, notes=(*self.notes, *notes))
 
 
-@dataclass(frozen=True)
-class BudgetCheck:
-    """Rows within a budget, fastest first."""
+def rows_within(rows: Sequence[Row], budget_ms: float | None, max_drop: float | None) -> list[Row]:
+    """Rows, fastest first, without the teacher's, of at most this latency and loss of accuracy in points.
 
-    budget_ms: float | None  # largest median latency of one image
-    max_drop: float | None  # largest drop of accuracy below the teacher, points
-    met: tuple[tuple[str, str], ...]  # (name, engine) of rows within both, without the teacher's
+    A row of unknown accuracy is not within a limit on the loss.
+    """
+    teacher = next(row for row in rows if row.is_teacher)
 
+    def accuracy(row: Row) -> float:
+        return math.nan if row.accuracy is None else row.accuracy  # a comparison with NaN is false
 
-def check_budget(rows: Sequence[Row], budget_ms: float | None, max_drop: float | None) -> BudgetCheck:
-    """Rows that are fast enough and close enough to the teacher. A row of unknown accuracy is not."""
-    teacher = next(row.accuracy for row in rows if row.is_teacher)
-
-    def within(row: Row) -> bool:
-        if budget_ms is not None and row.latency_ms > budget_ms:
-            return False
-        if max_drop is None:
-            return True
-        return teacher is not None and row.accuracy is not None and teacher - row.accuracy <= max_drop
-
-    met = sorted((row for row in rows if not row.is_teacher and within(row)), key=lambda row: row.latency_ms)
-    return BudgetCheck(budget_ms, max_drop, tuple((row.name, row.engine) for row in met))
+    found = [
+        row
+        for row in rows
+        if not row.is_teacher
+        and (budget_ms is None or row.latency_ms <= budget_ms)
+        and (max_drop is None or accuracy(teacher) - accuracy(row) <= max_drop)
+    ]
+    return sorted(found, key=lambda row: row.latency_ms)
 
 
 @dataclass(frozen=True)
@@ -98,13 +92,9 @@ class BenchResult:
     test_images: int
     environment: dict[str, Any]  # see `runtime.environment`
     notes: tuple[str, ...] = ()
-    budget: BudgetCheck | None = None  # None without --budget-ms and --max-drop
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values with a `schema_version`."""
-        document = asdict(self)
-        document["rows"] = [{**asdict(row), "path": row.path.as_posix()} for row in self.rows]
-        return {"schema_version": 1, **document}
+    within_limits: tuple[tuple[str, str], ...] | None = (
+        None  # (name, engine), fastest first; None without limits
+    )
 
 
 def to_csv(result: BenchResult) -> str:
@@ -145,15 +135,16 @@ def _cells(row: Row) -> list[str]:
 
 
 def _flatten(row: Row) -> dict[str, Any]:
-    low, high = row.speedup_interval or (None, None)
-    footprint = asdict(row.footprint or Footprint())
-    del footprint["problem"]  # which is among the notes
+    values = asdict(row)
+    low, high = values.pop("speedup_interval") or (None, None)
+    throughput = values.pop("throughput")
+    footprint = values.pop("footprint") or dict.fromkeys(Footprint.__dataclass_fields__)
     return {
-        **{field.name: getattr(row, field.name) for field in fields(row) if field.name not in _NESTED},
+        **values,
         "path": row.path.as_posix(),
         "notes": "; ".join(row.notes),
         "speedup_low": low,
         "speedup_high": high,
-        **{f"images_per_s_batch_{size}": pace for size, pace in sorted(row.throughput.items())},
+        **{f"images_per_s_batch_{size}": pace for size, pace in sorted(throughput.items())},
         **footprint,
     }

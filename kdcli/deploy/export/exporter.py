@@ -2,23 +2,21 @@
 
 import hashlib
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from kdcli import data, models
 from kdcli.base.config import ExportConfig
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import OnEvent, Progress, ignore
 from kdcli.base.files import atomic_path, sha256_file
-from kdcli.base.text import reason
 from kdcli.data import ImageSet, Splits
-from kdcli.deploy.export.job import AccuracyDrop, ExportJob, choose_samples
+from kdcli.data.decode import Pixels
+from kdcli.deploy.export.job import AccuracyDrop, ExportJob, Quantisation, choose_samples
 from kdcli.deploy.export.parity import Parity
-from kdcli.deploy.int8 import Quantisation, RecipeTrial
+from kdcli.deploy.int8 import RecipeTrial
 from kdcli.deploy.onnx_model.metadata import make_metadata
 from kdcli.deploy.onnx_model.translate import to_onnx
 from kdcli.models import Classifier
@@ -43,12 +41,6 @@ class ExportResult:
     batch: int | None = None  # fixed batch size; None: any
     drop: AccuracyDrop | None = None  # measured for --max-drop
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values with a `schema_version`."""
-        document = asdict(self)
-        document["path"], document["checkpoint"] = self.path.as_posix(), self.checkpoint.as_posix()
-        return {"schema_version": 1, **document}
-
 
 def export(
     checkpoint: Path, config: ExportConfig, images: Splits | None = None, on_event: OnEvent = ignore
@@ -64,8 +56,8 @@ def export(
             written then, and an earlier one of that name is unchanged.
     """
     # 1. Check the output's name; load the checkpoint and the images.
-    output = config.output or default_output(checkpoint, config)
-    if output.suffix.lower() != ".onnx" or output.is_dir():
+    output = config.output
+    if output is not None and (output.suffix.lower() != ".onnx" or output.is_dir()):
         raise UsageError(f"--output {output}: must be a file name that ends in .onnx")
     classifier = models.load(checkpoint).eval()
     images = _fitting_data(classifier, checkpoint, config, images, on_event)
@@ -74,10 +66,9 @@ def export(
 
     # 2. Translate the float32 network and verify it.
     on_event(Progress("exporting", 0, 3, "steps"))
-    model = to_onnx(classifier, opset=config.opset, with_preprocessing=config.with_preprocessing)
-    metadata = make_metadata(
-        classifier, sha256_file(checkpoint), with_preprocessing=config.with_preprocessing
-    )
+    raw = config.with_preprocessing
+    model = to_onnx(classifier, opset=config.opset, with_preprocessing=raw)
+    metadata = make_metadata(classifier, sha256_file(checkpoint), with_preprocessing=raw)
     on_event(Progress("exporting", 1, 3, "steps"))
     content, outputs, parity = job.verify(model, metadata)
     on_event(Progress("exporting", 2, 3, "steps"))
@@ -87,13 +78,12 @@ def export(
     trials: tuple[RecipeTrial, ...] = ()
     if config.recipe:
         content, quantisation, trials = job.quantise(model, metadata, content, outputs)
-        if quantisation is None:
-            float_config = config.model_copy(update={"int8": False, "int8_recipe": None})
-            output = config.output or default_output(checkpoint, float_config)
 
     # 4. Measure the loss of accuracy, and write.
     drop = None if config.max_drop is None else job.measure_drop(content, config.max_drop)
-    _write(content, output)
+    output = output or default_output(checkpoint, config, int8=quantisation is not None)
+    with atomic_path(output) as temporary:
+        temporary.write_bytes(content)
     on_event(Progress("exporting", 3, 3, "steps"))
     return ExportResult(
         path=output,
@@ -101,7 +91,7 @@ def export(
         sha256=hashlib.sha256(content).hexdigest(),
         checkpoint=checkpoint,
         opset=config.opset,
-        with_preprocessing=config.with_preprocessing,
+        with_preprocessing=raw,
         data_label=images.label,
         parity=parity,
         quantisation=quantisation,
@@ -112,11 +102,7 @@ def export(
 
 
 def export_classifier(
-    classifier: Classifier,
-    config: ExportConfig,
-    images: npt.NDArray[np.uint8],
-    label: str,
-    on_event: OnEvent = ignore,
+    classifier: Classifier, config: ExportConfig, images: Pixels, label: str, on_event: OnEvent = ignore
 ) -> ExportResult:
     """`export` of a classifier in memory, verified on images uint8 (N, H, W, C); `label` is their name."""
     labels = np.zeros(len(images), np.int64)
@@ -127,14 +113,14 @@ def export_classifier(
         return export(checkpoint, config, Splits(label, label, split, split), on_event)
 
 
-def default_output(checkpoint: Path, config: ExportConfig) -> Path:
+def default_output(checkpoint: Path, config: ExportConfig, *, int8: bool = False) -> Path:
     """`exports/<run>.onnx` for `runs/<run>/student.pt`, else `exports/<file name>.onnx`; or with a suffix."""
     folder = checkpoint.parent
     in_run = checkpoint.name == "student.pt" and (
         folder.parent.name == "runs" or (folder / "config.toml").is_file()
     )
     stem = folder.name if in_run else checkpoint.stem
-    suffix = ("-images" if config.with_preprocessing else "") + ("-int8" if config.recipe else "")
+    suffix = ("-images" if config.with_preprocessing else "") + ("-int8" if int8 else "")
     if config.batch is not None:
         suffix += f"-batch{config.batch}"
     if config.opset != ExportConfig.model_fields["opset"].default:
@@ -162,11 +148,3 @@ def _fitting_data(
     if problem:
         raise KdError(f"the model {problem}", "Pass data that fits with --data.")
     return given
-
-
-def _write(content: bytes, output: Path) -> None:
-    try:
-        with atomic_path(output) as temporary:
-            temporary.write_bytes(content)
-    except OSError as error:
-        raise KdError(f"cannot write {output}: {reason(error)}", "An earlier file is unchanged.") from error

@@ -1,8 +1,7 @@
 """The images of an export, and its steps: verify, quantise, measure."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,8 @@ from kdcli.base.events import OnEvent, Progress
 from kdcli.data import ImageSet
 from kdcli.data.split import split
 from kdcli.deploy import int8
-from kdcli.deploy.export.parity import BATCHES, Parity, check_parity, first_differing_layer, run
-from kdcli.deploy.int8 import Quantisation, Quantiser, Recipe, RecipeTrial
+from kdcli.deploy.export.parity import BATCHES, Parity, check_parity, run
+from kdcli.deploy.int8 import Quantiser, Recipe, RecipeTrial
 from kdcli.deploy.onnx_model import OnnxRunner
 from kdcli.deploy.onnx_model.metadata import add_quantisation
 from kdcli.deploy.onnx_model.translate import ExportedModule, file_bytes, fix_batch
@@ -46,15 +45,15 @@ class Samples:
 
 
 def choose_samples(provenance: dict[str, Any], train: ImageSet, config: ExportConfig) -> Samples:
-    """Choose images, the same for the same counts. The validation split, where known, serves `--max-drop` alone.
+    """Choose images, the same for the same counts; a KdError if there are too few.
 
-    Raises:
-        KdError: too few images.
+    The validation split, where known, serves `--max-drop` alone.
     """
     pool, held_out, name = np.arange(len(train)), np.arange(0), "validation split"
-    fraction = _validation_fraction(provenance, train)
-    if fraction:
-        pool, held_out = split(train.labels, fraction)
+    recorded = provenance.get("data", {})  # the data of the training that made the model
+    same = isinstance(recorded, dict) and recorded.get("fingerprint_train") == train.fingerprint
+    if same and recorded.get("val_fraction"):
+        pool, held_out = split(train.labels, recorded["val_fraction"])
     elif config.max_drop is not None:
         count = min(_MOST_HELD_OUT, len(train) // 4)
         order = np.random.default_rng(1).permutation(len(train))
@@ -70,15 +69,6 @@ def choose_samples(provenance: dict[str, Any], train: ImageSet, config: ExportCo
         _SELECTION if config.recipe == "auto" else 0,
     )
     return Samples(pool[parity], pool[calibration], pool[selection], held_out, name)
-
-
-def _validation_fraction(provenance: dict[str, Any], train: ImageSet) -> float:
-    """The validation share of the training that made the model, if on this data; else 0."""
-    recorded = provenance.get("data")
-    if not isinstance(recorded, dict) or recorded.get("fingerprint_train") != train.fingerprint:
-        return 0.0
-    fraction = recorded.get("val_fraction")
-    return float(fraction) if isinstance(fraction, int | float) and 0 < fraction < 1 else 0.0
 
 
 def disjoint_indices(
@@ -98,6 +88,19 @@ def disjoint_indices(
     order = np.random.default_rng(0).permutation(available)
     ends = np.cumsum([parity, calibration, selection])
     return np.sort(order[: ends[0]]), np.sort(order[ends[0] : ends[1]]), np.sort(order[ends[1] : ends[2]])
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How a network was quantised, and the cost."""
+
+    recipe: str  # name of a `Recipe`
+    calibration_images: int  # train images that set the activation ranges
+    reduce_range: bool  # weights have 7 bits, because 8-bit products could overflow on this CPU
+    images: int  # train images, not used for calibration, on which the result was measured
+    agreement: float  # per cent of them with the float32 network's top-1 class
+    float_accuracy: float  # per cent
+    int8_accuracy: float  # per cent
 
 
 @dataclass(frozen=True)
@@ -144,29 +147,21 @@ class ExportJob:
 
         A file with a fixed batch is verified beside the one with any batch that it was made from.
         """
-        raw_inputs, batch = self.config.with_preprocessing, self.config.batch
         inputs, logits = self.inputs(self.samples.parity), self.logits(self.samples.parity)
-        module = ExportedModule(self.classifier, with_preprocessing=raw_inputs)
-
-        def check(form: onnx.ModelProto, batches: tuple[int, ...]) -> tuple[bytes, Tensor, Parity]:
-            content = file_bytes(form, metadata)
-            find_layer = partial(first_differing_layer, module, model, content)
-            outputs, parity = check_parity(
-                content, inputs, logits, probabilities=raw_inputs, batches=batches, find_layer=find_layer
-            )
-            return content, outputs, parity
-
-        dynamic = check(model, BATCHES)
-        return dynamic if batch is None else check(fix_batch(model, batch), (batch,))
+        module = ExportedModule(self.classifier, with_preprocessing=self.config.with_preprocessing)
+        content, batch = file_bytes(model, metadata), self.config.batch
+        outputs, parity = check_parity(content, module, model, inputs, logits, BATCHES)
+        if batch is not None:
+            content = file_bytes(fix_batch(model, batch), metadata)
+            outputs, parity = check_parity(content, module, model, inputs, logits, (batch,))
+        return content, outputs, parity
 
     def quantise(
         self, model: onnx.ModelProto, metadata: dict[str, str], float_content: bytes, reference: Tensor
     ) -> tuple[bytes, Quantisation | None, tuple[RecipeTrial, ...]]:
         """The int8 file by the given recipe or the best one, its cost, and the trials of `auto`.
 
-        Args:
-            float_content: the float32 file; returned, with no cost, where `auto` finds no faster recipe.
-            reference: its outputs for the parity images.
+        The float32 file, with no cost, where `auto` finds no faster one; `reference`: its outputs in `verify`.
         """
         quantiser = Quantiser(model, self._calibration_batches)
         trials: tuple[RecipeTrial, ...] = ()
@@ -182,8 +177,13 @@ class ExportJob:
         if self.config.batch is not None:
             quantised = fix_batch(quantised, self.config.batch)
         quantisation = self._measure_int8(quantised, recipe, reference)
-        metadata = add_quantisation(metadata, quantisation.to_metadata())
-        return file_bytes(quantised, metadata), quantisation, trials
+        parsed = Recipe.parse(recipe)
+        described = {
+            "weights": f"int8 per {'channel' if parsed.per_channel else 'tensor'}",
+            "activations": "int8" if parsed.signed else "uint8",
+            **asdict(quantisation),
+        }
+        return file_bytes(quantised, add_quantisation(metadata, described)), quantisation, trials
 
     def _calibration_batches(self) -> Iterator[_Inputs]:
         calibration = self.samples.calibration

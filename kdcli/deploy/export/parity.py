@@ -1,7 +1,6 @@
 """Comparison of an exported file's outputs with its checkpoint's, and layer by layer where they differ."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 
 from kdcli.base.errors import KdError
 from kdcli.deploy.onnx_model import LEVELS, OnnxRunner
-from kdcli.deploy.onnx_model.translate import scopes_of
+from kdcli.deploy.onnx_model.translate import ExportedModule, scopes_of
+from kdcli.models.layers import run_with_hooks
 
 BATCHES = (1, 2, 7)
 TOLERANCE = 1e-4  # of the largest |logit|
@@ -30,7 +30,6 @@ class Parity:
 
     images: int  # number of images
     batches: tuple[int, ...]  # batch sizes that were run
-    levels: tuple[str, ...]  # graph optimisation levels of onnxruntime, each run at all batch sizes
     largest_difference: float  # of any logit (with preprocessing: of any log-probability)
     scale: float  # the largest |logit|; the difference may be 1e-4 of it
     same_top1: int  # images with the same top-1 class
@@ -39,22 +38,19 @@ class Parity:
 
 def check_parity(
     content: bytes,
+    module: ExportedModule,
+    translated: onnx.ModelProto,
     inputs: npt.NDArray[Any],
     logits: Tensor,
-    *,
-    probabilities: bool,
-    batches: tuple[int, ...] = BATCHES,
-    find_layer: Callable[[npt.NDArray[Any], str], str | None] = lambda inputs, level: None,
+    batches: tuple[int, ...],
 ) -> tuple[Tensor, Parity]:
     """Run a file on real images at each optimisation level, and compare with the checkpoint's logits.
 
     Args:
-        content: the file.
-        inputs: its input for all images.
+        module: the checkpoint's module that the file stands for.
+        translated: the model as torch's exporter made it, to name the first layer that differs.
         logits: the checkpoint's, float32 (N, classes).
-        probabilities: the file gives probabilities; their logarithms are compared.
         batches: batch sizes; all images are run at the largest, some at the others.
-        find_layer: names the first layer that differs for given inputs and level.
 
     Returns:
         The file's logits or log-probabilities (N, classes), and the figures.
@@ -62,33 +58,37 @@ def check_parity(
     Raises:
         KdError: a value is off by more than 1e-4 of the logits' scale, or a top-1 class differs beyond a tie.
     """
+    probabilities = module.preprocess is not None
     expected = logits.double()
     if probabilities:
         expected = expected.log_softmax(dim=1).clamp_min(_LEAST_LOG)
     scale = logits.abs().max().item()
-    largest = 0.0
-    outputs = expected
-    runners = {level: OnnxRunner(content, name="the exported file", level=level) for level in LEVELS}
-    for level, batch in product(LEVELS, batches):
-        complete = level == "all" and batch == max(batches)
-        count = len(inputs) if complete else min(len(inputs), 4 * batch)
+    differences: list[float] = []
+
+    def outputs_of(level: str, batch: int, count: int) -> Tensor:
+        """Outputs for the first images; a KdError if one differs from the checkpoint's."""
         outputs = run(runners[level], inputs[:count], batch, probabilities=probabilities)
         difference = (outputs.double() - expected[:count]).abs().max().item()
         if not difference <= TOLERANCE * scale + 1e-12:  # NaN fails too
-            layer = find_layer(inputs[:count][:_LAYER_IMAGES], level)
+            layer = first_differing_layer(module, translated, content, inputs[:count][:_LAYER_IMAGES], level)
             raise KdError(
                 f"the exported network differs from the checkpoint by {difference:.2g} at batch {batch}, "
                 f"optimisation {level}{f', first in layer {layer}' if layer else ''} "
                 f"(allowed: {TOLERANCE * scale:.2g}); no file was written",
                 _HINT,
             )
-        largest = max(largest, difference)
+        differences.append(difference)
+        return outputs
+
+    runners = {level: OnnxRunner(content, name="the exported file", level=level) for level in LEVELS}
+    for level, batch in product(LEVELS, batches):
+        outputs_of(level, batch, 4 * batch)
+    outputs = outputs_of("all", max(batches), len(inputs))
     differ, ties = _compare_top1(expected, outputs, scale)
     return outputs, Parity(
         images=len(inputs),
         batches=batches,
-        levels=tuple(LEVELS),
-        largest_difference=largest,
+        largest_difference=max(differences),
         scale=scale,
         same_top1=len(inputs) - differ,
         ties=ties,
@@ -130,53 +130,39 @@ def first_differing_layer(
         `conv2`, or `features.0 and features.1` of layers that are one operation in the file; None where each layer
         agrees, or its values cannot be read from the file.
     """
-    expected = _module_outputs(module, inputs)
+    # 1. The output of each module without children, in the order they run.
+    expected: dict[str, Tensor] = {}
+
+    def record(name: str, part: nn.Module, given: Any, output: Tensor) -> None:
+        if not any(part.children()):
+            expected.pop(name, None)  # a module that runs twice counts where it runs last
+            expected[name] = output.double()
+
+    run_with_hooks(module, torch.from_numpy(inputs), record)
+
+    # 2. The values of the file that correspond to them.
     value_of: dict[str, str] = {}  # name of the value that the last node of each module produces
     for node in translated.graph.node:
         for name in expected.keys() & _QUOTED.findall(scopes_of(node)):
             value_of[name] = node.output[0]
-    if not value_of:
-        return None
+    model = onnx.ModelProto.FromString(content)
+    names = set(value_of.values()) - {output.name for output in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     try:
-        actual = _file_values(content, list(value_of.values()), inputs, level)
+        runner = OnnxRunner(model.SerializeToString(), level=level)
+        values = runner.outputs(list(value_of.values()), inputs)
     except KdError:
         return None
+    actual = dict(zip(value_of, values, strict=False))  # all outputs, where no name was given
+
+    # 3. The first pair that differs.
     merged: list[str] = []  # layers without an operation of their own: part of the next one's
     for name, wanted in expected.items():
-        if name not in value_of:
-            merged.append(name)
-            continue
-        value = actual[value_of[name]]
-        bound = TOLERANCE * wanted.abs().max().item()  # a comparison with NaN is false
-        if value.shape == wanted.shape and not (value.double() - wanted).abs().max().item() <= bound:
-            return " and ".join(layer.removeprefix("network.") for layer in (*merged, name))
-        merged = []
+        merged.append(name)
+        if name in actual:
+            value = torch.from_numpy(actual[name]).double()
+            bound = TOLERANCE * wanted.abs().max().item()  # a comparison with NaN is false
+            if value.shape == wanted.shape and not (value - wanted).abs().max().item() <= bound:
+                return " and ".join(layer.removeprefix("network.") for layer in merged)
+            merged = []
     return None
-
-
-def _module_outputs(module: nn.Module, inputs: npt.NDArray[Any]) -> dict[str, Tensor]:
-    """Output of each leaf module, float64, in the order they run."""
-    outputs: dict[str, Tensor] = {}
-    names = {part: name for name, part in module.named_modules()}
-
-    def record(part: nn.Module, given: Any, output: Tensor) -> None:
-        outputs.pop(names[part], None)  # a module that runs twice counts where it runs last
-        outputs[names[part]] = output.double()
-
-    handles = [part.register_forward_hook(record) for part in names if not any(part.children())]
-    try:
-        with torch.inference_mode():
-            module(torch.from_numpy(inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return outputs
-
-
-def _file_values(content: bytes, names: list[str], inputs: npt.NDArray[Any], level: str) -> dict[str, Tensor]:
-    """Intermediate values of a file by name."""
-    model = onnx.ModelProto.FromString(content)
-    outputs = {output.name for output in model.graph.output}
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in outputs)
-    values = OnnxRunner(model.SerializeToString(), level=level).outputs(names, inputs)
-    return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}

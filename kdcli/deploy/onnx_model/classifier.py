@@ -17,30 +17,17 @@ from kdcli.base.errors import KdError
 from kdcli.data.preprocess import Preprocess
 from kdcli.deploy.onnx_model.counts import CHANNELS, image_input, layout_of
 from kdcli.deploy.onnx_model.metadata import parse_metadata
-from kdcli.deploy.onnx_model.reader import read, serialize
+from kdcli.deploy.onnx_model.reader import read
 from kdcli.deploy.onnx_model.runner import OnnxRunner
 
 MAX_SIDE = 4096
 MAX_BATCH = 4096
 MAX_VALUES = 2**27  # of a fixed batch: 0.5 GB as float32
 _Size = tuple[int, int, int]
-_TYPES: dict[int, np.dtype[Any]] = {
-    onnx.TensorProto.FLOAT: np.dtype(np.float32),
-    onnx.TensorProto.FLOAT16: np.dtype(np.float16),
-    onnx.TensorProto.DOUBLE: np.dtype(np.float64),
-    onnx.TensorProto.UINT8: np.dtype(np.uint8),
-}
+_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.UINT8)
 # Operators that may follow a softmax: their outputs are still probabilities.
-_KEEP_VALUES = [
-    "Cast",
-    "DequantizeLinear",
-    "Flatten",
-    "Identity",
-    "QuantizeLinear",
-    "Reshape",
-    "Squeeze",
-    "Unsqueeze",
-]
+_SHAPE_ONLY = ("Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
+_KEEP_VALUES = ("Cast", "DequantizeLinear", "QuantizeLinear", *_SHAPE_ONLY)
 
 
 @dataclass(frozen=True)
@@ -80,9 +67,17 @@ class OnnxClassifier:
         model, file_bytes = read(path, external=external)
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         layout, dtype, size, batch = _parse_input(path, model, input_size)
-        runner = OnnxRunner(serialize(path, model), threads, str(path))
-        blank = np.zeros((batch or 1, *size), dtype)
-        count = _count_classes(path, runner, blank if layout == "NHWC" else blank.transpose(0, 3, 1, 2))
+        runner = OnnxRunner(model.SerializeToString(), threads, str(path))
+        blank = np.zeros(
+            (batch or 1, *size), dtype
+        )  # declared output shapes are often open: run black images
+        output = runner.run(blank if layout == "NHWC" else np.ascontiguousarray(blank.transpose(0, 3, 1, 2)))
+        count = output.size // len(blank)
+        if count < 2 or not np.issubdtype(output.dtype, np.floating):
+            raise KdError(
+                f"{path} gives {output.dtype} {output.shape} for {len(blank)} images",
+                "A classifier gives float (images, classes).",
+            )
         classes, provenance, preprocess = parse_metadata(path, metadata, count)
         return cls(
             path=path,
@@ -123,9 +118,8 @@ class OnnxClassifier:
             KdError: its preprocessing is unknown.
         """
         outputs = torch.from_numpy(self.run(self.prepare(images)))
-        if self.gives == "logits":
-            return outputs
-        return outputs.clamp_min(torch.finfo(torch.float32).tiny).log()
+        tiny = torch.finfo(torch.float32).tiny
+        return outputs if self.gives == "logits" else outputs.clamp_min(tiny).log()
 
     def prepare(self, images: Tensor) -> npt.NDArray[Any]:
         """Raw images uint8 (B, H, W, C) → the network's input."""
@@ -137,8 +131,7 @@ class OnnxClassifier:
                 "Export it with kd export --with-preprocessing, or use the .pt file.",
             )
         with torch.inference_mode():
-            prepared = self.preprocess(images.permute(0, 3, 1, 2).float())
-            return np.ascontiguousarray(prepared.numpy())
+            return self.preprocess(images.permute(0, 3, 1, 2).float()).contiguous().numpy()
 
     def to_layout(self, images: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Images (B, H, W, C) in the layout and type of its input, values unchanged."""
@@ -147,7 +140,7 @@ class OnnxClassifier:
 
     def run(self, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """The network's own input → its first output float32 (B, classes)."""
-        outputs = self.runner.run(inputs, self.batch)
+        outputs = self.runner.run(inputs)
         return outputs.reshape(len(inputs), -1).astype(np.float32)
 
 
@@ -167,25 +160,13 @@ def _parse_input(
     height, width, channels = size
     if min(size) < 1:
         raise KdError(f"{path} does not fix the size of its images", "Export it with fixed height and width.")
-    if max(height, width) > MAX_SIDE:
-        raise KdError(f"{path} takes images of {height}×{width} pixels", f"The limit is {MAX_SIDE:,} a side.")
-    if channels not in CHANNELS:
-        raise KdError(f"{path} takes {channels} channels in {layout} order, which is no image", hint)
+    if max(height, width) > MAX_SIDE or channels not in CHANNELS:
+        limits = f"Images have at most {MAX_SIDE:,} pixels a side and {max(CHANNELS)} channels."
+        raise KdError(f"{path} takes images of {height}×{width}×{channels} in {layout} order", limits)
     if batch > MAX_BATCH or batch * math.prod(size) > MAX_VALUES:
         raise KdError(f"{path} takes {batch} images at a time", f"The limit is {MAX_BATCH:,} small ones.")
-    return layout, _TYPES[info.type.tensor_type.elem_type], (height, width, channels), batch or None
-
-
-def _count_classes(path: Path, runner: OnnxRunner, blank: npt.NDArray[Any]) -> int:
-    """Number of classes, found by running black images: declared output shapes are often open."""
-    output = runner.run(np.ascontiguousarray(blank))
-    classes = output.size // len(blank)
-    if classes < 2 or not np.issubdtype(output.dtype, np.floating):
-        raise KdError(
-            f"{path} gives {output.dtype} {output.shape} for {len(blank)} images",
-            "A classifier gives float (images, classes).",
-        )
-    return classes
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type)
+    return layout, dtype, (height, width, channels), batch or None
 
 
 def _ends_in_softmax(model: onnx.ModelProto) -> bool:

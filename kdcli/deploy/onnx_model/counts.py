@@ -1,5 +1,6 @@
 """Parameters, bytes and multiply-accumulates of an ONNX model, and the form of its input."""
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -20,22 +21,19 @@ class ModelCounts:
     parameters: int  # values in weight tensors; quantisation scales and shapes are not counted
     network_bytes: int  # all constants of the network
     preprocessing_bytes: int  # constants of the preprocessing inside the file
-    macs: (
-        int | None
-    )  # multiply-accumulates of one image in Conv, Gemm, MatMul of the network; None if unknown
+    macs: int | None  # multiply-accumulates of one image in the network's Conv, Gemm, MatMul; None if unknown
     nodes: tuple[LayerSummary, ...]  # in the order they run
 
 
 def count_model(model: onnx.ModelProto, input_size: _Size | None = None) -> ModelCounts:
     """Count a model's values, bytes and work. `input_size` (H, W, C) replaces open sides of its input."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    network_inputs: set[str] = set()
+    scales: set[str] = set()  # and zero points
     for node in model.graph.node:
         if node.op_type == "Constant":
             values = [entry.t for entry in node.attribute if entry.name == "value"]
             constants |= dict(zip(node.output, values, strict=False))
-    network_inputs: set[str] = set()
-    scales: set[str] = set()  # and zero points
-    for node in model.graph.node:
         if not node.name.startswith(PREPROCESSING):
             network_inputs.update(node.input)
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
@@ -77,8 +75,7 @@ def _node_rows(
 
 def _infer_shapes(model: onnx.ModelProto, input_size: _Size | None) -> dict[str, tuple[int, ...]]:
     """Shapes by name for a batch of one, as far as they can be inferred."""
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(model)
+    fixed = copy.deepcopy(model)
     info = image_input(fixed)
     if info is not None:
         sides = info.type.tensor_type.shape.dim

@@ -79,15 +79,13 @@ def add_quantisation(metadata: dict[str, str], quantisation: dict[str, Any]) -> 
         f"float_{key}" if key in _MEASURED else key: value
         for key, value in json.loads(metadata["kd.provenance"]).items()
     }
-    renamed = {
-        "kd.float_test_accuracy" if key == "kd.test_accuracy" else key: value
-        for key, value in metadata.items()
-    }
-    return {
-        **renamed,
+    changed = metadata | {
         "kd.provenance": json.dumps(provenance, ensure_ascii=False, sort_keys=True),
         "kd.quantisation": json.dumps(quantisation, sort_keys=True),
     }
+    if "kd.test_accuracy" in changed:
+        changed["kd.float_test_accuracy"] = changed.pop("kd.test_accuracy")
+    return changed
 
 
 def parse_metadata(
@@ -102,18 +100,16 @@ def parse_metadata(
     """
     if "kd.format" not in metadata:
         return tuple(map(str, range(classes))), {}, None
-    if metadata["kd.format"] != FORMAT:
-        raise KdError(
-            f"{path} was written by a newer kd ({metadata['kd.format'][:40]})", "pip install --upgrade kdcli"
-        )
     try:
+        if metadata["kd.format"] != FORMAT:
+            raise ValueError(f"{metadata['kd.format'][:40]} of another version of kd")
         names = tuple(str(name) for name in json.loads(metadata["kd.classes"]))
         provenance = dict(json.loads(metadata["kd.provenance"]))
         preprocess = decode_preprocess(metadata["kd.preprocess"])
+        if len(names) != classes:
+            raise ValueError(f"{len(names)} class names for {classes} outputs")
     except Exception as error:  # JSON of any form raises many kinds
-        raise KdError(f"{path}: its metadata is damaged: {first_line(error)}", "Export it again.") from error
-    if len(names) != classes:
-        raise KdError(f"{path} names {len(names)} classes and gives {classes} values", "Export it again.")
+        raise KdError(f"{path} has invalid metadata: {first_line(error)}", "Export it again.") from error
     return names, provenance, preprocess
 
 

@@ -10,7 +10,7 @@ import onnx
 from google.protobuf.message import Message
 
 from kdcli.base.errors import KdError
-from kdcli.base.text import first_line, reason
+from kdcli.base.text import first_line
 
 MAX_BYTES = 2**31 - 1  # one protobuf message cannot be larger
 MAX_NODES = 1_000_000  # with functions expanded wherever they are called
@@ -35,13 +35,11 @@ def read(path: Path, *, external: bool = False) -> tuple[onnx.ModelProto, int]:
             that are not accepted or cannot be read.
     """
     if not path.is_file():
-        raise KdError(f"no such file: {path}" if not path.exists() else f"{path} is not a file")
+        raise KdError(f"no such file: {path}")
     if path.stat().st_size > MAX_BYTES:
         raise KdError(f"{path} is larger than 2 GiB", "kd reads ONNX models that fit one protobuf message.")
     try:
         model = onnx.ModelProto.FromString(path.read_bytes())  # load_model would go by the file's suffix
-    except OSError as error:
-        raise KdError(f"cannot read {path}: {reason(error)}") from error
     except Exception as error:  # protobuf raises whatever the bytes provoke
         raise KdError(f"{path} is not an ONNX model: {first_line(error)}") from error
     if not model.graph.node or not model.graph.output:
@@ -61,18 +59,10 @@ def read(path: Path, *, external: bool = False) -> tuple[onnx.ModelProto, int]:
     return model, path.stat().st_size + _load_external(path, outside)
 
 
-def serialize(path: Path, model: onnx.ModelProto) -> bytes:
-    """Bytes of a model that was read from `path`; a KdError if it does not fit one message, or memory."""
-    try:
-        return model.SerializeToString()
-    except Exception as error:  # protobuf raises whatever the content provokes
-        raise KdError(f"{path} cannot be serialised: {first_line(error)}") from error
-
-
 def _load_external(path: Path, tensors: list[onnx.TensorProto]) -> int:
     """Load tensors from regular files in the model's own folder; returns the total size of these files."""
     sizes: dict[str, int] = {}
-    total = 0
+    total = path.stat().st_size
     for tensor in tensors:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = entries.get("location", "")
@@ -88,15 +78,13 @@ def _load_external(path: Path, tensors: list[onnx.TensorProto]) -> int:
                 raise ValueError(f"it does not hold the {list(tensor.dims)} values of {tensor.name[:60]!r}")
             total += length
             if total > MAX_BYTES:
-                raise ValueError("all weights together have more than 2 GiB")
+                raise ValueError("model and weights together have more than 2 GiB")
             with source.open("rb") as handle:
                 handle.seek(offset)
                 tensor.raw_data = handle.read(length)
         except (OSError, ValueError, KeyError) as error:
-            cause = reason(error) if isinstance(error, OSError) else str(error)
-            raise KdError(
-                f"{path} keeps weights in {location[:60]!r}, which cannot be read: {cause}"
-            ) from error
+            problem = f"{path} keeps weights in {location[:60]!r}, which cannot be read: {first_line(error)}"
+            raise KdError(problem) from error
         del tensor.external_data[:]
         tensor.data_location = onnx.TensorProto.DEFAULT
     return sum(sizes.values())

@@ -22,16 +22,12 @@ class OnnxRunner:
     """An onnxruntime session for a model with one input, named `input`; `batch` images per call, or any if None."""
 
     def __init__(self, model: bytes, threads: int = 0, name: str = "model", *, level: str = "all") -> None:
-        """Create the session.
+        """Create the session; a KdError if onnxruntime rejects the model.
 
         Args:
             model: a serialised ModelProto; a model given as bytes cannot read files.
             threads: 0: all available cores.
-            name: the model's name in errors.
             level: graph optimisation, a key of `LEVELS`.
-
-        Raises:
-            KdError: onnxruntime rejects the model.
         """
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or available_cores()

@@ -1,10 +1,12 @@
 """Classifier → ONNX model, by torch's exporter, without traces of this machine."""
 
 import contextlib
+import copy
 import io
 import logging
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import onnx
 import torch
@@ -33,30 +35,21 @@ class ExportedModule(nn.Module):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.preprocess is not None:
-            prepared = self.preprocess(images.permute(0, 3, 1, 2).float())
-            probabilities: Tensor = self.network(prepared).softmax(dim=1)
-            return probabilities
-        logits: Tensor = self.network(images)
-        return logits
+        if self.preprocess is None:
+            logits: Tensor = self.network(images)
+            return logits
+        return self.network(self.preprocess(images.permute(0, 3, 1, 2).float())).softmax(dim=1)
 
 
 def to_onnx(classifier: Classifier, *, opset: int, with_preprocessing: bool) -> onnx.ModelProto:
-    """Translate a classifier to ONNX. Nodes are named `network/…` and `preprocess/…`.
-
-    Raises:
-        KdError: torch cannot translate the network.
-    """
-    height, width, channels = classifier.input_size
-    example = torch.arange(2 * height * width * channels).reshape(2, height, width, channels) % 251
-    example = example.to(torch.uint8)
+    """Translate a classifier to ONNX, nodes named `network/…` and `preprocess/…`; a KdError if torch cannot."""
+    example = torch.zeros((2, *classifier.input_size), dtype=torch.uint8)
     if not with_preprocessing:
-        with torch.inference_mode():
+        with torch.no_grad():
             example = classifier.prepare(example).contiguous()
-        example = example.clone()  # an inference tensor cannot be traced
     try:
         with silenced():
-            program = torch.onnx.export(
+            program: Any = torch.onnx.export(
                 ExportedModule(classifier, with_preprocessing=with_preprocessing),
                 (example,),
                 dynamo=True,
@@ -67,9 +60,7 @@ def to_onnx(classifier: Classifier, *, opset: int, with_preprocessing: bool) -> 
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
                 verbose=False,
             )
-            assert program is not None
-            model = onnx.ModelProto()
-            model.CopyFrom(program.model_proto)
+            model: onnx.ModelProto = program.model_proto
     except Exception as error:  # the exporter raises many kinds
         cause = error.__cause__ or error  # the exporter's own message is about its steps
         raise KdError(
@@ -89,21 +80,18 @@ def to_onnx(classifier: Classifier, *, opset: int, with_preprocessing: bool) -> 
 
 def fix_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
     """A copy with a fixed batch size."""
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(model)
+    fixed = copy.deepcopy(model)
     for value in (*fixed.graph.input, *fixed.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = batch
     return fixed
 
 
-def finish(model: onnx.ModelProto, metadata: dict[str, str]) -> onnx.ModelProto:
-    """A checked copy with this metadata, without stack traces, paths and inferable shapes.
+def file_bytes(model: onnx.ModelProto, metadata: dict[str, str]) -> bytes:
+    """Content of the ONNX file, without stack traces, paths and inferable shapes; a KdError if it is invalid.
 
-    Raises:
-        KdError: the model is not valid ONNX.
+    The bytes are the same for the same model and metadata.
     """
-    finished = onnx.ModelProto()
-    finished.CopyFrom(model)
+    finished = copy.deepcopy(model)
     finished.producer_name, finished.producer_version = "kd", __version__
     finished.ClearField("doc_string")
     del finished.metadata_props[:]
@@ -118,12 +106,7 @@ def finish(model: onnx.ModelProto, metadata: dict[str, str]) -> onnx.ModelProto:
         onnx.checker.check_model(finished, full_check=True)
     except Exception as error:  # checker and shape inference raise different kinds
         raise KdError(f"the exported model is not valid ONNX: {first_line(error, _MAX_REASON)}") from error
-    return finished
-
-
-def file_bytes(model: onnx.ModelProto, metadata: dict[str, str]) -> bytes:
-    """Content of the ONNX file, see `finish`: the same bytes for the same model and metadata."""
-    return finish(model, metadata).SerializeToString(deterministic=True)
+    return finished.SerializeToString(deterministic=True)
 
 
 def scopes_of(node: onnx.NodeProto) -> str:
@@ -139,11 +122,10 @@ def silenced() -> Iterator[None]:
     logging.disable(logging.CRITICAL)
     try:
         with (
-            warnings.catch_warnings(),
+            warnings.catch_warnings(action="ignore"),
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
         ):
-            warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(level)
