@@ -64,7 +64,7 @@ def compare(
             shared = read_recipe(recipe, {**train, "method": None})
             train = {**{name: value for name, value in shared.items() if name not in _PER_RUN}, **train}
     from kdcli import report
-    from kdcli.engine.inputs import load_data
+    from kdcli.engine.plan import load_data
     from kdcli.studies import compare as studies
     from kdcli.studies.compare import tables
 

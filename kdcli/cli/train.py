@@ -102,7 +102,7 @@ def _train(
     from kdcli import models
     from kdcli.base import runtime
     from kdcli.engine import fit_chain
-    from kdcli.engine.inputs import load_data
+    from kdcli.engine.plan import load_data
 
     if config.student_file is not None:
         reason = f"with --student {config.student_file}, which defines it"
@@ -163,4 +163,4 @@ def _teacher_passes(result: RunResult) -> str:
     config = result.config
     if methods.objective(config).needs_teacher and cache_mode(config) == "off":
         return "in every step"
-    return f"on {result.teacher_passes} view{'s' * (result.teacher_passes != 1)}"
+    return f"on {result.teacher_passes} set{'s' * (result.teacher_passes != 1)} of images"

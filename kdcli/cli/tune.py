@@ -68,7 +68,7 @@ def tune(
         _ui.note_ignored(options, methods.unread(config.method, options), f"with --method {config.method}")
     _ui.note_ignored(options, ("save_every", "keep"), "in kd tune: an interrupted trial starts anew")
     command = _command(ranges, recipe, options)
-    from kdcli.engine.inputs import load_data
+    from kdcli.engine.plan import load_data
     from kdcli.studies.tune import search
 
     search.check(config, space)

@@ -1,9 +1,8 @@
 """The only training loop, chains of trainings, and evaluation."""
 
 from kdcli.engine.chain import fit_chain, resume_config
-from kdcli.engine.evaluate import evaluate, measure
 from kdcli.engine.fit import fit
-from kdcli.engine.records import Evaluation, Metrics, RunResult, read_metrics, read_result
+from kdcli.engine.records import Evaluation, Metrics, RunResult, evaluate, measure, read_metrics, read_result
 from kdcli.engine.run_dir import RunDir
 
 __all__ = [

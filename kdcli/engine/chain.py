@@ -9,8 +9,14 @@ from kdcli.base.errors import Interrupted, UsageError
 from kdcli.base.events import Event, Note, OnEvent, Progress, ignore
 from kdcli.base.runtime import StopFlag, World
 from kdcli.data import Splits
-from kdcli.engine.fit import fit
-from kdcli.engine.identity import check_unchanged, decisive_settings, input_hashes, recorded_inputs
+from kdcli.engine.fit import fit, single_process
+from kdcli.engine.identity import (
+    check_unchanged,
+    decisive_options,
+    differences,
+    input_hashes,
+    recorded_inputs,
+)
 from kdcli.engine.records import RunResult, read_result
 from kdcli.engine.run_dir import RunDir, name_of, resume_command
 from kdcli.engine.student import check_student
@@ -93,19 +99,14 @@ def fit_chain(
         KdError, Interrupted: as `fit`. The hint of the latter continues the whole chain.
     """
     chain = links(config)
-    teaches = any(part.needs_teacher for part in methods.parse(config.method))
+    world = world or single_process(config)
+    notify = on_event if world.first else ignore
     # 1. A single run
     if len(chain) == 1:
-        if teaches and (config.assistant or config.generations > 1) and (world is None or world.first):
-            on_event(
-                Note("all weights of the teacher's terms are 0: --assistant and --generations do nothing")
-            )
+        teaches = any(part.needs_teacher for part in methods.parse(config.method))
+        if teaches and (config.assistant or config.generations > 1):
+            notify(Note("all weights of the teacher's terms are 0: --assistant and --generations do nothing"))
         return (fit(chain[0], data, resume=resume, world=world, on_event=on_event),)
-    if world is None and config.devices == 1:
-        world = World.alone(config.accelerator)
-    if world is None:
-        raise UsageError("fit_chain() runs in one process", "Start the others with runtime.launch.")
-    notify = on_event if world.first else ignore
     with runtime.stop_on_signals() as stop, world.report_lost_process():
         # 2. Check all links before the first training
         for link in chain:
@@ -123,20 +124,14 @@ def fit_chain(
                 results.append(read_result(run.result_file))
                 continue
             begun = world.broadcast(run.config_file.is_file() if world.first else None)
+            settings, begun_run = (run.read_config(), run) if begun else (link, None)
             title = f"{number + 1}/{len(chain)} {link.student}"
+            titled = _with_title(title, on_event)
             try:
-                results.append(
-                    fit(
-                        run.read_config() if begun else link,
-                        data,
-                        resume=run if begun else None,
-                        world=world,
-                        on_event=_with_title(title, on_event),
-                        chain=config,
-                    )
-                )
+                result = fit(settings, data, resume=begun_run, world=world, on_event=titled, chain=config)
             except Interrupted as stopped:
                 raise _interrupted(chain, f"{title}: {stopped.message}", stopped) from stopped
+            results.append(result)
         return tuple(results)
 
 
@@ -145,12 +140,7 @@ def _run(link: TrainConfig) -> RunDir:
 
 
 def _finished_links(config: TrainConfig, data: Splits) -> tuple[TrainConfig, int]:
-    """The settings with a name, and the number of finished links; only the link after these may be begun.
-
-    Raises:
-        UsageError: a name is taken, or a link exists whose teacher is not finished.
-        KdError: a finished link cannot be read, or had other inputs.
-    """
+    """The settings with a name, and the number of finished links; only the link after these may be begun."""
     if not config.name:
         number = 1
         while True:
@@ -159,12 +149,13 @@ def _finished_links(config: TrainConfig, data: Splits) -> tuple[TrainConfig, int
                 return named, 0
             number += 1
     chain = links(config)
-    begun = [link for link in chain if _is_begun(link, config)]
-    done = 0
-    while done < len(begun) and begun[done] is chain[done] and _run(chain[done]).result_file.is_file():
-        done += 1
-    for link in begun[done:]:
-        if link is not chain[done]:
+    begun = [_is_begun(link, config) for link in chain]
+    finished = [
+        exists and _run(link).result_file.is_file() for link, exists in zip(chain, begun, strict=True)
+    ]
+    done = [*finished, False].index(False)
+    for link, exists in zip(chain[done + 1 :], begun[done + 1 :], strict=True):
+        if exists:
             raise UsageError(
                 f"run {link.name} in {config.runs_dir} learned from {chain[done].name}, which is not finished there",
                 f"Choose another --name, or remove {shlex.quote(_run(link).path.as_posix())}.",
@@ -177,29 +168,17 @@ def _finished_links(config: TrainConfig, data: Splits) -> tuple[TrainConfig, int
 
 
 def _is_begun(link: TrainConfig, config: TrainConfig) -> bool:
-    """Whether a link exists and belongs to this chain.
-
-    Raises:
-        UsageError: its name is taken by another run, or by a chain with other settings.
-    """
+    """Whether a link exists and belongs to this chain; its name must not be taken by another run or chain."""
     run = _run(link)
     chain = run.read_chain()
     if chain is None or chain.name != config.name:
         RunDir.check_free(link)
         return False
-    before, now = decisive_settings(chain), decisive_settings(config)
-    for name, value in now.items():
-        if before[name] != value:
-            old, new = (
-                " ".join(map(str, typed)) or "none" if isinstance(typed, list) else typed
-                for typed in (before[name], value)
-            )
-            raise UsageError(
-                f"run {link.name} in {link.runs_dir} is of a chain with other settings: "
-                f"--{name.replace('_', '-')} was {old}, is {new}",
-                "Choose another --name, or continue that chain: "
-                f"kd train --resume {shlex.quote(run.path.as_posix())}",
-            )
+    if changed := differences(decisive_options(chain), decisive_options(config)):
+        raise UsageError(
+            f"run {link.name} in {link.runs_dir} is of a chain with other settings: {changed[0]}",
+            f"Choose another --name, or continue that chain: {resume_command(run.path, chain.method)}",
+        )
     return True
 
 

@@ -1,4 +1,4 @@
-"""Batches for student and teacher, on the training device."""
+"""Inputs of a step: batches on the training device, and the teacher's outputs for them, cached or live."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +9,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kdcli.base.errors import Interrupted, KdError
+from kdcli.base.events import Note, OnEvent
+from kdcli.base.runtime import StopFlag
 from kdcli.data import ImageSet, augment, rows
+from kdcli.engine.plan import RunPlan
+from kdcli.methods import Features
+from kdcli.models import checkpoint
+from kdcli.teacher import CachedLogits, LiveTeacher
 
 Int64 = npt.NDArray[np.int64]
 _RESIDENT_SHARE = 0.25  # of a GPU's free memory that images may take for good
@@ -92,3 +99,98 @@ class Feed:
         if self.device.type != "cuda":
             return images.to(self.device)
         return images.pin_memory().to(self.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class TeacherOutputs:
+    """Source of the teacher's logits and features; empty without a teacher.
+
+    Attributes:
+        device: of the logits.
+        views: cached logits, cycled over the epochs.
+        live: the teacher that runs on each batch.
+        stages: names of the teacher's submodules whose maps are read; empty for methods of logits.
+    """
+
+    device: torch.device
+    views: Sequence[CachedLogits] = ()
+    live: LiveTeacher | None = None
+    stages: tuple[str, ...] = ()
+
+    def __call__(self, batch: Minibatch, epoch: int) -> tuple[Tensor | None, Features | None]:
+        """Logits (B, C) for a batch, and features where they are read; None without a teacher."""
+        if self.views:
+            logits = self.views[epoch % len(self.views)].logits(batch.samples)
+            return logits.to(self.device, non_blocking=True), None
+        if self.live is None:
+            return None, None
+        if self.stages:
+            return self.live.features(batch.images, epoch, batch.samples)
+        return self.live(batch.images, epoch, batch.samples).to(self.device), None
+
+
+def make_teacher_outputs(plan: RunPlan, on_event: OnEvent, stop: StopFlag) -> TeacherOutputs:
+    """Compute the views that are not cached yet, or load the teacher that runs live.
+
+    Raises:
+        KdError: the teacher does not fit the data or the method.
+        Interrupted: stopped; complete views are kept.
+    """
+    config, teacher, device = plan.config, plan.teacher, plan.world.device
+    if teacher is None:
+        return TeacherOutputs(device)
+    if plan.objective.regresses and teacher.gives_probabilities:
+        named = " and ".join(str(path) for path in config.teacher)
+        raise KdError(
+            f"teacher {named} gives probabilities, and method {config.method} regresses logits",
+            "Use --method kd, or a teacher that gives logits.",
+        )
+    if plan.cache_mode == "off":
+        for member in teacher.members:
+            member.check(plan.train)
+        stages: tuple[str, ...] = ()
+        if plan.objective.needs_features:
+            stages = teacher.stages(example_images(plan), config.teacher_stages)
+        live = teacher.live(
+            dropout=config.teacher_dropout,
+            seed=config.seed,
+            precision=config.teacher_precision,
+            stages=stages,
+        )
+        return TeacherOutputs(device, live=live, stages=stages)
+    fixed = plan.cache_mode == "fixed"
+    count = 1 if fixed else config.views
+    views = teacher.logits(
+        plan.train,
+        augment_name="none" if fixed else config.augment,
+        seed=config.augment_seed,
+        views=count,
+        pool=plan.train_samples,
+        task="teacher on train images",
+        on_event=on_event,
+        stop=lambda: bool(stop),
+    )
+    if len(views) < count:
+        raise Interrupted(
+            f"stopped after {len(views)} of {count} views of the teacher; they are kept",
+            "Type the same command again.",
+            exit_code=stop.exit_code,
+        )
+    return TeacherOutputs(device, views)
+
+
+def warn_of_other_networks(plan: RunPlan, arch: str, on_event: OnEvent) -> None:
+    """Note each teacher of another network than the student's `arch`, where the method is meant for one network."""
+    if plan.teacher is None or not plan.objective.same_network:
+        return
+    for path in plan.config.teacher:
+        found = checkpoint.load(path).arch if path.suffix.lower() == ".pt" else arch
+        if found != arch:
+            networks = f"teacher {path.as_posix()} is {found}, the student {arch}"
+            method = plan.config.method
+            on_event(Note(f"{networks}: {method} is meant for one network, and is plain distillation here"))
+
+
+def example_images(plan: RunPlan) -> Tensor:
+    """Two raw images, uint8 (2, H, W, C), to try a network with."""
+    return torch.from_numpy(rows.take(plan.train.images, plan.train_samples[:1].repeat(2)))

@@ -1,31 +1,42 @@
-"""Training: one loop for every method, student and teacher."""
+"""Training of one student: the parts of a run, made from its plan, and the run."""
 
-import time
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from kdcli import models
-from kdcli.base import metrics, runtime
-from kdcli.base.errors import Interrupted, KdError, UsageError
-from kdcli.base.events import Epoch, OnEvent, Progress, ignore
-from kdcli.base.runtime import World
+from kdcli.base import runtime
+from kdcli.base.errors import KdError, UsageError
+from kdcli.base.events import Note, OnEvent, ignore
+from kdcli.base.runtime import StopFlag, World
 from kdcli.base.text import reason
-from kdcli.data import Splits, augment
-from kdcli.engine.build import Parts, build
-from kdcli.engine.evaluate import measure
-from kdcli.engine.feed import Minibatch
-from kdcli.engine.outcome import provenance_of, result_of
+from kdcli.data import Splits, rows
+from kdcli.engine.feed import (
+    Feed,
+    TeacherOutputs,
+    example_images,
+    make_teacher_outputs,
+    warn_of_other_networks,
+)
+from kdcli.engine.identity import check_unchanged, differences
 from kdcli.engine.plan import RunPlan, make_plan
-from kdcli.engine.records import Evaluation, RunResult, write_result
+from kdcli.engine.records import RunResult, cut_metrics
 from kdcli.engine.run_dir import RunDir, resume_command
-from kdcli.engine.schedule import learning_rate
-from kdcli.engine.state import SaveSchedule
-from kdcli.engine.targets import test_logits
-from kdcli.methods import TrainConfig
+from kdcli.engine.state import Recorder, State
+from kdcli.engine.step import Step, make_optimizer
+from kdcli.engine.student import OutputScale, make_student
+from kdcli.engine.trainer import Trainer
+from kdcli.methods import Shapes, TrainConfig, Training
+from kdcli.models import Classifier, checkpoint
+from kdcli.models.checkpoint import Checkpoint
+from kdcli.models.feature_extractor import FeatureExtractor, find_stages
+from kdcli.models.reproducible import DropoutKeys, use_global_batch_norm, use_sample_dropout
 
-_SHOW_EVERY_S = 0.5
-_AGREE_STEPS = 8
+_FEW_STEPS, _SMALL_BATCH = 50, 32
+_ADAPTER_SEED = 0x5EED  # beside the run's: adapters do not take the student's initial weights
 
 
 def fit(
@@ -52,197 +63,199 @@ def fit(
         KdError: teacher and data do not fit, the loss stopped being finite, or a file cannot be written.
         Interrupted: SIGINT or SIGTERM; the state is in `last.pt`.
     """
-    if world is None:
-        if config.devices > 1:
-            raise UsageError(
-                "fit() runs in one process", "Start the others with runtime.launch, or use kd train."
-            )
-        world = World.alone(config.accelerator)
+    world = world or single_process(config)
     on_event = on_event if world.first else ignore
     with runtime.stop_on_signals() as stop, world.report_lost_process():
         runtime.set_threads(config.threads, world.local_size)
         runtime.keep_freed_memory()
-        plan = make_plan(config, data, world, test=test, chain=chain)
-        trainer = Trainer(build(plan, resume, on_event, stop), on_event, stop)
+        trainer = _build(make_plan(config, data, world, test=test, chain=chain), resume, on_event, stop)
         try:
             return trainer.train()
         except OSError as error:
-            path = trainer.parts.run.path
+            path = trainer.run.path
             raise KdError(
                 f"cannot write to {path}: {reason(error)}",
                 f"Free some space; then {resume_command(path, config.method)}",
             ) from error
         finally:
-            trainer.parts.recorder.close()
+            trainer.recorder.close()
 
 
-class Trainer:
-    """The training loop of one run."""
+def single_process(config: TrainConfig) -> World:
+    """The world of this process alone.
 
-    def __init__(self, parts: Parts, on_event: OnEvent, stop: runtime.StopFlag) -> None:
-        self.parts = parts
-        self.plan: RunPlan = parts.plan
-        self.config = parts.plan.config
-        self.world = parts.plan.world
-        self.student = parts.student
-        self.state = parts.state
-        self.on_event = on_event
-        self.stop = stop
-        self.schedule = SaveSchedule(self.config)
-        self.val_accuracy: float | None = None
-
-    def train(self) -> RunResult:
-        """Train to the end, measure the student on the test images, and write checkpoint and result."""
-        parts, plan = self.parts, self.plan
-        # 1. Epochs
-        while self.state.epoch < self.config.epochs:
-            self._epoch()
-        # 2. Figures
-        self._validate()
-        self.student.eval()
-        if parts.scale is not None:
-            parts.scale.fold(self.student.network)
-        evaluation = self._evaluate() if plan.test else None
-        # 3. Files
-        self.student.provenance = provenance_of(plan, parts.run, evaluation)
-        result = result_of(plan, parts.run, self.student, self.state, self.val_accuracy, evaluation)
-        if self.world.first:
-            self.student.save(parts.run.student)
-            write_result(result)
-        self.world.barrier()
-        return result
-
-    def _evaluate(self) -> Evaluation:
-        """Figures on the test images, which are read here and nowhere else."""
-        plan = self.plan
-        teacher_logits = test_logits(plan, self.on_event, self.stop)
-        if plan.teacher is not None and teacher_logits is None:
-            raise self._interrupted("training is finished, only the test is missing")
-        logits = models.predict_logits(
-            self.student, plan.data.test.images, task="testing", on_event=self.on_event
+    Raises:
+        UsageError: the settings name several devices.
+    """
+    if config.devices > 1:
+        raise UsageError(
+            f"--devices {config.devices}: without a `world` training runs in one process",
+            "Start the others with runtime.launch, or use kd train.",
         )
-        return measure(logits, torch.tensor(plan.data.test.labels), teacher_logits)
+    return World.alone(config.accelerator)
 
-    def _epoch(self) -> None:
-        """One pass, or the rest of one that was interrupted."""
-        config, state, parts = self.config, self.state, self.parts
-        started, reported = time.perf_counter(), time.monotonic()
-        seconds_before, images_before = state.seconds, state.images
-        rate = config.lr
-        for batch in self._batches():
-            # 1. Update the student
-            rate = learning_rate(config.schedule, config.lr, state.step, self.plan.steps)
-            targets = parts.targets.teacher_targets(batch, state.epoch)
-            done = state.step / self.plan.steps
-            parts.recorder.add(parts.step(batch, state.epoch, rate, done, targets))
-            # 2. Advance the position
-            state.step += 1
-            state.step_in_epoch += 1
-            state.images += batch.count
-            state.seconds = seconds_before + time.perf_counter() - started
-            last = state.step_in_epoch == self.plan.steps_per_epoch
-            # 3. Log, report and save
-            if config.log_every and state.step % config.log_every == 0:
-                parts.recorder.steps(rate)
-            if time.monotonic() - reported >= _SHOW_EVERY_S or last:
-                reported = time.monotonic()
-                self._report((state.images - images_before) / (time.perf_counter() - started))
-            stop, save = self._agree(state.step, self.schedule.after_step(state.step))
-            if (stop or save) and not last:
-                self._save_state()
-                if stop:
-                    raise self._interrupted("the state is saved")
-        parts.recorder.total()  # waits for the device: the time includes its work
-        state.seconds = seconds_before + time.perf_counter() - started
-        self._end_epoch(rate)
 
-    def _batches(self) -> Iterator[Minibatch]:
-        """This process's part of each batch that is left of the epoch."""
-        state, size = self.state, self.config.batch_size
-        order = augment.order(self.config.seed, state.epoch, self.plan.train_samples)
-        starts = range(state.step_in_epoch * size, len(order), size)
-        batches = [order[start : start + size] for start in starts]
-        parts = [(*self.world.share(batch), len(batch)) for batch in batches]
-        return self.parts.feed.batches(state.epoch % self.config.views, parts)
+def _build(plan: RunPlan, resume: RunDir | None, on_event: OnEvent, stop: StopFlag) -> Trainer:
+    """Make or restore all parts of a run. A user's mistakes are found before the folder is made."""
+    config, world = plan.config, plan.world
+    if resume is None and plan.steps < _FEW_STEPS and config.batch_size > _SMALL_BATCH:
+        count = f"{len(plan.train_samples):,} images in batches of {config.batch_size}"
+        advice = "--batch-size 32 or more --epochs make more"
+        on_event(Note(f"{plan.steps} steps are few to learn from: {count}; {advice}"))
+    # 1. Student, with its preprocessing
+    student = make_student(config, plan.data.train, plan.labelled_samples, world.device, on_event)
+    if resume is None and world.first:
+        RunDir.check_free(config)
+    # 2. Teacher: cached views, or live
+    outputs = make_teacher_outputs(plan, on_event, stop)
+    warn_of_other_networks(plan, student.arch, on_event)
+    # 3. Adapters, optimizer, output scale of a regressing student whose last layer is linear
+    stages, adapters = _make_adapters(plan, student, outputs)
+    optimizer = make_optimizer(config, student.network, *adapters.values())
+    scale = None
+    if outputs.views and plan.objective.regresses and models.final_linear(student.network) is not None:
+        scale = OutputScale.of_logits(outputs.views[0], plan.train_samples, world.device)
+        if config.student_file is not None:
+            scale.unfold(student.network)
+    # 4. Precision and the run's folder
+    run = resume
+    if run is None:
+        plan, run = _open_run(plan, student)
+    # 5. Layers that train the same however a batch is divided, and wherever a run was stopped
+    keys = DropoutKeys(config.seed)
+    use_sample_dropout(student.network, keys)
+    if world.size > 1:
+        for module in (student.network, *adapters.values()):
+            use_global_batch_norm(module)
+    # 6. The saved state
+    state, saved_step = State(), None
+    if resume is not None:
+        state, saved_step = _restore(plan, run, student.network, adapters, optimizer, on_event)
+    # 7. Batches, step and records
+    return Trainer(
+        plan=plan,
+        run=run,
+        student=student,
+        outputs=outputs,
+        adapters=adapters,
+        optimizer=optimizer,
+        scale=scale,
+        feed=Feed(plan.train, config.augment, config.augment_seed, plan.train_samples, world.device),
+        step=Step(plan, student, adapters, stages, optimizer, scale, keys),
+        recorder=Recorder(plan.config, run, plan.objective.terms, state, world),
+        state=state,
+        saved_step=saved_step,
+        on_event=on_event,
+        stop=stop,
+    )
 
-    def _end_epoch(self, rate: float) -> None:
-        """Validate, log, report and save."""
-        config, state = self.config, self.state
-        self._validate()
-        loss = self.parts.recorder.epoch(rate, self.val_accuracy)
-        self.on_event(Epoch(state.epoch, config.epochs, loss, self.val_accuracy))
-        last = state.epoch == config.epochs
-        stop, save = self._agree(0, self.schedule.after_epoch(state.epoch, state.step))
-        if last or stop or save:
-            self._save_state()
-        if stop and not last:
-            raise self._interrupted("the state is saved")
 
-    def _agree(self, step: int, due: bool) -> tuple[bool, bool]:
-        """Whether to stop, and whether to save; the same answer in all processes.
-
-        Processes on GPUs synchronise every few steps only.
-        """
-        if self.world.size == 1:
-            return bool(self.stop), due
-        by_clock = self.schedule.unit == "min"
-        if self.world.device.type != "cpu" and step % _AGREE_STEPS and (not due or by_clock):
-            return False, False
-        number, save = self.world.all_max(self.stop.signal or 0, int(due))
-        self.stop.signal = number or None
-        return bool(number), bool(save)
-
-    def _validate(self) -> None:
-        """Set the accuracy on the validation split, per cent; the student's mode stays as it is."""
-        samples, data = self.plan.val_samples, self.plan.data.train
-        if len(samples) == 0:
-            return
-        training = self.student.training
-        self.student.eval()
-        mine, weight = self.world.share(samples)
-        logits = models.predict_logits(self.student, data.images, mine)
-        if self.parts.scale is not None:
-            logits = self.parts.scale(logits.to(self.world.device)).cpu()
-        self.student.train(training)
-        accuracy = metrics.accuracy(logits, torch.tensor(data.labels[mine]))
-        if self.world.size > 1:
-            weighted = torch.tensor([accuracy * weight], dtype=torch.float64, device=self.world.device)
-            accuracy = float(self.world.mean(weighted))
-        self.val_accuracy = accuracy
-
-    def _save_state(self) -> None:
-        parts = self.parts
-        parts.recorder.store()
-        if self.world.first:
-            training = {
-                "optimizer": parts.optimizer.state_dict(),
-                "adapters": {name: dict(module.state_dict()) for name, module in parts.adapters.items()},
-                "state": self.state.to_json(),
-                "inputs": dict(self.plan.inputs),
-                "made_with": self.plan.made_with,
-            }
-            checkpoint = self.student.to_checkpoint(training)
-            parts.run.save_state(checkpoint, self.config.keep, parts.saved_step)
-        parts.saved_step = self.state.step
-        self.schedule.saved()
-
-    def _report(self, images_per_s: float) -> None:
-        """Send an event of the progress."""
-        state, per_epoch = self.state, len(self.plan.train_samples)
-        known = {} if self.val_accuracy is None else {"val_accuracy": self.val_accuracy}
-        self.on_event(
-            Progress(
-                f"epoch {state.epoch + 1}/{self.config.epochs}",
-                state.epoch * per_epoch + state.images,
-                self.config.epochs * per_epoch,
-                values={"loss": self.parts.recorder.loss_here(), **known, "images_per_s": images_per_s},
-                group="training",
-            )
+def _open_run(plan: RunPlan, student: Classifier) -> tuple[RunPlan, RunDir]:
+    """A new run's plan with its precision settled, and its folder with settings and environment."""
+    config, world, made = plan.config, plan.world, None
+    if world.first:
+        sample = plan.train_samples[: config.batch_size]
+        images = torch.from_numpy(rows.take(plan.train.images, sample)).to(world.device)
+        precision, step_ms = runtime.choose_precision(
+            config.precision, student.network, student.prepare(images), len(student.classes)
         )
+        config = config.model_copy(update={"precision": precision})
+        environment = {**plan.environment, "precision": precision, "precision_step_ms": step_ms}
+        made = RunDir.create(config, environment, plan.derived, plan.chain), config
+    run, config = world.broadcast(made) or (RunDir(config.runs_dir), config)
+    return replace(plan, config=config), run
 
-    def _interrupted(self, kept: str) -> Interrupted:
-        return Interrupted(
-            f"stopped at epoch {min(self.state.epoch + 1, self.config.epochs)} of {self.config.epochs}; {kept}",
-            resume_command(self.parts.run.path, self.config.method),
-            exit_code=self.stop.exit_code,
+
+def _restore(
+    plan: RunPlan,
+    run: RunDir,
+    network: nn.Module,
+    adapters: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    on_event: OnEvent,
+) -> tuple[State, int | None]:
+    """Load the newest saved state into network, adapters and optimizer, and cut the metrics after it.
+
+    Returns the position, at the start if no state was ever saved, and the step of `last.pt` if that is readable.
+    """
+    state, saved_step = State(), None
+    newest = _load_newest(run, on_event)
+    if newest is not None:
+        path, stored = newest
+        training = stored.training or {}
+        try:
+            check_unchanged(training["inputs"], plan.inputs, run.path.as_posix())
+            network.load_state_dict(stored.state_dict)
+            for name, module in adapters.items():
+                module.load_state_dict(training["adapters"][name])
+            optimizer.load_state_dict(training["optimizer"])
+            state = State(**training["state"])
+            changes = differences(training["made_with"], plan.made_with)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise KdError(f"{path} does not fit its run: {error}", "Start the run anew.") from error
+        for change in changes:
+            on_event(Note(f"{change}: the result will not be bit-identical to an uninterrupted run's"))
+        state.marks += [change for change in changes if change not in state.marks]
+        saved_step = state.step if path == run.last else None
+    if plan.world.first:
+        cut_metrics(run.metrics_file, state.step, state.epoch)
+    plan.world.barrier()
+    if newest is not None:
+        on_event(Note(f"continuing {run.path.as_posix()} after step {state.step} of {plan.steps}"))
+    return state, saved_step
+
+
+def _load_newest(run: RunDir, on_event: OnEvent) -> tuple[Path, Checkpoint] | None:
+    """The newest readable state; None if none was ever saved."""
+    saved = run.saved()
+    for path in saved:
+        try:
+            return path, checkpoint.load(path)
+        except KdError as error:
+            on_event(Note(f"{error.message}; trying the one before it"))
+    if saved:
+        raise KdError(f"no saved state of {run.path} can be read", "Start the run anew under another --name.")
+    return None
+
+
+def _make_adapters(
+    plan: RunPlan, student: Classifier, outputs: TeacherOutputs
+) -> tuple[tuple[str, ...], dict[str, nn.Module]]:
+    """Names of the student's stages that are read, and auxiliary modules by method; empty for methods of logits.
+
+    Adapters are trained with the student and not exported. The same seed makes the same adapters, and the student's
+    own weights do not depend on them.
+    """
+    if not plan.objective.needs_features:
+        return (), {}
+    config, device = plan.config, plan.world.device
+    images = example_images(plan).to(device)
+    prepared = student.prepare(images)
+    try:
+        stages = find_stages(student.network, prepared, config.student_stages)
+    except UsageError as error:
+        raise UsageError(f"student {config.student}: {error.message}", error.hint) from error
+    if config.student_stages and config.teacher_stages and len(stages) != len(outputs.stages):
+        raise UsageError(
+            f"--student-stages names {len(stages)} layers, --teacher-stages {len(outputs.stages)}",
+            "They are paired: name as many of each.",
         )
+    # The shapes of both; the student's mode and statistics stay as they are
+    extractor = FeatureExtractor(student.network, stages)
+    student.eval()
+    with torch.no_grad():
+        _, maps, embedding = extractor(prepared)
+    extractor.remove()
+    student.train()
+    assert outputs.live is not None
+    _, features = outputs.live.features(images, 0, plan.train_samples[:1].repeat(2))
+    shapes = (_shapes(maps, embedding), _shapes(features.stages, features.embedding))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed ^ _ADAPTER_SEED)
+        adapters = plan.objective.adapters(Training(*shapes, plan.train.labels, plan.train_samples))
+    return stages, {name: module.to(device).train() for name, module in adapters.items()}
+
+
+def _shapes(maps: Sequence[Tensor], embedding: Tensor) -> Shapes:
+    sizes = [stage.shape[1:] for stage in maps]
+    return Shapes(tuple((channels, height, width) for channels, height, width in sizes), embedding.shape[1])

@@ -1,28 +1,17 @@
-"""Identity of a run: its settings, its inputs by content, and the circumstances that decide the student's bits.
+"""Identity of a run: runs with equal settings, inputs and circumstances end with equal bits.
 
-    decisive_settings(config) -> {name: value}     settings that change what is computed
-    input_hashes(config, data) -> {name: SHA-256}  images, teachers, student's file, code of custom methods
-    recorded_inputs(provenance) -> {name: SHA-256} the same from a student.pt
-    circumstances(environment) -> {name: text}     versions, processor, device, threads, processes
-    recorded_circumstances(file) -> {name: text}   the same from an environment.json
-    differences(before, now) -> list[str]          `torch was 2.8, is 2.9`
-    check_unchanged(known, now, owner)             raises KdError if an input changed
-
-Runs with equal settings, inputs and circumstances end with equal bits. The one definition for resuming, chains,
-comparisons, searches and `kd reproduce`.
+The one definition for resuming, chains, comparisons, searches and `kd reproduce`.
 """
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import torch
-
 from kdcli import methods
-from kdcli.base import files, runtime
+from kdcli.base import files
 from kdcli.base.errors import KdError
-from kdcli.base.runtime import World
 from kdcli.base.text import reason
 from kdcli.data import Splits
 from kdcli.engine.run_dir import PLACE
@@ -31,14 +20,14 @@ from kdcli.teacher import teachers_of
 
 # Settings of storage and hardware. Those that change bits (threads, devices) are recorded among the circumstances.
 NEUTRAL = PLACE | {
+    "accelerator",
+    "cache_dir",
+    "data_dir",
+    "devices",
     "keep",
     "save_every",
     "tensorboard",
-    "accelerator",
     "threads",
-    "devices",
-    "cache_dir",
-    "data_dir",
 }
 _CIRCUMSTANCES = ("kd_version", "accelerator", "accelerator_name", "instructions", "threads", "processes")
 _PACKAGES = ("torch", "numpy")
@@ -49,13 +38,18 @@ def decisive_settings(config: TrainConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude=NEUTRAL)
 
 
+def decisive_options(config: TrainConfig) -> dict[str, Any]:
+    """The same by the names of their options, for messages."""
+    return {f"--{name.replace('_', '-')}": value for name, value in decisive_settings(config).items()}
+
+
 def input_hashes(
-    config: TrainConfig, data: Splits, *, missing: Mapping[str, str] | None = None
+    config: TrainConfig, data: Splits, *, missing: Mapping[str, str] = MappingProxyType({})
 ) -> dict[str, str]:
     """SHA-256 of a run's inputs, by name: images, teachers, student's file, code of custom methods.
 
     Args:
-        missing: hashes to use for files that no longer exist; by default each must exist.
+        missing: hashes to use for files that cannot be read.
 
     Raises:
         KdError: a file cannot be read.
@@ -69,8 +63,12 @@ def input_hashes(
     if config.student_file is not None:
         paths["student"] = config.student_file
     for name, path in paths.items():
-        known = None if path.is_file() else (missing or {}).get(name)
-        found[name] = _sha256(path) if known is None else known
+        try:
+            found[name] = files.sha256_file(path)
+        except OSError as error:
+            if name not in missing:
+                raise KdError(f"cannot read {path}: {reason(error)}", "Name a file that is there.") from error
+            found[name] = missing[name]
     return found | _code(methods.source_digests(config.method))
 
 
@@ -101,12 +99,6 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def environment(world: World) -> dict[str, Any]:
-    """Values of `environment.json`: versions, processor, load, devices and processes."""
-    instructions = torch.backends.cpu.get_cpu_capability()
-    return {**runtime.environment(), **runtime.describe(world), "instructions": instructions}
-
-
 def circumstances(recorded: Any) -> dict[str, str]:
     """Versions and hardware on which the last bits depend, from the values of an `environment.json` of any origin."""
     values = _mapping(recorded)
@@ -123,12 +115,6 @@ def recorded_circumstances(environment_file: Path) -> dict[str, str]:
         return circumstances(json.loads(environment_file.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError):
         return {}
-
-
-def made_with(config: TrainConfig, environment: Mapping[str, Any]) -> dict[str, Any]:
-    """Circumstances and decisive settings: a resumed run has equal bits if these stay equal."""
-    settings = {f"--{name.replace('_', '-')}": value for name, value in decisive_settings(config).items()}
-    return circumstances(environment) | settings
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -152,10 +138,3 @@ def check_unchanged(known: Mapping[str, str | None], now: Mapping[str, str | Non
                 f"the {name} of {owner} changed since it was begun",
                 "Restore what it began with, or choose another --name.",
             )
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return files.sha256_file(path)
-    except OSError as error:
-        raise KdError(f"cannot read {path}: {reason(error)}", "Name a file that is there.") from error

@@ -9,8 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kdcli import methods
+from kdcli import data as data_sets
+from kdcli import methods, models
+from kdcli.base import runtime
 from kdcli.base.errors import UsageError
+from kdcli.base.events import OnEvent, ignore
 from kdcli.base.runtime import World
 from kdcli.data import ImageSet, Splits, augment
 from kdcli.data.split import split
@@ -66,7 +69,7 @@ class RunPlan:
     @property
     def made_with(self) -> dict[str, Any]:
         """Values that must be equal for equal bits, beside `inputs`; complete once `config.precision` is settled."""
-        return identity.made_with(self.config, self.environment)
+        return identity.circumstances(self.environment) | identity.decisive_options(self.config)
 
 
 def make_plan(
@@ -80,11 +83,10 @@ def make_plan(
     """
     # 1. Settings
     derived = tuple(name for name in _DERIVED if not getattr(config, name))
+    config = resolve(config, data)
     objective = methods.objective(config)
-    _check(config, objective, data)
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UsageError("--tensorboard: it is not installed", "pip install 'kdcli[tensorboard]'")
-    config = _resolve(config, objective)
     # 2. Samples and steps: images without labels come after all others
     train = data.trained_on
     labelled, validation = split(data.train.labels, config.val_fraction)
@@ -102,6 +104,7 @@ def make_plan(
             precision=config.teacher_precision,
             top_k=config.cache_top_k,
         )
+    instructions = torch.backends.cpu.get_cpu_capability()
     return RunPlan(
         config=config,
         derived=derived,
@@ -113,10 +116,10 @@ def make_plan(
         val_samples=validation,
         steps_per_epoch=steps_per_epoch,
         steps=steps_per_epoch * config.epochs,
-        cache_mode=_cache_mode(config, objective),
+        cache_mode=cache_mode(config),
         teacher=teacher,
         inputs=identity.input_hashes(config, data),
-        environment=identity.environment(world),
+        environment={**runtime.environment(), **runtime.describe(world), "instructions": instructions},
         source_digests=methods.source_digests(config.method),  # as imported: the files may change meanwhile
         world=world,
         test=test,
@@ -129,53 +132,31 @@ def cache_mode(config: TrainConfig) -> str:
 
     With a method of features the teacher runs in each step: features are larger than the images.
     """
-    return _cache_mode(config, methods.objective(config))
-
-
-def resolve(config: TrainConfig) -> TrainConfig:
-    """Fill in `tau`, where the methods that read it have one default, and `views`.
-
-    All views there are, or, of endless ones, as many as a teacher can be run over. A run without a teacher gets a
-    fresh view each epoch, and so does one whose teacher is live or sees plain images only: limiting the baseline
-    would flatter the others.
-
-    Raises:
-        UsageError: settings that do not go together.
-    """
-    return _resolve(config, methods.objective(config))
-
-
-def check(config: TrainConfig, data: Splits | None = None) -> None:
-    """Check a run's settings, by themselves and against its data as far as known.
-
-    Raises:
-        UsageError: settings that do not go together.
-    """
-    objective = methods.objective(config)
-    _check(config, objective, data)
-    _resolve(config, objective)
-
-
-def _cache_mode(config: TrainConfig, objective: Objective) -> str:
-    live = config.teacher_dropout > 0 or objective.needs_features
+    live = config.teacher_dropout > 0 or methods.objective(config).needs_features
     return "off" if live else config.teacher_cache
 
 
-def _resolve(config: TrainConfig, objective: Objective) -> TrainConfig:
+def resolve(config: TrainConfig, data: Splits | None = None) -> TrainConfig:
+    """Check a run's settings, and fill in `views` and, where the methods that read it have one default, `tau`.
+
+    `views`: all that there are, or, of endless ones, as many as a teacher can be run over. A run without a teacher
+    gets a fresh view each epoch, and so does one whose teacher is live or sees plain images only: limiting the
+    baseline would flatter the others.
+
+    Args:
+        data: its data set, as far as known.
+
+    Raises:
+        UsageError: settings that do not go together, or do not fit the data.
+    """
+    objective = methods.objective(config)
+    _check_training(config, objective, data)
+    mode = cache_mode(config) if objective.needs_teacher else ""
+    if mode:
+        _check_teacher(config, objective, mode, data)
     if config.tau is None and objective.default_tau is not None:
         config = config.model_copy(update={"tau": objective.default_tau})
     distinct = augment.distinct_views(config.augment)
-    mode = _cache_mode(config, objective) if objective.needs_teacher else ""
-    if mode == "fixed" and _mixes(config):
-        raise UsageError(
-            "--teacher-cache fixed does not go with mixup: the teacher has not seen the mixtures",
-            "Use --teacher-cache views or off.",
-        )
-    if config.cache_top_k and mode == "off":
-        raise UsageError(
-            "--cache-top-k is for cached logits, and here the teacher runs in each step",
-            "Leave out --cache-top-k, or --teacher-cache off and --teacher-dropout; methods of features need it so.",
-        )
     if config.views and distinct and config.views > distinct:
         raise UsageError(
             f"--views {config.views}: augment {config.augment} has {distinct} distinct view(s)", "Use fewer."
@@ -186,7 +167,7 @@ def _resolve(config: TrainConfig, objective: Objective) -> TrainConfig:
     return config.model_copy(update={"views": min(views, config.epochs)})
 
 
-def _check(config: TrainConfig, objective: Objective, data: Splits | None) -> None:
+def _check_training(config: TrainConfig, objective: Objective, data: Splits | None) -> None:
     if config.assistant or config.generations > 1:
         flags = "--assistant" if config.assistant else "--generations"
         raise UsageError(
@@ -200,8 +181,9 @@ def _check(config: TrainConfig, objective: Objective, data: Splits | None) -> No
             f"method {config.method} tells images of different classes apart, and mixup's have two",
             "Leave mixup out of --augment.",
         )
-    if not objective.needs_teacher:
-        return
+
+
+def _check_teacher(config: TrainConfig, objective: Objective, mode: str, data: Splits | None) -> None:
     if config.cache_top_k and objective.regresses:
         raise UsageError(
             f"--cache-top-k: method {config.method} regresses all logits",
@@ -212,12 +194,45 @@ def _check(config: TrainConfig, objective: Objective, data: Splits | None) -> No
             f"--cache-top-k {config.cache_top_k}: there are {len(data.train.classes)} classes",
             "Leave it out to keep all of them.",
         )
+    if config.cache_top_k and mode == "off":
+        raise UsageError(
+            "--cache-top-k is for cached logits, and here the teacher runs in each step",
+            "Leave out --cache-top-k, or --teacher-cache off and --teacher-dropout; methods of features need it so.",
+        )
     if objective.needs_features and len(config.teacher) > 1:
         raise UsageError(
             f"method {config.method} reads features, and those of several teachers have no mean",
             "Name one --teacher, or use a method of logits.",
         )
+    if mode == "fixed" and _mixes(config):
+        raise UsageError(
+            "--teacher-cache fixed does not go with mixup: the teacher has not seen the mixtures",
+            "Use --teacher-cache views or off.",
+        )
 
 
 def _mixes(config: TrainConfig) -> bool:
     return augment.MIXUP_NAME in config.augment.split("-")
+
+
+def load_data(config: TrainConfig, on_event: OnEvent = ignore) -> Splits:
+    """Training and test images; where the student is a file, in its input size.
+
+    Raises:
+        KdError: the data cannot be read.
+        UsageError: the student's file does not exist.
+    """
+    stored = config.student_file
+    if stored is not None and not stored.is_file():
+        raise UsageError(f"no such student: {stored}", "--student takes a network's name or a .pt file.")
+    return data_sets.load(
+        config.data,
+        data_dir=config.data_dir,
+        cache_dir=config.cache_dir,
+        image_size=config.image_size,
+        grey=config.grey,
+        fit_to=None if stored is None else models.load(stored).input_size,
+        skip_broken=config.skip_broken,
+        unlabelled=config.unlabelled,
+        on_event=on_event,
+    )

@@ -1,20 +1,19 @@
-"""The figures of a run: schema, reader and writer of `result.json` and of `metrics.jsonl`.
+"""Figures of models and runs: measured, and written to and read from `result.json` and `metrics.jsonl`.
 
-    read_result(path) -> RunResult                 path of a result.json
-    read_metrics(path) -> list[Metrics]            path of a metrics.jsonl; a half-written last line is left out
-    epoch_lines(path) -> list[Metrics]             only those of whole epochs, by number
-
-All raise `KdError` with a message of one line if a file is missing, too large, no JSON, or has values that no run
-writes. They may be of any origin.
+Files may be of any origin: all readers raise `KdError` with a message of one line if one is missing, too large, no
+JSON, or has values that no run writes.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import torch
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -24,10 +23,15 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from torch import Tensor
 
+from kdcli import models
+from kdcli.base import metrics
 from kdcli.base.errors import KdError
-from kdcli.base.files import write_json, write_text
+from kdcli.base.events import OnEvent, ignore
+from kdcli.base.files import write_text
 from kdcli.base.text import reason
+from kdcli.data import ImageSet
 from kdcli.engine.run_dir import RunDir
 from kdcli.methods import TrainConfig
 
@@ -172,36 +176,55 @@ class RunResult(Record):
         return epoch_lines(self.run.metrics_file)
 
 
-def read_result(path: Path) -> RunResult:
-    """A `result.json`; its `run` is the folder where the file lies.
+def measure(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None) -> Evaluation:
+    """Figures from logits (N, C), labels (N,) and, if given, the teacher's logits (N, C)."""
+    counts = metrics.confusion(logits, labels, logits.shape[1])
+    shares = (
+        100 * counts.diagonal().double() / counts.sum(dim=1)
+    ).tolist()  # NaN for a class without samples
+    accuracy = metrics.accuracy(logits, labels)
+    return Evaluation.model_construct(  # without a check: figures of a broken network may be NaN
+        count=len(labels),
+        accuracy=accuracy,
+        accuracy_interval=metrics.wilson_interval(accuracy, len(labels)),
+        top5=metrics.accuracy(logits, labels, 5),
+        loss=torch.nn.functional.cross_entropy(logits.double(), labels).item(),
+        calibration_error=metrics.calibration_error(logits, labels),
+        per_class=tuple(None if math.isnan(share) else share for share in shares),
+        confusion=tuple(tuple(row) for row in counts.tolist()),
+        agreement=None if teacher_logits is None else metrics.agreement(logits, teacher_logits),
+        divergence=None if teacher_logits is None else metrics.divergence(logits, teacher_logits),
+        teacher_accuracy=None if teacher_logits is None else metrics.accuracy(teacher_logits, labels),
+    )
 
-    Raises:
-        KdError: see above.
-    """
+
+def evaluate(
+    model: Callable[[Tensor], Tensor],
+    data: ImageSet,
+    *,
+    teacher_logits: Tensor | None = None,
+    task: str = "evaluating",
+    batch_size: int = 64,
+    on_event: OnEvent = ignore,
+) -> Evaluation:
+    """Run a model (in eval mode, from uint8 (B, H, W, C) to logits) over a data set and measure it."""
+    logits = models.predict_logits(model, data.images, batch_size=batch_size, task=task, on_event=on_event)
+    return measure(logits, torch.tensor(data.labels), teacher_logits)
+
+
+def read_result(path: Path) -> RunResult:
+    """A `result.json`; its `run` is the folder where the file lies."""
     result = read_record(RunResult, path)
     return result.model_copy(update={"run": RunDir(path.parent)})
 
 
 def read_record(schema: type[R], path: Path) -> R:
-    """A JSON file of one record.
-
-    Raises:
-        KdError: see above.
-    """
+    """A JSON file of one record."""
     return _parse(schema, str(path), _read_bytes(path))
 
 
-def write_result(result: RunResult) -> None:
-    """Write `result.json` into the run's folder."""
-    write_json(result.run.result_file, result.to_json())
-
-
 def read_metrics(path: Path) -> list[Metrics]:
-    """The lines of a `metrics.jsonl`, without a last one that a kill has cut short.
-
-    Raises:
-        KdError: see above.
-    """
+    """The lines of a `metrics.jsonl`, without a last one that a kill has cut short."""
     lines = _read_bytes(path).splitlines()
     found = []
     for number, line in enumerate(lines, 1):
@@ -214,11 +237,7 @@ def read_metrics(path: Path) -> list[Metrics]:
 
 
 def epoch_lines(path: Path) -> list[Metrics]:
-    """The lines of whole epochs of a `metrics.jsonl`, by number; of an epoch that was done twice the last.
-
-    Raises:
-        KdError: see above.
-    """
+    """The lines of whole epochs of a `metrics.jsonl`, by number; of an epoch that was done twice the last."""
     found = {line.epoch: line for line in read_metrics(path) if line.kind == "epoch"}
     return [found[number] for number in sorted(found)]
 

@@ -37,8 +37,8 @@ class RunDir:
         cls,
         config: TrainConfig,
         environment: dict[str, Any],
-        filled: Sequence[str] = (),
-        chain: TrainConfig | None = None,
+        filled: Sequence[str],
+        chain: TrainConfig | None,
     ) -> RunDir:
         """Create the folder, named by the user or by method, student and the next free number.
 
@@ -57,7 +57,9 @@ class RunDir:
         made: RunDir | None = None
         try:
             made = cls(scratch_folder(config.runs_dir))
-            made.write_config(config, filled)
+            # the settings as TOML; `kd train --recipe` repeats them, see `recipes.read_recipe`
+            values = config.model_dump(mode="json", exclude=PLACE, exclude_none=True)
+            write_text(made.config_file, tomli_w.dumps({**values, "filled": list(filled)}))
             write_json(made.environment_file, {"schema_version": 1, **environment})
             if chain is not None:
                 write_text(made.chain_file, tomli_w.dumps(chain.model_dump(mode="json", exclude_none=True)))
@@ -67,14 +69,13 @@ class RunDir:
                 path = config.runs_dir / (config.name or name_of(config, number))
                 try:
                     made.path.rename(path)  # never onto a folder that holds anything
+                    return cls(path)
                 except OSError:
                     if not path.exists():
                         raise
                     if config.name:
                         raise _taken(config) from None
                     number += 1
-                else:
-                    return cls(path)
         except OSError as error:
             raise KdError(
                 f"cannot make a run in {config.runs_dir}: {reason(error)}",
@@ -154,12 +155,6 @@ class RunDir:
     @property
     def environment_file(self) -> Path:
         return self.path / "environment.json"
-
-    def write_config(self, config: TrainConfig, filled: Sequence[str]) -> None:
-        """The resolved settings as TOML; `kd train --config` repeats them (see `recipes.read_recipe`)."""
-        values = config.model_dump(mode="json", exclude=PLACE, exclude_none=True)
-        values["filled"] = list(filled)
-        write_text(self.config_file, tomli_w.dumps(values))
 
     def read_config(self) -> TrainConfig:
         """The run's settings, with its present name and location."""

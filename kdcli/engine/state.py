@@ -1,23 +1,18 @@
-"""Position of a run: what is saved of it, how often, and how it is restored."""
+"""Position of a run: where it is, when it is saved, and the losses that it sums and records."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from torch import nn
 
 from kdcli.base.errors import KdError
-from kdcli.base.events import Note, OnEvent
-from kdcli.engine.identity import check_unchanged, differences
-from kdcli.engine.plan import RunPlan
-from kdcli.engine.records import cut_metrics
+from kdcli.base.runtime import World
+from kdcli.engine.records import Metrics, append_metrics
 from kdcli.engine.run_dir import RunDir
 from kdcli.methods import TrainConfig
-from kdcli.models import checkpoint
-from kdcli.models.checkpoint import Checkpoint
 
 
 @dataclass
@@ -51,10 +46,6 @@ class State:
     logged_seconds: float = 0.0
     marks: list[str] = field(default_factory=list)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
 
 class SaveSchedule:
     """When the state is saved, from --save-every."""
@@ -63,83 +54,121 @@ class SaveSchedule:
         self.number, self.unit = config.saving
         self.last = time.monotonic()
 
-    def after_step(self, step: int) -> bool:
-        """In the middle of an epoch."""
-        if not self.number:
+    def due(self, state: State, *, epoch_ended: bool) -> bool:
+        """Whether to save at this position."""
+        if self.number == 0:
             return False
         if self.unit == "min":
             return time.monotonic() - self.last >= 60 * self.number
-        return self.unit == "steps" and step % self.number == 0
-
-    def after_epoch(self, epoch: int, step: int) -> bool:
-        """At the end of one."""
-        return bool(self.number) and (
-            epoch % self.number == 0 if self.unit == "epochs" else self.after_step(step)
-        )
+        if self.unit == "steps":
+            return state.step % self.number == 0
+        return epoch_ended and state.epoch % self.number == 0
 
     def saved(self) -> None:
         """Restart the clock."""
         self.last = time.monotonic()
 
 
-def restore(
-    plan: RunPlan,
-    run: RunDir,
-    network: nn.Module,
-    adapters: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    on_event: OnEvent,
-) -> tuple[State, int | None]:
-    """Load the newest saved state into network, adapters and optimizer, and cut the metrics after it.
+class Recorder:
+    """Sums of the terms over an epoch, on the training device, which is waited for only to write or report them."""
 
-    Returns:
-        The position, at the start if no state was ever saved, and the step of `last.pt` if that is readable.
+    def __init__(
+        self, config: TrainConfig, run: RunDir, terms: Iterable[str], state: State, world: World
+    ) -> None:
+        """Continue from the sums in the state; `terms` are in the order in which a step gives them."""
+        self.run = run
+        self.terms = tuple(terms)
+        self.state = state
+        self.world = world
+        rows = state.sums or [[0.0] * (1 + len(self.terms))]
+        mine = rows[world.rank] if len(rows) == world.size else list(np.mean(rows, axis=0))
+        wide = torch.float32 if world.device.type == "mps" else torch.float64
+        self.sums = torch.tensor(mine, dtype=wide, device=world.device)  # (1 + terms,)
+        self.tensorboard: Any = None
+        if config.tensorboard and world.first:
+            from torch.utils.tensorboard import SummaryWriter
 
-    Raises:
-        KdError: every saved state is damaged, or the newest readable one does not fit the run.
-    """
-    state, saved_step = State(), None
-    newest = _load_newest(run, on_event)
-    if newest is not None:
-        path, stored = newest
-        training = stored.training or {}
-        try:
-            check_unchanged(training["inputs"], plan.inputs, run.path.as_posix())
-            network.load_state_dict(stored.state_dict)
-            if set(adapters) != set(training["adapters"]):
-                raise KeyError("adapters")
-            for name, module in adapters.items():
-                module.load_state_dict(training["adapters"][name])
-            optimizer.load_state_dict(training["optimizer"])
-            state = State(**training["state"])
-            changes = differences(training["made_with"], plan.made_with)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise KdError(f"{path} does not fit its run: {error}", "Start the run anew.") from error
-        for change in changes:
-            on_event(Note(f"{change}: the result will not be bit-identical to an uninterrupted run's"))
-        state.marks += [change for change in changes if change not in state.marks]
-        saved_step = state.step if path == run.last else None
-    if plan.world.first:
-        cut_metrics(run.metrics_file, state.step, state.epoch)
-    plan.world.barrier()
-    if newest is not None:
-        on_event(Note(f"continuing {run.path.as_posix()} after step {state.step} of {plan.steps}"))
-    return state, saved_step
+            # lines beyond the step that a resumed run continues from are dropped
+            self.tensorboard = SummaryWriter(str(run.path / "tensorboard"), purge_step=state.step or None)
 
+    def total(self) -> list[float]:
+        """Sums of the loss and the terms over this epoch, all processes together. Waits for device and others."""
+        return [float(value) for value in self.world.mean(self.sums).tolist()]
 
-def _load_newest(run: RunDir, on_event: OnEvent) -> tuple[Path, Checkpoint] | None:
-    """The newest readable state; None if none was ever saved.
+    def loss_here(self) -> float:
+        """Mean loss of this epoch so far, as this process sees it."""
+        return self._means(self.sums.tolist(), self.state.images)[0]
 
-    Raises:
-        KdError: all of them are damaged.
-    """
-    problems = []
-    for path in run.saved():
-        try:
-            return path, checkpoint.load(path)
-        except KdError as error:
-            problems.append(error.message)
-            on_event(Note(f"{error.message}; trying the one before it"))
-    if problems:
-        raise KdError(f"no saved state of {run.path} can be read", "Start the run anew under another --name.")
-    return None
+    def steps(self, rate: float) -> None:
+        """Write a line for the steps since the previous line.
+
+        Raises:
+            KdError: the loss is no longer finite.
+        """
+        state, sums = self.state, self.total()
+        before = state.logged or [0.0] * len(sums)
+        fresh = [value - old for value, old in zip(sums, before, strict=True)]
+        self._write("step", fresh, state.images - state.logged_images, state.logged_seconds, rate, None)
+        state.logged, state.logged_images, state.logged_seconds = sums, state.images, state.seconds
+
+    def epoch(self, rate: float, val_accuracy: float | None) -> float:
+        """Write the epoch's line, advance to the next epoch and return the mean loss.
+
+        Raises:
+            KdError: the loss is no longer finite.
+        """
+        state = self.state
+        loss = self._write("epoch", self.total(), state.images, state.epoch_seconds, rate, val_accuracy)
+        state.epoch += 1
+        state.step_in_epoch, state.images, state.epoch_seconds = 0, 0, state.seconds
+        state.logged, state.logged_images, state.logged_seconds = [], 0, state.seconds
+        self.sums = torch.zeros_like(self.sums)
+        return loss
+
+    def close(self) -> None:
+        """Close the TensorBoard file."""
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+    def _means(self, sums: list[float], images: int) -> tuple[float, dict[str, float]]:
+        loss, *means = (value / images for value in sums)
+        return loss, dict(zip(self.terms, means, strict=True))
+
+    def _write(
+        self,
+        kind: Literal["step", "epoch"],
+        sums: list[float],
+        images: int,
+        since: float,
+        rate: float,
+        val_accuracy: float | None,
+    ) -> float:
+        state = self.state
+        loss, terms = self._means(sums, images)
+        if not np.isfinite(loss):
+            raise KdError(
+                f"the loss is no longer finite (epoch {state.epoch + 1})",
+                "Lower --lr, or the weights of the terms: --weight.",
+            )
+        if not self.world.first:
+            return loss
+        line = Metrics(
+            kind=kind,
+            epoch=state.epoch + 1,
+            step=state.step,
+            loss=loss,
+            terms=terms,
+            val_accuracy=val_accuracy,
+            lr=rate,
+            images_per_s=images / max(state.seconds - since, 1e-9),
+            seconds=state.seconds,
+        )
+        append_metrics(self.run.metrics_file, line)
+        if self.tensorboard is not None:
+            values = {"loss": loss, "lr": rate, "images_per_s": line.images_per_s, **terms}
+            if val_accuracy is not None:
+                values["val_accuracy"] = val_accuracy
+            for name, value in values.items():
+                self.tensorboard.add_scalar(f"{kind}/{name}", value, line.step)
+            self.tensorboard.flush()
+        return loss

@@ -1,12 +1,15 @@
-"""The student: a new network by name, or one whose training continues from a file."""
+"""The student: a new network by name, or one whose training continues from a file; and the scale of its output."""
+
+from __future__ import annotations
 
 import hashlib
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor, nn
 
 from kdcli import data, methods, models
 from kdcli.base.errors import KdError, UsageError
@@ -17,6 +20,7 @@ from kdcli.data.preprocess import Preprocess
 from kdcli.methods import TrainConfig
 from kdcli.models import Classifier, checkpoint
 from kdcli.models.feature_extractor import find_stages
+from kdcli.teacher import CachedLogits
 
 Int64 = npt.NDArray[np.int64]
 _CONSTANTS_VERSION = 1  # raise it when a preprocessing's fit gives other constants
@@ -61,11 +65,8 @@ def check_student(config: TrainConfig, train: ImageSet) -> None:
 
 
 def _fresh(config: TrainConfig, train: ImageSet, samples: Int64, on_event: OnEvent) -> Classifier:
-    arguments: dict[str, Any] = (
-        {"dropout": config.dropout} if models.accepts(config.student, "dropout") else {}
-    )
-    if config.width != 1 and models.accepts(config.student, "width"):
-        arguments["width"] = config.width
+    wanted = {"dropout": config.dropout} | ({"width": config.width} if config.width != 1 else {})
+    arguments = {name: value for name, value in wanted.items() if models.accepts(config.student, name)}
     torch.manual_seed(config.seed)
     network = models.build(
         config.student, classes=len(train.classes), input_size=train.input_size, **arguments
@@ -106,13 +107,53 @@ def _stored(config: TrainConfig, train: ImageSet) -> Classifier:
     reason = data.incompatibility(stored.classes, stored.input_size, train)
     if reason:
         raise KdError(f"student {path} {reason}", "Student and data must belong together; see --data.")
-    if models.parameter_count(stored.network) == 0:
-        raise KdError(f"student {path} has no weights that could be trained")
-    return Classifier(
-        stored.network,
-        stored.preprocess,
-        arch=stored.arch,
-        arch_args=stored.arch_args,
-        classes=train.classes,
-        input_size=stored.input_size,
-    )
+    stored.classes, stored.provenance = train.classes, {}
+    return stored
+
+
+@dataclass(frozen=True)
+class OutputScale:
+    """logits = shift + scale · network(x), with the mean and spread of the teacher's logits.
+
+    Regression has to reach the teacher's values, and a network starts near 0 with steps made for logits of a few
+    units: a Caffe NIN's logits lie around 19 ± 9. Ba & Caruana (NIPS 2014, section 3) subtract the mean and divide
+    by the standard deviation of the targets; this is the same written on the student's side, so that the loss stays
+    ½‖s − t‖² in the teacher's units. It is folded into the last layer at the end and leaves no trace in the file.
+
+    Attributes:
+        shift: (C,), the mean of each class's logit over the training images.
+        scale: standard deviation around these means, over all classes.
+    """
+
+    shift: Tensor
+    scale: float
+
+    @classmethod
+    def of_logits(cls, cached: CachedLogits, samples: Int64, device: torch.device) -> OutputScale:
+        """Measure the scale on the teacher's logits for the training images."""
+        total = sum(chunk.sum(axis=0) for chunk in cached.chunks(samples))
+        mean = np.asarray(total / len(samples))  # (C,)
+        squares = sum(float(((chunk - mean) ** 2).sum()) for chunk in cached.chunks(samples))
+        spread = float(np.sqrt(squares / (len(samples) * len(mean))))
+        shift = torch.from_numpy(mean.astype(np.float32)).to(device)
+        return cls(shift, spread if spread > 0 else 1.0)
+
+    def __call__(self, outputs: Tensor) -> Tensor:
+        """The network's outputs (B, C) → logits (B, C)."""
+        return self.shift + self.scale * outputs
+
+    def fold(self, network: nn.Module) -> None:
+        """Make the network itself give the logits. Its last layer must be linear (`models.final_linear`)."""
+        head = models.final_linear(network)
+        assert head is not None
+        with torch.no_grad():
+            head.weight.mul_(self.scale)
+            head.bias.mul_(self.scale).add_(self.shift)
+
+    def unfold(self, network: nn.Module) -> None:
+        """The reverse of `fold`, for a network that already gives logits."""
+        head = models.final_linear(network)
+        assert head is not None
+        with torch.no_grad():
+            head.weight.div_(self.scale)
+            head.bias.sub_(self.shift).div_(self.scale)

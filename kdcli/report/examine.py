@@ -16,8 +16,7 @@ from kdcli.base.errors import KdError
 from kdcli.base.events import Event, OnEvent, Progress
 from kdcli.base.files import sha256_file
 from kdcli.data import Splits, rows
-from kdcli.engine.evaluate import measure
-from kdcli.engine.records import Evaluation
+from kdcli.engine.records import Evaluation, measure
 from kdcli.report.gather import Run
 from kdcli.teacher import Teacher, teachers_of
 

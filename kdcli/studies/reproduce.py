@@ -25,7 +25,7 @@ from kdcli.engine.identity import (
     recorded_circumstances,
     recorded_inputs,
 )
-from kdcli.engine.inputs import load_data
+from kdcli.engine.plan import load_data
 from kdcli.engine.run_dir import resume_command
 from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint

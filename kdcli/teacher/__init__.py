@@ -1,8 +1,7 @@
 """Teachers of one or several models: their logits, live or from the cache."""
 
 from kdcli.teacher.cache import CachedLogits
-from kdcli.teacher.live import LiveTeacher
 from kdcli.teacher.member import freeze
-from kdcli.teacher.teacher import Teacher, teachers_of
+from kdcli.teacher.teacher import LiveTeacher, Teacher, teachers_of
 
 __all__ = ["CachedLogits", "LiveTeacher", "Teacher", "freeze", "teachers_of"]

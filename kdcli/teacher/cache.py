@@ -1,11 +1,9 @@
 """Logits on disk: a file for each view, written in parts from which a killed pass continues."""
 
-import hashlib
-import io
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,8 @@ from kdcli.base.files import atomic_path, sha256_file, write_json
 from kdcli.base.text import reason
 
 PART = 4096  # images: at most so many are run again after a kill
-_CHUNK = 1 << 16  # rows looked at together
+_CHUNK = 1 << 16  # images of which logits are in memory at once
+_FLOAT16_END = 65520  # from here on float16 rounds to infinity
 
 
 @dataclass(frozen=True)
@@ -110,12 +109,6 @@ def top_k_of(logits: npt.NDArray[np.float32], count: int, dtype: type[Any] = np.
     return kept
 
 
-def _overflows(logits: npt.NDArray[np.float32]) -> bool:
-    """Whether float16 cannot hold them."""
-    with np.errstate(over="ignore"):
-        return not np.isfinite(logits.astype(np.float16)).all()
-
-
 @dataclass
 class LogitCache:
     """The views of one model on one data set under one augmentation and seed.
@@ -140,12 +133,12 @@ class LogitCache:
         """A complete, undamaged view as a memory map: its SHA-256 is the one in the manifest."""
         path = self._path(view)
         try:
-            if sha256_file(path) != self._manifest()["views"][path.name]:
+            if sha256_file(path) != self._manifest()["views"].get(path.name):
                 return None
-            stored: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, KeyError, EOFError):
+        except OSError:
             return None
-        return stored if stored.ndim and len(stored) == self.count else None
+        stored = _load(path)
+        return stored if stored is not None and len(stored) == self.count else None
 
     def lock(self, view: int) -> FileLock:
         """Lock for computing a view. The kernel frees it when its holder dies, however it dies.
@@ -153,109 +146,85 @@ class LogitCache:
         Raises:
             KdError: the cache folder cannot be written.
         """
-        try:
+        with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise self._unwritable(error) from error
         return FileLock(self.folder / f"view-{view:04d}.lock", timeout=0)
 
     def missing_parts(self, view: int) -> list[int]:
-        """Numbers of the parts still to be computed."""
-        stored = self._parts(view)
-        return [number for number in range(-(-self.count // PART)) if number not in stored]
+        """Numbers of the parts still to be computed; a part appears at once and synced, see `atomic_path`."""
+        return [number for number, path in enumerate(self._parts(view)) if _load(path) is None]
 
     def write_part(self, view: int, number: int, logits: npt.NDArray[np.float32]) -> None:
-        """Store the logits of images `number` · PART … in their final form; the name holds their hash."""
-        buffer = io.BytesIO()
-        dtype = np.float32 if self.exact or _overflows(logits) else np.float16
+        """Store the logits of images `number` · PART … in their final form."""
+        dtype = np.float32 if self.exact or np.abs(logits).max() >= _FLOAT16_END else np.float16
         stored = top_k_of(logits, self.top_k, dtype) if self.top_k else logits.astype(dtype)
-        np.save(buffer, stored, allow_pickle=False)
-        content = buffer.getvalue()
-        name = f"part-{number:05d}-{hashlib.sha256(content).hexdigest()[:16]}.npy"
-        try:
-            with atomic_path(self._parts_folder(view) / name) as temporary:
-                temporary.write_bytes(content)
-        except OSError as error:
-            raise self._unwritable(error) from error
+        with (
+            self._writing(),
+            atomic_path(self._parts(view)[number]) as temporary,
+            temporary.open("wb") as handle,
+        ):
+            np.save(handle, stored, allow_pickle=False)
 
-    def finish(self, view: int, made_by: dict[str, Any]) -> bool:
+    def finish(self, view: int, made_by: dict[str, Any]) -> None:
         """Join the parts of a view to one file, list it in the manifest and remove the parts.
 
         Args:
             made_by: engine and precision, for the record.
 
-        Returns:
-            False if a part was damaged; it is then missing again.
-
         Raises:
             KdError: the disk is full.
         """
-        parts = self._parts(view)
-        path = self._path(view)
-        try:
-            dtypes = [None if (part := self._part(file)) is None else part.dtype for file in parts.values()]
-            if None in dtypes or self.missing_parts(view):
-                return False
-            widest = max((dtype for dtype in dtypes if dtype is not None), key=lambda dtype: dtype.itemsize)
+        path, parts = self._path(view), [np.load(part, mmap_mode="r") for part in self._parts(view)]
+        widest = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
+        about = {
+            "descr": np.lib.format.dtype_to_descr(widest),
+            "fortran_order": False,
+            "shape": (self.count, *parts[0].shape[1:]),
+        }
+        with self._writing():
+            # written, not mapped: a full disk would be a bus error there
             with atomic_path(path) as temporary, temporary.open("wb") as handle:
-                for number in sorted(parts):  # written, not mapped: a full disk would be a bus error there
-                    values = self._part(parts[number])
-                    if values is None:
-                        raise OSError(f"{parts[number].name} changed while it was read")
-                    stored = values.astype(widest)
-                    if number == 0:
-                        about = {
-                            "descr": np.lib.format.dtype_to_descr(stored.dtype),
-                            "fortran_order": False,
-                            "shape": (self.count, *stored.shape[1:]),
-                        }
-                        np.lib.format.write_array_header_2_0(handle, about)
-                    handle.write(stored.tobytes())
+                np.lib.format.write_array_header_2_0(handle, about)
+                for part in parts:
+                    handle.write(part.astype(widest).tobytes())
             with FileLock(self.folder / "manifest.lock"):  # another run may be adding a view
                 manifest = self._manifest()
                 manifest["views"][path.name] = sha256_file(path)
                 manifest["made_by"][path.name] = made_by
                 write_json(self.folder / "manifest.json", manifest)
-            shutil.rmtree(self._parts_folder(view), ignore_errors=True)
-        except OSError as error:
-            raise self._unwritable(error) from error
-        return self.find(view) is not None
-
-    def _part(self, path: Path) -> npt.NDArray[Any] | None:
-        """A stored part; None, and the file is removed, if its content does not match the hash in its name."""
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest()[:16] != path.stem.rsplit("-", 1)[1]:
-            path.unlink()
-            return None
-        values: npt.NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
-        return values
-
-    def _parts(self, view: int) -> dict[int, Path]:
-        """The stored parts by number."""
-        found = {}
-        with suppress(OSError):
-            for path in sorted(self._parts_folder(view).glob("part-*-*.npy")):
-                with suppress(ValueError):
-                    found[int(path.name.split("-")[1])] = path
-        return found
+        shutil.rmtree(self._parts(view)[0].parent, ignore_errors=True)
 
     def _manifest(self) -> dict[str, Any]:
         try:
-            manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
-            if manifest["recipe"] == self.recipe and isinstance(manifest["views"], dict):
-                return {"recipe": self.recipe, "views": manifest["views"], "made_by": manifest["made_by"]}
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        return {"recipe": self.recipe, "views": {}, "made_by": {}}
+            manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {"recipe": self.recipe, "views": {}, "made_by": {}}
+        return manifest
 
     def _path(self, view: int) -> Path:
         return self.folder / f"view-{view:04d}.npy"
 
-    def _parts_folder(self, view: int) -> Path:
-        return self.folder / f"view-{view:04d}.parts"
+    def _parts(self, view: int) -> list[Path]:
+        """Paths of all parts, existing or not."""
+        folder = self.folder / f"view-{view:04d}.parts"
+        return [folder / f"part-{number:05d}.npy" for number in range(-(-self.count // PART))]
 
-    def _unwritable(self, error: OSError) -> KdError:
-        return KdError(
-            f"cannot keep the teacher's outputs in {self.folder}: {reason(error)}",
-            "Free some space, or choose another --cache-dir.",
-        )
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Translate a failure to write to a KdError."""
+        try:
+            yield
+        except OSError as error:
+            raise KdError(
+                f"cannot keep the teacher's outputs in {self.folder}: {reason(error)}",
+                "Free some space, or choose another --cache-dir.",
+            ) from error
+
+
+def _load(path: Path) -> npt.NDArray[Any] | None:
+    """An array as a read-only memory map; None if the file is missing, cut short or not an array."""
+    try:
+        stored: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return stored if stored.ndim else None

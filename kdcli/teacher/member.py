@@ -1,16 +1,30 @@
-"""A model of a teacher: a frozen checkpoint or an ONNX file."""
+"""A model of a teacher, and its pass over a data set: the views that are not in its cache."""
 
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import nn
+from filelock import Timeout
+from torch import Tensor, nn
 
 from kdcli.base.errors import KdError
+from kdcli.base.events import Note, OnEvent, Progress
+from kdcli.base.runtime import World
 from kdcli.data import ImageSet, incompatibility
 from kdcli.deploy.load import load_model
 from kdcli.models import Classifier
+from kdcli.teacher import cache as caches
+from kdcli.teacher.cache import LogitCache
+from kdcli.teacher.runner import Engine, Forward, choose_engine, forward_of
+
+_POLL_S = 0.5  # between looks whether another run has finished a view
 
 
 def freeze(model: Classifier, dropout: float = 0.0) -> Classifier:
@@ -42,7 +56,7 @@ class Member:
         sha256: of the file, which holds weights and preprocessing.
         weight: of its logits in the teacher's mean; all weights sum to 1.
         device, threads: where it runs; threads are those of onnxruntime, 0: all cores.
-        passes: how often it was run over a data set.
+        views_computed: number of views of data sets that it was run over.
     """
 
     path: Path
@@ -50,7 +64,7 @@ class Member:
     weight: float
     device: torch.device
     threads: int
-    passes: int = 0
+    views_computed: int = 0
     _model: Any = field(default=None, repr=False)
 
     @property
@@ -78,3 +92,142 @@ class Member:
             f"teacher {self.path} {problem}",
             f"Try {' '.join(flags)}." if flags else "Teacher and data must belong together.",
         )
+
+
+@dataclass
+class TeacherPass:
+    """Computes the missing views of a cache, together with the other processes of this run and with other runs.
+
+    Attributes:
+        world: the processes of this run, which share the parts of a view.
+        precision: `auto`, `32` or `bf16`.
+        views: number of views wanted.
+        make_view: number of a view and samples → images uint8 (B, H, W, C).
+        task: name of the pass in messages.
+        stop: whether to stop between batches; complete parts are kept.
+        computed: number of views that this run computed.
+    """
+
+    member: Member
+    world: World
+    precision: str
+    cache: LogitCache
+    data: ImageSet
+    views: int
+    make_view: Callable[[int, npt.NDArray[np.int64]], Tensor]
+    task: str
+    on_event: OnEvent
+    stop: Callable[[], bool]
+    computed: int = 0
+
+    def run(self) -> list[npt.NDArray[Any]]:
+        """All views in order; fewer if stopped."""
+        found: dict[int, npt.NDArray[Any]] = {}
+        self._find(found)
+        missing = self.world.broadcast([view for view in range(self.views) if view not in found])
+        waiting = False
+        while missing and not any(self.world.all_max(int(self.stop()))):
+            finished = []
+            for view in missing:
+                with ExitStack() as stack:
+                    if not self.world.broadcast(self._locked(view, stack)):
+                        continue
+                    if self.world.broadcast(self.cache.find(view) is None) and not self._compute(view):
+                        break  # stopped
+                finished.append(view)
+            missing = [view for view in missing if view not in finished]
+            if missing and not finished and not any(self.world.all_max(int(self.stop()))):
+                if not waiting:
+                    text = "another run is computing what is missing; waiting for it"
+                    self.on_event(Note(f"{self.task}: {text}"))
+                waiting = True
+                time.sleep(_POLL_S)
+        self._find(found)
+        return [found[view] for view in range(self.views) if view in found]
+
+    def _find(self, found: dict[int, npt.NDArray[Any]]) -> None:
+        """Add the views that are in the cache."""
+        for view in range(self.views):
+            if view not in found and (stored := self.cache.find(view)) is not None:
+                found[view] = stored
+
+    def _locked(self, view: int, stack: ExitStack) -> bool:
+        """Whether this run may compute the view now; only the first process holds the lock."""
+        if not self.world.first:
+            return False
+        try:
+            stack.enter_context(self.cache.lock(view))
+        except Timeout:
+            return False
+        return True
+
+    def _compute(self, view: int) -> bool:
+        """Compute and store one view; False if stopped before it was complete."""
+        engine = self._engine
+        missing = self.world.broadcast(self.cache.missing_parts(view))
+        mine = missing[self.world.rank :: self.world.size]
+        done = len(self.data) - sum(len(self._samples(part)) for part in missing)
+        stopped = False
+        for part in mine:
+            logits = self._part_logits(view, part, done, len(missing) / len(mine))
+            if logits is None:
+                stopped = True
+                break
+            self.cache.write_part(view, part, logits)
+            done += round(len(logits) * len(missing) / len(mine))
+        if any(self.world.all_max(int(stopped))):
+            return False
+        if self.world.first:
+            self.cache.finish(view, asdict(engine))
+        self.world.barrier()
+        self.computed += 1
+        self.member.views_computed += 1
+        return True
+
+    def _samples(self, part: int) -> range:
+        return range(part * caches.PART, min((part + 1) * caches.PART, len(self.data)))
+
+    @cached_property
+    def _engine(self) -> Engine:
+        """The engine, chosen for the checked model by the first process."""
+        self.member.check(self.data)
+        chosen = None
+        if self.world.first:
+            chosen = choose_engine(
+                self.member.model,
+                lambda count: self.make_view(0, np.arange(min(count, len(self.data)))),
+                count=len(self.data) * self.views // self.world.size,
+                precision=self.precision,
+                threads=self.member.threads,
+                on_event=self.on_event,
+            )
+        engine = self.world.broadcast(chosen)
+        assert engine is not None
+        return engine
+
+    @cached_property
+    def _forward(self) -> Forward:
+        return forward_of(self.member.model, self._engine, self.member.threads)
+
+    def _part_logits(
+        self, view: int, part: int, done: int, processes: float
+    ) -> npt.NDArray[np.float32] | None:
+        """Logits of one part; None if stopped."""
+        name = f"{self.task}, view {view + 1} of {self.views}" if self.views > 1 else self.task
+        part_samples, size = np.array(self._samples(part)), self._engine.batch_size
+        outputs: list[Tensor] = []
+        with torch.inference_mode():
+            for start in range(0, len(part_samples), size):
+                if self.stop():
+                    return None
+                samples = part_samples[start : start + size]
+                outputs.append(self._forward(self.make_view(view, samples)).cpu())
+                seen = done + round((start + len(samples)) * processes)
+                self.on_event(Progress(name, min(len(self.data), seen), len(self.data)))
+        logits = torch.cat(outputs)
+        if not bool(torch.isfinite(logits).all()):
+            raise KdError(
+                f"teacher {self.member.path} gives logits that are not finite", "kd validate tells more."
+            )
+        values: npt.NDArray[np.float32] = logits.numpy()
+        return values

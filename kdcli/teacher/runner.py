@@ -1,11 +1,12 @@
 """Selection of the fastest engine, precision and batch size for a teacher, with the same top-1 classes."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdcli.base import metrics
 from kdcli.base.errors import KdError
@@ -38,7 +39,7 @@ class Engine:
     name: str
     precision: str = "32"
     batch_size: int = BATCH
-    agreement: float | None = None
+    agreement: float | None = field(default=None, compare=False)
     images_per_s: float | None = None
 
 
@@ -48,28 +49,29 @@ def forward_of(model: Any, engine: Engine, threads: int = 0) -> Forward:
     Raises:
         KdError: the network cannot be translated to ONNX.
     """
-    if engine.name == "onnxruntime":
-        return _onnxruntime_forward(model, threads)
-    if engine.precision == "32":
-        return lambda images: model(images).float()
+    if engine.name == "file":
+        return lambda images: model(images.cpu()).float()
+    if engine.name == "onnxruntime":  # the network alone: its preprocessing stays in torch
+        from kdcli.deploy.onnx_model import OnnxRunner
+        from kdcli.deploy.onnx_model.translate import to_onnx
 
-    def in_bf16(images: Tensor) -> Tensor:
+        translated = to_onnx(model, opset=18, with_preprocessing=False)
+        runner = OnnxRunner(translated.SerializeToString(), threads, "the teacher")
+        return lambda images: torch.from_numpy(runner.call(model.prepare(images).contiguous().numpy()))
+
+    run = run_in_torch(model, model.network, engine.precision)
+    return lambda images: run(images).float()
+
+
+def run_in_torch(model: Classifier, network: nn.Module, precision: str) -> Callable[[Tensor], Any]:
+    """A function that preprocesses in float32 and runs the network, or a module around it, in this precision."""
+
+    def run(images: Tensor) -> Any:
         prepared = model.prepare(images)
-        with torch.autocast(images.device.type, torch.bfloat16):
-            logits: Tensor = model.network(prepared)
-        return logits.float()
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return network(prepared)
 
-    return in_bf16
-
-
-def _onnxruntime_forward(model: Classifier, threads: int) -> Forward:
-    """The network in onnxruntime; its preprocessing stays in torch."""
-    from kdcli.deploy.onnx_model import OnnxRunner
-    from kdcli.deploy.onnx_model.translate import to_onnx
-
-    translated = to_onnx(model, opset=18, with_preprocessing=False)
-    runner = OnnxRunner(translated.SerializeToString(), threads, "the teacher")
-    return lambda images: torch.from_numpy(runner.call(model.prepare(images).contiguous().numpy()))
+    return run
 
 
 def choose_engine(
@@ -91,55 +93,43 @@ def choose_engine(
     """
     if not isinstance(model, Classifier):
         return Engine("file")
-    plain = Engine("torch")
     if precision == "bf16":
         return Engine("torch", "bf16")
+    plain = Engine("torch")
+    forwards = {plain: forward_of(model, plain)}
     with torch.inference_mode():
         # 1. Is the pass long enough for measurements to pay?
-        images = take(min(BATCH, count))
+        images = take(BATCH)
         device = images.device.type
-        forwards = {plain: forward_of(model, plain)}
-        [seconds] = _fastest_times([forwards[plain]], [images], rounds=1)
+        [seconds] = _fastest_times(forwards.values(), [images], rounds=1)
         expected_s = seconds / len(images) * count
         if expected_s < _MEASURED_FROM_S:
             return plain if device == "cpu" else replace(plain, batch_size=_BATCHES["other"][0])
-        # 2. Time the engines.
-        for engine in _alternatives(device, precision, expected_s):
-            try:
+        # 2. Time the engines
+        others = [Engine("torch", "bf16")] if precision == "auto" else []
+        others += [Engine("onnxruntime")] if device == "cpu" and expected_s >= _TRANSLATED_FROM_S else []
+        for engine in others:
+            with suppress(KdError):  # not every network can be translated
                 forwards[engine] = forward_of(model, engine, threads)
-            except KdError:
-                continue  # not every network can be translated
-        times = dict(
-            zip(forwards, _fastest_times(list(forwards.values()), [images] * len(forwards)), strict=True)
-        )
-        # 3. Take the fastest that agrees with float32.
-        chosen, forward = _fastest_exact(forwards, times, lambda: take(min(_SAMPLE, count)))
-        # 4. Time batch sizes.
+        times = _fastest_times(forwards.values(), [images] * len(forwards))
+        # 3. Take the fastest that agrees with float32
+        chosen = _fastest_exact(forwards, times, take)
+        # 4. Time batch sizes
         sizes = _BATCHES.get(device, _BATCHES["other"])
-        batches = [take(min(size, count)) for size in sizes]
-        seconds_by_size = _fastest_times([forward] * len(sizes), batches)
-        rates = {
-            size: len(batch) / seconds
-            for size, batch, seconds in zip(sizes, batches, seconds_by_size, strict=True)
-        }
-        best = max(rates, key=lambda size: rates[size])
+        batches = [take(size) for size in sizes]
+        times = _fastest_times([forwards[chosen]] * len(sizes), batches)
+        rates = [len(batch) / seconds for batch, seconds in zip(batches, times, strict=True)]
+        rate, size = max(zip(rates, sizes, strict=True), key=lambda pair: pair[0])
+    named = "float32" if chosen.precision == "32" else chosen.precision
     on_event(
-        Note(
-            f"the teacher runs in {chosen.name}, {'float32' if chosen.precision == '32' else chosen.precision}, "
-            f"{best} images at a time: {rates[best]:,.0f} images/s"
-        )
+        Note(f"the teacher runs in {chosen.name}, {named}, {size} images at a time: {rate:,.0f} images/s")
     )
-    return replace(chosen, batch_size=best, images_per_s=rates[best])
+    return replace(chosen, batch_size=size, images_per_s=rate)
 
 
-def _alternatives(device: str, precision: str, expected_s: float) -> list[Engine]:
-    """Engines beside float32 in torch."""
-    bf16 = [Engine("torch", "bf16")] if precision == "auto" else []
-    translated = device == "cpu" and expected_s >= _TRANSLATED_FROM_S
-    return bf16 + ([Engine("onnxruntime")] if translated else [])
-
-
-def _fastest_times(forwards: list[Forward], batches: list[Tensor], rounds: int = _ROUNDS) -> list[float]:
+def _fastest_times(
+    forwards: Iterable[Forward], batches: Sequence[Tensor], rounds: int = _ROUNDS
+) -> list[float]:
     """Seconds of the fastest call of each function on its batch."""
 
     def timed(forward: Forward, images: Tensor) -> Callable[[], Any]:
@@ -150,19 +140,16 @@ def _fastest_times(forwards: list[Forward], batches: list[Tensor], rounds: int =
 
 
 def _fastest_exact(
-    forwards: dict[Engine, Forward], times: dict[Engine, float], sample: Callable[[], Tensor]
-) -> tuple[Engine, Forward]:
+    forwards: dict[Engine, Forward], times: Sequence[float], take: Callable[[int], Tensor]
+) -> Engine:
     """The fastest engine whose top-1 classes agree with those of the first, which is float32 in torch."""
-    plain = next(iter(forwards))
-    expected: Tensor | None = None
-    for engine in sorted(times, key=lambda engine: times[engine]):
+    plain, *_ = forwards
+    for _, engine in sorted(zip(times, forwards, strict=True), key=lambda pair: pair[0]):
         if engine == plain:
             break
-        parts = torch.split(sample(), BATCH)
-        if expected is None:
-            expected = torch.cat([forwards[plain](part) for part in parts])
-        found = torch.cat([forwards[engine](part) for part in parts])
+        parts = torch.split(take(_SAMPLE), BATCH)
+        found, expected = (torch.cat([forwards[each](part) for part in parts]) for each in (engine, plain))
         agreement = metrics.agreement(found, expected)
         if agreement >= _LEAST_AGREEMENT:
-            return replace(engine, agreement=agreement), forwards[engine]
-    return plain, forwards[plain]
+            return replace(engine, agreement=agreement)
+    return plain

@@ -19,14 +19,53 @@ from kdcli.base.files import cache_folder, sha256_file
 from kdcli.base.runtime import World
 from kdcli.data import ImageSet, augment, rows
 from kdcli.deploy.load import load_model
+from kdcli.methods import Features
 from kdcli.models import Classifier
-from kdcli.models.feature_extractor import find_stages
-from kdcli.teacher.cache import CachedLogits, LogitCache
-from kdcli.teacher.live import LiveModel, LiveTeacher
-from kdcli.teacher.member import Member, freeze
-from kdcli.teacher.passes import TeacherPass
+from kdcli.models.feature_extractor import FeatureExtractor, find_stages
+from kdcli.models.reproducible import DropoutKeys, use_sample_dropout
+from kdcli.teacher.cache import CachedLogits, LogitCache, weighted_mean
+from kdcli.teacher.member import Member, TeacherPass, freeze
+from kdcli.teacher.runner import Engine, Forward, forward_of, run_in_torch
 
 _CACHE_VERSION = 3
+
+
+@dataclass(frozen=True)
+class LiveTeacher:
+    """Models that run on each batch as the student sees it; without gradient.
+
+    Attributes:
+        forwards: of each model, uint8 (B, H, W, C) → logits float32 (B, classes).
+        weights: of each model's logits.
+        keys: of each model's dropout, where that is on.
+        features_of: the only model with features: logits, maps of each stage, embedding; None without named stages.
+    """
+
+    forwards: tuple[Forward, ...]
+    weights: tuple[float, ...]
+    keys: tuple[DropoutKeys, ...]
+    features_of: Callable[[Tensor], tuple[Tensor, list[Tensor], Tensor]] | None
+
+    def __call__(self, images: Tensor, epoch: int, samples: npt.NDArray[np.int64]) -> Tensor:
+        """Images uint8 (B, H, W, C) → the weighted mean of the models' logits (B, classes)."""
+        self._key_dropout(images, epoch, samples)
+        with torch.inference_mode():
+            parts = [forward(images) for forward in self.forwards]
+        return weighted_mean(
+            [part.clone() for part in parts], self.weights
+        )  # inference tensors allow no backward
+
+    def features(self, images: Tensor, epoch: int, samples: npt.NDArray[np.int64]) -> tuple[Tensor, Features]:
+        """Logits (B, classes) and features, of a teacher of one model that was made with stages."""
+        assert self.features_of is not None
+        self._key_dropout(images, epoch, samples)
+        with torch.no_grad():
+            logits, maps, embedding = self.features_of(images)
+        return logits.float(), Features(tuple(stage.float() for stage in maps), embedding.float())
+
+    def _key_dropout(self, images: Tensor, epoch: int, samples: npt.NDArray[np.int64]) -> None:
+        for keys in self.keys:
+            keys.step(epoch, samples, images.device)
 
 
 @dataclass
@@ -83,9 +122,9 @@ class Teacher:
         return cls(members, cache_dir, world, precision, top_k)
 
     @property
-    def passes(self) -> int:
-        """How often a model was run over a data set."""
-        return sum(member.passes for member in self.members)
+    def views_computed(self) -> int:
+        """Number of views of data sets that a model was run over."""
+        return sum(member.views_computed for member in self.members)
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -107,11 +146,6 @@ class Teacher:
         weighted = zip(entries, self.weights, strict=True)
         return {"teachers": [{**entry, "weight": weight} for entry, weight in weighted]}
 
-    def check(self, data: ImageSet) -> None:
-        """Raise KdError unless all models take these images and know these classes."""
-        for member in self.members:
-            member.check(data)
-
     def stages(self, images: Tensor, wanted: str = "") -> tuple[str, ...]:
         """Names of the submodules whose maps methods of features read, see `feature_extractor.find_stages`.
 
@@ -119,13 +153,13 @@ class Teacher:
             images: examples, uint8 (B, H, W, C).
 
         Raises:
-            KdError: the teacher is an ONNX file, whose maps cannot be read.
+            KdError: the teacher is not a checkpoint, and its maps cannot be read.
             UsageError: it has no stages, or not the wanted ones.
         """
         [member] = self.members
         if not isinstance(member.model, Classifier):
             raise KdError(
-                f"teacher {member.path} is an ONNX file, which gives logits and no features",
+                f"teacher {member.path} gives logits, but no features",
                 "Use a .pt teacher, or a method of logits.",
             )
         try:
@@ -147,17 +181,24 @@ class Teacher:
         Raises:
             KdError: dropout is asked of a file without dropout layers.
         """
-        parts = []
-        for number, member in enumerate(self.members, 1):  # the draws of each differ; 0 is the student
+        forwards, dropout_keys = [], []
+        for number, member in enumerate(self.members, 1):
             model = member.model
             if dropout > 0:
                 model = load_model(member.path)
                 if not isinstance(model, Classifier):
-                    raise KdError("--teacher-dropout needs a .pt teacher", "An ONNX file has no dropout.")
+                    raise KdError(
+                        "--teacher-dropout needs a .pt teacher", "Other files have no dropout layers."
+                    )
                 freeze(model, dropout).to(self.world.device)
-            stream = (seed, number) if dropout > 0 else None
-            parts.append(LiveModel.of(model, precision, stages, stream))
-        return LiveTeacher(tuple(parts), self.weights)
+                dropout_keys.append(DropoutKeys(seed, number))  # the draws of each differ; 0 is the student
+                use_sample_dropout(model, dropout_keys[-1])
+            engine = Engine("torch", precision) if isinstance(model, Classifier) else Engine("file")
+            forwards.append(forward_of(model, engine))
+        features_of = None
+        if stages:
+            features_of = run_in_torch(model, FeatureExtractor(model.network, stages), precision)
+        return LiveTeacher(tuple(forwards), self.weights, tuple(dropout_keys), features_of)
 
     def logits(
         self,

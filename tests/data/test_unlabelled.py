@@ -32,7 +32,7 @@ from kdcli.data import Splits, rows, unlabelled
 from kdcli.data.split import split
 from kdcli.engine import RunDir, RunResult, fit
 from kdcli.engine.feed import Feed
-from kdcli.engine.inputs import load_data
+from kdcli.engine.plan import load_data
 from kdcli.models import checkpoint
 from kdcli.studies.compare import compare, make_plan
 from kdcli.studies.reproduce import check_inputs, read_finished
@@ -327,7 +327,7 @@ def test_feature_methods_train_on_unlabelled_images(place: Path) -> None:
 def test_a_run_that_was_interrupted_ends_as_the_whole_one(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(fit.__globals__, "_SHOW_EVERY_S", 0.0)
+    monkeypatch.setattr("kdcli.engine.trainer._SHOW_EVERY_S", 0.0)
     changes = {"epochs": 3, "augment": "flip", "batch_size": 8, "val_fraction": 0.2}
     whole = fit(taught(**changes), loaded())
     with pytest.raises(Interrupted):

@@ -1,4 +1,4 @@
-"""Chains of trainings: who teaches whom, and that a chain goes on wherever it was stopped."""
+"""Chains of trainings: teacher of each link, and continuation after any stop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from kdcli import engine
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Event, Note, Progress
 from kdcli.base.runtime import stop_on_signals
@@ -91,7 +90,7 @@ def taught(workplace: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     """A folder with the same teacher and what it says, and no runs."""
     shutil.copy(whole / "teacher.pt", "teacher.pt")
     shutil.copytree(whole / "cache", "cache")
-    monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
+    monkeypatch.setattr("kdcli.engine.trainer._SHOW_EVERY_S", 0.0)
     return workplace
 
 
@@ -102,7 +101,7 @@ def finished(taught: Path, whole: Path) -> Path:
     return taught
 
 
-def test_each_link_is_an_ordinary_run_taught_by_the_one_before(finished: Path) -> None:
+def test_each_link_has_the_link_before_as_its_teacher(finished: Path) -> None:
     assert sorted(path.name for path in Path("runs").iterdir()) == sorted(LINKS)
     teachers = ["teacher.pt", *(f"runs/{name}/student.pt" for name in LINKS)]
     students = ["convnet-small", "lenet-caffe", "convnet-tiny", "convnet-tiny"]
@@ -117,7 +116,7 @@ def test_each_link_is_an_ordinary_run_taught_by_the_one_before(finished: Path) -
     assert weights(Path("runs/x")) != weights(Path("runs/x-generation-1"))
 
 
-def test_a_link_has_the_bits_of_the_run_that_its_settings_make_alone(finished: Path, splits: Splits) -> None:
+def test_a_link_equals_a_single_run_with_its_settings(finished: Path, splits: Splits) -> None:
     alone = config(
         method="kd", teacher="runs/x-generation-1/student.pt", lr=1e-3, epochs=2, seed=1, name="alone"
     )
@@ -125,7 +124,7 @@ def test_a_link_has_the_bits_of_the_run_that_its_settings_make_alone(finished: P
     assert weights(Path("runs/alone")) == weights(Path("runs/x"))
 
 
-def test_repeated_a_finished_chain_is_not_trained_again(
+def test_a_finished_chain_is_not_trained_again(
     finished: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kdcli.engine.step.Step.__call__", None)
@@ -159,7 +158,7 @@ class _StopInLink:
 
 @pytest.mark.parametrize("by", [slow("resume"), "repeating"])
 @pytest.mark.parametrize("number", [slow(0), slow(1), 2, slow(3)])
-def test_stopped_in_any_link_and_continued_it_ends_with_the_same_bits(
+def test_a_stopped_and_continued_chain_is_bit_identical(
     taught: Path, whole: Path, splits: Splits, number: int, by: str
 ) -> None:
     """The links before the stop are the whole chain's own, which saves their time."""
@@ -185,7 +184,7 @@ def test_stopped_in_any_link_and_continued_it_ends_with_the_same_bits(
         assert state(Path("runs") / name) == state(whole / "runs" / name)
 
 
-def test_a_signal_while_a_link_is_tested_stops_the_chain_behind_it(taught: Path, splits: Splits) -> None:
+def test_a_signal_during_the_test_of_a_link_stops_the_chain(taught: Path, splits: Splits) -> None:
     """A run alone would go on to its end and be done; the next link is not begun."""
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted, match="between two trainings") as caught:
@@ -200,7 +199,7 @@ def test_a_signal_while_a_link_is_tested_stops_the_chain_behind_it(taught: Path,
         fit_chain(resume_config(run), splits, resume=run, on_event=_StopInLink(1, "epoch", 1))
 
 
-def test_a_stop_before_the_first_folder_says_to_type_it_again(taught: Path, splits: Splits) -> None:
+def test_a_stop_before_the_first_folder_hints_at_the_same_command(taught: Path, splits: Splits) -> None:
     shutil.rmtree("cache")
     with pytest.raises(Interrupted) as caught:
         fit_chain(config(**CHAIN), splits, on_event=_StopInLink(0, "teacher", 0))
@@ -208,7 +207,7 @@ def test_a_stop_before_the_first_folder_says_to_type_it_again(taught: Path, spli
     assert not Path("runs").exists()
 
 
-def test_flags_of_signals_are_one_inside_another() -> None:
+def test_nested_stop_flags() -> None:
     with stop_on_signals() as outer:
         with stop_on_signals() as inner:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -218,7 +217,7 @@ def test_flags_of_signals_are_one_inside_another() -> None:
         assert not later
 
 
-def test_without_a_name_the_first_that_is_free_for_all_links(taught: Path, splits: Splits) -> None:
+def test_an_unnamed_chain_gets_a_number_free_for_all_links(taught: Path, splits: Splits) -> None:
     """Other chains are never continued by chance."""
     Path("runs/kd-convnet-tiny-1").mkdir(parents=True)
     Path("runs/kd-convnet-tiny-2-generation-1").mkdir()
@@ -235,8 +234,11 @@ def test_without_a_name_the_first_that_is_free_for_all_links(taught: Path, split
     ("change", "told"),
     [
         ({"lr": 2e-3}, "--lr was 0.001, is 0.002"),
-        ({"assistant": ("convnet-small",)}, "--assistant was convnet-small lenet-caffe, is convnet-small"),
-        ({"teacher": Path("other.pt")}, "--teacher was teacher.pt, is other.pt"),
+        (
+            {"assistant": ("convnet-small",)},
+            "--assistant was ['convnet-small', 'lenet-caffe'], is ['convnet-small']",
+        ),
+        ({"teacher": Path("other.pt")}, "--teacher was ['teacher.pt'], is ['other.pt']"),
     ],
 )
 def test_a_link_of_a_chain_with_other_settings_is_refused(
@@ -266,9 +268,7 @@ def test_a_name_taken_by_any_other_run_is_refused_before_the_first_link(taught: 
     ]
 
 
-def test_a_finished_link_of_other_data_or_another_teacher_is_not_taken(
-    finished: Path, splits: Splits
-) -> None:
+def test_a_finished_link_with_other_inputs_is_refused(finished: Path, splits: Splits) -> None:
     settings = config(**CHAIN, name="x")
     with pytest.raises(KdError, match="the train images of runs/x-assistant-1 changed"):
         fit_chain(settings, make_splits(train=60, size=(16, 16, 1)))
@@ -288,7 +288,7 @@ def test_a_finished_link_of_other_data_or_another_teacher_is_not_taken(
         fit_chain(settings, splits)
 
 
-def test_a_renamed_link_is_a_run_like_any_other(finished: Path) -> None:
+def test_a_renamed_link_resumes_as_a_single_run(finished: Path) -> None:
     shutil.move("runs/x", "runs/best")
     assert resume_config(RunDir(Path("runs/best"))).generations == 1
     shutil.move("runs", "moved")
@@ -297,7 +297,7 @@ def test_a_renamed_link_is_a_run_like_any_other(finished: Path) -> None:
     )
 
 
-def test_what_cannot_be_trained_is_told_before_the_first_link(taught: Path) -> None:
+def test_errors_of_all_links_are_found_before_the_first_training(taught: Path) -> None:
     small = make_splits(size=(8, 8, 1))
     for splits, change, match in (
         (make_splits(), {"assistant": ("convnet-small", "resnet7")}, "unknown network: resnet7"),
@@ -315,7 +315,7 @@ def test_what_cannot_be_trained_is_told_before_the_first_link(taught: Path) -> N
     assert not Path("runs").exists()
 
 
-def test_layers_and_weights_of_teachers_go_to_the_links_they_are_of() -> None:
+def test_stages_and_teacher_weights_of_each_link() -> None:
     from kdcli.engine.chain import links
 
     settings = config(
@@ -333,7 +333,7 @@ def test_layers_and_weights_of_teachers_go_to_the_links_they_are_of() -> None:
     assert links(settings)[0].teacher == (Path("a.pt"), Path("b.pt"))
 
 
-def test_without_a_teachers_term_there_is_no_chain(taught: Path, splits: Splits) -> None:
+def test_a_method_without_a_teacher_makes_no_chain(taught: Path, splits: Splits) -> None:
     told: list[Event] = []
     [result] = fit_chain(
         config(**{**CHAIN, "method": "ce", "epochs": 1}, name="a"), splits, on_event=told.append
@@ -350,7 +350,7 @@ def test_without_a_teachers_term_there_is_no_chain(taught: Path, splits: Splits)
 
 
 @pytest.mark.parametrize(("student", "told"), [("convnet-tiny", True), ("convnet-small", False)])
-def test_born_again_says_so_if_the_teacher_is_another_network(
+def test_born_again_notes_a_teacher_of_another_network(
     taught: Path, splits: Splits, student: str, told: bool
 ) -> None:
     """The teacher is a convnet-small; the second generation's is always the student's own network."""
@@ -405,7 +405,7 @@ def at(typed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-def test_a_chain_is_shown_with_a_line_for_each_link(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_of_a_chain_has_a_line_for_each_link(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kd = command_line(monkeypatch, train)
     told = [read_result(Path("runs") / name / "result.json") for name in OF_TYPED]
     lines = Path("said.txt").read_text().splitlines()
@@ -433,7 +433,7 @@ def test_a_chain_is_shown_with_a_line_for_each_link(at: Path, monkeypatch: pytes
     assert weights(Path("runs/z")) == weights(Path("runs/x"))
 
 
-def test_what_a_method_does_not_read_is_noted(taught: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unread_chain_options_are_noted(taught: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image_folder(Path("images"))
     kd = command_line(monkeypatch, train)
     words = shlex.split("--data images --threads 1 --epochs 1 --student convnet-tiny --name c --method ls")
@@ -447,7 +447,7 @@ def test_what_a_method_does_not_read_is_noted(taught: Path, monkeypatch: pytest.
 
 
 @pytest.mark.slow
-def test_killed_in_each_link_a_chain_goes_on_to_the_same_students(at: Path) -> None:
+def test_a_chain_killed_in_each_link_is_bit_identical(at: Path) -> None:
     """SIGKILL to a real `kd train`; then it is typed again, or any of its links is resumed."""
     for name in OF_TYPED:
         shutil.move(Path("runs") / name, name)
@@ -471,7 +471,7 @@ def test_killed_in_each_link_a_chain_goes_on_to_the_same_students(at: Path) -> N
 
 
 @pytest.mark.slow
-def test_two_processes_go_through_a_chain_together(at: Path) -> None:
+def test_two_processes_train_a_chain(at: Path) -> None:
     """The first link is there; the others are trained by both."""
     for name in OF_TYPED[1:]:
         shutil.move(Path("runs") / name, name)

@@ -1,4 +1,4 @@
-"""Training: what it must reach, what must not move, and that nothing depends on when it was stopped."""
+"""Training: results, determinism, resuming, and refused settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdcli import engine, models
+from kdcli import models
 from kdcli.base.config import make
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Event, Note, Progress
@@ -22,9 +22,9 @@ from kdcli.base.recipes import RECIPES, read_recipe
 from kdcli.data import Splits, incompatibility
 from kdcli.data.split import split
 from kdcli.engine import RunDir, RunResult, fit, read_metrics
-from kdcli.engine.output_scale import OutputScale
 from kdcli.engine.plan import resolve
-from kdcli.engine.schedule import learning_rate
+from kdcli.engine.step import learning_rate
+from kdcli.engine.student import OutputScale
 from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint
 from kdcli.teacher import CachedLogits, Teacher, freeze
@@ -43,7 +43,7 @@ def trained_teacher(workplace: Path, splits: Splits) -> Path:
     return Path("runs/teacher/student.pt")
 
 
-def test_labels_alone_are_learned(workplace: Path, splits: Splits) -> None:
+def test_training_from_labels_alone(workplace: Path, splits: Splits) -> None:
     result = fit(config(method="ce", epochs=20), splits)
     assert result.evaluation.accuracy > 90
     assert result.teacher_passes == 0
@@ -85,15 +85,13 @@ def test_cached_teacher_equals_live_teacher(trained_teacher: Path, splits: Split
     assert not np.array_equal(found[0].stored[0], found[1].stored[0])
 
 
-def test_nothing_of_what_a_teacher_gives_is_reused_for_other_data_seed_or_weights(
-    trained_teacher: Path, splits: Splits
-) -> None:
+def test_cached_logits_depend_on_data_seed_and_weights(trained_teacher: Path, splits: Splits) -> None:
     def passes(
         path: Path = trained_teacher, data: Splits = splits, seed: int = 0, augment: str = "flip"
     ) -> int:
         opened = Teacher.open(path, Path("cache"))
         opened.logits(data.train, augment_name=augment, seed=seed)
-        return opened.passes
+        return opened.views_computed
 
     assert passes() == 1
     assert passes() == 0
@@ -109,7 +107,7 @@ def test_nothing_of_what_a_teacher_gives_is_reused_for_other_data_seed_or_weight
     assert passes(path=other) == 1
 
 
-def test_a_damaged_cache_file_is_not_believed(trained_teacher: Path, splits: Splits) -> None:
+def test_a_damaged_cache_file_is_computed_again(trained_teacher: Path, splits: Splits) -> None:
     opened = Teacher.open(trained_teacher, Path("cache"))
     right = opened.logits(splits.train)[0].logits()
     [file] = Path("cache/teacher").glob("*/view-0000.npy")
@@ -117,11 +115,11 @@ def test_a_damaged_cache_file_is_not_believed(trained_teacher: Path, splits: Spl
     content[-1] ^= 1
     file.write_bytes(content)
     again = opened.logits(splits.train)[0].logits()
-    assert opened.passes == 2
+    assert opened.views_computed == 2
     assert torch.equal(again, right)
 
 
-def test_teacher_stays_as_it_is(trained_teacher: Path, splits: Splits) -> None:
+def test_training_does_not_change_the_teacher(trained_teacher: Path, splits: Splits) -> None:
     """No gradient, no batch-norm statistic and no byte of the file moves, live dropout or not."""
     before = trained_teacher.read_bytes()
     opened = Teacher.open(trained_teacher, Path("cache"))
@@ -207,7 +205,7 @@ def test_test_data_is_read_once_and_after_training(
     assert order == ["validation"] * 4 + ["test"]
 
 
-def test_same_seed_same_student_other_seed_another(trained_teacher: Path, splits: Splits) -> None:
+def test_the_seed_decides_the_student(trained_teacher: Path, splits: Splits) -> None:
     settings = {"method": "noisy", "teacher": trained_teacher, "augment": "flip"}
     results = [fit(config(**settings, seed=seed), splits) for seed in (3, 3, 4)]
     first, same, other = (checkpoint.load(result.run.student).state_dict for result in results)
@@ -221,7 +219,7 @@ def test_stopped_and_resumed_is_bit_identical(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, method: str, images: int
 ) -> None:
     """nin has dropout, so the generator's state counts; noisy has draws and an output scale of its own."""
-    monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
+    monkeypatch.setattr("kdcli.engine.trainer._SHOW_EVERY_S", 0.0)
     splits = make_splits(size=(8, 8, 3))
     student = {"ce": "nin", "noisy": "convnet-tiny"}[method]
     settings = {"method": method, "student": student, "augment": "flip-crop", "save_every": 2, "lr": 1e-3}
@@ -251,7 +249,7 @@ def test_stopped_and_resumed_is_bit_identical(
 
 
 def test_sigterm_leaves_with_143(workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
+    monkeypatch.setattr("kdcli.engine.trainer._SHOW_EVERY_S", 0.0)
     with pytest.raises(Interrupted) as caught:
         fit(config(method="ce"), splits, on_event=StopAfter(1, signal.SIGTERM))
     assert caught.value.exit_code == 143
@@ -260,7 +258,7 @@ def test_sigterm_leaves_with_143(workplace: Path, splits: Splits, monkeypatch: p
 def test_resume_with_other_data_is_refused(
     workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
+    monkeypatch.setattr("kdcli.engine.trainer._SHOW_EVERY_S", 0.0)
     with pytest.raises(Interrupted):
         fit(config(method="ce", name="x"), splits, on_event=StopAfter(1, signal.SIGINT))
     run = RunDir.existing(Path("runs/x"))
@@ -284,7 +282,7 @@ def test_an_exploding_loss_is_an_error(workplace: Path, splits: Splits) -> None:
         )
 
 
-def test_run_folder_holds_what_is_promised(workplace: Path, splits: Splits) -> None:
+def test_files_of_a_run_folder(workplace: Path, splits: Splits) -> None:
     result = fit(config(method="ce", val_fraction=0.2), splits)
     names = {path.name for path in result.run.path.iterdir()}
     assert names == {
@@ -340,7 +338,7 @@ def test_a_regressing_student_starts_at_the_teachers_mean_and_spread(workplace: 
 def test_folding_changes_no_logit() -> None:
     random = np.random.default_rng(0)
     targets = (random.normal(size=(50, 4)) * 9 + [10, 20, 30, 40]).astype(np.float32)
-    output = OutputScale.of(CachedLogits((targets,), (1.0,), 4), np.arange(50), torch.device("cpu"))
+    output = OutputScale.of_logits(CachedLogits((targets,), (1.0,), 4), np.arange(50), torch.device("cpu"))
     np.testing.assert_allclose(output.shift.numpy(), targets.mean(axis=0), rtol=1e-6)
     assert output.scale == pytest.approx(np.sqrt(np.mean(targets.var(axis=0))))
     network = models.build("convnet-tiny", classes=4, input_size=(8, 8, 1)).eval()
@@ -351,7 +349,7 @@ def test_folding_changes_no_logit() -> None:
         torch.testing.assert_close(network(pixels), before, rtol=1e-5, atol=1e-4)
 
 
-def test_other_class_names_are_refused_and_so_is_another_order(trained_teacher: Path, splits: Splits) -> None:
+def test_other_names_or_order_of_classes_are_refused(trained_teacher: Path, splits: Splits) -> None:
     train = splits.train
     for names in (("class 0", "class 1", "ape"), train.classes[::-1]):
         other = replace(splits, train=replace(train, classes=names, fingerprint="f" * 64))
@@ -362,7 +360,7 @@ def test_other_class_names_are_refused_and_so_is_another_order(trained_teacher: 
     assert incompatibility(train.classes, (8, 8, 1), numbered) is None
 
 
-def test_the_state_of_a_run_is_not_taken_for_a_model(trained_teacher: Path) -> None:
+def test_a_saved_state_is_not_loaded_as_a_model(trained_teacher: Path) -> None:
     with pytest.raises(KdError, match="not a finished model") as caught:
         models.load(trained_teacher.with_name("last.pt"))
     assert "student.pt" in caught.value.hint
@@ -376,7 +374,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(workplace: Path, s
     assert again.evaluation == result.evaluation
 
 
-def test_split_is_stratified_disjoint_and_leaves_every_class_something() -> None:
+def test_split_is_stratified_and_disjoint() -> None:
     labels = np.repeat(np.arange(5), [100, 50, 10, 2, 1])
     train, validation = split(labels, 0.2)
     assert sorted([*train, *validation]) == list(range(163))
@@ -386,7 +384,7 @@ def test_split_is_stratified_disjoint_and_leaves_every_class_something() -> None
     assert split(labels, 0.0)[1].tolist() == []
 
 
-def test_split_is_that_of_a_plain_loop_over_the_classes() -> None:
+def test_split_equals_a_plain_loop_over_the_classes() -> None:
     from kdcli.data import augment
 
     labels = np.random.default_rng(0).integers(0, 40, 3000) * 3
@@ -398,7 +396,7 @@ def test_split_is_that_of_a_plain_loop_over_the_classes() -> None:
     assert split(labels, 0.07)[1].tolist() == sorted(expected)
 
 
-def test_views_are_as_many_as_make_sense() -> None:
+def test_default_number_of_views() -> None:
     def views(**changes: Any) -> int:
         return resolve(config(epochs=20, **changes)).views
 
@@ -411,7 +409,7 @@ def test_views_are_as_many_as_make_sense() -> None:
         views(method="kd", augment="flip", views=3)
 
 
-def test_what_is_kept_of_a_teacher_goes_with_one_that_is_kept() -> None:
+def test_cache_top_k_is_refused_with_a_live_teacher() -> None:
     for live in ({"teacher_cache": "off"}, {"teacher_dropout": 0.5}):
         with pytest.raises(UsageError, match="--cache-top-k"):
             resolve(config(cache_top_k=2, **live))
@@ -420,7 +418,7 @@ def test_what_is_kept_of_a_teacher_goes_with_one_that_is_kept() -> None:
 
 
 @pytest.mark.parametrize(("batch", "epochs", "told"), [(64, 2, True), (64, 30, False), (16, 2, False)])
-def test_a_run_of_a_few_steps_is_told_so(
+def test_a_run_of_few_steps_is_noted(
     workplace: Path, splits: Splits, batch: int, epochs: int, told: bool
 ) -> None:
     """So few steps leave batch norm's averages, and all else, near where they began."""
@@ -453,7 +451,7 @@ def test_learning_rates() -> None:
         assert learning_rate("onecycle", 1e-3, number, 101) == pytest.approx(expected)
 
 
-def test_the_seed_recipe_is_the_references() -> None:
+def test_the_seed_recipe_equals_the_reference() -> None:
     recipe = make(TrainConfig, RECIPES["seed"])
     assert (recipe.optimizer, recipe.lr, recipe.schedule, recipe.batch_size, recipe.epochs) == (
         "adam",
@@ -507,9 +505,7 @@ def test_progress_shows_the_last_validation_accuracy_in_one_bar(workplace: Path,
     ]
 
 
-def test_settings_that_followed_from_others_follow_anew_when_those_change(
-    trained_teacher: Path, splits: Splits
-) -> None:
+def test_derived_settings_are_derived_again_from_changed_ones(trained_teacher: Path, splits: Splits) -> None:
     fit(config(method="ce", augment="flip-crop", epochs=20, name="a", batch_size=512), splits)
     file = "runs/a/config.toml"
     assert make(TrainConfig, read_recipe(file, {"method": "ce"})).views == 20
@@ -543,7 +539,7 @@ def test_steps_are_logged_as_means_over_the_steps_between(workplace: Path, split
         assert line.loss == pytest.approx(expected, rel=1e-6)
 
 
-def test_tensorboard_is_asked_for_before_anything_is_made(
+def test_missing_tensorboard_is_an_error_before_the_run(
     workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -600,7 +596,7 @@ def test_steps_of_an_augmentation_have_one_order() -> None:
     assert config(augment="mixup-crop-flip").augment == "flip-crop-mixup"
 
 
-def test_an_accelerator_that_is_not_here_is_refused(workplace: Path, splits: Splits) -> None:
+def test_a_missing_accelerator_is_refused(workplace: Path, splits: Splits) -> None:
     if torch.backends.mps.is_available():
         pytest.skip("this machine has MPS")
     with pytest.raises(UsageError, match="--accelerator mps"):

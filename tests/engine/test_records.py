@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kdcli.base.errors import KdError
+from kdcli.base.files import write_json
 from kdcli.engine import identity, measure
 from kdcli.engine.records import (
     Metrics,
@@ -20,7 +21,6 @@ from kdcli.engine.records import (
     epoch_lines,
     read_metrics,
     read_result,
-    write_result,
 )
 from kdcli.engine.run_dir import RunDir
 
@@ -58,7 +58,7 @@ def line(kind: str, epoch: int, step: int, **changes: Any) -> Metrics:
 
 
 def test_a_result_is_read_as_it_was_written(result: RunResult, tmp_path: Path) -> None:
-    write_result(result)
+    write_json(result.run.result_file, result.to_json())
     assert read_result(result.run.result_file) == result
     result.run.path.rename(tmp_path / "moved")
     assert read_result(tmp_path / "moved/result.json").run == RunDir(tmp_path / "moved")
@@ -90,7 +90,7 @@ def test_a_result_is_read_as_it_was_written(result: RunResult, tmp_path: Path) -
 )
 def test_a_wrong_result_is_one_line(result: RunResult, change: Callable[[str], str], message: str) -> None:
     result = result.model_copy(update={"test": result.evaluation.model_copy(update={"accuracy": 75.0})})
-    write_result(result)
+    write_json(result.run.result_file, result.to_json())
     path = result.run.result_file
     path.write_text(change(path.read_text()), encoding="utf-8")
     with pytest.raises(KdError, match=message) as caught:
@@ -108,7 +108,7 @@ def test_a_missing_or_huge_file_is_one_line(tmp_path: Path, monkeypatch: pytest.
         read_metrics(tmp_path / "metrics.jsonl")
 
 
-def test_a_half_line_at_the_end_is_left_out_and_one_before_it_is_an_error(tmp_path: Path) -> None:
+def test_only_a_last_half_line_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [line("step", 1, 1), line("epoch", 1, 2, val_accuracy=50.0), line("epoch", 1, 2, loss=0.25)]
     for each in lines:
@@ -123,7 +123,7 @@ def test_a_half_line_at_the_end_is_left_out_and_one_before_it_is_an_error(tmp_pa
         read_metrics(path)
 
 
-def test_what_a_resumed_run_does_again_is_cut(tmp_path: Path) -> None:
+def test_cut_metrics_drops_the_lines_after_the_saved_state(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     cut_metrics(path, 0, 0)
     assert read_metrics(path) == []

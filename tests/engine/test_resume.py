@@ -1,4 +1,4 @@
-"""Whatever ends a run, it goes on to the very state it would have reached."""
+"""Resuming: a run that was killed, stopped or out of disk space ends with the same bits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 
-from kdcli import engine
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Event, Note
 from kdcli.data import Splits
@@ -50,7 +49,7 @@ def state_of(run: RunDir) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_killed_twenty_times_and_resumed_it_ends_the_same(workplace: Path) -> None:
+def test_a_run_killed_twenty_times_is_bit_identical(workplace: Path) -> None:
     """SIGKILL to a real `kd train`: the first while it starts, the others wherever they hit between two lines."""
     image_folder(Path("images"))  # not the digits: scikit-learn alone would be a second of each start
     common = "--data images --student lenet-caffe --threads 1 --precision 32 -q"
@@ -120,7 +119,7 @@ def reference_runs(folder: Path, splits: Splits, **settings: Any) -> Path:
     """A folder with three runs of the same settings: `whole`, `start` (stopped in its first epoch), `cut`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
+        patch.setattr("kdcli.engine.trainer._SHOW_EVERY_S", 0.0)
         fit(config(**settings, name="whole"), splits)
         with pytest.raises(Interrupted):
             fit(config(**settings, name="start"), splits, on_event=StopAfter(1, signal.SIGINT))
@@ -230,11 +229,11 @@ def test_adapters_are_part_of_the_state(
     assert same == (part is None)
 
 
-def test_the_last_state_is_the_newest_that_can_be_read(
+def test_the_newest_readable_state_is_restored(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, splits: Splits, reference: Path
 ) -> None:
     """Cut short or with one bit flipped, a state is passed over, with a note, for the one before."""
-    monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
+    monkeypatch.setattr("kdcli.engine.trainer._SHOW_EVERY_S", 0.0)
     run = stopped("cut", splits, **SETTINGS, save_every="2steps", keep=3)
     states = run.saved()
     assert [path.name for path in states] == ["last.pt", "last-000000006.pt", "last-000000004.pt"]
@@ -251,7 +250,7 @@ def test_the_last_state_is_the_newest_that_can_be_read(
     assert state_of(resumed.run) == state_of(RunDir(reference / "whole"))
 
 
-def test_with_all_states_damaged_the_error_names_the_run_and_its_files_stay(
+def test_all_states_damaged_is_an_error_that_changes_no_file(
     workplace: Path, splits: Splits, reference: Path
 ) -> None:
     run = copy_of_cut(reference)
@@ -264,7 +263,7 @@ def test_with_all_states_damaged_the_error_names_the_run_and_its_files_stay(
 
 
 @pytest.mark.parametrize("where", range(0, 100, 9))
-def test_a_flipped_bit_anywhere_is_an_error_or_does_no_harm(tmp_path: Path, where: int) -> None:
+def test_a_flipped_bit_in_a_checkpoint(tmp_path: Path, where: int) -> None:
     """In each of the file's regions; a bit of padding may flip and change nothing."""
     path = tmp_path / "x.pt"
     stored = checkpoint.Checkpoint(
@@ -304,18 +303,18 @@ def test_saving_by_the_clock(workplace: Path, monkeypatch: pytest.MonkeyPatch) -
 
     now = [0.0]
     monkeypatch.setattr(state.time, "monotonic", lambda: now[0])
-    due = state.SaveSchedule(config(save_every="10min"))
-    assert not due.after_step(1)
+    schedule = state.SaveSchedule(config(save_every="10min"))
+    position = State(epoch=1, step=1)
     now[0] = 599.0
-    assert not due.after_step(2)
-    assert not due.after_epoch(1, 2)
+    assert not schedule.due(position, epoch_ended=False)
+    assert not schedule.due(position, epoch_ended=True)
     now[0] = 600.0
-    assert due.after_step(3)
-    assert due.after_epoch(1, 3)
-    due.saved()
-    assert not due.after_step(4)
+    assert schedule.due(position, epoch_ended=False)
+    assert schedule.due(position, epoch_ended=True)
+    schedule.saved()
+    assert not schedule.due(position, epoch_ended=False)
     never = state.SaveSchedule(config(save_every="0"))
-    assert not never.after_epoch(1, 1)
+    assert not never.due(position, epoch_ended=True)
 
 
 @pytest.mark.parametrize(
@@ -336,12 +335,12 @@ def test_units_of_save_every(typed: Any, kept: str, meaning: tuple[int, str]) ->
 
 
 @pytest.mark.parametrize("wrong", ["", "-1", "1.5", "5 hours", "steps", "min"])
-def test_save_every_of_no_meaning(wrong: str) -> None:
+def test_invalid_save_every(wrong: str) -> None:
     with pytest.raises(UsageError, match="--save-every"):
         config(save_every=wrong)
 
 
-def test_a_run_resumed_under_other_circumstances_says_so_and_is_marked(
+def test_resuming_under_other_circumstances_is_noted_and_recorded(
     workplace: Path, splits: Splits, reference: Path
 ) -> None:
     run = copy_of_cut(reference)
@@ -375,7 +374,7 @@ def small_disk(workplace: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_error_and_the_state_before_it_stays(small_disk: Path) -> None:
+def test_a_full_disk_is_one_error_and_keeps_the_last_state(small_disk: Path) -> None:
     """A state takes some 8 MB: two of them fit, the third does not."""
     settings = shlex.split(
         "--method ce --data digits --image-size 32 --student lenet-caffe --epochs 4 --batch-size 256 --threads 1 "

@@ -1,4 +1,4 @@
-"""A student that goes on from a file: its weights, its preprocessing, and a Caffe net as one."""
+"""A student from a file: its weights and preprocessing; a converted Caffe network as one."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import nn
 
-from kdcli import engine, models
+from kdcli import models
 from kdcli.base.config import ConvertConfig, ExportConfig, make
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.cli import test, train
 from kdcli.data import Splits
 from kdcli.deploy import export
 from kdcli.engine import RunDir, fit, read_metrics
-from kdcli.engine.output_scale import OutputScale
+from kdcli.engine.student import OutputScale
 from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint
 from tests.caffe_files import convert, field, layer, net, write
@@ -81,7 +81,7 @@ def still(**changes: Any) -> TrainConfig:
     return config(**{"optimizer": "sgd", "lr": 1e-30, "epochs": 1, **changes})
 
 
-def test_it_begins_with_the_files_weights_and_preprocessing(
+def test_a_student_file_gives_weights_and_preprocessing(
     workplace: Path, caffe_net: Path, splits: Splits
 ) -> None:
     before = models.load(caffe_net)
@@ -98,7 +98,7 @@ def test_it_begins_with_the_files_weights_and_preprocessing(
     assert again.run.path.name == "ce-ce-caffe-net-1-1"  # named by the run, not "student"
 
 
-def test_regression_begins_with_the_files_logits(workplace: Path) -> None:
+def test_regression_starts_with_the_logits_of_the_student_file(workplace: Path) -> None:
     """The scale that a student regresses in must not change what a trained one says."""
     splits = make_splits(size=(16, 16, 3))
     fit(config(method="ce", student="convnet-small", name="teacher"), splits)
@@ -133,7 +133,7 @@ def test_a_caffe_net_trains_resumes_and_exports(
     workplace: Path, caffe_net: Path, splits: Splits, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As any other student: exactly resumable, and the same as ONNX."""
-    monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
+    monkeypatch.setattr("kdcli.engine.trainer._SHOW_EVERY_S", 0.0)
     fit(config(method="ce", student="convnet-small", epochs=1, name="teacher"), splits)
     settings = {
         "method": method,
@@ -164,10 +164,10 @@ def test_a_caffe_net_trains_resumes_and_exports(
     assert done.parity.same_top1 == done.parity.images
 
 
-def test_a_resumed_run_wants_the_file_it_began_with(
+def test_resuming_with_another_student_file_is_refused(
     workplace: Path, caffe_net: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
+    monkeypatch.setattr("kdcli.engine.trainer._SHOW_EVERY_S", 0.0)
     with pytest.raises(Interrupted):
         fit(
             config(method="ce", student=str(caffe_net), name="x"),
@@ -182,7 +182,9 @@ def test_a_resumed_run_wants_the_file_it_began_with(
         fit(run.read_config(), splits, resume=run)
 
 
-def test_what_does_not_fit_is_refused(workplace: Path, caffe_net: Path, splits: Splits) -> None:
+def test_a_student_file_that_does_not_fit_is_refused(
+    workplace: Path, caffe_net: Path, splits: Splits
+) -> None:
     with pytest.raises(KdError, match=r"student caffe-net\.pt has 3 classes, the data has 4"):
         fit(config(method="ce", student=str(caffe_net)), make_splits(size=(12, 12, 3), classes=4))
     with pytest.raises(KdError, match="takes 12×12×3 images, the data has 8×8×1"):
@@ -195,7 +197,9 @@ def test_what_does_not_fit_is_refused(workplace: Path, caffe_net: Path, splits: 
     assert not Path("runs").exists()
 
 
-def test_on_the_command_line(workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_a_student_file_on_the_command_line(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
     """Images are made to fit; options that the file decides are said to do nothing."""
     run = command_line(monkeypatch, train, test)
     common = ("--data", "digits", "--epochs", "1", "--method", "ce", "--precision", "32", "--threads", "1")

@@ -427,9 +427,9 @@ def test_a_method_that_leaves_the_last_layer_alone_is_refused() -> None:
 
 
 def test_contrast_does_not_go_with_mixup() -> None:
-    from kdcli.engine.plan import check
+    from kdcli.engine.plan import resolve
 
-    check(config_of("crd", augment="flip-crop"))
-    check(config_of("at", augment="flip-mixup"))
+    resolve(config_of("crd", augment="flip-crop"))
+    resolve(config_of("at", augment="flip-mixup"))
     with pytest.raises(UsageError, match="mixup's have two"):
-        check(config_of("kd+crd", augment="flip-mixup"))
+        resolve(config_of("kd+crd", augment="flip-mixup"))

@@ -12,7 +12,7 @@ import onnx
 import pytest
 import torch
 
-from kdcli import engine, methods, models
+from kdcli import methods, models
 from kdcli.base.config import ExportConfig, make
 from kdcli.base.errors import Interrupted
 from kdcli.data import ImageSet, Splits
@@ -92,7 +92,7 @@ def test_two_steps_an_exact_resume_and_nothing_but_the_student_in_its_file(
     teacher: str,
     student: str,
 ) -> None:
-    monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
+    monkeypatch.setattr("kdcli.engine.trainer._SHOW_EVERY_S", 0.0)
     settings: dict[str, Any] = {
         "method": method,
         "teacher": teachers[teacher],

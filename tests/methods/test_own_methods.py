@@ -341,7 +341,7 @@ def test_a_recipe_with_code_runs_where_the_same_code_is_typed(canary: Any) -> No
 def test_a_run_with_code_goes_on_where_the_same_code_is_typed(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(fit.__globals__, "_SHOW_EVERY_S", 0.0)
+    monkeypatch.setattr("kdcli.engine.trainer._SHOW_EVERY_S", 0.0)
     write("resumed", CANARY)
     settings = config(method="resumed:sing", data="digits", epochs=2, log_every=1)
     whole = fit(settings.model_copy(update={"name": "whole"}), digits())
@@ -382,7 +382,7 @@ class _StopOnce:
 def test_a_comparison_with_code_goes_on_by_its_own_command_and_with_that_code_only(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(fit.__globals__, "_SHOW_EVERY_S", 0.0)
+    monkeypatch.setattr("kdcli.engine.trainer._SHOW_EVERY_S", 0.0)
     write("sheet", SONG)
     settings = make(CompareConfig, {"methods": "ce,sheet:song", "seeds": "1", "name": "c"})
     train = {"student": "convnet-tiny", "epochs": 1, "batch_size": 16, "precision": "32", "threads": 1}
@@ -405,7 +405,7 @@ def test_a_comparison_with_code_goes_on_by_its_own_command_and_with_that_code_on
 def test_a_run_with_code_is_repeated_where_the_same_code_is_typed(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(fit.__globals__, "_SHOW_EVERY_S", 0.0)
+    monkeypatch.setattr("kdcli.engine.trainer._SHOW_EVERY_S", 0.0)
     write("verse", SONG)
     fit(config(method="verse:song", data="digits", epochs=1, batch_size=256, name="r"), digits())
     found = read_finished(Path("runs/r"), "verse:song")

@@ -23,7 +23,7 @@ from kdcli.base import metrics
 from kdcli.base.errors import KdError, UsageError
 from kdcli.cli import report
 from kdcli.data import Splits, load
-from kdcli.engine.evaluate import measure
+from kdcli.engine.records import measure
 from kdcli.report import details, examine, gather, make_report
 from tests.helpers import command_line
 from tests.report.helpers import EVIL_NAME, HOSTILE, Page, bench_file, comparison_folder, settings

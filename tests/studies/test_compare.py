@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdcli import engine, methods
+from kdcli import methods
 from kdcli.base.config import CompareConfig, make
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Event, Progress
@@ -156,7 +156,7 @@ def test_what_is_finished_is_not_done_again(splits: Splits) -> None:
 def test_stopped_in_a_run_and_gone_on_with_it_is_the_same(
     splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
+    monkeypatch.setattr("kdcli.engine.trainer._SHOW_EVERY_S", 0.0)
 
     def stop(event: Event) -> None:
         if isinstance(event, Progress) and "kd, seed 0, epoch 2" in event.task:

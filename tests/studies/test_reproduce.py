@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdcli import engine, models
+from kdcli import models
 from kdcli.base.config import make
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Event, Note, Progress
@@ -160,7 +160,7 @@ def test_what_is_no_finished_run_is_refused(splits: Splits) -> None:
 def test_a_repetition_that_was_stopped_is_gone_on_with(
     splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(engine.fit.__globals__, "_SHOW_EVERY_S", 0.0)
+    monkeypatch.setattr("kdcli.engine.trainer._SHOW_EVERY_S", 0.0)
 
     def stop(event: Event) -> None:
         if isinstance(event, Progress) and event.task == "epoch 2/2":

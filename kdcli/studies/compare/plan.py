@@ -22,7 +22,7 @@ from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import write_text
 from kdcli.base.text import reason
 from kdcli.engine.identity import decisive_settings, differences
-from kdcli.engine.plan import check, resolve
+from kdcli.engine.plan import resolve
 from kdcli.engine.run_dir import RunDir
 from kdcli.methods import TrainConfig
 
@@ -150,7 +150,7 @@ class Plan:
                 f"--weight {stray}: none of these methods has such a term", f"They have {', '.join(terms)}."
             )
         for config in self.each:
-            check(config)
+            resolve(config)
         missing = [path for path in self.train.teacher if not path.is_file()]
         if missing and any(methods.objective(config).needs_teacher for config in self.each):
             raise KdError(

@@ -12,7 +12,7 @@ from kdcli.data import Splits, rows
 from kdcli.data.split import split
 from kdcli.engine import fit
 from kdcli.engine.identity import check_unchanged, input_hashes
-from kdcli.engine.plan import check
+from kdcli.engine.plan import resolve
 from kdcli.engine.student import check_student, make_student
 from kdcli.studies.compare.plan import CommonSettings, Plan, PlannedRun
 from kdcli.studies.compare.result import Comparison, conclude
@@ -44,7 +44,7 @@ def _start(plan: Plan, data: Splits, on_event: OnEvent) -> Plan:
     """The comparison with everything that its runs have in common, recorded in its folder."""
     plan = plan.as_started()
     for config in plan.each:
-        check(config, data)
+        resolve(config, data)
         check_student(config, data.train)
     inputs = {name: sha256 for config in plan.each for name, sha256 in input_hashes(config, data).items()}
     if not plan.inputs:

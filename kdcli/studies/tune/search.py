@@ -17,7 +17,7 @@ from kdcli.data import Splits
 from kdcli.data.split import split
 from kdcli.engine import fit
 from kdcli.engine.identity import decisive_settings, input_hashes
-from kdcli.engine.plan import check as check_run
+from kdcli.engine.plan import resolve
 from kdcli.methods import TrainConfig
 from kdcli.studies.tune import storage
 from kdcli.studies.tune.settings import TuneConfig
@@ -83,7 +83,7 @@ def check(config: TuneConfig, space: Space) -> None:
             "Start kd tune once for each device, with the same settings.",
         )
     for settings in candidates(space, config.train):
-        check_run(settings)
+        resolve(settings)
     students = [str(name) for name in choices(space, "student", config.student)]
     networks = [name for name in students if not name.lower().endswith(".pt")]
     names = {part.name for part in space}

@@ -1,0 +1,275 @@
+"""The training loop, for every method, student and teacher."""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from kdcli import __version__, models
+from kdcli.base import metrics
+from kdcli.base.errors import Interrupted
+from kdcli.base.events import Epoch, OnEvent, Progress
+from kdcli.base.files import write_json
+from kdcli.base.runtime import StopFlag
+from kdcli.data import augment
+from kdcli.engine.feed import Feed, Minibatch, TeacherOutputs
+from kdcli.engine.plan import RunPlan
+from kdcli.engine.records import Evaluation, RunResult, Unlabelled, measure
+from kdcli.engine.run_dir import RunDir, resume_command
+from kdcli.engine.state import Recorder, SaveSchedule, State
+from kdcli.engine.step import Step, learning_rate
+from kdcli.engine.student import OutputScale
+from kdcli.models import Classifier
+
+_SHOW_EVERY_S = 0.5
+_AGREE_STEPS = 8
+
+
+@dataclass
+class Trainer:
+    """The training loop of one run, with its parts.
+
+    Attributes:
+        plan: the plan, with the precision settled.
+        outputs: those of the teacher.
+        scale: the student's output in the teacher's units; None where it needs none.
+        state: the position; of a resumed run, that of its newest saved state.
+        saved_step: step of the present `last.pt`; None without one.
+        val_accuracy: on the validation split, per cent; None before the first epoch's end, and without a split.
+    """
+
+    plan: RunPlan
+    run: RunDir
+    student: Classifier
+    outputs: TeacherOutputs
+    adapters: Mapping[str, nn.Module]
+    optimizer: torch.optim.Optimizer
+    scale: OutputScale | None
+    feed: Feed
+    step: Step
+    recorder: Recorder
+    state: State
+    saved_step: int | None
+    on_event: OnEvent
+    stop: StopFlag
+    val_accuracy: float | None = None
+
+    def __post_init__(self) -> None:
+        self.config = self.plan.config
+        self.world = self.plan.world
+        self.schedule = SaveSchedule(self.config)
+
+    def train(self) -> RunResult:
+        """Train to the end, measure the student on the test images, and write checkpoint and result."""
+        # 1. Epochs
+        while self.state.epoch < self.config.epochs:
+            self._epoch()
+        # 2. Figures
+        self._validate()
+        self.student.eval()
+        if self.scale is not None:
+            self.scale.fold(self.student.network)
+        evaluation = self._evaluate() if self.plan.test else None
+        # 3. Files
+        result = self._result(evaluation)
+        self.student.provenance = self._provenance(result)
+        if self.world.first:
+            self.student.save(self.run.student)
+            write_json(self.run.result_file, result.to_json())
+        self.world.barrier()
+        return result
+
+    def _evaluate(self) -> Evaluation:
+        """Figures on the test images, which are read here and nowhere else."""
+        plan, test = self.plan, self.plan.data.test
+        teacher_logits = None
+        if plan.teacher is not None:
+            cached = plan.teacher.logits(
+                test,
+                exact=True,
+                task="teacher on test images",
+                on_event=self.on_event,
+                stop=lambda: bool(self.stop),
+            )
+            if not cached:
+                raise self._interrupted("training is finished, only the test is missing")
+            teacher_logits = cached[0].logits()
+        logits = models.predict_logits(self.student, test.images, task="testing", on_event=self.on_event)
+        return measure(logits, torch.tensor(test.labels), teacher_logits)
+
+    def _epoch(self) -> None:
+        """One pass, or the rest of one that was interrupted."""
+        config, state = self.config, self.state
+        started, reported = time.perf_counter(), time.monotonic()
+        seconds_before, images_before = state.seconds, state.images
+        rate = config.lr
+        for batch in self._batches():
+            # 1. Update the student
+            rate = learning_rate(config.schedule, config.lr, state.step, self.plan.steps)
+            teacher = self.outputs(batch, state.epoch)
+            done = state.step / self.plan.steps
+            self.recorder.sums += self.step(batch, state.epoch, rate, done, teacher)
+            # 2. Advance the position
+            state.step += 1
+            state.step_in_epoch += 1
+            state.images += batch.count
+            state.seconds = seconds_before + time.perf_counter() - started
+            last = state.step_in_epoch == self.plan.steps_per_epoch
+            # 3. Log, report and save
+            if config.log_every and state.step % config.log_every == 0:
+                self.recorder.steps(rate)
+            if time.monotonic() - reported >= _SHOW_EVERY_S or last:
+                reported = time.monotonic()
+                self._report((state.images - images_before) / (time.perf_counter() - started))
+            stop, save = self._agree(state.step, self.schedule.due(state, epoch_ended=False))
+            if (stop or save) and not last:
+                self._save_state()
+                if stop:
+                    raise self._interrupted("the state is saved")
+        self.recorder.total()  # waits for the device: the time includes its work
+        state.seconds = seconds_before + time.perf_counter() - started
+        self._end_epoch(rate)
+
+    def _batches(self) -> Iterator[Minibatch]:
+        """This process's part of each batch that is left of the epoch."""
+        state, size = self.state, self.config.batch_size
+        order = augment.order(self.config.seed, state.epoch, self.plan.train_samples)
+        starts = range(state.step_in_epoch * size, len(order), size)
+        batches = [order[start : start + size] for start in starts]
+        parts = [(*self.world.share(batch), len(batch)) for batch in batches]
+        return self.feed.batches(state.epoch % self.config.views, parts)
+
+    def _end_epoch(self, rate: float) -> None:
+        """Validate, log, report and save."""
+        config, state = self.config, self.state
+        self._validate()
+        loss = self.recorder.epoch(rate, self.val_accuracy)
+        self.on_event(Epoch(state.epoch, config.epochs, loss, self.val_accuracy))
+        last = state.epoch == config.epochs
+        stop, save = self._agree(0, self.schedule.due(state, epoch_ended=True))
+        if last or stop or save:
+            self._save_state()
+        if stop and not last:
+            raise self._interrupted("the state is saved")
+
+    def _agree(self, step: int, due: bool) -> tuple[bool, bool]:
+        """Whether to stop, and whether to save; the same answer in all processes.
+
+        Processes on GPUs synchronise every few steps only.
+        """
+        if self.world.size == 1:
+            return bool(self.stop), due
+        by_clock = self.schedule.unit == "min"
+        if self.world.device.type != "cpu" and step % _AGREE_STEPS and (not due or by_clock):
+            return False, False
+        number, save = self.world.all_max(self.stop.signal or 0, int(due))
+        self.stop.signal = number or None
+        return bool(number), bool(save)
+
+    def _validate(self) -> None:
+        """Set the accuracy on the validation split, per cent; the student's mode stays as it is."""
+        samples, data = self.plan.val_samples, self.plan.data.train
+        if len(samples) == 0:
+            return
+        training = self.student.training
+        self.student.eval()
+        mine, weight = self.world.share(samples)
+        logits = models.predict_logits(self.student, data.images, mine)
+        if self.scale is not None:
+            logits = self.scale(logits.to(self.world.device)).cpu()
+        self.student.train(training)
+        accuracy = metrics.accuracy(logits, torch.tensor(data.labels[mine]))
+        if self.world.size > 1:
+            weighted = torch.tensor([accuracy * weight], dtype=torch.float64, device=self.world.device)
+            accuracy = float(self.world.mean(weighted))
+        self.val_accuracy = accuracy
+
+    def _save_state(self) -> None:
+        self.state.sums = self.world.rows(self.recorder.sums)  # of all processes
+        if self.world.first:
+            training = {
+                "optimizer": self.optimizer.state_dict(),
+                "adapters": {name: dict(module.state_dict()) for name, module in self.adapters.items()},
+                "state": asdict(self.state),
+                "inputs": dict(self.plan.inputs),
+                "made_with": self.plan.made_with,
+            }
+            checkpoint = self.student.to_checkpoint(training)
+            self.run.save_state(checkpoint, self.config.keep, self.saved_step)
+        self.saved_step = self.state.step
+        self.schedule.saved()
+
+    def _report(self, images_per_s: float) -> None:
+        """Send an event of the progress."""
+        state, per_epoch = self.state, len(self.plan.train_samples)
+        known = {} if self.val_accuracy is None else {"val_accuracy": self.val_accuracy}
+        self.on_event(
+            Progress(
+                f"epoch {state.epoch + 1}/{self.config.epochs}",
+                state.epoch * per_epoch + state.images,
+                self.config.epochs * per_epoch,
+                values={"loss": self.recorder.loss_here(), **known, "images_per_s": images_per_s},
+                group="training",
+            )
+        )
+
+    def _interrupted(self, kept: str) -> Interrupted:
+        return Interrupted(
+            f"stopped at epoch {min(self.state.epoch + 1, self.config.epochs)} of {self.config.epochs}; {kept}",
+            resume_command(self.run.path, self.config.method),
+            exit_code=self.stop.exit_code,
+        )
+
+    def _provenance(self, result: RunResult) -> dict[str, Any]:
+        """Origin of a student: plain JSON values, read again by `identity.recorded_inputs`."""
+        plan, config, teacher, data = self.plan, self.config, self.plan.teacher, self.plan.data
+        return {
+            "kind": "student" if teacher else "model",
+            "method": config.method,
+            "method_sha256": dict(plan.source_digests),
+            "student": config.student,
+            "student_sha256": plan.inputs.get("student"),
+            "teacher": teacher.record() if teacher else None,
+            "data": {
+                "spec": data.spec,
+                "label": data.label,
+                "image_size": config.image_size,
+                "val_fraction": config.val_fraction,
+                "skip_broken": config.skip_broken,
+                "fingerprint_train": data.train.fingerprint,
+                "fingerprint_test": data.test.fingerprint,
+                "unlabelled": result.unlabelled.to_json() if result.unlabelled else None,
+            },
+            "seed": config.seed,
+            "epochs": config.epochs,
+            "test_accuracy": result.test.accuracy if result.test else None,
+            "agreement": result.test.agreement if result.test else None,
+            "run": self.run.path.name,
+            "kd_version": __version__,
+        }
+
+    def _result(self, evaluation: Evaluation | None) -> RunResult:
+        """Figures of a finished run."""
+        plan, config, seconds = self.plan, self.config, self.state.seconds
+        unlabelled, images = None, plan.data.unlabelled
+        if images is not None:
+            spec = None if config.unlabelled is None else config.unlabelled.as_posix()
+            unlabelled = Unlabelled(spec=spec, count=len(images), fingerprint=images.fingerprint)
+        return RunResult(
+            run=self.run,
+            method=config.method,
+            student=config.student,
+            seed=config.seed,
+            epochs=config.epochs,
+            parameters=models.parameter_count(self.student.network),
+            val_accuracy=self.val_accuracy,
+            test=evaluation,
+            teacher_passes=plan.teacher.views_computed if plan.teacher else 0,
+            seconds=seconds,
+            images_per_s=len(plan.train_samples) * config.epochs / seconds if seconds else 0.0,
+            unlabelled=unlabelled,
+            resumed_with_differences=tuple(self.state.marks),
+        )
