@@ -190,8 +190,7 @@ def test_two_at_once_do_not_share_a_folder(splits: Splits, monkeypatch: pytest.M
         place = RunDir(config.runs_dir / config.name)
         begun.append((config.name, resume is not None))
         if len(begun) == 1:  # under way: its folder is there, its result is not
-            place.path.mkdir()
-            place.write_config(config, [])
+            RunDir.create(config, {}, (), None)
             second.start()
             assert waits.wait(20)
         shutil.copytree("runs/s", place.path, dirs_exist_ok=True)
