@@ -180,7 +180,7 @@ class PilImages(Dataset[tuple[Tensor, int]]):
 def kd_loss(logits: Tensor, targets: Tensor, labels: Tensor) -> Tensor:
     """λ·CE + (1 − λ)·τ²·KL, from kd's own loss functions."""
     hard = losses.cross_entropy(logits, labels)
-    return LAMDA * hard + (1 - LAMDA) * losses.soft_targets(logits, targets, TAU)
+    return LAMDA * hard + (1 - LAMDA) * losses.kd_loss(logits, targets, TAU)
 
 
 def spread(length: int, count: int) -> Int64:

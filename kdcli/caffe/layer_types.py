@@ -14,7 +14,7 @@ from kdcli.base.text import dims
 from kdcli.caffe.blobs import Array, squeezed
 from kdcli.caffe.read import Layer
 
-Operation = tuple[str, dict[str, Any]]  # name in `kdcli.models.operations.OPS`, arguments
+Operation = tuple[str, dict[str, Any]]  # name in `kdcli.models.graph.OPS`, arguments
 
 PARAMETERS = {  # operation → its parameters, in the order of Caffe's blobs
     "conv": ("weight", "bias"),

@@ -189,7 +189,7 @@ def assemble(
         for step, (operation, args) in zip(found.steps, operations.values(), strict=True)
     ]
     with torch.device("meta"):  # only shapes: no memory is allocated before they are known to match the file
-        skeleton = GraphNet(shape, nodes, found.output, None)
+        skeleton = GraphNet(shape, nodes, found.output)
     # 2. Blobs to state
     state: dict[str, Tensor] = {}
     layers = []

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdcli.base.errors import KdError, UsageError
-from kdcli.base.text import reason
+from kdcli.base.text import first_line
 from kdcli.methods.batch import Batch
 from kdcli.methods.registry import METHODS, Method, described, summary_of
 
@@ -50,7 +50,7 @@ def load(name: str) -> Method:
     try:
         function = getattr(_import(module_name), function_name)
     except (Exception, SystemExit) as error:  # anything that the module's code raises
-        raise UsageError(f"--method {name} cannot be imported: {_line(error)}", _HINT) from error
+        raise UsageError(f"--method {name} cannot be imported: {first_line(error)}", _HINT) from error
     if not callable(function):
         raise UsageError(f"--method {name} is no function", _HINT)
     entry = described(function) or Method(function_name, function, summary_of(function))
@@ -66,11 +66,7 @@ def load(name: str) -> Method:
 
 
 def _import(module: str) -> Any:
-    """Import a module with the current folder in Python's path.
-
-    It is the last folder, and only for the import: a file there with the name of a module that kd imports must not
-    shadow it.
-    """
+    """Import a module with the current folder last in Python's path, so that a file there shadows no other module."""
     here = str(Path.cwd())
     sys.path.append(here)
     importlib.invalidate_caches()  # the file may be younger than Python's listing of the folder
@@ -87,16 +83,13 @@ def source_digests(name: str) -> dict[str, str]:
     Of a module without a file (it is part of Python) it is the digest of nothing.
 
     Raises:
-        UsageError: one cannot be imported or read.
+        UsageError: one cannot be imported.
     """
     found = {}
     for part in filter(is_custom, name.split("+")):
         load(part)
         path = getattr(sys.modules[part.partition(":")[0]], "__file__", None)
-        try:
-            source = b"" if path is None else Path(path).read_bytes()
-        except OSError as error:
-            raise UsageError(f"--method {part}: cannot read {path}: {reason(error)}", _HINT) from error
+        source = b"" if path is None else Path(path).read_bytes()
         found[part] = hashlib.sha256(source).hexdigest()
     return found
 
@@ -119,10 +112,6 @@ def check_typed(config: TrainConfig, typed: str | None, source: str) -> None:
         )
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def _checked(name: str, function: Callable[[Batch], Any]) -> Callable[[Batch], Tensor]:
     """The function with its errors as KdError and its result checked."""
 
@@ -135,7 +124,7 @@ def _checked(name: str, function: Callable[[Batch], Any]) -> Callable[[Batch], T
             raise
         except Exception as error:
             raise KdError(
-                f"method {name} failed: {type(error).__name__}: {_line(error)}", "--debug shows where."
+                f"method {name} failed: {type(error).__name__}: {first_line(error)}", "--debug shows where."
             ) from error
         if not isinstance(value, Tensor) or value.dim() != 0 or not value.is_floating_point():
             raise KdError(f"method {name} must return a scalar tensor", "Take the mean over the batch.")

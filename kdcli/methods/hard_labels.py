@@ -24,9 +24,7 @@ def cross_entropy(batch: Batch) -> Tensor:
 @method("ls", source="Szegedy et al., CVPR 2016, section 7", needs=("labels",), needs_teacher=False)
 def label_smoothing(batch: Batch, *, smoothing: Smoothing = 0.1) -> Tensor:
     """Smoothed labels, no teacher: the control."""
-    from kdcli.methods.losses import logits as losses
+    from kdcli.methods.losses import logits
 
-    student, labels = batch.student_logits, batch.labels
-    if batch.other_labels is None or batch.shares is None:
-        return losses.cross_entropy(student, labels, smoothing)
-    return losses.mixed_cross_entropy(student, labels, batch.other_labels, batch.shares, smoothing)
+    mixup = batch.other_labels, batch.shares
+    return logits.cross_entropy(batch.student_logits, batch.labels, smoothing, *mixup)

@@ -22,6 +22,8 @@ _CHAIN_SETTINGS = ("assistant", "generations")
 _CACHE_SETTINGS = ("cache_top_k", "teacher_cache")  # of methods with a teacher and without features
 _TEACHER_SETTINGS = ("teacher", "teacher_weight", "teacher_dropout", "teacher_precision", "kd_weight")
 _FEATURE_SETTINGS = ("student_stages", "teacher_stages")
+# attributes of `Method` that an objective has if one of its methods has them
+_FLAGS = ("needs_teacher", "needs_features", "needs_labels", "regresses", "same_network", "no_mixup")
 
 
 def parse(name: str) -> tuple[Method, ...]:
@@ -68,42 +70,22 @@ class Objective:
     Attributes:
         config: settings of the run.
         terms: by the method's name, cross-entropy on the labels (`ce`) first.
+        needs_teacher, needs_features, needs_labels, regresses, same_network, no_mixup: whether any method has it.
     """
 
     config: TrainConfig
     terms: Mapping[str, Term]
+    needs_teacher: bool
+    needs_features: bool
+    needs_labels: bool
+    regresses: bool
+    same_network: bool
+    no_mixup: bool
 
     @property
     def methods(self) -> tuple[Method, ...]:
         """Methods of the terms."""
         return tuple(term.method for term in self.terms.values())
-
-    @property
-    def needs_teacher(self) -> bool:
-        return any(method.needs_teacher for method in self.methods)
-
-    @property
-    def needs_features(self) -> bool:
-        return any(method.needs_features for method in self.methods)
-
-    @property
-    def needs_labels(self) -> bool:
-        return any(method.needs_labels for method in self.methods)
-
-    @property
-    def regresses(self) -> bool:
-        """Whether the student's logits must take on the teacher's values, beyond their softmax."""
-        return any(method.regresses for method in self.methods)
-
-    @property
-    def same_network(self) -> bool:
-        """Whether the teacher is meant to be of the student's own network."""
-        return any(method.same_network for method in self.methods)
-
-    @property
-    def no_mixup(self) -> bool:
-        """Whether a term needs one class for each image."""
-        return any(method.no_mixup for method in self.methods)
 
     @property
     def default_tau(self) -> float | None:
@@ -145,23 +127,14 @@ class Objective:
         name = self.config.method
         if unlabelled and self.needs_labels:
             raise UsageError(
-                f"method {name} reads labels, and unlabelled images have none", self._label_free_hint()
+                f"method {name} reads labels, and unlabelled images have none",
+                "Use methods without labels, as --method logits or logits+at, and --ce-weight 0 (kd: --lamda 0).",
             )
         if all(method.features_only for method in self.methods):
             raise UsageError(
                 f"method {name} reads features alone, and nothing trains the student's last layer",
                 f"Join it with a method of logits, as --method kd+{name}, or give cross-entropy a weight.",
             )
-
-    def _label_free_hint(self) -> str:
-        others = [method for method in self.methods if method.name != CE]
-        if not others or any(method.needs_labels for method in others):
-            return "Use a method without labels, as --method logits, or leave --unlabelled out."
-        if all(method.features_only for method in others):
-            return f"Add a method of logits to train the last layer: --method logits+{self.config.method}"
-        share = any(method.balance is not None for method in others)
-        more = " or, so that the soft term gets its share, --lamda 0" if share else ""
-        return f"Leave cross-entropy out: --ce-weight 0{more}."
 
 
 def objective(config: TrainConfig) -> Objective:
@@ -178,7 +151,8 @@ def objective(config: TrainConfig) -> Objective:
         tau = config.tau if config.tau is not None else 1.0 if method.tau is None else method.tau
         taus = Ramp(tau, tau if config.tau_end is None else config.tau_end)
         terms[name] = Term(method, weight, taus, method.arguments(method.loss, config))
-    return Objective(config, terms)
+    flags = {name: any(getattr(term.method, name) for term in terms.values()) for name in _FLAGS}
+    return Objective(config, terms, **flags)
 
 
 def _weights(methods: tuple[Method, ...], config: TrainConfig) -> dict[str, Ramp]:

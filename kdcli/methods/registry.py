@@ -173,8 +173,7 @@ def _keyword_only(function: Callable[..., Any]) -> list[tuple[inspect.Parameter,
 
 def described(function: object) -> Method | None:
     """The entry that `@method` made of a function; None without it."""
-    found = getattr(function, _ATTRIBUTE, None)
-    return found if isinstance(found, Method) else None
+    return getattr(function, _ATTRIBUTE, None)
 
 
 def summary_of(function: object) -> str:

@@ -49,7 +49,7 @@ class Checkpoint:
 
 _CHECKPOINT = TypeAdapter(
     Checkpoint
-)  # made here: it evaluates annotations, and reading a file evaluates nothing
+)  # made here, since it evaluates annotations, and reading evaluates nothing
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
@@ -92,7 +92,7 @@ def save_plain(path: Path, document: dict[str, Any]) -> None:
 def load_plain(path: Path) -> dict[str, Any] | None:
     """Return what `save_plain` wrote, or None if the file is missing, damaged or of another kind."""
     try:
-        return _read_checked(path)
+        return _read(path)
     except KdError:
         return None
 
@@ -103,7 +103,7 @@ def load(path: Path) -> Checkpoint:
     Raises:
         KdError: missing, unreadable, damaged, not a checkpoint of kd, or made by a newer version.
     """
-    document = _read_checked(path)
+    document = _read(path)
     version = document.get("format_version")
     if not isinstance(version, int) or version != FORMAT_VERSION:
         raise KdError(
@@ -118,13 +118,23 @@ def load(path: Path) -> Checkpoint:
         raise KdError(f"{path} is not a complete kd checkpoint: {place}: {first['msg']}") from error
 
 
-def _read_checked(path: Path) -> dict[str, Any]:
-    """Content of a file: first its archive is checked, then what torch read, then the SHA-256."""
+def _read(path: Path) -> dict[str, Any]:
+    """Content of a file without its SHA-256: the archive is checked, then what torch read, then the SHA-256."""
     if not path.exists():
         raise KdError(f"no such file: {path}", "kd convert-caffe makes a teacher, kd train a student.")
     try:
         check_archive(path)
-        return _read(path)
+        document = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(document, dict):
+            raise KdError(f"{path} is not a kd checkpoint", "kd reads .pt files that kd wrote.")
+        _check_extent(path, document)
+        recorded = document.pop("sha256", None)
+        if recorded is not None and recorded != digest(document):
+            raise KdError(
+                f"{path} is damaged: its content does not have the SHA-256 recorded in it",
+                "Restore it, or write it again.",
+            )
+        return document
     except KdError:
         raise
     except Exception as error:  # the unpickler and the zip reader raise whatever the bytes provoke
@@ -132,21 +142,6 @@ def _read_checked(path: Path) -> dict[str, Any]:
             f"{path} cannot be read safely: {first_line(error)}",
             "The file is damaged, or holds more than tensors and plain values; kd never executes what it reads.",
         ) from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Read a file without the SHA-256 recorded in it, which must be that of the content."""
-    document = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(document, dict):
-        raise KdError(f"{path} is not a kd checkpoint", "kd reads .pt files that kd wrote.")
-    _check_extent(path, document)
-    recorded = document.pop("sha256", None)
-    if recorded is not None and recorded != digest(document):
-        raise KdError(
-            f"{path} is damaged: its content does not have the SHA-256 recorded in it",
-            "Restore it, or write it again.",
-        )
-    return document
 
 
 def _check_extent(path: Path, document: Any) -> None:

@@ -1,6 +1,7 @@
 """`Classifier`: a network joined with its preprocessing, and what is done with one."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 
 from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent, Progress, ignore
-from kdcli.base.text import dims, first_line
 from kdcli.data import rows
 from kdcli.data.preprocess import Preprocess, from_spec
 from kdcli.models import checkpoint, registry
@@ -85,16 +85,17 @@ def from_checkpoint(stored: Checkpoint, source: str = "checkpoint") -> Classifie
     Raises:
         KdError: the weights do not fit the network they claim to belong to.
     """
-
-    def build() -> nn.Module:
-        return registry.build(
-            stored.arch, classes=len(stored.classes), input_size=stored.input_size, **stored.arch_args
-        )
-
     try:
+        build = partial(
+            registry.build,
+            stored.arch,
+            classes=len(stored.classes),
+            input_size=stored.input_size,
+            **stored.arch_args,
+        )
         with torch.random.fork_rng(devices=[]):  # the initial weights are discarded
-            with torch.device("meta"):  # compare shapes before memory is allocated
-                _check_shapes(stored.state_dict, build().state_dict())
+            with torch.device("meta"):  # check names and shapes before memory is allocated
+                build().load_state_dict(stored.state_dict, assign=True)
             network = build()
             network.load_state_dict(stored.state_dict)
         preprocess = from_spec(stored.preprocess)
@@ -102,7 +103,7 @@ def from_checkpoint(stored: Checkpoint, source: str = "checkpoint") -> Classifie
         raise
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
         raise KdError(
-            f"{source}: weights do not fit network {stored.arch}: {first_line(error, 300)}",
+            f"{source}: weights do not fit network {stored.arch}: {' '.join(str(error).split())[:300]}",
             "The file is damaged, or was made by another version of kd; write it again.",
         ) from error
     return Classifier(
@@ -114,19 +115,6 @@ def from_checkpoint(stored: Checkpoint, source: str = "checkpoint") -> Classifie
         input_size=stored.input_size,
         provenance=stored.provenance,
     ).eval()
-
-
-def _check_shapes(stored: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Raise ValueError with the first three weights that differ in shape, or are missing on one side."""
-    differences = []
-    for name in sorted({*stored, *expected}):
-        found, wanted = (
-            dims(state[name].shape) if name in state else "missing" for state in (stored, expected)
-        )
-        if found != wanted:
-            differences.append(f"{name} is {found}, expected {wanted}")
-    if differences:
-        raise ValueError("; ".join(differences[:3]))
 
 
 def load(path: Path) -> Classifier:

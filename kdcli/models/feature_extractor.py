@@ -1,6 +1,7 @@
 """Features of a network: the maps at the end of each stage and the embedding, read by hooks."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,7 +10,6 @@ from kdcli.base.errors import UsageError
 from kdcli.models.layers import run_with_hooks
 
 _IDENTITIES = (nn.Dropout, nn.Dropout2d, nn.Identity)  # in eval mode their output is their input
-_EMBEDDING = ""
 
 
 class FeatureExtractor(nn.Module):
@@ -25,28 +25,19 @@ class FeatureExtractor(nn.Module):
         self.network = network
         self.stages = tuple(stages)
         self._features: dict[str, Tensor] = {}
-        self._hooks = [
-            network.get_submodule(name).register_forward_hook(self._store_output(name))
-            for name in self.stages
-        ]
         self._head: str | None = getattr(network, "head", None)
-        if self._head is not None:
-            layer = network.get_submodule(self._head)
-            self._hooks.append(layer.register_forward_pre_hook(self._store_embedding))
+        self._hooks = [
+            network.get_submodule(name).register_forward_hook(partial(self._store, name))
+            for name in (*self.stages, *([] if self._head is None else [self._head]))
+        ]
 
     def remove(self) -> None:
         """Remove the hooks from the network."""
         for hook in self._hooks:
             hook.remove()
 
-    def _store_output(self, name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            self._features[name] = output
-
-        return hook
-
-    def _store_embedding(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._features[_EMBEDDING] = inputs[0]
+    def _store(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._features[name] = inputs[0] if name == self._head else output
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         """Preprocessed pixels (B, C, H, W) → logits (B, classes), maps (B, C, H, W) of each stage, embedding (B, D).
@@ -55,7 +46,7 @@ class FeatureExtractor(nn.Module):
         """
         logits = self.network(pixels)
         maps = [self._features[name] for name in self.stages]
-        embedding = self._features[_EMBEDDING] if self._head is not None else maps[-1].mean(dim=(2, 3))
+        embedding = maps[-1].mean(dim=(2, 3)) if self._head is None else self._features[self._head]
         self._features = {}
         return logits, maps, embedding.flatten(1)
 
@@ -80,39 +71,25 @@ def find_stages(network: nn.Module, example: Tensor, wanted: str = "") -> tuple[
             shapes.setdefault(name, []).append(tuple(output.shape))
 
     classes = run_with_hooks(network, example, record).shape[1]
+    maps = {name: calls[0] for name, calls in shapes.items() if len(calls) == 1 and len(calls[0]) == 4}
     if wanted:
-        return _check_wanted(wanted, shapes)
+        names = [word.strip() for word in wanted.split(",")]
+        for name in names:
+            if name not in maps:
+                raise UsageError(
+                    f"the network has no layer {name!r} that returns maps (B, C, H, W) once per pass",
+                    f"It has {', '.join(list(maps)[:12])} …",
+                )
+        return tuple(name for name in maps if name in names)
     own = getattr(network, "stages", None)
     if own:
         return tuple(own)
     last: dict[tuple[int, int], str] = {}
-    for name, outputs in shapes.items():
-        if not _is_map(outputs) or isinstance(network.get_submodule(name), _IDENTITIES):
-            continue
-        _, channels, height, width = outputs[0]
-        if height * width > 1 and not (channels == classes and (height, width) in last):
-            last.pop((height, width), None)
+    for name, (_, channels, height, width) in maps.items():
+        is_logits = channels == classes and (height, width) in last
+        if height * width > 1 and not is_logits and not isinstance(network.get_submodule(name), _IDENTITIES):
+            last.pop((height, width), None)  # to the end of the order
             last[height, width] = name
     if not last:
         raise UsageError("the network has no maps larger than 1×1, which methods that compare features need")
     return tuple(last.values())
-
-
-def _check_wanted(wanted: str, shapes: dict[str, list[tuple[int, ...]]]) -> tuple[str, ...]:
-    names = dict.fromkeys(word.strip() for word in wanted.split(","))
-    for name in names:
-        if name not in shapes:
-            maps = [known for known, outputs in shapes.items() if _is_map(outputs)]
-            raise UsageError(
-                f"the network has no layer {name!r} that runs", f"It has {', '.join(maps[:12])} …"
-            )
-        if not _is_map(shapes[name]):
-            raise UsageError(
-                f"layer {name} does not return maps (B, C, H, W) once per pass", "kd info lists layers."
-            )
-    return tuple(sorted(names, key=list(shapes).index))
-
-
-def _is_map(outputs: list[tuple[int, ...]]) -> bool:
-    """Whether a layer runs once per pass and returns maps (B, C, H, W)."""
-    return len(outputs) == 1 and len(outputs[0]) == 4

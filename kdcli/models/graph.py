@@ -1,7 +1,12 @@
-"""A network built from a plain list of nodes, as kd convert-caffe makes it. `operations` has what nodes compute."""
+"""A network built from a plain list of nodes, as kd convert-caffe makes it.
+
+Adding an operation: a function `(*input shapes, **args) -> (module, output shape)` in `operations`, a row in `OPS`.
+Shapes are without the batch: (C, H, W) for maps, (C,) for vectors; axes are counted with it, as in Caffe.
+"""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from itertools import chain, count
 from typing import Any
 
@@ -9,11 +14,42 @@ from torch import Tensor, nn
 
 from kdcli.base.errors import KdError
 from kdcli.base.text import dims
-from kdcli.models.operations import OPS
+from kdcli.models.operations import arrange, elementwise, windows
 from kdcli.models.operations.shapes import Shape, check_size, is_vector
 
 INPUT = "input"  # the name under which nodes refer to the network's input
-_RESERVED = {"head", "shapes", "training"}  # attributes of a GraphNet's instance
+OPS: dict[str, Callable[..., tuple[nn.Module, Shape]]] = {
+    "conv": windows.conv,
+    "deconv": partial(windows.conv, transposed=True),
+    "linear": windows.linear,
+    "max_pool": partial(windows.pool, average=False),
+    "ave_pool": partial(windows.pool, average=True),
+    "lrn": elementwise.lrn,
+    "batch_norm": elementwise.batch_norm,
+    "mvn": elementwise.mvn,
+    "scale": elementwise.scale,
+    "bias": elementwise.bias,
+    "concat": arrange.concat,
+    "slice": arrange.slice_,
+    "crop": arrange.crop,
+    "flatten": arrange.flatten,
+    "reshape": arrange.reshape,
+    "eltwise": arrange.eltwise,
+    "reduction": arrange.reduction,
+    "softmax": arrange.softmax,
+    "argmax": arrange.argmax,
+    "prelu": elementwise.prelu,
+    "relu": elementwise.relu,
+    "elu": partial(elementwise.unchanged_shape, nn.ELU),
+    "sigmoid": partial(elementwise.unchanged_shape, nn.Sigmoid),
+    "tanh": partial(elementwise.unchanged_shape, nn.Tanh),
+    "softplus": partial(elementwise.unchanged_shape, nn.Softplus),  # Caffe's BNLL
+    "abs": elementwise.absolute,
+    "power": elementwise.power,
+    "exp": elementwise.exp,
+    "log": elementwise.log,
+    "dropout": elementwise.dropout,
+}
 
 
 class GraphNet(nn.Module):
@@ -25,10 +61,31 @@ class GraphNet(nn.Module):
     """
 
     def __init__(
-        self, shape: Shape, nodes: Sequence[dict[str, Any]], output: str, classes: int | None
+        self,
+        input: Sequence[int],  # noqa: A002 - the key in checkpoints
+        nodes: Sequence[dict[str, Any]],
+        output: str,
+        classes: int | None = None,
+        input_size: tuple[int, int, int] | None = None,
     ) -> None:
+        """Build a network from its description.
+
+        Args:
+            input: (C, H, W) of the first node's input.
+            nodes: `{"name", "op", "inputs": [names], "args": {...}}`, each after its inputs, `input` being the first.
+            output: name of the node whose output are the logits.
+            classes: number of logits, to be checked.
+            input_size: (H, W, C) of the images, to be checked.
+
+        Raises:
+            KdError: unknown operation, or shapes that do not fit; names the layer and both shapes.
+        """
         super().__init__()
-        self.shapes: dict[str, Shape] = {INPUT: shape}
+        images = input if input_size is None else (input_size[2], *input_size[:2])
+        if tuple(input) != tuple(images):
+            raise KdError(f"the network takes {dims(input)}, the images are {dims(images)}")
+        check_size(tuple(input), "input")
+        self.shapes: dict[str, Shape] = {INPUT: tuple(input)}
         self._steps: list[tuple[str, tuple[str, ...]]] = []
         self._output = output
         for node in nodes:
@@ -43,12 +100,8 @@ class GraphNet(nn.Module):
             self.head = output
 
     def _add(self, node: dict[str, Any]) -> None:
-        try:
-            name, kind = str(node["name"]), str(node["op"])
-            sources = tuple(str(source) for source in node["inputs"])
-            args = dict(node.get("args", {}))
-        except (KeyError, TypeError, ValueError) as error:
-            raise KdError(f"a node of the network is incomplete: {error}") from error
+        name, kind, args = str(node["name"]), str(node["op"]), dict(node.get("args", {}))
+        sources = tuple(map(str, node["inputs"]))
         if kind not in OPS:
             raise KdError(f"layer {name}: unknown operation {kind}", "A newer kd may know it.")
         if name != safe_name(name, self.shapes):
@@ -60,24 +113,24 @@ class GraphNet(nn.Module):
             )
         try:
             module, shape = OPS[kind](*(self.shapes[source] for source in sources), **args)
+            check_size(shape, "output")
         except KdError as error:
             raise KdError(f"layer {name}: {error.message}", error.hint) from error
-        except (TypeError, ValueError, ArithmeticError) as error:
+        except (TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise KdError(f"layer {name}: {kind} cannot be built from {args}: {error}") from error
-        check_size(shape, "output")
         self.add_module(name, module)
         self.shapes[name] = shape
         self._steps.append((name, sources))
 
-    def _unused_after(self) -> list[tuple[str, ...]]:
+    def _unused_after(self) -> list[list[str]]:
         """Values that no step after each one reads: freed, since a deep network's outputs add up to gigabytes."""
+        unused: list[list[str]] = [[] for _ in self._steps]
         last = {INPUT: 0} | {name: number for number, (name, _) in enumerate(self._steps)}
         last |= {source: number for number, (_, sources) in enumerate(self._steps) for source in sources}
         del last[self._output]
-        unused: list[list[str]] = [[] for _ in self._steps]
-        for name, step in last.items():
-            unused[step].append(name)
-        return [tuple(names) for names in unused]
+        for name, number in last.items():
+            unused[number].append(name)
+        return unused
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Preprocessed pixels (B, C, H, W) → logits (B, classes)."""
@@ -89,37 +142,10 @@ class GraphNet(nn.Module):
         return values[self._output].flatten(1)
 
 
-def graph(
-    classes: int,
-    input_size: tuple[int, int, int],
-    input: Sequence[int],  # noqa: A002 - the key in checkpoints
-    nodes: Sequence[dict[str, Any]],
-    output: str,
-) -> GraphNet:
-    """Build a network from its description.
-
-    Args:
-        classes: number of logits; the output node must have as many values.
-        input_size: (H, W, C) of the images.
-        input: (C, H, W) of the first node's input.
-        nodes: `{"name", "op", "inputs": [names], "args": {...}}`, each after its inputs; `input` is the network's.
-        output: name of the node whose output are the logits.
-
-    Raises:
-        KdError: unknown operation, or shapes that do not fit; names the layer and both shapes.
-    """
-    height, width, channels = input_size
-    shape = (channels, height, width)
-    if list(input) != list(shape):
-        raise KdError(f"the network takes {dims(input)}, the images are {dims(shape)}")
-    check_size(shape, "input")
-    return GraphNet(shape, nodes, output, classes)
-
-
 def safe_name(name: str, taken: Collection[str]) -> str:
     """A name that torch accepts for a submodule and `taken` lacks: dots and slashes become underscores."""
     cleaned = re.sub(r"[^\w-]", "_", name) or "layer"
-    if cleaned == INPUT or cleaned.startswith("_") or hasattr(nn.Module, cleaned) or cleaned in _RESERVED:
+    if cleaned in (INPUT, "head", "shapes") or cleaned.startswith("_") or hasattr(nn.Module(), cleaned):
         cleaned = f"layer_{cleaned.lstrip('_')}"
     candidates = chain([cleaned], (f"{cleaned}_{number}" for number in count(2)))
     return next(name for name in candidates if name not in taken)

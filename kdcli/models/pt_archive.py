@@ -43,21 +43,21 @@ def check_archive(path: Path) -> None:
         pickles = [name for name in entries if name.endswith("/data.pkl")]
         if not pickles:
             raise KdError(f"{path} is a zip archive, not a checkpoint", "Name the .pt file itself.")
-        if any(name.endswith("/constants.pkl") for name in entries):
-            raise KdError(f"{path} is a TorchScript archive: a program, not weights", _AGAIN)
-        if any(
-            entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries.values()
-        ):
-            raise KdError(f"{path} has compressed records; checkpoints have none", _AGAIN)
         if (
             len(pickles) > 1
+            or any(name.endswith("/constants.pkl") for name in entries)  # TorchScript: a program
+            or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values())
+            or any(entry.flag_bits & 1 for entry in entries.values())  # encrypted
             or len(entries) < len(archive.infolist())  # two records of one name
             or len(entries) > MAX_RECORDS
             or sum(entry.file_size for entry in entries.values()) > path.stat().st_size  # overlapping records
             or entries[pickles[0]].file_size > MAX_PICKLE_BYTES
             or not _has_one_directory(path, archive.start_dir)
         ):
-            raise KdError(f"{path} claims to hold more than it can", _AGAIN)
+            raise KdError(
+                f"{path} is not an archive of weights as torch.save writes it",
+                "TorchScript, compressed and padded archives are refused. " + _AGAIN,
+            )
         folder = pickles[0].removesuffix("data.pkl") + "data/"
         sizes = {name.removeprefix(folder): entry.file_size for name, entry in entries.items()}
         content = archive.read(pickles[0])

@@ -7,51 +7,46 @@ outputs are the maps (B, C, H, W) at the end of each stage, in order; and `head`
 reads vectors (B, D).
 """
 
-import importlib
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from torch import nn
 
 from kdcli.base.errors import UsageError
+from kdcli.models.convnet import ConvNet
+from kdcli.models.graph import GraphNet
+from kdcli.models.lenet import LeNet
+from kdcli.models.mobilenet import MobileNetV2
+from kdcli.models.nin import NIN, NINFc
+from kdcli.models.resnet import ResNet, WideResNet
+from kdcli.models.shufflenet import ShuffleNetV1, ShuffleNetV2
+from kdcli.models.vgg import VGG
 
 Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 
-
-class Entry(NamedTuple):
-    """A network: `module:class`, imported on first use, and its arguments."""
-
-    path: str
-    args: dict[str, Any]
-
-
-def _entry(path: str, **args: Any) -> Entry:
-    return Entry(f"kdcli.models.{path}", args)
-
-
-MODELS: dict[str, Entry] = {
-    "lenet": _entry("lenet:LeNet"),
-    "lenet-caffe": _entry("lenet:LeNet", widths=(20, 50, 500)),
-    "nin": _entry("nin:NIN"),
-    "nin-fc": _entry("nin:NINFc"),
-    "convnet-tiny": _entry("convnet:ConvNet", widths=(8, 16)),
-    "convnet-small": _entry("convnet:ConvNet", widths=(16, 32, 64)),
-    "convnet-large": _entry("convnet:ConvNet", widths=(64, 128, 128)),
-    **{f"resnet{depth}": _entry("resnet:ResNet", depth=depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
-    "resnet8x4": _entry("resnet:ResNet", depth=8, widths=(32, 64, 128, 256)),
-    "resnet32x4": _entry("resnet:ResNet", depth=32, widths=(32, 64, 128, 256)),
-    **{
-        f"wrn-{depth}-{factor}": _entry("wide_resnet:WideResNet", depth=depth, factor=factor)
-        for depth in (16, 40)
-        for factor in (1, 2)
-    },
-    "vgg8": _entry("vgg:VGG", convolutions=1),
-    "vgg13": _entry("vgg:VGG", convolutions=2),
-    "mobilenetv2-half": _entry("mobilenet:MobileNetV2"),
-    "shufflenetv1": _entry("shufflenet:ShuffleNetV1"),
-    "shufflenetv2": _entry("shufflenet:ShuffleNetV2"),
-    "graph": _entry("graph:graph"),
+MODELS: dict[str, partial[Any]] = {
+    "lenet": partial(LeNet),
+    "lenet-caffe": partial(LeNet, widths=(20, 50, 500)),
+    "nin": partial(NIN),
+    "nin-fc": partial(NINFc),
+    "convnet-tiny": partial(ConvNet, widths=(8, 16)),
+    "convnet-small": partial(ConvNet, widths=(16, 32, 64)),
+    "convnet-large": partial(ConvNet, widths=(64, 128, 128)),
+    **{f"resnet{depth}": partial(ResNet, depth=depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    "resnet8x4": partial(ResNet, depth=8, widths=(32, 64, 128, 256)),
+    "resnet32x4": partial(ResNet, depth=32, widths=(32, 64, 128, 256)),
+    "wrn-16-1": partial(WideResNet, depth=16, factor=1),
+    "wrn-16-2": partial(WideResNet, depth=16, factor=2),
+    "wrn-40-1": partial(WideResNet, depth=40, factor=1),
+    "wrn-40-2": partial(WideResNet, depth=40, factor=2),
+    "vgg8": partial(VGG, convolutions=1),
+    "vgg13": partial(VGG, convolutions=2),
+    "mobilenetv2-half": partial(MobileNetV2),
+    "shufflenetv1": partial(ShuffleNetV1),
+    "shufflenetv2": partial(ShuffleNetV2),
+    "graph": partial(GraphNet),
 }
 
 
@@ -64,7 +59,7 @@ def register(name: str, **args: Any) -> Callable[[Builder], Builder]:
     """
 
     def add(builder: Builder) -> Builder:
-        MODELS[name] = Entry(f"{builder.__module__}:{builder.__qualname__}", args)
+        MODELS[name] = partial(builder, **args)
         return builder
 
     return add
@@ -82,9 +77,9 @@ def build(arch: str, *, classes: int, input_size: tuple[int, int, int], **arch_a
     Raises:
         UsageError: unknown name or argument, or images too small for the network.
     """
-    builder = _builder(arch)
+    row = _row(arch)
     try:
-        network: nn.Module = builder(classes=classes, input_size=input_size, **MODELS[arch].args, **arch_args)
+        network: nn.Module = row.func(classes=classes, input_size=input_size, **row.keywords, **arch_args)
     except TypeError as error:
         raise UsageError(f"network {arch} does not take these arguments: {error}") from error
     return network
@@ -97,14 +92,13 @@ def names() -> tuple[str, ...]:
 
 def accepts(arch: str, argument: str) -> bool:
     """Whether a network has an argument, as `dropout` or `width`."""
-    return argument in inspect.signature(_builder(arch)).parameters
+    return argument in inspect.signature(_row(arch).func).parameters
 
 
-def _builder(arch: str) -> Callable[..., nn.Module]:
+def _row(arch: str) -> partial[Any]:
     if arch not in MODELS:
         raise UsageError(
             f"unknown network: {arch}",
             f"Known are {', '.join(names())}; kd train also takes a checkpoint (.pt).",
         )
-    module, name = MODELS[arch].path.split(":")
-    return getattr(importlib.import_module(module), name)
+    return MODELS[arch]

@@ -95,7 +95,16 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         centred = values - mean.reshape(column)
         squares = sum_over_processes(centred.square().sum(dim=(0, *places), dtype=exact))
         variance = (squares / total).float()
-        self._update_running(mean.detach(), (variance * (total / (total - 1)).float()).detach())
+        if (
+            self.running_mean is not None
+            and self.running_var is not None
+            and self.num_batches_tracked is not None
+        ):
+            self.num_batches_tracked.add_(1)
+            momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, momentum)
+                self.running_var.lerp_(variance * (total / (total - 1)).float(), momentum)
         normal: Tensor = centred * torch.rsqrt(variance + self.eps).reshape(column)
         if self.affine:
             normal = normal * self.weight.reshape(column) + self.bias.reshape(column)
@@ -103,15 +112,6 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _check_input_dim(self, maps: Tensor) -> None:
         """Accept vectors and maps."""
-
-    def _update_running(self, mean: Tensor, variance: Tensor) -> None:
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
-            return
-        self.num_batches_tracked.add_(1)
-        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, momentum)
-            self.running_var.lerp_(variance, momentum)
 
 
 def use_global_batch_norm(network: nn.Module) -> None:

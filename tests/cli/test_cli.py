@@ -43,8 +43,8 @@ def test_help_gives_defaults_and_networks_from_where_they_are_defined(kd: Kd) ->
     listed = described.split(": ", 1)[1].split(" (")[0].replace(" or ", ", ")
     named = [name.split("…")[0] for name in listed.split(", ")]
     assert set(named) <= set(models.names())
-    families = {models.MODELS[name].path.split(":")[0] for name in models.names()}
-    assert {models.MODELS[name].path.split(":")[0] for name in named} == families
+    families = {models.MODELS[name].func.__module__ for name in models.names()}
+    assert {models.MODELS[name].func.__module__ for name in named} == families
 
 
 def test_no_arguments_and_version(kd: Kd) -> None:

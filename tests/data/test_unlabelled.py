@@ -361,10 +361,10 @@ def _one_less() -> Splits:
     [
         ({"method": "ce"}, "logits"),
         ({"method": "ls"}, "logits"),
-        ({"method": "kd"}, "--ce-weight 0 or, so that the soft term gets its share, --lamda 0"),
+        ({"method": "kd"}, "--lamda 0"),
         ({"method": "kd", "lamda": 0.0, "ce_weight": 0.5}, "--ce-weight 0"),
         ({"method": "logits", "weight": ("ce=0:1",)}, "--ce-weight 0"),
-        ({"method": "at"}, "--method logits+at"),
+        ({"method": "at"}, "logits+at"),
         ({"method": "dkd", "ce_weight": 0.0}, "logits"),
         ({"method": "crd", "ce_weight": 0.0}, "logits"),
         ({"method": "logits+ls"}, "logits"),

@@ -26,8 +26,8 @@ from kdcli.models import Classifier
 from tests.caffe_files import converted, net, small, write
 from tests.deploy.helpers import SPLITS, classifier, exported, random_splits
 
-DEEP = ("resnet", "wide_resnet", "vgg", "mobilenet", "shufflenet")
-ARCHS = [arch for arch, entry in models.MODELS.items() if entry.path.split(":")[0].split(".")[-1] not in DEEP]
+DEEP = ("resnet", "vgg", "mobilenet", "shufflenet")
+ARCHS = [arch for arch, row in models.MODELS.items() if row.func.__module__.split(".")[-1] not in DEEP]
 FORMS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "int8": {"int8": True, "calibration_images": 20},

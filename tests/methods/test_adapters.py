@@ -118,7 +118,7 @@ def test_half_types_are_promoted(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_state_holds_all_that_the_next_losses_depend_on(name: str) -> None:
+def test_state_dict_determines_the_next_losses(name: str) -> None:
     def steps(module: nn.Module, first: int, last: int) -> list[float]:
         found = []
         for step in range(first, last):
@@ -145,7 +145,7 @@ def test_a_state_holds_all_that_the_next_losses_depend_on(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_same_seed_same_adapter_and_another_seed_another(name: str) -> None:
+def test_adapter_weights_depend_on_the_seed(name: str) -> None:
     first, again = (weights(build(name)[0]) for _ in range(2))
     assert all(np.array_equal(first[key], again[key]) for key in first)
     torch.manual_seed(1)

@@ -56,7 +56,7 @@ def test_soft_targets_equal_the_formula(batch: int, classes: int, seed: int, tau
     s, teacher = logits(batch, classes, seed), logits(batch, classes, seed + 50)
     p, q = softmax(teacher / tau), softmax(s / tau)
     expected = tau**2 * (p * (np.log(p) - np.log(q))).sum(axis=1).mean()
-    assert float(losses.soft_targets(t(s), t(teacher), tau)) == pytest.approx(expected, rel=2e-4, abs=1e-6)
+    assert float(losses.kd_loss(t(s), t(teacher), tau)) == pytest.approx(expected, rel=2e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize(("batch", "classes", "seed"), CASES)
@@ -76,7 +76,7 @@ def test_two_by_three_by_hand() -> None:
     z = math.exp(3) + 2
     p = [math.exp(3) / z, 1 / z, 1 / z]
     kl = sum(x * math.log(3 * x) for x in p)
-    assert float(losses.soft_targets(s[1:], teacher[1:], 1.0)) == pytest.approx(kl, rel=1e-5)
+    assert float(losses.kd_loss(s[1:], teacher[1:], 1.0)) == pytest.approx(kl, rel=1e-5)
     # log(e + e² + e³) − 3 and log 3
     labels = torch.tensor([2, 0])
     expected = (math.log(math.e + math.e**2 + math.e**3) - 3 + math.log(3)) / 2
@@ -89,12 +89,10 @@ def test_soft_targets_are_zero_at_equality_and_blind_to_shifts(
     batch: int, classes: int, seed: int, tau: float, shift: float
 ) -> None:
     s, teacher = logits(batch, classes, seed), logits(batch, classes, seed + 1)
-    assert abs(float(losses.soft_targets(t(s), t(s), tau))) < 1e-4
-    plain = float(losses.soft_targets(t(s), t(teacher), tau))
+    assert abs(float(losses.kd_loss(t(s), t(s), tau))) < 1e-4
+    plain = float(losses.kd_loss(t(s), t(teacher), tau))
     assert plain >= -1e-6
-    assert float(losses.soft_targets(t(s + shift), t(teacher), tau)) == pytest.approx(
-        plain, rel=1e-2, abs=1e-3
-    )
+    assert float(losses.kd_loss(t(s + shift), t(teacher), tau)) == pytest.approx(plain, rel=1e-2, abs=1e-3)
 
 
 def test_gradient_of_soft_targets_tends_to_logit_matching_at_high_temperature() -> None:
@@ -102,7 +100,7 @@ def test_gradient_of_soft_targets_tends_to_logit_matching_at_high_temperature() 
     s = torch.from_numpy(logits(4, 5, 0)).requires_grad_()
     teacher = torch.from_numpy(logits(4, 5, 1))
     centred = [x - x.mean(dim=1, keepdim=True) for x in (s, teacher)]
-    losses.soft_targets(centred[0], centred[1], 1e4).backward()
+    losses.kd_loss(centred[0], centred[1], 1e4).backward()
     expected = (centred[0] - centred[1]).detach() / 5 / 4
     torch.testing.assert_close(s.grad, expected, rtol=1e-3, atol=1e-4)
 
@@ -110,7 +108,7 @@ def test_gradient_of_soft_targets_tends_to_logit_matching_at_high_temperature() 
 def test_mean_over_the_batch_does_not_depend_on_its_size() -> None:
     s, teacher = logits(3, 4, 0), logits(3, 4, 1)
     twice = np.concatenate([s, s]), np.concatenate([teacher, teacher])
-    for loss in (losses.logit_regression, lambda a, b: losses.soft_targets(a, b, 3.0)):
+    for loss in (losses.logit_regression, lambda a, b: losses.kd_loss(a, b, 3.0)):
         assert float(loss(t(twice[0]), t(twice[1]))) == pytest.approx(float(loss(t(s), t(teacher))), rel=1e-6)
 
 
@@ -204,7 +202,7 @@ def test_kd_is_lambda_times_ce_plus_the_rest_times_the_soft_term() -> None:
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
-def test_only_the_student_and_what_learns_along_get_a_gradient(name: str) -> None:
+def test_gradient_reaches_student_and_adapters_only(name: str) -> None:
     objective = objective_of(name, ce_weight=0.0) if name != "ce" else objective_of(name)
     batch, adapters = batch_of(), adapters_of(objective)
     terms = objective.compute(batch, adapters)
@@ -234,7 +232,7 @@ def test_weights_are_the_methods_own_unless_given() -> None:
         methods.parse("magic")
 
 
-def test_settings_of_other_methods_are_told_from_its_own() -> None:
+def test_unread_lists_settings_of_other_methods() -> None:
     typed = ["lr", "tau", "noisy_ratio", "teacher"]
     assert methods.unread("kd", typed) == ["noisy_ratio"]
     assert methods.unread("noisy", typed) == ["tau"]
@@ -260,8 +258,8 @@ def test_mixup_weighs_two_labels() -> None:
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     shares = np.array([0.25, 0.9])
     expected = np.mean([-0.25 * log_p[0, 2] - 0.75 * log_p[0, 1], -0.9 * log_p[1, 0] - 0.1 * log_p[1, 0]])
-    found = losses.mixed_cross_entropy(
-        torch.tensor(logits), torch.tensor([2, 0]), torch.tensor([1, 0]), torch.tensor(shares)
+    found = losses.cross_entropy(
+        torch.tensor(logits), torch.tensor([2, 0]), 0.0, torch.tensor([1, 0]), torch.tensor(shares)
     )
     assert float(found) == pytest.approx(expected, abs=1e-12)
 
@@ -286,7 +284,7 @@ def test_smoothing_by_hand() -> None:
     own = -0.9 * math.log(0.75) - 0.1 * math.log(0.25)
     assert losses.cross_entropy(s, label, 0.2).item() == pytest.approx(own, rel=1e-6)
     other = -0.1 * math.log(0.75) - 0.9 * math.log(0.25)
-    mixed = losses.mixed_cross_entropy(s, label, 1 - label, torch.tensor([0.3]), 0.2)
+    mixed = losses.cross_entropy(s, label, 0.2, 1 - label, torch.tensor([0.3]))
     assert mixed.item() == pytest.approx(0.3 * own + 0.7 * other, rel=1e-6)
 
 
@@ -295,7 +293,7 @@ def test_cross_entropies_promote_half_types_and_have_their_gradient() -> None:
     shares = torch.full((4,), 0.3)
     for loss in (
         lambda s: losses.cross_entropy(s, labels, 0.1),
-        lambda s: losses.mixed_cross_entropy(s, labels, labels.flip(0), shares, 0.1),
+        lambda s: losses.cross_entropy(s, labels, 0.1, labels.flip(0), shares),
     ):
         assert loss(half).dtype == torch.float32
         assert torch.equal(loss(half), loss(half.float()))
@@ -328,7 +326,7 @@ def test_joined_methods_have_the_first_ones_cross_entropy_and_each_its_term() ->
             methods.parse(name)
 
 
-def test_what_weighs_nothing_is_not_asked_for() -> None:
+def test_terms_of_zero_weight_are_left_out() -> None:
     active = objective_of("kd+at", weight=["at=0"])
     assert objective_of("kd+at").needs_features and not active.needs_features and active.needs_teacher
     assert not objective_of("kd", kd_weight=0.0).needs_teacher
@@ -356,7 +354,7 @@ def test_weights_and_temperatures_move_in_a_straight_line() -> None:
     falling, batch = objective_of("kd", tau=8.0, tau_end=2.0, lamda=0.0), batch_of()
     for done, tau in ((0.0, 8.0), (0.5, 5.0), (1.0, 2.0)):
         s, teacher = batch.student_logits.detach(), batch.targets
-        expected = losses.soft_targets(s, teacher, tau)
+        expected = losses.kd_loss(s, teacher, tau)
         found = falling.compute(replace(batch, done=done))["kd"]
         torch.testing.assert_close(found, expected)
 

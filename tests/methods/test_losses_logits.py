@@ -28,9 +28,9 @@ def decoupled(student: Tensor, teacher: Tensor, tau: float = 4.0) -> Tensor:
 
 LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Array, Array], float]]] = {
     "logits": (losses.logit_regression, lambda s, t: 0.5 * ((s - t) ** 2).sum() / len(s)),
-    "kd": (lambda s, t: losses.soft_targets(s, t, 3.0), lambda s, t: formulas.instances(s, t, 3.0)),
+    "kd": (lambda s, t: losses.kd_loss(s, t, 3.0), lambda s, t: formulas.instances(s, t, 3.0)),
     "lskd": (
-        lambda s, t: losses.soft_targets(losses.standardize(s), losses.standardize(t), 2.0),
+        lambda s, t: losses.kd_loss(losses.standardize(s), losses.standardize(t), 2.0),
         lambda s, t: formulas.instances(formulas.standardized(s), formulas.standardized(t), 2.0),
     ),
     "dkd": (
@@ -223,14 +223,14 @@ def test_decoupled_parts_make_up_the_soft_targets() -> None:
     other = 1 - (teacher / 3).softmax(dim=1)[torch.arange(5), labels]
     parts = losses.decoupled(student, teacher, labels, 3.0, 1.0, 0.0)
     parts = parts + losses.decoupled(student, teacher, labels, 3.0, 0.0, 1.0, other)
-    torch.testing.assert_close(parts, losses.soft_targets(student, teacher, 3.0))
+    torch.testing.assert_close(parts, losses.kd_loss(student, teacher, 3.0))
 
 
 def test_decoupled_of_other_classes_equals_the_mask_of_the_authors_code() -> None:
     student, teacher = tensors(normal(5, 6, seed=5, scale=3), normal(5, 6, seed=6, scale=3))
     labels = torch.tensor([0, 5, 2, 2, 1])
     mask = 1000.0 * torch.nn.functional.one_hot(labels, 6)
-    masked = losses.soft_targets(student - 4 * mask, teacher - 4 * mask, 4.0)
+    masked = losses.kd_loss(student - 4 * mask, teacher - 4 * mask, 4.0)
     torch.testing.assert_close(losses.decoupled(student, teacher, labels, 4.0, 0.0, 1.0), masked)
 
 
@@ -239,7 +239,7 @@ def test_decoupled_has_no_other_classes_of_two() -> None:
     labels = torch.tensor([0, 1, 1, 0, 1])
     assert losses.decoupled(student, teacher, labels, 4.0, 0.0, 8.0).item() == 0
     whole = losses.decoupled(student, teacher, labels, 4.0, 1.0, 8.0)
-    torch.testing.assert_close(whole, losses.soft_targets(student, teacher, 4.0))
+    torch.testing.assert_close(whole, losses.kd_loss(student, teacher, 4.0))
 
 
 def test_dist_by_hand() -> None:

@@ -83,7 +83,7 @@ def cases() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("method", "teacher", "student"), cases())
-def test_two_steps_an_exact_resume_and_nothing_but_the_student_in_its_file(
+def test_method_trains_resumes_exactly_and_stores_the_student_only(
     workplace: Path,
     monkeypatch: pytest.MonkeyPatch,
     splits: Splits,

@@ -61,7 +61,7 @@ def test_lenet_has_no_relu_after_its_convolutions() -> None:
     assert seen[0].min().item() < 0
 
 
-def test_head_is_the_last_layer_where_nothing_follows() -> None:
+def test_final_linear_is_the_last_layer_where_nothing_follows() -> None:
     for name in NAMES:
         network = models.build(name, classes=10, input_size=(32, 32, 3), width=0.25).eval()
         head = models.final_linear(network)
@@ -75,7 +75,7 @@ def test_head_is_the_last_layer_where_nothing_follows() -> None:
             torch.testing.assert_close(network(torch.ones(1, 3, 32, 32)), before + 1, rtol=1e-4, atol=1e-4)
 
 
-def test_predict_covers_the_last_short_batch_and_tells_of_it() -> None:
+def test_predict_logits_covers_the_last_batch_and_reports_progress() -> None:
     data = np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1)
     told: list[int] = []
     out = models.predict_logits(

@@ -155,7 +155,7 @@ def test_width_multiplies_each_count_of_channels(
     assert models.parameter_count(shapes_alone(name, classes=10, width=width)) == expected
 
 
-def test_width_rounds_to_what_a_family_needs() -> None:
+def test_width_rounds_to_the_multiple_of_a_family() -> None:
     assert [scaled(10, 0.25), scaled(10, 0.24), scaled(3, 0.01), scaled(7, 1.0)] == [3, 2, 1, 7]
     assert [scaled(116, 0.5, 2), scaled(12, 0.5, 4), scaled(12, 0.4, 4), scaled(1, 0.1, 12)] == [58, 8, 4, 12]
     least = shapes_alone("shufflenetv1", width=0.05)  # 1.2, 12, 24, 48: each 12 more than what it reads
@@ -178,7 +178,7 @@ def test_any_width_gives_a_network_that_runs(name: str, width: float, side: int,
 
 
 @pytest.mark.parametrize("width", [0.0, -1.0, float("nan"), float("inf"), 65.0])
-def test_a_width_that_is_none_is_a_usage_error(width: float) -> None:
+def test_invalid_width_is_a_usage_error(width: float) -> None:
     with pytest.raises(UsageError, match="width cannot be"):
         models.build("resnet8", classes=3, input_size=(32, 32, 3), width=width)
 
@@ -216,7 +216,7 @@ def test_each_stage_is_called_once_and_gives_its_maps(name: str) -> None:
     assert seen == list(zip(network.stages, expected, strict=True))
 
 
-def test_every_network_says_where_its_stages_end() -> None:
+def test_every_network_defines_its_stages() -> None:
     assert set(STAGES) == set(models.names())
 
 
@@ -519,7 +519,7 @@ def test_info_shows_a_network_by_its_name() -> None:
 
 
 @pytest.mark.slow
-def test_the_page_of_networks_gives_each_network_and_what_it_costs() -> None:
+def test_docs_table_lists_each_network_and_its_cost() -> None:
     page = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([\w-]+)` \| ([\d,]+) \| ([\d.]+) \|", page, re.MULTILINE)
     assert [row[0] for row in rows] == list(models.names())

@@ -49,7 +49,7 @@ def perceptron(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("perceptron")
-def test_a_network_of_a_new_file_trains_and_is_shown() -> None:
+def test_registered_network_trains_and_appears_in_info() -> None:
     splits = make_splits(train=32, test=8)
     result = fit(config(method="ce", student="perceptron", width=2.0, epochs=1, val_fraction=0), splits)
     student = models.load(result.run.student)

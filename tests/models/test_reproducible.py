@@ -43,7 +43,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean(p: float) -> None:
         assert float((means - (1 - p)).abs().max()) < 5.5 * error
 
 
-def test_neighbouring_draws_are_not_related() -> None:
+def test_dropout_masks_of_neighbours_are_uncorrelated() -> None:
     """Correlations of masks with those of the next sample, element, epoch and layer vanish."""
     network, draw = dropout(0.5, layers=2)
 
@@ -56,7 +56,7 @@ def test_neighbouring_draws_are_not_related() -> None:
         assert abs(float((base * other).mean())) < 5 / (300 * 900) ** 0.5
 
 
-def test_a_mask_belongs_to_seed_epoch_and_sample() -> None:
+def test_dropout_mask_depends_on_seed_epoch_and_sample() -> None:
     network, draw = dropout()
     values = torch.ones(6, 3, 4, 4)
     draw.step(2, np.arange(6), CPU)
@@ -72,7 +72,7 @@ def test_a_mask_belongs_to_seed_epoch_and_sample() -> None:
     assert torch.equal(network.eval()(values), values)
 
 
-def test_dropout_without_its_batch_is_a_fault() -> None:
+def test_dropout_without_keys_raises() -> None:
     network, draw = dropout()
     draw.step(0, np.arange(3), CPU)
     with pytest.raises(RuntimeError, match=r"DropoutKeys\.step"):

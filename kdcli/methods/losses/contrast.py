@@ -96,14 +96,11 @@ class Contrast(nn.Module):
             if self.training:
                 self.log_scale.copy_(log_scale)
                 self.scaled.fill_(True)
-                self._remember(self.student_bank, samples, student)
-                self._remember(self.teacher_bank, samples, teacher)
+                for bank, vectors in ((self.student_bank, student), (self.teacher_bank, teacher)):
+                    mixed = self.momentum * bank[samples] + (1 - self.momentum) * vectors
+                    bank.index_copy_(0, samples, unit(mixed))
         scores = scores - log_scale[:, None, None]
         return contrastive(scores[0], self.samples) + contrastive(scores[1], self.samples)
-
-    def _remember(self, bank: Tensor, samples: Tensor, vectors: Tensor) -> None:
-        mixed = self.momentum * bank[samples] + (1 - self.momentum) * vectors
-        bank.index_copy_(0, samples, unit(mixed))
 
 
 def _products(vectors: Tensor, bank: Tensor, numbers: Tensor) -> Tensor:

@@ -10,26 +10,22 @@ from torch.nn import functional as F
 from kdcli.methods.losses.numerics import divergences, divisor, pair, precise
 
 
-def cross_entropy(student_logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+def cross_entropy(
+    student_logits: Tensor,
+    labels: Tensor,
+    smoothing: float = 0.0,
+    other_labels: Tensor | None = None,
+    shares: Tensor | None = None,
+) -> Tensor:
     """−Σ q·log softmax(s), mean over the batch, with q = (1 − ε)·onehot(y) + ε/C; logits (B, C), labels (B,) → ().
 
     ε is the `smoothing`, in [0, 1]: label smoothing (Szegedy et al., CVPR 2016, section 7); 0 is −log softmax(s)[y].
-    """
-    return F.cross_entropy(precise(student_logits), labels, label_smoothing=smoothing)
-
-
-def mixed_cross_entropy(
-    student_logits: Tensor, labels: Tensor, other_labels: Tensor, shares: Tensor, smoothing: float = 0.0
-) -> Tensor:
-    """λ·CE(s, y) + (1 − λ)·CE(s, y′), mean over the batch: mixup's labels (Zhang et al., arXiv:1710.09412).
-
-    Args:
-        student_logits: (B, C).
-        labels, other_labels: y and y′, (B,).
-        shares: λ, (B,).
-        smoothing: of both labels, as in `cross_entropy`.
+    With mixup (Zhang et al., arXiv:1710.09412), λ·CE(s, y) + (1 − λ)·CE(s, y′), where `other_labels` are y′ and
+    `shares` λ, (B,) each.
     """
     logits = precise(student_logits)
+    if other_labels is None or shares is None:
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
     own = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
     other = F.cross_entropy(logits, other_labels, reduction="none", label_smoothing=smoothing)
     return (shares * own + (1 - shares) * other).mean()
@@ -54,7 +50,7 @@ def perturb(teacher_logits: Tensor, selected: Tensor, noise: Tensor) -> Tensor:
     return torch.where(selected, teacher_logits * (1 + noise), teacher_logits)
 
 
-def soft_targets(student_logits: Tensor, teacher_logits: Tensor, tau: float) -> Tensor:
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, tau: float) -> Tensor:
     """τ²·KL(softmax(t/τ) ‖ softmax(s/τ)): sum over classes, mean over the batch (Hinton et al. 2015); → ().
 
     τ² keeps the gradient's size independent of the temperature.
@@ -67,7 +63,7 @@ def soft_targets(student_logits: Tensor, teacher_logits: Tensor, tau: float) -> 
 def standardize(logits: Tensor) -> Tensor:
     """(z − mean) / (std + 1e-7) of each sample over its classes; (B, C) → (B, C), C ≥ 2.
 
-    Sun et al., CVPR 2024: the z-score of both networks' logits, before `soft_targets` as usual. As in their code the
+    Sun et al., CVPR 2024: the z-score of both networks' logits, before `kd_loss` as usual. As in their code the
     standard deviation has C − 1 in its denominator, and the temperature is outside. A sample whose logits are all
     equal gives 0, with the gradient of z − mean.
     """
@@ -159,7 +155,7 @@ def multi_level(student_logits: Tensor, teacher_logits: Tensor, taus: Sequence[f
     loss = logits[0].new_zeros(())
     for tau in taus:
         student, teacher = (F.softmax(side / tau, dim=1) for side in logits)
-        loss = loss + soft_targets(*logits, tau)
+        loss = loss + kd_loss(*logits, tau)
         loss = loss + (teacher @ teacher.T - student @ student.T).square().sum() / batch
         loss = loss + (teacher.T @ teacher - student.T @ student).square().sum() / classes
     return loss

@@ -18,13 +18,11 @@ def same_size(student_maps: Tensor, teacher_maps: Tensor) -> tuple[Tensor, Tenso
     height = min(student_maps.shape[2], teacher_maps.shape[2])
     width = min(student_maps.shape[3], teacher_maps.shape[3])
     student, teacher = pair(student_maps, teacher_maps)
-    return _pool(student, height, width), _pool(teacher, height, width)
+    return _pool(student, (height, width)), _pool(teacher, (height, width))
 
 
-def _pool(maps: Tensor, height: int, width: int) -> Tensor:
-    if maps.shape[2:] == (height, width):
-        return maps
-    return F.adaptive_avg_pool2d(maps, (height, width))
+def _pool(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    return maps if maps.shape[2:] == size else F.adaptive_avg_pool2d(maps, size)
 
 
 def hint(student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
@@ -156,9 +154,7 @@ class _Fusion(nn.Module):
 
 
 def _resize(maps: Tensor, size: Sequence[int]) -> Tensor:
-    if tuple(maps.shape[2:]) == tuple(size):
-        return maps
-    return F.interpolate(maps, tuple(size), mode="nearest")
+    return maps if maps.shape[2:] == size else F.interpolate(maps, tuple(size), mode="nearest")
 
 
 class Review(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kdcli.base import text
 from kdcli.base.errors import KdError
-from kdcli.models.operations.shapes import Function, Shape, axis_of, check_size
+from kdcli.models.operations.shapes import Function, Shape, axis_of
 
 _MAX_TOP_K = 100  # of ArgMax
 _ELTWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -18,17 +18,20 @@ _ELTWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "prod": torch.mul,
     "max": torch.maximum,
 }
+_REDUCTIONS: dict[str, Callable[[Tensor, tuple[int, ...]], Tensor]] = {
+    "sum": lambda values, axes: values.sum(axes),
+    "asum": lambda values, axes: values.abs().sum(axes),
+    "sumsq": lambda values, axes: values.square().sum(axes),
+    "mean": lambda values, axes: values.mean(axes),
+}
 
 
 def concat(*inputs: Shape, axis: int = 1) -> tuple[nn.Module, Shape]:
     """Concatenation of inputs that have equal shapes except along one axis."""
     axis = axis_of(axis, inputs[0])
-    rest = {(len(s), *s[: axis - 1], *s[axis:]) for s in inputs}
-    if len(rest) != 1:
+    if len({(len(s), *s[: axis - 1], *s[axis:]) for s in inputs}) != 1:
         raise KdError(f"cannot join {' and '.join(map(text.dims, inputs))} along axis {axis}")
-    total = sum(shape[axis - 1] for shape in inputs)
-    shape = (*inputs[0][: axis - 1], total, *inputs[0][axis:])
-    check_size(shape, "output")
+    shape = (*inputs[0][: axis - 1], sum(shape[axis - 1] for shape in inputs), *inputs[0][axis:])
     return Function(f"Concat(axis={axis})", lambda *values: torch.cat(values, dim=axis)), shape
 
 
@@ -50,15 +53,10 @@ def slice_(
     """Part number `part` of `of` along an axis, split at `points`, or into equal parts."""
     axis = axis_of(axis, shape)
     length = shape[axis - 1]
-    if not points and length % of:
-        raise KdError(f"{length} values along axis {axis} cannot be cut into {of} equal parts")
     cuts = [0, *(points or range(length // of, length, length // of)), length]
-    if len(cuts) != of + 1:
-        raise KdError(f"{len(points)} slice points make {len(points) + 1} parts; it has {of} outputs")
-    if any(first >= second for first, second in pairwise(cuts)):
-        raise KdError(f"slice points {list(points)} do not rise within {length}")
-    if not 0 <= part < of:
-        raise ValueError(f"part {part} of {of}")
+    if len(cuts) != of + 1 or any(first >= second for first, second in pairwise(cuts)):
+        where = f" at {list(points)}" if points else ""
+        raise KdError(f"{length} values along axis {axis} cannot be cut into {of} parts{where}")
     count = cuts[part + 1] - cuts[part]
     return _box([(axis, cuts[part], count)]), (*shape[: axis - 1], count, *shape[axis:])
 
@@ -67,13 +65,10 @@ def crop(first: Shape, like: Shape, *, axis: int = 2, offset: Sequence[int] = ()
     """The first input, cropped from `axis` on to the size of the second."""
     axis = axis_of(axis, first)
     axes = range(axis, len(first) + 1)
-    if len(first) != len(like):
-        raise KdError(f"its inputs {text.dims(first)} and {text.dims(like)} have not the same number of axes")
-    if len(offset) not in (0, 1, len(axes)):
-        raise KdError(f"{len(offset)} offsets for {len(axes)} axes")
-    offsets = [*offset] * len(axes) if len(offset) == 1 else [*offset] or [0] * len(axes)
+    offsets = [*offset] if len(offset) > 1 else [*offset, 0][:1] * len(axes)
     box = [(number, start, like[number - 1]) for number, start in zip(axes, offsets, strict=True)]
-    if any(start < 0 or start + count > first[number - 1] for number, start, count in box):
+    inside = all(start >= 0 and start + count <= first[number - 1] for number, start, count in box)
+    if len(first) != len(like) or not inside:
         raise KdError(
             f"a box of {text.dims(like)} at {text.dims(offsets)} does not lie in {text.dims(first)}"
         )
@@ -108,23 +103,14 @@ def reshape(
     end = rank if num_axes == -1 else start + num_axes
     if num_axes < -1 or not 0 <= start <= end <= rank:
         raise KdError(f"axis {axis}, num_axes {num_axes} do not lie in its input's {rank} axes")
-    before: list[int | None] = [None, *shape]  # None: the batch
-    places = [
-        before[start + at : start + at + 1] if not side else [int(side)] for at, side in enumerate(dims)
-    ]
-    if any(not place for place in places):
-        raise KdError(f"dims {list(dims)} copy an axis that its input does not have")
-    after = [*before[:start], *(side for place in places for side in place), *before[end:]]
-    batch, sides = (after[0] if after else 1), [side for side in after[1:] if side is not None]
-    if len(sides) != len(after) - 1 or any(side < -1 for side in sides) or [batch, *sides].count(-1) > 1:
-        raise KdError(f"dims {list(dims)} cannot be: each image must be reshaped by itself, one −1 at most")
-    known = math.prod(side for side in sides if side != -1)
-    if -1 in sides and known and values % known == 0 and batch is None:
-        sides[sides.index(-1)] = values // known
-    if -1 in sides or math.prod(sides) != values:
-        raise KdError(
-            f"dims {list(dims)} do not hold the {values} values of {text.dims(shape)} of each image"
-        )
+    before = [0, *shape]  # 0: the batch
+    replaced = [before[start + at] if side == 0 else int(side) for at, side in enumerate(dims)]
+    batch, *sides = [*before[:start], *replaced, *before[end:]] or [1]
+    if batch == 0 and sides.count(-1) == 1:
+        known = -math.prod(sides)
+        sides[sides.index(-1)] = values // known if known else 0
+    if any(side < 1 for side in sides) or math.prod(sides) != values:
+        raise KdError(f"dims {list(dims)} cannot reshape each image's {text.dims(shape)} by itself")
     return _view(tuple(sides)), tuple(sides)
 
 
@@ -132,8 +118,7 @@ def eltwise(
     *inputs: Shape, operation: str = "sum", coefficients: Sequence[float] = ()
 ) -> tuple[nn.Module, Shape]:
     """Sum (with coefficients), product or maximum of inputs of equal shape."""
-    if operation not in _ELTWISE:
-        raise KdError(f"unknown operation {operation}")
+    combine = _ELTWISE[operation]
     if len(set(inputs)) != 1:
         raise KdError(f"its inputs differ: {' and '.join(map(text.dims, inputs))}")
     if coefficients and (operation != "sum" or len(coefficients) != len(inputs)):
@@ -143,7 +128,7 @@ def eltwise(
     def compute(*values: Tensor) -> Tensor:
         if factors:
             values = tuple(value * factor for value, factor in zip(values, factors, strict=True))
-        return reduce(_ELTWISE[operation], values)
+        return reduce(combine, values)
 
     description = f"Eltwise({operation}{f', coefficients={factors}' if factors else ''})"
     return Function(description, compute), inputs[0]
@@ -153,17 +138,11 @@ def reduction(
     shape: Shape, *, operation: str = "sum", axis: int = 1, factor: float = 1.0
 ) -> tuple[nn.Module, Shape]:
     """Sum, sum of magnitudes, sum of squares or mean over all axes from `axis` on, times a factor."""
-    if operation not in ("sum", "asum", "sumsq", "mean"):
-        raise KdError(f"unknown operation {operation}")
+    reduce_axes = _REDUCTIONS[operation]
     axis = axis_of(axis, shape)
 
     def compute(values: Tensor) -> Tensor:
-        if operation == "asum":
-            values = values.abs()
-        elif operation == "sumsq":
-            values = values.square()
-        axes = tuple(range(axis, values.ndim))
-        return (values.mean(axes) if operation == "mean" else values.sum(axes)) * factor
+        return reduce_axes(values, tuple(range(axis, values.ndim))) * factor
 
     description = f"Reduction({operation} from axis {axis} on, times {factor:g})"
     return Function(description, compute), shape[: axis - 1]

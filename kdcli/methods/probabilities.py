@@ -29,7 +29,7 @@ def soft_targets(batch: Batch, *, standardize: bool = False) -> Tensor:
     """Match the teacher's softened probabilities."""
     from kdcli.methods.losses import logits as losses
 
-    return losses.soft_targets(*_logits(batch, standardize), batch.tau)
+    return losses.kd_loss(*_logits(batch, standardize), batch.tau)
 
 
 @method("born-again", source="Furlanello et al., ICML 2018", ce=1.0, tau=1.0, same_network=True)

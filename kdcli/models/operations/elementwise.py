@@ -1,6 +1,8 @@
-"""Normalisation, and the learned scales and biases that follow it."""
+"""Operations that keep the shape: normalisation, learned scales and biases, functions of each value."""
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +41,8 @@ def lrn(
 
 def batch_norm(shape: Shape, *, eps: float = 1e-5) -> tuple[nn.Module, Shape]:
     """(x − running mean) / sqrt(running variance + eps), without learned scale and bias."""
-    if len(shape) == 3:
-        return nn.BatchNorm2d(shape[0], eps=eps, affine=False), shape
-    if len(shape) in (1, 2):
-        return nn.BatchNorm1d(shape[0], eps=eps, affine=False), shape
-    raise KdError(f"it takes C or C×H×W, its input is {dims(shape)}")
+    build = {1: nn.BatchNorm1d, 2: nn.BatchNorm1d, 3: nn.BatchNorm2d}[len(shape)]
+    return build(shape[0], eps=eps, affine=False), shape
 
 
 def mvn(
@@ -64,13 +63,6 @@ def mvn(
 
     description = f"MeanVarianceNorm(variance={variance}, across_channels={across}, eps={eps:g})"
     return Function(description, compute), shape
-
-
-def prelu(shape: Shape, *, shared: bool = False) -> tuple[nn.Module, Shape]:
-    """max(x, 0) + slope · min(x, 0) with a learned slope per channel, or one for all."""
-    if not shape:
-        raise KdError(f"it takes C or C×H×W, its input is {dims(shape)}")
-    return nn.PReLU(1 if shared else shape[0]), shape
 
 
 class Affine(nn.Module):
@@ -135,3 +127,63 @@ def _broadcast(
     return Function(
         f"Broadcast({name})", lambda values, other: combine(values, other.reshape(*other.shape, *ones))
     ), first
+
+
+def prelu(shape: Shape, *, shared: bool = False) -> tuple[nn.Module, Shape]:
+    """max(x, 0) + slope · min(x, 0) with a learned slope per channel, or one for all."""
+    return nn.PReLU(1 if shared else shape[0]), shape
+
+
+def unchanged_shape(build: Callable[..., nn.Module], shape: Shape, **args: Any) -> tuple[nn.Module, Shape]:
+    """One of torch's modules."""
+    return build(**args), shape
+
+
+def relu(shape: Shape, *, negative_slope: float = 0.0) -> tuple[nn.Module, Shape]:
+    """max(x, 0) + slope · min(x, 0)."""
+    return nn.LeakyReLU(negative_slope) if negative_slope else nn.ReLU(), shape
+
+
+def absolute(shape: Shape) -> tuple[nn.Module, Shape]:
+    """|x|."""
+    return Function("Abs()", torch.abs), shape
+
+
+def power(
+    shape: Shape, *, power: float = 1.0, scale: float = 1.0, shift: float = 0.0
+) -> tuple[nn.Module, Shape]:
+    """(shift + scale · x)^power."""
+
+    def compute(values: Tensor) -> Tensor:
+        if scale != 1:
+            values = values * scale
+        if shift:
+            values = values + shift
+        return values if power == 1 else values.pow(power)
+
+    return Function(f"Power(power={power:g}, scale={scale:g}, shift={shift:g})", compute), shape
+
+
+def exp(
+    shape: Shape, *, base: float | None = None, scale: float = 1.0, shift: float = 0.0
+) -> tuple[nn.Module, Shape]:
+    """base^(shift + scale · x), with base e by default."""
+    inner = scale * (1.0 if base is None else math.log(base))
+    outer = math.exp(shift) if base is None else base**shift
+    description = f"Exp({outer:g} · exp({inner:g} · x))"
+    return Function(description, lambda values: (values * inner).exp() * outer), shape
+
+
+def log(
+    shape: Shape, *, base: float | None = None, scale: float = 1.0, shift: float = 0.0
+) -> tuple[nn.Module, Shape]:
+    """log(shift + scale · x) to a base, e by default."""
+    factor = 1.0 if base is None else 1 / math.log(base)
+    description = f"Log({factor:g} · log({scale:g} · x + {shift:g}))"
+    return Function(description, lambda values: (values * scale + shift).log() * factor), shape
+
+
+def dropout(shape: Shape, *, ratio: float = 0.5, scale_train: bool = True) -> tuple[nn.Module, Shape]:
+    """Dropout. Without `scale_train`, values are not scaled up in training, but scaled down at inference."""
+    module = nn.Dropout(ratio)
+    return module if scale_train else nn.Sequential(module, power(shape, scale=1 - ratio)[0]), shape
