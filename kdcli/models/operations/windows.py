@@ -32,6 +32,7 @@ def conv(
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     if transposed:
         size = [s * (side - 1) + r - 2 * p for side, p, r, s in zip(sides, pad, reach, stride, strict=True)]
+        check_size((out, *size), "output")
         return nn.ConvTranspose2d(channels, out, kernel, stride, pad, 0, groups, bias, dilation), (out, *size)
     if any(side + 2 * p < r for side, p, r in zip(sides, pad, reach, strict=True)):
         raise KdError(f"a window of {dims(reach)} does not fit its input of {dims(shape)}")
