@@ -43,7 +43,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{target.name}."
-    clear_abandoned(target.parent, prefix)
+    _clear_abandoned(target.parent, prefix)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=prefix + _owner(), suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
@@ -93,11 +93,11 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[bool]:
 def scratch_folder(parent: Path) -> Path:
     """A new hidden folder in `parent` (created if missing), for the caller to rename or remove."""
     parent.mkdir(parents=True, exist_ok=True)
-    clear_abandoned(parent, ".")
+    _clear_abandoned(parent, ".")
     return Path(tempfile.mkdtemp(dir=parent, prefix="." + _owner()))
 
 
-def clear_abandoned(parent: Path, prefix: str) -> None:
+def _clear_abandoned(parent: Path, prefix: str) -> None:
     """Remove scratch files and folders `<prefix><host>.<process>.*` of processes that no longer run."""
     import psutil
 

@@ -2,7 +2,6 @@
 
 import io
 import threading
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import numpy as np
@@ -18,7 +17,7 @@ OTHER_SUFFIXES = (".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".
 MAX_PIXELS = 64_000_000
 MAX_SCAN_PIXELS = 64 * MAX_PIXELS  # of a JPEG: its pixels times its scans (passes over all of them)
 LARGE_PIXELS = MAX_PIXELS // 4  # beyond the photos of most cameras
-_large_images = threading.Lock()
+_large_images = threading.Lock()  # one at a time is decoded, of all threads
 _START_OF_SCAN = b"\xff\xda"  # the only place of these bytes in compressed data; metadata may add some
 
 Pixels = npt.NDArray[np.uint8]
@@ -46,56 +45,33 @@ def decode(data: bytes, name: str) -> Pixels:
     Raises:
         KdError: broken, not one of `FORMATS`, or more than `MAX_PIXELS`; names the file.
     """
-    return _pixels(_opened(data, name), name)
-
-
-def decode_into(keep: Callable[[Pixels], None], data: bytes, name: str) -> None:
-    """Call `keep` with the result of `decode`; of all threads, only one at a time holds a large image.
-
-    Raises:
-        KdError: as `decode`.
-    """
-    image = _opened(data, name)
-    with _large_images if image.width * image.height > LARGE_PIXELS else nullcontext():
-        keep(_pixels(image, name))
-
-
-def _opened(data: bytes, name: str) -> Image.Image:
-    """The image with its header read, within the limits on pixels and scans."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
+        count, scans = image.width * image.height, data.count(_START_OF_SCAN)
+        if count > MAX_PIXELS:
             raise Image.DecompressionBombError
+        if image.format == "JPEG" and scans * count > MAX_SCAN_PIXELS:
+            raise KdError(
+                f"image {name} has {scans:,} scans", "It looks like a decompression bomb; remove it."
+            )
+        with image, _large_images if count > LARGE_PIXELS else nullcontext():
+            image.load()
+            turned = any(key in image.info for key in _EXIF_KEYS)
+            upright = ImageOps.exif_transpose(image) if turned else image
+            return np.array(_to_rgb(upright), dtype=np.uint8)
+    except KdError:
+        raise
     except Image.DecompressionBombError as error:
         raise KdError(
             f"image {name} has more than {MAX_PIXELS // 1_000_000} million pixels",
             "Scale it down or remove it.",
         ) from error
     except Exception as error:  # what a decoder raises on hostile bytes is not a closed set
-        raise _broken(name, error) from error
-    scans = data.count(_START_OF_SCAN)
-    if image.format == "JPEG" and scans * image.width * image.height > MAX_SCAN_PIXELS:
-        raise KdError(f"image {name} has {scans:,} scans", "It looks like a decompression bomb; remove it.")
-    return image
-
-
-def _pixels(image: Image.Image, name: str) -> Pixels:
-    try:
-        with image:
-            image.load()
-            turned = any(key in image.info for key in _EXIF_KEYS)
-            upright = ImageOps.exif_transpose(image) if turned else image
-            return np.array(_to_rgb(upright), dtype=np.uint8)
-    except Exception as error:  # not a closed set either
-        raise _broken(name, error) from error
-
-
-def _broken(name: str, error: Exception) -> KdError:
-    detail = "not an image" if isinstance(error, UnidentifiedImageError) else first_line(error)
-    return KdError(
-        f"cannot read image {name}: {detail}",
-        "Replace or remove it, or leave such files out by --skip-broken; PNG, JPEG, WebP and BMP are read.",
-    )
+        unknown = isinstance(error, UnidentifiedImageError)
+        raise KdError(
+            f"cannot read image {name}: {'not PNG, JPEG, WebP or BMP' if unknown else first_line(error)}",
+            "Convert, replace or remove it, or leave such files out by --skip-broken.",
+        ) from error
 
 
 def resize(pixels: Pixels, size: int) -> Pixels:

@@ -19,7 +19,6 @@ ATTEMPTS = 4  # per mirror, without progress in between
 BACK_OFF_S = 1.0  # then 2, 4
 MAX_WAIT_S = 60.0  # upper bound of Retry-After
 MAX_BYTES = 2 << 30  # of a file whose size the catalogue does not know
-MAX_REDIRECTS = 5
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 TIMEOUT = httpx.Timeout(30.0, connect=15.0)  # without any data, not for the whole file
 EVENT_SECONDS = 0.25
@@ -180,7 +179,7 @@ def _client(url: str) -> httpx.Client:
         return httpx.Client(
             timeout=TIMEOUT,
             follow_redirects=True,
-            max_redirects=MAX_REDIRECTS,
+            max_redirects=5,
             mounts={"http://": None},
             event_hooks={"request": [check]},
         )

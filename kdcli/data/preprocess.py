@@ -35,8 +35,8 @@ def _moments(images: rows.Images, samples: Int64) -> tuple[npt.NDArray[np.float6
     total = torch.zeros(channels, dtype=torch.int64)
     squares = torch.zeros(channels, dtype=torch.int64)
     for chunk in _chunks(images, samples):
-        for start in range(0, len(chunk), _EXACT):
-            pixels = torch.from_numpy(chunk[start : start + _EXACT]).flatten(1).float()  # (b, H·W·C)
+        for part in torch.from_numpy(chunk).split(_EXACT):
+            pixels = part.flatten(1).float()  # (b, H·W·C)
             total += pixels.sum(dim=0).to(torch.int64).reshape(-1, channels).sum(dim=0)
             squares += pixels.square().sum(dim=0).to(torch.int64).reshape(-1, channels).sum(dim=0)
     count = len(samples) * height * width
@@ -228,11 +228,9 @@ def fit(
 
     Raises:
         UsageError: no preprocessing of that name.
-        KdError: no images, or too large for whitening.
+        KdError: images too large for whitening.
     """
     samples = np.arange(len(images)) if samples is None else samples
-    if len(samples) == 0:
-        raise KdError(f"preprocessing {name} cannot be fitted on no images")
     return _class_of(name).fit(images, samples, channel_order, on_event)
 
 

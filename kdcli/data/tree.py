@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +143,7 @@ def decode_all(
     def work(batch: list[tuple[int, str, bytes]]) -> None:
         for index, name, data in batch:
             try:
-                decode.decode_into(partial(keep, index, name), data, name)
+                keep(index, name, decode.decode(data, name))
             except KdError:
                 if not skip_broken:
                     raise
@@ -157,7 +156,7 @@ def decode_all(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about odd files; only errors matter here
         try:
-            for batch in _batches(source, found, skip_broken, place):
+            for batch in _batches(source, found, place):
                 size = sum(len(data) for _, _, data in batch)
                 while pending and (len(pending) > 2 * workers or waiting + size > WAITING_BYTES):
                     future, decoded = pending.popleft()
@@ -171,12 +170,12 @@ def decode_all(
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     found.images = {place: index for place, index in found.images.items() if index not in broken}
-    found.broken = sorted([*found.broken, *broken.values()])
+    found.broken = sorted(broken.values())
     return found
 
 
 def _batches(
-    source: Source, found: Found, skip_broken: bool, place_of_name: Callable[[str], Place | None]
+    source: Source, found: Found, place_of_name: Callable[[str], Place | None]
 ) -> Iterator[list[tuple[int, str, bytes]]]:
     """Index, name and bytes of the images, a batch at a time; enters them in `found`."""
     batch: list[tuple[int, str, bytes]] = []
@@ -185,16 +184,8 @@ def _batches(
         if (place := place_of_name(name)) is None:
             continue
         suffix = Path(name).suffix.lower()
-        if not decode.is_image(data[:16]) and suffix not in decode.SUFFIXES:
-            if suffix not in decode.OTHER_SUFFIXES:
-                found.other.append(name)
-            elif skip_broken:
-                found.broken.append(name)
-            else:
-                raise KdError(
-                    f"cannot read image {name}: {suffix[1:]} is not supported",
-                    "Convert it to PNG, JPEG, WebP or BMP.",
-                )
+        if not decode.is_image(data[:16]) and suffix not in (*decode.SUFFIXES, *decode.OTHER_SUFFIXES):
+            found.other.append(name)
             continue
         if not place.class_name.isprintable():
             raise KdError(f"unusable class name {place.class_name!r}", "Rename the folder.")

@@ -74,15 +74,17 @@ def test_too_many_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "LARGE_PIXELS", 23)
-    held, most = [0], [0]
+    held, most, real = [0], [0], decode._to_rgb
 
-    def keep(pixels: np.ndarray) -> None:
-        held[0] += pixels.size // 3
+    def slow(image: Image.Image) -> Image.Image:
+        held[0] += image.width * image.height
         most[0] = max(most[0], held[0])
         time.sleep(0.02)
-        held[0] -= pixels.size // 3
+        held[0] -= image.width * image.height
+        return real(image)
 
-    threads = [threading.Thread(target=decode.decode_into, args=(keep, png(), "x")) for _ in range(4)]
+    monkeypatch.setattr(decode, "_to_rgb", slow)
+    threads = [threading.Thread(target=decode.decode, args=(png(), "x")) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
