@@ -21,8 +21,6 @@ from kdcli.data.images import ImageSet, Splits, fingerprint_of
 
 FORMAT_VERSION = 3  # raise it when packing or decoding gives other pixels
 FALLBACK_SIZE = 32
-_FOLDER = "data"
-
 
 # One part of a data set: indices (N,) of packed images, and their labels (N,).
 Selection = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
@@ -105,7 +103,7 @@ class Cache:
     """The entry of one data set below `cache_dir`, named by its recipe: all that its content depends on."""
 
     def __init__(self, cache_dir: Path, recipe: Mapping[str, Any]) -> None:
-        self.folder = files.cache_folder(cache_dir, _FOLDER, {"format": FORMAT_VERSION, **recipe})
+        self.folder = files.cache_folder(cache_dir, "data", {"format": FORMAT_VERSION, **recipe})
 
     def load(self) -> Packed | None:
         """The entry, memory-mapped; None if it is absent, incomplete or damaged."""

@@ -35,8 +35,8 @@ def _moments(images: rows.Images, samples: Int64) -> tuple[npt.NDArray[np.float6
     total = torch.zeros(channels, dtype=torch.int64)
     squares = torch.zeros(channels, dtype=torch.int64)
     for chunk in _chunks(images, samples):
-        for part in torch.from_numpy(chunk).split(_EXACT):
-            pixels = part.flatten(1).float()  # (b, H·W·C)
+        for start in range(0, len(chunk), _EXACT):
+            pixels = torch.from_numpy(chunk[start : start + _EXACT]).flatten(1).float()  # (b, H·W·C)
             total += pixels.sum(dim=0).to(torch.int64).reshape(-1, channels).sum(dim=0)
             squares += pixels.square().sum(dim=0).to(torch.int64).reshape(-1, channels).sum(dim=0)
     count = len(samples) * height * width

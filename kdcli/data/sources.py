@@ -88,7 +88,7 @@ def open_source(path: Path) -> Source:
 def _unreadable(path: Path, detail: str = "") -> KdError:
     return KdError(
         f"{path} is not an archive that can be read" + (f": {detail}" if detail else ""),
-        "Give a folder, .tar, .tar.gz, .tar.xz or .zip with train/<class>/* and test/<class>/*.",
+        "Give a folder, .tar, .tar.gz, .tar.xz or .zip file of images.",
     )
 
 

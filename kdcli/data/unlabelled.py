@@ -17,7 +17,6 @@ from kdcli.data.tree import Place, decode_all, is_ignored, skipped_notes
 
 _PART = "unlabelled"
 _CHUNK = 1024  # images hashed at a time
-_HINT = "--unlabelled takes a folder or an archive of images."
 
 
 def add_unlabelled(splits: Splits, path: Path, request: Request) -> Splits:
@@ -32,11 +31,10 @@ def add_unlabelled(splits: Splits, path: Path, request: Request) -> Splits:
         KdError: not an archive, a broken image without `skip_broken`, an image that cannot get that size, or none.
     """
     if not path.exists():
-        raise UsageError(f"no unlabelled images at {path}", _HINT)
-    try:
-        source = open_source(path)
-    except KdError as error:
-        raise KdError(error.message, _HINT) from error
+        raise UsageError(
+            f"no unlabelled images at {path}", "--unlabelled takes a folder or archive of images."
+        )
+    source = open_source(path)
     recipe = {
         "unlabelled": source.key(),
         "data": [splits.train.input_size, splits.train.fingerprint, splits.test.fingerprint],

@@ -21,9 +21,9 @@ def read_mat(path: Path) -> LabelledImages:
     """
     from scipy.io import loadmat, whosmat
 
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise KdError(f"{path} is larger than {MAX_FILE_BYTES:,} bytes")
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise KdError(f"{path} is larger than {MAX_FILE_BYTES:,} bytes")
         shapes = {name: (shape, kind) for name, shape, kind in whosmat(path)}
         (shape, kind), (labels_shape, _) = (shapes.get(name, ((), "")) for name in ("X", "y"))
         count = shape[3] if len(shape) == 4 else 0
