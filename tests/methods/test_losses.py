@@ -19,7 +19,6 @@ from kdcli.data import augment
 from kdcli.methods import TrainConfig
 from kdcli.methods.losses import logits as losses
 from kdcli.methods.losses.contrast import Negatives
-from kdcli.methods.regression import draw_noise
 from tests import formulas
 
 Array = npt.NDArray[np.float64]
@@ -128,7 +127,7 @@ def test_unselected_samples_keep_their_target_exactly_and_selected_ones_are_scal
 @pytest.mark.parametrize("scope", ["sample", "logit"])
 def test_noise_has_the_ratio_and_the_spread_asked_for_and_no_bias(scope: str) -> None:
     samples = np.arange(40_000)
-    selected, noise = draw_noise(0, 3, samples, 0.3, 0.7, None if scope == "sample" else 6)
+    selected, noise = losses.draw_noise(0, 3, samples, 0.3, 0.7, None if scope == "sample" else 6)
     assert noise.shape == (40_000, 1 if scope == "sample" else 6)
     assert float(selected.double().mean()) == pytest.approx(0.3, abs=0.01)
     chosen = noise[selected[:, 0]].double()
@@ -141,12 +140,12 @@ def test_noise_has_the_ratio_and_the_spread_asked_for_and_no_bias(scope: str) ->
 
 def test_noise_follows_the_sample_and_the_epoch_not_the_batch() -> None:
     samples = np.arange(64)
-    selected, noise = draw_noise(0, 1, samples, 0.5, 0.9)
-    backwards = draw_noise(0, 1, samples[::-1].copy(), 0.5, 0.9)
+    selected, noise = losses.draw_noise(0, 1, samples, 0.5, 0.9)
+    backwards = losses.draw_noise(0, 1, samples[::-1].copy(), 0.5, 0.9)
     assert torch.equal(backwards[0].flip(0), selected)
     assert torch.equal(backwards[1].flip(0), noise)
-    assert not torch.equal(draw_noise(0, 2, samples, 0.5, 0.9)[1], noise)
-    assert not torch.equal(draw_noise(1, 1, samples, 0.5, 0.9)[1], noise)
+    assert not torch.equal(losses.draw_noise(0, 2, samples, 0.5, 0.9)[1], noise)
+    assert not torch.equal(losses.draw_noise(1, 1, samples, 0.5, 0.9)[1], noise)
 
 
 def features_of(seed: int, *, grad: bool) -> methods.Features:

@@ -3,10 +3,13 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdcli.data import augment
 from kdcli.methods.losses.numerics import divergences, divisor, pair, precise
 
 
@@ -35,6 +38,32 @@ def logit_regression(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """½‖s − t‖²: sum over classes, mean over the batch (Ba & Caruana, NIPS 2014, eq. 1); (B, C) each → ()."""
     student, teacher = pair(student_logits, teacher_logits)
     return 0.5 * (student - teacher).square().sum(dim=1).mean()
+
+
+def draw_noise(
+    seed: int,
+    epoch: int,
+    samples: npt.NDArray[np.int64],
+    ratio: float,
+    sigma: float,
+    classes: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw m, bool (B, 1), True with probability `ratio`, and ξ ~ N(0, sigma²), float32.
+
+    ξ is (B, 1), or (B, classes) if these are given. A function of its arguments: fresh in each epoch, and the same
+    after a resume and in any order of the samples.
+    """
+    random = augment.random_bits(seed, augment.NOISE, epoch, samples)
+    selected = augment.uniform(random[0]) < ratio
+    if classes is None:
+        noise = augment.normal(random[1], random[2])[:, None]
+    else:
+        columns = []
+        for first in range(0, classes, 2):
+            block = augment.random_bits(seed, augment.NOISE, epoch, samples, block=1 + first // 2)
+            columns += [augment.normal(block[0], block[1]), augment.normal(block[2], block[3])]
+        noise = np.stack(columns[:classes], axis=1)
+    return torch.from_numpy(selected)[:, None], torch.from_numpy((sigma * noise).astype(np.float32))
 
 
 def perturb(teacher_logits: Tensor, selected: Tensor, noise: Tensor) -> Tensor:

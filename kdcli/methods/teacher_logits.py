@@ -1,8 +1,8 @@
-"""Methods that match the probabilities of teacher and student."""
+"""Methods that match the teacher's logits: regression of their values, or softened probabilities."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from kdcli.methods.batch import Batch
 from kdcli.methods.registry import method, option
@@ -13,7 +13,36 @@ if TYPE_CHECKING:
 MULTI_LEVEL_TAUS = (2.0, 3.0, 4.0, 5.0, 6.0)
 
 
-def share_out(
+@method("logits", source="Ba & Caruana, NIPS 2014, eq. 1", regresses=True)
+def logits(batch: Batch) -> Tensor:
+    """Regress the teacher's logits."""
+    from kdcli.methods.losses import logits as losses
+
+    return losses.logit_regression(batch.student_logits, batch.targets)
+
+
+@method("noisy", source="Sau & Balasubramanian, arXiv:1610.09650, eq. 3", regresses=True)
+def noisy_logits(
+    batch: Batch,
+    *,
+    ratio: Annotated[float, option("probability that a sample's target is perturbed", ge=0, le=1)] = 0.5,
+    sigma: Annotated[float, option("standard deviation of the relative noise", ge=0, le=100)] = 0.9,
+    scope: Annotated[
+        Literal["sample", "logit"],
+        option("one draw for all logits of a sample, or one for each", name="noise_scope"),
+    ] = "sample",
+) -> Tensor:
+    """Regress logits that noise has scaled."""
+    from kdcli.methods.losses import logits as losses
+
+    targets = batch.targets
+    classes = targets.shape[1] if scope == "logit" else None
+    selected, noise = losses.draw_noise(batch.seed, batch.epoch, batch.samples, ratio, sigma, classes)
+    selected, noise = selected.to(targets.device), noise.to(targets.device)
+    return losses.logit_regression(batch.student_logits, losses.perturb(targets, selected, noise))
+
+
+def lamda_weights(
     *,
     lamda: Annotated[
         float,
@@ -24,7 +53,7 @@ def share_out(
     return lamda, 1 - lamda
 
 
-@method("kd", source="Hinton et al., arXiv:1503.02531", balance=share_out, tau=3.0)
+@method("kd", source="Hinton et al., arXiv:1503.02531", balance=lamda_weights, tau=3.0)
 def soft_targets(batch: Batch, *, standardize: bool = False) -> Tensor:
     """Match the teacher's softened probabilities."""
     from kdcli.methods.losses import logits as losses
