@@ -202,9 +202,8 @@ def _with_title(title: str, on_event: OnEvent) -> OnEvent:
 
     def forward(event: Event) -> None:
         if isinstance(event, Progress):
-            event = replace(
-                event, task=f"{title}: {event.task}", group=f"{title}: {event.group or event.task}"
-            )
+            task, group = (f"{title}: {text}" for text in (event.task, event.group or event.task))
+            event = replace(event, task=task, group=group)
         on_event(event)
 
     return forward

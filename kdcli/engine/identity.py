@@ -18,17 +18,9 @@ from kdcli.engine.run_dir import PLACE
 from kdcli.methods import TrainConfig
 from kdcli.teacher import teachers_of
 
-# Settings of storage and hardware. Those that change bits (threads, devices) are recorded among the circumstances.
-NEUTRAL = PLACE | {
-    "accelerator",
-    "cache_dir",
-    "data_dir",
-    "devices",
-    "keep",
-    "save_every",
-    "tensorboard",
-    "threads",
-}
+# Settings of storage, and of hardware: threads and devices change bits, and are recorded among the circumstances.
+NEUTRAL = PLACE | {"cache_dir", "data_dir", "keep", "save_every", "tensorboard"}
+NEUTRAL |= {"accelerator", "devices", "threads"}
 _CIRCUMSTANCES = ("kd_version", "accelerator", "accelerator_name", "instructions", "threads", "processes")
 _PACKAGES = ("torch", "numpy")
 

@@ -73,14 +73,11 @@ class RunDir:
                 except OSError:
                     if not path.exists():
                         raise
-                    if config.name:
-                        raise _taken(config) from None
+                    cls.check_free(config)
                     number += 1
         except OSError as error:
-            raise KdError(
-                f"cannot make a run in {config.runs_dir}: {reason(error)}",
-                "Choose another --runs-dir.",
-            ) from error
+            message = f"cannot make a run in {config.runs_dir}: {reason(error)}"
+            raise KdError(message, "Choose another --runs-dir.") from error
         finally:
             if made is not None:
                 shutil.rmtree(made.path, ignore_errors=True)
@@ -90,8 +87,12 @@ class RunDir:
         """Raise UsageError if the name is taken: checked before the teacher's passes."""
         if config.runs_dir.exists() and not config.runs_dir.is_dir():
             raise UsageError(f"--runs-dir {config.runs_dir} is not a folder", "Choose another.")
-        if config.name and (config.runs_dir / config.name).exists():
-            raise _taken(config)
+        run = RunDir(config.runs_dir / config.name)
+        if config.name and run.path.exists():
+            hint = "Choose another --name"
+            if run.config_file.is_file():
+                hint += f", or continue it: {resume_command(run.path, config.method)}"
+            raise UsageError(f"run {config.name} exists in {config.runs_dir}", hint)
 
     @classmethod
     def existing(cls, path: Path) -> RunDir:
@@ -182,12 +183,3 @@ def resume_command(run: Path, method: str) -> str:
     """Command that resumes a run; it repeats a method that is code, because no file may name code."""
     typed = f" --method {method}" if methods.is_custom(method) else ""
     return f"kd train --resume {shlex.quote(run.as_posix())}{typed}"
-
-
-def _taken(config: TrainConfig) -> UsageError:
-    path = config.runs_dir / config.name
-    more = f", or continue it: {resume_command(path, config.method)}"
-    return UsageError(
-        f"run {config.name} exists in {config.runs_dir}",
-        f"Choose another --name{more if RunDir(path).config_file.is_file() else ''}",
-    )

@@ -89,9 +89,8 @@ def top_k_of(logits: npt.NDArray[np.float32], count: int, dtype: type[Any] = np.
     """
     classes = logits.shape[1]
     top = np.argpartition(-logits, count - 1, axis=1)[:, :count]
-    order = np.lexsort(
-        (top, -np.take_along_axis(logits, top, axis=1)), axis=1
-    )  # of equal ones the first class first
+    # of equal ones the first class first
+    order = np.lexsort((top, -np.take_along_axis(logits, top, axis=1)), axis=1)
     top = np.take_along_axis(top, order, axis=1)
     rest = logits.astype(np.float64)
     np.put_along_axis(rest, top, -np.inf, axis=1)
