@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from kdcli import data, models
 from kdcli.base.config import make
 from kdcli.base.events import Event, Progress
-from kdcli.cli import _ui
+from kdcli.cli import output
 from kdcli.cli.app import add_command
 from kdcli.data import ImageSet, Splits, preprocess
 from kdcli.data.images import fingerprint_of
@@ -51,7 +51,7 @@ def make_splits(
 def command_line(monkeypatch: pytest.MonkeyPatch, *commands: ModuleType) -> Any:
     """The named modules of `kdcli.cli` as an app to call with words; errors come out as KdError."""
     for name in ("json", "quiet", "debug"):
-        monkeypatch.setattr(_ui.settings, name, False)
+        monkeypatch.setattr(output.settings, name, False)
     app = typer.Typer()
     for command in commands:
         add_command(app, command)

@@ -1,5 +1,7 @@
 """Exceptions that are shown to the user as one line and a hint."""
 
+import re
+
 
 class KdError(Exception):
     """An error with a hint at its remedy.
@@ -28,3 +30,9 @@ class Interrupted(KdError):
     def __init__(self, message: str, hint: str = "", *, exit_code: int = 130) -> None:
         super().__init__(message, hint)
         self.exit_code = exit_code
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was exhausted; torch raises RuntimeError for that, on CPU and GPU."""
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    return isinstance(error, MemoryError) or bool(re.search("DefaultCPUAllocator|out of memory", text))

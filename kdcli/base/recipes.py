@@ -43,7 +43,7 @@ def read_recipe(name: str, typed: Mapping[str, Any] | None = None) -> dict[str, 
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read recipe {name}: {reason(error)}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"recipe {name} is not TOML: {error}") from error
     filled = document.pop("filled", [])
     values: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Tables as text: CSV for programs, Markdown for a README. The terminal's are drawn by `cli._ui.table`."""
+"""Tables as text: CSV for programs, Markdown for a README. The terminal's are drawn by `cli.output.table`."""
 
 import csv
 import io

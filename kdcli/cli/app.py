@@ -5,7 +5,6 @@ import importlib
 import inspect
 import io
 import os
-import re
 import signal
 import sys
 import traceback
@@ -15,7 +14,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from kdcli.base.errors import Interrupted, KdError, UsageError
+from kdcli.base.errors import Interrupted, KdError, UsageError, is_out_of_memory
 from kdcli.base.text import reason
 
 app = typer.Typer(
@@ -127,21 +126,20 @@ def _summary(module: str) -> str:
 
 def _check_repeated(arguments: list[str]) -> None:
     """Reject a repeated --method, of which click would silently take the last."""
-    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    if sum(word == "--method" or word.startswith("--method=") for word in options) > 1:
+    if sum(word == "--method" or word.startswith("--method=") for word in arguments) > 1:
         raise UsageError("--method is given twice", "A run has one method; make a run for each.")
 
 
 def _fail(error: KdError) -> NoReturn:
     """Print an error with its hint and exit; with --debug, print the traceback first."""
-    from kdcli.cli import _ui
+    from kdcli.cli import output
 
-    if _ui.settings.debug:
+    if output.settings.debug:
         traceback.print_exc()
     if not error.hint:
         command = next((word for word in sys.argv[1:] if word in COMMANDS), "")
         error.hint = f"See {' '.join(filter(None, ('kd', command)))} --help."
-    _ui.error(error)
+    output.error(error)
     sys.exit(error.exit_code)
 
 
@@ -153,10 +151,7 @@ def as_kd_error(error: Exception) -> KdError:
     if isinstance(error, OSError):
         prefix = f"{error.filename}: " if error.filename else ""
         return KdError(f"{prefix}{reason(error)}", "Check the path, its permissions and free space.")
-    allocation = isinstance(error, RuntimeError) and re.search(
-        "DefaultCPUAllocator|out of memory", str(error)
-    )
-    if isinstance(error, MemoryError) or allocation:  # torch raises RuntimeError, on CPU and GPU
+    if is_out_of_memory(error):
         return KdError("out of memory", "Use smaller images, fewer of them, or a smaller batch.")
     return KdError(
         f"unexpected {type(error).__name__}: {error}",

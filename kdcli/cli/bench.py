@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kdcli.base import units
-from kdcli.base.config import BenchConfig, make
-from kdcli.base.errors import KdError, UsageError
+from kdcli.base.config import BenchConfig
+from kdcli.base.errors import KdError
 from kdcli.base.files import write_text
-from kdcli.cli import _ui
-from kdcli.cli._find import existing_model
-from kdcli.cli._options import examples, options_of
+from kdcli.cli import output
+from kdcli.cli.arguments import check_output_files, existing_model
+from kdcli.cli.options import command, examples
 
 if TYPE_CHECKING:
     from kdcli.deploy.bench import BenchResult, Row
@@ -26,54 +26,46 @@ EPILOG = examples(
 )
 
 
-@options_of(BenchConfig)
+@command(BenchConfig)
 def bench(
     model: Annotated[
         list[Path] | None,
         typer.Argument(metavar="[MODEL]…", help="Checkpoints and ONNX files; by default all there are."),
     ] = None,
-    **options: Any,
+    *,
+    config: BenchConfig,
 ) -> None:
     """Measure size, latency, throughput and accuracy of models against their teacher, on this CPU.
 
     By default weights/teacher.pt, every runs/*/student.pt and every exports/*.onnx.
     """
-    config = make(BenchConfig, options)
     from kdcli import report
     from kdcli.base import plotting
     from kdcli.deploy.bench import bench as run_benchmark
-    from kdcli.deploy.bench import to_csv, to_markdown
+    from kdcli.deploy.bench import default_models, to_csv, to_markdown
 
-    paths = _models(model or [], config, named_teacher="teacher" in options)
+    paths = _models(model, config) if model else default_models(config)
     if config.plot is not None:
         plotting.check_target(config.plot)
-    for table in (config.csv, config.markdown):
-        if table is not None and table.is_dir():
-            raise UsageError(f"{table} is a folder", "Name the file to write.")
-    with _ui.progress() as on_event:
+    check_output_files(config.csv, config.markdown)
+    with output.progress() as on_event:
         result = run_benchmark(paths, config, on_event=on_event, skip=not model)
-    if _ui.settings.json:
-        _ui.json(asdict(result))
-    else:
-        _show(result)
+    output.json(asdict(result))
+    _show(result)
     if config.plot is not None:
         report.pareto(result.rows, config.plot)
-        _ui.say(f"wrote {config.plot.as_posix()}")
+        output.text(f"wrote {config.plot.as_posix()}")
     for table, make_table in ((config.csv, to_csv), (config.markdown, to_markdown)):
         if table is not None:
             write_text(table, make_table(result))
-            _ui.say(f"wrote {table.as_posix()}")
+            output.text(f"wrote {table.as_posix()}")
     _check(result, config)
 
 
-def _models(named: list[Path], config: BenchConfig, *, named_teacher: bool) -> list[Path]:
+def _models(named: list[Path], config: BenchConfig) -> list[Path]:
     """The teacher first: --teacher, else weights/teacher.pt if there is one, else the first model named."""
-    if not named:
-        from kdcli.deploy.bench import default_models
-
-        return default_models(config)
     paths = list(dict.fromkeys(existing_model(path) for path in named))
-    if named_teacher or config.teacher.is_file():
+    if "teacher" in config.model_fields_set or config.teacher.is_file():
         teacher = existing_model(config.teacher)
         return [teacher, *(path for path in paths if path.resolve() != teacher.resolve())]
     return paths
@@ -99,87 +91,74 @@ def _check(result: BenchResult, config: BenchConfig) -> None:
             "Accuracy is not known for all models: pass --data." if unknown else "See the table for the gap.",
         )
     first, *others = (f"{name} ({_short(engine)})" for name, engine in result.within_limits)
-    _ui.say(f"fastest model {text}: {first}{'; also: ' if others else ''}{', '.join(others)}")
+    output.text(f"fastest model {text}: {first}{'; also: ' if others else ''}{', '.join(others)}")
+
+
+def _peak_memory(row: Row) -> str:
+    peak = getattr(row.footprint, "peak_rss_bytes", None)
+    return "—" if peak is None else units.size(peak)
 
 
 Column = tuple[str, Callable[["Row"], str]]
+_MAIN: list[Column] = [
+    ("size", lambda row: units.size(row.network_bytes)),
+    ("ms", lambda row: output.number(row.latency_ms, ".3g")),
+    ("img/s", lambda row: units.count(row.images_per_s)),
+    ("faster", lambda row: _ratio(row.speedup)),
+    ("smaller", lambda row: _ratio(row.size_ratio)),
+    ("acc %", lambda row: output.number(row.accuracy) + "*" * (row.accuracy_source == "recorded")),
+]
+_AGREEMENT: list[Column] = [("agree", lambda row: output.number(row.agreement, ".1f"))]
+_SPEED: list[Column] = [
+    ("95 % of faster", lambda row: "—" if row.is_teacher else output.interval(row.speedup_interval)),
+    ("verdict", lambda row: "teacher" if row.is_teacher else row.speed or "—"),
+    ("p90", lambda row: output.number(row.latency_p90_ms, ".3g")),
+    ("p95", lambda row: output.number(row.latency_p95_ms, ".3g")),
+    ("p99", lambda row: output.number(row.latency_p99_ms, ".3g")),
+]
+_EXTENT: list[Column] = [
+    ("param.", lambda row: units.count(row.parameters)),
+    ("MACs", lambda row: "—" if row.macs is None else units.count(row.macs)),
+    ("file", lambda row: units.size(row.file_bytes)),
+]
+_FOOTPRINT: list[Column] = [
+    ("load", lambda row: output.number(getattr(row.footprint, "load_ms", None), ".3g")),
+    ("1st", lambda row: output.number(getattr(row.footprint, "first_ms", None), ".3g")),
+    ("memory", _peak_memory),
+]
 
 
 def _show(result: BenchResult) -> None:
     first, cpu = result.rows[0], result.environment["cpu"]["model"]
+    has_agreement = any(row.agreement is not None for row in result.rows)
     has_footprint = any(row.footprint is not None for row in result.rows)
-    _ui.say(f"{cpu}, {result.threads} threads; ratios to {result.teacher} on the same engine")
-    main: list[Column] = [
-        ("size", lambda row: units.size(row.network_bytes)),
-        ("ms", lambda row: _number(row.latency_ms)),
-        ("img/s", lambda row: units.count(row.images_per_s)),
-        ("faster", lambda row: _ratio(row.speedup)),
-        ("smaller", lambda row: _ratio(row.size_ratio)),
-        ("acc %", lambda row: _number(row.accuracy, ".2f") + "*" * (row.accuracy_source == "recorded")),
-    ]
-    if any(row.agreement is not None for row in result.rows):
-        main.append(("agree", lambda row: _number(row.agreement, ".1f")))
-    speed: list[Column] = [
-        ("95 % of faster", _interval),
-        ("verdict", lambda row: "teacher" if row.is_teacher else row.speed or "—"),
-        ("p90", lambda row: _number(row.latency_p90_ms)),
-        ("p95", lambda row: _number(row.latency_p95_ms)),
-        ("p99", lambda row: _number(row.latency_p99_ms)),
-    ]
-    extent: list[Column] = [
-        ("param.", lambda row: units.count(row.parameters)),
-        ("MACs", lambda row: "—" if row.macs is None else units.count(row.macs)),
-        ("file", lambda row: units.size(row.file_bytes)),
-    ]
-    if has_footprint:
-        extent += [
-            ("load", lambda row: _number(getattr(row.footprint, "load_ms", None))),
-            ("1st", lambda row: _number(getattr(row.footprint, "first_ms", None))),
-            ("memory", _peak_memory),
-        ]
-    _table(result.rows, main, marked=0)
-    _table(result.rows, speed)
-    _table(result.rows, extent)
-    _ui.say(
-        f"ms, p90, p95, p99: one image, n = {first.latency_n:,} in {result.rounds} rounds; prepared input"
-    )
+    output.text(f"{cpu}, {result.threads} threads; ratios to {result.teacher} on the same engine")
+    _table(result.rows, _MAIN + _AGREEMENT * has_agreement, marked=0)
+    _table(result.rows, _SPEED)
+    _table(result.rows, _EXTENT + _FOOTPRINT * has_footprint)
     paces = ", ".join(f"{size}: {units.count(pace)}" for size, pace in first.throughput.items())
-    _ui.say(f"img/s: batches of {max(result.batches)}; of {first.name} ({_engine(first)}) by batch: {paces}")
-    _ui.say("faster, smaller: teacher ÷ model; size: the network alone; under 2 %: no difference")
+    output.text(
+        f"ms, p90, p95, p99: one image, n = {first.latency_n:,} in {result.rounds} rounds; prepared input",
+        f"img/s: batches of {max(result.batches)}; of {first.name} ({_engine(first)}) by batch: {paces}",
+        "faster, smaller: teacher ÷ model; size: the network alone; under 2 %: no difference",
+    )
     if has_footprint:
-        _ui.say(
+        output.text(
             "load: ms, file → ready; 1st: ms, first output; memory: peak of a process for this model alone"
         )
     for line in _footnotes(result):
-        _ui.say(line)
+        output.text(line)
 
 
 def _table(rows: Sequence[Row], columns: Sequence[Column], marked: int = -1) -> None:
     columns = [("model", lambda row: row.name), ("engine", _engine), *columns]
     cells = [[cell(row) for _, cell in columns] for row in rows]
-    _ui.table([title for title, _ in columns], cells, left=2, marked=marked)
-    _ui.say()
-
-
-def _number(value: float | None, form: str = ".3g") -> str:
-    return "—" if value is None else format(value, form)
+    output.table([title for title, _ in columns], cells, left=2, marked=marked)
+    output.text()
 
 
 def _ratio(value: float | None) -> str:
-    if value is None:
-        return "—"
-    return f"{value:.2f}×" if value < 9.95 else f"{value:,.0f}×"
-
-
-def _interval(row: Row) -> str:
-    if row.is_teacher or row.speedup_interval is None:
-        return "—"
-    return "{:.2f}–{:.2f}".format(*row.speedup_interval)
-
-
-def _peak_memory(row: Row) -> str:
-    peak = row.footprint.peak_rss_bytes if row.footprint else None
-    return "—" if peak is None else units.size(peak)
+    return output.number(value, ".2f" if value is not None and value < 9.95 else ",.0f", "×")
 
 
 def _engine(row: Row) -> str:

@@ -10,21 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdcli.base import units
-from kdcli.base.config import ConvertConfig, ExportConfig, make, words_of
+from kdcli.base.config import ConvertConfig, ExportConfig, make, shell_command
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.text import dims
-from kdcli.cli import _ui
-from kdcli.cli._options import examples, options_of
+from kdcli.cli import output
+from kdcli.cli.options import command, examples
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from kdcli.base.events import OnEvent
     from kdcli.caffe import CaffeFiles, Conversion
     from kdcli.caffe.opencv import Agreement
     from kdcli.data import Splits
-    from kdcli.models import Classifier
 
 EPILOG = examples(
     "kd convert-caffe weights/cifar10_nin.caffemodel",
@@ -33,31 +29,29 @@ EPILOG = examples(
 )
 
 
-@options_of(ConvertConfig)
+@command(ConvertConfig)
 def convert_caffe(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="A .caffemodel, or a .npy of caffe-tensorflow.")
     ],
-    **options: Any,
+    config: ConvertConfig,
 ) -> None:
     """Convert a Caffe network to a teacher, with Caffe's arithmetic and the network's own preprocessing.
 
     No code in the files is executed. --data is read only for fitting the preprocessing, for the input size, or for
     --check.
     """
-    config = make(ConvertConfig, options)
-    target, to_onnx = _target(model, config, explicit="output" in options)
+    target, to_onnx = _target(model, config)
     from kdcli import caffe
     from kdcli.caffe import opencv
 
-    with _ui.progress() as on_event:
+    with output.progress() as on_event:
         # 1. Read the files, and the data if they are needed.
         source = caffe.read(model, config)
         if config.check and source.kind != "caffe":
             raise UsageError("--check needs a caffemodel", "OpenCV does not read caffe-tensorflow's .npy.")
-        explicit_data = "data" in options
-        needs_data = explicit_data or source.needs_images(config)
-        splits = _load_data(source, config, explicit_data, on_event) if needs_data else None
+        needs_data = "data" in config.model_fields_set or source.needs_images(config)
+        splits = _load_data(source, config, on_event) if needs_data else None
         train_images = splits.train.images if splits else None
         # 2. Convert.
         conversion = caffe.to_classifier(
@@ -69,9 +63,16 @@ def convert_caffe(
             on_event=on_event,
         )
         classifier = conversion.classifier
-        # 3. Check against OpenCV, then write.
+        # 3. Check against OpenCV's reading of the same files, then write.
         images = opencv.check_images(classifier.input_size, train_images)
-        agreement = _check(classifier, model, config, images, on_event) if config.check else None
+        agreement = None
+        if config.check:
+            agreement = opencv.compare_logits(classifier, model, config.prototxt, images, on_event=on_event)
+            if not agreement.holds:
+                raise KdError(
+                    f"OpenCV reads another network from {model}: {agreement.text()}",
+                    "No file was written. Convert without --check to write it anyway.",
+                )
         if to_onnx:
             from kdcli.deploy.export import export_classifier
 
@@ -79,23 +80,21 @@ def convert_caffe(
             export_classifier(classifier, make(ExportConfig, {"output": target}), images, label, on_event)
         else:
             classifier.save(target)
-    if _ui.settings.json:
-        _ui.json(_to_json(model, target, conversion, agreement))
-        return
-    _render(conversion, target, agreement)
+    output.json(_to_json(model, target, conversion, agreement))
+    _show(conversion, target, agreement)
     if to_onnx:
-        _ui.next_command(shlex.join(["kd", "bench", target.as_posix()]))
+        output.next_command(f"kd bench {shlex.quote(target.as_posix())}")
         return
-    command = ["kd", "validate"]
-    command += words_of("--teacher", target if "output" in options else ())
-    command += words_of("--data", config.data if explicit_data else ())
+    options: dict[str, Any] = {"teacher": target if "output" in config.model_fields_set else None}
+    options["data"] = config.data if "data" in config.model_fields_set else None
     if source.kind == "caffe":
-        command += words_of("--against", model) + words_of("--prototxt", config.prototxt or ())
-    _ui.next_command(shlex.join(command))
+        options |= {"against": model, "prototxt": config.prototxt}
+    output.next_command(shell_command("validate", options))
 
 
-def _target(model: Path, config: ConvertConfig, *, explicit: bool) -> tuple[Path, bool]:
+def _target(model: Path, config: ConvertConfig) -> tuple[Path, bool]:
     """The output file, and whether it is ONNX."""
+    explicit = "output" in config.model_fields_set
     onnx_suffix = config.output.suffix.lower() == ".onnx"
     to_onnx = config.to == "onnx" or (config.to == "auto" and onnx_suffix)
     if not explicit and to_onnx:
@@ -105,26 +104,7 @@ def _target(model: Path, config: ConvertConfig, *, explicit: bool) -> tuple[Path
     return config.output, to_onnx
 
 
-def _check(
-    classifier: Classifier,
-    model: Path,
-    config: ConvertConfig,
-    images: npt.NDArray[np.uint8],
-    on_event: OnEvent,
-) -> Agreement:
-    """Compare with OpenCV's reading of the same files; raise KdError if the two differ."""
-    from kdcli.caffe import opencv
-
-    agreement = opencv.compare_logits(classifier, model, config.prototxt, images, on_event=on_event)
-    if agreement.holds:
-        return agreement
-    raise KdError(
-        f"OpenCV reads another network from {model}: {agreement.text()}",
-        "No file was written. Convert without --check to write it anyway.",
-    )
-
-
-def _load_data(source: CaffeFiles, config: ConvertConfig, explicit: bool, on_event: OnEvent) -> Splits:
+def _load_data(source: CaffeFiles, config: ConvertConfig, on_event: OnEvent) -> Splits:
     """The data set of --data, with images of the network's size and channels."""
     from kdcli import data
 
@@ -140,7 +120,7 @@ def _load_data(source: CaffeFiles, config: ConvertConfig, explicit: bool, on_eve
             on_event=on_event,
         )
     except KdError as error:
-        if explicit or source.input_size is not None:
+        if "data" in config.model_fields_set or source.input_size is not None:
             raise
         raise KdError(
             f"{source.path} does not record its input size, and {error.message}",
@@ -156,8 +136,8 @@ def _load_data(source: CaffeFiles, config: ConvertConfig, explicit: bool, on_eve
     return splits
 
 
-def _render(conversion: Conversion, target: Path, agreement: Agreement | None) -> None:
-    _ui.table(
+def _show(conversion: Conversion, target: Path, agreement: Agreement | None) -> None:
+    output.table(
         ["layer", "type", "output", "weights", "parameters"],
         [
             [
@@ -173,17 +153,17 @@ def _render(conversion: Conversion, target: Path, agreement: Agreement | None) -
     )
     classifier = conversion.classifier
     parameters = sum(weight.numel() for weight in classifier.network.parameters())
-    _ui.say()
-    _ui.say(
+    output.text(
+        "",
         f"{classifier.provenance['name']}: {units.count(parameters)} parameters, "
         f"images {dims(classifier.input_size)}, {len(classifier.classes)} classes, "
-        f"preprocessing {classifier.preprocess.name} {classifier.preprocess.channel_order}"
+        f"preprocessing {classifier.preprocess.name} {classifier.preprocess.channel_order}",
     )
     if conversion.known is None:
-        _ui.note("no published accuracy is known for these weights")
+        output.note("no published accuracy is known for these weights")
     if agreement is not None:
-        _ui.say(f"largest difference from OpenCV: {agreement.text()}")
-    _ui.say(f"wrote {target.as_posix()}")
+        output.text(f"largest difference from OpenCV: {agreement.text()}")
+    output.text(f"wrote {target.as_posix()}")
 
 
 def _to_json(

@@ -15,8 +15,8 @@ from kdcli.base.config import BenchConfig, DemoConfig, ExportConfig, ReportConfi
 from kdcli.base.errors import Interrupted, UsageError
 from kdcli.base.events import Event, OnEvent, Progress
 from kdcli.base.files import write_text
-from kdcli.cli import _ui
-from kdcli.cli._options import examples, options_of
+from kdcli.cli import output
+from kdcli.cli.options import command, examples
 from kdcli.methods import TrainConfig
 
 if TYPE_CHECKING:
@@ -30,27 +30,23 @@ STUDENT = {"student": "convnet-tiny", "epochs": 60, "batch_size": 64, "lr": 1e-2
 TEACHER_FILE = Path("weights/teacher.pt")
 COMMON = {"data": "digits", "val_fraction": 0.15}
 QUICK_BENCH = {"rounds": 48, "max_seconds": 6, "no_memory": True}  # within two minutes
-EPILOG = examples(
-    "kd demo",
-    "kd demo -o /tmp/demo --seed 1",
-)
+EPILOG = examples("kd demo", "kd demo -o /tmp/demo --seed 1")
 
 
-@options_of(DemoConfig)
-def demo(**options: Any) -> None:
+@command(DemoConfig)
+def demo(config: DemoConfig) -> None:
     """The whole workflow: teacher, four students, ONNX, int8, benchmark, report. Offline, in under 2 minutes.
 
     The data are the 1,797 handwritten digits that scikit-learn ships. The best student is the one with the highest
     accuracy on the validation split; the test images are used once, at the end of each run.
     """
-    config = make(DemoConfig, options)
     _clear(config.output)
     started = time.monotonic()
     try:
         with contextlib.chdir(config.output):  # the runs read their files by relative paths
-            with _ui.progress() as on_event:
+            with output.progress() as on_event:
                 results, best, rows = _run(config, on_event)
-            _render(config.output, results, best, rows, time.monotonic() - started)
+            _show(config.output, results, best, rows, time.monotonic() - started)
     except Interrupted as stopped:
         raise Interrupted(
             "kd demo was stopped", "Rerun it: it starts from the beginning.", exit_code=stopped.exit_code
@@ -129,48 +125,47 @@ def _titled(title: str, on_event: OnEvent) -> OnEvent:
     return forward
 
 
-def _render(folder: Path, results: list[RunResult], best: RunResult, rows: list[Row], seconds: float) -> None:
-    if _ui.settings.json:
-        _ui.json(
-            {
-                "folder": folder.as_posix(),
-                "seconds": seconds,
-                "best": best.config.method,
-                "runs": [result.to_json() for result in results],
-                "rows": [{**vars(row), "path": row.path.as_posix()} for row in rows],
-            }
-        )
-        return
+def _show(folder: Path, results: list[RunResult], best: RunResult, rows: list[Row], seconds: float) -> None:
+    output.json(
+        {
+            "folder": folder.as_posix(),
+            "seconds": seconds,
+            "best": best.config.method,
+            "runs": [result.to_json() for result in results],
+            "rows": [{**vars(row), "path": row.path.as_posix()} for row in rows],
+        }
+    )
     # each model on the engine it is deployed with; the benchmark exports a checkpoint for that
     rows = [row for row in rows if row.engine == "onnxruntime"]
-    _ui.table(
+    output.table(
         ["method", "test %", "agree %", "params", "size", "latency", "speed-up"],
         [_cells(row) for row in rows],
         marked=[row.path for row in rows].index(best.run.student),
     )
     count = best.evaluation.count
-    _ui.say(
-        f"\ndigits, {count} test images: one image is {100 / count:.2f} points; small differences are noise.\n"
-        "size, latency: of the network alone, one image, onnxruntime; speed-up: over the teacher.\n"
-        f"best on the validation split: {best.config.method}\n"
-        f"done in {_ui.clock(seconds)}; everything is in {folder.as_posix()}/:\n"
-        f"  teacher   {TEACHER_FILE.as_posix()}\n"
-        "  students  runs/<method>/student.pt\n"
-        f"  ONNX      exports/{best.config.method}.onnx\n"
-        f"  int8      exports/{best.config.method}-int8.onnx\n"
-        "  report    report.html"
+    output.text(
+        "",
+        f"digits, {count} test images: one image is {100 / count:.2f} points; small differences are noise.",
+        "size, latency: of the network alone, one image, onnxruntime; speed-up: over the teacher.",
+        f"best on the validation split: {best.config.method}",
+        f"done in {output.clock(seconds)}; everything is in {folder.as_posix()}/:",
+        f"  teacher   {TEACHER_FILE.as_posix()}",
+        "  students  runs/<method>/student.pt",
+        f"  ONNX      exports/{best.config.method}.onnx",
+        f"  int8      exports/{best.config.method}-int8.onnx",
+        "  report    report.html",
     )
-    _ui.next_command(f"cd {shlex.quote(folder.as_posix())} && kd test {best.run.student.as_posix()}")
+    output.next_command(f"cd {shlex.quote(folder.as_posix())} && kd test {best.run.student.as_posix()}")
 
 
 def _cells(row: Row) -> list[str]:
     name = row.path.name if row.path.suffix == ".onnx" else row.path.parent.name
     return [
         "teacher" if row.is_teacher else name,
-        _ui.percent(row.accuracy),
-        _ui.percent(None if row.is_teacher else row.agreement),
+        output.number(row.accuracy),
+        output.number(None if row.is_teacher else row.agreement),
         units.count(row.parameters),
         units.size(row.network_bytes),
         f"{row.latency_ms * 1e3:.0f} µs",
-        "1.0×" if row.is_teacher or row.speedup is None else f"{row.speedup:.1f}×",
+        output.number(1.0 if row.is_teacher else row.speedup, ".1f", "×"),
     ]

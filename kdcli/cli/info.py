@@ -11,45 +11,39 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdcli.base import units
-from kdcli.base.config import InfoConfig, make
+from kdcli.base.config import InfoConfig
 from kdcli.base.errors import UsageError
 from kdcli.base.text import dims
-from kdcli.cli import _ui
-from kdcli.cli._find import existing_model
-from kdcli.cli._options import examples, options_of
+from kdcli.cli import output
+from kdcli.cli.arguments import existing_model
+from kdcli.cli.options import command, examples
 
 if TYPE_CHECKING:
     from kdcli.deploy.info import ModelInfo
 
 _MAX_CLASSES = 20
-EPILOG = examples(
-    "kd info exports/kd-lenet-1.onnx",
-    "kd info lenet --classes 100 --image-size 64",
-)
+EPILOG = examples("kd info exports/kd-lenet-1.onnx", "kd info lenet --classes 100 --image-size 64")
 
 
-@options_of(InfoConfig)
+@command(InfoConfig)
 def info(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A checkpoint (.pt), an ONNX file, or a network's name.")
     ],
-    **options: Any,
+    config: InfoConfig,
 ) -> None:
     """Show a model's layers, parameters, work, preprocessing, classes and origin."""
-    config = make(InfoConfig, options)
     from kdcli import models
     from kdcli.deploy.info import info as describe
 
-    named = model in models.names() and not Path(model).is_file()
-    if not named:
-        if Path(model).parent == Path() and not Path(model).suffix and not Path(model).exists():
+    path = Path(model)
+    if path.is_file() or model not in models.names():
+        if path.parent == Path() and not path.suffix and not path.exists():
             raise UsageError(f"no file and no network: {model}", f"Networks are {', '.join(models.names())}.")
-        model = str(existing_model(Path(model)))
-        _ui.note_ignored(options, InfoConfig.model_fields, "with a file, which records it")
+        model = str(existing_model(path))
+        output.note_ignored(config.model_fields_set, InfoConfig.model_fields, "with a file, which records it")
     found = describe(model, config)
-    if _ui.settings.json:
-        _ui.json({"model": model, **asdict(found)})
-        return
+    output.json({"model": model, **asdict(found)})
     _show(model, found)
 
 
@@ -64,8 +58,8 @@ def _show(model: str, found: ModelInfo) -> None:
         ]
         for layer in found.layers
     ]
-    _ui.table(["layer", "operation", "output", "parameters", "MACs"], rows, left=3)
-    _ui.say()
+    output.table(["layer", "operation", "output", "parameters", "MACs"], rows, left=3)
+    output.text()
     more = len(found.classes) - _MAX_CLASSES
     classes = ", ".join(found.classes[:_MAX_CLASSES]) + (f" and {more} more" if more > 0 else "")
     facts = {
@@ -82,7 +76,7 @@ def _show(model: str, found: ModelInfo) -> None:
         facts["preprocessing"] = ", ".join([str(found.preprocess["name"]), *values])
     if found.file_bytes is not None:
         facts |= {"file": units.size(found.file_bytes), "SHA-256": str(found.sha256)}
-    _ui.table(["", ""], [*map(list, facts.items()), *_flat(found.provenance)], left=2)
+    output.table(["", ""], [*map(list, facts.items()), *_flat(found.provenance)], left=2)
 
 
 def _flat(values: dict[str, Any], before: str = "") -> Iterator[list[str]]:
@@ -91,8 +85,7 @@ def _flat(values: dict[str, Any], before: str = "") -> Iterator[list[str]]:
         name = f"{before} {key}".strip().replace("_", " ")
         if isinstance(value, dict):
             yield from _flat(value, name)
+        elif isinstance(value, str):
+            yield [name, value]
         elif value is not None:
-            yield [
-                name,
-                value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str),
-            ]
+            yield [name, json.dumps(value, ensure_ascii=False, default=str)]

@@ -7,27 +7,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdcli.base.config import TestConfig, make
-from kdcli.cli import _ui
-from kdcli.cli._find import data_for, existing_model
-from kdcli.cli._options import examples, options_of
+from kdcli.base.config import TestConfig
+from kdcli.cli import output
+from kdcli.cli.arguments import data_for, existing_model
+from kdcli.cli.options import command, examples
 
 if TYPE_CHECKING:
     from kdcli.engine import Evaluation
 
 EPILOG = examples(
-    "kd test runs/kd-lenet-1/student.pt --plot confusion.png",
-    "kd test exports/kd-lenet-1.onnx --json",
+    "kd test runs/kd-lenet-1/student.pt --plot confusion.png", "kd test exports/kd-lenet-1.onnx --json"
 )
 
 
-@options_of(TestConfig)
+@command(TestConfig)
 def test(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint (.pt) or an ONNX file.")],
-    **options: Any,
+    config: TestConfig,
 ) -> None:
     """Evaluate a model on test data: accuracy, accuracy per class, agreement with its teacher."""
-    config = make(TestConfig, options)
     model = existing_model(model)
     from kdcli import data, report
     from kdcli.base import plotting, runtime
@@ -41,40 +39,37 @@ def test(
     loaded = load_model(model, config.threads)
     spec, skip_broken = data.source_for(model, loaded.provenance, config.data, config.skip_broken)
     config = config.model_copy(update={"skip_broken": skip_broken})
-    with _ui.progress() as on_event:
+    with output.progress() as on_event:
         splits = data_for(loaded, model, spec, config, on_event)
         teacher_logits = None
         source = config.teacher or _recorded_teacher(loaded.provenance)
         if source is not None:
-            kept = Teacher.open(source, config.cache_dir, threads=config.threads).logits(
+            teacher = Teacher.open(source, config.cache_dir, threads=config.threads)
+            [cache] = teacher.logits(
                 splits.test, exact=True, task="teacher on test images", on_event=on_event
             )
-            teacher_logits = kept[0].logits()
+            teacher_logits = cache.logits()
         result = evaluate(
             loaded, splits.test, teacher_logits=teacher_logits, task="testing", on_event=on_event
         )
+    output.json(
+        {
+            "model": str(model),
+            "data": splits.label,
+            "classes": list(loaded.classes),
+            "teacher": str(source) if source else None,
+            "test": result.to_json(),
+        }
+    )
+    _show(f"{model.name} on {splits.label}", result, loaded.classes)
     if config.plot is not None:
         report.confusion(result.confusion, loaded.classes, config.plot)
-    if _ui.settings.json:
-        _ui.json(
-            {
-                "model": str(model),
-                "data": splits.label,
-                "classes": list(loaded.classes),
-                "teacher": str(source) if source else None,
-                "test": result.to_json(),
-            }
-        )
-        return
-    _render(f"{model.name} on {splits.label}", result, loaded.classes)
-    if config.plot is not None:
-        _ui.say(f"wrote {config.plot}")
+        output.text(f"wrote {config.plot}")
 
 
-def _render(title: str, result: Evaluation, classes: tuple[str, ...]) -> None:
-    low, high = result.accuracy_interval
+def _show(title: str, result: Evaluation, classes: tuple[str, ...]) -> None:
     rows = [
-        ["accuracy, %", f"{result.accuracy:.2f}", f"{low:.2f} – {high:.2f}"],
+        ["accuracy, %", f"{result.accuracy:.2f}", output.interval(result.accuracy_interval)],
         ["top-5, %", f"{result.top5:.2f}", ""],
         ["cross-entropy, nats", f"{result.loss:.4f}", ""],
         ["calibration error, %", f"{result.calibration_error:.2f}", ""],
@@ -85,12 +80,10 @@ def _render(title: str, result: Evaluation, classes: tuple[str, ...]) -> None:
             ["KL from teacher, nats", f"{result.divergence:.4f}", ""],
             ["teacher's accuracy, %", f"{result.teacher_accuracy:.2f}", ""],
         ]
-    _ui.table([title, f"n = {result.count:,}", "95 % interval"], rows)
-    _ui.say()
-    _ui.table(
-        ["class", "accuracy, %"],
-        [[label, _ui.percent(value)] for label, value in zip(classes, result.per_class, strict=True)],
-    )
+    output.table([title, f"n = {result.count:,}", "95 % interval"], rows)
+    output.text()
+    per_class = zip(classes, map(output.number, result.per_class), strict=True)
+    output.table(["class", "accuracy, %"], list(per_class))
 
 
 def _recorded_teacher(provenance: dict[str, Any]) -> Path | None:
@@ -100,12 +93,12 @@ def _recorded_teacher(provenance: dict[str, Any]) -> Path | None:
 
     recorded = teachers_of(provenance)
     if len(recorded) > 1:
-        _ui.note(f"trained by {len(recorded)} teachers: pass one with --teacher to compare with it")
+        output.note(f"trained by {len(recorded)} teachers: pass one with --teacher to compare with it")
     if len(recorded) != 1:
         return None
     [(path, sha256)] = recorded
     if path.is_file() and sha256_file(path) == sha256:
         return path
     problem = "has changed since training" if path.is_file() else "not found"
-    _ui.note(f"teacher {path} {problem}: agreement is not measured; pass a teacher with --teacher")
+    output.note(f"teacher {path} {problem}: agreement is not measured; pass a teacher with --teacher")
     return None

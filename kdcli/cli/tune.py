@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import shlex
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kdcli import methods
-from kdcli.base.config import make, words_of
+from kdcli.base.config import make, option_flag, shell_command
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.recipes import read_recipe
-from kdcli.cli import _ui
-from kdcli.cli._options import Recipe, examples, options_of
+from kdcli.cli import output
+from kdcli.cli.options import Recipe, command, examples
 from kdcli.studies.tune.settings import SEARCH, TuneConfig
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ EPILOG = examples(
 )
 
 
-@options_of(
+@command(
     TuneConfig,
     metavars={"method": "NAME[+NAME…]", "student": "NETWORK"},
     without=("assistant", "generations"),  # a trial trains a single student
@@ -49,10 +49,10 @@ def tune(
 
     Rerun the same command to continue after an interruption; several processes can share a study.
     """
+    if importlib.util.find_spec("optuna") is None:
+        raise UsageError("kd tune needs Optuna, which is not installed", "pip install 'kdcli[tune]'")
     from kdcli.studies.tune import space as spaces
-    from kdcli.studies.tune import storage
 
-    storage.require()
     ranges = ranges or []
     tuned = spaces.names_of(ranges)
     shared: dict[str, Any] = {}
@@ -63,79 +63,67 @@ def tune(
     methods.check_typed(config, options.get("method"), str(recipe))
     space = spaces.read_space(ranges, config.train)
     for name in sorted(tuned & set(options)):
-        raise UsageError(f"--{name.replace('_', '-')} is both set and tuned", "Leave one of them out.")
+        raise UsageError(f"{option_flag(name)} is both set and tuned", "Leave one of them out.")
     if "method" not in tuned:
-        _ui.note_ignored(options, methods.unread(config.method, options), f"with --method {config.method}")
-    _ui.note_ignored(options, ("save_every", "keep"), "in kd tune: an interrupted trial starts anew")
-    command = _command(ranges, recipe, options)
+        output.note_ignored(options, methods.unread(config.method, options), f"with --method {config.method}")
+    output.note_ignored(options, ("save_every", "keep"), "in kd tune: an interrupted trial starts anew")
+    again = _continue_command(ranges, recipe, options)
     from kdcli.engine.plan import load_data
     from kdcli.studies.tune import search
 
     search.check(config, space)
     try:
-        with _ui.progress() as on_event:
+        with output.progress() as on_event:
             result = search.tune(config, space, load_data(config, on_event), on_event=on_event)
     except Interrupted as stopped:
-        raise Interrupted(stopped.message, command, exit_code=stopped.exit_code) from stopped
-    _show(result, config, command)
+        raise Interrupted(stopped.message, again, exit_code=stopped.exit_code) from stopped
+    _show(result, config, again)
 
 
-def _command(ranges: list[str], recipe: str | None, options: dict[str, Any]) -> str:
+def _continue_command(ranges: list[str], recipe: str | None, options: dict[str, Any]) -> str:
     """The command that continues the study, without a password in the storage's address."""
     from kdcli.studies.tune import storage
 
-    words = ["kd", "tune"]
-    for text in ranges:
-        words += ["--tune", text]
-    if recipe:
-        words += ["--recipe", recipe]
     if "storage" in options:
         address = storage.redacted(storage.read_url(options["storage"], Path("study.db")))
         options = {**options, "storage": address}
-    for name, value in options.items():
-        words += words_of("--" + name.replace("_", "-"), value)
-    return shlex.join(words)
+    return shell_command("tune", {"tune": ranges, "recipe": recipe, **options})
 
 
-def _show(result: TuneResult, config: TuneConfig, command: str) -> None:
+def _show(result: TuneResult, config: TuneConfig, again: str) -> None:
     from kdcli.studies.tune.summary import command_of
 
     best, reasons = result.best, [trial.reason for trial in result.trials if trial.reason]
     if best is None or result.config is None:
         raise KdError(
             f"no trial of {result.study} is finished{f': {reasons[0]}' if reasons else ''}",
-            "Choose other ranges and another --study." if reasons else f"Continue: {command}",
+            "Choose other ranges and another --study." if reasons else f"Continue: {again}",
         )
-    if _ui.settings.json:
-        _ui.json(result.to_json())
-        return
+    output.json(result.to_json())
     names = list(dict.fromkeys(name for trial in result.trials for name in trial.values))
     finished = [trial for trial in result.trials if trial.state == "complete"]
     finished.sort(key=lambda trial: (-(trial.accuracy or 0.0), trial.number))
     rows = [
-        [str(trial.number), *(_cell(trial.values.get(name)) for name in names), _ui.percent(trial.accuracy)]
+        [str(trial.number), *(_cell(trial.values.get(name)) for name in names), output.number(trial.accuracy)]
         for trial in finished[:_TOP]
     ]
-    columns = ["trial", *(name.replace("_", "-") for name in names), "val %"]
-    _ui.table(columns, rows, title=f"best of {len(finished)} finished trials", marked=0)
-    _ui.say()
-    shares = [
-        ["--" + name.replace("_", "-"), f"{100 * share:.0f} %"] for name, share in result.importance.items()
-    ]
-    if shares:
-        _ui.table(["setting", "share of the variance of accuracies"], shares)
+    columns = ["trial", *(option_flag(name)[2:] for name in names), "val %"]
+    output.table(columns, rows, title=f"best of {len(finished)} finished trials", marked=0)
+    output.text()
+    if result.importance:
+        shares = [[option_flag(name), f"{100 * share:.0f} %"] for name, share in result.importance.items()]
+        output.table(["setting", "share of the variance of accuracies"], shares)
     else:
-        _ui.say(result.why_not)
-    _ui.say()
+        output.text(result.why_not)
     seeds = f", mean over {config.seeds} seeds" if config.seeds > 1 else ""
-    _ui.say(
+    output.text(
+        "",
         f"best on the validation split: {best.accuracy:.2f} % in trial {best.number}{seeds}; "
-        f"{result.count('complete')} finished, {result.count('pruned')} pruned, {result.count('failed')} failed"
+        f"{result.count('complete')} finished, {result.count('pruned')} pruned, {result.count('failed')} failed",
+        "the best of many trials is optimistic; confirm on test data",
+        *(f"wrote {path.as_posix()}" for path in result.figures),
     )
-    _ui.say("the best of many trials is optimistic; confirm on test data")
-    for path in result.figures:
-        _ui.say(f"wrote {path.as_posix()}")
-    _ui.next_command(command_of(result.config))
+    output.next_command(command_of(result.config))
 
 
 def _cell(value: Any) -> str:

@@ -17,6 +17,7 @@ from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent, ignore
 from kdcli.base.files import sha256_file
 from kdcli.deploy.bench import Row
+from kdcli.engine.records import read_record
 from kdcli.report import figures, page_figures
 from kdcli.report.details import Section, details_of, missing
 from kdcli.report.examine import Examined, examine, recorded_teacher
@@ -25,7 +26,6 @@ from kdcli.report.page_figures import embed
 from kdcli.report.render import render
 from kdcli.report.speed import Speed, deployed, from_file, measure
 from kdcli.studies.compare import Comparison
-from kdcli.studies.compare import read as read_comparison
 from kdcli.studies.compare.tables import cells, statistics_note
 
 MAX_SECTIONS = 20  # runs with a section of their own
@@ -179,7 +179,7 @@ def _read_comparisons(
     left_out: list[tuple[str, str]] = []
     for path in folders:
         try:
-            found.append((path, read_comparison(path / COMPARISON)))
+            found.append((path, read_record(Comparison, path / COMPARISON)))
         except KdError as error:
             left_out.append((path.name or path.as_posix(), error.message))
     return found, left_out

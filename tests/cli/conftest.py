@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from kdcli import cli
-from kdcli.cli import _ui
 from kdcli.cli import app as application
+from kdcli.cli import output
 from tests.cli.helpers import ENVIRONMENT, Kd, Outcome
 
 
@@ -22,7 +22,7 @@ def kd(workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 
     def run(*words: str) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["kd", *words])
-        monkeypatch.setattr(_ui, "settings", _ui.OutputSettings())
+        monkeypatch.setattr(output, "settings", output.OutputSettings())
         monkeypatch.setattr(application.app, "registered_commands", [])
         capfd.readouterr()
         with pytest.raises(SystemExit) as left:

@@ -30,7 +30,7 @@ def test_help_fits_80_columns_and_names_every_option(kd: Kd, command: str, flag:
     assert "--json" in out
 
 
-def test_help_gives_defaults_and_networks_from_where_they_are_defined(kd: Kd) -> None:
+def test_help_lists_defaults_methods_and_networks(kd: Kd) -> None:
     out = " ".join(re.sub(r"[│╭╮╰╯─]", " ", kd("train", "-h").out).split())
     for name, field in TrainConfig.model_fields.items():
         assert f"--{name.replace('_', '-')}" in out
@@ -99,9 +99,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("words", "code", "error", "hint"), WRONG, ids=lambda value: str(value)[:40])
-def test_what_is_wrong_is_said_in_one_line(
-    kd: Kd, words: list[str], code: int, error: str, hint: str
-) -> None:
+def test_usage_error_is_one_line(kd: Kd, words: list[str], code: int, error: str, hint: str) -> None:
     for name in ("text.pt", "text.onnx", "text.npy"):
         Path(name).write_text("this is text\n")
     Path("folder").mkdir()
@@ -119,7 +117,7 @@ def test_what_is_wrong_is_said_in_one_line(
     assert after == before  # nothing half-written
 
 
-def test_the_hint_lists_the_students_there_are(kd: Kd) -> None:
+def test_missing_model_hint_lists_students(kd: Kd) -> None:
     for name in ("alpha", "beta run"):
         Path(f"runs/{name}").mkdir(parents=True)
         Path(f"runs/{name}/student.pt").write_bytes(b"")
@@ -132,14 +130,14 @@ def test_the_hint_lists_the_students_there_are(kd: Kd) -> None:
     assert "'runs/beta run/student.pt'" in outcome.err
 
 
-def test_a_file_name_with_control_characters_cannot_paint_the_terminal(kd: Kd) -> None:
+def test_control_characters_are_not_printed(kd: Kd) -> None:
     outcome = kd("test", "\x1b[31mred\x07.pt")
     assert outcome.code == 1
     assert is_clean(outcome.err)
     assert "[31mred" in outcome.err
 
 
-def test_an_empty_name_of_data_is_not_passed_over(kd: Kd) -> None:
+def test_empty_data_option_is_an_error(kd: Kd) -> None:
     made = kd("train", "--method", "ce", *QUICK, "--name", "t")
     assert made.code == 0, made
     outcome = kd("test", "runs/t/student.pt", "--data", "")
@@ -151,7 +149,7 @@ FAST = ["--data", "digits", "--precision", "32", "--threads", "1"]
 QUICK = [*FAST, "--student", "convnet-tiny", "--epochs", "1", "--batch-size", "64"]
 
 
-def test_train_test_and_names_of_the_reference(kd: Kd) -> None:
+def test_train_and_test_with_underscore_options(kd: Kd) -> None:
     made = kd("train", "--method", "ce", *QUICK, "--name", "t", "--json")
     assert made.code == 0, made
     report = json.loads(made.out)
@@ -180,7 +178,7 @@ def test_train_test_and_names_of_the_reference(kd: Kd) -> None:
     assert Path("confusion.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_recipe_gives_way_to_what_is_typed(kd: Kd) -> None:
+def test_options_override_recipe(kd: Kd) -> None:
     Path("r.toml").write_text('epochs = 7\n"batch-size" = 128\nmethod = "ce"\ndata = "digits"\n')
     words = [
         "train",
@@ -213,12 +211,12 @@ def test_a_recipe_gives_way_to_what_is_typed(kd: Kd) -> None:
         assert "twice, the second time as" in outcome.err
 
 
-def test_lambda_may_be_spelt_right(kd: Kd) -> None:
+def test_lambda_option_alias(kd: Kd) -> None:
     assert kd("train", "--method", "ce", *QUICK, "--lambda", "0.75", "--name", "x").code == 0
     assert make(TrainConfig, read_recipe("runs/x/config.toml")).lamda == 0.75
 
 
-def test_help_loads_nothing_heavy() -> None:
+def test_help_imports_no_heavy_modules() -> None:
     code = (
         "import sys; sys.argv = ['kd', '--help']\n"
         "from kdcli.cli import main\n"
@@ -240,14 +238,14 @@ def test_modules_of_commands_import_no_torch() -> None:
     assert done.stdout == "[]\n", done
 
 
-def test_settings_are_described_and_bounded() -> None:
+def test_settings_have_help_texts() -> None:
     for settings in (TrainConfig, ConvertConfig):
         for name, field in settings.model_fields.items():
             assert field.description, name
             assert field.description.endswith("."), name
 
 
-def test_options_that_do_nothing_are_named(kd: Kd) -> None:
+def test_ignored_options_are_noted(kd: Kd) -> None:
     outcome = kd("train", *QUICK, "--dropout", "0.3", "--tau", "2", "--method", "ce")
     assert "--dropout has no effect with --student convnet-tiny, which has none" in outcome.err
     assert "--tau has no effect with --method ce" in outcome.err
@@ -257,7 +255,7 @@ def test_options_that_do_nothing_are_named(kd: Kd) -> None:
     assert "--calibration-images has no effect without --int8" in kd(*words).err
 
 
-def test_running_out_of_memory_is_no_fault_of_kd() -> None:
+def test_out_of_memory_error() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(10**15)
     assert as_kd_error(caught.value).message == "out of memory"
@@ -265,7 +263,7 @@ def test_running_out_of_memory_is_no_fault_of_kd() -> None:
     assert as_kd_error(on_gpu).message == "out of memory"
 
 
-def test_sigterm_leaves_any_command_with_143() -> None:
+def test_sigterm_exit_code() -> None:
     code = (
         "import os, signal\nfrom kdcli.cli import app\n"
         "app._register = lambda arguments: os.kill(os.getpid(), signal.SIGTERM)\n"

@@ -18,23 +18,11 @@ def kd(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return command_line(monkeypatch, export, bench)
 
 
-def test_table_fits_80_columns_and_shows_who_is_bigger(kd: Any, workplace: Path) -> None:
+def test_bench_table_fits_80_columns(kd: Any, workplace: Path) -> None:
     digits_student(Path("weights/teacher.pt"), test_accuracy=97.5)
     digits_student(Path("runs/noisy-convnet-small-12/student.pt"), "convnet-small", test_accuracy=93.25)
-    done = kd(
-        "bench",
-        "--rounds",
-        "3",
-        "--no-memory",
-        "--batch",
-        "4",
-        "--engine",
-        "torch",
-        "--threads",
-        "1",
-        "--plot",
-        "b.svg",
-    )
+    words = "bench --rounds 3 --no-memory --batch 4 --engine torch --threads 1 --plot b.svg"
+    done = kd(*words.split())
     assert done.exit_code == 0
     table = [line for line in done.stdout.splitlines() if " torch " in line or "faster  " in line]
     assert max(map(len, table)) <= 80
@@ -47,22 +35,10 @@ def test_table_fits_80_columns_and_shows_who_is_bigger(kd: Any, workplace: Path)
     assert "wrote b.svg" in done.stdout
 
 
-def test_json_with_accuracy_on_test_images(kd: Any, workplace: Path) -> None:
+def test_bench_json_with_accuracy_on_test_images(kd: Any, workplace: Path) -> None:
     first, second = digits_student(Path("a.pt")), digits_student(Path("b.pt"), "convnet-small")
-    words = (
-        "--rounds",
-        "3",
-        "--no-memory",
-        "--batch",
-        "4",
-        "--engine",
-        "torch",
-        "--threads",
-        "1",
-        "--data",
-        "digits",
-    )
-    done = kd("bench", str(first), str(second), *words, "--json")
+    words = "--rounds 3 --no-memory --batch 4 --engine torch --threads 1 --data digits --json"
+    done = kd("bench", str(first), str(second), *words.split())
     document = json.loads(done.stdout)
     assert document["schema_version"] == 1
     assert document["teacher"] == "a"  # the first named: there is no weights/teacher.pt
@@ -71,7 +47,7 @@ def test_json_with_accuracy_on_test_images(kd: Any, workplace: Path) -> None:
     assert 0 <= document["rows"][1]["agreement"] <= 100
 
 
-def test_the_teacher_comes_first_and_once(kd: Any, workplace: Path) -> None:
+def test_bench_lists_teacher_first(kd: Any, workplace: Path) -> None:
     digits_student(Path("weights/teacher.pt"))
     digits_student(Path("s.pt"))
     words = ("--rounds", "3", "--no-memory", "--batch", "1", "--engine", "torch", "--threads", "1", "--json")
@@ -81,7 +57,7 @@ def test_the_teacher_comes_first_and_once(kd: Any, workplace: Path) -> None:
     assert [row["name"] for row in json.loads(done.stdout)["rows"]] == ["s", "teacher"]
 
 
-def test_by_default_what_cannot_be_read_is_left_out_and_named(kd: Any, workplace: Path) -> None:
+def test_bench_skips_unreadable_default_models(kd: Any, workplace: Path) -> None:
     digits_student(Path("weights/teacher.pt"))
     digits_student(Path("runs/a/student.pt"))
     Path("exports").mkdir()
@@ -95,7 +71,7 @@ def test_by_default_what_cannot_be_read_is_left_out_and_named(kd: Any, workplace
         kd("bench", "exports/broken.onnx", *words)
 
 
-def test_nothing_there(kd: Any, workplace: Path) -> None:
+def test_bench_without_models(kd: Any, workplace: Path) -> None:
     with pytest.raises(KdError, match="no teacher at weights/teacher") as caught:
         kd("bench")
     assert "--teacher" in caught.value.hint
@@ -108,7 +84,7 @@ def test_nothing_there(kd: Any, workplace: Path) -> None:
         kd("bench", "weights/teacher.pt", "--plot", "b.gif")
 
 
-def test_a_budget_is_a_gate(kd: Any, workplace: Path) -> None:
+def test_bench_budget_exit_code(kd: Any, workplace: Path) -> None:
     digits_student(Path("a.pt"), test_accuracy=97.5)
     digits_student(Path("b.pt"), test_accuracy=97.0)
     words = ("bench", "a.pt", "b.pt", "--rounds", "3", "--batch", "1", "--engine", "torch", "--no-memory")

@@ -14,7 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from kdcli.base.errors import KdError, UsageError
-from kdcli.cli import _ui, download
+from kdcli.cli import download, output
 from kdcli.cli.app import add_command
 from kdcli.data import download as downloads
 from kdcli.data.catalog import RemoteFile
@@ -37,7 +37,7 @@ def catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
         },
     )
     for name in ("quiet", "json", "debug"):
-        monkeypatch.setattr(_ui.settings, name, False)
+        monkeypatch.setattr(output.settings, name, False)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def kd(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["download", *arguments])
 
 
-def test_all_from_a_folder(workplace: Path, mirror: Path) -> None:
+def test_download_all_from_folder(workplace: Path, mirror: Path) -> None:
     result = kd("--from", str(mirror))
     assert result.exit_code == 0, result.output
     assert (workplace / "weights/two.bin").read_bytes() == b"second"
@@ -66,7 +66,7 @@ def test_all_from_a_folder(workplace: Path, mirror: Path) -> None:
     assert again.exit_code == 0 and again.stdout.count("already there") == 3
 
 
-def test_a_file_finds_its_target_by_hash(workplace: Path, mirror: Path) -> None:
+def test_download_from_file_matches_by_hash(workplace: Path, mirror: Path) -> None:
     renamed = (mirror / "two.bin").rename(mirror / "download(1)")
     assert kd("nin", "--from", str(renamed), "--weights-dir", "w").exit_code == 0
     assert [p.name for p in (workplace / "w").glob("[!.]*")] == ["two.bin"]
@@ -74,7 +74,7 @@ def test_a_file_finds_its_target_by_hash(workplace: Path, mirror: Path) -> None:
     assert isinstance(result.exception, KdError) and "none of the files" in result.exception.message
 
 
-def test_one_failure_does_not_stop_the_others(workplace: Path, mirror: Path) -> None:
+def test_download_continues_after_failure(workplace: Path, mirror: Path) -> None:
     (mirror / "one.bin").write_bytes(b"swapped")
     result = kd("--json", "--from", str(mirror))
     assert isinstance(result.exception, KdError) and result.exception.exit_code == 1
@@ -84,7 +84,7 @@ def test_one_failure_does_not_stop_the_others(workplace: Path, mirror: Path) -> 
     assert not (workplace / "weights/one.bin").exists()
 
 
-def test_a_data_set_has_a_folder_of_its_own(
+def test_download_data_set_into_own_folder(
     workplace: Path, mirror: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two sets have files of the same names; where they come from they need no folder."""
@@ -106,9 +106,7 @@ def test_a_data_set_has_a_folder_of_its_own(
     assert (workplace / "data/mnist/one.bin").read_bytes() == b"first"
 
 
-def test_a_dry_run_lists_and_does_nothing(
-    workplace: Path, mirror: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_download_dry_run(workplace: Path, mirror: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(httpx, "Client", lambda **_: pytest.fail("a server is asked"))
     (one, two), (three,) = download.DOWNLOADS["nin"], download.DOWNLOADS["cifar10"]
@@ -150,7 +148,7 @@ def test_a_dry_run_lists_and_does_nothing(
     assert sorted(workplace.rglob("*")) == before
 
 
-def test_usage(workplace: Path, mirror: Path) -> None:
+def test_download_usage_errors(workplace: Path, mirror: Path) -> None:
     for arguments, message in (
         (("cifar",), "Choose from nin, cifar10, all"),
         (("nin", "--from", "https://example.org/x"), 'End it with "/"'),
@@ -163,7 +161,7 @@ def test_usage(workplace: Path, mirror: Path) -> None:
     assert isinstance(result.exception, KdError) and "no such file or folder" in result.exception.message
 
 
-def test_a_prefix_is_joined_with_each_name(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_from_url_prefix(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str | None] = []
 
     def fake(remote: RemoteFile, target: Path, *, source: str | None, on_event: object) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from kdcli.base.errors import Interrupted
 from kdcli.base.events import Progress
-from kdcli.cli import _ui, demo
+from kdcli.cli import demo, output
 from tests.cli.helpers import Kd, is_clean
 
 METHODS = ("ce", "logits", "noisy", "kd")
@@ -24,7 +24,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("short")
-def test_the_chain_ends_with_a_table_and_files(kd: Kd) -> None:
+def test_demo_prints_table_and_writes_files(kd: Kd) -> None:
     outcome = kd("demo", "-o", "my demo")
     assert outcome.code == 0, outcome
     assert is_clean(outcome.out + outcome.err)
@@ -55,7 +55,7 @@ def test_the_chain_ends_with_a_table_and_files(kd: Kd) -> None:
     assert json.loads(again.out)["best"] == best["method"]
 
 
-def test_a_folder_with_something_else_in_it_is_left_alone(kd: Kd) -> None:
+def test_demo_refuses_foreign_folder(kd: Kd) -> None:
     Path("mine").mkdir()
     Path("mine/thesis.txt").write_text("years of work")
     outcome = kd("demo", "-o", "mine")
@@ -63,7 +63,7 @@ def test_a_folder_with_something_else_in_it_is_left_alone(kd: Kd) -> None:
     assert [path.name for path in Path("mine").iterdir()] == ["thesis.txt"]
 
 
-def test_stopped_demo_says_what_can_be_typed(kd: Kd, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_interrupted(kd: Kd, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(config: object, on_event: object) -> None:
         raise Interrupted("stopped at epoch 1", "kd train --resume runs/kd", exit_code=143)
 
@@ -76,12 +76,12 @@ def test_stopped_demo_says_what_can_be_typed(kd: Kd, monkeypatch: pytest.MonkeyP
     ]
 
 
-def test_off_a_terminal_a_line_an_interval_whatever_the_task(
+def test_progress_lines_off_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 100.0
-    monkeypatch.setattr(_ui.time, "monotonic", lambda: now)
-    with _ui.progress() as on_event:
+    monkeypatch.setattr(output.time, "monotonic", lambda: now)
+    with output.progress() as on_event:
         for run in range(4):  # each shorter than the interval
             tell = demo._titled(f"run {run}", on_event)
             for epoch in range(6):

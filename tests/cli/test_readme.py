@@ -49,7 +49,7 @@ def exported(workplace: Path) -> Path:
     return export(Path("model.pt"), config, data.Splits("colour", "colour", train, train)).path
 
 
-def test_the_snippet_gives_what_kd_predict_gives(exported: Path) -> None:
+def test_readme_snippet_equals_predict(exported: Path) -> None:
     code = snippet()
     assert len(code.replace("\n\n", "\n").splitlines()) == 8
     assert "kdcli" not in code

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kdcli.base.config import make
-from kdcli.cli import _ui
+from kdcli.cli import output
 from kdcli.data import ImageSet, Splits, load
 from kdcli.data.images import fingerprint_of
 from kdcli.engine import fit
@@ -63,5 +63,5 @@ def project(made: tuple[Path, Splits], tmp_path: Path, monkeypatch: pytest.Monke
     shutil.copytree(source, tmp_path / "p")
     monkeypatch.chdir(tmp_path / "p")
     monkeypatch.setitem(load.__globals__["DATASETS"], "toy", lambda request: splits)
-    monkeypatch.setattr(_ui.settings, "quiet", False)
+    monkeypatch.setattr(output.settings, "quiet", False)
     return tmp_path / "p"

@@ -88,7 +88,7 @@ def without_clock(found: Comparison) -> dict[str, Any]:
     }
 
 
-def test_figures_are_those_of_the_runs_paired_by_seed(splits: Splits) -> None:
+def test_compare_pairs_runs_by_seed(splits: Splits) -> None:
     plan = planned(augment="flip")
     assert [run.label for run in plan.runs] == ["ce, seed 0", "kd, seed 0", "ce, seed 1", "kd, seed 1"]
     found = compare(plan, splits)
@@ -120,7 +120,9 @@ def test_figures_are_those_of_the_runs_paired_by_seed(splits: Splits) -> None:
         assert stored.augment_seed == 0
 
 
-def test_a_seed_is_the_same_for_each_method(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_same_method_twice_gives_equal_weights(
+    splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One method under two names: weights, order, views and noise are alike, so that nothing is left to differ."""
     twin = {**vars(methods.METHODS["noisy"]), "name": "twin"}
     monkeypatch.setitem(methods.METHODS, "twin", methods.Method(**twin))
@@ -134,7 +136,7 @@ def test_a_seed_is_the_same_for_each_method(splits: Splits, monkeypatch: pytest.
     assert found["noisy-seed0"] == found["twin-seed0"] != found["noisy-seed1"] == found["twin-seed1"]
 
 
-def test_what_is_finished_is_not_done_again(splits: Splits) -> None:
+def test_compare_keeps_finished_runs(splits: Splits) -> None:
     plan = planned()
     first = compare(plan, splits)
     before = students(plan)
@@ -153,7 +155,7 @@ def test_what_is_finished_is_not_done_again(splits: Splits) -> None:
     assert compare(Plan.load(plan.folder), splits) == again  # nothing is left to do
 
 
-def test_stopped_in_a_run_and_gone_on_with_it_is_the_same(
+def test_compare_resumed_after_sigterm_gives_equal_result(
     splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kdcli.engine.trainer._SHOW_EVERY_S", 0.0)
@@ -176,7 +178,7 @@ def test_stopped_in_a_run_and_gone_on_with_it_is_the_same(
     assert students(plan) == students(whole)
 
 
-def test_other_settings_or_inputs_are_not_mixed_in(splits: Splits) -> None:
+def test_compare_refuses_changed_settings_and_inputs(splits: Splits) -> None:
     compare(planned(seeds="1", epochs=1), splits)
     for changes, told in (
         ({"epochs": 2}, "started with other settings: epochs was 1, is 2"),
@@ -199,7 +201,7 @@ def test_other_settings_or_inputs_are_not_mixed_in(splits: Splits) -> None:
         planned(seeds="1", epochs=1).runs[1].is_started()
 
 
-def test_one_seed_makes_no_claim(splits: Splits) -> None:
+def test_compare_one_seed_has_no_verdict(splits: Splits) -> None:
     [_, other] = compare(planned(seeds="7,", epochs=1), splits).standings
     assert other.difference is not None
     assert other.difference.by_seed[0][0] == 7
@@ -208,9 +210,7 @@ def test_one_seed_makes_no_claim(splits: Splits) -> None:
     assert other.verdict == "one seed: no claim"
 
 
-def test_a_run_that_fails_is_told_and_the_others_go_on(
-    splits: Splits, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compare_continues_after_failed_run(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
     def soft(batch: methods.Batch) -> Any:
         return batch.student_logits.mean() * (float("nan") if batch.seed == 1 else 1.0)
 
@@ -241,7 +241,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
     assert kd("compare", "--resume", "comparisons/c").exit_code == 0
 
 
-def test_claims_are_made_where_all_seeds_say_so(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conclude_verdicts_and_holm_p(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three invented results each: +2, +3, +4 points are 3 ± t(0.975; 2)·1/√3, that is 3 ± 2.48."""
     plan = planned(seeds="3", compared="ce,kd,logits", epochs=1)
     compare(plan, splits)
@@ -267,7 +267,7 @@ def test_claims_are_made_where_all_seeds_say_so(splits: Splits, monkeypatch: pyt
     assert found.comparisons == 1
 
 
-def test_runs_that_are_left_when_others_failed_make_no_claim(splits: Splits) -> None:
+def test_conclude_missing_run_withholds_verdict(splits: Splits) -> None:
     """+3.00 and +3.02 points would be 3.01 ± 0.13; but the third run is missing, and nobody knows why."""
     plan = planned(seeds="3", epochs=1)
     compare(plan, splits)
@@ -291,7 +291,9 @@ def test_runs_that_are_left_when_others_failed_make_no_claim(splits: Splits) -> 
         lost.run_dir.result_file.write_bytes(kept)
 
 
-def test_views_are_drawn_by_a_seed_of_their_own(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_view_seed_draws_views_of_teacher_and_student(
+    splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Student and teacher by the same: what the teacher said is of the pictures that the student sees."""
     drawn: list[tuple[int, int]] = []
     make_view = augment.make_view
@@ -312,7 +314,9 @@ def test_views_are_drawn_by_a_seed_of_their_own(splits: Splits, monkeypatch: pyt
     assert {seed for seed, count in drawn if count <= 16} == {3}
 
 
-def test_the_command_shows_a_table_and_writes_it(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_command_prints_table_and_writes_files(
+    splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kd = command_line(monkeypatch, command, train)
     words = shlex.split(
         "--methods ce,kd --seeds 2 --data toy --student convnet-tiny --epochs 1 --batch-size 16"
@@ -346,7 +350,7 @@ def test_the_command_shows_a_table_and_writes_it(splits: Splits, monkeypatch: py
             kd("compare", *wrong)
 
 
-def test_a_damaged_comparison_is_named(splits: Splits) -> None:
+def test_damaged_comparison_is_an_error(splits: Splits) -> None:
     plan = planned(seeds="1", epochs=1)
     plan.folder.mkdir(parents=True)
     for text in ("methods = [", "methods = 3\n", 'methods = ["ce"]\n', "\0"):
@@ -361,7 +365,7 @@ def test_a_damaged_comparison_is_named(splits: Splits) -> None:
             compare(plan, splits)
 
 
-def test_seeds_are_a_count_or_a_list() -> None:
+def test_seeds_option_takes_count_or_list() -> None:
     def seeds(text: object) -> tuple[int, ...]:
         return make(CompareConfig, {"seeds": text}).seed_numbers
 
@@ -373,7 +377,7 @@ def test_seeds_are_a_count_or_a_list() -> None:
             seeds(wrong)
 
 
-def test_a_weight_goes_to_the_methods_that_have_its_term(splits: Splits) -> None:
+def test_weight_applies_to_methods_with_that_term(splits: Splits) -> None:
     plan = planned(compared="ce,kd,logits+ls", weight=("kd=2", "ce=0:0.5", "ls=3"))
     assert [config.weight for config in plan.each] == [
         ("ce=0:0.5",),
@@ -395,14 +399,14 @@ def test_a_weight_goes_to_the_methods_that_have_its_term(splits: Splits) -> None
         ("kd,at", {"teacher": ("runs/teacher/student.pt",) * 2}, "method at reads features"),
     ],
 )
-def test_what_one_method_cannot_have_is_refused_before_any_runs(
+def test_make_plan_refuses_settings_invalid_for_one_method(
     splits: Splits, compared: str, train: dict[str, Any], told: str
 ) -> None:
     with pytest.raises(UsageError, match=told):
         planned(compared=compared, **train)
 
 
-def test_what_the_data_shows_to_be_wrong_is_refused_before_any_runs(splits: Splits) -> None:
+def test_compare_refuses_settings_that_do_not_fit_the_data(splits: Splits) -> None:
     for compared, values, told in (
         ("ce,at", {"student_stages": "nowhere"}, "nowhere"),
         ("ce,kd", {"cache_top_k": 3}, "there are 3 classes"),
@@ -414,16 +418,14 @@ def test_what_the_data_shows_to_be_wrong_is_refused_before_any_runs(splits: Spli
         assert not Path("comparisons/c/runs").exists()
 
 
-def test_a_term_that_weighs_nothing_wants_no_teacher(splits: Splits) -> None:
+def test_zero_weight_needs_no_teacher(splits: Splits) -> None:
     none = {"kd_weight": 0.0, "teacher": "gone.pt"}
     planned(compared="ce,kd+ls", **none)
     with pytest.raises(KdError, match=r"no teacher at gone\.pt"):
         planned(compared="ce,kd+ls", teacher="gone.pt")
 
 
-def test_what_followed_in_a_run_from_its_method_does_not_hold_for_others(
-    splits: Splits, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compare_recipe_drops_derived_settings(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
     made = fit(make(TrainConfig, {**TRAIN, "method": "kd", "augment": "crop", "name": "r"}), splits).run
     assert (made.read_config().views, made.read_config().tau) == (2, 3.0)
     seen: list[Plan] = []
@@ -444,7 +446,7 @@ def test_what_followed_in_a_run_from_its_method_does_not_hold_for_others(
 
 
 @pytest.mark.slow
-def test_killed_and_continued_by_the_same_command(workplace: Path) -> None:
+def test_compare_continues_after_sigkill(workplace: Path) -> None:
     """SIGKILL in the second of two runs: the first is kept, the second resumed to the same bits."""
     image_folder(Path("images"))
     words = shlex.split(

@@ -15,7 +15,7 @@ from kdcli.studies.compare.stats import BETTER, INCONCLUSIVE, NO_RUNS, ONE_SEED,
 accuracies = st.lists(st.tuples(st.integers(0, 360), st.integers(0, 360)), min_size=2, max_size=12)
 
 
-def test_an_interval_by_hand() -> None:
+def test_summary_of_five_values_by_hand() -> None:
     """1 … 5: mean 3, deviation √2.5, error √0.5; t(0.975; 4) = 2.776445; F has a closed form for 4 degrees."""
     found = summary([1.0, 2.0, 3.0, 4.0, 5.0])
     assert (found.count, found.mean) == (5, 3.0)
@@ -27,7 +27,7 @@ def test_an_interval_by_hand() -> None:
     assert verdict(found) == BETTER
 
 
-def test_two_seeds_have_one_degree_of_freedom() -> None:
+def test_summary_of_two_values_by_hand() -> None:
     """1 and 3: mean 2, error 1; t(0.975; 1) = 12.706205; F is that of Cauchy."""
     found = summary([1.0, 3.0])
     assert found.interval == pytest.approx((2 - 12.706205, 2 + 12.706205), abs=1e-5)
@@ -35,18 +35,18 @@ def test_two_seeds_have_one_degree_of_freedom() -> None:
     assert verdict(found) == INCONCLUSIVE
 
 
-def test_worse_is_better_turned_round() -> None:
+def test_verdict_worse() -> None:
     assert verdict(summary([-1.0, -2.0, -3.0, -4.0, -5.0])) == WORSE
 
 
-def test_one_seed_and_none_make_no_claim() -> None:
+def test_verdict_without_interval() -> None:
     found = summary([7.0])
     assert (found.count, found.mean, found.deviation, found.interval, found.p) == (1, 7.0, None, None, None)
     assert verdict(found) == ONE_SEED == "one seed: no claim"
     assert verdict(None) == NO_RUNS
 
 
-def test_differences_that_are_equal_by_rounding_alone_are_not_known_exactly() -> None:
+def test_summary_resolution_bounds_deviation() -> None:
     """Three times one image of 100 more: the rounding of both sides has deviation 1/√6, t(0.975; 2) = 4.302653."""
     exact = summary([1.0, 1.0, 1.0])
     assert exact.interval == (1.0, 1.0)
@@ -60,14 +60,14 @@ def test_differences_that_are_equal_by_rounding_alone_are_not_known_exactly() ->
     assert summary([0.0, 4.0, 8.0], resolution=1.0) == summary([0.0, 4.0, 8.0])  # their own is larger
 
 
-def test_the_same_runs_twice_differ_by_nothing() -> None:
+def test_summary_of_zero_differences() -> None:
     found = summary([0.0] * 5)
     assert (found.interval, found.p) == ((0.0, 0.0), 1.0)
     assert verdict(found) == INCONCLUSIVE
 
 
 @given(accuracies)
-def test_it_is_the_paired_t_test_of_scipy(pairs: list[tuple[int, int]]) -> None:
+def test_summary_equals_scipy_paired_t_test(pairs: list[tuple[int, int]]) -> None:
     ours, base = np.array(pairs, dtype=float).T
     found = summary(list(ours - base))
     if np.ptp(ours - base) == 0:
@@ -79,7 +79,7 @@ def test_it_is_the_paired_t_test_of_scipy(pairs: list[tuple[int, int]]) -> None:
 
 
 @given(accuracies, st.integers(-100, 100))
-def test_what_moves_both_sides_changes_nothing(pairs: list[tuple[int, int]], shift: int) -> None:
+def test_summary_invariant_to_shift_per_seed(pairs: list[tuple[int, int]], shift: int) -> None:
     """Each seed, and all seeds together, may be easy or hard: only differences count."""
     plain = summary([float(ours - base) for ours, base in pairs])
     moved = summary(
@@ -103,7 +103,7 @@ def test_holm_by_hand() -> None:
 
 
 @pytest.mark.parametrize("count", [3, 5, 10])
-def test_two_methods_alike_are_told_apart_in_five_of_a_hundred_comparisons(count: int) -> None:
+def test_verdict_false_positive_rate(count: int) -> None:
     """Shares of 400 images, as accuracies are; 2,000 comparisons: 5 % ± 1.5 is three standard errors."""
     random = np.random.default_rng(count)
     seeds = random.normal(0.8, 0.02, (2000, count, 1))  # what both runs of a seed have in common
@@ -115,7 +115,7 @@ def test_two_methods_alike_are_told_apart_in_five_of_a_hundred_comparisons(count
     assert 0.035 <= np.mean(claims) <= 0.065
 
 
-def test_a_difference_of_one_standard_deviation_is_found_with_ten_seeds() -> None:
+def test_verdict_power_with_ten_seeds() -> None:
     """In four of five comparisons: the noncentral t-distribution says 80.3 %."""
     random = np.random.default_rng(0)
     found = [verdict(summary(list(row))) for row in random.normal(1.0, 1.0, (2000, 10))]

@@ -73,7 +73,7 @@ def changed(accuracy: float, *, weights: bool = True) -> None:
         model.save(run / "student.pt")
 
 
-def test_a_run_comes_out_bit_identical(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reproduce_bit_identical(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
     kd = command_line(monkeypatch, command, train)
     done = kd("reproduce", "runs/s", "--json")
     assert done.exit_code == 0
@@ -88,7 +88,7 @@ def test_a_run_comes_out_bit_identical(splits: Splits, monkeypatch: pytest.Monke
     assert "bit-identical: runs/s and runs/s-reproduced-2" in text
 
 
-def test_other_bits_are_judged_by_accuracy_and_named(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reproduce_different_bits_judged_by_accuracy(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
     changed(-0.4)
     environment = json.loads(Path("runs/s/environment.json").read_text())
     environment["packages"]["torch"] = "1.0"
@@ -106,7 +106,7 @@ def test_other_bits_are_judged_by_accuracy_and_named(splits: Splits, monkeypatch
     assert caught.value.exit_code == 1
 
 
-def test_equal_weights_with_other_figures_are_not_identical(splits: Splits) -> None:
+def test_reproduce_equal_weights_other_figures(splits: Splits) -> None:
     changed(2.0, weights=False)
     found = read_finished(Path("runs/s"))
     made = reproduce(found, check_inputs(found))
@@ -114,9 +114,7 @@ def test_equal_weights_with_other_figures_are_not_identical(splits: Splits) -> N
     assert made.accuracy - made.accuracy_again == pytest.approx(2.0)
 
 
-def test_other_inputs_are_refused_before_anything_is_trained(
-    splits: Splits, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reproduce_refuses_changed_inputs(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
     kd = command_line(monkeypatch, command, train)
     other = Path("runs/other/student.pt")
     for name, told in (
@@ -139,7 +137,7 @@ def test_other_inputs_are_refused_before_anything_is_trained(
     assert not list(Path("runs").glob("*reproduced*"))
 
 
-def test_what_is_no_finished_run_is_refused(splits: Splits) -> None:
+def test_read_finished_refuses_unfinished_and_damaged_runs(splits: Splits) -> None:
     for path, told in (("runs", "is not a run"), ("nothing", "is not a run")):
         with pytest.raises(KdError, match=told):
             read_finished(Path(path))
@@ -157,9 +155,7 @@ def test_what_is_no_finished_run_is_refused(splits: Splits) -> None:
         read_finished(Path("runs/t"))
 
 
-def test_a_repetition_that_was_stopped_is_gone_on_with(
-    splits: Splits, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reproduce_continues_after_interruption(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kdcli.engine.trainer._SHOW_EVERY_S", 0.0)
 
     def stop(event: Event) -> None:
@@ -175,7 +171,9 @@ def test_a_repetition_that_was_stopped_is_gone_on_with(
     assert (made.verdict, made.again) == ("bit-identical", "runs/s-reproduced-1")
 
 
-def test_two_at_once_do_not_share_a_folder(splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reproduce_concurrent_calls_use_separate_folders(
+    splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = read_finished(Path("runs/s"))
     data = check_inputs(found)
     waits, made = threading.Event(), []

@@ -33,7 +33,7 @@ from kdcli.cli import tune as cli_tune
 from kdcli.data import Splits
 from kdcli.engine import read_metrics
 from kdcli.methods import TrainConfig
-from kdcli.studies.tune import figures, search, storage, summary
+from kdcli.studies.tune import search, storage, summary
 from kdcli.studies.tune.search import tune
 from kdcli.studies.tune.settings import TuneConfig
 from kdcli.studies.tune.space import FIXED, Choice, Range, Space, read_by, read_space
@@ -97,7 +97,7 @@ def fake_fit(accuracy: Any) -> Any:
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip figures and importance, which take longer than the fake trials."""
     monkeypatch.setattr(summary, "importance", lambda study, trials: ({}, "skipped"))
-    monkeypatch.setattr(figures, "history", lambda trials, target: target.touch())
+    monkeypatch.setattr(summary, "draw_history", lambda trials, target: target.touch())
 
 
 def stored(path: Path = Path("runs/toy/study.db"), name: str = "toy") -> list[optuna.trial.FrozenTrial]:
@@ -113,7 +113,7 @@ def space_of(*texts: str, **changes: Any) -> Space:
     return read_space(texts, make(TrainConfig, {"method": "kd", **changes}))
 
 
-def test_ranges_by_hand() -> None:
+def test_read_space_examples() -> None:
     assert space_of("tau=1:10", "lambda=0:1") == (
         Range("tau", 1.0, 10.0, False),
         Range("lamda", 0.0, 1.0, False),
@@ -160,7 +160,7 @@ def test_ranges_by_hand() -> None:
         ("noisy-sigma=0:1", "--noisy-sigma is not read by kd"),
     ],
 )
-def test_what_is_no_range_of_a_setting_is_said(text: str, said: str) -> None:
+def test_read_space_refuses_malformed_ranges(text: str, said: str) -> None:
     with pytest.raises(UsageError) as caught:
         space_of(text)
     assert said in caught.value.message
@@ -168,7 +168,7 @@ def test_what_is_no_range_of_a_setting_is_said(text: str, said: str) -> None:
     assert caught.value.hint
 
 
-def test_every_setting_of_kd_train_can_be_tuned_or_says_why_not() -> None:
+def test_every_setting_is_tunable_or_fixed() -> None:
     for name, field in TrainConfig.model_fields.items():
         if name in FIXED:
             with pytest.raises(UsageError, match=re.escape(FIXED[name])):
@@ -202,7 +202,7 @@ def unread(method: str, name: str) -> list[str]:
     return methods.unread(method, [name])
 
 
-def test_a_method_that_is_tuned_brings_its_own_settings_only() -> None:
+def test_read_by_selects_settings_of_a_method() -> None:
     space = space_of("method=kd|noisy", "tau=1:10", "noisy-ratio=0:1", "lr=1e-3:1e-2")
     assert [part.name for part in read_by(space, "kd")] == ["method", "tau", "lr"]
     assert [part.name for part in read_by(space, "noisy")] == ["method", "noisy_ratio", "lr"]
@@ -216,7 +216,7 @@ def test_a_method_that_is_tuned_brings_its_own_settings_only() -> None:
     high=st.floats(1e-6, 999),
     scale=st.sampled_from(["", ":log", ":linear"]),
 )
-def test_any_two_numbers_within_the_bounds_are_a_range(low: float, high: float, scale: str) -> None:
+def test_read_space_accepts_ordered_bounds(low: float, high: float, scale: str) -> None:
     text = f"tau={low!r}:{high!r}{scale}"
     if low < high:
         assert space_of(text) == (Range("tau", low, high, scale == ":log"),)
@@ -228,7 +228,7 @@ def test_any_two_numbers_within_the_bounds_are_a_range(low: float, high: float, 
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(max_size=30))
-def test_no_text_is_more_than_an_error(text: str) -> None:
+def test_read_space_of_any_text_raises_only_usage_errors(text: str) -> None:
     for written in (text, f"tau={text}", f"optimizer={text}", f"epochs={text}"):
         try:
             found = space_of(written)
@@ -258,7 +258,7 @@ def test_no_text_is_more_than_an_error(text: str) -> None:
         },
     )
 )
-def test_the_command_of_settings_gives_these_settings(values: dict[str, Any]) -> None:
+def test_command_of_round_trip(values: dict[str, Any]) -> None:
     wanted = make(TrainConfig, values)
     words = shlex.split(command_of(wanted))
     assert words[:2] == ["kd", "train"]
@@ -285,7 +285,7 @@ class _Unreadable:
         raise AssertionError("test images were counted")
 
 
-def test_no_trial_reads_test_images_and_the_best_command_repeats_its_trial(
+def test_tune_reads_no_test_images_and_best_command_repeats(
     workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[Event] = []
@@ -319,7 +319,7 @@ def test_no_trial_reads_test_images_and_the_best_command_repeats_its_trial(
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_a_run_tells_each_epoch_and_without_test_says_so(workplace: Path, splits: Splits) -> None:
+def test_fit_without_test_emits_epochs_and_no_test_figures(workplace: Path, splits: Splits) -> None:
     events: list[Event] = []
     run = make(TrainConfig, {k: v for k, v in PLAIN.items() if k in TrainConfig.model_fields})
     result = engine.fit(run, splits, test=False, on_event=events.append)
@@ -334,7 +334,7 @@ def test_a_run_tells_each_epoch_and_without_test_says_so(workplace: Path, splits
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_study_of_one_process_is_repeatable_stopped_or_not(
+def test_tune_is_repeatable_with_one_process(
     workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranges = ("lr=1e-3:1e-1", "batch-size=8|16|32")
@@ -357,9 +357,7 @@ def test_a_study_of_one_process_is_repeatable_stopped_or_not(
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_hopeless_trial_is_ended_early(
-    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_median_pruner_stops_trials(workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[float, int]] = []
 
     def accuracy(run: TrainConfig, epoch: int) -> float:
@@ -392,7 +390,7 @@ def test_a_hopeless_trial_is_ended_early(
     assert any(isinstance(event, Note) and "different --epochs" in event.text for event in notes)
 
 
-def test_a_pruned_run_leaves_whole_files_only(workplace: Path, splits: Splits) -> None:
+def test_pruned_run_leaves_complete_files(workplace: Path, splits: Splits) -> None:
     def end(event: Event) -> None:
         if isinstance(event, Epoch):
             raise optuna.TrialPruned
@@ -411,7 +409,7 @@ def test_a_pruned_run_leaves_whole_files_only(workplace: Path, splits: Splits) -
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_several_seeds_count_by_their_mean(
+def test_tune_seeds_report_running_mean(
     workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(search, "fit", fake_fit(lambda run, epoch: 10.0 * (run.seed + 1) * epoch))
@@ -436,7 +434,7 @@ def test_several_seeds_count_by_their_mean(
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_trial_that_fails_counts_and_says_why(workplace: Path, splits: Splits) -> None:
+def test_tune_counts_failed_trials_with_reason(workplace: Path, splits: Splits) -> None:
     notes: list[Event] = []
     found = search_for(
         splits, "lr=90|1e-2", "optimizer=sgd|adam", "weight-decay=0|1", trials=4, sampler="random",
@@ -451,7 +449,7 @@ def test_a_trial_that_fails_counts_and_says_why(workplace: Path, splits: Splits)
 
 
 @pytest.mark.parametrize("fault", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate")])
-def test_too_little_memory_fails_the_trial(
+def test_tune_out_of_memory_fails_trial(
     workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch, fault: Exception
 ) -> None:
     def accuracy(run: TrainConfig, epoch: int) -> float:
@@ -464,9 +462,7 @@ def test_too_little_memory_fails_the_trial(
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_what_is_wrong_with_the_command_stops_everything_and_is_no_trial(
-    workplace: Path, splits: Splits
-) -> None:
+def test_tune_invalid_command_counts_no_trial(workplace: Path, splits: Splits) -> None:
     with pytest.raises(KdError, match=r"nowhere\.pt"):
         search_for(splits, "tau=1:9", method="kd", teacher="nowhere.pt")
     with pytest.raises(UsageError, match="unknown network"):
@@ -479,7 +475,7 @@ def test_what_is_wrong_with_the_command_stops_everything_and_is_no_trial(
     assert [trial.state for trial in found.trials] == ["complete"]
 
 
-def test_a_full_disk_is_no_fault_of_the_trial(
+def test_tune_full_disk_requeues_trial(
     workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def accuracy(run: TrainConfig, epoch: int) -> float:
@@ -511,7 +507,7 @@ def test_a_full_disk_is_no_fault_of_the_trial(
         ({"weight": ("kd=2",)}, ["method=kd|logits"], "method logits has no such term"),
     ],
 )
-def test_settings_that_make_no_search_are_refused_before_it(
+def test_tune_refuses_invalid_settings(
     workplace: Path, splits: Splits, changes: dict[str, Any], ranges: list[str], said: str
 ) -> None:
     with pytest.raises(UsageError, match=re.escape(said)):
@@ -520,7 +516,7 @@ def test_settings_that_make_no_search_are_refused_before_it(
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_other_settings_than_the_study_was_begun_with_are_an_error(
+def test_tune_refuses_changed_settings(
     workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(search, "fit", fake_fit(lambda run, epoch: 50.0))
@@ -547,9 +543,7 @@ def test_other_settings_than_the_study_was_begun_with_are_an_error(
         search_for(splits, "lr=1e-3:1", trials=1)
 
 
-def test_a_storage_that_cannot_be_used_is_one_line_without_its_password(
-    workplace: Path, splits: Splits
-) -> None:
+def test_storage_errors_hide_passwords(workplace: Path, splits: Splits) -> None:
     Path("noise.db").write_bytes(b"this is no database, it only looks like a file " * 40)
     optuna.create_study(storage="sqlite:///other.db", study_name="toy").add_trial(
         optuna.trial.create_trial(value=1.0)
@@ -584,9 +578,7 @@ def test_a_storage_that_cannot_be_used_is_one_line_without_its_password(
 # --- what was found ----------------------------------------------------------------------------------------
 
 
-def test_what_matters_is_found_and_drawn(
-    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_importance_and_figures(workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "fit", fake_fit(lambda run, epoch: 50 + 9 * math.log10(run.lr)))
     few = search_for(splits, "lr=1e-3:1", "batch-size=8:64", trials=4, pruner="none")
     assert few.importance == {} and "4 finished trials are too few" in few.why_not
@@ -602,7 +594,7 @@ def test_what_matters_is_found_and_drawn(
     assert same.importance == {} and "the same accuracy" in same.why_not
 
 
-def test_the_command_line_ends_with_the_command_of_the_best(
+def test_tune_command_prints_best_command(
     workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kdcli.data.load", lambda *args, **kwargs: splits)
@@ -625,10 +617,8 @@ def test_the_command_line_ends_with_the_command_of_the_best(
         call("tune")
 
 
-def test_without_optuna_one_line_says_what_to_install(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: None)
+def test_tune_without_optuna(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_tune.importlib.util, "find_spec", lambda name: None)
     call = command_line(monkeypatch, cli_train, cli_tune)
     with pytest.raises(UsageError, match="Optuna") as caught:
         call("tune", "--tune", "tau=1:2")
@@ -639,7 +629,7 @@ def test_without_optuna_one_line_says_what_to_install(
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_ctrl_c_gives_the_trial_back_and_says_how_to_go_on(
+def test_tune_interrupted_requeues_trial(
     workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kdcli.data.load", lambda *args, **kwargs: splits)
@@ -700,11 +690,9 @@ def lost_trial(url: Any, settings: Any, space: Space) -> optuna.Trial:
 
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.filterwarnings("ignore")
-def test_the_values_of_a_stale_trial_are_tried_again(
-    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tune_retries_stale_trial(workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "fit", fake_fit(lambda run, epoch: 50.0))
-    monkeypatch.setattr(storage, "GRACE_S", 1)
+    monkeypatch.setitem(open_study.__globals__, "GRACE_S", 1)
     notes: list[Event] = []
     search_for(splits, "lr=1e-3:1", trials=1)
     url = storage.read_url("", Path("runs/toy/study.db"))
@@ -723,7 +711,7 @@ def test_the_values_of_a_stale_trial_are_tried_again(
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_trial_that_was_reassigned_is_not_counted_twice(
+def test_tune_reassigned_trial_counts_once(
     workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process was only asleep: when it wakes, its trial has been failed for want of heartbeats."""
@@ -743,7 +731,7 @@ def test_a_trial_that_was_reassigned_is_not_counted_twice(
 
 
 @pytest.mark.slow
-def test_killed_and_continued_by_two_processes(workplace: Path) -> None:
+def test_tune_continues_after_sigkill_with_two_processes(workplace: Path) -> None:
     random = np.random.default_rng(0)
     for split, count in (("train", 40), ("test", 3)):
         for label in range(3):
@@ -783,15 +771,15 @@ def test_killed_and_continued_by_two_processes(workplace: Path) -> None:
     assert not list(Path("runs/toy").glob("*/last*.pt"))
 
 
-def test_the_command_to_go_on_with_has_each_value_of_a_list() -> None:
+def test_continue_command_repeats_list_options() -> None:
     options = {"teacher": [Path("a.pt"), Path("my b.pt")], "weight": ["kd=2"], "grey": True, "trials": 3}
-    again = cli_tune._command(["tau=1:2"], None, options)
+    again = cli_tune._continue_command(["tau=1:2"], None, options)
     assert again == (
         "kd tune --tune tau=1:2 --teacher a.pt --teacher 'my b.pt' --weight kd=2 --grey --trials 3"
     )
 
 
-def test_what_followed_in_a_run_from_a_setting_that_is_tuned_does_not_hold(
+def test_tune_recipe_drops_derived_settings(
     workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make(TrainConfig, {k: v for k, v in PLAIN.items() if k in TrainConfig.model_fields})
@@ -815,7 +803,7 @@ def test_what_followed_in_a_run_from_a_setting_that_is_tuned_does_not_hold(
     assert seen.pop().lr == PLAIN["lr"]
 
 
-def test_chains_are_no_part_of_a_search(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tune_refuses_chains(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("assistant", "generations"):
         with pytest.raises(UsageError, match="a trial trains a single student") as caught:
             space_of(f"{name}=1|2")

@@ -17,5 +17,15 @@ from kdcli.base.config.commands import (
     TestConfig,
     ValidateConfig,
 )
-from kdcli.base.config.settings import DATA, METHOD, OPTIMISER, RUN, DataSettings, Settings, make, words_of
+from kdcli.base.config.settings import (
+    DATA,
+    METHOD,
+    OPTIMISER,
+    RUN,
+    DataSettings,
+    Settings,
+    make,
+    option_flag,
+    shell_command,
+)
 from kdcli.base.config.train import AUGMENT_STEPS, Ramp, TrainSettings

@@ -1,5 +1,6 @@
 """Base class of settings, fields shared by commands, and validation errors as one line."""
 
+import shlex
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -96,12 +97,25 @@ class ModelDataSettings(Settings):
     cache_dir: CacheDir = Path("cache")
 
 
-def words_of(flag: str, value: Any) -> list[str]:
-    """Command-line arguments that set an option; a flag stands alone, several values repeat the option."""
-    if isinstance(value, bool):
-        return [flag] if value else []
-    found = value if isinstance(value, list | tuple) else (value,)
-    return [word for one in found for word in (flag, one.as_posix() if isinstance(one, Path) else str(one))]
+def option_flag(name: str) -> str:
+    """`batch_size` → `--batch-size`."""
+    return "--" + name.replace("_", "-")
+
+
+def shell_command(command: str, options: Mapping[str, Any]) -> str:
+    """`kd COMMAND` with options by field name, quoted for a shell; several values repeat an option.
+
+    None and False are left out, True is the flag alone.
+    """
+    words = ["kd", command]
+    for name, value in options.items():
+        for one in value if isinstance(value, list | tuple) else (value,):
+            if one is None or one is False:
+                continue
+            words.append(option_flag(name))
+            if one is not True:
+                words.append(one.as_posix() if isinstance(one, Path) else str(one))
+    return shlex.join(words)
 
 
 S = TypeVar("S", bound=Settings)
@@ -119,7 +133,6 @@ def make(kind: type[S], values: Mapping[str, Any]) -> S:
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "settings"
-        flag = "--" + name.replace("_", "-")
         if first["type"] == "extra_forbidden":
             raise UsageError(
                 f"unknown setting: {name}", f"Known are {', '.join(kind.model_fields)}."
@@ -129,5 +142,6 @@ def make(kind: type[S], values: Mapping[str, Any]) -> S:
             raise UsageError(message, f"{more[:1].upper()}{more[1:]}." if more else _SEE_HELP) from error
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         raise UsageError(
-            f"{flag} {first.get('input')!s}: must be {message.removeprefix('must be ')}", _SEE_HELP
+            f"{option_flag(name)} {first.get('input')!s}: must be {message.removeprefix('must be ')}",
+            _SEE_HELP,
         ) from error

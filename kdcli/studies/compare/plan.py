@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import re
 import shlex
-import tomllib
 from collections.abc import Collection, Mapping
-from dataclasses import field, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
-from typing_extensions import TypedDict  # comes with pydantic, which needs this one before Python 3.12
+from pydantic import Field, ValidationError
 
 from kdcli import methods
-from kdcli.base.config import CompareConfig, make
+from kdcli.base.config import CompareConfig, Settings, make
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import write_text
-from kdcli.base.text import reason
+from kdcli.base.recipes import read_recipe
 from kdcli.engine.identity import decisive_settings, differences
 from kdcli.engine.plan import resolve
 from kdcli.engine.run_dir import RunDir
 from kdcli.methods import TrainConfig
+from kdcli.teacher import Teacher
 
 PER_RUN = {"method", "seed", "name", "runs_dir"}
 _MAX_NAME = 80
@@ -65,25 +62,22 @@ class PlannedRun:
         return self.is_started() and self.run_dir.result_file.is_file()
 
 
-class CommonSettings(TypedDict, total=False):
+class CommonSettings(Settings, strict=True):
     """Settings that are measured once, for all runs."""
 
     precision: Literal["32", "bf16"]
     threads: int
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)  # type: ignore[misc]
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class Plan:
+class Plan(Settings):
     """A comparison's settings; all but the folder are stored in `comparison.toml`.
 
     Attributes:
-        folder: the comparison's folder.
         methods: in the order of the table.
         seeds: of each method.
         baseline: the method that the others are compared with.
         train: settings of all runs; its method and seed are not used.
-        common: `precision` and `threads` of all runs; empty before the first start.
+        common: None before the first start.
         inputs: SHA-256 of data, teacher, student and custom methods; empty before the first start.
     """
 
@@ -92,8 +86,8 @@ class Plan:
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...]
     baseline: str
     train: TrainConfig
-    common: CommonSettings = field(default_factory=CommonSettings)
-    inputs: dict[str, str] = field(default_factory=dict)
+    common: CommonSettings | None = None
+    inputs: dict[str, str] = Field(default_factory=dict)
 
     @property
     def file(self) -> Path:
@@ -115,7 +109,7 @@ class Plan:
         """The settings of one run of each method."""
         return tuple(self._config(name, 0) for name in self.methods)
 
-    @cached_property
+    @property
     def runs(self) -> tuple[PlannedRun, ...]:
         """All methods of a seed before the next seed, so that an interrupted comparison is balanced."""
         return tuple(PlannedRun(self._config(name, seed)) for seed in self.seeds for name in self.methods)
@@ -128,7 +122,7 @@ class Plan:
             "runs_dir": self.folder / "runs",
             "weight": tuple(text for text in self.train.weight if _term(text) in _terms(method)),
         }
-        return make(TrainConfig, {**dict(self.train), **self.common, **own})
+        return make(TrainConfig, {**dict(self.train), **dict(self.common or {}), **own})
 
     def check(self) -> None:
         """Check everything that can be wrong before training.
@@ -151,19 +145,13 @@ class Plan:
             )
         for config in self.each:
             resolve(config)
-        missing = [path for path in self.train.teacher if not path.is_file()]
-        if missing and any(methods.objective(config).needs_teacher for config in self.each):
-            raise KdError(
-                f"no teacher at {missing[0]}",
-                "kd convert-caffe makes one from a Caffe network, kd train --method ce trains one; "
-                "pass it with --teacher.",
-            )
+        if any(methods.objective(config).needs_teacher for config in self.each):
+            Teacher.open(self.train.teacher, self.train.cache_dir)
 
     def save(self) -> None:
         """Write comparison.toml."""
         skipped: Any = {"folder": True, "train": PER_RUN}
-        values = TypeAdapter(Plan).dump_python(self, mode="json", exclude=skipped, exclude_none=True)
-        write_text(self.file, tomli_w.dumps(values))
+        write_text(self.file, tomli_w.dumps(self.model_dump(mode="json", exclude=skipped, exclude_none=True)))
 
     @classmethod
     def load(cls, folder: Path, typed: Collection[str] = ()) -> Plan:
@@ -177,20 +165,17 @@ class Plan:
             UsageError: it names a custom method that was not typed.
         """
         path = folder / "comparison.toml"
+        if not path.is_file():
+            raise KdError(f"{folder} is not a comparison", "Pass a folder that kd compare has made.")
+        document = read_recipe(str(path))
         try:
-            document = tomllib.loads(path.read_text(encoding="utf-8"))
-            if PER_RUN & set(document.get("train", ())):
-                raise ValueError(f"[train] has settings of single runs: {', '.join(sorted(PER_RUN))}")
-            plan = TypeAdapter(cls).validate_python({**document, "folder": folder})
-        except OSError as error:
-            hint = "Pass a folder that kd compare has made."
-            raise KdError(f"{folder} is not a comparison: {reason(error)}", hint) from error
+            plan = cls.model_validate({**document, "folder": folder})
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
             raise KdError(f"{path}: {place}: {first['msg']}", "Start the comparison anew.") from error
-        except (ValueError, RecursionError) as error:
-            raise KdError(f"{path} is not TOML: {error}", "Start the comparison anew.") from error
+        if stray := PER_RUN & plan.train.model_fields_set:
+            raise KdError(f"{path}: train: {', '.join(sorted(stray))} differs between runs")
         code = next((name for name in plan.methods if methods.is_custom(name) and name not in typed), None)
         if code is not None:
             raise UsageError(
@@ -216,7 +201,7 @@ class Plan:
                 f"{self.folder} was started with other settings: {changed[0]}",
                 f"Choose another --name; {resume} continues it as it is.",
             )
-        return replace(stored, train=self.train)
+        return stored.model_copy(update={"train": self.train})
 
     def _fixed(self) -> dict[str, Any]:
         """Settings that cannot change once it has started."""
@@ -246,7 +231,13 @@ def make_plan(settings: CompareConfig, train: Mapping[str, Any]) -> Plan:
     baseline = settings.baseline or ("ce" if "ce" in names else names[0])
     source = Path(config.data)
     name = settings.name or _folder_name(f"{'-'.join(names)}-{config.student_name}-{source.name or 'data'}")
-    plan = Plan(settings.out / name[:_MAX_NAME], names, settings.seed_numbers, baseline, config)
+    plan = Plan(
+        folder=settings.out / name[:_MAX_NAME],
+        methods=names,
+        seeds=settings.seed_numbers,
+        baseline=baseline,
+        train=config,
+    )
     plan.check()
     return plan
 

@@ -1,7 +1,6 @@
 """The result of a comparison, from the results of its runs."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -9,7 +8,7 @@ from pydantic import Field
 from kdcli import __version__
 from kdcli.engine import read_result
 from kdcli.engine.identity import recorded_circumstances
-from kdcli.engine.records import Count, NonNegative, Percent, Record, read_record
+from kdcli.engine.records import Count, NonNegative, Percent, Record
 from kdcli.studies.compare.plan import Plan, PlannedRun
 from kdcli.studies.compare.stats import INCONCLUSIVE, LEVEL, Interval, Points, Summary, holm, summary, verdict
 
@@ -116,15 +115,6 @@ class Comparison(Record):
             for run in self.runs
             if run.method == method and run.test_accuracy is not None
         }
-
-
-def read(path: Path) -> Comparison:
-    """A comparison.json, of any origin.
-
-    Raises:
-        KdError: missing, too large, or not what kd compare writes.
-    """
-    return read_record(Comparison, path)
 
 
 def conclude(plan: Plan, failures: Mapping[str, str], label: str, test_images: int) -> Comparison:

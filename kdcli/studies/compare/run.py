@@ -1,7 +1,5 @@
 """The runs of a comparison, one after the other; finished ones are kept, an interrupted one is resumed."""
 
-from dataclasses import replace
-
 import torch
 
 from kdcli.base import files, runtime
@@ -48,7 +46,8 @@ def _start(plan: Plan, data: Splits, on_event: OnEvent) -> Plan:
         check_student(config, data.train)
     inputs = {name: sha256 for config in plan.each for name, sha256 in input_hashes(config, data).items()}
     if not plan.inputs:
-        plan = replace(plan, inputs=inputs, common=_common_settings(plan, data, on_event))
+        common = _common_settings(plan, data, on_event)
+        plan = plan.model_copy(update={"inputs": inputs, "common": common})
         plan.save()
     check_unchanged(plan.inputs, inputs, str(plan.folder))
     return plan

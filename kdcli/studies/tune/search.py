@@ -6,12 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import optuna
-import torch
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 
 from kdcli import models
 from kdcli.base import files, runtime
-from kdcli.base.errors import Interrupted, KdError, UsageError
+from kdcli.base.errors import Interrupted, KdError, UsageError, is_out_of_memory
 from kdcli.base.events import Epoch, Event, Note, OnEvent, Progress, ignore
 from kdcli.data import Splits
 from kdcli.data.split import split
@@ -22,7 +21,16 @@ from kdcli.methods import TrainConfig
 from kdcli.studies.tune import storage
 from kdcli.studies.tune.settings import TuneConfig
 from kdcli.studies.tune.space import Space, apply, candidates, choices, describe, methods_of
-from kdcli.studies.tune.study import COUNTED, REASON, count, draw, make_sampler, open_study, trials_of
+from kdcli.studies.tune.study import (
+    COUNTED,
+    GRACE_S,
+    REASON,
+    count,
+    draw,
+    make_sampler,
+    open_study,
+    trials_of,
+)
 from kdcli.studies.tune.summary import TuneResult, best_of, run_folder, summarize, trial_folder
 
 # compared by content instead: paths may differ between machines
@@ -64,17 +72,13 @@ def tune(config: TuneConfig, space: Space, data: Splits, *, on_event: OnEvent = 
         if running := result.count("running"):
             search.note(
                 f"{running} trial(s) are still running in another process, or it was killed within the last "
-                f"{storage.GRACE_S} s; rerun the same command later for the final result"
+                f"{GRACE_S} s; rerun the same command later for the final result"
             )
         return result
 
 
 def check(config: TuneConfig, space: Space) -> None:
     """Raise UsageError for mistakes that show before anything is loaded."""
-    if config.val_fraction == 0:
-        raise UsageError(
-            "--val-fraction 0: trials are judged by validation images", "Keep some: --val-fraction 0.1"
-        )
     if config.name:
         raise UsageError("--name: a study has many runs", "Name the study: --study")
     if config.devices > 1:
@@ -168,8 +172,7 @@ class _Search:
                 raise KdError(error.message, "Fix it, then rerun the same command to continue.") from error
             failure = error.message
         except (MemoryError, RuntimeError) as error:
-            memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-            if not memory and "DefaultCPUAllocator" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             failure = "out of memory"
         trial.set_user_attr(REASON, failure)
@@ -210,7 +213,7 @@ class _Search:
                 trial.report(mean, index * event.epochs + event.epoch)
             except UpdateFinishedTrialError as error:
                 self.reassigned = KdError(
-                    f"trial {trial.number} was reassigned: no heartbeat of this process for {storage.GRACE_S} s",
+                    f"trial {trial.number} was reassigned: no heartbeat of this process for {GRACE_S} s",
                     "Rerun the same command to continue.",
                 )
                 raise self.reassigned from error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdcli import methods
-from kdcli.base.config import make
+from kdcli.base.config import make, option_flag
 from kdcli.base.errors import UsageError
 from kdcli.methods import TrainConfig
 
@@ -83,7 +83,7 @@ def read_space(texts: Sequence[str], config: TrainConfig) -> Space:
     for part in space:
         if all(methods.unread(method, [part.name]) for method in trained):
             raise UsageError(
-                f"--tune {part}: {_flag(part.name)} is not read by {', '.join(trained)}",
+                f"--tune {part}: {option_flag(part.name)} is not read by {', '.join(trained)}",
                 "Tune what it reads (docs/methods.md), or choose another --method.",
             )
     return space
@@ -132,7 +132,7 @@ def apply(config: TrainConfig, values: Mapping[str, Value | Path]) -> TrainConfi
 def describe(values: Mapping[str, Value]) -> str:
     """`tau 3.2, lamda 0.1`."""
     return ", ".join(
-        f"{name.replace('_', '-')} {f'{value:.4g}' if isinstance(value, float) else value}"
+        f"{option_flag(name)[2:]} {f'{value:.4g}' if isinstance(value, float) else value}"
         for name, value in values.items()
     )
 
@@ -171,15 +171,11 @@ def _setting(typed: str) -> str:
     name = typed.removeprefix("--").replace("-", "_")
     name = "lamda" if name == "lambda" else name
     if name not in TrainConfig.model_fields:
-        known = [_flag(one)[2:] for one in TrainConfig.model_fields if one not in FIXED]
+        known = [option_flag(one)[2:] for one in TrainConfig.model_fields if one not in FIXED]
         raise UsageError(
             f"--tune {typed}: kd train has no such setting", f"Those to tune are {', '.join(known)}."
         )
     return name
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _value(name: str, word: str, config: TrainConfig, text: str) -> Value:

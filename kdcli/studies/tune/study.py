@@ -1,25 +1,24 @@
 """An Optuna study of kd tune: its recorded settings, its trials, and drawing values for one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import optuna
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
+from sqlalchemy import URL
 
 from kdcli.base.errors import UsageError
 from kdcli.engine.identity import differences
-from kdcli.studies.tune import storage
 from kdcli.studies.tune.space import Choice, Range, Space, Value, read_by
 
-if TYPE_CHECKING:
-    from sqlalchemy import URL
-
 SETTINGS, REASON = "kd", "reason"  # user attributes: of a study, its settings; of a trial, why it failed
+HEARTBEAT_S, GRACE_S = 15, 120  # interval of heartbeats; age at which a trial counts as stale
+RETRIES = 2  # of a trial whose process died
+_LOCK_TIMEOUT_S = 60  # SQLite: how long another process may hold the write lock
 # a trial whose own settings fail counts as pruned, so that samplers avoid its values; FAIL is one to repeat
 COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -51,6 +50,8 @@ def open_study(
 ) -> optuna.Study:
     """The study of that name, created if need be. A study without trials takes new settings.
 
+    Trials send heartbeats; the values of a stale one are queued again, at most `RETRIES` times.
+
     Args:
         settings: plain values that all processes of a study must share.
 
@@ -59,9 +60,18 @@ def open_study(
         sqlalchemy.exc.SQLAlchemyError: see `storage.readable_errors`.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    is_sqlite = url.get_backend_name() == "sqlite"
+    database = RDBStorage(
+        # Optuna substitutes {…} in an address
+        url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),
+        engine_kwargs={"connect_args": {"timeout": _LOCK_TIMEOUT_S}} if is_sqlite else {},
+        heartbeat_interval=HEARTBEAT_S,
+        grace_period=GRACE_S,
+        heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
+    )
     create = partial(
         optuna.create_study,
-        storage=(database := storage.connect(url)),
+        storage=database,
         study_name=name,
         direction="maximize",
         load_if_exists=True,

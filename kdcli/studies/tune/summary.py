@@ -1,16 +1,16 @@
-"""Results of a study: its best trial as a command, and the importance of each setting."""
+"""Results of a study: its best trial as a command, the importance of each setting, figures."""
 
-import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import optuna
 
-from kdcli.base.config import words_of
+from kdcli.base.config import option_flag, shell_command
+from kdcli.base.plotting import BLUE, FRONT, GREEN, GRID, ORANGE, drawn_to, shown
 from kdcli.methods import TrainConfig
-from kdcli.studies.tune import figures
 from kdcli.studies.tune.settings import TuneConfig
 from kdcli.studies.tune.space import apply
 from kdcli.studies.tune.study import Trial, trials_of
@@ -80,10 +80,10 @@ def summarize(config: TuneConfig, study: optuna.Study, address: str) -> TuneResu
         settings = apply(config.train, {**best.values, **precision})
         run = run_folder(config, best.number, config.seed)
         drawn.append(folder / "trials.svg")
-        figures.history(trials, drawn[-1])
+        draw_history(trials, drawn[-1])
     if shares:
         drawn.append(folder / "importance.svg")
-        figures.importances(shares, drawn[-1])
+        draw_importance(shares, drawn[-1])
     return TuneResult(
         study=config.study_name,
         folder=folder,
@@ -117,13 +117,12 @@ def best_of(trials: Sequence[Trial]) -> Trial | None:
 
 def command_of(config: TrainConfig) -> str:
     """The kd train command with these settings: all that are not defaults, quoted for a shell."""
-    words = ["kd", "train"]
-    for name, field in TrainConfig.model_fields.items():
-        value = getattr(config, name)
-        if value == field.default or value is None or name == "name":
-            continue
-        words += words_of("--" + name.replace("_", "-"), value)
-    return shlex.join(words)
+    changed = {
+        name: getattr(config, name)
+        for name, field in TrainConfig.model_fields.items()
+        if name != "name" and getattr(config, name) != field.default
+    }
+    return shell_command("train", changed)
 
 
 def importance(study: optuna.Study, trials: Sequence[Trial]) -> tuple[dict[str, float], str]:
@@ -145,3 +144,44 @@ def importance(study: optuna.Study, trials: Sequence[Trial]) -> tuple[dict[str, 
     if not shares:
         return {}, "importance of settings: no setting explains the accuracies of all trials"
     return {name: float(share) for name, share in shares.items()}, ""
+
+
+def draw_importance(shares: Mapping[str, float], target: Path) -> None:
+    """Draw each setting's share as a bar, the largest on top."""
+    names = list(shares)[::-1]
+    with drawn_to(target, 7.2, 1.2 + 0.4 * len(names)) as figure:
+        axes = figure.add_subplot()
+        percent = [100 * shares[name] for name in names]
+        bars = axes.barh(range(len(names)), percent, color=BLUE, height=0.6)
+        axes.bar_label(bars, [f"{value:.0f} %" for value in percent], padding=4)
+        axes.set_yticks(range(len(names)), [shown(option_flag(name)) for name in names])
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlim(0, 110)
+        axes.set_xlabel("share of the variance of accuracies, %")
+        axes.grid(axis="x", color=GRID, linewidth=0.6)
+
+
+def draw_history(trials: Sequence[Trial], target: Path) -> None:
+    """Draw the accuracy of each trial by number, and the best so far."""
+    from matplotlib.ticker import MaxNLocator
+
+    with drawn_to(target, 7.2, 4.0) as figure:
+        axes = figure.add_subplot()
+        finished = [trial for trial in trials if trial.state == "complete"]
+        numbers = [trial.number for trial in finished]
+        best = list(accumulate((trial.accuracy or 0.0 for trial in finished), max))
+        axes.step(numbers, best, where="post", color=FRONT, linewidth=1.5, label="best so far")
+        for state, colour, label in (("complete", BLUE, "finished"), ("pruned", ORANGE, "pruned")):
+            own = [trial for trial in trials if trial.state == state and trial.accuracy is not None]
+            if own:
+                x, y = [trial.number for trial in own], [trial.accuracy or 0.0 for trial in own]
+                axes.scatter(x, y, s=30, color=colour, label=label, zorder=2)
+        if finished:
+            top = numbers[best.index(best[-1])]
+            axes.plot([top], [best[-1]], "o", markersize=9.5, mfc="none", mec=GREEN, mew=1.8, zorder=3)
+            axes.set_title(f"best {best[-1]:.2f} % in trial {top}", fontsize=9, loc="right")
+        axes.set_xlabel("trial")
+        axes.set_ylabel("validation accuracy, %")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(color=GRID, linewidth=0.6)
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=9)

@@ -1,4 +1,4 @@
-"""Model files given on the command line, and their data."""
+"""Files given on the command line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdcli.base.errors import KdError
+from kdcli.base.errors import KdError, UsageError
 
 if TYPE_CHECKING:
     from kdcli.base.config import TestConfig, ValidateConfig
@@ -22,19 +22,14 @@ def existing_model(path: Path) -> Path:
     Raises:
         KdError: no such file; the hint lists the trained students, newest first.
     """
-    if path.is_file():
-        return path
-    if (path / "student.pt").is_file():
-        return path / "student.pt"
-    if path.is_dir():
-        raise KdError(f"{path} is a folder, not a model", "Pass the .pt or .onnx file.")
+    for file in (path, path / "student.pt"):
+        if file.is_file():
+            return file
     students = [student for student in Path("runs").glob("*/student.pt") if student.is_file()]
     students.sort(key=lambda student: student.stat().st_mtime, reverse=True)
     names = ", ".join(shlex.quote(student.as_posix()) for student in students[:8])
-    raise KdError(
-        f"no such file: {path}",
-        f"Trained students: {names}." if names else "Train a student first: kd train.",
-    )
+    hint = f"Trained students: {names}." if names else "Train a student first: kd train."
+    raise KdError(f"no such file: {path}", hint)
 
 
 def data_for(
@@ -43,7 +38,6 @@ def data_for(
     spec: str,
     config: TestConfig | ValidateConfig,
     on_event: OnEvent,
-    image_size: int | None = None,
 ) -> Splits:
     """The data set `spec` with images of the model's size and channels.
 
@@ -56,12 +50,18 @@ def data_for(
         spec,
         data_dir=config.data_dir,
         cache_dir=config.cache_dir,
-        image_size=image_size,
+        image_size=getattr(config, "image_size", None),
         fit_to=model.input_size,
         skip_broken=config.skip_broken,
         on_event=on_event,
     )
-    reason = data.incompatibility(model.classes, model.input_size, splits.test)
-    if reason:
+    if reason := data.incompatibility(model.classes, model.input_size, splits.test):
         raise KdError(f"{path} {reason}", "Pass the data of this model with --data.")
     return splits
+
+
+def check_output_files(*paths: Path | None) -> None:
+    """Raise UsageError if a file to write is a folder: checked before the work."""
+    for path in paths:
+        if path is not None and path.is_dir():
+            raise UsageError(f"{path} is a folder", "Name the file to write.")

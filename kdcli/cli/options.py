@@ -2,7 +2,7 @@
 
 import inspect
 import types
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -10,9 +10,9 @@ import typer
 from pydantic.fields import FieldInfo
 from rich.markup import escape
 
-from kdcli.base.config import METHOD, Settings
+from kdcli.base.config import METHOD, Settings, make, option_flag
 from kdcli.base.recipes import RECIPES
-from kdcli.cli import _ui
+from kdcli.cli import output
 
 Recipe = Annotated[
     str | None,
@@ -31,37 +31,40 @@ def examples(*commands: str) -> str:
     return "\n\n".join(f"[bold]{command}[/bold]" for command in commands)
 
 
-def options_of(
-    *settings: type[Settings], metavars: Mapping[str, str] | None = None, without: Container[str] = ()
+def command(
+    *settings: type[Settings], metavars: Mapping[str, str] | None = None, without: Iterable[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorate a command with one option for each field of `settings`, passed to its `**options`.
+    """Decorate a command with one option for each field of `settings`, and with those of every command.
 
-    Only options given on the command line are passed, so that defaults do not override a recipe.
+    The options given on the command line become its `config`, of the class `settings[0]`; or, where it has no such
+    parameter, its `**options`, so that their defaults do not override a recipe.
 
     Args:
         metavars: placeholders in --help for values that `config` cannot list (registry names).
-        without: fields of the last class that get no option.
+        without: fields that get no option.
     """
-    fields = {
-        name: field
-        for number, kind in enumerate(settings)
-        for name, field in kind.model_fields.items()
-        if number < len(settings) - 1 or name not in without
-    }
+    fields: dict[str, FieldInfo] = {}
+    for kind in settings:
+        fields |= {name: f for name, f in kind.model_fields.items() if name not in {*fields, *without}}
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(command, eval_str=True)
-        parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(function, eval_str=True)
+        own = {name: p for name, p in signature.parameters.items() if name not in ("config", "options")}
+        parameters = list(own.values())
         parameters += [_parameter(name, field, (metavars or {}).get(name)) for name, field in fields.items()]
         parameters += [_keyword(name, False, bool, option) for name, option in _OUTPUT.items()]
 
         def run(**values: Any) -> None:
             for name in _OUTPUT:
-                setattr(_ui.settings, name, values.pop(name))
-            command(**{n: v for n, v in values.items() if n not in fields or v is not None})
+                setattr(output.settings, name, values.pop(name))
+            arguments = {name: values.pop(name) for name in own}
+            options = {name: value for name, value in values.items() if value is not None}
+            if "config" in signature.parameters:
+                options = {"config": make(settings[0], options)}
+            function(**arguments, **options)
 
-        run.__name__ = command.__name__
-        run.__doc__ = command.__doc__
+        run.__name__ = function.__name__
+        run.__doc__ = function.__doc__
         run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
@@ -69,14 +72,12 @@ def options_of(
     return decorate
 
 
-def _output_flag(*flags: str, text: str) -> Any:
-    return typer.Option(*flags, help=text, rich_help_panel="Output")
-
-
 _OUTPUT = {  # options of every command
-    "json": _output_flag("--json", text="Print one JSON object on stdout instead of text."),
-    "quiet": _output_flag("--quiet", "-q", text="Print errors only."),
-    "debug": _output_flag("--debug", text="Show the traceback of an error."),
+    "json": typer.Option(
+        "--json", help="Print one JSON object on stdout instead of text.", rich_help_panel="Output"
+    ),
+    "quiet": typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel="Output"),
+    "debug": typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output"),
 }
 
 
@@ -88,8 +89,7 @@ def _keyword(name: str, default: Any, kind: Any, option: Any) -> inspect.Paramet
 def _parameter(name: str, field: FieldInfo, metavar: str | None) -> inspect.Parameter:
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
     kind = _value_type(field.annotation)
-    flag = "--" + name.replace("_", "-")
-    flags = [str(extra.get("flag", flag)), *(str(text) for text in extra.get("flags", []))]  # type: ignore[union-attr]
+    flags = [str(extra.get("flag", option_flag(name))), *(str(text) for text in extra.get("flags", []))]  # type: ignore[union-attr]
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     placeholder = metavar or extra.get("metavar") or "|".join(map(str, choices))
     option = typer.Option(

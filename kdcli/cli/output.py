@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from kdcli.base.config import option_flag
 from kdcli.base.errors import Interrupted, KdError
 from kdcli.base.events import Event, Note, OnEvent, ignore
 from kdcli.base.events import Progress as ProgressEvent
@@ -36,38 +37,42 @@ class OutputSettings:
 settings = OutputSettings()
 
 
-def _console(*, stderr: bool = False) -> Console:
-    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+def _stdout(**options: Any) -> Console:
+    return Console(highlight=False, quiet=settings.json or settings.quiet, **options)
 
 
-def say(text: str = "") -> None:
-    """Print a result on stdout, unless --json or --quiet is given."""
-    if not settings.json and not settings.quiet:
-        _console().print(escape(_printable(text)))
+def _stderr() -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def note(text: str, console: Console | None = None) -> None:
+def text(*lines: str) -> None:
+    """Print lines of a result on stdout, unless --json or --quiet is given."""
+    _stdout(soft_wrap=True).print(*(escape(_printable(line)) for line in lines), sep="\n")
+
+
+def next_command(command: str) -> None:
+    """Suggest the next command."""
+    _stdout(soft_wrap=True).print(f"next: [bold]{escape(command)}[/bold]")
+
+
+def note(message: str, console: Console | None = None) -> None:
     """Print a note on stderr, unless --quiet is given."""
     if not settings.quiet and not settings.follower:
-        (console or _console(stderr=True)).print(f"[dim]{escape(_line(text))}[/dim]")
+        (console or _stderr()).print(f"[dim]{escape(_one_line(message))}[/dim]")
 
 
-def note_ignored(given: Container[str], names: Iterable[str], why: str) -> None:
+def note_ignored(given: Container[str], names: Iterable[str], reason: str) -> None:
     """Print a note for each option of `names` that is given but has no effect."""
     for name in names:
         if name in given:
-            note(f"--{name.replace('_', '-')} has no effect {why}")
-
-
-def next_command(text: str) -> None:
-    """Suggest the next command."""
-    if not settings.json and not settings.quiet:
-        _console().print(f"next: [bold]{escape(text)}[/bold]")
+            note(f"{option_flag(name)} has no effect {reason}")
 
 
 def json(value: dict[str, Any]) -> None:
-    """Print the JSON object of --json on stdout; NaN and infinity become null, paths text."""
-    sys.stdout.write(json_module.dumps(_finite({"schema_version": 1, **value}), ensure_ascii=False) + "\n")
+    """Print a result as the JSON object of --json, if that is given; NaN and infinity become null, paths text."""
+    if settings.json:
+        document = _finite({"schema_version": 1, **value})
+        sys.stdout.write(json_module.dumps(document, ensure_ascii=False) + "\n")
 
 
 def _finite(value: Any) -> Any:
@@ -83,14 +88,12 @@ def _finite(value: Any) -> Any:
 def table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", left: int = 1, marked: int = -1
 ) -> None:
-    """Print a table on stdout.
+    """Print a table on stdout, unless --json or --quiet is given.
 
     Args:
         left: number of leading left-aligned text columns; the others are numbers, right-aligned.
         marked: index of a row printed bold.
     """
-    if settings.json or settings.quiet:
-        return
     drawn = Table(title=escape(title) if title else None, title_justify="left", box=None, pad_edge=False)
     for index, name in enumerate(columns):
         drawn.add_column(
@@ -102,9 +105,9 @@ def table(
         )
     for number, row in enumerate(rows):
         drawn.add_row(*(escape(_printable(cell)) for cell in row), style="bold" if number == marked else None)
-    console = Console(highlight=False)
+    console = _stdout()
     if not console.is_terminal:  # a file has no width limit
-        console = Console(highlight=False, width=max(80, console.measure(drawn).maximum))
+        console = _stdout(width=max(80, console.measure(drawn).maximum))
     console.print(drawn)
 
 
@@ -114,21 +117,20 @@ def error(problem: KdError) -> None:
         if isinstance(problem, Interrupted):
             return
         time.sleep(_RANK_DELAY_S)
-    console = _console(stderr=True)
-    console.print(f"[bold red]error:[/bold red] {escape(_line(problem.message))}")
+    _stderr().print(f"[bold red]error:[/bold red] {escape(_one_line(problem.message))}")
     if problem.hint:
-        console.print(f"[bold]hint:[/bold] {escape(_line(problem.hint))}")
+        _stderr().print(f"[bold]hint:[/bold] {escape(_one_line(problem.hint))}")
 
 
-def _line(text: str) -> str:
+def _one_line(message: str) -> str:
     """One line of limited length without control characters."""
-    line = _printable(" ".join(part.strip() for part in text[: 2 * _MAX_LINE].splitlines()))
+    line = _printable(" ".join(part.strip() for part in message[: 2 * _MAX_LINE].splitlines()))
     return line if len(line) <= _MAX_LINE else line[: _MAX_LINE - 1] + "…"
 
 
-def _printable(text: str) -> str:
+def _printable(line: str) -> str:
     """Text without terminal control characters; class names and provenance come from files."""
-    return "".join(mark if mark.isprintable() or mark == "\n" else " " for mark in text)
+    return "".join(mark if mark.isprintable() or mark == "\n" else " " for mark in line)
 
 
 @contextmanager
@@ -188,7 +190,11 @@ class _Display:
 
     def _metrics(self, event: ProgressEvent, seconds: float) -> str:
         """The event's values, the rate and the remaining time."""
-        parts = [_value(name, value) for name, value in event.values.items()]
+        forms = {"images_per_s": "{:,.0f} img/s", "val_accuracy": "val {:.1f} %"}
+        parts = [
+            forms.get(name, name.replace("_", " ") + " {:.4g}").format(value)
+            for name, value in event.values.items()
+        ]
         rate = (event.done - self.first) / seconds if seconds else 0.0
         if rate > 0:
             if "images_per_s" not in event.values:
@@ -196,14 +202,6 @@ class _Display:
             if event.total:
                 parts.append(f"ETA {clock((event.total - event.done) / rate)}")
         return "  ".join(parts)
-
-
-def _value(name: str, value: float) -> str:
-    if name == "images_per_s":
-        return f"{value:,.0f} img/s"
-    if name == "val_accuracy":
-        return f"val {value:.1f} %"
-    return f"{name.replace('_', ' ')} {value:.4g}"
 
 
 def _quantity(value: float, event: ProgressEvent) -> str:
@@ -217,6 +215,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
-def percent(value: float | None) -> str:
-    """A percentage without its sign; a dash if unknown."""
-    return "—" if value is None or math.isnan(value) else f"{value:.2f}"
+def number(value: float | None, form: str = ".2f", unit: str = "") -> str:
+    """A formatted number with its unit; a dash if it is unknown."""
+    return "—" if value is None or math.isnan(value) else f"{value:{form}}{unit}"
+
+
+def interval(bounds: tuple[float, float] | None) -> str:
+    """`1.02–1.31`; a dash if it is unknown."""
+    return "—" if bounds is None else "{:.2f}–{:.2f}".format(*bounds)
