@@ -84,24 +84,34 @@ class Affine(nn.Module):
         return f"{dims(self._shape)}, scale={self.weight is not None}, bias={self.bias is not None}"
 
 
-def scale(
-    shape: Shape, factors: Shape | None = None, *, bias: bool = False, axis: int = 1, num_axes: int = 1
+def affine(
+    shape: Shape,
+    other: Shape | None = None,
+    *,
+    scale: bool = True,
+    bias: bool = False,
+    axis: int = 1,
+    num_axes: int = 1,
 ) -> tuple[nn.Module, Shape]:
-    """Learned scales along `num_axes` axes from `axis` on (−1: all that follow), or scales from the second input."""
-    if factors is None:
-        return Affine(*_learned(shape, axis, num_axes), scale=True, bias=bias), shape
-    if bias:
+    """Scales, biases or both, learned along `num_axes` axes from `axis` on (−1: all that follow).
+
+    With a second input, its values are the scales or the biases.
+    """
+    if other is None:
+        return Affine(*_learned(shape, axis, num_axes), scale=scale, bias=bias), shape
+    if scale and bias:
         raise KdError("with a second input for the factors, learned summands are not supported")
-    return _broadcast("times", torch.mul, shape, factors, axis)
+    if axis not in (0, -len(shape) - 1):
+        raise KdError(f"with two inputs only axis 0 is supported, not {axis}: both begin with the batch")
+    if other != shape[: len(other)]:
+        raise KdError(f"its second input {dims(other)} does not begin its first {dims(shape)}")
+    ones = [1] * (len(shape) - len(other))  # axes at the end
+    name, combine = ("times", torch.mul) if scale else ("plus", torch.add)
 
+    def compute(values: Tensor, others: Tensor) -> Tensor:
+        return combine(values, others.reshape(*others.shape, *ones))
 
-def bias(
-    shape: Shape, summands: Shape | None = None, *, axis: int = 1, num_axes: int = 1
-) -> tuple[nn.Module, Shape]:
-    """Learned biases along `num_axes` axes from `axis` on (−1: all that follow), or biases from the second input."""
-    if summands is None:
-        return Affine(*_learned(shape, axis, num_axes), scale=False, bias=True), shape
-    return _broadcast("plus", torch.add, shape, summands, axis)
+    return Function(f"Broadcast({name})", compute), shape
 
 
 def _learned(shape: Shape, axis: int, num_axes: int) -> tuple[Shape, Shape]:
@@ -114,19 +124,6 @@ def _learned(shape: Shape, axis: int, num_axes: int) -> tuple[Shape, Shape]:
         raise KdError(f"{num_axes} axes from {axis} on are more than its input {dims(shape)} has")
     learned = shape[axis - 1 : end - 1]
     return learned, (*learned, *[1] * (len(shape) + 1 - end))
-
-
-def _broadcast(
-    name: str, combine: Callable[[Tensor, Tensor], Tensor], first: Shape, second: Shape, axis: int
-) -> tuple[nn.Module, Shape]:
-    if axis not in (0, -len(first) - 1):
-        raise KdError(f"with two inputs only axis 0 is supported, not {axis}: both begin with the batch")
-    if second != first[: len(second)]:
-        raise KdError(f"its second input {dims(second)} does not begin its first {dims(first)}")
-    ones = [1] * (len(first) - len(second))  # axes at the end
-    return Function(
-        f"Broadcast({name})", lambda values, other: combine(values, other.reshape(*other.shape, *ones))
-    ), first
 
 
 def prelu(shape: Shape, *, shared: bool = False) -> tuple[nn.Module, Shape]:
