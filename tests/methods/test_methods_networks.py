@@ -1,9 +1,8 @@
-"""Every method on every pair of networks: two steps, an exact resume, a student without what learned along."""
+"""Every method on every pair of networks: two steps, an exact resume, a student without auxiliary modules."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from kdcli.base.errors import Interrupted
 from kdcli.data import ImageSet, Splits
 from kdcli.data.preprocess import fit as fit_preprocess
 from kdcli.deploy.export import export
-from kdcli.engine import RunDir, fit, read_metrics
+from kdcli.engine import RunDir, RunResult, fit, read_metrics
 from kdcli.models import Classifier, checkpoint
 from tests.helpers import CLOCKS, StopAfter, config, make_splits
 
@@ -73,16 +72,44 @@ def state_of(run: RunDir) -> str:
     return checkpoint.digest([stored.state_dict, stored.training], CLOCKS)
 
 
-def cases() -> Iterator[Any]:
-    """Each method on one pair, each pair with one method, and, slow, all others."""
+def cases(*, quick: bool) -> list[tuple[str, str, str]]:
+    """Quick: each method on one pair, and each pair with one method. Otherwise the rest of the grid."""
     pairs = [(teacher, student) for teacher, students in PAIRS.items() for student in students]
-    for method in (*methods.METHODS, *COMBINED):
-        for pair in pairs:
-            quick = pair == ONE_PAIR or method == ONE_METHOD
-            yield pytest.param(method, *pair, marks=() if quick else pytest.mark.slow)
+    return [
+        (method, *pair)
+        for method in (*methods.METHODS, *COMBINED)
+        for pair in pairs
+        if quick == (pair == ONE_PAIR or method == ONE_METHOD)
+    ]
 
 
-@pytest.mark.parametrize(("method", "teacher", "student"), cases())
+def settings_of(method: str, teacher: Path, student: str) -> dict[str, Any]:
+    """Two steps."""
+    return {
+        "method": method,
+        "teacher": teacher,
+        "student": student,
+        "width": WIDTHS.get(student, NARROW),
+        "epochs": 1,
+        "batch_size": 4,
+        "lr": 1e-3,
+        "val_fraction": 0.0,
+        "save_every": "1steps",
+        "crd_negatives": 5,
+    }
+
+
+def check_student(result: RunResult, width: float) -> None:
+    """Two finite steps, and a file with the network's tensors only."""
+    assert len({line.step for line in read_metrics(result.run.metrics_file)}) == 1
+    assert np.isfinite(result.history[-1].loss)
+    bare = models.build(result.student, classes=3, input_size=(32, 32, 3), width=width)
+    stored = checkpoint.load(result.run.student)
+    assert set(stored.state_dict) == set(bare.state_dict())
+    assert stored.training is None
+
+
+@pytest.mark.parametrize(("method", "teacher", "student"), cases(quick=True))
 def test_method_trains_resumes_exactly_and_stores_the_student_only(
     workplace: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -93,21 +120,9 @@ def test_method_trains_resumes_exactly_and_stores_the_student_only(
     student: str,
 ) -> None:
     monkeypatch.setattr("kdcli.engine.trainer._SHOW_EVERY_S", 0.0)
-    settings: dict[str, Any] = {
-        "method": method,
-        "teacher": teachers[teacher],
-        "student": student,
-        "width": WIDTHS.get(student, NARROW),
-        "epochs": 1,
-        "batch_size": 4,
-        "lr": 1e-3,
-        "val_fraction": 0.0,
-        "save_every": "1steps",
-        "crd_negatives": 5,
-    }
+    settings = settings_of(method, teachers[teacher], student)
     whole = fit(config(**settings, name="whole"), splits)
-    assert len({line.step for line in read_metrics(whole.run.metrics_file)}) == 1
-    assert np.isfinite(whole.history[-1].loss)
+    check_student(whole, settings["width"])
     with pytest.raises(Interrupted):
         fit(config(**settings, name="cut"), splits, on_event=StopAfter(4, signal.SIGINT))
     run = RunDir.existing(Path("runs/cut"))
@@ -116,10 +131,17 @@ def test_method_trains_resumes_exactly_and_stores_the_student_only(
     fit(run.read_config(), splits, resume=run)
 
     assert state_of(run) == state_of(whole.run)
-    bare = models.build(student, classes=3, input_size=(32, 32, 3), width=settings["width"])
-    stored = checkpoint.load(whole.run.student)
-    assert set(stored.state_dict) == set(bare.state_dict())
-    assert stored.training is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "teacher", "student"), cases(quick=False))
+def test_method_trains_on_every_pair(
+    workplace: Path, splits: Splits, teachers: dict[str, Path], method: str, teacher: str, student: str
+) -> None:
+    """A resume depends on the method's modules and on the network's layers, each of which the quick cases cover."""
+    settings = settings_of(method, teachers[teacher], student)
+
+    check_student(fit(config(**settings), splits), settings["width"])
 
 
 @pytest.mark.parametrize(
