@@ -44,7 +44,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> BenchResult:
     return bench(paths, BenchConfig(rounds=3, batch="1,4", threads=1, no_memory=True), SPLITS)
 
 
-def test_a_row_for_each_model_and_engine(result: BenchResult) -> None:
+def test_bench_gives_a_row_for_each_model_and_engine(result: BenchResult) -> None:
     assert [(row.name, row.engine) for row in result.rows] == [
         ("teacher", "torch"),
         ("teacher", "onnxruntime"),
@@ -70,7 +70,7 @@ def test_a_row_for_each_model_and_engine(result: BenchResult) -> None:
     assert result.sessions == result.rounds == 3
 
 
-def test_each_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
+def test_footprint_is_measured_in_a_separate_process(tmp_path: Path) -> None:
     classifier("convnet-tiny").save(tmp_path / "model.pt")
     result = bench([tmp_path / "model.pt"], BenchConfig(rounds=3, batch="4", threads=1))
     of_torch, of_onnx = (row.footprint for row in result.rows)
@@ -87,14 +87,14 @@ def test_each_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
     ]
 
 
-def test_footprint_of_a_process_that_fails_is_a_runtime_error(tmp_path: Path) -> None:
+def test_footprint_of_a_failing_process_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "no.onnx").write_bytes(b"no model")
     with pytest.raises(RuntimeError) as caught:
         measure_footprint(tmp_path / "no.onnx", "onnxruntime", 1, (3, 8, 8), 1)
     assert str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_size_is_the_networks_and_preprocessing_stands_beside(result: BenchResult) -> None:
+def test_size_excludes_preprocessing(result: BenchResult) -> None:
     teacher, student = result.rows[0], result.rows[2]
     # convnet 4, 8: conv, 4 vectors and a counter (8 bytes) of each batch norm, linear
     assert teacher.network_bytes == 4 * (4 * 27 + 4 * 4 + 8 * 36 + 4 * 8 + 8 * 5 + 5) + 16
@@ -107,7 +107,7 @@ def test_size_is_the_networks_and_preprocessing_stands_beside(result: BenchResul
     assert student.size_ratio == teacher.network_bytes / student.network_bytes
 
 
-def test_macs_by_hand(result: BenchResult) -> None:
+def test_macs_equal_a_count_by_hand(result: BenchResult) -> None:
     tiny = 16 * 16 * 4 * 27 + 8 * 8 * 8 * 36 + 8 * 5
     lenet = 12 * 12 * 20 * 75 + 2 * 2 * 50 * 500 + 50 * 4 // 4 * 500 + 500 * 5
     macs = {row.name: row.macs for row in result.rows}
@@ -125,7 +125,7 @@ def test_macs_by_hand(result: BenchResult) -> None:
     )
 
 
-def test_accuracy_and_agreement_are_the_models_own(result: BenchResult) -> None:
+def test_accuracy_and_agreement_equal_a_direct_evaluation(result: BenchResult) -> None:
     images = torch.from_numpy(SPLITS.test.images)
     with torch.inference_mode():
         teacher = classifier("convnet-tiny", "gcn-zca")(images).argmax(dim=1).numpy()
@@ -154,7 +154,7 @@ def timings(*times: list[float]) -> Timings:
     return Timings([calls[:half], calls[half:]], {4: seconds})
 
 
-def test_ratios_pair_times_of_the_same_round_and_engine() -> None:
+def test_speedup_pairs_times_of_the_same_round_and_engine() -> None:
     # the machine is ten times slower in the second session: the ratio of medians would be another
     times = timings([2, 4, 40, 60], [9, 9, 9, 9], [1, 2, 20, 30], [18, 18, 18, 18])
     rows = [row("torch", True), row("onnxruntime", True), row("torch", False), row("onnxruntime", False)]
@@ -167,7 +167,7 @@ def test_ratios_pair_times_of_the_same_round_and_engine() -> None:
     assert times.figures(2)["throughput"] == pytest.approx({1: 1 / 11, 4: 4 / 11})
 
 
-def test_no_difference_is_said_so() -> None:
+def test_verdict_text_without_a_difference() -> None:
     rows = [row("torch", True), row("torch", False)]
     judged = compare(1, rows, timings([2, 4, 3, 5], [2.02, 4, 2.98, 5]))
     assert (judged.speed, judged.verdict, judged.worse) == (
@@ -177,7 +177,7 @@ def test_no_difference_is_said_so() -> None:
     )
 
 
-def test_verdicts() -> None:
+def test_verdict_needs_an_interval_without_1_and_a_ratio_of_2_per_cent() -> None:
     for (low, ratio, high), expected in {
         (1.01, 1.05, 1.1): "faster",
         (0.99, 1.5, 2.3): "no difference",  # may be chance
@@ -189,7 +189,7 @@ def test_verdicts() -> None:
         assert latency.verdict(low, ratio, high) == expected
 
 
-def test_the_interval_is_the_bootstraps() -> None:
+def test_ratio_interval_equals_scipys_bootstrap() -> None:
     """SciPy's own bootstrap of the sessions' medians, at the level that few of them ask for."""
     random = np.random.default_rng(3)
     sessions = [np.exp(random.normal(0.2, 0.1, 30)) for _ in range(12)]
@@ -209,7 +209,7 @@ def test_the_interval_is_the_bootstraps() -> None:
     assert latency.ratio_interval([np.array([2.0])])[1] == pytest.approx(2)
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+def test_ratio_interval_has_its_coverage() -> None:
     """Sessions differ by 1 %, rounds by 10 %: of 200 intervals about 190 hold the ratio."""
     random = np.random.default_rng(4)
     held = 0
@@ -231,7 +231,7 @@ def test_p99_needs_ten_calls_beyond_it() -> None:
     assert figures(11)["latency_p90_ms"] == pytest.approx(10)
 
 
-def test_models_are_loaded_anew_and_take_turns_in_random_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measure_reloads_models_and_shuffles_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "warm_up", lambda call, **settings: call())
     calls: list[tuple[int, int]] = []
     made: list[int] = []
@@ -258,9 +258,7 @@ def test_models_are_loaded_anew_and_take_turns_in_random_order(monkeypatch: pyte
     assert all(sorted(order) == [0, 1, 2] for order in turns[:, :, 0].tolist())
 
 
-def test_a_file_is_timed_without_what_kd_does_beside_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_onnx_files_are_timed_without_overhead_of_kd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """20 µs of Python a call made the same network seem a fifth slower as a file than as a checkpoint."""
     path = exported(tmp_path, classifier("convnet-tiny")).path
     [found], _ = candidates_of(
@@ -272,7 +270,7 @@ def test_a_file_is_timed_without_what_kd_does_beside_it(
     assert runner(2).shape == (2, 5)
 
 
-def test_a_budget_is_kept_by_what_is_known_to(result: BenchResult) -> None:
+def test_rows_within_limits(result: BenchResult) -> None:
     teacher, other = result.rows[0], result.rows[2]
     rows = [
         replace(teacher, accuracy=90.0, latency_ms=0.1),
@@ -290,7 +288,7 @@ def test_a_budget_is_kept_by_what_is_known_to(result: BenchResult) -> None:
     assert met(5, 50) == ["far", "near"]
 
 
-def test_tables_for_programs_and_for_a_readme(result: BenchResult) -> None:
+def test_csv_and_markdown_escape_text(result: BenchResult) -> None:
     hostile = replace(result.rows[2], name="=1+1|x\n`y`", notes=("@evil",))
     shown = replace(result, rows=(*result.rows[:2], hostile))
     lines = list(csv.DictReader(io.StringIO(to_csv(shown))))
@@ -306,7 +304,7 @@ def test_tables_for_programs_and_for_a_readme(result: BenchResult) -> None:
     assert r"=1+1\|x \`y\`" in text
 
 
-def test_kl_and_calibration_are_the_models_own(result: BenchResult) -> None:
+def test_kl_and_calibration_equal_a_direct_evaluation(result: BenchResult) -> None:
     images = torch.from_numpy(SPLITS.test.images)
     with torch.inference_mode():
         teacher = classifier("convnet-tiny", "gcn-zca")(images).double().numpy()
@@ -328,7 +326,7 @@ def test_kl_and_calibration_are_the_models_own(result: BenchResult) -> None:
     assert result.rows[0].kl is None
 
 
-def test_a_quantised_file_is_called_so(whitened: tuple[Classifier, ExportResult]) -> None:
+def test_precision_of_a_quantised_file(whitened: tuple[Classifier, ExportResult]) -> None:
     model = OnnxClassifier.load(whitened[1].path)
     [found], _ = candidates_of(whitened[1].path, "x", model, BenchConfig(), 1, is_teacher=False)
     assert found.row.precision == "int8"
@@ -336,7 +334,7 @@ def test_a_quantised_file_is_called_so(whitened: tuple[Classifier, ExportResult]
 
 
 @pytest.mark.slow
-def test_a_compiled_network_is_an_engine(tmp_path: Path) -> None:
+def test_compiled_engine(tmp_path: Path) -> None:
     classifier("convnet-tiny").save(tmp_path / "model.pt")
     config = BenchConfig(rounds=3, batch="2", threads=1, engine="all", no_memory=True)
     result = bench([tmp_path / "model.pt"], config)
@@ -345,20 +343,20 @@ def test_a_compiled_network_is_an_engine(tmp_path: Path) -> None:
     assert all(row.footprint is None for row in result.rows)
 
 
-def test_ratios_as_text() -> None:
+def test_size_text() -> None:
     assert size_text(2.13) == "2.1× smaller"
     assert size_text(0.25) == "4.0× bigger"
     assert size_text(1.04) == "same size"
     assert size_text(1234.5) == "1,234× smaller"
 
 
-def test_json_is_plain(result: BenchResult) -> None:
+def test_result_as_json(result: BenchResult) -> None:
     document = json.loads(json.dumps(asdict(result), default=Path.as_posix))
     assert document["test_images"] == 20
     assert {"cpu", "packages", "threads"} <= set(document["environment"])
 
 
-def test_models_that_do_not_fit_the_data_get_a_dash(tmp_path: Path) -> None:
+def test_accuracy_is_unknown_where_the_data_does_not_fit(tmp_path: Path) -> None:
     teacher, other = tmp_path / "teacher.pt", tmp_path / "other.pt"
     classifier("convnet-tiny").save(teacher)
     classifier("convnet-tiny", side=8).save(other)
@@ -385,12 +383,12 @@ def test_default_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert default_models(config) == [teacher, run, export]
 
 
-def test_nothing_to_measure() -> None:
+def test_bench_without_models_is_an_error() -> None:
     with pytest.raises(KdError, match="no models"):
         bench([], BenchConfig())
 
 
-def test_a_batch_of_one_hidden_in_a_file_is_found_and_a_file_that_cannot_run_is_left_out(
+def test_undeclared_batch_of_one_is_detected_and_broken_files_are_skipped(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     teacher = classifier("convnet-tiny")
@@ -430,7 +428,7 @@ def test_a_batch_of_one_hidden_in_a_file_is_found_and_a_file_that_cannot_run_is_
     assert capfd.readouterr().err == ""  # onnxruntime writes no log of its own
 
 
-def test_a_bigger_model_is_flagged_even_without_a_speed_ratio() -> None:
+def test_bigger_model_is_flagged_without_a_speed_ratio() -> None:
     rows = [row("torch", True, 10), row("onnxruntime", False, 30)]
     judged = compare(1, rows, timings([1, 1], [1, 1]))
     assert judged.worse and judged.verdict == "3.0× bigger" and judged.speedup is None

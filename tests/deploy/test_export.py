@@ -72,7 +72,7 @@ def test_with_preprocessing_takes_pixels_and_gives_probabilities(
         np.testing.assert_allclose(given, expected, atol=1e-5)
 
 
-def test_the_file_stands_alone_and_names_no_path(
+def test_file_is_self_contained_and_has_no_paths(
     plain: tuple[Classifier, ExportResult], whole: tuple[Classifier, ExportResult]
 ) -> None:
     for _, result in (plain, whole):
@@ -92,7 +92,7 @@ def test_the_file_stands_alone_and_names_no_path(
         assert result.size_bytes == len(content)
 
 
-def test_metadata_says_what_it_is(plain: tuple[Classifier, ExportResult]) -> None:
+def test_metadata_of_an_export(plain: tuple[Classifier, ExportResult]) -> None:
     model, result = plain
     metadata = {entry.key: entry.value for entry in onnx.load(result.path).metadata_props}
     assert json.loads(metadata["kd.classes"]) == list(CLASSES)
@@ -108,7 +108,7 @@ def test_metadata_says_what_it_is(plain: tuple[Classifier, ExportResult]) -> Non
 
 
 @pytest.mark.parametrize("after", ["Identity", "Flatten", "Identity Flatten Identity"])
-def test_probabilities_are_known_behind_what_changes_no_value(
+def test_probabilities_are_detected_behind_identity_operators(
     after: str, tmp_path: Path, whole: tuple[Classifier, ExportResult]
 ) -> None:
     model = onnx.load(whole[1].path)
@@ -135,7 +135,7 @@ def test_loaded_probabilities_become_logits_up_to_a_shift(whole: tuple[Classifie
     assert torch.allclose(shift, shift[:, :1].expand_as(shift), atol=1e-4)
 
 
-def test_preprocessing_is_told_apart_from_the_network(whole: tuple[Classifier, ExportResult]) -> None:
+def test_counts_separate_preprocessing_from_the_network(whole: tuple[Classifier, ExportResult]) -> None:
     counted = count_model(onnx.load(whole[1].path))
     assert abs(counted.preprocessing_bytes - 4 * (768 + 768 * 768)) < 200
     assert counted.network_bytes < 5000
@@ -144,7 +144,7 @@ def test_preprocessing_is_told_apart_from_the_network(whole: tuple[Classifier, E
 
 
 @pytest.mark.parametrize("side", [pytest.param(16, marks=pytest.mark.slow), 25])
-def test_nin_pools_with_a_rounded_up_edge(side: int, tmp_path: Path) -> None:
+def test_nin_export_with_ceil_mode_pooling(side: int, tmp_path: Path) -> None:
     model = classifier("nin", "mean-image", side=side)
     result = exported(tmp_path, model)
     assert result.parity.images == 30
@@ -153,7 +153,7 @@ def test_nin_pools_with_a_rounded_up_edge(side: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("corruption", ["weight", "nan", "class order"])
-def test_a_wrong_file_never_appears(
+def test_wrong_weights_are_never_written(
     corruption: str,
     plain: tuple[Classifier, ExportResult],
     tmp_path: Path,
@@ -204,7 +204,7 @@ WRONG_AT = [  # network, with its preprocessing, number of the node that gets a 
 
 
 @pytest.mark.parametrize(("arch", "raw", "number", "layer"), WRONG_AT)
-def test_a_wrong_constant_is_found_where_it_is(
+def test_parity_error_names_the_first_differing_layer(
     arch: str, raw: bool, number: int, layer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def corrupted(model: onnx.ModelProto, metadata: dict[str, str]) -> bytes:
@@ -222,7 +222,7 @@ def test_a_wrong_constant_is_found_where_it_is(
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
-def test_every_level_of_optimisation_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parity_runs_every_optimisation_level(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that is right only where it is optimised is not written."""
     tried: list[str] = []
     wrong = ""
@@ -244,7 +244,7 @@ def test_every_level_of_optimisation_is_tried(tmp_path: Path, monkeypatch: pytes
             exported(tmp_path, classifier("lenet"))
 
 
-def test_only_a_near_tie_may_change_the_class(
+def test_parity_allows_another_class_only_in_a_tie(
     plain: tuple[Classifier, ExportResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, result = plain
@@ -282,7 +282,7 @@ def test_only_a_near_tie_may_change_the_class(
 
 @pytest.mark.parametrize("name", [name for name in PREPROCESSES if name != "scale-shift"])
 @pytest.mark.parametrize("order", ["rgb", "bgr"])
-def test_preprocessing_survives_as_text(name: str, order: str) -> None:
+def test_preprocessing_as_text_round_trip(name: str, order: str) -> None:
     made = fit(name, SPLITS.train.images[:, :6, :6], channel_order=order)
     text = encode_preprocess(made)
     again = decode_preprocess(text)
@@ -292,7 +292,7 @@ def test_preprocessing_survives_as_text(name: str, order: str) -> None:
     assert decode_preprocess(encode_preprocess(made, most_values=0)) is None or name == "none"
 
 
-def test_images_for_calibration_and_parity_are_not_the_same() -> None:
+def test_disjoint_indices_of_parity_and_calibration() -> None:
     check, calibration, _ = disjoint_indices(100, 30, 60)
     assert (len(check), len(calibration)) == (30, 60)
     assert not set(check) & set(calibration)
@@ -302,7 +302,7 @@ def test_images_for_calibration_and_parity_are_not_the_same() -> None:
     assert len(disjoint_indices(9, 30, 0)[0]) == 9
 
 
-def test_default_names() -> None:
+def test_default_output() -> None:
     config = ExportConfig()
     assert default_output(Path("runs/kd-lenet-1/student.pt"), config) == Path("exports/kd-lenet-1.onnx")
     assert default_output(Path("student.pt"), config) == Path("exports/student.onnx")
@@ -310,7 +310,7 @@ def test_default_names() -> None:
     assert default_output(Path("w/t.pt"), ExportConfig(opset=21)) == Path("exports/t-opset21.onnx")
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_export_errors(tmp_path: Path) -> None:
     model = classifier("convnet-tiny")
     with pytest.raises(UsageError, match=r"\.onnx"):
         exported(tmp_path, model, output=tmp_path / "model.pt")
@@ -353,7 +353,7 @@ def test_foreign_files(tmp_path: Path, plain: tuple[Classifier, ExportResult]) -
         OnnxClassifier.load(tmp_path / "nothing.onnx")
 
 
-def test_weights_beside_a_model_are_read_from_its_own_folder_only(
+def test_external_weights_are_read_from_the_models_folder_only(
     tmp_path: Path, plain: tuple[Classifier, ExportResult]
 ) -> None:
     path, weights, secret = tmp_path / "a" / "m.onnx", tmp_path / "a" / "w.bin", tmp_path / "secret"
@@ -406,7 +406,7 @@ def test_damaged_metadata_is_an_error(tmp_path: Path, plain: tuple[Classifier, E
 @pytest.mark.parametrize("kind", ["FLOAT", "FLOAT16", "DOUBLE", "UINT8"])
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("opset", [9, 13, 21])
-def test_images_of_any_order_and_type_are_taken(kind: str, layout: str, opset: int, tmp_path: Path) -> None:
+def test_inputs_of_any_layout_and_type(kind: str, layout: str, opset: int, tmp_path: Path) -> None:
     """Global mean of each channel, whatever the input looks like; TensorFlow's exporter writes NHWC."""
     helper, proto = onnx.helper, onnx.TensorProto
     shape = ["n", 3, 6, 5] if layout == "NCHW" else ["n", 6, 5, 3]
@@ -436,7 +436,7 @@ def test_images_of_any_order_and_type_are_taken(kind: str, layout: str, opset: i
         np.testing.assert_allclose(loaded(torch.from_numpy(images)).numpy(), given)
 
 
-def test_a_fixed_batch_is_filled_up(tmp_path: Path, plain: tuple[Classifier, ExportResult]) -> None:
+def test_fixed_batch_is_padded(tmp_path: Path, plain: tuple[Classifier, ExportResult]) -> None:
     result = exported(tmp_path, plain[0], batch=3)
     three = OnnxClassifier.load(result.path)
     assert three.batch == 3
@@ -454,7 +454,7 @@ def test_a_fixed_batch_is_filled_up(tmp_path: Path, plain: tuple[Classifier, Exp
         OnnxClassifier.load(tmp_path / "huge.onnx")
 
 
-def test_a_batch_fixed_at_one_is_run_singly(tmp_path: Path, plain: tuple[Classifier, ExportResult]) -> None:
+def test_fixed_batch_of_one(tmp_path: Path, plain: tuple[Classifier, ExportResult]) -> None:
     model = onnx.load(plain[1].path)
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 1

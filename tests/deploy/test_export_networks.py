@@ -121,15 +121,15 @@ def check(written: dict[tuple[str, str], Path], found: dict[str, dict[str, list[
             assert off <= allowed * spread, (arch, form, level, off, spread)
 
 
-def test_some_networks_give_what_their_checkpoints_give(tmp_path: Path) -> None:
-    """Three forms, a converted Caffe net among the networks; test_every_network_in_every_form takes all."""
+def test_outputs_of_some_exports_equal_the_checkpoints(tmp_path: Path) -> None:
+    """Three forms, a converted Caffe net among the networks; the slow test takes all."""
     pairs = [("graph", "fp32"), ("convnet-tiny", "int8"), ("lenet", "batch")]
     written = write_all(tmp_path, pairs)
     check(written, run_all(list(written.values()), {})[1])
 
 
 @pytest.mark.slow
-def test_every_network_in_every_form_gives_what_its_checkpoint_gives(
+def test_outputs_of_all_exports_equal_the_checkpoints(
     written: dict[tuple[str, str], Path],
 ) -> None:
     assert len(written) == len(ARCHS) * len(FORMS)
@@ -156,7 +156,7 @@ def oldest(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 
 
 @pytest.mark.slow
-def test_under_the_oldest_onnxruntime_that_is_allowed(
+def test_outputs_under_the_oldest_onnxruntime(
     written: dict[tuple[str, str], Path], oldest: tuple[str, Path]
 ) -> None:
     version, folder = oldest
@@ -168,9 +168,7 @@ def test_under_the_oldest_onnxruntime_that_is_allowed(
 @pytest.mark.parametrize(
     "form", [form if form == "int8" else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
 )
-def test_two_exports_of_a_checkpoint_are_the_same_bytes(
-    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_export_is_reproducible(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporter, "to_onnx", to_onnx)
     classifier("convnet-tiny").save(tmp_path / "model.pt")
     files = []

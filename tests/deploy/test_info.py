@@ -63,7 +63,7 @@ def look(run: Any, *words: str) -> dict[str, Any]:
     return found
 
 
-def test_of_a_networks_name(run: Any) -> None:
+def test_info_of_a_network_name(run: Any) -> None:
     found = look(run, "lenet-caffe", "--classes", "4", "--image-size", "16")
     rows = {row["name"]: (row["output"], row["parameters"], row["macs"]) for row in found["layers"]}
     assert rows == LENET_CAFFE
@@ -73,7 +73,7 @@ def test_of_a_networks_name(run: Any) -> None:
     assert look(run, "lenet")["parameters"] == 3_497_866
 
 
-def test_of_a_checkpoint(run: Any, model: models.Classifier) -> None:
+def test_info_of_a_checkpoint(run: Any, model: models.Classifier) -> None:
     found = look(run, "m.pt")
     rows = {row["name"]: (row["output"], row["parameters"], row["macs"]) for row in found["layers"]}
     assert rows == LENET_CAFFE
@@ -92,7 +92,7 @@ def test_of_a_checkpoint(run: Any, model: models.Classifier) -> None:
 
 
 @pytest.mark.parametrize("raw", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_of_an_exported_file(run: Any, model: models.Classifier, raw: bool) -> None:
+def test_info_of_an_exported_file(run: Any, model: models.Classifier, raw: bool) -> None:
     config = make(ExportConfig, {"output": Path("m.onnx"), "with_preprocessing": raw})
     export_classifier(model, config, PIXELS, "toy", lambda event: None)
     found = look(run, "m.onnx")
@@ -107,7 +107,7 @@ def test_of_an_exported_file(run: Any, model: models.Classifier, raw: bool) -> N
     assert run("info", "m.onnx").exit_code == 0
 
 
-def test_of_a_strangers_file(run: Any, workplace: Path) -> None:
+def test_info_of_a_foreign_file(run: Any, workplace: Path) -> None:
     """Weights beside a node that only makes weights of them: no shape of an image."""
     weight = np.random.default_rng(0).normal(size=(3, 3 * 4 * 4)).astype(np.float32)
     nodes = [
@@ -133,7 +133,7 @@ def test_of_a_strangers_file(run: Any, workplace: Path) -> None:
     assert (found["arch"], found["preprocess"], found["macs"]) == (None, None, 144)
 
 
-def test_layers_that_are_unusual() -> None:
+def test_summary_of_shared_and_transposed_layers() -> None:
     """A layer that runs twice has its work twice and its weights once; a transposed convolution, grouped."""
     shared = nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False)
     up = nn.ConvTranspose2d(4, 6, (2, 3), stride=2, groups=2)
@@ -145,7 +145,7 @@ def test_layers_that_are_unusual() -> None:
     ]
 
 
-def test_what_is_not_there(run: Any, workplace: Path) -> None:
+def test_info_of_a_missing_model(run: Any, workplace: Path) -> None:
     with pytest.raises(UsageError, match="no file and no network: lenett") as caught:
         run("info", "lenett")
     assert "lenet-caffe" in str(caught.value.hint)

@@ -49,7 +49,7 @@ NAMES = [
 ]
 
 
-def test_every_recipe_has_one_name() -> None:
+def test_recipe_names_are_unique() -> None:
     recipes = [Recipe.parse(name) for name in NAMES]
     assert [str(recipe) for recipe in recipes] == NAMES
     assert len(set(recipes)) == len(NAMES) == 48
@@ -60,12 +60,12 @@ def test_every_recipe_has_one_name() -> None:
 @pytest.mark.parametrize(
     "name", ["", "u8u8-channel-minmax", "u8s8-channel-minmax-last-first", "int8", "static"]
 )
-def test_no_other_name_is_a_recipe(name: str) -> None:
+def test_invalid_recipe_names(name: str) -> None:
     with pytest.raises(UsageError, match="--int8"):
         make(ExportConfig, {"int8_recipe": name})
 
 
-def test_a_recipe_implies_int8() -> None:
+def test_recipe_implies_int8() -> None:
     assert ExportConfig().recipe is None
     assert ExportConfig(int8=True).recipe == INT8_DEFAULT
     assert ExportConfig(int8_recipe="auto").recipe == "auto"
@@ -92,7 +92,7 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]
         ),
     ],
 )
-def test_a_recipe_is_what_the_quantisers_own_call_makes(name: str, tmp_path: Path) -> None:
+def test_quantiser_equals_quantize_static(name: str, tmp_path: Path) -> None:
     """All images at once there, batch by batch here: ranges are the same (of histograms, to a bin)."""
     model = to_onnx(classifier("lenet-caffe"), opset=18, with_preprocessing=False)
     random = np.random.default_rng(0)
@@ -131,7 +131,7 @@ def test_a_recipe_is_what_the_quantisers_own_call_makes(name: str, tmp_path: Pat
         )
 
 
-def test_first_and_last_layers_stay_float() -> None:
+def test_recipe_keeps_first_and_last_layer_float() -> None:
     model = to_onnx(classifier("lenet-caffe"), opset=18, with_preprocessing=False)
     batch = np.random.default_rng(0).normal(size=(8, 3, 16, 16)).astype(np.float32)
     made_by = int8.Quantiser(model, lambda: iter([batch]))
@@ -154,7 +154,7 @@ def trial(agreement: float | None, speedup: float, low: float) -> RecipeTrial:
     return RecipeTrial("r", agreement, speedup, (low, speedup + 1))
 
 
-def test_what_agrees_and_is_fast_is_taken() -> None:
+def test_choose_by_agreement_and_speed() -> None:
     """With 400 images at 98 % one standard error is 0.7 points."""
     assert int8.choose([trial(98, 2.0, 1.9), trial(97.5, 2.5, 2.4)], 400) == 1  # as good, faster
     assert int8.choose([trial(98, 2.0, 1.9), trial(97.2, 2.5, 2.4)], 400) == 0  # worse
@@ -165,7 +165,7 @@ def test_what_agrees_and_is_fast_is_taken() -> None:
     assert int8.choose([], 400) is None
 
 
-def test_all_are_timed_in_every_round(plain: tuple[Classifier, ExportResult]) -> None:
+def test_measure_seconds_shape(plain: tuple[Classifier, ExportResult]) -> None:
     model = plain[1].path.read_bytes()
     done: list[Event] = []
     seconds = int8.measure_seconds([model, model], np.zeros((1, 3, 16, 16), np.float32), done.append)
@@ -190,7 +190,7 @@ def run(checkpoint: Path, splits: Splits = SPLITS, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("factor", [0.5, 3.0])
-def test_float32_is_kept_where_int8_is_not_faster(
+def test_auto_keeps_float32_where_int8_is_not_faster(
     factor: float, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`factor`: how many times as fast int8 seems."""
@@ -223,11 +223,11 @@ def test_float32_is_kept_where_int8_is_not_faster(
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(workplace: Path) -> None:
+def own_folder(workplace: Path) -> None:
     """`exports/` is made where one stands."""
 
 
-def test_images_have_one_use_each() -> None:
+def test_samples_are_disjoint() -> None:
     splits = random_splits(count=900)
     parts = disjoint_indices(900, 100, 300, 400)
     assert [len(part) for part in parts] == [100, 300, 400]
@@ -250,7 +250,7 @@ def test_images_have_one_use_each() -> None:
             assert len(chosen.held_out) == 225
 
 
-def test_what_loses_too_much_is_not_written(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_max_drop_prevents_writing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = classifier("convnet-tiny")
     with torch.inference_mode():
         seen = model(torch.from_numpy(SPLITS.train.images)).argmax(1).numpy()
@@ -290,7 +290,7 @@ def test_what_loses_too_much_is_not_written(checkpoint: Path, monkeypatch: pytes
     assert kept.drop.points == pytest.approx(lost)
 
 
-def test_the_table_of_trials_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_prints_the_table_of_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     digits_student(Path("student.pt"))
     kd = command_line(monkeypatch, export_command, bench)
     lines = kd("export", "student.pt", "--int8-recipe", "auto", "--max-drop", "100").stdout.splitlines()
@@ -302,7 +302,7 @@ def test_the_table_of_trials_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("int8 is not faster" in line or "without trials" in line for line in lines)
 
 
-def test_a_fixed_batch_is_in_the_file(checkpoint: Path) -> None:
+def test_batch_is_fixed_in_the_file(checkpoint: Path) -> None:
     result = run(checkpoint, batch=3)
     model = onnx.load(result.path)
     for value in (*model.graph.input, *model.graph.output):

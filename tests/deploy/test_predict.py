@@ -57,7 +57,7 @@ def top_classes(done: Any) -> dict[str, Any]:
     return {one["image"]: one["top"] for one in json.loads(done.stdout)["images"]}
 
 
-def test_files_folders_and_archives(run: Any, workplace: Path, model: models.Classifier) -> None:
+def test_predict_files_folders_and_archives(run: Any, workplace: Path, model: models.Classifier) -> None:
     """All 70 of a folder, by name; two batches; what is no image is passed over there."""
     folder = workplace / "photos" / "more"
     folder.mkdir(parents=True)
@@ -82,7 +82,7 @@ def test_files_folders_and_archives(run: Any, workplace: Path, model: models.Cla
 
 
 @pytest.mark.parametrize("raw", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_an_exported_file_says_the_same(
+def test_predict_with_an_exported_file(
     run: Any, workplace: Path, model: models.Classifier, raw: bool
 ) -> None:
     Image.fromarray(PIXELS[0]).save("a.png")
@@ -92,7 +92,7 @@ def test_an_exported_file_says_the_same(
     assert found["a.png"] == wanted(model, PIXELS[0], 4)
 
 
-def test_images_are_made_to_fit(run: Any, workplace: Path, model: models.Classifier) -> None:
+def test_predict_fits_images_to_the_model(run: Any, workplace: Path, model: models.Classifier) -> None:
     """The middle square of what is wider; grey where the model takes grey; only its size where that is no square."""
     wide = np.concatenate([PIXELS[1], PIXELS[0], PIXELS[2]], axis=1)  # 8×24
     Image.fromarray(wide).save("wide.png")
@@ -128,7 +128,7 @@ def test_images_are_made_to_fit(run: Any, workplace: Path, model: models.Classif
         run("predict", "oblong.pt", "a.png")
 
 
-def test_what_cannot_be_read(run: Any, workplace: Path, model: models.Classifier) -> None:
+def test_predict_errors(run: Any, workplace: Path, model: models.Classifier) -> None:
     Path("photos").mkdir()
     with pytest.raises(KdError, match="no images in photos"):
         run("predict", "m.pt", "photos")
@@ -149,7 +149,7 @@ def test_what_cannot_be_read(run: Any, workplace: Path, model: models.Classifier
         run("predict", "m.pt", "photos/b.png", "--top-k", "0")
 
 
-def test_the_table_names_classes_as_they_are(run: Any, workplace: Path, model: models.Classifier) -> None:
+def test_predict_table_escapes_names(run: Any, workplace: Path, model: models.Classifier) -> None:
     Image.fromarray(PIXELS[0]).save("[bold]a.png")
     out = run("predict", "m.pt", "[bold]a.png", "--top-k", "4").stdout
     for name in ("[bold]a.png", *CLASSES):

@@ -46,7 +46,7 @@ def test_weights_are_int8_per_channel_and_whitening_stays_float(
             assert all("Quantize" not in produced[name].op_type for name in node.input if name in produced)
 
 
-def test_it_still_classifies_and_is_a_quarter(whitened: tuple[Classifier, ExportResult]) -> None:
+def test_int8_outputs_and_size(whitened: tuple[Classifier, ExportResult]) -> None:
     model, result = whitened
     cost = result.quantisation
     assert cost is not None
@@ -64,7 +64,7 @@ def test_it_still_classifies_and_is_a_quarter(whitened: tuple[Classifier, Export
     assert counted.network_bytes < 0.4 * 4 * floats
 
 
-def test_costs_are_measured_on_the_parity_images(whitened: tuple[Classifier, ExportResult]) -> None:
+def test_int8_accuracy_is_measured_on_the_parity_images(whitened: tuple[Classifier, ExportResult]) -> None:
     model, result = whitened
     chosen, *_ = disjoint_indices(len(SPLITS.train), 30, 20)
     raw = torch.from_numpy(SPLITS.train.images[chosen])
@@ -78,7 +78,7 @@ def test_costs_are_measured_on_the_parity_images(whitened: tuple[Classifier, Exp
     assert result.quantisation.int8_accuracy == pytest.approx(100 * np.mean(ints == labels))
 
 
-def test_the_file_says_what_was_measured_of_it_and_not_of_the_float_network(
+def test_int8_metadata_renames_float_figures(
     whitened: tuple[Classifier, ExportResult],
 ) -> None:
     loaded = OnnxClassifier.load(whitened[1].path)
@@ -92,14 +92,14 @@ def test_the_file_says_what_was_measured_of_it_and_not_of_the_float_network(
     assert (said["images"], said["calibration_images"]) == (30, 20)
 
 
-def test_range_is_reduced_only_where_products_overflow() -> None:
+def test_needs_reduced_range() -> None:
     assert int8.needs_reduced_range(["avx2"], "x86_64")
     assert not int8.needs_reduced_range(["avx2", "avx512_vnni"], "x86_64")
     assert not int8.needs_reduced_range(["avx2", "avx_vnni"], "AMD64")
     assert not int8.needs_reduced_range([], "aarch64")
 
 
-def test_failure_leaves_no_file(
+def test_failed_quantisation_leaves_no_file(
     whitened: tuple[Classifier, ExportResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: object, **settings: object) -> None:

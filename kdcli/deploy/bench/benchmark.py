@@ -261,10 +261,8 @@ def _ort_candidate(
             return lambda count: runner.call(inputs[:count])
         return lambda count: runner.run(inputs[:count], batch)
 
-    footprint = partial(
-        measure_footprint, content, ORT, threads, inputs.shape[1:], batch or len(inputs), str(inputs.dtype)
-    )
-    return Candidate(row, load, footprint)
+    form = inputs.shape[1:], batch or len(inputs), str(inputs.dtype)
+    return Candidate(row, load, partial(measure_footprint, content, ORT, threads, *form))
 
 
 def _measure_accuracy(

@@ -145,9 +145,8 @@ def _is_precise(rows: Sequence[Row], timings: Timings) -> bool:
 
 def _teacher_of(row: Row, rows: Sequence[Row]) -> int | None:
     """Index of the teacher on the same engine."""
-    return next(
-        (index for index, other in enumerate(rows) if other.is_teacher and other.engine == row.engine), None
-    )
+    teachers = (i for i, other in enumerate(rows) if other.is_teacher and other.engine == row.engine)
+    return next(teachers, None)
 
 
 def compare(index: int, rows: Sequence[Row], timings: Timings) -> Row:

@@ -92,9 +92,7 @@ class BenchResult:
     test_images: int
     environment: dict[str, Any]  # see `runtime.environment`
     notes: tuple[str, ...] = ()
-    within_limits: tuple[tuple[str, str], ...] | None = (
-        None  # (name, engine), fastest first; None without limits
-    )
+    within_limits: tuple[tuple[str, str], ...] | None = None  # (name, engine); None without limits
 
 
 def to_csv(result: BenchResult) -> str:

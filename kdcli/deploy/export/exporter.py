@@ -116,10 +116,8 @@ def export_classifier(
 def default_output(checkpoint: Path, config: ExportConfig, *, int8: bool = False) -> Path:
     """`exports/<run>.onnx` for `runs/<run>/student.pt`, else `exports/<file name>.onnx`; or with a suffix."""
     folder = checkpoint.parent
-    in_run = checkpoint.name == "student.pt" and (
-        folder.parent.name == "runs" or (folder / "config.toml").is_file()
-    )
-    stem = folder.name if in_run else checkpoint.stem
+    is_run = folder.parent.name == "runs" or (folder / "config.toml").is_file()
+    stem = folder.name if is_run and checkpoint.name == "student.pt" else checkpoint.stem
     suffix = ("-images" if config.with_preprocessing else "") + ("-int8" if int8 else "")
     if config.batch is not None:
         suffix += f"-batch{config.batch}"
@@ -133,15 +131,13 @@ def _fitting_data(
 ) -> Splits:
     """The given data, else those that `config` or the provenance names; a KdError if the model cannot take them."""
     if given is None:
-        spec, skip_broken = data.source_for(
-            checkpoint, classifier.provenance, config.data, config.skip_broken
-        )
+        spec, skip = data.source_for(checkpoint, classifier.provenance, config.data, config.skip_broken)
         given = data.load(
             spec,
             data_dir=config.data_dir,
             cache_dir=config.cache_dir,
             fit_to=classifier.input_size,
-            skip_broken=skip_broken,
+            skip_broken=skip,
             on_event=on_event,
         )
     problem = data.incompatibility(classifier.classes, classifier.input_size, given.train)

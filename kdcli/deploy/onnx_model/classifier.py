@@ -1,28 +1,35 @@
-"""An ONNX file as a classifier."""
-
-from __future__ import annotations
+"""ONNX files of unknown origin: reading within limits, and running as classifiers."""
 
 import math
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
+from google.protobuf.message import Message
 from torch import Tensor
 
 from kdcli.base.errors import KdError
+from kdcli.base.text import first_line
 from kdcli.data.preprocess import Preprocess
 from kdcli.deploy.onnx_model.counts import CHANNELS, image_input, layout_of
 from kdcli.deploy.onnx_model.metadata import parse_metadata
-from kdcli.deploy.onnx_model.reader import read
 from kdcli.deploy.onnx_model.runner import OnnxRunner
 
+MAX_BYTES = 2**31 - 1  # one protobuf message cannot be larger
+MAX_NODES = 1_000_000  # with functions expanded wherever they are called
+MAX_CALL_DEPTH = 50
+LOOPS = ("Loop", "Scan")
 MAX_SIDE = 4096
 MAX_BATCH = 4096
 MAX_VALUES = 2**27  # of a fixed batch: 0.5 GB as float32
+_FunctionKey = tuple[str, str, str]  # domain, name, overload
+_M = TypeVar("_M", bound=Message)
 _Size = tuple[int, int, int]
 _TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.UINT8)
 # Operators that may follow a softmax: their outputs are still probabilities.
@@ -51,7 +58,7 @@ class OnnxClassifier:
     @classmethod
     def load(
         cls, path: Path, threads: int = 0, input_size: _Size | None = None, *, external: bool = False
-    ) -> OnnxClassifier:
+    ) -> Self:
         """Read a classifier.
 
         Args:
@@ -62,9 +69,10 @@ class OnnxClassifier:
             external: accept weights in other files of the same folder.
 
         Raises:
-            KdError: unreadable, over 2 GiB, with weights in other files, or not an image classifier.
+            KdError: unreadable, over 2 GiB, with loops, unbounded functions or weights in other files that are not
+                accepted, or not an image classifier.
         """
-        model, file_bytes = read(path, external=external)
+        model, file_bytes = _read(path, external=external)
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         layout, dtype, size, batch = _parse_input(path, model, input_size)
         runner = OnnxRunner(model.SerializeToString(), threads, str(path))
@@ -177,3 +185,99 @@ def _ends_in_softmax(model: onnx.ModelProto) -> bool:
             break
         node = producers.get(node.input[0])
     return node is not None and node.op_type == "Softmax"
+
+
+def _read(path: Path, *, external: bool) -> tuple[onnx.ModelProto, int]:
+    """The model with all of its weights, and the bytes of the file or files; a KdError if it is not acceptable."""
+    if not path.is_file():
+        raise KdError(f"no such file: {path}")
+    if path.stat().st_size > MAX_BYTES:
+        raise KdError(f"{path} is larger than 2 GiB", "kd reads ONNX models that fit one protobuf message.")
+    try:
+        model = onnx.ModelProto.FromString(path.read_bytes())  # load_model would go by the file's suffix
+    except Exception as error:  # protobuf raises whatever the bytes provoke
+        raise KdError(f"{path} is not an ONNX model: {first_line(error)}") from error
+    if not model.graph.node or not model.graph.output:
+        raise KdError(f"{path} is not an ONNX model: it holds no network")
+    _check_work(path, model)
+    outside = [
+        tensor
+        for tensor in _messages(model, onnx.TensorProto)
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data
+    ]
+    if outside and not external:
+        raise KdError(
+            f"{path} keeps weights in other files",
+            "This command reads self-contained ONNX files; "
+            "onnx.save_model(onnx.load(path), new_path) makes one.",
+        )
+    return model, path.stat().st_size + _load_external(path, outside)
+
+
+def _load_external(path: Path, tensors: list[onnx.TensorProto]) -> int:
+    """Load tensors from regular files in the model's own folder; returns the total size of these files."""
+    sizes: dict[str, int] = {}
+    total = path.stat().st_size
+    for tensor in tensors:
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location = entries.get("location", "")
+        source = path.parent / location
+        try:
+            if "/" in location or "\\" in location or not stat.S_ISREG(source.lstat().st_mode):
+                raise ValueError("it is not a plain file in the same folder")
+            sizes[location] = source.stat().st_size
+            offset = int(entries.get("offset", 0))
+            length = int(entries.get("length", sizes[location] - offset))
+            item = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+            if offset < 0 or offset + length > sizes[location] or length != math.prod(tensor.dims) * item:
+                raise ValueError(f"it does not hold the {list(tensor.dims)} values of {tensor.name[:60]!r}")
+            total += length
+            if total > MAX_BYTES:
+                raise ValueError("model and weights together have more than 2 GiB")
+            with source.open("rb") as handle:
+                handle.seek(offset)
+                tensor.raw_data = handle.read(length)
+        except (OSError, ValueError, KeyError) as error:
+            problem = f"{path} keeps weights in {location[:60]!r}, which cannot be read: {first_line(error)}"
+            raise KdError(problem) from error
+        del tensor.external_data[:]
+        tensor.data_location = onnx.TensorProto.DEFAULT
+    return sum(sizes.values())
+
+
+def _check_work(path: Path, model: onnx.ModelProto) -> None:
+    """Reject small files that expand without bound: loops, nested function calls, sparse weights."""
+    for node in _messages(model, onnx.NodeProto):
+        if node.op_type in LOOPS:
+            raise KdError(f"{path} holds a {node.op_type}", "kd reads classifiers, which need no loops.")
+    for sparse in _messages(model, onnx.SparseTensorProto):
+        if math.prod(sparse.dims) * 8 > MAX_BYTES:
+            raise KdError(f"{path} claims weights of more than 2 GiB")
+    functions = {(item.domain, item.name, item.overload): item for item in model.functions}
+    sizes: dict[_FunctionKey, int] = {}
+
+    def count_nodes(message: Message, callers: tuple[_FunctionKey, ...]) -> int:
+        total = 0
+        for node in _messages(message, onnx.NodeProto):
+            key = (node.domain, node.op_type, node.overload)
+            if key in callers or len(callers) > MAX_CALL_DEPTH:
+                raise KdError(f"{path} holds functions that call each other without end")
+            if key in functions and key not in sizes:
+                sizes[key] = count_nodes(functions[key], (*callers, key))
+            total += sizes.get(key, 1)
+        return total
+
+    if max(count_nodes(part, ()) for part in (model.graph, *model.functions)) > MAX_NODES:
+        raise KdError(f"{path} holds more than {MAX_NODES:,} operations")
+
+
+def _messages(message: Message, kind: type[_M]) -> Iterator[_M]:
+    """All messages of a kind in any field at any depth (protobuf parses at most 100 levels)."""
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is None:
+            continue
+        for part in (value,) if isinstance(value, Message) else value:
+            if isinstance(part, kind):
+                yield part
+            if not isinstance(part, onnx.TensorProto):
+                yield from _messages(part, kind)

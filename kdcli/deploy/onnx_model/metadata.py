@@ -43,24 +43,21 @@ def decode_preprocess(text: str) -> Preprocess | None:
     for name, value in spec["state"].items():
         numbers = np.frombuffer(base64.b64decode(value["float32"]), "<f4").astype(np.float32)
         state[name] = torch.from_numpy(numbers).reshape([int(side) for side in value["shape"]])
-    return from_spec({"name": spec["name"], "args": dict(spec["args"]), "state": state})
+    return from_spec({**spec, "state": state})
 
 
 def make_metadata(classifier: Classifier, sha256: str, *, with_preprocessing: bool) -> dict[str, str]:
     """Metadata of a float32 export of the checkpoint with this SHA-256."""
     provenance = _without_paths(classifier.provenance)
-    teacher, teacher_sha256 = provenance.get("teacher"), None
-    if isinstance(teacher, dict):
-        teacher_sha256 = teacher.get("sha256")
-        teacher = teacher.get("name") or teacher.get("path")
+    teacher = provenance.get("teacher") or {}
     values: dict[str, Any] = {
         "kd.format": FORMAT,
         "kd.version": __version__,
         "kd.classes": json.dumps(list(classifier.classes), ensure_ascii=False),
         "kd.arch": classifier.arch,
         "kd.method": provenance.get("method"),
-        "kd.teacher": teacher,
-        "kd.teacher_sha256": teacher_sha256,
+        "kd.teacher": teacher.get("name") or teacher.get("path"),
+        "kd.teacher_sha256": teacher.get("sha256"),
         "kd.test_accuracy": provenance.get("test_accuracy"),
         "kd.provenance": json.dumps(provenance, ensure_ascii=False, sort_keys=True, default=str),
         "kd.preprocess": encode_preprocess(classifier.preprocess),

@@ -68,9 +68,7 @@ def to_onnx(classifier: Classifier, *, opset: int, with_preprocessing: bool) -> 
         ) from error
     written = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     if written != opset:
-        raise KdError(
-            f"the exporter wrote operator set {written} instead of {opset}", f"Use --opset {written}."
-        )
+        raise KdError(f"the exporter wrote opset {written} instead of {opset}", f"Use --opset {written}.")
     network_seen = not with_preprocessing  # all nodes before the network's first are preprocessing
     for index, node in enumerate(model.graph.node):
         network_seen |= "'network'" in scopes_of(node)
