@@ -5,20 +5,46 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from kdcli.base.config import ConvertConfig
 from kdcli.base.errors import KdError, UsageError
-from kdcli.base.events import OnEvent, ignore
+from kdcli.base.events import Note, OnEvent, ignore
 from kdcli.base.files import git_blob_sha1_file, sha256_file
+from kdcli.base.text import dims
 from kdcli.caffe import tensorflow
-from kdcli.caffe.blobs import weights_sha256
-from kdcli.caffe.network import ConvertedLayer, ConvertedNetwork, assemble, declared_size, input_channels
-from kdcli.caffe.preprocessing import FITTED, Transform, choose_kind, make_preprocess, transform_of
-from kdcli.caffe.read import read_caffemodel, read_prototxt
+from kdcli.caffe.network import ConvertedLayer, ConvertedNetwork, assemble, input_of, transform_params
+from kdcli.caffe.read import Array, Network, read_caffemodel, read_mean, read_prototxt, weights_sha256
 from kdcli.data import catalog
 from kdcli.data.catalog import KnownNetwork
+from kdcli.data.preprocess import Preprocess, ScaleShift, fit
 from kdcli.data.rows import Images
 from kdcli.models import Classifier, from_checkpoint
 from kdcli.models.checkpoint import Checkpoint
+
+_FITTED = ("gcn-zca", "mean-std", "mean-image")  # kinds of preprocessing that are fitted on train images
+
+
+@dataclass(frozen=True)
+class Transform:
+    """`(x − mean) · scale`, as a data layer declares it; means in the network's channel order.
+
+    Attributes:
+        mean_file: name of a mean image that is subtracted; `mean_image` is its content where it was found.
+        channel_order: `rgb`, `bgr`, or empty where it is unknown.
+    """
+
+    scale: float = 1.0
+    mean_values: tuple[float, ...] = ()
+    mean_file: str = ""
+    mean_image: Array | None = None
+    channel_order: str = ""
+
+    def is_identity(self) -> bool:
+        """Whether pixels stay as they are."""
+        return self.scale == 1.0 and not self.mean_values and not self.mean_file
+
 
 # The reference's weights were trained on RGB less the mean image of the train data
 _REFERENCE = Transform(mean_file="the reference's mean image", channel_order="rgb")
@@ -41,7 +67,6 @@ class CaffeFiles:
     path: Path
     kind: str
     name: str
-    sha256: str
     weights_sha256: str
     known: KnownNetwork | None
     input_size: tuple[int, int, int] | None
@@ -49,13 +74,19 @@ class CaffeFiles:
     transform: Transform
     build: Callable[[tuple[int, int, int], OnEvent], ConvertedNetwork]
 
-    def fits_preprocessing(self, config: ConvertConfig) -> bool:
-        """Whether the preprocessing is fitted on train images."""
-        return choose_kind(config.preprocess, self.known, self.transform) in FITTED
+    def preprocess_kind(self, config: ConvertConfig) -> str:
+        """The kind of preprocessing: `--preprocess`, else the known network's, else the transform's."""
+        if config.preprocess != "auto":
+            return config.preprocess
+        if self.known is not None:
+            return self.known.preprocess
+        if self.transform.mean_file and self.transform.mean_image is None:
+            return "mean-image"
+        return "none" if self.transform.is_identity() else "scale-shift"
 
     def needs_images(self, config: ConvertConfig) -> bool:
         """Whether train images are required: to fit the preprocessing, or for the input size."""
-        return self.input_size is None or self.fits_preprocessing(config)
+        return self.input_size is None or self.preprocess_kind(config) in _FITTED
 
 
 @dataclass(frozen=True)
@@ -81,31 +112,29 @@ def read(model: Path, config: ConvertConfig) -> CaffeFiles:
         raise UsageError(
             f"--arch {config.arch} goes with a caffe-tensorflow .npy", "A caffemodel names its layers."
         )
-    stored = read_caffemodel(model)
-    network = stored.network if config.prototxt is None else read_prototxt(config.prototxt)
-    digest = weights_sha256(stored.weights)
+    trained, weights = read_caffemodel(model)
+    network = read_prototxt(config.prototxt) if config.prototxt is not None else trained
+    digest = weights_sha256(weights)
     known = catalog.KNOWN_WEIGHTS.get(digest)
-    channels = input_channels(network, stored.weights)
-    size = declared_size(network, channels)
+    size, channels = input_of(network, weights)
     if size is None and known is not None:
         size = known.input_size
     elif size is None and config.image_size:
         size = (config.image_size, config.image_size, channels)
     folders = [path.parent for path in (config.prototxt, model) if path is not None]
-    transform = transform_of(network, folders)
+    transform = _transform_of(network, folders)
     if transform.is_identity():  # a deploy prototxt has no data layer; the caffemodel records the trained one
-        transform = transform_of(stored.network, folders)
+        transform = _transform_of(trained, folders)
     return CaffeFiles(
         path=model,
         kind="caffe",
-        name=network.name or stored.network.name or model.stem,
-        sha256=stored.sha256,
+        name=network.name or trained.name or model.stem,
         weights_sha256=digest,
         known=known,
         input_size=size,
         channels=channels,
         transform=transform,
-        build=lambda size, on_event: assemble(network, stored.weights, (size[2], *size[:2]), on_event),
+        build=lambda size, on_event: assemble(network, weights, (size[2], *size[:2]), on_event),
     )
 
 
@@ -119,7 +148,6 @@ def _read_npy(model: Path, config: ConvertConfig) -> CaffeFiles:
         path=model,
         kind="caffe-tensorflow",
         name=model.stem,
-        sha256=sha256_file(model),
         weights_sha256=digest,
         known=known,
         input_size=known.input_size if known else tensorflow.input_size(arch, layers),
@@ -127,6 +155,22 @@ def _read_npy(model: Path, config: ConvertConfig) -> CaffeFiles:
         transform=_REFERENCE if git_blob_sha1_file(model) in published else Transform(),
         build=lambda size, on_event: tensorflow.build(arch, weights, size),
     )
+
+
+def _transform_of(network: Network, folders: list[Path]) -> Transform:
+    """The transformation of the test phase's data layer, or of any other; a mean file is searched in `folders`.
+
+    Raises:
+        KdError: the mean file exists but is no mean image.
+    """
+    for source in network.sources:
+        for name, param in transform_params(source):
+            values = tuple(param.mean_value) if name == "transform_param" else ()
+            file = Path(param.mean_file.replace("\\", "/")).name
+            if param.scale != 1.0 or values or file:
+                found = [folder / file for folder in folders if file and (folder / file).is_file()]
+                return Transform(param.scale, values, file, read_mean(found[0]) if found else None)
+    return Transform()
 
 
 def to_classifier(
@@ -141,46 +185,38 @@ def to_classifier(
     """Build the classifier from network, weights and preprocessing.
 
     Args:
-        train_images: uint8 (N, H, W, C), to fit the preprocessing on, and for the input size where the files do
-            not give it.
+        train_images: uint8 (N, H, W, C), see `CaffeFiles.needs_images`; of the network's input size.
         classes: class names of that data, used if their number is the network's.
         data_label: that data's name in tables.
 
     Raises:
         KdError: layers, weights, images and preprocessing do not fit together.
     """
-    # 1. Input size
+    # 1. Network, for images of the input size
     size = files.input_size
     if size is None:
         if train_images is None:
-            raise KdError(
-                f"the image size is not given in {files.path}",
-                "Pass --image-size, --data with images of that size, or a deploy prototxt with --prototxt.",
-            )
+            raise KdError(f"{files.path} does not record its input size", "Pass --image-size, or --data.")
         _, height, width, channels = train_images.shape
         size = (height, width, channels)
-    # 2. Network and preprocessing
     built = files.build(size, on_event)
     if built.classes < 2:
-        raise KdError(
-            f"{files.path} has one output: no classifier",
-            "kd distils classifiers with an output for each of two classes or more.",
-        )
-    preprocess = make_preprocess(
-        config, files.known, files.transform, size=size, images=train_images, on_event=on_event
-    )
+        raise KdError(f"{files.path} has one output: no classifier", "kd distils two classes or more.")
+    # 2. Preprocessing
+    preprocess = _make_preprocess(files, config, size, train_images, on_event)
     # 3. Class names and provenance
+    known = files.known
     numbers = tuple(str(number) for number in range(built.classes))
-    candidates = (files.known.classes if files.known else (), classes or (), numbers)
+    candidates = (known.classes if known else (), classes or (), numbers)
     provenance: dict[str, Any] = {
         "kind": files.kind,
-        "name": files.known.name if files.known else files.name,
+        "name": known.name if known else files.name,
         "source": files.path.name,
-        "source_sha256": files.sha256,
+        "source_sha256": sha256_file(files.path),
         "weights_sha256": files.weights_sha256,
-        "published": files.known.published if files.known else "",
-        "measured": dict(files.known.measured) if files.known else {},
-        "preprocess_data": data_label if files.fits_preprocessing(config) else None,
+        "published": known.published if known else "",
+        "measured": dict(known.measured) if known else {},
+        "preprocess_data": data_label if files.preprocess_kind(config) in _FITTED else None,
     }
     checkpoint = Checkpoint(
         arch=built.arch,
@@ -188,7 +224,59 @@ def to_classifier(
         state_dict=built.state,
         preprocess=preprocess.spec(),
         classes=next(names for names in candidates if len(names) == built.classes),
-        input_size=built.input_size,
+        input_size=size,
         provenance=provenance,
     )
-    return Conversion(from_checkpoint(checkpoint, str(files.path)), built.layers, files.known)
+    return Conversion(from_checkpoint(checkpoint, str(files.path)), built.layers, known)
+
+
+def _make_preprocess(
+    files: CaffeFiles,
+    config: ConvertConfig,
+    size: tuple[int, int, int],
+    images: Images | None,
+    on_event: OnEvent,
+) -> Preprocess:
+    """The preprocessing for inputs of (H, W, C), fitted on the images if need be."""
+    automatic, transform = config.preprocess == "auto", files.transform
+    kind = files.preprocess_kind(config)
+    order: str = config.channel_order
+    if order == "auto":
+        known_order = files.known.channel_order if files.known else transform.channel_order
+        order = known_order or ("bgr" if size[2] == 3 else "rgb")
+    if kind == "scale-shift":
+        return _scale_shift(transform, size, order)
+    if kind not in _FITTED:
+        if automatic:
+            pixels = f"raw 0–255 pixels, {order.upper() if size[2] == 3 else 'grey'}"
+            on_event(Note(f"unknown preprocessing, so {pixels}; see --preprocess and --channel-order"))
+        return Preprocess(order)
+    if images is None:
+        raise KdError(f"preprocessing {kind} is fitted on train images", "Pass them with --data.")
+    if automatic and files.known is None:
+        on_event(
+            Note(f"{transform.mean_file} is not beside the model: the mean image of the data replaces it")
+        )
+    fitted = fit(kind, images, channel_order=order, on_event=on_event)
+    if kind == "mean-image" and automatic and transform.scale != 1.0:
+        return ScaleShift(fitted.get_buffer("mean"), transform.scale, order)
+    return fitted
+
+
+def _scale_shift(transform: Transform, size: tuple[int, int, int], order: str) -> ScaleShift:
+    height, width, channels = size
+    mean = transform.mean_image
+    if mean is None:
+        mean = np.array(transform.mean_values or (0.0,), np.float32).reshape(-1, 1, 1)
+    else:  # its middle: Caffe subtracts before it crops
+        top, left = (mean.shape[1] - height) // 2, (mean.shape[2] - width) // 2
+        if top < 0 or left < 0:
+            raise KdError(f"the mean image of {dims(mean.shape[1:])} is smaller than {dims((height, width))}")
+        mean = mean[:, top : top + height, left : left + width]
+    if mean.shape[0] == 1:
+        mean = np.repeat(mean, channels, axis=0)
+    if mean.shape[0] != channels:
+        raise KdError(f"{mean.shape[0]} mean values for {channels} channels")
+    if order == "bgr":
+        mean = mean[::-1]
+    return ScaleShift(torch.from_numpy(mean.copy()), transform.scale, order)

@@ -11,8 +11,7 @@ import numpy as np
 
 from kdcli.base.errors import KdError
 from kdcli.base.text import dims
-from kdcli.caffe.blobs import Array, squeezed
-from kdcli.caffe.read import Layer
+from kdcli.caffe.read import Array, Layer, squeezed
 
 Operation = tuple[str, dict[str, Any]]  # name in `kdcli.models.graph.OPS`, arguments
 
@@ -57,11 +56,10 @@ def check_type(layer: Layer) -> None:
 def state_of(
     layer: Layer, operation: str, shapes: dict[str, tuple[int, ...]], blobs: Sequence[Array]
 ) -> dict[str, Array]:
-    """A layer's blobs as the state of its module.
+    """A layer's blobs, as stored in the file, as the state of its module.
 
     Args:
         shapes: parameter name → shape in the module.
-        blobs: weights as stored in the file.
 
     Raises:
         KdError: a wrong number of blobs, or shapes that differ; names the layer and both shapes.
@@ -104,40 +102,25 @@ def _fields(operation: str, message: str = "", *names: str, **renamed: str) -> C
     fields = {**{name: name for name in names}, **renamed}
 
     def translate(layer: Layer) -> Operation:
-        args = {arg: getattr(getattr(layer.param, message), field) for arg, field in fields.items()}
+        param = getattr(layer.param, message, None)
+        if param is None:  # no settings, as for V1's Flatten
+            return operation, {}
+        args = {arg: getattr(param, field) for arg, field in fields.items()}
         scalar = (bool, int, float)
         return operation, {arg: v if isinstance(v, scalar) else list(v) for arg, v in args.items()}
 
     return translate
 
 
-def _pair(param: Any, name: str, default: int | None, single: str = "") -> list[int]:
-    """A setting of both spatial axes as [y, x]: `<name>_h` and `<name>_w`, or `single` given once or twice.
-
-    Args:
-        default: value where none is given; None makes it required.
-        single: the repeated field's name where it is not `name`.
-    """
-    single = single or name
-    values = [int(value) for value in getattr(param, single)]
+def _pair(param: Any, name: str, default: int) -> list[int]:
+    """A setting of both spatial axes as [y, x]: `<name>_h` and `<name>_w`, or the repeated field once or twice."""
     height, width = f"{name}_h", f"{name}_w"
     if hasattr(param, height) and (param.HasField(height) or param.HasField(width)):
-        if values:
-            raise KdError(f"{single} and {height}/{width} exclude each other")
-        return [getattr(param, height) or (default or 0), getattr(param, width) or (default or 0)]
-    if not values:
-        if default is None:
-            raise KdError(f"it has no {single}")
-        return [default, default]
+        return [getattr(param, height) or default, getattr(param, width) or default]
+    values = list(getattr(param, "kernel_size" if name == "kernel" else name)) or [default]
     if len(values) > 2:
-        raise KdError(f"{len(values)} values of {single}: kd knows two spatial axes")
+        raise KdError(f"{len(values)} values of {name}: kd knows two spatial axes")
     return [values[0], values[-1]]
-
-
-def _outputs(param: Any) -> int:
-    if param.num_output < 1:
-        raise KdError("it has no num_output")
-    return int(param.num_output)
 
 
 def _axis(param: Any, deprecated: str) -> int:
@@ -150,8 +133,8 @@ def _convolution(layer: Layer) -> Operation:
     if param.axis not in (1, -3):
         raise KdError(f"axis {param.axis} is not the channels")
     return "deconv" if layer.type == "Deconvolution" else "conv", {
-        "out": _outputs(param),
-        "kernel": _pair(param, "kernel", None, "kernel_size"),
+        "out": param.num_output,
+        "kernel": _pair(param, "kernel", 0),
         "stride": _pair(param, "stride", 1),
         "pad": _pair(param, "pad", 0),
         "dilation": _pair(param, "dilation", 1),
@@ -160,23 +143,19 @@ def _convolution(layer: Layer) -> Operation:
     }
 
 
-def _inner_product(layer: Layer) -> Operation:
-    param = layer.param.inner_product_param
-    return "linear", {"out": _outputs(param), "bias": param.bias_term, "axis": param.axis}
-
-
 def _pooling(layer: Layer) -> Operation:
     param = layer.param.pooling_param
     if param.pool not in (0, 1):
         raise KdError("stochastic pooling is not supported")
     operation = "ave_pool" if param.pool == 1 else "max_pool"
-    args = {"stride": _pair(param, "stride", 1), "pad": _pair(param, "pad", 0)}
-    if param.global_pooling:
-        if args != {"stride": [1, 1], "pad": [0, 0]}:
-            raise KdError("global pooling takes neither stride nor padding")
+    if param.global_pooling:  # Caffe takes it with no stride or padding
         return operation, {}
-    kernel = _pair(param, "kernel", None, "kernel_size")
-    return operation, {"kernel": kernel, **args, "round_up": param.round_mode == 0}
+    return operation, {
+        "kernel": _pair(param, "kernel", 0),
+        "stride": _pair(param, "stride", 1),
+        "pad": _pair(param, "pad", 0),
+        "round_up": param.round_mode == 0,
+    }
 
 
 def _lrn(layer: Layer) -> Operation:
@@ -208,16 +187,8 @@ def _eltwise(layer: Layer) -> Operation:
     return "eltwise", {"operation": operation, "coefficients": list(param.coeff)}
 
 
-def _flatten(layer: Layer) -> Operation:
-    if not hasattr(layer.param, "flatten_param"):  # V1 has no settings for it
-        return "flatten", {}
-    return _fields("flatten", "flatten_param", "axis", "end_axis")(layer)
-
-
 def _reshape(layer: Layer) -> Operation:
     param = layer.param.reshape_param
-    if not param.HasField("shape"):
-        raise KdError("it has no shape")
     return "reshape", {"dims": list(param.shape.dim), "axis": param.axis, "num_axes": param.num_axes}
 
 
@@ -247,16 +218,14 @@ LAYERS: dict[str, Callable[[Layer], Operation]] = {
     "Bias": _fields("bias", "bias_param", "axis", "num_axes"),
     "Concat": lambda layer: ("concat", {"axis": _axis(layer.param.concat_param, "concat_dim")}),
     "Convolution": _convolution,
-    "ConvolutionDepthwise": _convolution,
     "Crop": _fields("crop", "crop_param", "axis", "offset"),
     "Deconvolution": _convolution,
-    "DepthwiseConvolution": _convolution,
     "Dropout": _fields("dropout", "dropout_param", "scale_train", ratio="dropout_ratio"),
     "ELU": _fields("elu", "elu_param", "alpha"),
     "Eltwise": _eltwise,
     "Exp": _exponential,
-    "Flatten": _flatten,
-    "InnerProduct": _inner_product,
+    "Flatten": _fields("flatten", "flatten_param", "axis", "end_axis"),
+    "InnerProduct": _fields("linear", "inner_product_param", out="num_output", bias="bias_term", axis="axis"),
     "LRN": _lrn,
     "Log": _exponential,
     "MVN": _fields("mvn", "mvn_param", "eps", variance="normalize_variance", across="across_channels"),
@@ -271,4 +240,5 @@ LAYERS: dict[str, Callable[[Layer], Operation]] = {
     "Slice": _slice,
     "Softmax": _fields("softmax", "softmax_param", "axis"),
     "TanH": _fields("tanh"),
+    **dict.fromkeys(DEPTHWISE, _convolution),
 }

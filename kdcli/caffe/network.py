@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from kdcli.base.errors import KdError
 from kdcli.base.events import Note, OnEvent, ignore
 from kdcli.base.text import dims
-from kdcli.caffe.blobs import Weights
 from kdcli.caffe.layer_types import check_type, operation_of, state_of
-from kdcli.caffe.read import Layer, Network
+from kdcli.caffe.read import Layer, Network, Weights
 from kdcli.models.graph import INPUT, GraphNet, safe_name
 from kdcli.models.operations.shapes import Shape, is_vector
 
@@ -24,7 +23,7 @@ class ConvertedLayer:
     """One layer of the converted network.
 
     Attributes:
-        name, type: Caffe's.
+        name, type: Caffe's; of a registered network the module's.
         output_shape: for one image.
         weight_shapes: state entry → shape in the network.
         parameters: number of trainable values.
@@ -45,7 +44,6 @@ class ConvertedNetwork:
     arch_args: dict[str, Any]
     state: dict[str, Tensor]
     classes: int
-    input_size: tuple[int, int, int]  # (H, W, C)
     layers: tuple[ConvertedLayer, ...]
 
 
@@ -59,43 +57,31 @@ class Step:
     output: int = 0  # number of the layer's output
 
 
-@dataclass(frozen=True)
-class LogitsGraph:
-    """The steps that compute the logits, in order, from one input."""
+def logits_graph(network: Network, on_event: OnEvent = ignore) -> tuple[list[Step], str]:
+    """The steps that compute the logits: without data, losses, the last softmax, and branches of no effect on them.
 
-    steps: tuple[Step, ...]
-    input_blob: str
-    output: str  # node of the logits
-
-
-def logits_graph(network: Network, on_event: OnEvent = ignore) -> LogitsGraph:
-    """Find what computes the logits: without data, losses, the last softmax, and branches of no effect on them.
+    Returns:
+        the steps in order, the last of which gives the logits; and the blob of the images.
 
     Raises:
         KdError: not exactly one input, or no layer that computes.
     """
-    # 1. The node of the logits: the last that no other reads, before softmax and argmax
+    # 1. The node of the logits: the last, before softmax and argmax
     steps, external = _bind(network)
-    if not steps:
-        raise KdError("the network has no layer that computes anything")
-    read = {source for step in steps.values() for source in step.inputs}
-    output = [node for node in steps if node not in read][-1]
-    while steps[output].layer.type in _AFTER_LOGITS and len(steps[output].inputs) == 1:
+    output = next(reversed(steps), "")
+    while output in steps and steps[output].layer.type in _AFTER_LOGITS and len(steps[output].inputs) == 1:
         output = steps[output].inputs[0]
-        if output in external:
-            raise KdError("the network is only a softmax")
+    if output not in steps:
+        raise KdError("the network has no layer that computes logits")
     # 2. The nodes it depends on
     needed = {output}
     for node in reversed(steps):
         if node in needed:
             needed.update(steps[node].inputs)
     kept = [step for node, step in steps.items() if node in needed]
-    names = {step.layer.name for step in kept}
-    unused = [
-        step.layer.name
-        for step in steps.values()
-        if step.layer.name not in names and step.layer.type not in _AFTER_LOGITS
-    ]
+    used = {step.layer.name for step in kept}
+    types = {step.layer.name: step.layer.type for step in steps.values()}
+    unused = [name for name, kind in types.items() if name not in used and kind not in _AFTER_LOGITS]
     if unused:
         logits = steps[output].layer.name
         on_event(Note(f"left out, as the logits ({logits}) do not need them: {', '.join(unused)}"))
@@ -110,7 +96,7 @@ def logits_graph(network: Network, on_event: OnEvent = ignore) -> LogitsGraph:
             "Pass a deploy prototxt with --prototxt, which has no input for labels.",
         )
     kept = [replace(step, inputs=tuple(INPUT if n in external else n for n in step.inputs)) for step in kept]
-    return LogitsGraph(tuple(kept), external[inputs[0]], output)
+    return kept, external[inputs[0]]
 
 
 def _bind(network: Network) -> tuple[dict[str, Step], dict[str, str]]:
@@ -147,14 +133,24 @@ def _bind(network: Network) -> tuple[dict[str, Step], dict[str, str]]:
     return steps, external
 
 
-def declared_size(network: Network, channels: int) -> tuple[int, int, int] | None:
-    """(H, W, C) as the network declares it, or as its data layers crop to; None if neither is given."""
-    declared = network.inputs.get(logits_graph(network).input_blob)
-    if declared is not None and len(declared) == 3:
-        return (declared[1], declared[2], declared[0])
+def input_of(network: Network, weights: Weights) -> tuple[tuple[int, int, int] | None, int]:
+    """The size (H, W, C) of the images, and their channels.
+
+    The size is the one declared, or the one that data layers crop to, or None. The channels are those of the first
+    convolution's weights, or 3.
+    """
+    steps, blob = logits_graph(network)
+    channels = 3
+    for step in steps:
+        blobs = weights.get(step.layer.name)
+        if INPUT in step.inputs and step.layer.type == "Convolution" and blobs and blobs[0].ndim == 4:
+            channels = int(blobs[0].shape[1]) * int(step.layer.param.convolution_param.group)
+            break
+    if (declared := network.inputs.get(blob)) is not None:
+        return (declared[1], declared[2], declared[0]), channels
     params = [param for source in network.sources for _, param in transform_params(source)]
     crops = [int(param.crop_size) for param in params if param.crop_size]
-    return (crops[0], crops[0], channels) if crops else None
+    return (crops[0], crops[0], channels) if crops else None, channels
 
 
 def transform_params(source: Layer) -> list[tuple[str, Any]]:
@@ -162,15 +158,6 @@ def transform_params(source: Layer) -> list[tuple[str, Any]]:
     names = ("transform_param", "data_param", "image_data_param", "window_data_param")
     fields = source.param.DESCRIPTOR.fields_by_name
     return [(n, getattr(source.param, n)) for n in names if n in fields and source.param.HasField(n)]
-
-
-def input_channels(network: Network, weights: Weights) -> int:
-    """Channels of the images, from the weights of a convolution that reads them; 3 if there is none."""
-    for step in logits_graph(network).steps:
-        blobs = weights.get(step.layer.name)
-        if INPUT in step.inputs and step.layer.type == "Convolution" and blobs and blobs[0].ndim == 4:
-            return int(blobs[0].shape[1]) * int(step.layer.param.convolution_param.group)
-    return 3
 
 
 def assemble(
@@ -182,39 +169,35 @@ def assemble(
         KdError: an unknown layer, shapes that do not fit, weights missing or of another shape.
     """
     # 1. Layers to nodes
-    found = logits_graph(network, on_event)
-    operations = {step.node: operation_of(step.layer, step.output) for step in found.steps}
-    nodes: list[dict[str, Any]] = [
-        {"name": step.node, "op": operation, "inputs": list(step.inputs), "args": args}
-        for step, (operation, args) in zip(found.steps, operations.values(), strict=True)
-    ]
+    steps, _ = logits_graph(network, on_event)
+    last = steps[-1].node
+    nodes: list[dict[str, Any]] = []
+    for step in steps:
+        operation, args = operation_of(step.layer, step.output)
+        nodes.append({"name": step.node, "op": operation, "inputs": list(step.inputs), "args": args})
     with torch.device("meta"):  # only shapes: no memory is allocated before they are known to match the file
-        skeleton = GraphNet(shape, nodes, found.output)
+        skeleton = GraphNet(shape, nodes, last)
     # 2. Blobs to state
     state: dict[str, Tensor] = {}
     layers = []
-    for step in found.steps:
+    for step, node in zip(steps, nodes, strict=True):
         module = skeleton.get_submodule(step.node)
         shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-        blobs = weights.get(step.layer.name, ())
-        arrays = state_of(step.layer, operations[step.node][0], shapes, blobs)
-        state.update(
-            {f"{step.node}.{name}": torch.from_numpy(value.copy()) for name, value in arrays.items()}
-        )
+        arrays = state_of(step.layer, node["op"], shapes, weights.get(step.layer.name, ()))
+        state |= {f"{step.node}.{name}": torch.from_numpy(value.copy()) for name, value in arrays.items()}
         layers.append(converted_layer(step.layer.name, step.layer.type, module, skeleton.shapes[step.node]))
-    unused = [name for name in weights if name not in {step.layer.name for step in found.steps}]
-    if unused:
+    used = {step.layer.name for step in steps}
+    if unused := [name for name in weights if name not in used]:
         on_event(Note(f"weights of layers that the network does not use: {', '.join(unused)}"))
     # 3. One logit for each class
-    output = skeleton.shapes[found.output]
+    output = skeleton.shapes[last]
     if not output or not is_vector(output, output[0]):
         raise KdError(
-            f"layer {found.output}: its output is {dims(output)} instead of one value for each class",
+            f"layer {last}: its output is {dims(output)} instead of one value for each class",
             "kd distils image classifiers; is the image size right (--image-size)?",
         )
-    channels, height, width = shape
-    arch_args = {"input": list(shape), "nodes": nodes, "output": found.output}
-    return ConvertedNetwork("graph", arch_args, state, output[0], (height, width, channels), tuple(layers))
+    arch_args = {"input": list(shape), "nodes": nodes, "output": last}
+    return ConvertedNetwork("graph", arch_args, state, output[0], tuple(layers))
 
 
 def converted_layer(name: str, kind: str, module: nn.Module, output_shape: Shape) -> ConvertedLayer:

@@ -20,12 +20,13 @@ from kdcli.caffe.network import logits_graph
 from kdcli.caffe.read import Network, read_caffemodel, read_prototxt
 from kdcli.data import rows
 from kdcli.models import Classifier
+from kdcli.models.graph import INPUT
 
 TOLERANCE = 1e-4
 _BATCH = 64
 _MAX_BATCH_PIXELS = 2**19  # VGG-16 holds 0.15 GB of activations for each image of 224×224
 _MAX_REAL_IMAGES = 256
-_FLOAT64_IMAGES = 8  # images of a batch that are evaluated in float64
+_FLOAT64_IMAGES = 8  # evaluated in float64
 _ROUNDING_FACTOR = 8  # OpenCV sums in another order, and its rounding may have the other sign
 
 
@@ -56,10 +57,11 @@ class Agreement:
 
     def text(self) -> str:
         """`1.1e-05 on 256 images (limit 1e-04): pass`."""
-        verdict = "pass" if self.holds else "fail"
-        return (
-            f"{self.largest_difference:.2g} on {self.images} images (limit {self.tolerance:.0e}): {verdict}"
+        found, verdict = (
+            f"{self.largest_difference:.2g} on {self.images} images",
+            "pass" if self.holds else "fail",
         )
+        return f"{found} (limit {self.tolerance:.0e}): {verdict}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -96,70 +98,63 @@ def compare_logits(
     Raises:
         KdError: OpenCV is missing, cannot read the files, or gives another number of logits.
     """
-    network = read_caffemodel(caffemodel).network if prototxt is None else read_prototxt(prototxt)
+    network = read_prototxt(prototxt) if prototxt is not None else read_caffemodel(caffemodel)[0]
     height, width, channels = classifier.input_size
     text, layer = deploy_text(network, (channels, height, width))
     net = _import(caffemodel, text)
     classifier = classifier.eval()
-    difference = largest_logit = rounding = 0.0
+    # 1. Logits of both networks
+    found, wanted = [], []
     step = max(1, min(_BATCH, _MAX_BATCH_PIXELS // (height * width)))
     for start in range(0, len(images), step):
-        batch = torch.from_numpy(np.array(images[start : start + step]))
         with torch.inference_mode():
-            prepared = classifier.prepare(batch).contiguous()
-            logits = classifier.network(prepared).numpy()
-        expected = _forward(net, prepared.numpy(), layer).reshape(len(batch), -1)
-        if expected.shape != logits.shape:
-            raise KdError(
-                f"OpenCV gives {expected.shape[1]} logits at {layer}, the classifier {logits.shape[1]}"
-            )
-        differences = np.abs(logits - expected).max(axis=1)
-        difference = float(np.maximum(difference, differences.max()))  # keeps NaN
-        largest_logit = float(np.maximum(largest_logit, np.abs(expected).max()))
-        if differences.max() > max(TOLERANCE, _ROUNDING_FACTOR * rounding):
-            # A wrong layer or only rounding? float64 on the images that differ most
-            worst = differences.argsort()[-_FLOAT64_IMAGES:]
-            with torch.inference_mode():
-                exact = copy.deepcopy(classifier.network).double()(prepared[worst].double()).numpy()
-            rounding = max(rounding, float(np.abs(logits[worst] - exact).max()))
+            prepared = classifier.prepare(torch.from_numpy(images[start : start + step].copy())).contiguous()
+            found.append(classifier.network(prepared).numpy())
+        wanted.append(_forward(net, prepared.numpy(), layer).reshape(len(prepared), -1))
         on_event(Progress("comparing with OpenCV", min(start + step, len(images)), len(images)))
-    return Agreement(difference, largest_logit, len(images), rounding)
+    logits, expected = np.concatenate(found), np.concatenate(wanted)
+    if expected.shape != logits.shape:
+        raise KdError(f"OpenCV gives {expected.shape[1]} logits at {layer}, the classifier {logits.shape[1]}")
+    differences = np.abs(logits - expected).max(axis=1)
+    # 2. A wrong layer or only rounding? float64 on the images that differ most
+    rounding = 0.0
+    if differences.max() > TOLERANCE:
+        worst = differences.argsort()[-_FLOAT64_IMAGES:]
+        with torch.inference_mode():
+            prepared = classifier.prepare(torch.from_numpy(images[worst])).double()
+            exact = copy.deepcopy(classifier.network).double()(prepared).numpy()
+        rounding = float(np.abs(logits[worst] - exact).max())
+    return Agreement(float(differences.max()), float(np.abs(expected).max()), len(images), rounding)
 
 
 def deploy_text(network: Network, shape: tuple[int, int, int]) -> tuple[str, str]:
     """A prototxt of the layers that compute the logits, for images of (C, H, W), and the last layer's name."""
-    graph = logits_graph(network)
-    message = schema.net_parameter()
-    message.name = network.name
-    message.input.append(graph.input_blob)
-    message.input_dim.extend((1, *shape))
-    kept = {id(step.layer) for step in graph.steps}
-    read: set[str] = set()
-    for layer in reversed(network.layers):
-        if layer.type == "Split" and not read.isdisjoint(layer.tops):
-            kept.add(id(layer))
-        if id(layer) in kept:
-            read.update(layer.bottoms)
-    for layer in network.layers:
-        if id(layer) not in kept:
+    steps, _ = logits_graph(network)
+    message = schema.NetParameter(name=network.name, input=[INPUT], input_dim=[1, *shape])
+    written: dict[int, Any] = {}  # by identity of the layer
+    for step in steps:
+        layer = step.layer
+        if id(layer) in written:  # a further output of a Slice
+            written[id(layer)].top[step.output] = step.node
             continue
         v1 = layer.param.DESCRIPTOR.name == "V1LayerParameter"
         param = (message.layers if v1 else message.layer).add()
         param.CopyFrom(layer.param)
+        param.bottom[:] = step.inputs
+        param.top[:] = [f"{layer.name}/{number}" for number in range(len(layer.tops))]
+        param.top[step.output] = step.node
+        written[id(layer)] = param
         for field in ("blobs", "include", "exclude", "phase"):
             if field in param.DESCRIPTOR.fields_by_name:
                 param.ClearField(field)
         # What OpenCV's importer needs spelled out or cannot take
-        if layer.type == "Split":  # outputs that nothing reads
-            param.top[:] = [blob for blob in param.top if blob in read]
         if layer.type in DEPTHWISE:
             param.type, param.convolution_param.group = "Convolution", param.convolution_param.num_output
         if layer.type == "BatchNorm":
             param.batch_norm_param.use_global_stats = True
         if layer.type == "Pooling":  # the default, written out
             param.pooling_param.pool = param.pooling_param.pool
-    last = next(step.layer.name for step in graph.steps if step.node == graph.output)
-    return text_format.MessageToString(message), last
+    return text_format.MessageToString(message), steps[-1].layer.name
 
 
 def _import(caffemodel: Path, text: str) -> Any:

@@ -4,33 +4,34 @@ The files are untrusted: their size is bounded, and a file that does not parse r
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from google.protobuf import text_format
 from google.protobuf.message import DecodeError
 
 from kdcli.base.errors import KdError
 from kdcli.base.text import first_line
 from kdcli.caffe import schema
-from kdcli.caffe.blobs import Array, Weights, blob_array
+
+Array = npt.NDArray[np.float32]
+Weights = dict[str, tuple[Array, ...]]  # layer name → its blobs
 
 _MAX_BYTES = 2**31 - 1  # protobuf's own limit
-_MAX_TEXT = (
-    2**22
-)  # bounds the parser's time to seconds; the largest published networks have a twentieth of it
+_MAX_TEXT = 2**22  # a few seconds of parsing; the largest published networks have a twentieth of it
 _MAX_MEAN = 2**26
+_MAX_AXES = 32
 _TEST = 1  # Phase.TEST
 _FORMATS = (
     "kd reads whole binary caffemodels (snapshot_format BINARYPROTO, not HDF5) and caffe-tensorflow's .npy."
 )
 
 _V1_TYPES = tuple(schema.V1_TYPES.values())
-_DATA_TYPES = {
-    "Data", "ImageData", "HDF5Data", "MemoryData", "DummyData", "WindowData", "AnnotatedData", "Input",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,8 @@ class Layer:
 
     @property
     def is_data(self) -> bool:
-        """Whether it produces images or labels: Caffe's data layers and user-defined ones without inputs."""
-        user_defined = self.type == "Python" or self.type.endswith("Data")
-        return self.type in _DATA_TYPES or (user_defined and not self.bottoms)
+        """Whether it produces images or labels, with Caffe's types or user-defined ones."""
+        return not self.bottoms and (self.type in ("Input", "Python") or self.type.endswith("Data"))
 
     @property
     def is_loss(self) -> bool:
@@ -75,24 +75,16 @@ class Network:
     inputs: dict[str, tuple[int, ...] | None]
 
 
-@dataclass(frozen=True)
-class CaffeModel:
-    """A caffemodel: the network definition stored in it and its weights."""
-
-    sha256: str
-    network: Network
-    weights: Weights
-
-
-def read_caffemodel(path: Path) -> CaffeModel:
-    """Read a binary caffemodel, V1 or V2.
+def read_caffemodel(path: Path) -> tuple[Network, Weights]:
+    """The network definition and the weights of a binary caffemodel, V1 or V2.
 
     Raises:
         KdError: missing, too large, truncated, not a binary caffemodel of V1 or V2, or blobs whose values do not
             match their shape.
     """
-    content = read_bytes(path, _MAX_BYTES)
-    if _is_textual(content):
+    content = _read_bytes(path, _MAX_BYTES)
+    head = content[:4096]
+    if b"layer" in head and all(byte in b"\t\n\r" or byte >= 32 for byte in head):  # no binary field tags
         if b"blobs" in content:
             raise KdError(
                 f"{path} is a caffemodel written as text; kd reads binary ones",
@@ -103,7 +95,7 @@ def read_caffemodel(path: Path) -> CaffeModel:
             f"{path} is a prototxt: it holds no weights",
             "Pass the caffemodel first, and this file with --prototxt.",
         )
-    message = schema.net_parameter()
+    message = schema.NetParameter()
     try:
         message.ParseFromString(content)
     except (DecodeError, RecursionError) as error:
@@ -121,25 +113,20 @@ def read_caffemodel(path: Path) -> CaffeModel:
             weights[layer.name] = tuple(blobs)
     if not weights:
         raise KdError(f"{path} holds no weights", "Pass the file that Caffe saved after training.")
-    network = _network(message, layers, snapshot=True)
-    return CaffeModel(hashlib.sha256(content).hexdigest(), network, weights)
+    return _network(message, layers, snapshot=True), weights
 
 
 def read_prototxt(path: Path) -> Network:
     """Read a network definition in text form, V1 or V2; unknown fields are skipped.
 
     Raises:
-        KdError: missing, not text, or malformed; names the line.
+        KdError: missing, too large, or malformed; names the line.
     """
-    content = read_bytes(path, _MAX_TEXT).decode("utf-8-sig", "replace")  # comments may be in any encoding
-    if "\0" in content:
-        raise KdError(f"{path} is not a prototxt: it is not text", "Pass the network's text form.")
-    message = schema.net_parameter()
+    content = _read_bytes(path, _MAX_TEXT).decode("utf-8-sig", "replace")  # comments may be in any encoding
+    message = schema.NetParameter()
     try:
         text_format.Parse(content, message, allow_unknown_field=True)
-    except text_format.ParseError as error:
-        raise KdError(f"{path} is not a well-formed prototxt: line {first_line(error)}") from error
-    except (ValueError, RecursionError, OverflowError) as error:
+    except (text_format.ParseError, ValueError, RecursionError, OverflowError) as error:
         raise KdError(f"{path} is not a well-formed prototxt: {first_line(error)}") from error
     if not message.layers and not message.layer:
         raise KdError(f"{path} holds no layers", "kd takes a deploy or train_val prototxt, not a solver.")
@@ -148,9 +135,9 @@ def read_prototxt(path: Path) -> Network:
 
 def read_mean(path: Path) -> Array:
     """`mean.binaryproto` → the mean image (C, H, W), in the network's channel order."""
-    message = schema.blob_proto()
+    message = schema.BlobProto()
     try:
-        message.ParseFromString(read_bytes(path, _MAX_MEAN))
+        message.ParseFromString(_read_bytes(path, _MAX_MEAN))
     except (DecodeError, RecursionError) as error:
         raise KdError(f"{path} is not a mean image: {first_line(error)}") from error
     mean = blob_array(message, str(path))
@@ -161,14 +148,59 @@ def read_mean(path: Path) -> Array:
     return mean
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
-    """The content of a file of at most `limit` bytes."""
+def _read_bytes(path: Path, limit: int) -> bytes:
     if not path.is_file():
         raise KdError(f"no such file: {path}")
     size = path.stat().st_size
     if size > limit:
         raise KdError(f"{path} is {size:,} bytes; kd reads at most {limit:,}")
     return path.read_bytes()
+
+
+def blob_array(blob: Any, context: str) -> Array:
+    """BlobProto → float32 array.
+
+    Args:
+        context: prefix of error messages: file and layer.
+
+    Raises:
+        KdError: a shape that does not fit the values, or values that are not finite.
+    """
+    sides = blob.shape.dim if blob.HasField("shape") else (blob.num, blob.channels, blob.height, blob.width)
+    shape = tuple(map(int, sides))
+    dtype = np.dtype("<f8" if blob.double_data else "<f4")
+    data = b"".join(blob.double_data or blob.data)
+    positive = len(shape) <= _MAX_AXES and all(side > 0 for side in shape)
+    if not positive or math.prod(shape) * dtype.itemsize != len(data):
+        stored = len(data) / dtype.itemsize
+        raise KdError(f"{context}: shape {shape[:_MAX_AXES]} does not fit its {stored:,g} values")
+    return finite(np.frombuffer(data, dtype).reshape(shape), context)
+
+
+def finite(values: npt.NDArray[Any], context: str) -> Array:
+    """The values as float32; KdError if any is not finite."""
+    result: Array = values.astype(np.float32)
+    if not np.isfinite(result).all():
+        raise KdError(f"{context}: some values are not finite")
+    return result
+
+
+def squeezed(shape: Iterable[int]) -> tuple[int, ...]:
+    """A shape without leading ones: V1 wrote (1, 1, 1, N) where V2 writes (N,)."""
+    sides = tuple(shape)
+    while len(sides) > 1 and sides[0] == 1:
+        sides = sides[1:]
+    return sides
+
+
+def weights_sha256(weights: Weights) -> str:
+    """SHA-256 over names, shapes without leading ones, and float32 values: equal for every encoding."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        for blob in weights[name]:
+            digest.update(repr((name, squeezed(blob.shape))).encode())
+            digest.update(np.ascontiguousarray(blob, dtype="<f4").tobytes())
+    return digest.hexdigest()
 
 
 def _all_layers(message: Any, path: Path) -> list[Layer]:
@@ -204,19 +236,18 @@ def _network(message: Any, every: Sequence[Layer], *, snapshot: bool) -> Network
         snapshot: whether a solver saved it. It records only the layers of training, so that a layer with weights
             that is marked for training, and whose output the test phase reads, stands for its missing twin.
     """
-    tested = [_is_included(layer, message.state) for layer in every]
-    names = {layer.name for layer, test in zip(every, tested, strict=True) if test}
-    read = {blob for layer, test in zip(every, tested, strict=True) if test for blob in layer.bottoms}
+    included = [(layer, _is_included(layer, message.state)) for layer in every]
+    tested = [layer for layer, test in included if test]
+    names = {layer.name for layer in tested}
+    read = {blob for layer in tested for blob in layer.bottoms}
 
     def is_missing(layer: Layer) -> bool:
         return bool(layer.param.blobs) and layer.name not in names and not read.isdisjoint(layer.tops)
 
-    layers = tuple(
-        layer for layer, test in zip(every, tested, strict=True) if test or (snapshot and is_missing(layer))
-    )
+    layers = tuple(layer for layer, test in included if test or (snapshot and is_missing(layer)))
     # Sources of the test phase come first: their sizes win
-    order = sorted(zip(tested, every, strict=True), key=lambda pair: not pair[0])
-    sources = tuple(layer for _, layer in order if layer.is_data)
+    ordered = (*tested, *(layer for layer, test in included if not test))
+    sources = tuple(layer for layer in ordered if layer.is_data)
     inputs: dict[str, tuple[int, ...] | None] = {}
     for number, name in enumerate(message.input):
         sides = message.input_dim[4 * number : 4 * number + 4]
@@ -270,9 +301,3 @@ def _matches(rule: Any, state: Any) -> bool:
         return False
     stages = set(state.stage)
     return stages.issuperset(rule.stage) and stages.isdisjoint(rule.not_stage)
-
-
-def _is_textual(content: bytes) -> bool:
-    """Whether it is a network's text form; a binary file starts with a control byte (a field tag)."""
-    head = content[:4096]
-    return b"layer" in head and all(byte in b"\t\n\r" or byte >= 32 for byte in head)

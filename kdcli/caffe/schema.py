@@ -6,7 +6,6 @@ skipped. Two declarations differ from Caffe's with the same bytes on disk: packe
 are `bytes`, which avoids one Python object a value, and sizes that Caffe declares once are repeated.
 """
 
-from functools import cache
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -48,10 +47,7 @@ _MESSAGES: dict[str, str] = {
     "NetStateRule": """
         phase 1 Phase; min_level 2 int32; max_level 3 int32; stage 4 string*; not_stage 5 string*
     """,
-    "TransformationParameter": """
-        scale 1 float 1; mirror 2 bool; crop_size 3 uint32 0; mean_file 4 string; mean_value 5 float*
-        force_color 6 bool; force_gray 7 bool
-    """,
+    "TransformationParameter": "scale 1 float 1; crop_size 3 uint32 0; mean_file 4 string; mean_value 5 float*",
     # Fields of the data layers that transform_param replaced
     "DataParameter": "scale 2 float 1; mean_file 3 string; crop_size 5 uint32 0",
     "WindowDataParameter": "scale 2 float 1; mean_file 3 string; crop_size 5 uint32 0",
@@ -137,57 +133,39 @@ _MESSAGES: dict[str, str] = {
     """,
 }
 
-_Field = descriptor_pb2.FieldDescriptorProto
-_SCALARS = {
-    kind: _Field.Type.Value(f"TYPE_{kind.upper()}")
-    for kind in ("bool", "bytes", "float", "int32", "int64", "string", "uint32")
-}
+_SCALARS = {"bool", "bytes", "float", "int32", "int64", "string", "uint32"}
 
 
-@cache
-def _classes() -> dict[str, type[Any]]:
+def _messages() -> dict[str, type[Any]]:
+    """Classes of the messages, by full name."""
     file = descriptor_pb2.FileDescriptorProto(name="kd_caffe.proto", package=_PACKAGE, syntax="proto2")
     for enum, values in _ENUMS.items():
         # Values of enums at file level share one namespace, so each enum is nested in a message of its own
         declared = file.message_type.add(name=f"{enum}Enum").enum_type.add(name=enum)
         for name, number in values.items():
             declared.value.add(name=name, number=number)
-    for message, fields in _MESSAGES.items():
-        declared_message = file.message_type.add(name=message)
-        for text in fields.replace("\n", ";").split(";"):
-            if text.strip():
-                _declare(declared_message, text.split())
+    for name, fields in _MESSAGES.items():
+        message = file.message_type.add(name=name)
+        for field in fields.replace("\n", ";").split(";"):
+            if field.strip():
+                _declare(message, *field.split())
     pool = descriptor_pool.DescriptorPool()
     pool.AddSerializedFile(file.SerializeToString())
-    return {
-        name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.{name}"))
-        for name in ("NetParameter", "BlobProto")
-    }
+    return message_factory.GetMessageClassesForFiles([file.name], pool)
 
 
-def _declare(message: descriptor_pb2.DescriptorProto, words: list[str]) -> None:
-    name, number, kind = words[:3]
-    repeated = kind.endswith("*")
+def _declare(
+    message: descriptor_pb2.DescriptorProto, name: str, number: str, kind: str, default: str | None = None
+) -> None:
+    label = "LABEL_REPEATED" if kind.endswith("*") else "LABEL_OPTIONAL"
     kind = kind.removesuffix("*")
-    field = message.field.add(name=name, number=int(number))
-    field.label = _Field.LABEL_REPEATED if repeated else _Field.LABEL_OPTIONAL
+    field = message.field.add(name=name, number=int(number), label=label, default_value=default)
     if kind in _SCALARS:
-        field.type = _SCALARS[kind]
-    elif kind in _ENUMS:
-        field.type = _Field.TYPE_ENUM
-        field.type_name = f".{_PACKAGE}.{kind}Enum.{kind}"
+        field.type = descriptor_pb2.FieldDescriptorProto.Type.Value(f"TYPE_{kind.upper()}")
     else:
-        field.type = _Field.TYPE_MESSAGE
-        field.type_name = f".{_PACKAGE}.{kind}"
-    if len(words) > 3:
-        field.default_value = words[3]
+        field.type_name = f".{_PACKAGE}.{kind}Enum.{kind}" if kind in _ENUMS else f".{_PACKAGE}.{kind}"
 
 
-def net_parameter() -> Any:
-    """A fresh, empty NetParameter."""
-    return _classes()["NetParameter"]()
-
-
-def blob_proto() -> Any:
-    """A fresh, empty BlobProto."""
-    return _classes()["BlobProto"]()
+_CLASSES = _messages()
+NetParameter: Any = _CLASSES[f"{_PACKAGE}.NetParameter"]
+BlobProto: Any = _CLASSES[f"{_PACKAGE}.BlobProto"]

@@ -19,9 +19,8 @@ from kdcli import models
 from kdcli.base import pickles
 from kdcli.base.errors import KdError
 from kdcli.base.text import dims
-from kdcli.caffe.blobs import Array, Weights
 from kdcli.caffe.network import ConvertedLayer, ConvertedNetwork, converted_layer
-from kdcli.caffe.read import text
+from kdcli.caffe.read import Array, Weights, finite, text
 
 Layers = dict[str, tuple[Array, Array]]  # name → weights, biases, as stored
 
@@ -32,12 +31,6 @@ KERNELS: dict[str, dict[str, int]] = {  # registered network → layer → kerne
     "lenet": {"conv1": 5, "conv2": 5, "ip1": 0, "ip2": 0},
 }
 _PARTS = ("weights", "biases")
-_TYPES: dict[type[nn.Module], str] = {
-    nn.Conv2d: "Convolution",
-    nn.Linear: "InnerProduct",
-    nn.MaxPool2d: "Pooling",
-    nn.AvgPool2d: "Pooling",
-}
 
 
 def read_layers(path: Path) -> Layers:
@@ -46,11 +39,8 @@ def read_layers(path: Path) -> Layers:
     Raises:
         KdError: not a dict of layers with finite weights and biases.
     """
-    content = pickles.load_npy(path)
-    if not content:
-        raise KdError(f"{path} is not a caffe-tensorflow file: it holds no dict of layers")
     layers: Layers = {}
-    for name, parts in _by_layer(content, path).items():
+    for name, parts in _by_layer(pickles.load_npy(path), path).items():
         if set(parts) != set(_PARTS):
             raise KdError(
                 f"{path}: layer {name} holds {', '.join(sorted(parts)) or 'nothing'}, not weights and biases"
@@ -70,17 +60,12 @@ def _by_layer(content: Mapping[Any, Any], path: Path) -> dict[str, dict[str, Any
         layer, _, part = name.rpartition("/")
         if isinstance(value, Mapping):
             parts = {text(part): array for part, array in value.items()}
-        elif isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.dtype == object):
-            if len(value) != len(_PARTS):
-                raise KdError(f"{path}: layer {name} is a list of {len(value)}, not of weights and biases")
+        elif isinstance(value, list | tuple) and len(value) == len(_PARTS):
             parts = dict(zip(_PARTS, value, strict=True))
         elif layer and isinstance(value, np.ndarray):
             name, parts = layer, {part.removesuffix(":0"): value}  # `:0` is TensorFlow's number of the output
         else:
-            raise KdError(f"{path}: layer {name} is not a dict of weights and biases")
-        repeated = set(parts) & set(layers.get(name, ()))
-        if repeated:
-            raise KdError(f"{path}: layer {name} holds {', '.join(sorted(repeated))} twice")
+            raise KdError(f"{path}: layer {name} is no pair of weights and biases")
         layers.setdefault(name, {}).update(parts)
     return layers
 
@@ -88,10 +73,7 @@ def _by_layer(content: Mapping[Any, Any], path: Path) -> dict[str, dict[str, Any
 def _floats(value: object, context: str) -> Array:
     if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or value.size == 0:
         raise KdError(f"{context} are not floating-point numbers")
-    values: Array = value.astype(np.float32)
-    if not np.isfinite(values).all():
-        raise KdError(f"{context}: some values are not finite")
-    return values
+    return finite(value, context)
 
 
 def identify(layers: Layers, arch: str) -> tuple[str, Layers]:
@@ -106,20 +88,20 @@ def identify(layers: Layers, arch: str) -> tuple[str, Layers]:
         KdError: no such network.
     """
     candidates = KERNELS if arch == "auto" else {arch: KERNELS[arch]}
-    kernels = [weights.shape[0] if weights.ndim == 4 else 0 for weights, _ in layers.values()]
+    kernels = {name: weights.shape[0] if weights.ndim == 4 else 0 for name, (weights, _) in layers.items()}
     for name, layout in candidates.items():
-        if set(layout) != set(layers) and kernels == list(layout.values()):
-            layers = dict(zip(layout, layers.values(), strict=True))
-        if set(layout) == set(layers):
-            for layer, kernel in layout.items():
-                axes = 4 if kernel else 2
-                if layers[layer][0].ndim != axes:
-                    shape = dims(layers[layer][0].shape)
-                    raise KdError(f"layer {layer}: weights are {shape}, {name} wants {axes} axes")
+        if kernels == layout:
             return name, {layer: layers[layer] for layer in layout}
-    known = "; ".join(f"{name}: {', '.join(layout)}" for name, layout in candidates.items())
+        if list(kernels.values()) == list(layout.values()):
+            return name, dict(zip(layout, layers.values(), strict=True))
+    known = "; ".join(f"{name}: {_listed(layout)}" for name, layout in candidates.items())
     kind = "known network" if arch == "auto" else "network of that --arch"
-    raise KdError(f"no {kind} has the layers {', '.join(layers)}", f"Layers of {known}.")
+    raise KdError(f"no {kind} has the layers {_listed(kernels)}", f"Layers of {known}.")
+
+
+def _listed(kernels: dict[str, int]) -> str:
+    """`conv1 5×5, ip1`."""
+    return ", ".join(f"{name} {side}×{side}" if side else name for name, side in kernels.items())
 
 
 def caffe_layout(layers: Layers) -> Weights:
@@ -154,37 +136,24 @@ def input_size(arch: str, layers: Layers) -> tuple[int, int, int] | None:
 
 
 def build(arch: str, weights: Weights, size: tuple[int, int, int]) -> ConvertedNetwork:
-    """The registered network with these weights.
+    """The registered network, and the weights, which are in Caffe's layout, as its state.
 
     Args:
-        weights: in Caffe's layout.
         size: (H, W, C) of the images.
-
-    Raises:
-        KdError: weights of other shapes than the network's; names the layer and both shapes.
     """
     outputs = {name: int(biases.shape[0]) for name, (_, biases) in weights.items()}
-    if arch == "lenet":
-        arch_args: dict[str, Any] = {"widths": [outputs["conv1"], outputs["conv2"], outputs["ip1"]]}
-    else:
-        arch_args = {"widths": [outputs[name] for name in _NIN]}
+    wide = ("conv1", "conv2", "ip1") if arch == "lenet" else _NIN
+    arch_args: dict[str, Any] = {"widths": [outputs[name] for name in wide]}
     if arch == "nin-fc":
         arch_args["hidden"] = outputs["ip1"]
     classes = list(outputs.values())[-1]
     with torch.device("meta"):  # only shapes
         network = models.build(arch, classes=classes, input_size=size, **arch_args)
     state: dict[str, Tensor] = {}
-    for name, arrays in weights.items():
-        module = network.get_submodule(name)
-        for part, array in zip(("weight", "bias"), arrays, strict=True):
-            shape = tuple(module.get_parameter(part).shape)
-            if array.shape != shape:
-                raise KdError(
-                    f"layer {name}: {part} in the file is {dims(array.shape)}, {arch} wants {dims(shape)} "
-                    f"for images of {dims(size)}"
-                )
-            state[f"{name}.{part}"] = torch.from_numpy(array.copy())
-    return ConvertedNetwork(arch, arch_args, state, classes, size, _layers(network, size))
+    for name, (weight, bias) in weights.items():
+        state[f"{name}.weight"] = torch.from_numpy(weight.copy())
+        state[f"{name}.bias"] = torch.from_numpy(bias.copy())
+    return ConvertedNetwork(arch, arch_args, state, classes, _layers(network, size))
 
 
 def _layers(network: nn.Module, size: tuple[int, int, int]) -> tuple[ConvertedLayer, ...]:
@@ -192,8 +161,7 @@ def _layers(network: nn.Module, size: tuple[int, int, int]) -> tuple[ConvertedLa
     layers: list[ConvertedLayer] = []
 
     def record(name: str, module: nn.Module, inputs: object, output: Tensor) -> None:
-        kind = _TYPES.get(type(module), type(module).__name__)
-        layers.append(converted_layer(name, kind, module, tuple(output.shape[1:])))
+        layers.append(converted_layer(name, type(module).__name__, module, tuple(output.shape[1:])))
 
     for name, module in network.named_children():
         module.register_forward_hook(partial(record, name))

@@ -137,7 +137,7 @@ CIFAR10_NIN = KnownNetwork(
     published="89.6 % on the original CIFAR-10 (Lin et al.)",
     measured={"CIFAR-10 (JPEG)": 80.54},
 )
-KNOWN_WEIGHTS = {  # SHA-256 of the weights themselves (kdcli.caffe.blobs.weights_sha256): survives re-encoding
+KNOWN_WEIGHTS = {  # SHA-256 of the weights themselves (kdcli.caffe.read.weights_sha256): survives re-encoding
     "08a010464a0f83c96cfc1bce182bd5b0a8a6618c9aa13f6b6234885cf38178bf": CIFAR10_NIN,
 }
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,8 @@ from kdcli.base.config import ReportConfig
 from kdcli.base.errors import KdError
 from kdcli.base.events import Event, OnEvent, Progress
 from kdcli.base.files import sha256_file
-from kdcli.data import Splits, rows
+from kdcli.data import ImageSet, rows
+from kdcli.deploy.bench import Row
 from kdcli.engine.records import Evaluation, measure
 from kdcli.report.gather import Run
 from kdcli.teacher import Teacher, teachers_of
@@ -35,19 +37,6 @@ class ConfidenceBin:
 
 
 @dataclass(frozen=True)
-class Disagreement:
-    """One test image with different predictions of student and teacher; probabilities in per cent."""
-
-    number: int
-    pixels: npt.NDArray[np.uint8]  # (H, W, C)
-    label: int
-    student: int
-    student_probability: float
-    teacher: int
-    teacher_probability: float
-
-
-@dataclass(frozen=True)
 class TeacherFigures:
     """A teacher's figures, shared by all runs compared with it."""
 
@@ -59,11 +48,12 @@ class TeacherFigures:
 
 @dataclass(frozen=True)
 class Examined:
-    """What was measured of one run.
+    """A run and what was measured of it.
 
     Attributes:
+        evaluation: as `kd test` measures it, or as recorded, with the reason in `unmeasured`.
+        sha256: of the student; empty where it was not measured.
         label: of the data.
-        evaluation: as `kd test` measures it; None with the reason in `unmeasured`.
         bins: those of confidence that have images.
         teacher: None with the reason in `no_teacher`.
         other_teacher: whether the run learned from labels alone and `teacher` is that of the other runs.
@@ -71,11 +61,15 @@ class Examined:
         outcomes: number of images where both are right, only the student, only the teacher, neither.
         disagreements: number of images with different predictions; `examples` are some of them.
         notes: remarks on these figures.
+        key: HTML id.
+        row: latency and size.
     """
 
-    label: str = ""
-    evaluation: Evaluation | None = None
+    run: Run
+    evaluation: Evaluation
     unmeasured: str = ""
+    sha256: str = ""
+    label: str = ""
     bins: tuple[ConfidenceBin, ...] = ()
     teacher: TeacherFigures | None = None
     no_teacher: str = ""
@@ -83,8 +77,10 @@ class Examined:
     is_teacher: bool = False
     outcomes: tuple[int, ...] = ()
     disagreements: int = 0
-    examples: tuple[Disagreement, ...] = ()
+    examples: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
+    key: str = ""
+    row: Row | None = None
 
 
 def examine(runs: Sequence[Run], config: ReportConfig, on_event: OnEvent) -> list[Examined]:
@@ -96,7 +92,7 @@ def examine(runs: Sequence[Run], config: ReportConfig, on_event: OnEvent) -> lis
         try:
             found.append(examiner.examine(run))
         except KdError as error:
-            found.append(Examined(unmeasured=error.message))
+            found.append(Examined(run, run.result.evaluation, unmeasured=error.message))
     return found
 
 
@@ -133,10 +129,10 @@ class _Examiner:
         self.config = config
         self.on_event = on_event
         self.sha256 = cache(sha256_file)
-        self.splits = cache(self._splits)
+        load = partial(data.load, data_dir=config.data_dir, cache_dir=config.cache_dir)
+        self.load = cache(partial(load, on_event=self._progress))
         self.evaluated: dict[tuple[str, str], tuple[Tensor, TeacherFigures]] = {}
-        recorded = [recorded_teacher(run) for run in runs]
-        self.teachers = {sha256: path for path, sha256 in recorded if path is not None}
+        self.teachers = {sha256: path for path, sha256 in map(recorded_teacher, runs) if path is not None}
         if config.teacher is not None:
             self.teachers = {self.sha256(config.teacher): config.teacher}
 
@@ -151,7 +147,7 @@ class _Examiner:
             run.student, run.provenance, self.config.data, self.config.skip_broken
         )
         model = models.load(run.student)
-        splits = self.splits(spec, model.input_size, skip_broken)
+        splits = self.load(spec, fit_to=model.input_size, skip_broken=skip_broken)
         test = splits.test
         if problem := data.incompatibility(model.classes, model.input_size, test):
             raise KdError(f"the student {problem}")
@@ -162,18 +158,14 @@ class _Examiner:
         recorded = run.provenance.get("data")
         changed = isinstance(recorded, dict) and recorded.get("fingerprint_test") != test.fingerprint
         notes = ("These are not the test images that were measured when the run ended.",) if changed else ()
-        found = Examined(label=splits.label, bins=reliability(logits, labels), notes=notes)
+        found = Examined(run, measure(logits, labels), sha256=self.sha256(run.student), label=splits.label)
+        found = replace(found, bins=reliability(logits, labels), notes=notes)
         # 2. Its teacher on the same images
         try:
             teacher_logits, figures = self._teacher(self._teacher_of(run), test)
         except KdError as error:
-            is_teacher = self.sha256(run.student) in self.teachers
-            return replace(
-                found,
-                evaluation=measure(logits, labels),
-                is_teacher=is_teacher,
-                no_teacher="" if is_teacher else error.message,
-            )
+            is_teacher = found.sha256 in self.teachers
+            return replace(found, is_teacher=is_teacher, no_teacher="" if is_teacher else error.message)
         # 3. Images with different predictions
         predicted, expected = logits.argmax(dim=1), teacher_logits.argmax(dim=1)
         own, other = predicted == labels, expected == labels
@@ -187,17 +179,9 @@ class _Examiner:
             other_teacher=recorded_teacher(run)[0] is None,
             outcomes=tuple(int(n.sum()) for n in (own & other, own & ~other, ~own & other, ~own & ~other)),
             disagreements=len(different),
-            examples=_disagreements(splits, logits, teacher_logits, different[evenly_spaced]),
-        )
-
-    def _splits(self, spec: str, size: tuple[int, int, int], skip_broken: bool) -> Splits:
-        return data.load(
-            spec,
-            data_dir=self.config.data_dir,
-            cache_dir=self.config.cache_dir,
-            fit_to=size,
-            skip_broken=skip_broken,
-            on_event=self._progress,
+            examples=_examples(
+                test, different[evenly_spaced], {"student": logits, "teacher": teacher_logits}
+            ),
         )
 
     def _progress(self, event: Event) -> None:
@@ -212,22 +196,20 @@ class _Examiner:
             KdError: there is none; the message is the reason.
         """
         path, sha256 = recorded_teacher(run)
-        if self.config.teacher is not None:
-            path, sha256 = self.config.teacher, ""
-        elif path is None:
+        if self.config.teacher is not None or path is None:
             if len(self.teachers) != 1:
                 learned = "several teachers" if len(teachers_of(run.provenance)) > 1 else "no teacher"
                 raise KdError(f"It learned from {learned}; pass one with --teacher to compare with it.")
             [(sha256, path)] = self.teachers.items()
         if not path.is_file():
             raise KdError(f"The teacher {path} does not exist; pass it with --teacher.")
-        if sha256 and self.sha256(path) != sha256:
+        if self.sha256(path) != sha256:
             raise KdError(f"{path} is not the teacher this run learned from; pass that with --teacher.")
         if self.sha256(path) == self.sha256(run.student):
             raise KdError("It is the teacher.")
         return path
 
-    def _teacher(self, path: Path, test: data.ImageSet) -> tuple[Tensor, TeacherFigures]:
+    def _teacher(self, path: Path, test: ImageSet) -> tuple[Tensor, TeacherFigures]:
         """Test logits (N, C) and figures of a teacher."""
         key = (self.sha256(path), test.fingerprint)
         if key not in self.evaluated:
@@ -240,23 +222,16 @@ class _Examiner:
         return self.evaluated[key]
 
 
-def _disagreements(
-    splits: Splits, logits: Tensor, teacher_logits: Tensor, numbers: npt.NDArray[np.int64]
-) -> tuple[Disagreement, ...]:
-    if not len(numbers):
-        return ()
-    pixels = rows.take(splits.test.images, numbers)
-    student = logits[numbers].double().softmax(dim=1).max(dim=1)
-    teacher = teacher_logits[numbers].double().softmax(dim=1).max(dim=1)
-    return tuple(
-        Disagreement(
-            number=int(number),
-            pixels=pixels[place],
-            label=int(splits.test.labels[number]),
-            student=int(student.indices[place]),
-            student_probability=100 * student.values[place].item(),
-            teacher=int(teacher.indices[place]),
-            teacher_probability=100 * teacher.values[place].item(),
-        )
-        for place, number in enumerate(numbers)
-    )
+def _examples(
+    images: ImageSet, numbers: npt.NDArray[np.int64], outputs: dict[str, Tensor]
+) -> tuple[dict[str, Any], ...]:
+    """Template values of these images: pixels (H, W, C), label, and each model's class and its probability, %."""
+    examples = []
+    for number, pixels in zip(map(int, numbers), rows.take(images.images, numbers), strict=True):
+        predictions = []
+        for model, logits in outputs.items():
+            probability, predicted = logits[number].double().softmax(dim=0).max(dim=0)
+            predictions.append((model, int(predicted), 100 * probability.item()))
+        label = int(images.labels[number])
+        examples.append({"number": number, "pixels": pixels, "label": label, "predictions": predictions})
+    return tuple(examples)

@@ -1,4 +1,7 @@
-"""Figures of results as .png or .svg: the same bytes for the same results; any class name is drawn as text."""
+"""Figures of results as .png or .svg: the same bytes for the same results; any class name is drawn as text.
+
+The background is white; the style sheet of the page shows it as a light card in both colour schemes.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from kdcli.base.errors import KdError
 from kdcli.base.plotting import BLUE, FRONT, GREEN, GRID, INK, ORANGE, Target, drawn_to, shown
 from kdcli.deploy.bench import Row
@@ -16,6 +21,14 @@ from kdcli.studies.compare import Comparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from kdcli.report.examine import ConfidenceBin
+    from kdcli.report.gather import Run
+
+_MIN_COUNT = 10  # images of a confidence bin with a filled mark
+_COLOURS = (BLUE, ORANGE, GREEN, "#a8437f", "#8a6d00", "#5b5ea6", "#5a5a5a")
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (7, 2, 1, 2)))
+_MARKS = "osD^vPX"
 
 
 def curves(metrics_path: Path, target: Target) -> None:
@@ -64,7 +77,6 @@ def confusion(matrix: Any, classes: Sequence[str], target: Target) -> None:
     Raises:
         KdError: the figure cannot be written.
     """
-    import numpy as np
     from matplotlib.colors import PowerNorm
 
     counts = np.asarray(matrix, dtype=np.float64)
@@ -87,11 +99,64 @@ def confusion(matrix: Any, classes: Sequence[str], target: Target) -> None:
         axes.set_ylabel("true")
         for spine in axes.spines.values():
             spine.set_visible(False)
-        if count <= 20:
-            _write_cells(axes, shares)
+        for row, column in np.argwhere(shares >= 0.5) if count <= 20 else ():
+            share = shares[row, column]
+            colour = "white" if share > 30 else INK
+            axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=colour, fontsize=8)
         bar = figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.02)
         bar.set_label("% of the true class")
         bar.set_ticks([0, 1, 5, 10, 25, 50, 100])
+
+
+def epochs(runs: Sequence[Run], target: Target) -> None:
+    """Draw validation accuracy over epochs, one line for each run."""
+    with drawn_to(target, 5.0, 3.3 + 0.17 * ((len(runs) + 2) // 3)) as figure:
+        axes = figure.add_subplot()
+        for number, run in enumerate(runs):
+            axes.plot(
+                *zip(*run.validation, strict=True),
+                color=_COLOURS[number % len(_COLOURS)],
+                linestyle=_DASHES[number % len(_DASHES)],
+                marker=_MARKS[number % len(_MARKS)],
+                markevery=max(1, len(run.validation) // 8),
+                markersize=4.5,
+                linewidth=1.6,
+                label=shown(run.name).lstrip("_") or "_",  # matplotlib hides labels with a leading underscore
+            )
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("validation accuracy, %")
+        axes.locator_params(axis="x", integer=True)
+        axes.grid(color=GRID, linewidth=0.6)
+        figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9)
+
+
+def reliability(student: Sequence[ConfidenceBin], teacher: Sequence[ConfidenceBin], target: Target) -> None:
+    """Draw accuracy over confidence of a student and, if known, its teacher; hollow marks for bins of few images."""
+    with drawn_to(target, 4.4, 3.7) as figure:
+        axes = figure.add_subplot()
+        axes.plot([0, 100], [0, 100], color=INK, linewidth=0.9, linestyle=(0, (1, 2)), label="calibrated")
+        for number, label, bins in ((1, "teacher", teacher), (0, "student", student)):
+            if not bins:
+                continue
+            for few, style in (
+                (False, {"linestyle": _DASHES[number], "label": label}),
+                (True, {"linestyle": "none"}),
+            ):
+                part = [one for one in bins if (one.count < _MIN_COUNT) == few]
+                axes.plot(
+                    [one.confidence for one in part],
+                    [one.accuracy for one in part],
+                    color=_COLOURS[number],
+                    marker=_MARKS[number],
+                    markersize=4.5,
+                    markerfacecolor="none" if few else _COLOURS[number],
+                    linewidth=1.6,
+                    clip_on=False,
+                    **style,
+                )
+        axes.set(xlim=(0, 101), ylim=(0, 101), xlabel="confidence, %", ylabel="accuracy, %")
+        axes.grid(color=GRID, linewidth=0.6)
+        figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9)
 
 
 def pareto(rows: Sequence[Row], target: Target, size: tuple[float, float] = (7.2, 5.0)) -> None:
@@ -105,6 +170,8 @@ def pareto(rows: Sequence[Row], target: Target, size: tuple[float, float] = (7.2
     Raises:
         KdError: no row has an accuracy, or the figure cannot be written.
     """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     known = [row for row in rows if row.accuracy is not None and math.isfinite(row.latency_ms)]
     if not known:
         raise KdError(
@@ -129,7 +196,14 @@ def pareto(rows: Sequence[Row], target: Target, size: tuple[float, float] = (7.2
                 linewidths=1.2,
                 label=engine,
             )
-        _frame(axes, known)
+        # Limits with room for discs and names
+        times, shares = _coordinates(known)
+        room = max(2.0, 0.2 * (max(shares) - min(shares)))
+        axes.set_xlim(min(times) / 1.8, max(times) * 2.6)
+        axes.set_ylim(min(shares) - room, min(max(shares) + room, 100 + room / 2))
+        axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("latency of one image, ms (log scale)")
         sources = {row.accuracy_source for row in known}
         axes.set_ylabel("test accuracy, %" + (" (as recorded)" if sources == {"recorded"} else ""))
@@ -203,29 +277,8 @@ def _line(
     axes.plot(numbers, values, color=colour, linewidth=width, label=label, marker=marker, markersize=3)
 
 
-def _write_cells(axes: Axes, shares: Any) -> None:
-    for row, values in enumerate(shares):
-        for column, value in enumerate(values):
-            if value >= 0.5:
-                colour = "white" if value > 30 else INK
-                axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
-
-
 def _coordinates(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
     return [row.latency_ms for row in rows], [row.accuracy or 0 for row in rows]
-
-
-def _frame(axes: Axes, rows: Sequence[Row]) -> None:
-    """Set limits with room for discs and names."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    times, shares = _coordinates(rows)
-    axes.set_xlim(min(times) / 1.8, max(times) * 2.6)
-    axes.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    room = max(2.0, 0.2 * (max(shares) - min(shares)))
-    axes.set_ylim(min(shares) - room, min(max(shares) + room, 100 + room / 2))
 
 
 def _name_points(axes: Axes, rows: Sequence[Row], front: Sequence[Row], largest: float) -> None:

@@ -3,21 +3,23 @@
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kdcli.base.errors import KdError
 from kdcli.base.text import first_line
-from kdcli.engine.records import RunResult, epoch_lines, read_result
+from kdcli.engine.records import Metrics, RunResult, epoch_lines, read_result
 from kdcli.engine.run_dir import RunDir
 from kdcli.models import checkpoint
 
 COMPARISON = "comparison.json"
 _MAX_SETTINGS_BYTES = 1 << 20  # of config.toml and environment.json
 _MAX_SETTINGS = 200  # values of each
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,7 @@ def gather(paths: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
     Raises:
         KdError: none is finished.
     """
-    runs: list[Run] = []
-    left_out: list[tuple[str, str]] = []
-    for path in paths:
-        try:
-            runs.append(read_run(path))
-        except KdError as error:
-            left_out.append((path.name or path.as_posix(), error.message))
+    runs, left_out = read_each(paths, read_run)
     if not runs:
         name, why = left_out[0]
         more = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
@@ -106,6 +102,18 @@ def gather(paths: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
             "kd train --resume runs/NAME finishes one.",
         )
     return runs, left_out
+
+
+def read_each(paths: Sequence[Path], read: Callable[[Path], T]) -> tuple[list[T], list[tuple[str, str]]]:
+    """What can be read, and (name, reason) of the rest."""
+    found: list[T] = []
+    left_out: list[tuple[str, str]] = []
+    for path in paths:
+        try:
+            found.append(read(path))
+        except KdError as error:
+            left_out.append((path.name or path.as_posix(), error.message))
+    return found, left_out
 
 
 def read_run(folder: Path) -> Run:
@@ -120,19 +128,17 @@ def read_run(folder: Path) -> Run:
     result = read_result(place.result_file)
     if result.test is None:
         raise KdError("not measured on test images (a trial of kd tune)")
-    if not place.student.is_file():
-        raise KdError("has no student.pt")
     loaded = checkpoint.load(place.student)
     if len(loaded.classes) != len(result.test.per_class):
         raise KdError(
             f"result.json is of {len(result.test.per_class)} classes, student.pt of {len(loaded.classes)}"
         )
     problems: list[str] = []
+    epochs: list[Metrics] = []
     try:
         epochs = epoch_lines(place.metrics_file)
     except KdError as error:
         problems.append(error.message)
-        epochs = []
     return Run(
         folder=folder,
         student=place.student,

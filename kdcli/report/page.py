@@ -12,24 +12,28 @@ from pathlib import Path
 from shlex import join
 from typing import Any
 
+import numpy as np
+
 from kdcli.base.config import ReportConfig
-from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent, ignore
 from kdcli.base.files import sha256_file
 from kdcli.deploy.bench import Row
-from kdcli.engine.records import read_record
-from kdcli.report import figures, page_figures
-from kdcli.report.details import Section, details_of, missing
+from kdcli.engine.records import Evaluation, read_record
+from kdcli.report import figures
 from kdcli.report.examine import Examined, examine, recorded_teacher
-from kdcli.report.gather import COMPARISON, Run, gather
-from kdcli.report.page_figures import embed
-from kdcli.report.render import render
+from kdcli.report.gather import COMPARISON, gather, read_each
+from kdcli.report.render import data_uri, render
 from kdcli.report.speed import Speed, deployed, from_file, measure
 from kdcli.studies.compare import Comparison
 from kdcli.studies.compare.tables import cells, statistics_note
 
 MAX_SECTIONS = 20  # runs with a section of their own
+MAX_LINES = 14  # runs in the figure of epochs
 MAX_EPOCHS = 200  # rows of the table of epochs
+MAX_CLASSES = 40  # rows of the table of classes
+MAX_TABLE = 20  # classes of a confusion matrix as a table of counts
+MAX_IMAGE = 100  # classes of a confusion matrix as an image
+MAX_PAIRS = 15  # rows of the table of confusions
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,10 @@ class Report:
     """
 
     html: str
-    runs: tuple[dict[str, Any], ...]
-    left_out: tuple[tuple[str, str], ...]
-    notes: tuple[str, ...]
-    comparisons: tuple[str, ...] = ()
+    runs: list[dict[str, Any]]
+    left_out: list[tuple[str, str]]
+    notes: list[str]
+    comparisons: list[str]
 
 
 def make_report(
@@ -63,7 +67,6 @@ def make_report(
     """Read runs, measure models, and make the page.
 
     Args:
-        folders: of runs.
         others: further models to time beside the students, as exported files.
         comparisons: folders of kd compare, for a section each.
         speed: a benchmark that has been made already.
@@ -71,55 +74,46 @@ def make_report(
     Raises:
         KdError: no run is finished, or the file named by `config.bench` is no benchmark.
     """
-    # 1. Records of the runs; their models on test images
+    # 1. Records of the runs and comparisons; their models on test images
     runs, left_out = gather(folders)
+    compared, unread = read_each(comparisons, lambda path: (path, read_record(Comparison, path / COMPARISON)))
+    left_out += unread
     if speed is None and config.bench is not None:
         speed = from_file(config.bench)
     examined = examine(runs, config, on_event)
-    # 2. Latencies
-    if speed is None and config.no_bench:
-        speed = Speed(unavailable="Latencies were left out (--no-bench).")
-    elif speed is None:
-        teacher = _teacher_file(runs, examined, config)
+    # 2. Latencies, one row for each model
+    if speed is None:
+        teacher = _teacher_file(examined, config)
         speed = measure([run.student for run in runs], teacher, others, config, on_event)
-    speed = replace(speed, rows=_with_accuracy(speed.rows, runs, examined))
-    rows = {row.path.resolve(): row for row in deployed(speed.rows)}
-    # 3. A teacher's own run and the copy that others learned from are one file: one row of figures
+    timed = _with_accuracy(deployed(speed.rows), examined)
+    known = [row for row in timed if row.accuracy is not None]
+    rows = {row.path.resolve(): row for row in timed}
+    # 3. Sections; a teacher's own run and the copy that others learned from share a row
     teachers = {found.teacher.sha256: found.teacher for found in examined if found.teacher is not None}
-    separate = dict(teachers)
-    for run, found in zip(runs, examined, strict=True):
-        teacher_figures = separate.pop(sha256_file(run.student), None) if found.is_teacher else None
-        if teacher_figures is not None and teacher_figures.path.resolve() in rows:
-            rows[run.student.resolve()] = rows[teacher_figures.path.resolve()]
-    # 4. Sections
     sections = []
-    for number, (run, found) in enumerate(zip(runs, examined, strict=True), 1):
-        evaluation = found.evaluation or run.result.evaluation
-        sections.append(Section(f"run-{number}", run, found, evaluation, rows.get(run.student.resolve())))
-    compared, unread = _read_comparisons(comparisons)
+    for number, found in enumerate(examined, 1):
+        copy = teachers[found.sha256].path if found.sha256 in teachers else found.run.student
+        row = rows.get(copy.resolve()) or rows.get(found.run.student.resolve())
+        sections.append(replace(found, key=f"run-{number}", row=row))
     html = render(
         sections=sections,
-        detailed=[details_of(section) for section in sections[:MAX_SECTIONS]],
-        teachers=[
-            (found, rows.get(found.path.resolve()), sha in separate) for sha, found in teachers.items()
-        ],
-        labels=sorted({found.label for found in examined if found.label}),
+        detailed=[_details(section) for section in sections[:MAX_SECTIONS]],
+        teachers=[(found, rows.get(found.path.resolve())) for found in teachers.values()],
         best=_best(sections),
-        left_out=reason_groups(left_out + unread),
+        left_out=reason_groups(left_out),
         comparisons=[_comparison(f"comparison-{n}", *pair) for n, pair in enumerate(compared, 1)],
         command=_command(sections, [path for path, _ in compared], config.output),
         no_images=config.no_images,
+        speed=speed,
+        speed_rows=timed,
+        front=[row.path for row in figures.pareto_front(known)],
+        front_figure=data_uri("svg+xml", partial(figures.pareto, known, size=(5.0, 4.0))) if known else None,
         **_epochs(sections),
-        **_latencies(speed),
     )
-    notes = [f"{section.run.name}: {text}" for section in sections for text in missing(section)]
-    return Report(
-        html,
-        tuple(_plain(section) for section in sections),
-        tuple(left_out + unread),
-        (*notes, speed.unavailable) if speed.unavailable else tuple(notes),
-        tuple(path.as_posix() for path, _ in compared),
-    )
+    notes = [f"{section.run.name}: {text}" for section in sections for text in _missing(section)]
+    notes += [speed.unavailable] if speed.unavailable else []
+    named = [path.as_posix() for path, _ in compared]
+    return Report(html, [_plain(section) for section in sections], left_out, notes, named)
 
 
 def reason_groups(left_out: Sequence[tuple[str, str]]) -> list[tuple[str, list[str]]]:
@@ -128,17 +122,12 @@ def reason_groups(left_out: Sequence[tuple[str, str]]) -> list[tuple[str, list[s
     return [(why, [name for name, _ in group]) for why, group in groupby(ordered, lambda pair: pair[1])]
 
 
-def _epochs(sections: Sequence[Section]) -> dict[str, Any]:
+def _epochs(sections: Sequence[Examined]) -> dict[str, Any]:
     """Template values of validation accuracy over epochs: figure, and table with epochs down and runs across."""
     validated = [section for section in sections if section.run.validation]
-    lines = sorted(validated, key=lambda section: -section.run.validation[-1][1])[: page_figures.MAX_LINES]
-    lines = [section for section in sections if section in lines]
-    figure = None
-    if lines:
-        figure = embed(
-            partial(page_figures.epochs, [section.run for section in lines]),
-            "Validation accuracy over epochs. The table below has the same figures.",
-        )
+    best = sorted(validated, key=lambda section: -section.run.validation[-1][1])[:MAX_LINES]
+    lines = [section for section in validated if section in best]
+    draw = partial(figures.epochs, [section.run for section in lines])
     columns = [dict(section.run.validation) for section in lines]
     numbers = sorted({epoch for column in columns for epoch in column})
     step = -(-len(numbers) // MAX_EPOCHS) or 1
@@ -146,65 +135,106 @@ def _epochs(sections: Sequence[Section]) -> dict[str, Any]:
         "lines": lines,
         "validated_count": len(validated),
         "unvalidated": [section.run.name for section in sections if not section.run.validation],
-        "epochs_figure": figure,
+        "epochs_figure": data_uri("svg+xml", draw) if lines else None,
         "epoch_rows": [(number, [column.get(number) for column in columns]) for number in numbers[::step]],
         "epoch_step": step,
     }
 
 
-def _latencies(speed: Speed) -> dict[str, Any]:
-    """Template values of accuracy against latency."""
-    rows = deployed(speed.rows)
-    known = [row for row in rows if row.accuracy is not None]
-    figure = None
-    if known:
-        figure = embed(
-            partial(figures.pareto, known, size=(5.0, 4.0)),
-            "Accuracy over latency: a disc for each model, its area the size of the network, and the Pareto front. "
-            "The table below has the same figures.",
-        )
-    return {
-        "speed": speed,
-        "speed_rows": rows,
-        "front": [row.path for row in figures.pareto_front(known)],
-        "front_figure": figure,
-    }
-
-
-def _read_comparisons(
-    folders: Sequence[Path],
-) -> tuple[list[tuple[Path, Comparison]], list[tuple[str, str]]]:
-    """Comparisons by folder, and (name, reason) of those that are left out."""
-    found: list[tuple[Path, Comparison]] = []
-    left_out: list[tuple[str, str]] = []
-    for path in folders:
-        try:
-            found.append((path, read_record(Comparison, path / COMPARISON)))
-        except KdError as error:
-            left_out.append((path.name or path.as_posix(), error.message))
-    return found, left_out
-
-
 def _comparison(key: str, path: Path, found: Comparison) -> dict[str, Any]:
     """Template values of a comparison's section."""
-    figure = None
-    if any(row.count for row in found.standings):
-        figure = embed(
-            partial(figures.comparison, found, width=7.0),
-            "Test accuracy of each method and its difference to the baseline: a dot for each run, a diamond for the "
-            "mean, a line for its 95 % interval over seeds. The table has the same figures.",
-        )
+    drawable = any(row.count for row in found.standings)
     return {
         "key": key,
         "name": path.name or path.resolve().name,
         "found": found,
         "rows": [(row, cells(row)) for row in found.standings],
         "statistics": statistics_note(found),
-        "figure": figure,
+        "figure": data_uri("svg+xml", partial(figures.comparison, found, width=7.0)) if drawable else None,
     }
 
 
-def _command(sections: Sequence[Section], compared: Sequence[Path], output: Path) -> str:
+def _details(found: Examined) -> dict[str, Any]:
+    """Template values of a run's section."""
+    run, evaluation, teacher = found.run, found.evaluation, found.teacher
+    count = len(run.classes)
+    classes = _class_rows(run.classes, evaluation, teacher.evaluation if teacher else None)
+    reliability = partial(figures.reliability, found.bins, teacher.bins if teacher else ())
+    matrix = partial(figures.confusion, evaluation.confusion, run.classes)
+    most_frequent, pair_count = pairs(evaluation.confusion)
+    return {
+        "section": found,
+        "classes": classes,
+        "class_count": count,
+        "max_difference": max((abs(row["difference"] or 0) for row in classes), default=0) or 1,
+        "tabulated": count <= MAX_TABLE,
+        "matrix": data_uri("svg+xml", matrix) if MAX_TABLE < count <= MAX_IMAGE else None,
+        "pairs": most_frequent,
+        "pair_count": pair_count,
+        "reliability": data_uri("svg+xml", reliability) if found.bins else None,
+        "commands": _commands(found),
+        "missing": _missing(found),
+    }
+
+
+def _class_rows(
+    classes: Sequence[str], student: Evaluation, teacher: Evaluation | None
+) -> list[dict[str, Any]]:
+    """A row for each class; of many, those with the largest difference, or without a teacher the lowest accuracy."""
+    rows: list[dict[str, Any]] = []
+    for index, name in enumerate(classes):
+        own, other = student.per_class[index], teacher.per_class[index] if teacher else None
+        difference = own - other if own is not None and other is not None else None
+        row = {"name": name, "count": sum(student.confusion[index])}
+        rows.append({**row, "student": own, "teacher": other, "difference": difference})
+    if len(rows) > MAX_CLASSES and teacher:
+        rows.sort(key=lambda row: -abs(row["difference"] or 0))
+    elif len(rows) > MAX_CLASSES:
+        rows.sort(key=lambda row: 101 if row["student"] is None else row["student"])
+    return rows[:MAX_CLASSES]
+
+
+def _commands(found: Examined) -> list[str]:
+    teacher, student = recorded_teacher(found.run)[0], found.run.student.as_posix()
+    compared = [teacher.as_posix()] if teacher is not None else []
+    return [
+        join(["kd", "train", "--config", (found.run.folder / "config.toml").as_posix()]),
+        join(["kd", "test", student]),
+        join(["kd", "export", student]),
+        join(["kd", "bench", *compared, student]),
+    ]
+
+
+def _missing(found: Examined) -> list[str]:
+    """What the section of a run lacks, with the reason, one line each."""
+    lines = list(found.run.problems)
+    if found.unmeasured:
+        lines.append(
+            f"Not measured on test images now: {found.unmeasured}. "
+            "The figures are those recorded when the run ended."
+        )
+    elif found.no_teacher:
+        lines.append(f"No comparison with a teacher. {found.no_teacher}")
+    return lines + list(found.notes)
+
+
+def pairs(
+    matrix: Sequence[Sequence[int]], limit: int = MAX_PAIRS
+) -> tuple[list[tuple[int, int, int, float]], int]:
+    """The most frequent confusions (true, predicted, count, per cent of the true class), and the number of all."""
+    counts = np.asarray(matrix, dtype=np.int64)
+    totals = counts.sum(axis=1)
+    np.fill_diagonal(counts, 0)
+    number = int(np.count_nonzero(counts))
+    order = np.argsort(-counts, axis=None, kind="stable")[: min(limit, number)]
+    most_frequent = []
+    for true, predicted in zip(*np.unravel_index(order, counts.shape), strict=True):
+        count = counts[true, predicted]
+        most_frequent.append((int(true), int(predicted), int(count), float(100 * count / totals[true])))
+    return most_frequent, number
+
+
+def _command(sections: Sequence[Examined], compared: Sequence[Path], output: Path) -> str:
     """The command that makes this page; a comparison stands for its runs."""
     parents = {path.resolve() for path in compared}
     folders = [section.run.folder for section in sections]
@@ -212,41 +242,41 @@ def _command(sections: Sequence[Section], compared: Sequence[Path], output: Path
     return join(["kd", "report", *(path.as_posix() for path in (*compared, *runs)), "-o", output.as_posix()])
 
 
-def _best(sections: Sequence[Section]) -> Section | None:
+def _best(sections: Sequence[Examined]) -> Examined | None:
     """The student with the highest validation accuracy: test data selects nothing."""
-    students = [section for section in sections if not section.examined.is_teacher]
+    students = [section for section in sections if not section.is_teacher]
     known = [section for section in students if section.run.result.val_accuracy is not None]
     return max(known, key=lambda section: section.run.result.val_accuracy or 0.0) if known else None
 
 
-def _teacher_file(runs: Sequence[Run], examined: Sequence[Examined], config: ReportConfig) -> Path | None:
+def _teacher_file(examined: Sequence[Examined], config: ReportConfig) -> Path | None:
     """The teacher that ratios refer to: --teacher, else that of most runs, if its file is unchanged."""
     if config.teacher is not None:
         return config.teacher
     used = [found.teacher.path for found in examined if found.teacher is not None]
     if not used:
-        recorded = [(path, sha) for path, sha in map(recorded_teacher, runs) if path is not None]
-        used = [path for path, sha in recorded if path.is_file() and sha256_file(path) == sha]
+        recorded = (recorded_teacher(found.run) for found in examined)
+        used = [path for path, sha in recorded if path and path.is_file() and sha256_file(path) == sha]
     return max(used, key=used.count) if used else None
 
 
-def _with_accuracy(rows: Sequence[Row], runs: Sequence[Run], examined: Sequence[Examined]) -> tuple[Row, ...]:
+def _with_accuracy(rows: Sequence[Row], examined: Sequence[Examined]) -> list[Row]:
     """Rows with the accuracies measured for this page in place of those recorded in files."""
     measured: dict[Path, float] = {}
-    for run, found in zip(runs, examined, strict=True):
-        if found.evaluation is not None:
-            measured[run.student.resolve()] = found.evaluation.accuracy
+    for found in examined:
+        if not found.unmeasured:
+            measured[found.run.student.resolve()] = found.evaluation.accuracy
         if found.teacher is not None:
             measured[found.teacher.path.resolve()] = found.teacher.evaluation.accuracy
-    return tuple(
-        replace(row, accuracy=measured[row.path.resolve()], accuracy_source="measured")
-        if row.path.resolve() in measured
+    return [
+        replace(row, accuracy=measured[path], accuracy_source="measured")
+        if (path := row.path.resolve()) in measured
         else row
         for row in rows
-    )
+    ]
 
 
-def _plain(section: Section) -> dict[str, Any]:
+def _plain(section: Examined) -> dict[str, Any]:
     """A run's figures for `--json`."""
     result, row, evaluation = section.run.result, section.row, section.evaluation
     settings = ("method", "student", "seed", "parameters", "val_accuracy")
@@ -255,10 +285,10 @@ def _plain(section: Section) -> dict[str, Any]:
     return {
         "run": section.run.folder.as_posix(),
         **{name: getattr(result, name) for name in settings},
-        "measured": section.examined.evaluation is not None,
+        "measured": not section.unmeasured,
         "test_images": evaluation.count,
         "test_accuracy": evaluation.accuracy,
         **{name: getattr(evaluation, name) for name in measured},
-        "disagreements": section.examined.disagreements if section.examined.teacher else None,
+        "disagreements": section.disagreements if section.teacher else None,
         **{name: getattr(row, name) if row else None for name in timed},
     }

@@ -2,8 +2,9 @@
 
 import base64
 import hashlib
-import io
+from collections.abc import Callable
 from importlib import resources
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,8 @@ def render(**values: Any) -> str:
     environment.filters |= {
         "plain": _plain,
         "number": _number,
-        "signed": _signed,
         "ms": _milliseconds,
-        "data_uri": _data_uri,
+        "thumbnail": _thumbnail,
         "size": units.size,
         "count": units.count,
     }
@@ -58,22 +58,26 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "—" if value is None else f"{value:,.{digits}f}"
 
 
-def _signed(value: float, digits: int) -> str:
-    """`+0.67`, `−1.20`."""
-    return f"{value:+,.{digits}f}".replace("-", "−")
-
-
 def _milliseconds(value: float) -> str:
     """Three significant figures, trailing zeros included."""
     return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:,.0f}"
 
 
-def _data_uri(pixels: npt.NDArray[np.uint8]) -> str:
-    """A PNG thumbnail of pixels (H, W, C), C of 1 or 3."""
+def _thumbnail(pixels: npt.NDArray[np.uint8]) -> str:
+    """A data URI of pixels (H, W, C), C of 1 or 3."""
     from PIL import Image
 
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
     image.thumbnail((_MAX_SIDE, _MAX_SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_uri("png", lambda target: image.save(target, "PNG", optimize=True))
+
+
+def data_uri(kind: str, write: Callable[[BytesIO], None]) -> str:
+    """The image that `write` writes. As an image it can run no scripts and load nothing.
+
+    Args:
+        kind: `png` or `svg+xml`.
+    """
+    buffer = BytesIO()
+    write(buffer)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -47,10 +47,6 @@ class _BenchRow(Record):
     accuracy: Percent | None = None
     accuracy_source: str | None = None
 
-    def to_row(self) -> Row:
-        values = self.model_dump() | {"path": Path(self.path)}
-        return Row(**values, preprocessing_bytes=0, parameters=0, macs=None)
-
 
 class _BenchFile(Record):
     rows: Annotated[list[_BenchRow], Field(min_length=1, max_length=_MAX_ROWS)]
@@ -70,17 +66,28 @@ def from_file(path: Path) -> Speed:
         content = read_record(_BenchFile, path)
     except KdError as error:
         raise KdError(f"--bench: {error.message}", hint) from error
-    rows = tuple(row.to_row() for row in content.rows if row.latency_ms is not None)
+    unknown = {"preprocessing_bytes": 0, "parameters": 0, "macs": None}
+    rows = [
+        Row(**row.model_dump() | unknown | {"path": Path(row.path)})
+        for row in content.rows
+        if row.latency_ms is not None
+    ]
     if not rows:
         raise KdError(f"--bench: {path}: no row has a latency", hint)
-    method = _method(rows, content.threads, content.environment, f"measured before this page ({path.name})")
-    return Speed(rows, method, content.notes)
+    return of_bench(content, rows, f"measured before this page ({path.name})")
 
 
-def of_bench(result: BenchResult, when: str = "measured with kd bench on this machine") -> Speed:
-    """Rows of a benchmark that was made just now."""
-    method = _method(result.rows, result.threads, result.environment, when)
-    return Speed(tuple(result.rows), method, tuple(result.notes))
+def of_bench(
+    result: BenchResult | _BenchFile,
+    rows: Sequence[Row],
+    when: str = "measured with kd bench on this machine",
+) -> Speed:
+    """Rows of a benchmark, and a line on how they were measured."""
+    cpu = result.environment.get("cpu")
+    model = cpu.get("model") if isinstance(cpu, dict) else None
+    count = f", median of n = {rows[0].latency_n}" if rows[0].latency_n else ""
+    method = f"One image{count}; {when}: {model or 'CPU unknown'}, {result.threads} threads."
+    return Speed(tuple(rows), method, result.notes)
 
 
 def measure(
@@ -90,7 +97,9 @@ def measure(
     config: ReportConfig,
     on_event: OnEvent,
 ) -> Speed:
-    """Time the models now, in `config.bench_rounds` rounds."""
+    """Time the models now, in `config.bench_rounds` rounds, unless `config.no_bench` is set."""
+    if config.no_bench:
+        return Speed(unavailable="Latencies were left out (--no-bench).")
     first = teacher if teacher is not None else students[0]
     rest = [path for path in (*students, *others) if path.resolve() != first.resolve()]
     values = {"rounds": config.bench_rounds, "threads": config.threads, "teacher": first}
@@ -99,10 +108,10 @@ def measure(
         result = bench([first, *rest], settings, on_event=on_event, skip=True)
     except KdError as error:
         return Speed(unavailable=f"The models could not be timed: {error.message}")
+    rows = list(result.rows)
     if teacher is None:  # `bench` takes the first student for the teacher
-        rows = (replace(row, is_teacher=False, speedup=None, size_ratio=None) for row in result.rows)
-        result = replace(result, rows=tuple(rows))
-    return of_bench(result, "measured while this page was made, on this machine")
+        rows = [replace(row, is_teacher=False, speedup=None, size_ratio=None) for row in rows]
+    return of_bench(result, rows, "measured while this page was made, on this machine")
 
 
 def deployed(rows: Sequence[Row]) -> list[Row]:
@@ -112,11 +121,3 @@ def deployed(rows: Sequence[Row]) -> list[Row]:
         if row.path not in found or row.engine == "onnxruntime":
             found[row.path] = row
     return list(found.values())
-
-
-def _method(rows: Sequence[Row], threads: int, environment: dict[str, Any], when: str) -> str:
-    cpu = environment.get("cpu")
-    model = str(cpu.get("model", "")) if isinstance(cpu, dict) else ""
-    calls = rows[0].latency_n
-    count = f", median of n = {calls}" if calls else ""
-    return f"One image{count}; {when}: {model or 'CPU unknown'}, {threads} threads."

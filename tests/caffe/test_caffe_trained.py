@@ -40,7 +40,7 @@ LOSS = (
 
 def saved(folder: Path, *texts: str, **more: tuple[np.ndarray, ...]) -> Path:
     """A caffemodel of these layers, with the weights of `BLOBS` and `more`."""
-    message = schema.net_parameter()
+    message = schema.NetParameter()
     text_format.Parse("\n".join(texts), message, allow_unknown_field=True)
     for layer in message.layer:
         for values in {**BLOBS, **more}.get(layer.name, ()):

@@ -69,7 +69,7 @@ def caffe_text(model: Path) -> str:
 
     from kdcli.caffe import schema
 
-    message = schema.net_parameter()
+    message = schema.NetParameter()
     message.ParseFromString(model.read_bytes())
     for one in message.layer:
         one.ClearField("blobs")

@@ -306,7 +306,7 @@ def _varint(number: int) -> bytes:
 
 def caffemodel(shape: Callable[[Any], None] | None = None, count: int = 16_384) -> bytes:
     """One inner product, V2, with a blob whose shape is said in any way."""
-    net = schema.net_parameter()
+    net = schema.NetParameter()
     net.name = "n"
     layer = net.layer.add(name="ip", type="InnerProduct")
     layer.bottom.append("data")

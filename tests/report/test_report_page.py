@@ -24,7 +24,7 @@ from kdcli.base.errors import KdError, UsageError
 from kdcli.cli import report
 from kdcli.data import Splits, load
 from kdcli.engine.records import measure
-from kdcli.report import details, examine, gather, make_report
+from kdcli.report import examine, gather, make_report, page
 from tests.helpers import command_line
 from tests.report.helpers import EVIL_NAME, HOSTILE, Page, bench_file, comparison_folder, settings
 
@@ -90,7 +90,7 @@ def test_a_run_that_is_the_teacher_is_called_so(project: Path) -> None:
     report = make_report([Path("runs/base"), Path("runs/kd-1")], settings())
     assert report.runs[0]["agreement"] is None
     assert "It is the teacher of the other runs." in Page(report.html).text
-    assert report.notes == ("Latencies were left out (--no-bench).",)
+    assert report.notes == ["Latencies were left out (--no-bench)."]
 
 
 def test_nothing_of_a_file_becomes_markup(project: Path) -> None:
@@ -191,8 +191,8 @@ def test_reliability_is_the_calibration_error_taken_apart() -> None:
 
 def test_confused_pairs() -> None:
     matrix = [[5, 3, 0], [1, 9, 0], [7, 0, 0]]
-    assert details.pairs(matrix) == ([(2, 0, 7, 100.0), (0, 1, 3, 37.5), (1, 0, 1, 10.0)], 3)
-    assert details.pairs(matrix, 1) == ([(2, 0, 7, 100.0)], 3)
+    assert page.pairs(matrix) == ([(2, 0, 7, 100.0), (0, 1, 3, 37.5), (1, 0, 1, 10.0)], 3)
+    assert page.pairs(matrix, 1) == ([(2, 0, 7, 100.0)], 3)
 
 
 @pytest.mark.parametrize(("classes", "drawn"), [(20, "table"), (30, "svg"), (150, "list")])
@@ -383,8 +383,8 @@ def test_of_many_classes_those_that_differ_most() -> None:
     right = torch.eye(50)[labels]
     wrong = right.clone()
     wrong[7] = torch.eye(50)[8]  # one of the two images of class 7
-    rows = details._class_rows(names, measure(wrong, labels), measure(right, labels))
-    assert len(rows) == details.MAX_CLASSES
+    rows = page._class_rows(names, measure(wrong, labels), measure(right, labels))
+    assert len(rows) == page.MAX_CLASSES
     assert (rows[0]["name"], rows[0]["count"], rows[0]["difference"]) == ("class 7", 2, -50.0)
     assert {row["difference"] for row in rows[1:]} == {0.0}
 
@@ -393,7 +393,7 @@ def test_a_comparison_has_its_table_and_figure_whatever_it_is_called(project: Pa
     place = comparison_folder(Path("comparisons") / EVIL_NAME)
     document = json.loads((place / "comparison.json").read_text())
     made_page = make_report(gather.folders([place]), settings(), comparisons=gather.comparisons([place]))
-    assert made_page.comparisons == (place.as_posix(),)
+    assert made_page.comparisons == [place.as_posix()]
     assert [Path(run["run"]).name for run in made_page.runs] == [
         "ce-seed0",
         "ce-seed1",
@@ -421,7 +421,7 @@ def test_a_comparison_has_its_table_and_figure_whatever_it_is_called(project: Pa
     ):
         (place / "comparison.json").write_text(text)
         broken = make_report([Path("runs/kd-1")], settings(), comparisons=[place])
-        assert broken.comparisons == ()
+        assert broken.comparisons == []
         assert [(name, "comparison.json" in reason) for name, reason in broken.left_out] == [
             (EVIL_NAME, True)
         ]
