@@ -98,6 +98,25 @@ class StopAfter:
             os.kill(os.getpid(), self.number)
 
 
+def disk_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """The calls of fsync and of renames from here on, in order, with the name of the file or folder (new name)."""
+    calls: list[tuple[str, str]] = []
+
+    def recorded(name: str, real: Any, path_of: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls.append((name, Path(path_of(*arguments)).name))
+            return real(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(
+        os, "fsync", recorded("sync", os.fsync, lambda fd: Path(f"/proc/self/fd/{fd}").readlink())
+    )
+    monkeypatch.setattr(os, "rename", recorded("rename", os.rename, lambda _, target: target))
+    monkeypatch.setattr(os, "replace", recorded("rename", os.replace, lambda _, target: target))
+    return calls
+
+
 def image_folder(folder: Path) -> None:
     """240 train and 30 test images of 16×16 in three classes."""
     random = np.random.default_rng(0)

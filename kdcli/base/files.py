@@ -49,8 +49,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
+        fsync_file(temporary)
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 is for temporary files
@@ -136,6 +135,26 @@ def expand(path: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         return Path(path)
+
+
+def publish(scratch: Path, target: Path) -> None:
+    """Sync the files of a scratch folder, and rename it; its name never stands for files that a power cut loses.
+
+    Raises:
+        OSError: it cannot be written, or `target` is a folder that holds anything.
+    """
+    for path in scratch.iterdir():
+        fsync_file(path)
+    fsync_directory(scratch)
+    scratch.chmod(0o755)
+    scratch.rename(target)
+    fsync_directory(target.parent)
+
+
+def fsync_file(path: Path) -> None:
+    """Write a file's content to the disk."""
+    with path.open("rb+") as handle:
+        os.fsync(handle.fileno())
 
 
 def fsync_directory(directory: Path) -> None:

@@ -135,7 +135,7 @@ class Dataset:
         except OSError as error:
             raise KdError(f"cannot read {error.filename}: {reason(error)}") from error
         recipe = {"dataset": self.name, "content": keys, "image_size": size, "channels": channels}
-        cache = Cache(request.cache_dir, recipe)
+        cache = Cache(request.cache_dir, recipe, request.on_event)
         if (packed := cache.load()) is not None:
             return packed.splits(request.spec)
         # 2. Read and pack.

@@ -1,9 +1,12 @@
-"""Cache of decoded data sets: per part an .npy file of pixels and one of labels, and a meta.json written last."""
+"""Cache of decoded data sets: per part an .npy file of pixels and one of labels; meta.json has their SHA-256."""
 
+import hashlib
 import json
+import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +17,16 @@ import numpy.typing as npt
 
 from kdcli.base import files
 from kdcli.base.errors import KdError
+from kdcli.base.events import Note, OnEvent, Progress, ignore
 from kdcli.base.text import reason
 from kdcli.data import rows
 from kdcli.data.decode import Pixels, resize, with_channels
 from kdcli.data.images import ImageSet, Splits, fingerprint_of
 
-FORMAT_VERSION = 3  # raise it when packing or decoding gives other pixels
+FORMAT_VERSION = 4  # raise it when packing or decoding gives other pixels
 FALLBACK_SIZE = 32
+_BLOCK = 64 << 20  # bytes of pixels with a SHA-256 of their own
+_verified: set[tuple[object, ...]] = set()  # entries, by place and state of their files
 
 # One part of a data set: indices (N,) of packed images, and their labels (N,).
 Selection = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
@@ -102,23 +108,31 @@ class Packer:
 class Cache:
     """The entry of one data set below `cache_dir`, named by its recipe: all that its content depends on."""
 
-    def __init__(self, cache_dir: Path, recipe: Mapping[str, Any]) -> None:
+    def __init__(self, cache_dir: Path, recipe: Mapping[str, Any], on_event: OnEvent = ignore) -> None:
         self.folder = files.cache_folder(cache_dir, "data", {"format": FORMAT_VERSION, **recipe})
+        self._on_event = on_event
 
     def load(self) -> Packed | None:
-        """The entry, memory-mapped; None if it is absent, incomplete or damaged."""
+        """The entry, memory-mapped; None if there is none. A damaged one is removed, with a note.
+
+        The content is compared with its SHA-256 once a process, and again if a file has changed.
+        """
         try:
             meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
-            classes = tuple(meta["classes"])
-            parts = {}
+            sums, classes, parts = meta.pop("sha256"), tuple(meta["classes"]), {}
             for name, fingerprint in meta["fingerprints"].items():
                 images = np.load(self.folder / f"{name}-images.npy", mmap_mode="r", allow_pickle=False)
                 labels = np.load(self.folder / f"{name}-labels.npy", allow_pickle=False)
-                if len(images) != len(labels):
-                    return None
                 parts[name] = ImageSet(images, labels, classes, fingerprint)
+            state = (self.folder.resolve(), *map(_state, sorted(self.folder.iterdir())))
+            if state not in _verified and sums != _sums(self.folder, meta, self._on_event):
+                raise ValueError("other content")
+            _verified.add(state)
             return Packed(parts, meta["label"], tuple(meta["notes"]))
-        except (OSError, ValueError, KeyError, TypeError, EOFError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
+            if self.folder.exists():
+                self._on_event(Note(f"the packed images in {self.folder} are damaged and are packed anew"))
+                shutil.rmtree(self.folder, ignore_errors=True)
             return None
 
     @contextmanager
@@ -171,16 +185,33 @@ class Cache:
         for scratch in workspace.glob("pixels-*"):
             scratch.unlink()
         meta = {"label": label, "classes": classes, "notes": notes, "fingerprints": fingerprints}
-        files.write_json(workspace / "meta.json", meta)
-        workspace.chmod(0o755)
+        files.write_json(workspace / "meta.json", {**meta, "sha256": _sums(workspace, meta)})
         if self.load() is None:  # else another process was quicker, and wrote the same
-            shutil.rmtree(self.folder, ignore_errors=True)  # damaged
             with suppress(OSError):
-                workspace.rename(self.folder)
-            files.fsync_directory(self.folder.parent)
+                files.publish(workspace, self.folder)
         packed = self.load()
         if packed is None:
             raise KdError(
                 f"cannot read back {self.folder}", "Is the disk full? Choose another with --cache-dir."
             )
         return packed
+
+
+def _sums(folder: Path, meta: Mapping[str, Any], on_event: OnEvent = ignore) -> list[str]:
+    """SHA-256 of an entry's values, and of each block of its other files, several at a time."""
+    contents = [np.memmap(path, np.uint8, "r") for path in sorted(folder.glob("*.npy"))]
+    blocks = [
+        content[start : start + _BLOCK] for content in contents for start in range(0, content.size, _BLOCK)
+    ]
+    sums = [hashlib.sha256(json.dumps(meta).encode()).hexdigest()]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="verify") as pool:
+        for done, digest in enumerate(pool.map(lambda block: hashlib.sha256(block).hexdigest(), blocks), 1):
+            sums.append(digest)
+            if done % 16 == 0:
+                on_event(Progress("verifying packed images", done * _BLOCK, len(blocks) * _BLOCK, "bytes"))
+    return sums
+
+
+def _state(path: Path) -> tuple[object, ...]:
+    status = path.stat()
+    return path.name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

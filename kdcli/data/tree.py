@@ -94,7 +94,7 @@ def load_tree(path: Path, request: Request) -> Splits:
     recipe = {"tree": path.name, "content": content, "channels": channels, "skip_broken": request.skip_broken}
 
     def cache_for(image_size: int | None) -> Cache:
-        return Cache(request.cache_dir, {**recipe, "image_size": image_size})
+        return Cache(request.cache_dir, {**recipe, "image_size": image_size}, request.on_event)
 
     packed = cache_for(None).load()
     if size is not None and (packed is None or packed.parts["train"].input_size[:2] != (size, size)):

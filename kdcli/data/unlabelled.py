@@ -40,7 +40,7 @@ def add_unlabelled(splits: Splits, path: Path, request: Request) -> Splits:
         "data": [splits.train.input_size, splits.train.fingerprint, splits.test.fingerprint],
         "skip_broken": request.skip_broken,
     }
-    cache = Cache(request.cache_dir, recipe)
+    cache = Cache(request.cache_dir, recipe, request.on_event)
     packed = cache.load() or _pack(source, splits, cache, request)
     return replace(splits, unlabelled=packed.parts[_PART], notes=(*splits.notes, *packed.notes))
 

@@ -16,7 +16,7 @@ import tomli_w
 from kdcli import methods
 from kdcli.base.config import make
 from kdcli.base.errors import KdError, UsageError
-from kdcli.base.files import scratch_folder, write_json, write_text
+from kdcli.base.files import publish, scratch_folder, write_json, write_text
 from kdcli.base.recipes import read_recipe
 from kdcli.base.text import reason
 from kdcli.methods import TrainConfig
@@ -63,12 +63,11 @@ class RunDir:
             write_json(made.environment_file, {"schema_version": 1, **environment})
             if chain is not None:
                 write_text(made.chain_file, tomli_w.dumps(chain.model_dump(mode="json", exclude_none=True)))
-            made.path.chmod(0o755)
             number = 1
             while True:
                 path = config.runs_dir / (config.name or name_of(config, number))
                 try:
-                    made.path.rename(path)  # never onto a folder that holds anything
+                    publish(made.path, path)
                     return cls(path)
                 except OSError:
                     if not path.exists():

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdcli.base.events import Event, Progress
-from kdcli.data import decode, load, tree
+from kdcli.base.events import Event, Note, Progress
+from kdcli.data import decode, load, pack, tree
 from kdcli.data.images import Splits
 from tests.data.helpers import WRITERS, png, small_tree, write_folder, write_tar
-from tests.helpers import ROOT
+from tests.helpers import ROOT, disk_calls
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -55,7 +55,16 @@ def _entry(cache: Path) -> Path:
     return entry
 
 
-@pytest.mark.parametrize("damage", ["meta gone", "meta cut", "short", "gone", "labels"])
+def overwrite(path: Path, offset: int, content: bytes) -> None:
+    with path.open("r+b") as handle:
+        handle.seek(offset, os.SEEK_END if offset < 0 else os.SEEK_SET)
+        handle.write(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["meta gone", "meta cut", "class", "short", "gone", "labels", "label", "flipped", "zeros", "type"],
+)
 def test_damaged_entries_are_rebuilt(damage: str, tmp_path: Path, read: Callable[..., Splits]) -> None:
     path = write_tar(tmp_path / "x.tar", small_tree())
     good = np.array(read(path).train.images)
@@ -67,13 +76,30 @@ def test_damaged_entries_are_rebuilt(damage: str, tmp_path: Path, read: Callable
         meta.write_text(meta.read_text()[:-20])
     elif damage == "short":
         os.truncate(entry / "train-images.npy", 150)
+    elif damage == "class":
+        meta.write_text(meta.read_text().replace("zebra", "zebrA"))
+    elif damage == "label":
+        overwrite(entry / "test-labels.npy", -8, b"\0")
+    elif damage == "flipped":
+        overwrite(entry / "train-images.npy", -100, bytes(value ^ 1 for value in good.tobytes()[-100:-60]))
+    elif damage == "zeros":
+        overwrite(entry / "test-images.npy", -144, bytes(144))
+    elif damage == "type":
+        header = (entry / "train-images.npy").read_bytes()[:128]
+        overwrite(entry / "train-images.npy", 0, header.replace(b"|u1", b"|i1"))
     elif damage == "gone":
         (entry / "test-labels.npy").unlink()
     else:
         np.save(entry / "train-labels.npy", np.load(entry / "train-labels.npy")[:-1])
     seen: list[Event] = []
-    assert np.array_equal(read(path, on_event=seen.append).train.images, good)
+    again = read(path, on_event=seen.append)
+    assert np.array_equal(again.train.images, good) and again.train.images.dtype == np.uint8
+    assert again.test.images[:, 0, 0, 0].tolist() == [4, 5] and again.test.labels.tolist() == [0, 1]
+    assert again.train.classes == ("ape house", "zebra")
     assert any(isinstance(event, Progress) for event in seen)
+    assert [event.text for event in seen if isinstance(event, Note)] == [
+        f"the packed images in {entry} are damaged and are packed anew"
+    ]
     assert sorted(p.name for p in _entry(tmp_path / "cache").iterdir()) == [
         "meta.json", "test-images.npy", "test-labels.npy", "train-images.npy", "train-labels.npy",
     ]  # fmt: skip
@@ -85,6 +111,53 @@ def test_a_changed_folder_is_packed_anew(tmp_path: Path, read: Callable[..., Spl
     write_folder(path, {"train/zebra/a.png": png((200, 0, 0))})
     os.utime(path / "train/zebra/a.png", ns=(1, 1))
     assert read(path).train.images[1, 0, 0, 0] == 200 and first.train.images[1, 0, 0, 0] == 2
+
+
+def test_a_changed_image_whose_old_time_is_restored_is_packed_anew(
+    tmp_path: Path, read: Callable[..., Splits]
+) -> None:
+    path = write_folder(tmp_path / "set", {name: png((9, 9, 9), format="BMP") for name in small_tree()})
+    image = path / "train/zebra/a.png"
+    before, old = image.stat(), read(path).train.images[1].tolist()
+    time.sleep(0.02)  # the clock of a file system may tick every 10 ms
+    overwrite(image, -3, b"\7")  # the last byte before the padding of its row
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert image.stat().st_size == before.st_size and image.stat().st_mtime_ns == before.st_mtime_ns
+    assert read(path).train.images[1].tolist() != old
+
+
+def test_a_pack_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, read: Callable[..., Splits], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tar(tmp_path / "x.tar", small_tree())
+    calls = disk_calls(monkeypatch)
+    read(path)
+    entry = _entry(tmp_path / "cache")
+    named = calls.index(("rename", entry.name))
+    synced = {name for call, name in calls[:named] if call == "sync"}
+    assert {file.name for file in entry.iterdir()} <= synced and len(list(entry.iterdir())) == 5
+    assert calls[named - 1][0] == "sync" and calls[named - 1][1].startswith(".kd-")  # the scratch folder
+    assert calls[named + 1 :] == [("sync", "data")]
+
+
+def test_an_entry_is_verified_once_a_process(
+    tmp_path: Path, read: Callable[..., Splits], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tar(tmp_path / "x.tar", small_tree())
+    read(path)
+    monkeypatch.setattr(pack, "_sums", lambda *_: pytest.fail("verified again"))
+    read(path)
+
+
+def test_each_block_of_a_large_pack_is_verified(
+    tmp_path: Path, read: Callable[..., Splits], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pack, "_BLOCK", 100)  # four for 128 + 216 bytes
+    path = write_tar(tmp_path / "x.tar", small_tree())
+    good = np.array(read(path).train.images)
+    for offset in (130, 199, 200, 343):
+        overwrite(_entry(tmp_path / "cache") / "train-images.npy", offset, b"\xff")
+        assert np.array_equal(read(path).train.images, good)
 
 
 def test_packed_pixels_and_fingerprint(tmp_path: Path, read: Callable[..., Splits]) -> None:

@@ -28,7 +28,7 @@ from kdcli.models import Classifier, checkpoint
 from kdcli.teacher import CachedLogits, Teacher, runner, teachers_of
 from kdcli.teacher.cache import top_k_of
 from kdcli.teacher.runner import Engine, choose_engine
-from tests.helpers import ROOT, config, image_set, make_splits, slow
+from tests.helpers import ROOT, config, disk_calls, image_set, make_splits, slow
 
 
 @pytest.fixture(autouse=True)
@@ -378,6 +378,18 @@ def test_manifest_records_the_engine(workplace: Path, images: ImageSet) -> None:
     [manifest] = Path("cache/teacher").glob("*/manifest.json")
     made = json.loads(manifest.read_text())["made_by"]["view-0000.npy"]
     assert (made["name"], made["precision"]) == ("torch", "bf16")
+
+
+def test_a_view_is_on_the_disk_before_it_is_listed(
+    workplace: Path, images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_teacher(Path("t.pt"))
+    calls = disk_calls(monkeypatch)
+    Teacher.open(Path("t.pt"), Path("cache")).logits(images)
+    named, listed = (calls.index(("rename", name)) for name in ("view-0000.npy", "manifest.json"))
+    [folder] = Path("cache/teacher").iterdir()
+    assert calls[named - 1][0] == "sync" and calls[named - 1][1].startswith(".view-0000.npy.")
+    assert calls[named + 1] == ("sync", folder.name) and named + 1 < listed
 
 
 def test_a_live_onnx_teacher(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
