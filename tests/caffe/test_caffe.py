@@ -74,7 +74,7 @@ def reference(pixels: np.ndarray) -> np.ndarray:
     return IP.astype(float) @ maps.ravel() + IPB
 
 
-def test_one_number_for_an_image_is_no_classifier(tmp_path: Path) -> None:
+def test_network_with_one_output_is_refused(tmp_path: Path) -> None:
     one = small(ip={"param": field(1, 1), "blobs": (IP[:1], IPB[:1])})
     with pytest.raises(KdError, match="has one output"):
         converted(write(tmp_path, net(one, v1=False)))
@@ -85,7 +85,7 @@ def v1(request: pytest.FixtureRequest) -> bool:
     return bool(request.param == "v1")
 
 
-def test_both_formats_equal_a_float64_oracle_and_opencv(tmp_path: Path, v1: bool) -> None:
+def test_v1_and_v2_equal_float64_reference_and_opencv(tmp_path: Path, v1: bool) -> None:
     pytest.importorskip("cv2")
     path = write(tmp_path, net(small(), v1=v1))
     conversion = converted(path)
@@ -108,7 +108,7 @@ def test_both_formats_equal_a_float64_oracle_and_opencv(tmp_path: Path, v1: bool
     ]
 
 
-def test_survives_the_disk(tmp_path: Path) -> None:
+def test_classifier_is_saved_and_loaded(tmp_path: Path) -> None:
     classifier = converted(write(tmp_path, net(small(), v1=True))).classifier
     classifier.save(tmp_path / "teacher.pt")
     again = models.load(tmp_path / "teacher.pt")
@@ -216,7 +216,7 @@ def test_damaged_files_are_errors_not_tracebacks(
         (net(small(conv1={"blobs": ()}, conv2={"blobs": ()}, ip={"blobs": ()}), v1=True), "holds no weights"),
     ],
 )
-def test_other_files_are_refused(tmp_path: Path, content: bytes, words: str) -> None:
+def test_files_that_are_no_caffemodel_are_refused(tmp_path: Path, content: bytes, words: str) -> None:
     with pytest.raises(KdError) as raised:
         converted(write(tmp_path, content))
     assert words in raised.value.message
@@ -241,7 +241,7 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes, words: str) -> 
         ({"ip": {"param": b""}}, "layer ip: its weight would be empty: 0×80"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_names_the_layer(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+def test_error_of_a_wrong_layer_names_it(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(KdError) as raised:
         converted(write(tmp_path, net(small(**changes), v1=False)))
     assert words in raised.value.message
@@ -257,7 +257,7 @@ def test_a_shape_must_fit_its_values_before_anything_is_allocated(
         read_caffemodel(write(tmp_path, field(2, body)))
 
 
-def test_names_that_are_not_utf8_are_names_still(tmp_path: Path) -> None:
+def test_layer_names_that_are_not_utf8(tmp_path: Path) -> None:
     content = net(small(), v1=False).replace(b"conv1", b"c\xffnv1")
     assert converted(write(tmp_path, content)).layers[0].name == "c\ufffdnv1"
 
@@ -367,7 +367,7 @@ def test_class_names_come_from_data_of_the_right_number(tmp_path: Path) -> None:
     assert heard(path, classes=("a", "b"))[0].classifier.classes == tuple("01234")
 
 
-def test_what_is_left_out_is_told(tmp_path: Path) -> None:
+def test_unused_layers_are_noted(tmp_path: Path) -> None:
     extra = layer("InnerProduct", "aux", "conv1", "aux", field(1, 2), (values(2, 6 * 144), values(2)))
     layers = small()
     conversion, notes = heard(write(tmp_path, net([*layers[:4], extra, *layers[4:]], v1=False, inputs=INPUT)))
@@ -376,12 +376,12 @@ def test_what_is_left_out_is_told(tmp_path: Path) -> None:
     assert any("does not use: aux" in note for note in notes)
 
 
-def test_options_that_do_not_go_together(tmp_path: Path) -> None:
+def test_arch_is_refused_for_a_caffemodel(tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         caffe.read(write(tmp_path, net(small(), v1=True)), ConvertConfig(arch="nin"))
 
 
-def test_opencv_missing_or_too_new_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_opencv_importer_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, net(small(), v1=True))
     classifier = converted(path).classifier
     monkeypatch.setitem(__import__("sys").modules, "cv2", None)
@@ -390,7 +390,7 @@ def test_opencv_missing_or_too_new_is_told(tmp_path: Path, monkeypatch: pytest.M
     assert 'pip install "opencv-python-headless>=4.10,<5"' in raised.value.hint
 
 
-def test_the_oracle_sees_a_changed_weight(tmp_path: Path) -> None:
+def test_comparison_with_opencv_detects_a_changed_weight(tmp_path: Path) -> None:
     pytest.importorskip("cv2")
     path = write(tmp_path, net(small(), v1=True))
     classifier = converted(path).classifier
@@ -419,7 +419,7 @@ def test_the_nin_equals_opencv_and_its_record(shared_data: Path) -> None:
     assert source.input_size == (32, 32, 3)
 
 
-def test_the_nin_is_the_same_in_every_form(shared_data: Path, tmp_path: Path) -> None:
+def test_nin_in_v1_v2_and_float64_has_equal_logits(shared_data: Path, tmp_path: Path) -> None:
     """V1, V2, and float64: the same logits, to the bit."""
     path = shared_data / "cifar10_nin.caffemodel"
     forms = {"v1": path}
@@ -490,7 +490,7 @@ def network_text(content: bytes) -> str:
 
 
 @pytest.mark.parametrize("v1", [True, False])
-def test_a_label_that_is_used_twice_is_no_second_input(v1: bool, tmp_path: Path) -> None:
+def test_split_label_is_no_second_input(v1: bool, tmp_path: Path) -> None:
     plain = converted(write(tmp_path, net(small(), v1=v1), "plain.caffemodel"))
     layers = small()
     layers[-2]["phase"] = None  # accuracy while training, too: Caffe then splits the label
@@ -503,7 +503,7 @@ def test_a_label_that_is_used_twice_is_no_second_input(v1: bool, tmp_path: Path)
 
 
 @pytest.mark.parametrize("bottoms", ["", "conv1 relu1"])
-def test_a_split_of_no_or_two_blobs_is_damage(bottoms: str, tmp_path: Path) -> None:
+def test_split_without_exactly_one_input_is_refused(bottoms: str, tmp_path: Path) -> None:
     layers = small()
     split = {**layer("Split", "split", bottoms, "a"), "tops": ["a", "b"]}
     with pytest.raises(KdError, match=r"layer split \(Split\)"):
@@ -559,7 +559,7 @@ def test_every_declaration_of_the_input_is_read(declared: bytes, tmp_path: Path)
     assert heard(path)[0].classifier.input_size == (12, 12, 3)
 
 
-def test_half_a_declaration_is_none(tmp_path: Path) -> None:
+def test_incomplete_input_declaration_is_ignored(tmp_path: Path) -> None:
     for declared in (
         field(3, "data") + field(4, 1) + field(4, 3),
         of_type("DummyData", field(3, 3), 109),
@@ -584,7 +584,7 @@ def test_half_a_declaration_is_none(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_mean_image_that_is_none(content: bytes, words: str, tmp_path: Path) -> None:
+def test_wrong_mean_image_is_refused(content: bytes, words: str, tmp_path: Path) -> None:
     with pytest.raises(KdError) as raised:
         read_mean(write(tmp_path, content, "mean.binaryproto"))
     assert words in raised.value.message
@@ -599,14 +599,14 @@ def test_a_mean_image_that_is_none(content: bytes, words: str, tmp_path: Path) -
         ([layer("Softmax", "prob", "data", "prob", b"", (BIAS1,))], "no layer that computes logits"),
     ],
 )  # fmt: skip
-def test_networks_that_cannot_be(layers: list[dict[str, Any]], words: str, tmp_path: Path) -> None:
+def test_impossible_networks_are_refused(layers: list[dict[str, Any]], words: str, tmp_path: Path) -> None:
     bottoms = [{**one, "bottoms": ["data"]} for one in layers]
     with pytest.raises(KdError) as raised:
         heard(write(tmp_path, net(bottoms, v1=False, inputs=INPUT)))
     assert words in raised.value.message
 
 
-def test_files_beyond_measure_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_beyond_the_size_limit_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text, binary = write(tmp_path, PROTOTXT.encode(), "net.prototxt"), write(tmp_path, net(small(), v1=True))
     reader = sys.modules[read_caffemodel.__module__]
     monkeypatch.setattr(reader, "_MAX_TEXT", 99)

@@ -361,7 +361,7 @@ def built(folder: Path, case: Case, *, v1: bool = False) -> tuple[caffe.Conversi
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_layer_is_caffes(name: str, tmp_path: Path) -> None:
+def test_layer_equals_numpy_and_opencv(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     conversion, path, wanted = built(tmp_path, case)
     with torch.inference_mode():
@@ -394,7 +394,7 @@ def side_by_side(cases: list[Case]) -> Case:
 
 
 @pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.slow)])
-def test_layers_survive_the_disk_and_become_onnx(every: int, tmp_path: Path) -> None:
+def test_layers_saved_loaded_and_exported_to_onnx(every: int, tmp_path: Path) -> None:
     conversion, _, wanted = built(tmp_path, side_by_side(list(CASES.values())[::every]))
     conversion.classifier.save(tmp_path / "net.pt")
     classifier = models.load(tmp_path / "net.pt")
@@ -416,7 +416,7 @@ V1_CASES = sorted(
 
 
 @pytest.mark.parametrize("name", V1_CASES)
-def test_the_older_form_gives_the_same(name: str, tmp_path: Path) -> None:
+def test_layer_in_v1_equals_numpy(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     conversion, _, wanted = built(tmp_path, case, v1=True)
     with torch.inference_mode():
@@ -486,7 +486,7 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_caffe_would_not_do_or_kd_does_not_know_is_named(name: str, tmp_path: Path) -> None:
+def test_unsupported_settings_are_refused(name: str, tmp_path: Path) -> None:
     layers, words = REFUSED[name]
     pre = layer("Power", "pre", "data", "x", field(2, 1 / 64)), layer("AbsVal", "magnitude", "x", "y")
     head = layer("InnerProduct", "fc", "out", "fc", field(1, 3), (values(3, 120), values(3)))
@@ -522,7 +522,7 @@ def test_what_caffe_would_not_do_or_kd_does_not_know_is_named(name: str, tmp_pat
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("v1", [True, False])
-def test_layers_come_and_go_by_phase_level_and_stage(
+def test_include_and_exclude_rules(
     rules: list[tuple[str, bytes]], state: bytes, kept: bool, v1: bool, tmp_path: Path
 ) -> None:
     numbers = {"include": 32, "exclude": 33} if v1 else {"include": 8, "exclude": 9}

@@ -190,7 +190,7 @@ def of_python_2(value: Any) -> bytes:
 
 
 @pytest.mark.parametrize("layout", ["nested", "flat", "other-names"])
-def test_what_python_2_wrote(tmp_path: Path, layout: str) -> None:
+def test_pickles_of_python_2(tmp_path: Path, layout: str) -> None:
     layers = lenet()
     content = b"\x80\x02" + of_python_2(LAYOUTS[layout](layers)) + b"."
     unpickled = pickle.loads(content, encoding="latin1")  # it is one: Python's own reader agrees
@@ -268,7 +268,7 @@ def broken(change: str) -> Any:
         ("list", "npy"),
     ],
 )
-def test_what_does_not_fit_is_named(tmp_path: Path, change: str, words: str) -> None:
+def test_error_of_wrong_content_names_it(tmp_path: Path, change: str, words: str) -> None:
     with pytest.raises(KdError) as raised:
         convert(write(tmp_path, broken(change)), np.zeros((1, 20, 20, 3), np.uint8))
     assert words in raised.value.message

@@ -171,7 +171,7 @@ def test_a_layer_of_which_one_output_is_used_is_not_left_out(tmp_path: Path) -> 
     assert notes == []
 
 
-def test_image_size_tells_what_the_files_do_not(tmp_path: Path) -> None:
+def test_image_size_option_gives_the_missing_size(tmp_path: Path) -> None:
     path = saved(tmp_path, DATA, CONV_TEXT, FC_TEXT % "conv", LOSS)
     config = ConvertConfig(preprocess="none", image_size=4)
     assert not caffe.read(path, config).needs_images(config)

@@ -61,7 +61,7 @@ def test_same_figures_same_bytes(kind: str, tmp_path: Path) -> None:
         assert len(first.read_bytes()) > 2000
 
 
-def test_curves_say_best_and_last(tmp_path: Path) -> None:
+def test_curves_title_has_best_and_last_accuracy(tmp_path: Path) -> None:
     report.curves(metrics_file(tmp_path), tmp_path / "c.svg")
     shown = texts(tmp_path / "c.svg")
     assert "best 81.25 % at epoch 2, last 79.00 %" in shown
@@ -94,7 +94,7 @@ def test_pareto_names_models_and_finds_the_front(tmp_path: Path) -> None:
     assert [row.name for row in report.pareto_front(rows()[:3])] == ["fast", "nin"]
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_figures_that_cannot_be_drawn(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot draw"):
         report.pareto(rows(), tmp_path / "p.gif")
     with pytest.raises(KdError, match="no model's accuracy"):

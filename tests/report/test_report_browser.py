@@ -81,7 +81,7 @@ VIEWS = [(size, theme) for size in SIZES for theme in THEMES]
 @pytest.mark.parametrize(
     ("size", "theme"), [*(pytest.param(*view, marks=pytest.mark.slow) for view in VIEWS[:-1]), VIEWS[-1]]
 )
-def test_silent_alone_and_without_barriers(
+def test_page_has_no_errors_requests_or_accessibility_violations(
     browser: Any, path: Path, size: tuple[int, int], theme: str
 ) -> None:
     visit = Visit(browser, path, size, theme)
@@ -141,7 +141,7 @@ def test_tables_are_sorted_by_keyboard(browser: Any, path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_without_scripts_nothing_is_missing(browser: Any, path: Path) -> None:
+def test_page_without_scripts(browser: Any, path: Path) -> None:
     visit = Visit(browser, path, SIZES[0], "light", java_script_enabled=False)
     try:
         page = visit.page
@@ -155,7 +155,7 @@ def test_without_scripts_nothing_is_missing(browser: Any, path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_on_paper_all_is_unfolded(browser: Any, path: Path) -> None:
+def test_details_are_open_in_print(browser: Any, path: Path) -> None:
     visit = Visit(browser, path, SIZES[0], "dark")
     try:
         page = visit.page

@@ -80,7 +80,7 @@ def test_the_teacher_runs_once_for_all_that_share_it(project: Path, monkeypatch:
     assert len(calls) == 1
 
 
-def test_a_run_that_is_the_teacher_is_called_so(project: Path) -> None:
+def test_run_of_the_teacher_is_marked(project: Path) -> None:
     bench = bench_file(project)
     timed = make_report([Path("runs/base"), Path("runs/kd-1")], settings(bench=bench))
     assert timed.runs[0]["latency_ms"] == 8.0  # of weights/teacher.pt, the same file
@@ -93,7 +93,7 @@ def test_a_run_that_is_the_teacher_is_called_so(project: Path) -> None:
     assert report.notes == ["Latencies were left out (--no-bench)."]
 
 
-def test_nothing_of_a_file_becomes_markup(project: Path) -> None:
+def test_texts_of_files_are_escaped(project: Path) -> None:
     folders = [Path("runs/kd-1"), Path("runs") / EVIL_NAME, Path("runs/base")]
     report = make_report(folders, settings(bench=bench_file(project)))
     html = Page(report.html)
@@ -177,7 +177,7 @@ def figures(page: Page) -> list[str]:
     return [base64.b64decode(uri.removeprefix(head)).decode() for uri in uris if uri.startswith(head)]
 
 
-def test_reliability_is_the_calibration_error_taken_apart() -> None:
+def test_reliability_bins_sum_to_the_calibration_error() -> None:
     random = np.random.default_rng(3)
     logits = torch.from_numpy(random.normal(0, 2, (500, 4)))
     labels = torch.from_numpy(random.integers(0, 4, 500))
@@ -196,7 +196,7 @@ def test_confused_pairs() -> None:
 
 
 @pytest.mark.parametrize(("classes", "drawn"), [(20, "table"), (30, "svg"), (150, "list")])
-def test_many_classes_are_cut_and_said_to_be(project: Path, classes: int, drawn: str) -> None:
+def test_tables_of_many_classes_are_cut_with_a_note(project: Path, classes: int, drawn: str) -> None:
     matrix = np.eye(classes, dtype=int) * 9
     matrix[3, 5] = 4
     values = json.loads(Path("runs/kd-1/result.json").read_text())
@@ -377,7 +377,7 @@ def test_wrong_usage(project: Path, kd: Any) -> None:
     assert not Path("report.html").exists()
 
 
-def test_of_many_classes_those_that_differ_most() -> None:
+def test_class_rows_with_the_largest_differences() -> None:
     names = [f"class {index}" for index in range(50)]
     labels = torch.arange(50).repeat(2)
     right = torch.eye(50)[labels]
