@@ -102,7 +102,7 @@ def _show(result: Comparison, plan: Plan) -> None:
     if result.comparisons:
         output.text(tables.statistics_note(result))
     if len(result.seeds) == 1:
-        output.text("one seed says nothing about chance, so there is no verdict; use --seeds 5")
+        output.text("one seed gives no interval, so there is no verdict; use --seeds 5")
     for line in result.notes:
         output.note(line)
     output.text(

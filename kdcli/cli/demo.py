@@ -132,7 +132,7 @@ def _show(folder: Path, results: list[RunResult], best: RunResult, rows: list[Ro
             "seconds": seconds,
             "best": best.config.method,
             "runs": [result.to_json() for result in results],
-            "rows": [{**vars(row), "path": row.path.as_posix()} for row in rows],
+            "rows": [vars(row) for row in rows],
         }
     )
     # each model on the engine it is deployed with; the benchmark exports a checkpoint for that

@@ -43,9 +43,9 @@ def download(
     *,
     config: DownloadConfig,
 ) -> None:
-    """Fetch datasets and the Caffe teacher, and check that they are what they should be.
+    """Download data sets and the Caffe teacher, verified by their hashes.
 
-    Files that are there already and right are left alone; a download that was cut off goes on where it was.
+    Intact files are kept; an interrupted download continues.
     """
     if what not in (*DOWNLOADS, ALL):
         raise UsageError(f"unknown download: {what}", f"Choose from {', '.join([*DOWNLOADS, ALL])}.")
@@ -70,7 +70,7 @@ def download(
 
 
 def _fetch(files: Files) -> None:
-    """Fetch each file, with a bar; the errors of some are raised after the others are fetched."""
+    """Fetch each file; errors are reported after the others are fetched."""
     from kdcli.data import download as downloads
 
     fetched: list[dict[str, object]] = []

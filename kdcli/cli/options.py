@@ -87,17 +87,17 @@ def _keyword(name: str, default: Any, kind: Any, option: Any) -> inspect.Paramet
 
 
 def _parameter(name: str, field: FieldInfo, metavar: str | None) -> inspect.Parameter:
-    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+    extra: Any = field.json_schema_extra or {}
     kind = _value_type(field.annotation)
-    flags = [str(extra.get("flag", option_flag(name))), *(str(text) for text in extra.get("flags", []))]  # type: ignore[union-attr]
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     placeholder = metavar or extra.get("metavar") or "|".join(map(str, choices))
     option = typer.Option(
-        *flags,
+        extra.get("flag", option_flag(name)),
+        *extra.get("flags", []),
         help=_help(field),
-        rich_help_panel=str(extra.get("panel", "Options")),
+        rich_help_panel=extra.get("panel", "Options"),
         show_default=False,
-        metavar=str(placeholder) or None,
+        metavar=placeholder or None,
     )
     return _keyword(name, None, (str if choices else kind) | None, option)
 

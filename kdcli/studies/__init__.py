@@ -1,1 +1,1 @@
-"""Many runs of the engine and what they show together."""
+"""Studies of several runs: comparison, search, reproduction."""

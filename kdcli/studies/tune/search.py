@@ -1,4 +1,4 @@
-"""The search: Optuna draws settings, `engine.fit` trains with them, validation images judge."""
+"""The search: Optuna samples settings, `engine.fit` trains with them, validation accuracy decides."""
 
 import json
 import warnings
