@@ -52,6 +52,7 @@ def test(
         result = evaluate(
             loaded, splits.test, teacher_logits=teacher_logits, task="testing", on_event=on_event
         )
+    warning = data.overlap_warning(splits.overlap, result.count)
     output.json(
         {
             "model": str(model),
@@ -59,9 +60,13 @@ def test(
             "classes": list(loaded.classes),
             "teacher": str(source) if source else None,
             "test": result.to_json(),
+            "test_in_train": splits.overlap,
+            "warning": warning,
         }
     )
     _show(f"{model.name} on {splits.label}", result, loaded.classes)
+    if warning:
+        output.note(warning)
     if config.plot is not None:
         report.confusion(result.confusion, loaded.classes, config.plot)
         output.text(f"wrote {config.plot}")

@@ -142,6 +142,8 @@ def _show(results: tuple[RunResult, ...], data_label: str) -> None:
         f"{config.method} {config.student} on {data_label}: test accuracy {test.accuracy:.2f} % "
         f"(95 % interval {output.interval(test.accuracy_interval)}, n = {test.count:,})"
     )
+    if result.warning:
+        output.note(result.warning)
     if test.agreement is not None:
         output.text(
             f"agreement with the teacher {test.agreement:.2f} % (teacher {test.teacher_accuracy:.2f} %)"

@@ -1,6 +1,6 @@
 """Datasets: every source becomes an `ImageSet` of uint8 images."""
 
-from kdcli.data.images import ImageSet, Splits, incompatibility
+from kdcli.data.images import ImageSet, Splits, incompatibility, overlap_warning
 from kdcli.data.load import load, source_for
 
-__all__ = ["ImageSet", "Splits", "incompatibility", "load", "source_for"]
+__all__ = ["ImageSet", "Splits", "incompatibility", "load", "overlap_warning", "source_for"]

@@ -9,7 +9,7 @@ A module registers a function that reads the files of a data set:
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -23,7 +23,7 @@ from kdcli.base.files import sha256_file
 from kdcli.base.text import first_line, reason
 from kdcli.data import catalog, sets
 from kdcli.data.decode import Pixels, resize, with_channels
-from kdcli.data.images import ImageSet, Splits, fingerprint_of
+from kdcli.data.images import ImageSet, Splits, fingerprint_of, overlap_of
 from kdcli.data.pack import Cache
 from kdcli.data.sources import FolderSource
 
@@ -169,7 +169,8 @@ class Dataset:
             pixels = np.stack([image if size is None else resize(image, size) for image in images])
             return ImageSet(pixels, part.labels, classes, fingerprint_of(pixels, part.labels, classes))
 
-        return Splits(request.spec, self.label, prepared(train), prepared(test))
+        splits = Splits(request.spec, self.label, prepared(train), prepared(test))
+        return replace(splits, overlap=overlap_of(splits.train.images, splits.test.images))
 
     def _checked(self, paths: Mapping[str, Path]) -> Content:
         """The content, if it is images of the right size with labels of the right classes."""

@@ -1,6 +1,7 @@
 """Image sets and splits: the form in which all other rooms receive data."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -10,6 +11,8 @@ from kdcli.base.text import dims
 from kdcli.data import rows
 
 NO_LABEL = -1
+_CHUNK = 1024  # images hashed at a time
+_MOST_OVERLAP = 0.01  # of the test images, without a warning
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Splits:
         spec: value of --data.
         label: name in tables.
         notes: information for the user (images resized, folders skipped).
+        overlap: number of test images that are train images too, see `overlap_of`.
         unlabelled: further images to train on, without labels and classes.
     """
 
@@ -55,6 +59,7 @@ class Splits:
     test: ImageSet
     notes: tuple[str, ...] = field(default=())
     unlabelled: ImageSet | None = None
+    overlap: int = 0
 
     @property
     def trained_on(self) -> ImageSet:
@@ -69,6 +74,29 @@ class Splits:
             labels=np.concatenate([train.labels, unlabelled.labels]),
             fingerprint=digest.hexdigest(),
         )
+
+
+def pixel_hashes(images: rows.Images) -> Iterator[bytes]:
+    """A hash of each image's pixels, in order."""
+    for start in range(0, len(images), _CHUNK):
+        for image in rows.take(images, slice(start, start + _CHUNK)):
+            yield hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+
+
+def overlap_of(train: rows.Images, test: rows.Images) -> int:
+    """Number of test images that equal a train image, pixel by pixel."""
+    known = set(pixel_hashes(train))
+    return sum(digest in known for digest in pixel_hashes(test))
+
+
+def overlap_warning(overlap: int, count: int) -> str | None:
+    """Warning beside an accuracy on `count` test images; None where at most 1 % of them are train images."""
+    if overlap <= count * _MOST_OVERLAP:
+        return None
+    return (
+        f"{overlap:,} of {count:,} test images are among the train images: "
+        "the accuracy is no measure for new images"
+    )
 
 
 def incompatibility(classes: tuple[str, ...], input_size: tuple[int, int, int], data: ImageSet) -> str | None:

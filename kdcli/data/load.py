@@ -66,6 +66,9 @@ def load(
         splits = add_unlabelled(splits, expand(str(unlabelled)), request)
     for note in splits.notes:
         on_event(Note(note))
+    if splits.overlap:
+        count = f"{splits.overlap:,} of {len(splits.test):,} test images"
+        on_event(Note(f"{count} are among the train images, pixel by pixel."))
     return splits
 
 

@@ -21,7 +21,7 @@ from kdcli.base.events import Note, OnEvent, Progress, ignore
 from kdcli.base.text import reason
 from kdcli.data import rows
 from kdcli.data.decode import Pixels, resize, with_channels
-from kdcli.data.images import ImageSet, Splits, fingerprint_of
+from kdcli.data.images import ImageSet, Splits, fingerprint_of, overlap_of
 
 FORMAT_VERSION = 4  # raise it when packing or decoding gives other pixels
 FALLBACK_SIZE = 32
@@ -34,15 +34,17 @@ Selection = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class Packed:
-    """A cache entry: its parts by name, the label for tables, and notes for the user."""
+    """A cache entry: its parts by name, the label for tables, notes for the user, and `Splits.overlap`."""
 
     parts: dict[str, ImageSet]
     label: str
     notes: tuple[str, ...]
+    overlap: int
 
     def splits(self, spec: str) -> Splits:
         """The parts `train` and `test` as a data set."""
-        return Splits(spec, self.label, self.parts["train"], self.parts["test"], self.notes)
+        train, test = self.parts["train"], self.parts["test"]
+        return Splits(spec, self.label, train, test, self.notes, overlap=self.overlap)
 
 
 class Packer:
@@ -128,7 +130,7 @@ class Cache:
             if state not in _verified and sums != _sums(self.folder, meta, self._on_event):
                 raise ValueError("other content")
             _verified.add(state)
-            return Packed(parts, meta["label"], tuple(meta["notes"]))
+            return Packed(parts, meta["label"], tuple(meta["notes"]), meta["overlap"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
             if self.folder.exists():
                 self._on_event(Note(f"the packed images in {self.folder} are damaged and are packed anew"))
@@ -170,7 +172,7 @@ class Cache:
             KdError: it cannot be read back.
         """
         workspace, images = packer.folder, packer.images()
-        fingerprints = {}
+        fingerprints, written = {}, {}
         for name, (indices, labels) in selections.items():
             path = workspace / f"{name}-images.npy"
             shape = (len(indices), *images.shape[1:])
@@ -180,11 +182,17 @@ class Cache:
                 for start in range(0, len(indices), 1024):
                     handle.write(rows.take(images, indices[start : start + 1024]).data)
             np.save(workspace / f"{name}-labels.npy", labels, allow_pickle=False)
-            written = np.load(path, mmap_mode="r", allow_pickle=False)
-            fingerprints[name] = fingerprint_of(written, labels, classes)
+            written[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+            fingerprints[name] = fingerprint_of(written[name], labels, classes)
         for scratch in workspace.glob("pixels-*"):
             scratch.unlink()
-        meta = {"label": label, "classes": classes, "notes": notes, "fingerprints": fingerprints}
+        meta = {
+            "label": label,
+            "classes": classes,
+            "notes": notes,
+            "fingerprints": fingerprints,
+            "overlap": overlap_of(written["train"], written["test"]) if "test" in written else 0,
+        }
         files.write_json(workspace / "meta.json", {**meta, "sha256": _sums(workspace, meta)})
         if self.load() is None:  # else another process was quicker, and wrote the same
             with suppress(OSError):

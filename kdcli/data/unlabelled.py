@@ -1,6 +1,5 @@
 """Unlabelled images: a folder or archive of image files at any depth, whatever its folders are called."""
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import Progress
 from kdcli.data import decode, rows
 from kdcli.data.datasets import Request
-from kdcli.data.images import NO_LABEL, ImageSet, Splits
+from kdcli.data.images import NO_LABEL, Splits, pixel_hashes
 from kdcli.data.pack import Cache, Packed
 from kdcli.data.sources import Source, open_source
 from kdcli.data.tree import Place, decode_all, is_ignored, skipped_notes
@@ -62,13 +61,13 @@ def _pack(source: Source, splits: Splits, cache: Cache, request: Request) -> Pac
             more = f": all are broken, as {found.broken[0]}" if found.broken else ""
             raise KdError(f"no images in {source.path}{more}", "PNG, JPEG, WebP and BMP files are read.")
         # 2. Leave out the data's own images.
-        test, train = _hashes(splits.test), _hashes(splits.train)
+        test, train = (set(pixel_hashes(part.images)) for part in (splits.test, splits.train))
         left_out, kept = {"test": 0, "train": 0}, []
         for start in range(0, len(indices), _CHUNK):
             request.on_event(Progress("comparing with the data's images", start, len(indices)))
             chosen = np.array(indices[start : start + _CHUNK], dtype=np.int64)
-            for index, image in zip(chosen.tolist(), rows.take(packer.images(), chosen), strict=True):
-                digest = _hash(image)
+            pixels = rows.take(packer.images(), chosen)
+            for index, digest in zip(chosen.tolist(), pixel_hashes(pixels), strict=True):
                 if digest in test or digest in train:
                     left_out["test" if digest in test else "train"] += 1
                 else:
@@ -86,15 +85,3 @@ def _pack(source: Source, splits: Splits, cache: Cache, request: Request) -> Pac
         notes += [f"{where}: {note}" for note in skipped_notes(found, source)]
         selection = (np.array(kept, dtype=np.int64), np.full(len(kept), NO_LABEL, np.int64))
         return cache.store(packer, {_PART: selection}, classes=(), label=where, notes=notes)
-
-
-def _hash(image: decode.Pixels) -> bytes:
-    return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
-
-
-def _hashes(data: ImageSet) -> set[bytes]:
-    """A hash of each image's pixels."""
-    found: set[bytes] = set()
-    for start in range(0, len(data), _CHUNK):
-        found.update(map(_hash, rows.take(data.images, slice(start, start + _CHUNK))))
-    return found

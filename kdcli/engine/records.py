@@ -21,6 +21,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    computed_field,
     model_validator,
 )
 from torch import Tensor
@@ -31,7 +32,7 @@ from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent, ignore
 from kdcli.base.files import write_text
 from kdcli.base.text import reason
-from kdcli.data import ImageSet
+from kdcli.data import ImageSet, overlap_warning
 from kdcli.engine.run_dir import RunDir
 from kdcli.methods import TrainConfig
 
@@ -133,6 +134,7 @@ class RunResult(Record):
         parameters: of the student.
         val_accuracy: of the last epoch; None without a validation split.
         test: figures on the test images; None for a trial of a search, which does not read them.
+        test_in_train: number of test images that are train images too.
         teacher_passes: runs of the teacher over a data set that this run had to make; 0 with a warm cache.
         seconds: wall time of training, without the teacher's passes.
         resumed_with_differences: what was different when the run was resumed, see `identity.differences`; empty if
@@ -148,6 +150,7 @@ class RunResult(Record):
     parameters: Count
     val_accuracy: Percent | None
     test: Evaluation | None
+    test_in_train: Count = 0
     teacher_passes: Count
     seconds: NonNegative
     images_per_s: NonNegative
@@ -164,6 +167,12 @@ class RunResult(Record):
         if self.test is None:
             raise KdError(f"{self.run.path} has no test figures", "Use a run of kd train or kd compare.")
         return self.test
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def warning(self) -> str | None:
+        """Warning beside the test accuracy, see `overlap_warning`."""
+        return overlap_warning(self.test_in_train, self.test.count) if self.test else None
 
     @property
     def config(self) -> TrainConfig:

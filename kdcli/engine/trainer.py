@@ -267,6 +267,7 @@ class Trainer:
             parameters=models.parameter_count(self.student.network),
             val_accuracy=self.val_accuracy,
             test=evaluation,
+            test_in_train=plan.data.overlap,
             teacher_passes=plan.teacher.views_computed if plan.teacher else 0,
             seconds=seconds,
             images_per_s=len(plan.train_samples) * config.epochs / seconds if seconds else 0.0,

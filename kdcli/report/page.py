@@ -207,7 +207,7 @@ def _commands(found: Examined) -> list[str]:
 
 def _missing(found: Examined) -> list[str]:
     """What the section of a run lacks, with the reason, one line each."""
-    lines = list(found.run.problems)
+    lines = [*found.run.problems, *filter(None, (found.run.result.warning,))]
     if found.unmeasured:
         lines.append(
             f"Not measured on test images now: {found.unmeasured}. "
@@ -288,6 +288,7 @@ def _plain(section: Examined) -> dict[str, Any]:
         "measured": not section.unmeasured,
         "test_images": evaluation.count,
         "test_accuracy": evaluation.accuracy,
+        "test_in_train": result.test_in_train,
         **{name: getattr(evaluation, name) for name in measured},
         "disagreements": section.disagreements if section.teacher else None,
         **{name: getattr(row, name) if row else None for name in timed},

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from kdcli import __version__
+from kdcli.data import overlap_warning
 from kdcli.engine import read_result
 from kdcli.engine.identity import recorded_circumstances
 from kdcli.engine.records import Count, NonNegative, Percent, Record
@@ -117,12 +118,14 @@ class Comparison(Record):
         }
 
 
-def conclude(plan: Plan, failures: Mapping[str, str], label: str, test_images: int) -> Comparison:
+def conclude(
+    plan: Plan, failures: Mapping[str, str], label: str, test_images: int, test_in_train: int = 0
+) -> Comparison:
     """Compare the finished runs of a plan.
 
     Args:
         failures: why runs failed, by name.
-        label, test_images: of the data.
+        label, test_images, test_in_train: of the data; the last is `Splits.overlap`.
 
     Raises:
         KdError: a finished run's files cannot be read.
@@ -147,7 +150,7 @@ def conclude(plan: Plan, failures: Mapping[str, str], label: str, test_images: i
         teacher_passes=sum(run.teacher_passes for run in runs),
         standings=standings,
         runs=runs,
-        notes=_notes(runs, standings),
+        notes=[*filter(None, [overlap_warning(test_in_train, test_images)]), *_notes(runs, standings)],
     )
 
 

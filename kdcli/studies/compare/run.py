@@ -31,7 +31,7 @@ def compare(plan: Plan, data: Splits, *, on_event: OnEvent = ignore) -> Comparis
             plan = _start(plan, data, on_event)
             with runtime.stop_on_signals() as stop:
                 failures = _train(plan, data, stop, on_event)
-            result = conclude(plan, failures, data.label, len(data.test))
+            result = conclude(plan, failures, data.label, len(data.test), data.overlap)
             files.write_json(plan.result_file, result.to_json())
     except OSError as error:
         raise KdError(f"cannot write {plan.folder}: {reason(error)}", "Choose another --out.") from error
