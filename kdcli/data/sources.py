@@ -109,7 +109,7 @@ def _clean_name(name: str, path: Path) -> str:
     Raises:
         KdError: absolute, or climbs with "..".
     """
-    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")  # two stay two
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if name.startswith("/") or ".." in parts or (parts and parts[0][1:2] == ":"):
         raise KdError(

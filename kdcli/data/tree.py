@@ -29,12 +29,16 @@ LAYOUT_HINT = "It must hold train/<class>/* and test/<class>/* (val and validati
 
 @dataclass(frozen=True)
 class Place:
-    """Where an image belongs: `prefix` are the folders above its split, `rest` its path below the class."""
+    """Where an image belongs: `prefix` are the folders above its split.
+
+    Its whole `name` is a part: images of one class may lie in `val/` and `valid/`, or in folders whose names are
+    equal only once they are normalised.
+    """
 
     prefix: str
     split: str  # train, test or val; "" of an image without a label
     class_name: str
-    rest: str
+    name: str
 
 
 def is_ignored(name: str) -> bool:
@@ -58,7 +62,7 @@ def place_of(name: str) -> Place | None:
             if is_ignored("/".join(parts[at:])):
                 return None
             split, class_name = SPLIT_NAMES[parts[at].lower()], unicodedata.normalize("NFC", parts[at + 1])
-            return Place("/".join(parts[:at]), split, class_name, "/".join(parts[at + 2 :]))
+            return Place("/".join(parts[:at]), split, class_name, name)
     return None
 
 
@@ -252,7 +256,7 @@ def _layout(found: Found, source: Source) -> tuple[dict[str, Places], tuple[str,
 def _selection(places: Places, classes: tuple[str, ...]) -> Selection:
     """Indices and labels of images, by class and then by name, whatever order they came in."""
     label_of = {name: label for label, name in enumerate(classes)}
-    rows = sorted((label_of[place.class_name], place.rest, index) for place, index in places.items())
+    rows = sorted((label_of[place.class_name], place.name, index) for place, index in places.items())
     indices, labels = (np.array([row[part] for row in rows], dtype=np.int64) for part in (2, 0))
     return indices, labels
 

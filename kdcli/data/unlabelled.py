@@ -56,7 +56,7 @@ def _pack(source: Source, splits: Splits, cache: Cache, request: Request) -> Pac
 
         # 1. Decode.
         found = decode_all(source, keep, request.on_event, request.skip_broken, place_of)
-        indices = [index for _, index in sorted((place.rest, index) for place, index in found.images.items())]
+        indices = [index for _, index in sorted((place.name, index) for place, index in found.images.items())]
         if not indices:
             more = f": all are broken, as {found.broken[0]}" if found.broken else ""
             raise KdError(f"no images in {source.path}{more}", "PNG, JPEG, WebP and BMP files are read.")

@@ -50,6 +50,30 @@ def test_leading_folders_junk_and_val(tmp_path: Path, read: Callable[..., Splits
     assert "My set/v1/" in notes and "Validation" in notes and "notes.txt" in notes and len(splits.notes) == 3
 
 
+@pytest.mark.parametrize("kind", ["folder", "set.tar", "set.zip"])
+def test_folders_of_one_meaning_are_joined_and_no_image_is_lost(
+    kind: str, tmp_path: Path, read: Callable[..., Splits]
+) -> None:
+    """`é` in one code point or two, `val/` beside `valid/`, `train/` beside `Train/`; all files have one name."""
+    places = [
+        ("train/caf\u00e9", 1), ("train/cafe\u0301", 2), ("Train/caf\u00e9", 3), ("train/zoo", 4),
+        ("val/caf\u00e9", 5), ("valid/caf\u00e9", 6), ("validation/cafe\u0301", 7), ("val/zoo", 8),
+    ]  # fmt: skip
+    files = {f"{place}/1.png": png((value, 0, 0)) for place, value in places}
+    splits = read(WRITERS[kind](tmp_path / kind, files))
+    assert splits.train.classes == ("caf\u00e9", "zoo")
+    for part, expected in ((splits.train, {1, 2, 3}), (splits.test, {5, 6, 7})):
+        values = part.images[:, 0, 0, 0]
+        assert set(values[part.labels == 0].tolist()) == expected and len(part) == 4
+
+
+def test_names_in_another_encoding_stay_different(tmp_path: Path, read: Callable[..., Splits]) -> None:
+    """`é` and `è` in Latin-1, which tarfile gives as surrogates; neither is UTF-8."""
+    files = {f"train/zebra/{byte}.png": png((value, 0, 0)) for byte, value in (("\udce9", 8), ("\udce8", 9))}
+    splits = read(write_tar(tmp_path / "x.tar", {**small_tree(), **files}))
+    assert sorted(splits.train.images[:, 0, 0, 0].tolist()) == [1, 2, 3, 8, 9]
+
+
 def test_a_class_may_be_called_train(tmp_path: Path, read: Callable[..., Splits]) -> None:
     files = {f"test/{split}/{name}/1.png": png() for split in ("train", "test") for name in ("train", "b")}
     splits = read(write_zip(tmp_path / "x.zip", files))
