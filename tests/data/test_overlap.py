@@ -63,7 +63,8 @@ def test_the_warning_begins_above_one_per_cent(overlap: int, count: int, warned:
 
 
 WARNING = "2 of 30 test images are among the train images: the accuracy is no measure for new images"
-SMALL = "--data data --student convnet-tiny --epochs 1 --threads 1 --precision 32".split()
+TOY = ("--data", "data", "--student", "convnet-tiny", "--epochs", "1")
+SMALL = (*TOY, "--threads", "1", "--precision", "32")
 
 
 def test_the_accuracy_of_a_run_comes_with_the_warning(leaky: Path, monkeypatch: pytest.MonkeyPatch) -> None:
