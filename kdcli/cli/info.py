@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdcli.base import units
-from kdcli.base.config import InfoConfig
+from kdcli.base.config import InfoConfig, InputSettings
 from kdcli.base.errors import UsageError
 from kdcli.base.text import dims
 from kdcli.cli import output
@@ -41,7 +41,12 @@ def info(
         if path.parent == Path() and not path.suffix and not path.exists():
             raise UsageError(f"no file and no network: {model}", f"Networks are {', '.join(models.names())}.")
         model = str(existing_model(path))
-        output.note_ignored(config.model_fields_set, InfoConfig.model_fields, "with a file, which records it")
+        output.note_ignored(config.model_fields_set, ("classes", "grey"), "with a file, which records it")
+    else:
+        reason = "with the name of a network"
+        output.note_ignored(
+            config.model_fields_set, InputSettings.model_fields.keys() - {"image_size"}, reason
+        )
     found = describe(model, config)
     output.json({"model": model, **asdict(found)})
     _show(model, found)

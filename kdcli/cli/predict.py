@@ -31,7 +31,7 @@ def predict(
     from kdcli.deploy.predict import predict as classify
 
     runtime.set_threads(config.threads)
-    loaded = load_model(model, config.threads)
+    loaded = load_model(model, config.threads, config)
     with output.progress() as on_event:
         predictions = list(classify(loaded, images, config, on_event=on_event))
     documents, rows = [], []

@@ -13,7 +13,9 @@ from kdcli.cli.arguments import data_for, existing_model
 from kdcli.cli.options import command, examples
 
 if TYPE_CHECKING:
+    from kdcli.base.config import InputSettings
     from kdcli.engine import Evaluation
+    from kdcli.teacher import RecordedTeacher
 
 EPILOG = examples(
     "kd test runs/kd-lenet-1/student.pt --plot confusion.png", "kd test exports/kd-lenet-1.onnx --json"
@@ -36,15 +38,21 @@ def test(
     if config.plot is not None:
         plotting.check_target(config.plot)
     runtime.set_threads(config.threads)
-    loaded = load_model(model, config.threads)
+    loaded = load_model(model, config.threads, config)
     spec, skip_broken = data.source_for(model, loaded.provenance, config.data, config.skip_broken)
     config = config.model_copy(update={"skip_broken": skip_broken})
     with output.progress() as on_event:
         splits = data_for(loaded, model, spec, config, on_event)
         teacher_logits = None
-        source = config.teacher or _recorded_teacher(loaded.provenance)
+        source, assumed = _teacher(config, loaded.provenance)
         if source is not None:
-            teacher = Teacher.open(source, config.cache_dir, threads=config.threads)
+            teacher = Teacher.open(
+                source,
+                config.cache_dir,
+                threads=config.threads,
+                assumed=assumed,
+                input_size=splits.test.input_size,
+            )
             [cache] = teacher.logits(
                 splits.test, exact=True, task="teacher on test images", on_event=on_event
             )
@@ -91,17 +99,28 @@ def _show(title: str, result: Evaluation, classes: tuple[str, ...]) -> None:
     output.table(["class", "accuracy, %"], list(per_class))
 
 
-def _recorded_teacher(provenance: dict[str, Any]) -> Path | None:
-    """The teacher recorded in a student, if its file is unchanged."""
+def _teacher(config: TestConfig, provenance: dict[str, Any]) -> tuple[Path | None, InputSettings]:
+    """The teacher to compare with, --teacher or the recorded one, and its input as set or as recorded for it."""
     from kdcli.base.files import sha256_file
     from kdcli.teacher import teachers_of
 
     recorded = teachers_of(provenance)
+    path = config.teacher or _recorded_teacher(recorded)
+    if path is None or config.teacher_inputs.given or not path.is_file():
+        return path, config.teacher_inputs
+    inputs = {known.sha256: known.inputs for known in recorded}
+    return path, inputs.get(sha256_file(path), config.teacher_inputs) if inputs else config.teacher_inputs
+
+
+def _recorded_teacher(recorded: list[RecordedTeacher]) -> Path | None:
+    """The one recorded teacher, if its file is unchanged."""
+    from kdcli.base.files import sha256_file
+
     if len(recorded) > 1:
         output.note(f"trained by {len(recorded)} teachers: pass one with --teacher to compare with it")
     if len(recorded) != 1:
         return None
-    [(path, sha256)] = recorded
+    [(path, sha256, _)] = recorded
     if path.is_file() and sha256_file(path) == sha256:
         return path
     problem = "has changed since training" if path.is_file() else "not found"

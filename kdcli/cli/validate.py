@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kdcli.base.config import ValidateConfig, shell_command
-from kdcli.base.errors import KdError
+from kdcli.base.errors import KdError, UsageError
 from kdcli.cli import output
 from kdcli.cli.arguments import data_for
 from kdcli.cli.options import command, examples
@@ -22,18 +22,22 @@ def validate(config: ValidateConfig) -> None:
         output.note_ignored(given, ("images", "prototxt"), "without --against")
     import numpy as np
 
-    from kdcli import models
     from kdcli.base import runtime
     from kdcli.caffe import opencv
     from kdcli.data.rows import take
+    from kdcli.deploy.load import load_model
     from kdcli.engine import evaluate
+    from kdcli.models import Classifier
 
     runtime.set_threads(config.threads)
-    teacher = models.load(config.teacher)
+    teacher = load_model(config.teacher, config.threads, config)
+    if config.against is not None and not isinstance(teacher, Classifier):
+        raise UsageError("--against compares a .pt teacher", "Convert it with kd convert-caffe --to pt.")
     with output.progress() as on_event:
         splits = data_for(teacher, config.teacher, config.data, config, on_event)
         agreement = None
         if config.against is not None:
+            assert isinstance(teacher, Classifier)
             total = len(splits.test)
             count = min(config.images, total)
             rows = np.arange(count) * total // count  # spread: folders are sorted by class

@@ -16,6 +16,7 @@ from kdcli.deploy.load import load_model
 from kdcli.deploy.onnx_model import OnnxClassifier, count_model
 from kdcli.models.layers import LayerSummary, summarize_layers
 
+_IMAGE_SIZE = 32  # of a network given by name
 _MOST_VALUES = 16  # of a tensor that is listed; of larger ones the shape
 
 
@@ -50,7 +51,7 @@ def info(model: str, config: InfoConfig) -> ModelInfo:
     path = Path(model)
     if model in models.names() and not path.is_file():
         return _network_info(model, config)
-    loaded = load_model(path)
+    loaded = load_model(path, assumed=config)
     if isinstance(loaded, OnnxClassifier):
         counts = count_model(loaded.model, loaded.input_size)
         kind, arch, gives, size = "onnx", loaded.metadata.get("kd.arch"), loaded.gives, loaded.file_bytes
@@ -75,7 +76,8 @@ def info(model: str, config: InfoConfig) -> ModelInfo:
 
 
 def _network_info(name: str, config: InfoConfig) -> ModelInfo:
-    size = config.image_size, config.image_size, 1 if config.grey else 3
+    side = config.image_size or _IMAGE_SIZE
+    size = side, side, 1 if config.grey else 3
     network = models.build(name, classes=config.classes, input_size=size)
     classes = tuple(map(str, range(config.classes)))
     return ModelInfo("network", name, size, "logits", classes, *_measures(network, size))

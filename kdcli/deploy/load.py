@@ -6,20 +6,44 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdcli import models
+from kdcli.base.config import NO_ASSUMPTIONS, InputSettings
+from kdcli.base.errors import UsageError
+from kdcli.base.text import dims
 from kdcli.models import Classifier
 
 if TYPE_CHECKING:  # importing onnxruntime takes a third of a second
     from kdcli.deploy.onnx_model import OnnxClassifier
 
 
-def load_model(path: Path, threads: int = 0) -> Classifier | OnnxClassifier:
+def load_model(
+    path: Path,
+    threads: int = 0,
+    assumed: InputSettings = NO_ASSUMPTIONS,
+    input_size: tuple[int, int, int] | None = None,
+) -> Classifier | OnnxClassifier:
     """A checkpoint (.pt) or an ONNX file as a model that gives logits for images.
+
+    Args:
+        assumed: what an ONNX file of another program leaves open.
+        input_size: (H, W, C) of the data, for sides that the file and `assumed` leave open.
 
     Raises:
         KdError: missing, unreadable, or neither.
+        UsageError: assumptions about a file that records its input.
     """
     if path.suffix.lower() == ".onnx":
         from kdcli.deploy.onnx_model import OnnxClassifier
 
-        return OnnxClassifier.load(path, threads)
-    return models.load(path)
+        model: Classifier | OnnxClassifier = OnnxClassifier.load(path, threads, assumed, input_size)
+        foreign = model.is_foreign
+    else:
+        model, foreign = models.load(path), False
+    if assumed.given and not foreign:
+        raise UsageError(
+            f"{path} records its own input and classes",
+            f"Leave out {', '.join(map(assumed.flag, assumed.given))}.",
+        )
+    side = assumed.image_size
+    if side and model.input_size[:2] != (side, side):
+        raise UsageError(f"{path} takes {dims(model.input_size)} images", "Leave out --image-size.")
+    return model

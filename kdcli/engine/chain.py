@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from kdcli import methods
 from kdcli.base import runtime
+from kdcli.base.config import TeacherInputSettings
 from kdcli.base.errors import Interrupted, UsageError
 from kdcli.base.events import Event, Note, OnEvent, Progress, ignore
 from kdcli.base.runtime import StopFlag, World
@@ -30,8 +31,8 @@ def links(config: TrainConfig) -> tuple[TrainConfig, ...]:
     """Settings of each training in order: assistants, then generations; a single training without either.
 
     Each is an ordinary run. The teacher of each but the first is the student of the one before, so weights of
-    teachers and --teacher-dropout apply to the first alone; `student_stages` are layers of the student, both where
-    it learns and where it teaches.
+    teachers, --teacher-dropout and the form of a teacher's input apply to the first alone; `student_stages` are
+    layers of the student, both where it learns and where it teaches.
     Generation k has the seed + k - 1 (Furlanello et al. 2018 start each from its own weights).
     """
     alone = config.model_copy(update={"assistant": (), "generations": 1})
@@ -55,6 +56,7 @@ def links(config: TrainConfig) -> tuple[TrainConfig, ...]:
                 "teacher": (_run(made[-1]).student,),
                 "teacher_weight": (),
                 "teacher_dropout": 0.0,
+                **dict.fromkeys(TeacherInputSettings.model_fields),
                 "teacher_stages": made[-1].student_stages,
             }
         made.append(alone.model_copy(update=changes))

@@ -72,7 +72,7 @@ def recorded_inputs(provenance: Mapping[str, Any]) -> dict[str, str]:
         "train images": data.get("fingerprint_train"),
         "test images": data.get("fingerprint_test"),
         "images without labels": _mapping(data.get("unlabelled")).get("fingerprint"),
-        **{_teacher(number, len(teachers)): sha256 for number, (_, sha256) in enumerate(teachers, 1)},
+        **{_teacher(number, len(teachers)): sha256 for number, (_, sha256, _) in enumerate(teachers, 1)},
         "student": provenance.get("student_sha256"),
         **_code(_mapping(provenance.get("method_sha256"))),
     }

@@ -101,6 +101,8 @@ def make_plan(
             weights=config.teacher_weight,
             threads=config.threads or torch.get_num_threads(),
             world=world,
+            assumed=config.teacher_inputs,
+            input_size=data.train.input_size,
             precision=config.teacher_precision,
             top_k=config.cache_top_k,
         )

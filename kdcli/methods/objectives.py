@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from kdcli.base.config import Ramp
+from kdcli.base.config import Ramp, TeacherInputSettings
 from kdcli.base.errors import UsageError
 from kdcli.methods import custom
 from kdcli.methods.batch import Batch, Training
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 # settings of `kd train` that only some methods read
 _CHAIN_SETTINGS = ("assistant", "generations")
 _CACHE_SETTINGS = ("cache_top_k", "teacher_cache")  # of methods with a teacher and without features
-_TEACHER_SETTINGS = ("teacher", "teacher_weight", "teacher_dropout", "teacher_precision", "kd_weight")
+_TEACHER_SETTINGS = (
+    *("teacher", "teacher_weight", "teacher_dropout", "teacher_precision", "kd_weight"),
+    *TeacherInputSettings.model_fields,
+)
 _FEATURE_SETTINGS = ("student_stages", "teacher_stages")
 # attributes of `Method` that an objective has if one of its methods has them
 _FLAGS = ("needs_teacher", "needs_features", "needs_labels", "regresses", "same_network", "no_mixup")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdcli import data, models
-from kdcli.base.config import ReportConfig
+from kdcli.base.config import NO_ASSUMPTIONS, ReportConfig
 from kdcli.base.errors import KdError
 from kdcli.base.events import Event, OnEvent, Progress
 from kdcli.base.files import sha256_file
@@ -119,7 +119,7 @@ def reliability(logits: Tensor, labels: Tensor) -> tuple[ConfidenceBin, ...]:
 def recorded_teacher(run: Run) -> tuple[Path | None, str]:
     """Path and SHA-256 of the teacher a run learned from; None for no teacher or several."""
     found = teachers_of(run.provenance)
-    return found[0] if len(found) == 1 else (None, "")
+    return found[0][:2] if len(found) == 1 else (None, "")
 
 
 class _Examiner:
@@ -133,6 +133,7 @@ class _Examiner:
         self.load = cache(partial(load, on_event=self._progress))
         self.evaluated: dict[tuple[str, str], tuple[Tensor, TeacherFigures]] = {}
         self.teachers = {sha256: path for path, sha256 in map(recorded_teacher, runs) if path is not None}
+        self.inputs = {known.sha256: known.inputs for run in runs for known in teachers_of(run.provenance)}
         if config.teacher is not None:
             self.teachers = {self.sha256(config.teacher): config.teacher}
 
@@ -213,9 +214,14 @@ class _Examiner:
         """Test logits (N, C) and figures of a teacher."""
         key = (self.sha256(path), test.fingerprint)
         if key not in self.evaluated:
-            cached = Teacher.open(path, self.config.cache_dir, threads=self.config.threads).logits(
-                test, exact=True, task="teacher on test images", on_event=self._progress
+            teacher = Teacher.open(
+                path,
+                self.config.cache_dir,
+                threads=self.config.threads,
+                assumed=self.inputs.get(key[0], NO_ASSUMPTIONS),
+                input_size=test.input_size,
             )
+            cached = teacher.logits(test, exact=True, task="teacher on test images", on_event=self._progress)
             logits, labels = cached[0].logits(), torch.tensor(test.labels)
             figures = TeacherFigures(path, key[0], measure(logits, labels), reliability(logits, labels))
             self.evaluated[key] = logits, figures

@@ -2,6 +2,6 @@
 
 from kdcli.teacher.cache import CachedLogits
 from kdcli.teacher.member import freeze
-from kdcli.teacher.teacher import LiveTeacher, Teacher, teachers_of
+from kdcli.teacher.teacher import LiveTeacher, RecordedTeacher, Teacher, teachers_of
 
-__all__ = ["CachedLogits", "LiveTeacher", "Teacher", "freeze", "teachers_of"]
+__all__ = ["CachedLogits", "LiveTeacher", "RecordedTeacher", "Teacher", "freeze", "teachers_of"]

@@ -14,6 +14,7 @@ import torch
 from filelock import Timeout
 from torch import Tensor, nn
 
+from kdcli.base.config import NO_ASSUMPTIONS, InputSettings
 from kdcli.base.errors import KdError
 from kdcli.base.events import Note, OnEvent, Progress
 from kdcli.base.runtime import World
@@ -56,6 +57,8 @@ class Member:
         sha256: of the file, which holds weights and preprocessing.
         weight: of its logits in the teacher's mean; all weights sum to 1.
         device, threads: where it runs; threads are those of onnxruntime, 0: all cores.
+        assumed: what an ONNX file of another program leaves open.
+        input_size: (H, W, C) of the data, for sides that it leaves open.
         views_computed: number of views of data sets that it was run over.
     """
 
@@ -64,6 +67,8 @@ class Member:
     weight: float
     device: torch.device
     threads: int
+    assumed: InputSettings = NO_ASSUMPTIONS
+    input_size: tuple[int, int, int] | None = None
     views_computed: int = 0
     _model: Any = field(default=None, repr=False)
 
@@ -71,7 +76,7 @@ class Member:
     def model(self) -> Any:
         """The frozen classifier on its device, or an ONNX model."""
         if self._model is None:
-            loaded = load_model(self.path, self.threads)
+            loaded = load_model(self.path, self.threads, self.assumed, self.input_size)
             self._model = freeze(loaded).to(self.device) if isinstance(loaded, Classifier) else loaded
         return self._model
 

@@ -6,13 +6,14 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kdcli.base.config import NO_ASSUMPTIONS, InputSettings, TeacherInputs, make
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import Note, OnEvent, ignore
 from kdcli.base.files import cache_folder, sha256_file
@@ -28,6 +29,7 @@ from kdcli.teacher.member import Member, TeacherPass, freeze
 from kdcli.teacher.runner import Engine, Forward, forward_of, run_in_torch
 
 _CACHE_VERSION = 3
+_ONNX_VERSION = 2  # of the reading of ONNX files: what is taken from them without being told
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class Teacher:
         weights: Sequence[float] = (),
         threads: int = 0,
         world: World | None = None,
+        assumed: InputSettings = NO_ASSUMPTIONS,
+        input_size: tuple[int, int, int] | None = None,
         precision: str = "auto",
         top_k: int = 0,
     ) -> Teacher:
@@ -101,9 +105,12 @@ class Teacher:
 
         Args:
             weights: of each file's logits, in any scale; by default equal.
+            assumed: what ONNX files of other programs leave open; checkpoints record it.
+            input_size: (H, W, C) of the data, for sides that such a file leaves open.
 
         Raises:
             KdError: a file is missing.
+            UsageError: assumptions about checkpoints alone.
         """
         world = world or World.alone()
         files = [paths] if isinstance(paths, Path) else list(paths)
@@ -115,8 +122,19 @@ class Teacher:
                     "name it with --teacher.",
                 )
         given = tuple(weights) or (1.0,) * len(files)
+        if assumed.given and not any(map(_is_onnx, files)):
+            flags = ", ".join(map(assumed.flag, assumed.given))
+            raise UsageError(f"{files[0]} records its own input and classes", f"Leave out {flags}.")
         members = tuple(
-            Member(path, sha256_file(path), weight / sum(given), world.device, threads)
+            Member(
+                path,
+                sha256_file(path),
+                weight / sum(given),
+                world.device,
+                threads,
+                assumed if _is_onnx(path) else NO_ASSUMPTIONS,
+                input_size,
+            )
             for path, weight in zip(files, given, strict=True)
         )
         return cls(members, cache_dir, world, precision, top_k)
@@ -134,13 +152,18 @@ class Teacher:
     def gives_probabilities(self) -> bool:
         """Whether a member is an ONNX file that ends in a softmax: its logits are known only up to a shift."""
         return any(
-            member.path.suffix.lower() == ".onnx" and getattr(member.model, "gives", "") == "probabilities"
+            _is_onnx(member.path) and getattr(member.model, "gives", "") == "probabilities"
             for member in self.members
         )
 
     def record(self) -> dict[str, Any]:
         """Entry in a student's provenance, see `teachers_of`."""
-        entries = [{"path": member.path.as_posix(), "sha256": member.sha256} for member in self.members]
+        entries: list[dict[str, Any]] = []
+        for member in self.members:
+            entry: dict[str, Any] = {"path": member.path.as_posix(), "sha256": member.sha256}
+            if member.assumed.given:
+                entry["inputs"] = member.assumed.given
+            entries.append(entry)
         if len(entries) == 1:
             return entries[0]
         weighted = zip(entries, self.weights, strict=True)
@@ -266,6 +289,7 @@ class Teacher:
         recipe = {
             "cache_version": _CACHE_VERSION,
             "teacher": member.sha256,
+            **({"onnx": {"version": _ONNX_VERSION, **member.assumed.given}} if _is_onnx(member.path) else {}),
             "data": data.fingerprint,
             "augment": augment_name,
             "seed": 0 if augment_name == "none" else seed,
@@ -283,8 +307,16 @@ class Teacher:
         )
 
 
-def teachers_of(provenance: Mapping[str, Any]) -> list[tuple[Path, str]]:
-    """Path and SHA-256 of each teacher in a student's provenance, which may be of any origin.
+class RecordedTeacher(NamedTuple):
+    """A teacher in a student's provenance."""
+
+    path: Path
+    sha256: str
+    inputs: InputSettings
+
+
+def teachers_of(provenance: Mapping[str, Any]) -> list[RecordedTeacher]:
+    """Each teacher in a student's provenance, which may be of any origin.
 
     Empty without a teacher, or where the entry is malformed.
     """
@@ -294,7 +326,18 @@ def teachers_of(provenance: Mapping[str, Any]) -> list[tuple[Path, str]]:
     several = recorded.get("teachers")
     entries = several if isinstance(several, list) else [recorded]
     return [
-        (Path(entry["path"]), str(entry.get("sha256")))
+        RecordedTeacher(Path(entry["path"]), str(entry.get("sha256")), _recorded_inputs(entry.get("inputs")))
         for entry in entries
         if isinstance(entry, Mapping) and isinstance(entry.get("path"), str) and "\0" not in entry["path"]
     ]
+
+
+def _recorded_inputs(values: Any) -> InputSettings:
+    try:
+        return make(TeacherInputs, values if isinstance(values, Mapping) else {})
+    except UsageError:
+        return NO_ASSUMPTIONS
+
+
+def _is_onnx(path: Path) -> bool:
+    return path.suffix.lower() == ".onnx"

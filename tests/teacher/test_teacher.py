@@ -455,7 +455,7 @@ def test_provenance_of_several_teachers(workplace: Path) -> None:
     recorded = checkpoint.load(result.run.student).provenance
     assert [
         (path.name, round(entry["weight"], 6))
-        for (path, _), entry in zip(teachers_of(recorded), recorded["teacher"]["teachers"], strict=True)
+        for (path, _, _), entry in zip(teachers_of(recorded), recorded["teacher"]["teachers"], strict=True)
     ] == [("a.pt", 0.25), ("b.pt", 0.75)]
     assert result.config.teacher == (Path("a.pt"), Path("b.pt"))
     again = fit(config(method="kd", teacher=["b.pt"], epochs=1), splits)
@@ -470,5 +470,5 @@ def test_provenance_of_several_teachers(workplace: Path) -> None:
     [None, "x", {}, {"path": 3}, {"path": "a\0b"}, {"teachers": [3, {"path": "a.pt", "sha256": "0"}]}, []],
 )
 def test_teachers_of_malformed_provenance(word: object) -> None:
-    found = teachers_of({"teacher": word})
+    found = [(path, sha256) for path, sha256, _ in teachers_of({"teacher": word})]
     assert found == ([(Path("a.pt"), "0")] if isinstance(word, dict) and "teachers" in word else [])

@@ -11,9 +11,11 @@ from kdcli.base.config.settings import (
     RUN,
     DataSettings,
     FolderName,
+    InputSettings,
     ModelDataSettings,
     Settings,
     SkipBroken,
+    TeacherInputSettings,
     TeacherPath,
     Threads,
     setting,
@@ -45,7 +47,7 @@ class ConvertConfig(DataSettings):
     output: Path = setting(TeacherPath, "Output file; for ONNX exports/<model>.onnx.", RUN, "-o")
 
 
-class ValidateConfig(DataSettings):
+class ValidateConfig(DataSettings, InputSettings):
     """`kd validate`."""
 
     teacher: Path = setting(TeacherPath, "Converted teacher.", "Check")
@@ -57,7 +59,7 @@ class ValidateConfig(DataSettings):
     threads: Threads = 0
 
 
-class TestConfig(ModelDataSettings):
+class TestConfig(ModelDataSettings, InputSettings, TeacherInputSettings):
     """`kd test`."""
 
     teacher: Path | None = setting(
@@ -108,15 +110,21 @@ class ExportConfig(ModelDataSettings):
         return value
 
 
-class InfoConfig(Settings):
+class InfoConfig(InputSettings):
     """`kd info`."""
 
     classes: int = setting(10, "Classes, for a network given by name.", "Network", ge=1, le=1_000_000)
-    image_size: int = setting(32, "Input size, for a network given by name.", "Network", ge=4, le=1024)
+    image_size: int | None = setting(
+        None,
+        "Input size of a network given by name (by default 32), or of an ONNX file that leaves it open.",
+        "Network",
+        ge=4,
+        le=1024,
+    )
     grey: bool = setting(False, "Greyscale input, for a network given by name.", "Network")
 
 
-class PredictConfig(Settings):
+class PredictConfig(InputSettings):
     """`kd predict`."""
 
     top_k: int = setting(3, "Number of classes to show for each image.", "Output", ge=1, le=1_000_000)
@@ -124,7 +132,7 @@ class PredictConfig(Settings):
     threads: Threads = 0
 
 
-class BenchConfig(ModelDataSettings):
+class BenchConfig(ModelDataSettings, InputSettings):
     """`kd bench`."""
 
     batch: str = setting("1,8,64", "Batch sizes for throughput.", "Measure", metavar="N,N,…")

@@ -1,17 +1,27 @@
 """Base class of settings, fields shared by commands, and validation errors as one line."""
 
+import math
 import shlex
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticUndefined
 
 from kdcli.base.errors import UsageError
 
 DATA, METHOD, OPTIMISER, RUN = "Data", "Method", "Optimiser", "Run"
+INPUT = "Input of an ONNX file that kd did not make: (pixel 0–255 · scale − mean) / std"
 OF_METHODS = "Settings of methods"
 
 
@@ -95,6 +105,173 @@ class ModelDataSettings(Settings):
     skip_broken: SkipBroken = False
     data_dir: DataDir = Path("data")
     cache_dir: CacheDir = Path("cache")
+
+
+def _fraction(text: str) -> float:
+    above, _, below = text.partition("/")
+    return float(above) / float(below or 1)
+
+
+def _as_numbers(value: Any) -> str | None:
+    """Numbers joined by commas, from a text, a number or a list (in a recipe)."""
+    if value is None:
+        return None
+    words = list(map(str, value)) if isinstance(value, list | tuple) else str(value).split(",")
+    try:
+        finite = all(math.isfinite(float(word)) for word in words)
+    except ValueError:
+        finite = False
+    if not finite:
+        raise ValueError("must be a number, or one for each channel joined by commas")
+    return ",".join(word.strip() for word in words)
+
+
+def _as_scale(value: Any) -> str | None:
+    if value is None:
+        return None
+    try:
+        positive = 0 < _fraction(str(value)) < math.inf
+    except (ValueError, ZeroDivisionError):
+        positive = False
+    if not positive:
+        raise ValueError("must be a number above 0, or a fraction such as 1/255")
+    return str(value).strip()
+
+
+Layout = Annotated[
+    Literal["nchw", "nhwc"] | None, option("Order of its sides; by default as its network needs it.", INPUT)
+]
+ChannelOrder = Annotated[
+    Literal["rgb", "bgr"] | None, option("Channel order; by default as the file says, else rgb.", INPUT)
+]
+Scale = Annotated[
+    str | None,
+    BeforeValidator(_as_scale),
+    option("Factor of the pixels, as 1/255; by default 1.", INPUT, metavar="NUMBER|FRACTION"),
+]
+Mean = Annotated[
+    str | None,
+    BeforeValidator(_as_numbers),
+    option(
+        "Mean after scaling, one or one a channel, in the network's order; by default 0.",
+        INPUT,
+        metavar="M[,M,M]",
+    ),
+]
+Std = Annotated[
+    str | None,
+    BeforeValidator(_as_numbers),
+    option("Standard deviation after scaling, like the mean; by default 1.", INPUT, metavar="S[,S,S]"),
+]
+ClassNames = Annotated[
+    Path | None,
+    option("Class names in the order of its outputs: one a line, or JSON.", INPUT, metavar="FILE"),
+]
+
+
+class InputSettings(Settings):
+    """Assumptions about an ONNX file that kd did not make; None: as the file says, or unknown.
+
+    The network's input is (pixel 0–255 · scale − mean) / std.
+    """
+
+    prefix: ClassVar[str] = ""  # of the options' names
+
+    layout: Layout = None
+    channel_order: ChannelOrder = None
+    scale: Scale = None
+    mean: Mean = None
+    std: Std = None
+    class_names: ClassNames = None
+    image_size: Annotated[
+        int | None,
+        option("Height and width of its images, where the file leaves them open.", INPUT, ge=1, le=4096),
+    ] = None
+
+    @model_validator(mode="after")
+    def _of_one_unit(self) -> Self:
+        if self.mean_std is None:
+            return self
+        mean, std = self.mean_std
+        scale, flag = _fraction(self.scale or "1"), self.flag
+        if min(std) <= 0:
+            raise ValueError(f"{flag('std')} {self.std}: must be above 0")
+        small = any(
+            max(map(abs, numbers)) <= 1 and numbers != (fill,) * len(numbers)
+            for numbers, fill in ((mean, 0.0), (std, 1.0))
+        )
+        if self.scale is None and small:
+            raise ValueError(
+                f"{flag('mean')} and {flag('std')} are those of pixels in 0–1, and no scale is set; "
+                f"add {flag('scale')} 1/255, or {flag('scale')} 1 if it is meant so"
+            )
+        if max(map(abs, mean)) > 256:
+            raise ValueError(
+                f"{flag('mean')} {self.mean} after {flag('scale')} {scale:.4g} is outside the pixels; "
+                f"the input is (pixel · scale − mean) / std, so that the mean is in scaled units"
+            )
+        return self
+
+    @property
+    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and standard deviation in units of 0–255, each (1,) or (C,); None without scale, mean and std."""
+        if not (self.scale or self.mean or self.std):
+            return None
+        scale = _fraction(self.scale or "1")
+        mean, std = (
+            tuple(float(word) / scale for word in text.split(","))
+            for text in (self.mean or "0", self.std or "1")
+        )
+        return mean, std
+
+    @property
+    def given(self) -> dict[str, str]:
+        """The assumptions that were made, as JSON values; the size of the images is that of the data."""
+        names = TeacherInputSettings.model_fields
+        values = {name: getattr(self, name.removeprefix("teacher_")) for name in names}
+        return {
+            name.removeprefix("teacher_"): value.as_posix() if isinstance(value, Path) else value
+            for name, value in values.items()
+            if value is not None
+        }
+
+    def flag(self, name: str) -> str:
+        """The option that sets a field."""
+        return option_flag(self.prefix + name)
+
+
+NO_ASSUMPTIONS = InputSettings()
+
+
+class TeacherInputs(InputSettings):
+    """`InputSettings` of a teacher, set by the options of `TeacherInputSettings`."""
+
+    prefix: ClassVar[str] = "teacher_"
+
+
+class TeacherInputSettings(Settings):
+    """The options of `InputSettings` for a teacher, beside those of a model."""
+
+    teacher_layout: Layout = None
+    teacher_channel_order: ChannelOrder = None
+    teacher_scale: Scale = None
+    teacher_mean: Mean = None
+    teacher_std: Std = None
+    teacher_class_names: ClassNames = None
+
+    @model_validator(mode="after")
+    def _of_a_teacher(self) -> Self:
+        try:
+            _ = self.teacher_inputs
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+        return self
+
+    @property
+    def teacher_inputs(self) -> TeacherInputs:
+        """The assumptions about a teacher's file."""
+        names = TeacherInputSettings.model_fields
+        return TeacherInputs(**{name.removeprefix("teacher_"): getattr(self, name) for name in names})
 
 
 def option_flag(name: str) -> str:

@@ -16,6 +16,7 @@ from kdcli.base.config.settings import (
     RUN,
     DataSettings,
     FolderName,
+    TeacherInputSettings,
     TeacherPath,
     Threads,
     setting,
@@ -70,7 +71,7 @@ def read_weight(text: str, epochs: int) -> tuple[str, Ramp]:
     return name.strip(), Ramp(first, last, over / epochs)
 
 
-class TrainSettings(DataSettings):
+class TrainSettings(DataSettings, TeacherInputSettings):
     """`kd train`."""
 
     method: str = setting("kd", "Method, several joined as in kd+at, or package.module:function.", METHOD)

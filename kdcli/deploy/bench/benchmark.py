@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kdcli import data, models
 from kdcli.base import metrics, runtime
 from kdcli.base.config import BenchConfig
-from kdcli.base.errors import KdError
+from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import OnEvent, Progress, ignore
 from kdcli.base.text import first_line
 from kdcli.data import ImageSet, Splits, incompatibility
@@ -138,7 +138,7 @@ def _load_all(
         on_event(Progress("preparing", index, len(names), "models"))
         try:
             model: Model = (
-                OnnxClassifier.load(path, threads, size, external=True)
+                OnnxClassifier.load(path, threads, config, size, external=True)
                 if path.suffix.lower() == ".onnx"
                 else models.load(path)
             )
@@ -152,6 +152,10 @@ def _load_all(
         loaded[path] = model
         candidates += found
         notes += problems
+    foreign = [model for model in loaded.values() if isinstance(model, OnnxClassifier) and model.is_foreign]
+    if config.given and not foreign:
+        flags = ", ".join(map(config.flag, config.given))
+        raise UsageError("all models record their own input and classes", f"Leave out {flags}.")
     on_event(Progress("preparing", len(names), len(names), "models"))
     return loaded, candidates, notes
 

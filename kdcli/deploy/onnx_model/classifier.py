@@ -14,11 +14,12 @@ import torch
 from google.protobuf.message import Message
 from torch import Tensor
 
+from kdcli.base.config import NO_ASSUMPTIONS, InputSettings
 from kdcli.base.errors import KdError
 from kdcli.base.text import first_line
 from kdcli.data.preprocess import Preprocess
 from kdcli.deploy.onnx_model.counts import CHANNELS, image_input, layout_of
-from kdcli.deploy.onnx_model.metadata import parse_metadata
+from kdcli.deploy.onnx_model.metadata import assumed_preprocess, parse_metadata
 from kdcli.deploy.onnx_model.runner import OnnxRunner
 
 MAX_BYTES = 2**31 - 1  # one protobuf message cannot be larger
@@ -54,10 +55,17 @@ class OnnxClassifier:
     runner: OnnxRunner = field(repr=False)
     model: onnx.ModelProto = field(repr=False)
     file_bytes: int  # of the file and of external files with its weights
+    assumed: InputSettings  # by the user; what the file says is not in it
 
     @classmethod
     def load(
-        cls, path: Path, threads: int = 0, input_size: _Size | None = None, *, external: bool = False
+        cls,
+        path: Path,
+        threads: int = 0,
+        assumed: InputSettings = NO_ASSUMPTIONS,
+        input_size: _Size | None = None,
+        *,
+        external: bool = False,
     ) -> Self:
         """Read a classifier.
 
@@ -65,7 +73,8 @@ class OnnxClassifier:
             path: any ONNX file with one image input, (N, C, H, W) or (N, H, W, C), uint8 or of a float type, whose
                 first output is (N, classes).
             threads: CPU threads; 0: all available cores.
-            input_size: (H, W, C) to assume where the file leaves height and width open.
+            assumed: what a file of another program leaves open; unread for a file of kd export.
+            input_size: (H, W, C) of the images at hand, where file and `assumed` leave sides open.
             external: accept weights in other files of the same folder.
 
         Raises:
@@ -74,7 +83,9 @@ class OnnxClassifier:
         """
         model, file_bytes = _read(path, external=external)
         metadata = {entry.key: entry.value for entry in model.metadata_props}
-        layout, dtype, size, batch = _parse_input(path, model, input_size)
+        if "kd.format" in metadata:
+            assumed = NO_ASSUMPTIONS
+        layout, dtype, size, batch = _parse_input(path, model, assumed, input_size)
         runner = OnnxRunner(model.SerializeToString(), threads, str(path))
         blank = np.zeros(
             (batch or 1, *size), dtype
@@ -87,6 +98,8 @@ class OnnxClassifier:
                 "A classifier gives float (images, classes).",
             )
         classes, provenance, preprocess = parse_metadata(path, metadata, count)
+        if "kd.format" not in metadata and dtype != np.uint8:
+            preprocess = assumed_preprocess(assumed, size[2])
         return cls(
             path=path,
             classes=classes,
@@ -101,6 +114,7 @@ class OnnxClassifier:
             runner=runner,
             model=model,
             file_bytes=file_bytes,
+            assumed=assumed,
         )
 
     @property
@@ -111,6 +125,11 @@ class OnnxClassifier:
         if self.metadata.get("kd.format"):
             return "its preprocessing is too large to be in the file"
         return "no preprocessing recorded (mean, std, channel order)"
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether another program made it."""
+        return "kd.format" not in self.metadata
 
     @property
     def takes_pixels(self) -> bool:
@@ -136,15 +155,27 @@ class OnnxClassifier:
         if self.preprocess is None:
             raise KdError(
                 f"{self.path} cannot take images: {self.why_not_runnable}",
-                "Export it with kd export --with-preprocessing, or use the .pt file.",
+                self._input_hint,
             )
         with torch.inference_mode():
-            return self.preprocess(images.permute(0, 3, 1, 2).float()).contiguous().numpy()
+            prepared = self.preprocess(images.permute(0, 3, 1, 2).float())  # (B, C, H, W)
+        return self.to_layout(prepared.permute(0, 2, 3, 1).numpy())
+
+    @property
+    def _input_hint(self) -> str:
+        if not self.is_foreign:
+            return "Export it with kd export --with-preprocessing, or use the .pt file."
+        flag = self.assumed.flag
+        return (
+            f"Set its input, (pixel · scale − mean) / std: as ImageNet's networks {flag('scale')} 1/255 "
+            f"{flag('mean')} 0.485,0.456,0.406 {flag('std')} 0.229,0.224,0.225; 0–1 pixels: {flag('scale')} 1/255; "
+            f"raw pixels: {flag('scale')} 1."
+        )
 
     def to_layout(self, images: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Images (B, H, W, C) in the layout and type of its input, values unchanged."""
         ordered = images if self.layout == "NHWC" else images.transpose(0, 3, 1, 2)
-        return np.ascontiguousarray(ordered.astype(self.dtype))
+        return np.ascontiguousarray(ordered, self.dtype)
 
     def run(self, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """The network's own input → its first output float32 (B, classes)."""
@@ -153,7 +184,7 @@ class OnnxClassifier:
 
 
 def _parse_input(
-    path: Path, model: onnx.ModelProto, assumed: _Size | None
+    path: Path, model: onnx.ModelProto, assumed: InputSettings, data_size: _Size | None
 ) -> tuple[str, np.dtype[Any], _Size, int | None]:
     """Layout, type, (H, W, C) and fixed batch of the one image input."""
     hint = "kd runs files with one input: (N, C, H, W) or (N, H, W, C), uint8 or a float type."
@@ -161,10 +192,11 @@ def _parse_input(
     if info is None or info.type.tensor_type.elem_type not in _TYPES:
         raise KdError(f"{path} does not take images", hint)
     sides = [side.dim_value for side in info.type.tensor_type.shape.dim]  # 0: open
-    layout = layout_of(info)
+    layout = (assumed.layout or layout_of(info)).upper()
     batch, *size = sides if layout == "NHWC" else (sides[0], sides[2], sides[3], sides[1])
-    if assumed is not None:
-        size = [own or other for own, other in zip(size, assumed, strict=True)]
+    side = assumed.image_size or 0
+    for known in ((side, side, 0), data_size or (0, 0, 0)):
+        size = [own or other for own, other in zip(size, known, strict=True)]
     height, width, channels = size
     if min(size) < 1:
         raise KdError(f"{path} does not fix the size of its images", "Export it with fixed height and width.")

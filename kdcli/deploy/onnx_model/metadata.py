@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from kdcli import __version__
-from kdcli.base.errors import KdError
+from kdcli.base.config import InputSettings
+from kdcli.base.errors import KdError, UsageError
 from kdcli.base.text import first_line
-from kdcli.data.preprocess import Preprocess, from_spec
+from kdcli.data.preprocess import MeanStd, Preprocess, from_spec
 from kdcli.models import Classifier
 
 FORMAT = "kd-onnx-1"
@@ -108,6 +109,27 @@ def parse_metadata(
     except Exception as error:  # JSON of any form raises many kinds
         raise KdError(f"{path} has invalid metadata: {first_line(error)}", "Export it again.") from error
     return names, provenance, preprocess
+
+
+def assumed_preprocess(assumed: InputSettings, channels: int) -> Preprocess | None:
+    """Preprocessing of an input that the user describes; None if the scale of its values is not known.
+
+    Raises:
+        UsageError: values for another number of channels.
+    """
+    if assumed.mean_std is None:
+        return None
+    order = assumed.channel_order or "rgb"
+    state = {}
+    for name, values in zip(("mean", "std"), assumed.mean_std, strict=True):
+        if len(values) not in (1, channels):
+            raise UsageError(
+                f"{assumed.flag(name)}: {len(values)} values for {channels} channels",
+                "Set one, or one a channel.",
+            )
+        each = values if len(values) == channels else values * channels
+        state[name] = torch.tensor(each[::-1] if order == "bgr" else each)  # MeanStd's are in RGB order
+    return MeanStd(**state, channel_order=order)
 
 
 def _without_paths(value: Any) -> Any:
