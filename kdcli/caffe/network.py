@@ -1,6 +1,7 @@
 """A Caffe network and its weights → the arguments of a `kdcli.models.graph` and its state."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,6 +109,7 @@ def _bind(network: Network) -> tuple[dict[str, Step], dict[str, str]]:
     nodes: dict[str, str] = {}  # blob → node that wrote it last
     steps: dict[str, Step] = {}
     external: dict[str, str] = {}
+    repeats: Counter[str] = Counter()
     for layer in network.layers:
         if layer.is_data or layer.is_loss:
             continue
@@ -127,9 +129,12 @@ def _bind(network: Network) -> tuple[dict[str, Step], dict[str, str]]:
                 f"layer {layer.name} ({layer.type}): it has {len(layer.tops)} outputs, kd knows one"
             )
         for number, top in enumerate(layer.tops):
-            name = layer.name if len(layer.tops) == 1 else f"{layer.name}_{number}"
-            nodes[top] = safe_name(name, steps)
-            steps[nodes[top]] = Step(layer, nodes[top], sources, number)
+            node = name = safe_name(layer.name if len(layer.tops) == 1 else f"{layer.name}_{number}")
+            while node in steps:
+                repeats[name] += 1
+                node = f"{name}_{repeats[name] + 1}"
+            nodes[top] = node
+            steps[node] = Step(layer, node, sources, number)
     return steps, external
 
 
@@ -179,11 +184,17 @@ def assemble(
         skeleton = GraphNet(shape, nodes, last)
     # 2. Blobs to state
     state: dict[str, Tensor] = {}
+    owners: dict[str, str] = {}  # layer name → the node with its weights
     layers = []
     for step, node in zip(steps, nodes, strict=True):
         module = skeleton.get_submodule(step.node)
         shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
         arrays = state_of(step.layer, node["op"], shapes, weights.get(step.layer.name, ()))
+        if arrays and owners.setdefault(step.layer.name, step.node) != step.node:
+            raise KdError(
+                f"two layers named {step.layer.name} take weights",
+                "Caffe assigns weights by name. Rename one in a prototxt, and pass it with --prototxt.",
+            )
         state |= {f"{step.node}.{name}": torch.from_numpy(value.copy()) for name, value in arrays.items()}
         layers.append(converted_layer(step.layer.name, step.layer.type, module, skeleton.shapes[step.node]))
     used = {step.layer.name for step in steps}

@@ -5,9 +5,8 @@ Shapes are without the batch: (C, H, W) for maps, (C,) for vectors; axes are cou
 """
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain, count
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from kdcli.models.operations import arrange, elementwise, windows
 from kdcli.models.operations.shapes import Shape, check_size, is_vector
 
 INPUT = "input"  # the name under which nodes refer to the network's input
+_MODULE = nn.Module()  # its attributes cannot name a submodule
 OPS: dict[str, Callable[..., tuple[nn.Module, Shape]]] = {
     "conv": windows.conv,
     "deconv": partial(windows.conv, transposed=True),
@@ -104,7 +104,7 @@ class GraphNet(nn.Module):
         sources = tuple(map(str, node["inputs"]))
         if kind not in OPS:
             raise KdError(f"layer {name}: unknown operation {kind}", "A newer kd may know it.")
-        if name != safe_name(name, self.shapes):
+        if name != safe_name(name) or name in self.shapes:
             raise KdError(f"layer {name}: the name is taken or cannot name a module")
         missing = [source for source in sources if source not in self.shapes]
         if missing or not sources:
@@ -142,10 +142,9 @@ class GraphNet(nn.Module):
         return values[self._output].flatten(1)
 
 
-def safe_name(name: str, taken: Collection[str]) -> str:
-    """A name that torch accepts for a submodule and `taken` lacks: dots and slashes become underscores."""
+def safe_name(name: str) -> str:
+    """A name that torch accepts for a submodule: dots and slashes become underscores."""
     cleaned = re.sub(r"[^\w-]", "_", name) or "layer"
-    if cleaned in (INPUT, "head", "shapes") or cleaned.startswith("_") or hasattr(nn.Module(), cleaned):
+    if cleaned in (INPUT, "head", "shapes") or cleaned.startswith("_") or hasattr(_MODULE, cleaned):
         cleaned = f"layer_{cleaned.lstrip('_')}"
-    candidates = chain([cleaned], (f"{cleaned}_{number}" for number in count(2)))
-    return next(name for name in candidates if name not in taken)
+    return cleaned

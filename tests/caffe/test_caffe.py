@@ -18,6 +18,7 @@ from kdcli.base.config import ConvertConfig
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import Note
 from kdcli.caffe import opencv, schema
+from kdcli.caffe.network import logits_graph
 from kdcli.caffe.read import read_caffemodel, read_mean, read_prototxt, weights_sha256
 from tests.caffe_files import (
     BIAS1,
@@ -365,6 +366,43 @@ def test_class_names_come_from_data_of_the_right_number(tmp_path: Path) -> None:
     five = tuple("abcde")
     assert heard(path, classes=five)[0].classifier.classes == five
     assert heard(path, classes=("a", "b"))[0].classifier.classes == tuple("01234")
+
+
+def test_layers_of_one_name_become_numbered_nodes(tmp_path: Path) -> None:
+    """Also where a number is taken; lines run grow with the number of layers, not with its square."""
+
+    def lines_run(count: int) -> int:
+        relus = [layer("ReLU", "relu", "ip", "ip") for _ in range(count)]
+        network, _ = read_caffemodel(
+            write(tmp_path, net([*small(), layer("ReLU", "relu_3", "ip", "ip"), *relus], v1=False))
+        )
+        lines = 0
+
+        def trace(frame: Any, event: str, argument: Any) -> Any:
+            nonlocal lines
+            lines += event == "line"
+            return trace
+
+        sys.settrace(trace)
+        try:
+            steps, _ = logits_graph(network)
+        finally:
+            sys.settrace(None)
+        numbers = [number for number in range(2, count + 2) if number != 3]
+        wanted = ["relu_3", "relu", *(f"relu_{number}" for number in numbers)]
+        assert [step.node for step in steps][-count - 1 :] == wanted
+        return lines
+
+    assert lines_run(400) < 3 * lines_run(200)
+
+
+def test_two_layers_of_one_name_with_weights_are_refused(tmp_path: Path) -> None:
+    """A file of one layer's weights could otherwise fill memory a thousand times."""
+    square = layer("InnerProduct", "twin", "ip", "ip", field(1, 5), (np.eye(5), np.zeros(5)))
+    again = layer("InnerProduct", "twin", "ip", "ip", field(1, 5))
+    path = write(tmp_path, net([*small(), square, again], v1=False))
+    with pytest.raises(KdError, match="two layers named twin take weights"):
+        converted(path)
 
 
 def test_unused_layers_are_noted(tmp_path: Path) -> None:
