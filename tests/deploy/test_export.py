@@ -244,6 +244,24 @@ def test_parity_runs_every_optimisation_level(tmp_path: Path, monkeypatch: pytes
             exported(tmp_path, classifier("lenet"))
 
 
+def test_parity_allows_a_ten_thousandth_of_the_largest_logit(plain: tuple[Classifier, ExportResult]) -> None:
+    model, result = plain
+    images = torch.from_numpy(SPLITS.test.images[:7])
+    module = ExportedModule(model, with_preprocessing=False)
+    with torch.inference_mode():
+        inputs = np.ascontiguousarray(model.prepare(images).numpy())
+        logits = model(images)
+    content = result.path.read_bytes()
+    unit = 1e-4 * logits.abs().max().item()
+    for share in (0.5, -0.5):
+        parity.check_parity(content, module, onnx.load(result.path), inputs, logits + share * unit, (1, 7))
+    for share in (2, -2):
+        with pytest.raises(KdError, match="differs from the checkpoint"):
+            parity.check_parity(
+                content, module, onnx.load(result.path), inputs, logits + share * unit, (1, 7)
+            )
+
+
 def test_parity_allows_another_class_only_in_a_tie(
     plain: tuple[Classifier, ExportResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:

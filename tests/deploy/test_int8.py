@@ -29,13 +29,13 @@ from kdcli.cli import export as export_command
 from kdcli.data import Splits
 from kdcli.data.split import split
 from kdcli.deploy import int8
-from kdcli.deploy.export import ExportResult, export
+from kdcli.deploy.export import ExportResult, export, job
 from kdcli.deploy.export.job import choose_samples, disjoint_indices
 from kdcli.deploy.int8 import Recipe, RecipeTrial
 from kdcli.deploy.onnx_model import OnnxRunner
 from kdcli.deploy.onnx_model.translate import to_onnx
 from kdcli.models import Classifier
-from tests.deploy.helpers import SPLITS, classifier, random_splits
+from tests.deploy.helpers import SPLITS, classifier, exported, random_splits
 from tests.helpers import command_line, digits_student
 
 NAMES = [
@@ -225,6 +225,37 @@ def test_auto_keeps_float32_where_int8_is_not_faster(
 @pytest.fixture(autouse=True)
 def own_folder(workplace: Path) -> None:
     """`exports/` is made where one stands."""
+
+
+def test_calibrator_gets_train_images_that_parity_does_not_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[np.ndarray] = []
+    calibrated: list[np.ndarray] = []
+    real = job.check_parity
+
+    def check_parity(*arguments: Any) -> Any:
+        compared.extend(arguments[3])
+        return real(*arguments)
+
+    class Stop(Exception):
+        pass
+
+    def quantiser(model: onnx.ModelProto, batches: int8.Batches) -> None:
+        for batch in batches():
+            calibrated.extend(batch)
+        raise Stop
+
+    monkeypatch.setattr(job, "check_parity", check_parity)
+    monkeypatch.setattr(job, "Quantiser", quantiser)
+    with pytest.raises(Stop):
+        exported(
+            tmp_path, classifier("convnet-tiny"), int8=True, with_preprocessing=True, calibration_images=20
+        )
+    train = {image.tobytes() for image in SPLITS.train.images}
+    parity, calibration = ({image.tobytes() for image in images} for images in (compared, calibrated))
+    assert (len(train), len(parity), len(calibration)) == (60, 30, 20)
+    assert calibration <= train - parity
 
 
 def test_samples_are_disjoint() -> None:
