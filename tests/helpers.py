@@ -134,7 +134,9 @@ def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-def digits_student(path: Path, arch: str = "convnet-tiny", **provenance: Any) -> Path:
+def digits_student(
+    path: Path, arch: str = "convnet-tiny", classes: tuple[str, ...] = tuple("0123456789"), **provenance: Any
+) -> Path:
     """An untrained network for the digits, with the provenance that kd train writes."""
     torch.manual_seed(1)
     model = models.Classifier(
@@ -142,7 +144,7 @@ def digits_student(path: Path, arch: str = "convnet-tiny", **provenance: Any) ->
         preprocess.fit("mean-std", data.load("digits").train.images),
         arch=arch,
         arch_args={},
-        classes=tuple("0123456789"),
+        classes=classes,
         input_size=(8, 8, 1),
         provenance={"data": {"spec": "digits", "label": "digits", "image_size": None}, **provenance},
     ).eval()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import atomic_path
-from kdcli.base.text import reason
+from kdcli.base.text import printable, reason
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,5 +77,5 @@ def drawn_to(target: Target, width: float, height: float) -> Iterator[Figure]:
 
 def shown(name: str) -> str:
     """One short line of printable characters, whatever a class is called."""
-    clean = "".join(mark if mark.isprintable() else " " for mark in name).strip() or "(no name)"
+    clean = printable(name).replace("\n", " ").strip() or "(no name)"
     return clean if len(clean) <= _LONGEST_NAME else clean[: _LONGEST_NAME - 1] + "…"

@@ -5,7 +5,9 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet computes a cell that begins so
+from kdcli.base.text import printable
+
+_FORMULA = ("=", "+", "-", "@")  # a spreadsheet computes a cell that begins so
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -34,13 +36,14 @@ def markdown_text(
 
 
 def csv_cell(text: str) -> str:
-    """Text that no spreadsheet takes for a formula."""
-    return "'" + text if text.startswith(_FORMULA) else text
+    """Printable text that no spreadsheet takes for a formula; spreadsheets skip white space before one."""
+    text = printable(text)
+    return "'" + text if text.lstrip().startswith(_FORMULA) else text
 
 
 def markdown_cell(text: str) -> str:
     """Text without line breaks and markup."""
-    plain = " ".join("".join(mark if mark.isprintable() else " " for mark in text).split())
+    plain = " ".join(printable(text).split())
     for mark in "\\`*_[]<>|":
         plain = plain.replace(mark, "\\" + mark)
     return plain

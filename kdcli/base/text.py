@@ -11,6 +11,15 @@ def first_line(error: BaseException, most: int = _MAX_LINE) -> str:
     return text.splitlines()[0][:most]
 
 
+def printable(text: str) -> str:
+    """Text that steers no terminal and no neighbour: spaces in place of control characters (C0 and C1), direction
+    marks and lone surrogates; line breaks stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(mark if mark.isprintable() or mark == "\n" else " " for mark in text)
+
+
 def reason(error: OSError) -> str:
     """The system's words for a failed operation: `No space left on device`."""
     return error.strerror or str(error)

@@ -7,7 +7,6 @@ import io
 import os
 import signal
 import sys
-import traceback
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Annotated, NoReturn
@@ -131,11 +130,9 @@ def _check_repeated(arguments: list[str]) -> None:
 
 
 def _fail(error: KdError) -> NoReturn:
-    """Print an error with its hint and exit; with --debug, print the traceback first."""
+    """Print an error with its hint and exit."""
     from kdcli.cli import output
 
-    if output.settings.debug:
-        traceback.print_exc()
     if not error.hint:
         command = next((word for word in sys.argv[1:] if word in COMMANDS), "")
         error.hint = f"See {' '.join(filter(None, ('kd', command)))} --help."

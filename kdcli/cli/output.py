@@ -4,6 +4,7 @@ import json as json_module
 import math
 import sys
 import time
+import traceback
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from kdcli.base.config import option_flag
 from kdcli.base.errors import Interrupted, KdError
 from kdcli.base.events import Event, Note, OnEvent, ignore
 from kdcli.base.events import Progress as ProgressEvent
+from kdcli.base.text import printable
 from kdcli.base.units import size
 
 PLAIN_INTERVAL_S = 10.0
@@ -38,27 +40,27 @@ settings = OutputSettings()
 
 
 def _stdout(**options: Any) -> Console:
-    return Console(highlight=False, quiet=settings.json or settings.quiet, **options)
+    return Console(highlight=False, emoji=False, quiet=settings.json or settings.quiet, **options)
 
 
 def _stderr() -> Console:
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 
 def text(*lines: str) -> None:
     """Print lines of a result on stdout, unless --json or --quiet is given."""
-    _stdout(soft_wrap=True).print(*(escape(_printable(line)) for line in lines), sep="\n")
+    _stdout(soft_wrap=True).print(*map(_markup, lines), sep="\n")
 
 
 def next_command(command: str) -> None:
     """Suggest the next command."""
-    _stdout(soft_wrap=True).print(f"next: [bold]{escape(command)}[/bold]")
+    _stdout(soft_wrap=True).print(f"next: [bold]{_markup(command)}[/bold]")
 
 
 def note(message: str, console: Console | None = None) -> None:
     """Print a note on stderr, unless --quiet is given."""
     if not settings.quiet and not settings.follower:
-        (console or _stderr()).print(f"[dim]{escape(_one_line(message))}[/dim]")
+        (console or _stderr()).print(f"[dim]{_markup(_one_line(message))}[/dim]")
 
 
 def note_ignored(given: Container[str], names: Iterable[str], reason: str) -> None:
@@ -69,10 +71,13 @@ def note_ignored(given: Container[str], names: Iterable[str], reason: str) -> No
 
 
 def json(value: dict[str, Any]) -> None:
-    """Print a result as the JSON object of --json, if that is given; NaN and infinity become null, paths text."""
+    """Print a result as the JSON object of --json, if that is given; NaN and infinity become null, paths text.
+
+    All that is not ASCII is escaped: no text steers a terminal, and none is lost in its encoding.
+    """
     if settings.json:
         document = _finite({"schema_version": 1, **value})
-        sys.stdout.write(json_module.dumps(document, ensure_ascii=False) + "\n")
+        sys.stdout.write(json_module.dumps(document) + "\n")
 
 
 def _finite(value: Any) -> Any:
@@ -94,17 +99,17 @@ def table(
         left: number of leading left-aligned text columns; the others are numbers, right-aligned.
         marked: index of a row printed bold.
     """
-    drawn = Table(title=escape(title) if title else None, title_justify="left", box=None, pad_edge=False)
+    drawn = Table(title=_markup(title) if title else None, title_justify="left", box=None, pad_edge=False)
     for index, name in enumerate(columns):
         drawn.add_column(
-            escape(name),
+            _markup(name),
             justify="left" if index < left else "right",
             overflow="fold" if index < left else "ellipsis",
             no_wrap=index >= left,
             header_style="bold",
         )
     for number, row in enumerate(rows):
-        drawn.add_row(*(escape(_printable(cell)) for cell in row), style="bold" if number == marked else None)
+        drawn.add_row(*map(_markup, row), style="bold" if number == marked else None)
     console = _stdout()
     if not console.is_terminal:  # a file has no width limit
         console = _stdout(width=max(80, console.measure(drawn).maximum))
@@ -112,25 +117,30 @@ def table(
 
 
 def error(problem: KdError) -> None:
-    """Print `error:` and `hint:`, one line each. Other ranks wait, because rank 0 ends them on its own error."""
+    """Print `error:` and `hint:`, one line each, after the traceback if --debug is given.
+
+    Other ranks wait, because rank 0 ends them on its own error.
+    """
     if settings.follower:
         if isinstance(problem, Interrupted):
             return
         time.sleep(_RANK_DELAY_S)
-    _stderr().print(f"[bold red]error:[/bold red] {escape(_one_line(problem.message))}")
+    if settings.debug:
+        _stderr().print(_markup(traceback.format_exc()))
+    _stderr().print(f"[bold red]error:[/bold red] {_markup(_one_line(problem.message))}")
     if problem.hint:
-        _stderr().print(f"[bold]hint:[/bold] {escape(_one_line(problem.hint))}")
+        _stderr().print(f"[bold]hint:[/bold] {_markup(_one_line(problem.hint))}")
 
 
 def _one_line(message: str) -> str:
-    """One line of limited length without control characters."""
-    line = _printable(" ".join(part.strip() for part in message[: 2 * _MAX_LINE].splitlines()))
+    """One line of limited length."""
+    line = " ".join(part.strip() for part in message[: 2 * _MAX_LINE].splitlines())
     return line if len(line) <= _MAX_LINE else line[: _MAX_LINE - 1] + "…"
 
 
-def _printable(line: str) -> str:
-    """Text without terminal control characters; class names and provenance come from files."""
-    return "".join(mark if mark.isprintable() or mark == "\n" else " " for mark in line)
+def _markup(text: str) -> str:
+    """Text, which may come from a file, as it is in Rich's markup."""
+    return escape(printable(text))
 
 
 @contextmanager
@@ -143,10 +153,10 @@ def progress() -> Iterator[OnEvent]:
         yield _Display()
     else:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[metrics]}"),
+            TextColumn("{task.fields[metrics]}", markup=False),
         )
         with Progress(*columns, console=console, transient=True, refresh_per_second=8) as bars:
             yield _Display(bars)
@@ -178,10 +188,10 @@ class _Display:
         if self.bars:
             self.bars.update(
                 self.bars.task_ids[0],
-                description=escape(event.task),
+                description=printable(event.task),
                 completed=event.done,
                 total=event.total,
-                metrics=escape(metrics),
+                metrics=printable(metrics),
             )
         elif now - self.printed >= PLAIN_INTERVAL_S:
             self.printed = now

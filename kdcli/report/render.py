@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from kdcli import __version__
 from kdcli.base import units
+from kdcli.base.text import printable
 
 _MAX_SIDE = 96  # pixels of a thumbnail
 
@@ -49,7 +50,7 @@ def render(**values: Any) -> str:
 def _plain(value: object, length: int = 300) -> str:
     """One line of printable characters, without control characters and direction marks."""
     raw = str(value)[: 2 * length]
-    clean = " ".join("".join(mark if mark.isprintable() else " " for mark in raw).split()) or "(no name)"
+    clean = " ".join(printable(raw).split()) or "(no name)"
     return clean if len(clean) <= length else clean[: length - 1] + "…"
 
 

@@ -28,5 +28,6 @@ Kd = Callable[..., Outcome]
 
 
 def is_clean(text: str) -> bool:
-    """Whether a text has neither a traceback nor control characters."""
-    return "Traceback" not in text and not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text)
+    """Whether a text has neither a traceback nor control characters (C0, C1), direction marks or lone surrogates."""
+    steering = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+    return "Traceback" not in text and not re.search(steering, text)

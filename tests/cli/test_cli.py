@@ -10,13 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from kdcli import cli, methods, models
 from kdcli.base.config import ConvertConfig, make
+from kdcli.base.errors import KdError
+from kdcli.base.events import Note, Progress
 from kdcli.base.recipes import read_recipe
+from kdcli.cli import output
 from kdcli.cli.app import as_kd_error
 from kdcli.methods import TrainConfig
 from tests.cli.helpers import ENVIRONMENT, Kd, is_clean
+from tests.helpers import digits_student
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -135,6 +140,56 @@ def test_control_characters_are_not_printed(kd: Kd) -> None:
     assert outcome.code == 1
     assert is_clean(outcome.err)
     assert "[31mred" in outcome.err
+
+
+STEERING = "a\x1b[31m\x07b \x9b2J\u202ec :cat: \udcff[bold]"
+
+
+@pytest.mark.parametrize(
+    "words", [("info",), ("info", "--json"), ("predict", "a.png"), ("predict", "a.png", "--json")]
+)
+def test_texts_of_a_model_do_not_steer_the_terminal(kd: Kd, words: tuple[str, ...]) -> None:
+    classes = tuple(f"{number}{STEERING}" for number in range(10))
+    digits_student(Path("m.pt"), classes=classes, **{STEERING: STEERING})
+    Image.new("L", (8, 8)).save("a.png")
+    outcome = kd(words[0], "m.pt", *words[1:])
+    assert outcome.code == 0, outcome.err
+    assert is_clean(outcome.out), outcome.out
+    if "--json" in words:
+        assert tuple(json.loads(outcome.out)["classes"]) == classes
+    else:
+        assert ":cat:" in outcome.out  # nor are they markup
+        assert "[bold]" in outcome.out
+
+
+def test_progress_notes_and_tracebacks_do_not_steer_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(output, "settings", output.OutputSettings())
+    monkeypatch.setattr(output, "PLAIN_INTERVAL_S", 0.0)
+    with output.progress() as on_event:
+        on_event(Progress(STEERING, 1, 2))
+        on_event(Note(STEERING))
+    output.next_command(f"kd export {STEERING}")
+    output.table([STEERING, "b"], [], title=STEERING)
+    output.settings.debug = True
+    try:
+        raise KdError(STEERING, STEERING)
+    except KdError as error:
+        output.error(error)
+    shown = capfd.readouterr()
+    assert ":cat:" in shown.out
+    assert "Traceback" in shown.err
+    assert is_clean(shown.out + shown.err.replace("Traceback", "")), shown
+
+
+def test_name_of_a_recipe_is_a_plain_folder_name(kd: Kd) -> None:
+    for name in ("x\\u001b[31m", "x\\u009b", "x\\u202e", "x\\n"):
+        Path("r.toml").write_text(f'name = "{name}"\nmethod = "ce"\ndata = "digits"\n')
+        outcome = kd("train", "--config", "r.toml")
+        assert outcome.code == 2
+        assert "must be a plain folder name" in outcome.err
+        assert is_clean(outcome.err)
 
 
 def test_empty_data_option_is_an_error(kd: Kd) -> None:

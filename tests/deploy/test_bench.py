@@ -289,19 +289,19 @@ def test_rows_within_limits(result: BenchResult) -> None:
 
 
 def test_csv_and_markdown_escape_text(result: BenchResult) -> None:
-    hostile = replace(result.rows[2], name="=1+1|x\n`y`", notes=("@evil",))
+    hostile = replace(result.rows[2], name="=1+1|x\n`y`\x9b2J\u202e", notes=("\x1b@evil",))
     shown = replace(result, rows=(*result.rows[:2], hostile))
     lines = list(csv.DictReader(io.StringIO(to_csv(shown))))
     assert len(lines) == 3
-    assert lines[2]["name"] == "'=1+1|x\n`y`"
-    assert lines[2]["notes"] == "'@evil"
+    assert lines[2]["name"] == "'=1+1|x\n`y` 2J "
+    assert lines[2]["notes"] == "' @evil"
     assert float(lines[0]["latency_ms"]) == result.rows[0].latency_ms
     assert float(lines[1]["images_per_s_batch_4"]) == result.rows[1].throughput[4]
     text = to_markdown(shown)
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 5
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {10}
-    assert r"=1+1\|x \`y\`" in text
+    assert r"=1+1\|x \`y\` 2J" in text
 
 
 def test_kl_and_calibration_equal_a_direct_evaluation(result: BenchResult) -> None:

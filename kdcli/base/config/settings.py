@@ -80,7 +80,8 @@ TeacherPath = Path("weights/teacher.pt")
 
 
 def _one_folder(value: str) -> str:
-    if value in (".", "..") or any(mark in value for mark in '/\\\0:*?"<>|') or value.startswith("-"):
+    special = any(mark in value for mark in '/\\:*?"<>|') or not value.isprintable()
+    if special or value in (".", "..") or value.startswith("-"):
         raise ValueError("must be a plain folder name")
     return value
 

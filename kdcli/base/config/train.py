@@ -21,6 +21,7 @@ from kdcli.base.config.settings import (
     Threads,
     setting,
 )
+from kdcli.base.text import printable
 
 AUGMENT_STEPS = ("flip", "crop", "cutout", "mixup")
 _SAVE_EVERY = re.compile(r"(\d{1,9}) ?(epochs?|steps?|min|)")
@@ -297,6 +298,5 @@ class TrainSettings(DataSettings, TeacherInputSettings):
         if path is None:
             return self.student
         own = path.resolve()
-        return (
-            re.sub(r'[\\:*?"<>|]', "_", own.parent.name if own.stem == "student" else own.stem) or "student"
-        )
+        name = printable(own.parent.name if own.stem == "student" else own.stem)
+        return re.sub(r'[\\:*?"<>|\n]', "_", name) or "student"
