@@ -1,24 +1,124 @@
-"""Atomic files, hashes, locks, scratch folders and folders of the cache."""
+"""Reading of files of any origin, atomic files, hashes, locks, scratch folders and folders of the cache."""
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import socket
+import stat
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from kdcli.base.errors import KdError
+from kdcli.base.text import first_line, reason
+
+MAX_JSON_BYTES = 64 << 20
+MAX_TOML_BYTES = 1 << 20
+MAX_RECORDED_BYTES = 4 << 30  # of a model that a file names
+_MAX_DEPTH = 64  # of a document
+_MAX_DOTS = 100  # in a line of TOML: keys a.b.c… take quadratic time
 _FOREIGN_AGE_S = 24 * 3600  # scratch files of another host, whose processes cannot be looked up
 
 
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file for reading.
+
+    Raises:
+        OSError: as `open`; also for a device or pipe, which is not opened, since reading it may not end.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path.open("rb")
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        OSError: as `open_regular`; also for a file of more than `most` bytes.
+    """
+    with open_regular(path) as handle:
+        size = os.fstat(handle.fileno()).st_size
+        if size > most:
+            raise OSError(
+                errno.EFBIG, f"it has {size:,} bytes, more than the {most:,} that are read", str(path)
+            )
+        return handle.read(size)
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or the table of a TOML file, which is recognised by its suffix.
+
+    Raises:
+        KdError: it cannot be read, is too large, has another syntax, holds no object, or nests too deeply.
+    """
+    toml = path.suffix == ".toml"
+    try:
+        content = read_bytes(path, MAX_TOML_BYTES if toml else MAX_JSON_BYTES)
+        document = parse_document(content.decode(), toml=toml)
+    except (OSError, ValueError) as error:
+        why = reason(error) if isinstance(error, OSError) else first_line(error)
+        raise KdError(f"cannot read {path}: {why}", "Restore the file, or remove it.") from error
+    if not isinstance(document, dict):
+        raise KdError(f"cannot read {path}: it holds no settings", "Restore the file, or remove it.")
+    return document
+
+
+def parse_document(text: str, *, toml: bool = False) -> Any:
+    """The value of a JSON text, or the table of a TOML text, of any origin.
+
+    Raises:
+        ValueError: another syntax, or nested so deeply that working on it could exhaust the stack.
+    """
+    too_deep = f"nested more than {_MAX_DEPTH} deep"
+    if toml and any(line.count(".") > _MAX_DOTS for line in text.splitlines()):
+        raise ValueError(too_deep)
+    try:
+        document = tomllib.loads(text) if toml else json.loads(text)
+    except RecursionError as error:
+        raise ValueError(too_deep) from error
+    level = [document]
+    for _ in range(_MAX_DEPTH):
+        parts = [
+            part.values() if isinstance(part, dict) else part
+            for part in level
+            if isinstance(part, dict | list)
+        ]
+        level = [item for part in parts for item in part]
+        if not level:
+            return document
+    raise ValueError(too_deep)
+
+
+def regular_size(path: Path) -> int:
+    """Bytes of a regular file; −1 for anything else, and for a path that cannot be followed."""
+    try:
+        status = path.stat()
+    except OSError:
+        return -1
+    return status.st_size if stat.S_ISREG(status.st_mode) else -1
+
+
+def is_unchanged(path: Path, sha256: str) -> bool:
+    """Whether a path that a file names is a regular file of at most 4 GiB with this SHA-256; nothing else is read."""
+    try:
+        return 0 < regular_size(path) <= MAX_RECORDED_BYTES and sha256_file(path) == sha256
+    except OSError:
+        return False
+
+
 def sha256_file(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
-    with path.open("rb") as handle:
+    """Hexadecimal SHA-256 of the bytes of a regular file."""
+    with open_regular(path) as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 

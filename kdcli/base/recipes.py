@@ -1,12 +1,11 @@
 """Recipes: named sets of kd train's settings, and TOML files of them."""
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdcli.base.errors import UsageError
-from kdcli.base.text import reason
+from kdcli.base.errors import KdError, UsageError
+from kdcli.base.files import read_document
 
 # `seed` is the reference's own.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -32,7 +31,7 @@ def read_recipe(name: str, typed: Mapping[str, Any] | None = None) -> dict[str, 
     command line differs from the file, these are left out, and so derived again.
 
     Raises:
-        UsageError: no such recipe or file, or not TOML.
+        UsageError: no such recipe or file, or one that cannot be read.
     """
     if name in RECIPES:
         return dict(RECIPES[name])
@@ -40,11 +39,9 @@ def read_recipe(name: str, typed: Mapping[str, Any] | None = None) -> dict[str, 
     if path.suffix != ".toml":
         raise UsageError(f"unknown recipe: {name}", f"It is {', '.join(RECIPES)}, or a .toml file.")
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read recipe {name}: {reason(error)}") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"recipe {name} is not TOML: {error}") from error
+        document = read_document(path)
+    except KdError as error:
+        raise UsageError(error.message, "A recipe is TOML: lines such as epochs = 60.") from error
     filled = document.pop("filled", [])
     values: dict[str, Any] = {}
     for key, value in document.items():

@@ -114,15 +114,15 @@ def _teacher(config: TestConfig, provenance: dict[str, Any]) -> tuple[Path | Non
 
 def _recorded_teacher(recorded: list[RecordedTeacher]) -> Path | None:
     """The one recorded teacher, if its file is unchanged."""
-    from kdcli.base.files import sha256_file
+    from kdcli.base.files import is_unchanged, regular_size
 
     if len(recorded) > 1:
         output.note(f"trained by {len(recorded)} teachers: pass one with --teacher to compare with it")
     if len(recorded) != 1:
         return None
     [(path, sha256, _)] = recorded
-    if path.is_file() and sha256_file(path) == sha256:
+    if is_unchanged(path, sha256):
         return path
-    problem = "has changed since training" if path.is_file() else "not found"
+    problem = "has changed since training" if regular_size(path) >= 0 else "not found"
     output.note(f"teacher {path} {problem}: agreement is not measured; pass a teacher with --teacher")
     return None

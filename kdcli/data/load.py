@@ -5,11 +5,14 @@ from pathlib import Path
 
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import Note, OnEvent, ignore
-from kdcli.base.files import expand
+from kdcli.base.files import expand, regular_size
+from kdcli.base.units import size
 from kdcli.data.datasets import DATASETS, Request, discover
 from kdcli.data.images import Splits
 from kdcli.data.tree import load_tree
 from kdcli.data.unlabelled import add_unlabelled
+
+_MAX_RECORDED_ARCHIVE = 16e9  # bytes of an archive that a model's file names; a typed one has no limit
 
 discover()
 
@@ -93,8 +96,16 @@ def source_for(
             f"no data set recorded in {model}",
             "Name it: --data cifar10, --data digits, or a folder or archive of images.",
         )
-    if spec not in DATASETS and not expand(spec).exists():
-        raise KdError(
-            f"{model} was trained on {Path(spec).name}, which does not exist", "Pass it with --data."
-        )
+    if spec not in DATASETS:
+        path = expand(spec)
+        try:
+            usable = path.is_dir() or 0 <= regular_size(path) <= _MAX_RECORDED_ARCHIVE
+        except OSError:
+            usable = False
+        if not usable:
+            raise KdError(
+                f"{model} was trained on {path.name}, which is not here as a folder or an archive of at most "
+                + size(_MAX_RECORDED_ARCHIVE),
+                "Pass it with --data.",
+            )
     return spec, skip_broken or recorded.get("skip_broken") is True

@@ -120,7 +120,7 @@ class Cache:
         The content is compared with its SHA-256 once a process, and again if a file has changed.
         """
         try:
-            meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+            meta = files.read_document(self.folder / "meta.json")
             sums, classes, parts = meta.pop("sha256"), tuple(meta["classes"]), {}
             for name, fingerprint in meta["fingerprints"].items():
                 images = np.load(self.folder / f"{name}-images.npy", mmap_mode="r", allow_pickle=False)
@@ -131,7 +131,7 @@ class Cache:
                 raise ValueError("other content")
             _verified.add(state)
             return Packed(parts, meta["label"], tuple(meta["notes"]), meta["overlap"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
+        except (KdError, OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
             if self.folder.exists():
                 self._on_event(Note(f"the packed images in {self.folder} are damaged and are packed anew"))
                 shutil.rmtree(self.folder, ignore_errors=True)

@@ -3,7 +3,6 @@
 The one definition for resuming, chains, comparisons, searches and `kd reproduce`.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -104,8 +103,8 @@ def circumstances(recorded: Any) -> dict[str, str]:
 def recorded_circumstances(environment_file: Path) -> dict[str, str]:
     """`circumstances` from a run's `environment.json`; empty if it cannot be read."""
     try:
-        return circumstances(json.loads(environment_file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError):
+        return circumstances(files.read_document(environment_file))
+    except KdError:
         return {}
 
 

@@ -30,13 +30,13 @@ from kdcli import models
 from kdcli.base import metrics
 from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent, ignore
-from kdcli.base.files import write_text
+from kdcli.base.files import MAX_JSON_BYTES, read_bytes, write_text
 from kdcli.base.text import reason
 from kdcli.data import ImageSet, overlap_warning
 from kdcli.engine.run_dir import RunDir
 from kdcli.methods import TrainConfig
 
-MOST_BYTES = 64 << 20  # of each file; the confusion matrix of 1,000 classes takes 11 MB
+MOST_BYTES = MAX_JSON_BYTES  # of each file; the confusion matrix of 1,000 classes takes 11 MB
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -268,10 +268,7 @@ def cut_metrics(path: Path, step: int, epoch: int) -> None:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise KdError(f"{path} has {size:,} bytes, more than the {MOST_BYTES:,} that are read")
-        return path.read_bytes()
+        return read_bytes(path, MOST_BYTES)
     except OSError as error:
         raise KdError(f"cannot read {path}: {reason(error)}", "Name the folder of a finished run.") from error
 

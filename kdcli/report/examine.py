@@ -15,7 +15,7 @@ from kdcli import data, models
 from kdcli.base.config import NO_ASSUMPTIONS, ReportConfig
 from kdcli.base.errors import KdError
 from kdcli.base.events import Event, OnEvent, Progress
-from kdcli.base.files import sha256_file
+from kdcli.base.files import is_unchanged, regular_size, sha256_file
 from kdcli.data import ImageSet, rows
 from kdcli.deploy.bench import Row
 from kdcli.engine.records import Evaluation, measure
@@ -128,7 +128,7 @@ class _Examiner:
     def __init__(self, runs: Sequence[Run], config: ReportConfig, on_event: OnEvent) -> None:
         self.config = config
         self.on_event = on_event
-        self.sha256 = cache(sha256_file)
+        self.sha256, self.unchanged = cache(sha256_file), cache(is_unchanged)
         load = partial(data.load, data_dir=config.data_dir, cache_dir=config.cache_dir)
         self.load = cache(partial(load, on_event=self._progress))
         self.evaluated: dict[tuple[str, str], tuple[Tensor, TeacherFigures]] = {}
@@ -202,11 +202,11 @@ class _Examiner:
                 learned = "several teachers" if len(teachers_of(run.provenance)) > 1 else "no teacher"
                 raise KdError(f"It learned from {learned}; pass one with --teacher to compare with it.")
             [(sha256, path)] = self.teachers.items()
-        if not path.is_file():
+        if regular_size(path) < 0:
             raise KdError(f"The teacher {path} does not exist; pass it with --teacher.")
-        if self.sha256(path) != sha256:
+        if not self.unchanged(path, sha256):
             raise KdError(f"{path} is not the teacher this run learned from; pass that with --teacher.")
-        if self.sha256(path) == self.sha256(run.student):
+        if sha256 == self.sha256(run.student):
             raise KdError("It is the teacher.")
         return path
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -10,14 +9,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kdcli.base.errors import KdError
-from kdcli.base.text import first_line
+from kdcli.base.files import read_document
 from kdcli.engine.records import Metrics, RunResult, epoch_lines, read_result
 from kdcli.engine.run_dir import RunDir
 from kdcli.models import checkpoint
 
 COMPARISON = "comparison.json"
-_MAX_SETTINGS_BYTES = 1 << 20  # of config.toml and environment.json
-_MAX_SETTINGS = 200  # values of each
+_MAX_SETTINGS = 200  # values of config.toml and environment.json
 
 T = TypeVar("T")
 
@@ -156,16 +154,9 @@ def read_run(folder: Path) -> Run:
 def _settings(path: Path, problems: list[str]) -> tuple[tuple[str, str], ...]:
     """(setting, value) pairs of a TOML or JSON file; adds to `problems` if it cannot be read."""
     try:
-        with path.open("rb") as handle:
-            content = handle.read(_MAX_SETTINGS_BYTES + 1)
-        if len(content) > _MAX_SETTINGS_BYTES:
-            raise ValueError(f"more than {_MAX_SETTINGS_BYTES:,} bytes")
-        document = tomllib.loads(content.decode()) if path.suffix == ".toml" else json.loads(content)
-        if not isinstance(document, dict):
-            raise ValueError("it holds no settings")
-        return tuple(islice(_flattened(document), _MAX_SETTINGS))
-    except (OSError, ValueError, RecursionError) as error:
-        problems.append(f"cannot read {path.name}: {first_line(error)}")
+        return tuple(islice(_flattened(read_document(path)), _MAX_SETTINGS))
+    except KdError as error:
+        problems.append(error.message)
         return ()
 
 

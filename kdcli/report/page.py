@@ -16,7 +16,7 @@ import numpy as np
 
 from kdcli.base.config import ReportConfig
 from kdcli.base.events import OnEvent, ignore
-from kdcli.base.files import sha256_file
+from kdcli.base.files import is_unchanged
 from kdcli.deploy.bench import Row
 from kdcli.engine.records import Evaluation, read_record
 from kdcli.report import figures
@@ -256,7 +256,7 @@ def _teacher_file(examined: Sequence[Examined], config: ReportConfig) -> Path | 
     used = [found.teacher.path for found in examined if found.teacher is not None]
     if not used:
         recorded = (recorded_teacher(found.run) for found in examined)
-        used = [path for path, sha in recorded if path and path.is_file() and sha256_file(path) == sha]
+        used = [path for path, sha in recorded if path and is_unchanged(path, sha)]
     return max(used, key=used.count) if used else None
 
 

@@ -1,9 +1,8 @@
 """Logits on disk: a file for each view, written in parts from which a killed pass continues."""
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from kdcli.base.errors import KdError
-from kdcli.base.files import atomic_path, sha256_file, write_json
+from kdcli.base.files import atomic_path, read_document, sha256_file, write_json
 from kdcli.base.text import reason
 
 PART = 4096  # images: at most so many are run again after a kill
@@ -194,10 +193,10 @@ class LogitCache:
         shutil.rmtree(self._parts(view)[0].parent, ignore_errors=True)
 
     def _manifest(self) -> dict[str, Any]:
-        try:
-            manifest: dict[str, Any] = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {"recipe": self.recipe, "views": {}, "made_by": {}}
+        manifest: dict[str, Any] = {"recipe": self.recipe, "views": {}, "made_by": {}}
+        with suppress(KdError):
+            stored = read_document(self.folder / "manifest.json")
+            manifest |= {name: value for name, value in stored.items() if isinstance(value, dict)}
         return manifest
 
     def _path(self, view: int) -> Path:

@@ -1,12 +1,16 @@
-"""Files that survive a power cut."""
+"""Files that survive a power cut, and documents of any origin."""
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kdcli.base import files
+from kdcli.base.errors import KdError
 from tests.helpers import disk_calls
 
 
@@ -31,3 +35,64 @@ def test_a_folder_is_synced_before_its_rename_and_its_parent_after(
     assert sorted(calls[:2]) == [("sync", "a"), ("sync", "b")]
     assert calls[2:] == [("sync", scratch.name), ("rename", "made"), ("sync", tmp_path.name)]
     assert (tmp_path / "made/b").read_text() == "b"
+
+
+DEEP = {
+    "values.toml": "a=" + 300 * "[" + 300 * "]",
+    "stack.toml": "a=" + 9000 * "[" + 9000 * "]",
+    "keys.toml": 3000 * "a." + "a=1",
+    "table.toml": f"[{70 * 'a.'}a]",
+    "values.json": 300 * '{"a":' + "1" + 300 * "}",
+    "stack.json": 90_000 * "[" + 90_000 * "]",
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_deep_documents_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(DEEP[name])
+    with pytest.raises(KdError, match="nested more than 64 deep"):
+        files.read_document(tmp_path / name)
+
+
+def test_documents_at_the_limit_are_read(tmp_path: Path) -> None:
+    nested: dict[str, Any] = {"a": 1}
+    for _ in range(62):
+        nested = {"a": nested}
+    for name, text in {"a.json": json.dumps(nested), "a.toml": f"{63 * 'a.'}".rstrip(".") + " = 1"}.items():
+        (tmp_path / name).write_text(text)
+        assert files.read_document(tmp_path / name) == nested
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.toml"])
+def test_documents_of_other_kinds_are_one_line(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    with pytest.raises(KdError, match=f"cannot read .*{name}: No such file"):
+        files.read_document(path)
+    os.mkfifo(path)
+    with pytest.raises(KdError, match=f"cannot read .*{name}: not a regular file"):
+        files.read_document(path)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(KdError, match="not a regular file"):
+        files.read_document(path)
+    path.unlink()
+    for content in (b"\xff\xfe", b"{", b"a = [", b"1", b"\0"):
+        path.write_bytes(content)
+        with pytest.raises(KdError, match=f"cannot read .*{name}") as caught:
+            files.read_document(path)
+        assert "\n" not in caught.value.message
+    os.truncate(path, 1 << 40)
+    with pytest.raises(KdError, match="1,099,511,627,776 bytes, more than"):
+        files.read_document(path)
+
+
+def test_only_a_regular_file_of_the_recorded_hash_is_unchanged(tmp_path: Path) -> None:
+    path = tmp_path / "teacher.pt"
+    path.write_bytes(b"abc")
+    sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
+    assert files.is_unchanged(path, sha256)
+    assert not files.is_unchanged(path, sha256[::-1])
+    os.mkfifo(tmp_path / "pipe")
+    os.truncate(path, 1 << 40)
+    for other in (path, tmp_path / "pipe", tmp_path, Path("/dev/zero"), Path("x" * 5000)):
+        assert not files.is_unchanged(other, sha256)

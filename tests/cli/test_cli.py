@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -181,6 +182,38 @@ def test_progress_notes_and_tracebacks_do_not_steer_the_terminal(
     assert ":cat:" in shown.out
     assert "Traceback" in shown.err
     assert is_clean(shown.out + shown.err.replace("Traceback", "")), shown
+
+
+@pytest.mark.parametrize("command", ["test", "report"])
+def test_endless_files_that_a_model_names_are_not_read(kd: Kd, command: str) -> None:
+    made = kd("train", "--method", "ce", *QUICK, "--name", "t")
+    assert made.code == 0, made
+    os.truncate(os.open("huge.pt", os.O_CREAT | os.O_WRONLY), 1 << 40)
+    os.mkfifo("cifar-10-python.tar.gz")
+    target, *options = (
+        ["runs/t/student.pt"] if command == "test" else ["runs/t", "--no-bench", "-o", "r.html"]
+    )
+    for teacher in ("huge.pt", "cifar-10-python.tar.gz", "/dev/zero", "x" * 300):
+        digits_student(Path("runs/t/student.pt"), teacher={"path": teacher, "sha256": 64 * "0"})
+        outcome = kd(command, target, *options)
+        assert outcome.code == 0, outcome.err
+        assert teacher in outcome.err
+    for spec in ("huge.pt", "cifar-10-python.tar.gz", "/dev/zero", "x" * 300):
+        digits_student(Path("runs/t/student.pt"), data={"spec": spec})
+        outcome = kd(command, target, *options)
+        assert outcome.code == (1 if command == "test" else 0), outcome.err
+        assert spec.rpartition("/")[2] in outcome.err
+        assert "which is not here as a folder or an archive of at most 16.0 GB" in outcome.err
+
+
+@pytest.mark.parametrize("depth", [80, 3000])
+def test_deep_recipe_is_one_line(kd: Kd, depth: int) -> None:
+    Path("r.toml").write_text(f"a={depth * '['}{depth * ']'}")
+    outcome = kd("train", "--config", "r.toml")
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: cannot read r.toml: ")
+    assert outcome.err.count("\n") == 2
+    assert "\nhint: A recipe is TOML" in outcome.err
 
 
 def test_name_of_a_recipe_is_a_plain_folder_name(kd: Kd) -> None:

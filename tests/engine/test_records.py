@@ -104,7 +104,7 @@ def test_a_missing_or_huge_file_is_one_line(tmp_path: Path, monkeypatch: pytest.
         read_result(tmp_path / "result.json")
     monkeypatch.setattr("kdcli.engine.records.MOST_BYTES", 10)
     (tmp_path / "metrics.jsonl").write_text("x" * 11)
-    with pytest.raises(KdError, match=r"metrics\.jsonl has 11 bytes, more than the 10"):
+    with pytest.raises(KdError, match=r"metrics\.jsonl: it has 11 bytes, more than the 10"):
         read_metrics(tmp_path / "metrics.jsonl")
 
 
