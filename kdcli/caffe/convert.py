@@ -207,7 +207,12 @@ def to_classifier(
     # 3. Class names and provenance
     known = files.known
     numbers = tuple(str(number) for number in range(built.classes))
-    candidates = (known.classes if known else (), classes or (), numbers)
+    candidates = (
+        ("the catalogue of weights", known.classes if known else ()),
+        (data_label or "data", classes or ()),
+        ("", numbers),
+    )
+    source, names = next(entry for entry in candidates if len(entry[1]) == built.classes)
     provenance: dict[str, Any] = {
         "kind": files.kind,
         "name": known.name if known else files.name,
@@ -218,12 +223,14 @@ def to_classifier(
         "measured": dict(known.measured) if known else {},
         "preprocess_data": data_label if files.preprocess_kind(config) in _FITTED else None,
     }
+    if source:
+        provenance["class_names"] = source
     checkpoint = Checkpoint(
         arch=built.arch,
         arch_args=built.arch_args,
         state_dict=built.state,
         preprocess=preprocess.spec(),
-        classes=next(names for names in candidates if len(names) == built.classes),
+        classes=names,
         input_size=size,
         provenance=provenance,
     )

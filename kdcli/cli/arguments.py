@@ -55,7 +55,7 @@ def data_for(
         skip_broken=config.skip_broken,
         on_event=on_event,
     )
-    if reason := data.incompatibility(model.classes, model.input_size, splits.test):
+    if reason := data.incompatibility(model, splits.test):
         raise KdError(f"{path} {reason}", "Pass the data of this model with --data.")
     return splits
 

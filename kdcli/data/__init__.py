@@ -1,6 +1,14 @@
 """Datasets: every source becomes an `ImageSet` of uint8 images."""
 
-from kdcli.data.images import ImageSet, Splits, incompatibility, overlap_warning
+from kdcli.data.images import ImageSet, Splits, incompatibility, other_classes, overlap_warning
 from kdcli.data.load import load, source_for
 
-__all__ = ["ImageSet", "Splits", "incompatibility", "load", "overlap_warning", "source_for"]
+__all__ = [
+    "ImageSet",
+    "Splits",
+    "incompatibility",
+    "load",
+    "other_classes",
+    "overlap_warning",
+    "source_for",
+]

@@ -1,8 +1,9 @@
 """Image sets and splits: the form in which all other rooms receive data."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -99,21 +100,46 @@ def overlap_warning(overlap: int, count: int) -> str | None:
     )
 
 
-def incompatibility(classes: tuple[str, ...], input_size: tuple[int, int, int], data: ImageSet) -> str | None:
-    """Reason why a model does not fit a data set, as `has 10 classes, the data has 3`; None if it fits.
+class Description(Protocol):
+    """What a model's file holds about its classes and images, see `models.Classifier`."""
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def input_size(self) -> tuple[int, int, int]: ...
+    @property
+    def provenance(self) -> Mapping[str, Any]: ...
+
+
+def knows_names(model: Description) -> bool:
+    """Whether a model's class names are known: mere numbers are if they come from data or from a list of names."""
+    numbers = tuple(str(number) for number in range(len(model.classes)))
+    return model.classes != numbers or not {"data", "class_names"}.isdisjoint(model.provenance)
+
+
+def other_classes(model: Description, data: ImageSet) -> str | None:
+    """Difference of a model's classes from those of a data set, as `has 10 classes, the data has 3`; None without.
 
     Class names and their order count, not only their number: with other classes the figures would mean nothing.
-    Numbered classes (an ONNX file without class names) fit any names.
+    A model whose names are not known fits any names.
     """
-    if len(classes) != len(data.classes):
-        return f"has {len(classes)} classes, the data has {len(data.classes)}"
-    numbers = tuple(str(number) for number in range(len(classes)))
-    if numbers not in (classes, data.classes) and classes != data.classes:
-        mine, theirs = next(pair for pair in zip(classes, data.classes, strict=True) if pair[0] != pair[1])
-        return f"has a class {mine!r} where the data has {theirs!r}"
-    if input_size != data.input_size:
-        return f"takes {dims(input_size)} images, the data has {dims(data.input_size)}"
-    return None
+    mine, theirs = model.classes, data.classes
+    if len(mine) != len(theirs):
+        return f"has {len(mine)} classes, the data has {len(theirs)}"
+    if mine == theirs or not knows_names(model):
+        return None
+    own, other = next(pair for pair in zip(mine, theirs, strict=True) if pair[0] != pair[1])
+    return f"has a class {own!r} where the data has {other!r}"
+
+
+def incompatibility(model: Description, data: ImageSet) -> str | None:
+    """Reason why a model does not fit a data set; None if it fits. See `other_classes`."""
+    size = model.input_size
+    if size != data.input_size:
+        return (
+            other_classes(model, data) or f"takes {dims(size)} images, the data has {dims(data.input_size)}"
+        )
+    return other_classes(model, data)
 
 
 def fingerprint_of(images: rows.Images, labels: npt.NDArray[np.int64], classes: tuple[str, ...]) -> str:

@@ -9,7 +9,6 @@ from torch import nn
 
 from kdcli import models
 from kdcli.base.config import InfoConfig
-from kdcli.base.files import sha256_file
 from kdcli.base.text import dims
 from kdcli.data.preprocess import Preprocess
 from kdcli.deploy.load import load_model
@@ -69,7 +68,7 @@ def info(model: str, config: InfoConfig) -> ModelInfo:
         macs=macs,
         layers=layers,
         file_bytes=size,
-        sha256=sha256_file(path),
+        sha256=loaded.file_sha256,
         preprocess=None if loaded.preprocess is None else _constants(loaded.preprocess),
         provenance=loaded.provenance,
     )

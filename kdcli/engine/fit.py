@@ -102,8 +102,13 @@ def _build(plan: RunPlan, resume: RunDir | None, on_event: OnEvent, stop: StopFl
         count = f"{len(plan.train_samples):,} images in batches of {config.batch_size}"
         advice = "--batch-size 32 or more --epochs make more"
         on_event(Note(f"{plan.steps} steps are few to learn from: {count}; {advice}"))
-    # 1. Student, with its preprocessing
+    # 1. The saved state, of the same inputs; student, with its preprocessing
+    saved = None if resume is None else _load_newest(plan, resume, on_event)
     student = make_student(config, plan.data.train, plan.labelled_samples, world.device, on_event)
+    if student.file_sha256 != plan.inputs.get("student", ""):
+        raise KdError(
+            f"student {config.student} was replaced while it was read", "Type the same command again."
+        )
     if resume is None and world.first:
         RunDir.check_free(config)
     # 2. Teacher: cached views, or live
@@ -130,7 +135,7 @@ def _build(plan: RunPlan, resume: RunDir | None, on_event: OnEvent, stop: StopFl
     # 6. The saved state
     state, saved_step = State(), None
     if resume is not None:
-        state, saved_step = _restore(plan, run, student.network, adapters, optimizer, on_event)
+        state, saved_step = _restore(plan, run, saved, student.network, adapters, optimizer, on_event)
     # 7. Batches, step and records
     return Trainer(
         plan=plan,
@@ -169,6 +174,7 @@ def _open_run(plan: RunPlan, student: Classifier) -> tuple[RunPlan, RunDir]:
 def _restore(
     plan: RunPlan,
     run: RunDir,
+    newest: tuple[Path, Checkpoint] | None,
     network: nn.Module,
     adapters: Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer,
@@ -179,12 +185,10 @@ def _restore(
     Returns the position, at the start if no state was ever saved, and the step of `last.pt` if that is readable.
     """
     state, saved_step = State(), None
-    newest = _load_newest(run, on_event)
     if newest is not None:
         path, stored = newest
         training = stored.training or {}
         try:
-            check_unchanged(training["inputs"], plan.inputs, run.path.as_posix())
             network.load_state_dict(stored.state_dict)
             for name, module in adapters.items():
                 module.load_state_dict(training["adapters"][name])
@@ -205,14 +209,18 @@ def _restore(
     return state, saved_step
 
 
-def _load_newest(run: RunDir, on_event: OnEvent) -> tuple[Path, Checkpoint] | None:
-    """The newest readable state; None if none was ever saved."""
+def _load_newest(plan: RunPlan, run: RunDir, on_event: OnEvent) -> tuple[Path, Checkpoint] | None:
+    """The newest readable state, if the run's inputs are still those it began with; None if none was ever saved."""
     saved = run.saved()
     for path in saved:
         try:
-            return path, checkpoint.load(path)
+            stored = checkpoint.load(path)
         except KdError as error:
             on_event(Note(f"{error.message}; trying the one before it"))
+            continue
+        inputs = (stored.training or {}).get("inputs")
+        check_unchanged(inputs if isinstance(inputs, dict) else {}, plan.inputs, run.path.as_posix())
+        return path, stored
     if saved:
         raise KdError(f"no saved state of {run.path} can be read", "Start the run anew under another --name.")
     return None

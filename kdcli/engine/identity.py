@@ -35,11 +35,16 @@ def decisive_options(config: TrainConfig) -> dict[str, Any]:
 
 
 def input_hashes(
-    config: TrainConfig, data: Splits, *, missing: Mapping[str, str] = MappingProxyType({})
+    config: TrainConfig,
+    data: Splits,
+    *,
+    hashed: Mapping[Path, str] = MappingProxyType({}),
+    missing: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, str]:
     """SHA-256 of a run's inputs, by name: images, teachers, student's file, code of custom methods.
 
     Args:
+        hashed: hashes of files that are not read again.
         missing: hashes to use for files that cannot be read.
 
     Raises:
@@ -55,7 +60,7 @@ def input_hashes(
         paths["student"] = config.student_file
     for name, path in paths.items():
         try:
-            found[name] = files.sha256_file(path)
+            found[name] = hashed.get(path) or files.sha256_file(path)
         except OSError as error:
             if name not in missing:
                 raise KdError(f"cannot read {path}: {reason(error)}", "Name a file that is there.") from error

@@ -120,7 +120,7 @@ def make_plan(
         steps=steps_per_epoch * config.epochs,
         cache_mode=cache_mode(config),
         teacher=teacher,
-        inputs=identity.input_hashes(config, data),
+        inputs=identity.input_hashes(config, data, hashed=teacher.hashes if teacher else {}),
         environment={**runtime.environment(), **runtime.describe(world), "instructions": instructions},
         source_digests=methods.source_digests(config.method),  # as imported: the files may change meanwhile
         world=world,

@@ -104,7 +104,7 @@ def _stored(config: TrainConfig, train: ImageSet) -> Classifier:
     path = config.student_file
     assert path is not None
     stored = models.load(path)
-    reason = data.incompatibility(stored.classes, stored.input_size, train)
+    reason = data.incompatibility(stored, train)
     if reason:
         raise KdError(f"student {path} {reason}", "Student and data must belong together; see --data.")
     stored.classes, stored.provenance = train.classes, {}

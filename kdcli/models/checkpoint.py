@@ -1,7 +1,8 @@
 """Checkpoints: one `.pt` file with everything a model needs, read without executing anything in it."""
 
 import hashlib
-from dataclasses import dataclass, field
+import io
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class Checkpoint:
         input_size: `(H, W, C)` of the raw uint8 images.
         provenance: method, data, teacher, accuracy, source file: plain JSON values.
         training: optimizer, auxiliary modules, position and identity of an unfinished run; None in a finished model.
+        file_sha256: of the bytes that were read; empty if it was made here.
     """
 
     arch: str
@@ -43,6 +45,7 @@ class Checkpoint:
     input_size: tuple[int, int, int]
     provenance: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] | None = None
+    file_sha256: str = ""
 
     __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True, extra="ignore")  # for `load`
 
@@ -63,6 +66,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         "classes": list(checkpoint.classes),
         "input_size": list(checkpoint.input_size),
     }
+    del document["file_sha256"]
     if checkpoint.training is None:
         del document["training"]
     save_plain(path, document)
@@ -92,7 +96,7 @@ def save_plain(path: Path, document: dict[str, Any]) -> None:
 def load_plain(path: Path) -> dict[str, Any] | None:
     """Return what `save_plain` wrote, or None if the file is missing, damaged or of another kind."""
     try:
-        return _read(path)
+        return _read(path)[0]
     except KdError:
         return None
 
@@ -103,7 +107,7 @@ def load(path: Path) -> Checkpoint:
     Raises:
         KdError: missing, unreadable, damaged, not a checkpoint of kd, or made by a newer version.
     """
-    document = _read(path)
+    document, sha256 = _read(path)
     version = document.get("format_version")
     if not isinstance(version, int) or version != FORMAT_VERSION:
         raise KdError(
@@ -111,30 +115,36 @@ def load(path: Path) -> Checkpoint:
             "kd reads .pt files that kd wrote; for one that a newer kd wrote: pip install --upgrade kdcli",
         )
     try:
-        return _CHECKPOINT.validate_python(document)
+        return replace(_CHECKPOINT.validate_python(document), file_sha256=sha256)
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise KdError(f"{path} is not a complete kd checkpoint: {place}: {first['msg']}") from error
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Content of a file without its SHA-256: the archive is checked, then what torch read, then the SHA-256."""
+def _read(path: Path) -> tuple[dict[str, Any], str]:
+    """Content of a file without the SHA-256 in it, and the SHA-256 of the file.
+
+    The file is read once: the archive is checked, then what torch read of the same bytes, then the SHA-256 in it.
+    """
     if not path.exists():
         raise KdError(f"no such file: {path}", "kd convert-caffe makes a teacher, kd train a student.")
+    if not path.is_file():
+        raise KdError(f"{path} is not a file", "Name the .pt file itself.")
     try:
-        check_archive(path)
-        document = torch.load(path, map_location="cpu", weights_only=True)
+        content = path.read_bytes()
+        check_archive(path, content)
+        document = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if not isinstance(document, dict):
             raise KdError(f"{path} is not a kd checkpoint", "kd reads .pt files that kd wrote.")
-        _check_extent(path, document)
+        _check_extent(path, len(content), document)
         recorded = document.pop("sha256", None)
         if recorded is not None and recorded != digest(document):
             raise KdError(
                 f"{path} is damaged: its content does not have the SHA-256 recorded in it",
                 "Restore it, or write it again.",
             )
-        return document
+        return document, hashlib.sha256(content).hexdigest()
     except KdError:
         raise
     except Exception as error:  # the unpickler and the zip reader raise whatever the bytes provoke
@@ -144,12 +154,12 @@ def _read(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _check_extent(path: Path, document: Any) -> None:
-    """Raise KdError if a document is far larger than its file.
+def _check_extent(path: Path, size: int, document: Any) -> None:
+    """Raise KdError if a document is far larger than its file of `size` bytes.
 
     A few bytes can be laid out as a tensor of terabytes, or as nested lists whose parts are shared.
     """
-    budget, parts = _MAX_EXPANSION * path.stat().st_size, 0
+    budget, parts = _MAX_EXPANSION * size, 0
     pending = [document]
     while pending:
         part = pending.pop()

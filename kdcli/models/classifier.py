@@ -28,6 +28,7 @@ class Classifier(nn.Module):
         classes: class names in the order of the logits.
         input_size: (H, W, C) of the raw images.
         provenance: plain values: method, data, teacher, accuracy, source file …
+        file_sha256: of the file that it was read from; empty without one.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Classifier(nn.Module):
         classes: tuple[str, ...],
         input_size: tuple[int, int, int],
         provenance: dict[str, Any] | None = None,
+        file_sha256: str = "",
     ) -> None:
         super().__init__()
         self.network = network
@@ -49,6 +51,7 @@ class Classifier(nn.Module):
         self.classes = classes
         self.input_size = input_size
         self.provenance = dict(provenance or {})
+        self.file_sha256 = file_sha256
 
     def forward(self, images: Tensor) -> Tensor:
         """Raw images uint8 (B, H, W, C) → logits (B, classes)."""
@@ -114,6 +117,7 @@ def from_checkpoint(stored: Checkpoint, source: str = "checkpoint") -> Classifie
         classes=stored.classes,
         input_size=stored.input_size,
         provenance=stored.provenance,
+        file_sha256=stored.file_sha256,
     ).eval()
 
 

@@ -4,6 +4,7 @@
 any dictionary key. Hence the archive's directory is checked for sizes, and its pickle is run once without tensors.
 """
 
+import io
 import pickle
 import struct
 import zipfile
@@ -25,20 +26,21 @@ _ITEM_BYTES = {
 }  # fmt: skip
 
 
-def check_archive(path: Path) -> None:
-    """Raise KdError unless a file is an archive that `torch.save` makes of plain values and tensors.
+def check_archive(path: Path, content: bytes) -> None:
+    """Raise KdError unless a file's bytes are an archive that `torch.save` makes of plain values and tensors.
+
+    Args:
+        path: for messages.
 
     Raises:
         KdError: not such an archive, or larger inside than outside.
         zipfile.BadZipFile, OSError, struct.error: damage that the zip reader found.
     """
-    if not path.is_file():
-        raise KdError(f"{path} is not a file", "Name the .pt file itself.")
-    if not zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(io.BytesIO(content)):
         raise KdError(
             f"{path} is not a kd checkpoint", "kd reads .pt files that kd wrote; see kd convert-caffe."
         )
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         pickles = [name for name in entries if name.endswith("/data.pkl")]
         if not pickles:
@@ -50,9 +52,9 @@ def check_archive(path: Path) -> None:
             or any(entry.flag_bits & 1 for entry in entries.values())  # encrypted
             or len(entries) < len(archive.infolist())  # two records of one name
             or len(entries) > MAX_RECORDS
-            or sum(entry.file_size for entry in entries.values()) > path.stat().st_size  # overlapping records
+            or sum(entry.file_size for entry in entries.values()) > len(content)  # overlapping records
             or entries[pickles[0]].file_size > MAX_PICKLE_BYTES
-            or not _has_one_directory(path, archive.start_dir)
+            or not _has_one_directory(content, archive.start_dir)
         ):
             raise KdError(
                 f"{path} is not an archive of weights as torch.save writes it",
@@ -60,19 +62,17 @@ def check_archive(path: Path) -> None:
             )
         folder = pickles[0].removesuffix("data.pkl") + "data/"
         sizes = {name.removeprefix(folder): entry.file_size for name, entry in entries.items()}
-        content = archive.read(pickles[0])
+        plain = archive.read(pickles[0])
     try:
-        _TensorlessUnpickler(content, sizes).dictionary()
+        _TensorlessUnpickler(plain, sizes).dictionary()
     except KdError as error:
         raise KdError(f"{path}: {error.message}", error.hint) from error
 
 
-def _has_one_directory(path: Path, start: int) -> bool:
+def _has_one_directory(content: bytes, start: int) -> bool:
     """Whether torch's zip reader must find the directory where Python's found it: from `start` to the end records."""
-    with path.open("rb") as handle:
-        size = handle.seek(0, 2)
-        handle.seek(max(0, size - 98))
-        tail = handle.read().rjust(98, b"\0")  # zip64 end record (56), its locator (20), end record (22)
+    size = len(content)
+    tail = content[-98:].rjust(98, b"\0")  # zip64 end record (56), its locator (20), end record (22)
     _, _, _, _, _, length, offset, comment = struct.unpack("<4s4H2LH", tail[76:])
     end = size - 22
     if tail[56:60] == b"PK\x06\x07":

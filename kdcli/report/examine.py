@@ -150,7 +150,7 @@ class _Examiner:
         model = models.load(run.student)
         splits = self.load(spec, fit_to=model.input_size, skip_broken=skip_broken)
         test = splits.test
-        if problem := data.incompatibility(model.classes, model.input_size, test):
+        if problem := data.incompatibility(model, test):
             raise KdError(f"the student {problem}")
         labels = torch.tensor(test.labels)
         logits = models.predict_logits(

@@ -18,7 +18,7 @@ from kdcli.base.config import NO_ASSUMPTIONS, InputSettings
 from kdcli.base.errors import KdError
 from kdcli.base.events import Note, OnEvent, Progress
 from kdcli.base.runtime import World
-from kdcli.data import ImageSet, incompatibility
+from kdcli.data import ImageSet, incompatibility, other_classes
 from kdcli.deploy.load import load_model
 from kdcli.models import Classifier
 from kdcli.teacher import cache as caches
@@ -51,10 +51,10 @@ def freeze(model: Classifier, dropout: float = 0.0) -> Classifier:
 
 @dataclass
 class Member:
-    """A model of a teacher; its file is read when the model is first used.
+    """A model of a teacher; its file is read when the model is first used, and must still have its SHA-256.
 
     Attributes:
-        sha256: of the file, which holds weights and preprocessing.
+        sha256: of the file, which holds weights and preprocessing; outputs are cached under it.
         weight: of its logits in the teacher's mean; all weights sum to 1.
         device, threads: where it runs; threads are those of onnxruntime, 0: all cores.
         assumed: what an ONNX file of another program leaves open.
@@ -76,18 +76,35 @@ class Member:
     def model(self) -> Any:
         """The frozen classifier on its device, or an ONNX model."""
         if self._model is None:
-            loaded = load_model(self.path, self.threads, self.assumed, self.input_size)
-            self._model = freeze(loaded).to(self.device) if isinstance(loaded, Classifier) else loaded
+            self._model = self.load()
         return self._model
+
+    def load(self, dropout: float = 0.0) -> Any:
+        """Read the file, see `model` and `freeze`.
+
+        Raises:
+            KdError: it cannot be read, is another one than before, or has no dropout layers where they are asked for.
+        """
+        loaded = load_model(self.path, self.threads, self.assumed, self.input_size)
+        if loaded.file_sha256 != self.sha256:
+            raise KdError(
+                f"teacher {self.path} was replaced while it was in use",
+                "Put the earlier file back to continue a run; a new run takes the file that is there.",
+            )
+        if isinstance(loaded, Classifier):
+            return freeze(loaded, dropout).to(self.device)
+        if dropout > 0:
+            raise KdError("--teacher-dropout needs a .pt teacher", "Other files have no dropout layers.")
+        return loaded
 
     def check(self, data: ImageSet) -> None:
         """Raise KdError unless the model takes these images and knows these classes."""
         model = self.model
-        problem = incompatibility(model.classes, model.input_size, data)
+        problem = incompatibility(model, data)
         if problem is None:
             return
         flags = []
-        if incompatibility(model.classes, data.input_size, data) is None:  # only the images' shape is wrong
+        if other_classes(model, data) is None:  # only the images' shape is wrong
             height, width, channels = model.input_size
             flags += ["--grey"] if (channels, data.input_size[2]) == (1, 3) else []
             resizable = height == width and (height, width) != data.input_size[:2]

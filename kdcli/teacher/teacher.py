@@ -19,13 +19,12 @@ from kdcli.base.events import Note, OnEvent, ignore
 from kdcli.base.files import cache_folder, sha256_file
 from kdcli.base.runtime import World
 from kdcli.data import ImageSet, augment, rows
-from kdcli.deploy.load import load_model
 from kdcli.methods import Features
 from kdcli.models import Classifier
 from kdcli.models.feature_extractor import FeatureExtractor, find_stages
 from kdcli.models.reproducible import DropoutKeys, use_sample_dropout
 from kdcli.teacher.cache import CachedLogits, LogitCache, weighted_mean
-from kdcli.teacher.member import Member, TeacherPass, freeze
+from kdcli.teacher.member import Member, TeacherPass
 from kdcli.teacher.runner import Engine, Forward, forward_of, run_in_torch
 
 _CACHE_VERSION = 3
@@ -121,6 +120,7 @@ class Teacher:
                     "kd convert-caffe makes one from a Caffe network, kd train --method ce trains one; "
                     "name it with --teacher.",
                 )
+        hashes = world.broadcast([sha256_file(path) for path in files] if world.first else [])
         given = tuple(weights) or (1.0,) * len(files)
         if assumed.given and not any(map(_is_onnx, files)):
             flags = ", ".join(map(assumed.flag, assumed.given))
@@ -128,14 +128,14 @@ class Teacher:
         members = tuple(
             Member(
                 path,
-                sha256_file(path),
+                sha256,
                 weight / sum(given),
                 world.device,
                 threads,
                 assumed if _is_onnx(path) else NO_ASSUMPTIONS,
                 input_size,
             )
-            for path, weight in zip(files, given, strict=True)
+            for path, sha256, weight in zip(files, hashes, given, strict=True)
         )
         return cls(members, cache_dir, world, precision, top_k)
 
@@ -143,6 +143,11 @@ class Teacher:
     def views_computed(self) -> int:
         """Number of views of data sets that a model was run over."""
         return sum(member.views_computed for member in self.members)
+
+    @property
+    def hashes(self) -> dict[Path, str]:
+        """SHA-256 of each file."""
+        return {member.path: member.sha256 for member in self.members}
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -208,12 +213,7 @@ class Teacher:
         for number, member in enumerate(self.members, 1):
             model = member.model
             if dropout > 0:
-                model = load_model(member.path)
-                if not isinstance(model, Classifier):
-                    raise KdError(
-                        "--teacher-dropout needs a .pt teacher", "Other files have no dropout layers."
-                    )
-                freeze(model, dropout).to(self.world.device)
+                model = member.load(dropout)
                 dropout_keys.append(DropoutKeys(seed, number))  # the draws of each differ; 0 is the student
                 use_sample_dropout(model, dropout_keys[-1])
             engine = Engine("torch", precision) if isinstance(model, Classifier) else Engine("file")

@@ -7,6 +7,7 @@ import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from kdcli.base.config import make
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Event, Note, Progress
 from kdcli.base.recipes import RECIPES, read_recipe
-from kdcli.data import Splits, incompatibility
+from kdcli.data import ImageSet, Splits, incompatibility
 from kdcli.data.split import split
 from kdcli.engine import RunDir, RunResult, fit, read_metrics
 from kdcli.engine.plan import resolve
@@ -355,9 +356,24 @@ def test_other_names_or_order_of_classes_are_refused(trained_teacher: Path, spli
         other = replace(splits, train=replace(train, classes=names, fingerprint="f" * 64))
         with pytest.raises(KdError, match="where the data has"):
             fit(config(method="kd", teacher=trained_teacher), other)
-    numbered = replace(train, classes=("0", "1", "2"))
-    assert incompatibility(("0", "1", "2"), (8, 8, 1), train) is None
-    assert incompatibility(train.classes, (8, 8, 1), numbered) is None
+
+
+def test_only_a_model_without_names_fits_any_names(splits: Splits) -> None:
+    """Numbers in the data are names; numbers in the model are names where they come from data."""
+    words = splits.train
+    numbered = replace(words, classes=("0", "1", "2"))
+
+    def fits(classes: tuple[str, ...], images: ImageSet, /, **provenance: object) -> bool:
+        model = SimpleNamespace(classes=classes, input_size=(8, 8, 1), provenance=provenance)
+        return incompatibility(model, images) is None
+
+    assert fits(("0", "1", "2"), words)
+    assert fits(("0", "1", "2"), words, kind="caffe")
+    assert not fits(("0", "1", "2"), words, data={"label": "digits"})
+    assert not fits(("0", "1", "2"), words, class_names="labels.txt")
+    assert not fits(("1", "2", "3"), words)
+    assert not fits(words.classes, numbered)
+    assert fits(("0", "1", "2"), numbered, data={"label": "digits"})
 
 
 def test_a_saved_state_is_not_loaded_as_a_model(trained_teacher: Path) -> None:

@@ -287,6 +287,22 @@ def test_a_flipped_bit_in_a_checkpoint(tmp_path: Path, where: int) -> None:
     assert found.training == stored.training
 
 
+def test_a_run_is_not_resumed_with_a_replaced_teacher(workplace: Path, splits: Splits) -> None:
+    """It is refused before the new teacher is run, and continues when the old one is back."""
+    for name, seed in (("old", 0), ("new", 1)):
+        fit(config(method="ce", epochs=1, seed=seed, name=name), splits)
+    shutil.copy("runs/old/student.pt", "teacher.pt")
+    run = stopped("cut", splits, method="kd", teacher=Path("teacher.pt"))
+    passes = set(Path("cache/teacher").iterdir())
+    shutil.copy("runs/new/student.pt", "teacher.pt")
+    with pytest.raises(KdError, match="the teacher of runs/cut changed"):
+        fit(run.read_config(), splits, resume=run)
+    assert set(Path("cache/teacher").iterdir()) == passes
+    shutil.copy("runs/old/student.pt", "teacher.pt")
+    fit(run.read_config(), splits, resume=run)
+    assert run.student.is_file()
+
+
 def test_older_states_are_kept_as_asked(workplace: Path) -> None:
     splits = make_splits()
     for keep, expected in ((1, []), (3, ["last-000000002.pt", "last-000000004.pt"])):

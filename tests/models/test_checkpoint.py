@@ -87,7 +87,7 @@ def test_a_malicious_checkpoint_executes_nothing(
 ) -> None:
     """Not even where the environment asks torch to trust everything, nor if only torch looked at it."""
     if not checked:
-        monkeypatch.setattr(checkpoint, "check_archive", lambda _: None)
+        monkeypatch.setattr(checkpoint, "check_archive", lambda *_: None)
     if forced:
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", forced)
     canary = tmp_path / "canary"

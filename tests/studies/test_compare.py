@@ -201,6 +201,18 @@ def test_compare_refuses_changed_settings_and_inputs(splits: Splits) -> None:
         planned(seeds="1", epochs=1).runs[1].is_started()
 
 
+def test_compare_stops_when_its_teacher_is_replaced_between_runs(splits: Splits) -> None:
+    first = Path("comparisons/c/runs/ce-seed0/student.pt")
+
+    def replace_teacher(event: Event) -> None:
+        if first.is_file():
+            shutil.copyfile(first, "runs/teacher/student.pt")
+
+    with pytest.raises(KdError, match="the teacher of comparisons/c changed"):
+        compare(planned(epochs=1), splits, on_event=replace_teacher)
+    assert not Path("comparisons/c/runs/kd-seed1").exists()
+
+
 def test_compare_one_seed_has_no_verdict(splits: Splits) -> None:
     [_, other] = compare(planned(seeds="7,", epochs=1), splits).standings
     assert other.difference is not None

@@ -149,6 +149,47 @@ def test_the_lock_of_a_view_is_waited_for_and_free_after_a_kill(workplace: Path,
     assert opened.views_computed == 2
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".onnx"])
+def test_a_teacher_replaced_before_its_first_use_is_refused(
+    workplace: Path, images: ImageSet, suffix: str
+) -> None:
+    """Nothing is cached under the hash of the file that was opened, and the file is good for the next run."""
+    path, other = Path(f"t{suffix}"), Path(f"other{suffix}")
+    for place, scale in ((path, 1.0), (other, 2.0)):
+        model = make_teacher(place.with_suffix(".pt"), scale=scale)
+        if suffix == ".onnx":
+            from kdcli.deploy.onnx_model.translate import to_onnx
+
+            place.write_bytes(to_onnx(model, opset=18, with_preprocessing=True).SerializeToString())
+    opened = Teacher.open(path, Path("cache"))
+    other.replace(path)
+    for use in (opened.logits, lambda data: opened.live()):
+        with pytest.raises(KdError, match="was replaced"):
+            use(images)
+    assert not list(Path("cache").rglob("*.npy"))
+    Teacher.open(path, Path("cache")).logits(images)
+
+
+def test_a_live_teacher_with_dropout_is_read_once_more_as_it_was(workplace: Path) -> None:
+    make_teacher(Path("t.pt"))
+    opened = Teacher.open(Path("t.pt"), Path("cache"))
+    assert opened.members[0].model is not None
+    make_teacher(Path("t.pt"), scale=2.0)
+    with pytest.raises(KdError, match="was replaced"):
+        opened.live(dropout=0.5)
+
+
+def test_outputs_of_another_precision_are_cached_apart(workplace: Path, images: ImageSet) -> None:
+    make_teacher(Path("t.pt"))
+    passes = [Teacher.open(Path("t.pt"), Path("cache"), precision=name) for name in ("32", "bf16", "auto")]
+    for opened in passes:
+        opened.logits(images)
+    assert [opened.views_computed for opened in passes] == [1, 1, 1]
+    exact = [opened.logits(images, exact=True) for opened in passes]  # float32 whatever the option says
+    assert [opened.views_computed for opened in passes] == [2, 1, 1]
+    assert len({outputs[0].stored[0].tobytes() for outputs in exact}) == 1
+
+
 # --- what is kept ---------------------------------------------------------------------------------------------
 
 

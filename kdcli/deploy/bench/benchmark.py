@@ -282,7 +282,7 @@ def _measure_accuracy(
                 found[path] = {"accuracy": value, "accuracy_source": "recorded"}
             continue
         problem = model.why_not_runnable if isinstance(model, OnnxClassifier) else None
-        mismatch = incompatibility(model.classes, model.input_size, test)
+        mismatch = incompatibility(model, test)
         if problem := problem or (mismatch and f"it {mismatch}"):
             found[path] = {"notes": (f"accuracy not measured: {problem}",)}
             continue

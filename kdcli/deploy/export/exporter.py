@@ -11,7 +11,7 @@ from kdcli import data, models
 from kdcli.base.config import ExportConfig
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import OnEvent, Progress, ignore
-from kdcli.base.files import atomic_path, sha256_file
+from kdcli.base.files import atomic_path
 from kdcli.data import ImageSet, Splits
 from kdcli.data.decode import Pixels
 from kdcli.deploy.export.job import AccuracyDrop, ExportJob, Quantisation, choose_samples
@@ -68,7 +68,7 @@ def export(
     on_event(Progress("exporting", 0, 3, "steps"))
     raw = config.with_preprocessing
     model = to_onnx(classifier, opset=config.opset, with_preprocessing=raw)
-    metadata = make_metadata(classifier, sha256_file(checkpoint), with_preprocessing=raw)
+    metadata = make_metadata(classifier, with_preprocessing=raw)
     on_event(Progress("exporting", 1, 3, "steps"))
     content, outputs, parity = job.verify(model, metadata)
     on_event(Progress("exporting", 2, 3, "steps"))
@@ -140,7 +140,7 @@ def _fitting_data(
             skip_broken=skip,
             on_event=on_event,
         )
-    problem = data.incompatibility(classifier.classes, classifier.input_size, given.train)
+    problem = data.incompatibility(classifier, given.train)
     if problem:
         raise KdError(f"the model {problem}", "Pass data that fits with --data.")
     return given

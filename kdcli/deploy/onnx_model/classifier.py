@@ -1,5 +1,6 @@
 """ONNX files of unknown origin: reading within limits, and running as classifiers."""
 
+import hashlib
 import math
 import stat
 from collections.abc import Iterator
@@ -56,6 +57,7 @@ class OnnxClassifier:
     model: onnx.ModelProto = field(repr=False)
     file_bytes: int  # of the file and of external files with its weights
     assumed: InputSettings  # by the user; what the file says is not in it
+    file_sha256: str  # of the file, as it was read
 
     @classmethod
     def load(
@@ -81,7 +83,7 @@ class OnnxClassifier:
             KdError: unreadable, over 2 GiB, with loops, unbounded functions or weights in other files that are not
                 accepted, or not an image classifier.
         """
-        model, file_bytes = _read(path, external=external)
+        model, file_bytes, sha256 = _read(path, external=external)
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         if "kd.format" in metadata:
             assumed = NO_ASSUMPTIONS
@@ -115,6 +117,7 @@ class OnnxClassifier:
             model=model,
             file_bytes=file_bytes,
             assumed=assumed,
+            file_sha256=sha256,
         )
 
     @property
@@ -219,14 +222,15 @@ def _ends_in_softmax(model: onnx.ModelProto) -> bool:
     return node is not None and node.op_type == "Softmax"
 
 
-def _read(path: Path, *, external: bool) -> tuple[onnx.ModelProto, int]:
-    """The model with all of its weights, and the bytes of the file or files; a KdError if it is not acceptable."""
+def _read(path: Path, *, external: bool) -> tuple[onnx.ModelProto, int, str]:
+    """The model with all of its weights, bytes of the file or files, SHA-256 of the file; a KdError if unfit."""
     if not path.is_file():
         raise KdError(f"no such file: {path}")
     if path.stat().st_size > MAX_BYTES:
         raise KdError(f"{path} is larger than 2 GiB", "kd reads ONNX models that fit one protobuf message.")
     try:
-        model = onnx.ModelProto.FromString(path.read_bytes())  # load_model would go by the file's suffix
+        content = path.read_bytes()
+        model = onnx.ModelProto.FromString(content)  # load_model would go by the file's suffix
     except Exception as error:  # protobuf raises whatever the bytes provoke
         raise KdError(f"{path} is not an ONNX model: {first_line(error)}") from error
     if not model.graph.node or not model.graph.output:
@@ -243,7 +247,7 @@ def _read(path: Path, *, external: bool) -> tuple[onnx.ModelProto, int]:
             "This command reads self-contained ONNX files; "
             "onnx.save_model(onnx.load(path), new_path) makes one.",
         )
-    return model, path.stat().st_size + _load_external(path, outside)
+    return model, len(content) + _load_external(path, outside), hashlib.sha256(content).hexdigest()
 
 
 def _load_external(path: Path, tensors: list[onnx.TensorProto]) -> int:

@@ -47,8 +47,8 @@ def decode_preprocess(text: str) -> Preprocess | None:
     return from_spec({**spec, "state": state})
 
 
-def make_metadata(classifier: Classifier, sha256: str, *, with_preprocessing: bool) -> dict[str, str]:
-    """Metadata of a float32 export of the checkpoint with this SHA-256."""
+def make_metadata(classifier: Classifier, *, with_preprocessing: bool) -> dict[str, str]:
+    """Metadata of a float32 export of a checkpoint."""
     provenance = _without_paths(classifier.provenance)
     teacher = provenance.get("teacher") or {}
     values: dict[str, Any] = {
@@ -66,7 +66,7 @@ def make_metadata(classifier: Classifier, sha256: str, *, with_preprocessing: bo
         "kd.input_size": json.dumps(list(classifier.input_size)),
         "kd.layout": "uint8 NHWC RGB" if with_preprocessing else "float32 NCHW, preprocessed",
         "kd.output": "probabilities" if with_preprocessing else "logits",
-        "kd.checkpoint_sha256": sha256,
+        "kd.checkpoint_sha256": classifier.file_sha256,
     }
     return {key: str(value) for key, value in values.items() if value is not None}
 

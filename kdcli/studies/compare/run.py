@@ -80,6 +80,7 @@ def _train(plan: Plan, data: Splits, stop: runtime.StopFlag, on_event: OnEvent) 
     for number, run in enumerate(missing, finished):
         if stop:
             raise _interrupted(plan, stop.exit_code)
+        check_unchanged(plan.inputs, plan.inputs | input_hashes(run.config, data), str(plan.folder))
         resume = run.run_dir if run.is_started() else None
         config = resume.read_config() if resume else run.config
         try:
