@@ -274,5 +274,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically, keys in the order given."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write a JSON file atomically, keys in the order given, a list of plain values in one line."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)  # a line break in a string is escaped
+    text = re.sub(r"(?<=\[)\n\s+[^][{}]*?(?=\])", lambda found: re.sub(r"\n *", " ", found[0]).strip(), text)
+    write_text(path, text + "\n")

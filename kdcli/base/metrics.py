@@ -1,9 +1,13 @@
 """Metrics of logits. Accuracies and rates are in per cent."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+_ROWS = 1_024  # at once in float64: of many classes, all rows need several times the memory of the logits
 
 
 def accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> float:
@@ -21,24 +25,37 @@ def agreement(logits: Tensor, others: Tensor) -> float:
 
 def divergence(student_logits: Tensor, teacher_logits: Tensor) -> float:
     """Mean KL(teacher ‖ student) in nats at temperature 1; both (N, C)."""
-    student = student_logits.double().log_softmax(dim=1)
-    teacher = teacher_logits.double().log_softmax(dim=1)
-    return (teacher.exp() * (teacher - student)).sum(dim=1).mean().item()
+
+    def of_rows(students: Tensor, teachers: Tensor) -> Tensor:
+        student, teacher = students.double().log_softmax(dim=1), teachers.double().log_softmax(dim=1)
+        return (teacher.exp() * (teacher - student)).sum(dim=1)
+
+    return _by_rows(of_rows, student_logits, teacher_logits).mean().item()
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> float:
+    """Mean cross-entropy in nats; logits (N, C), labels (N,)."""
+
+    def of_rows(rows: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(rows.double(), targets, reduction="none")
+
+    return _by_rows(of_rows, logits, labels).mean().item()
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
     """Expected calibration error in per cent, equal-width bins (Guo et al. 2017); logits (N, C)."""
-    confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
-    correct = (predicted == labels).double()
+    confidence = _by_rows(lambda rows: rows.double().softmax(dim=1).amax(dim=1), logits)
+    correct = (logits.argmax(dim=1) == labels).double()
     index = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bin b is (b/bins, (b+1)/bins]
     gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, correct - confidence)
     return 100.0 * gaps.abs().sum().item() / len(labels)
 
 
-def confusion(logits: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Counts int64 (classes, classes): row true, column predicted."""
-    flat = labels * classes + logits.argmax(dim=1)
-    return torch.bincount(flat, minlength=classes * classes).reshape(classes, classes)
+def confusion(logits: Tensor, labels: Tensor) -> Tensor:
+    """Confused classes and their counts, int64 (cells, 3): true, predicted, count; in order, without zeros."""
+    pairs = torch.stack([labels, logits.argmax(dim=1)], dim=1)
+    cells, counts = pairs.unique(dim=0, return_counts=True)  # type: ignore[no-untyped-call]
+    return torch.cat([cells, counts[:, None]], dim=1)
 
 
 def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[float, float]:
@@ -52,3 +69,9 @@ def wilson_interval(share: float, count: int, z: float = 1.959964) -> tuple[floa
     centre = (p + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
     return max(0.0, 100 * (centre - half)), min(100.0, 100 * (centre + half))
+
+
+def _by_rows(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
+    """A function of tensors (rows, …) → (rows,), applied to some rows at a time."""
+    starts = range(0, max(1, len(values[0])), _ROWS)
+    return torch.cat([function(*(value[start : start + _ROWS] for value in values)) for start in starts])

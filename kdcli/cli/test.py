@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdcli.base.config import TestConfig
+from kdcli.base.errors import UsageError
 from kdcli.cli import output
 from kdcli.cli.arguments import data_for, existing_model
 from kdcli.cli.options import command, examples
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from kdcli.engine import Evaluation
     from kdcli.teacher import RecordedTeacher
 
+_MOST_DRAWN = 1_000  # classes of a figure
 EPILOG = examples(
     "kd test runs/kd-lenet-1/student.pt --plot confusion.png", "kd test exports/kd-lenet-1.onnx --json"
 )
@@ -39,6 +41,11 @@ def test(
         plotting.check_target(config.plot)
     runtime.set_threads(config.threads)
     loaded = load_model(model, config.threads, config)
+    if config.plot is not None and len(loaded.classes) > _MOST_DRAWN:
+        raise UsageError(
+            f"--plot: {len(loaded.classes):,} classes are too many for a figure, which has {_MOST_DRAWN:,} at most",
+            "Leave it out; --json has the counts of all confusions.",
+        )
     spec, skip_broken = data.source_for(model, loaded.provenance, config.data, config.skip_broken)
     config = config.model_copy(update={"skip_broken": skip_broken})
     with output.progress() as on_event:
@@ -63,6 +70,7 @@ def test(
     warning = data.overlap_warning(splits.overlap, result.count)
     output.json(
         {
+            "schema_version": 2,  # 1: the whole confusion matrix
             "model": str(model),
             "data": splits.label,
             "classes": list(loaded.classes),
@@ -76,7 +84,7 @@ def test(
     if warning:
         output.note(warning)
     if config.plot is not None:
-        report.confusion(result.confusion, loaded.classes, config.plot)
+        report.confusion(result.matrix(), loaded.classes, config.plot)
         output.text(f"wrote {config.plot}")
 
 

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import (
     BaseModel,
@@ -36,7 +38,7 @@ from kdcli.data import ImageSet, overlap_warning
 from kdcli.engine.run_dir import RunDir
 from kdcli.methods import TrainConfig
 
-MOST_BYTES = MAX_JSON_BYTES  # of each file; the confusion matrix of 1,000 classes takes 11 MB
+MOST_BYTES = MAX_JSON_BYTES  # of each file; a cell of the confusion matrix takes 30
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -93,7 +95,7 @@ class Evaluation(Record):
         accuracy_interval: 95 % Wilson interval: the chance of the test sample, not of the training run.
         calibration_error: expected calibration error (Guo et al. 2017).
         per_class: accuracy of each class, in class order; None for a class without samples.
-        confusion: counts, row true, column predicted.
+        confusion: the cells of the confusion matrix that are not 0: class, predicted class, number of images.
         agreement, divergence, teacher_accuracy: None without a teacher to compare with.
     """
 
@@ -104,17 +106,23 @@ class Evaluation(Record):
     loss: Finite
     calibration_error: NonNegative
     per_class: tuple[Percent | None, ...]
-    confusion: tuple[tuple[Count, ...], ...]
+    confusion: tuple[tuple[Count, Count, Annotated[int, Field(ge=1, lt=2**53)]], ...]
     agreement: Percent | None = None
     divergence: Finite | None = None
     teacher_accuracy: Percent | None = None
 
     @model_validator(mode="after")
-    def _confusion_is_square(self) -> Evaluation:
-        count = len(self.per_class)
-        if len(self.confusion) != count or any(len(row) != count for row in self.confusion):
-            raise ValueError("confusion must be a square with a row for each class")
+    def _confusion_is_of_these_classes(self) -> Evaluation:
+        if any(max(true, predicted) >= len(self.per_class) for true, predicted, _ in self.confusion):
+            raise ValueError("confusion must be of these classes")
         return self
+
+    def matrix(self) -> npt.NDArray[np.int64]:
+        """The confusion matrix (classes, classes): row true, column predicted."""
+        counts = np.zeros((len(self.per_class), len(self.per_class)), dtype=np.int64)
+        for true, predicted, count in self.confusion:
+            counts[true, predicted] = count
+        return counts
 
 
 class Unlabelled(Record):
@@ -141,7 +149,7 @@ class RunResult(Record):
             it has the bits of an uninterrupted run.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2  # 1: the whole confusion matrix
     run: Folder
     method: str
     student: str
@@ -187,20 +195,19 @@ class RunResult(Record):
 
 def measure(logits: Tensor, labels: Tensor, teacher_logits: Tensor | None = None) -> Evaluation:
     """Figures from logits (N, C), labels (N,) and, if given, the teacher's logits (N, C)."""
-    counts = metrics.confusion(logits, labels, logits.shape[1])
-    shares = (
-        100 * counts.diagonal().double() / counts.sum(dim=1)
-    ).tolist()  # NaN for a class without samples
+    right = logits.argmax(dim=1) == labels
+    classes = logits.shape[1]
+    shares = 100 * labels[right].bincount(minlength=classes).double() / labels.bincount(minlength=classes)
     accuracy = metrics.accuracy(logits, labels)
     return Evaluation.model_construct(  # without a check: figures of a broken network may be NaN
         count=len(labels),
         accuracy=accuracy,
         accuracy_interval=metrics.wilson_interval(accuracy, len(labels)),
         top5=metrics.accuracy(logits, labels, 5),
-        loss=torch.nn.functional.cross_entropy(logits.double(), labels).item(),
+        loss=metrics.cross_entropy(logits, labels),
         calibration_error=metrics.calibration_error(logits, labels),
-        per_class=tuple(None if math.isnan(share) else share for share in shares),
-        confusion=tuple(tuple(row) for row in counts.tolist()),
+        per_class=tuple(None if math.isnan(share) else share for share in shares.tolist()),  # NaN: no samples
+        confusion=tuple(map(tuple, metrics.confusion(logits, labels).tolist())),
         agreement=None if teacher_logits is None else metrics.agreement(logits, teacher_logits),
         divergence=None if teacher_logits is None else metrics.divergence(logits, teacher_logits),
         teacher_accuracy=None if teacher_logits is None else metrics.accuracy(teacher_logits, labels),
@@ -281,5 +288,6 @@ def _parse(schema: type[R], name: str, content: bytes) -> R:
         place = "".join(f"{part} " for part in first["loc"]).strip()
         message = first["msg"].removeprefix("Value error, ")
         raise KdError(
-            f"{name}: {f'{place}: ' if place else ''}{message}", "It is no file that kd train has written."
+            f"{name}: {f'{place}: ' if place else ''}{message}",
+            "It is no file that this version of kd train writes.",
         ) from error

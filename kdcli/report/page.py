@@ -4,6 +4,7 @@ Texts may come from files of unknown origin: Jinja2 escapes all of them, and the
 allows kd's own script, by its hash, and no requests.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,8 +12,6 @@ from itertools import groupby
 from pathlib import Path
 from shlex import join
 from typing import Any
-
-import numpy as np
 
 from kdcli.base.config import ReportConfig
 from kdcli.base.events import OnEvent, ignore
@@ -160,15 +159,14 @@ def _details(found: Examined) -> dict[str, Any]:
     count = len(run.classes)
     classes = _class_rows(run.classes, evaluation, teacher.evaluation if teacher else None)
     reliability = partial(figures.reliability, found.bins, teacher.bins if teacher else ())
-    matrix = partial(figures.confusion, evaluation.confusion, run.classes)
     most_frequent, pair_count = pairs(evaluation.confusion)
     return {
         "section": found,
         "classes": classes,
         "class_count": count,
         "max_difference": max((abs(row["difference"] or 0) for row in classes), default=0) or 1,
-        "tabulated": count <= MAX_TABLE,
-        "matrix": data_uri("svg+xml", matrix) if MAX_TABLE < count <= MAX_IMAGE else None,
+        "matrix": evaluation.matrix().tolist() if count <= MAX_TABLE else None,
+        "matrix_figure": _matrix_figure(found) if MAX_TABLE < count <= MAX_IMAGE else None,
         "pairs": most_frequent,
         "pair_count": pair_count,
         "reliability": data_uri("svg+xml", reliability) if found.bins else None,
@@ -177,15 +175,20 @@ def _details(found: Examined) -> dict[str, Any]:
     }
 
 
+def _matrix_figure(found: Examined) -> str:
+    return data_uri("svg+xml", partial(figures.confusion, found.evaluation.matrix(), found.run.classes))
+
+
 def _class_rows(
     classes: Sequence[str], student: Evaluation, teacher: Evaluation | None
 ) -> list[dict[str, Any]]:
     """A row for each class; of many, those with the largest difference, or without a teacher the lowest accuracy."""
+    counts = _class_counts(student.confusion)
     rows: list[dict[str, Any]] = []
     for index, name in enumerate(classes):
         own, other = student.per_class[index], teacher.per_class[index] if teacher else None
         difference = own - other if own is not None and other is not None else None
-        row = {"name": name, "count": sum(student.confusion[index])}
+        row = {"name": name, "count": counts[index]}
         rows.append({**row, "student": own, "teacher": other, "difference": difference})
     if len(rows) > MAX_CLASSES and teacher:
         rows.sort(key=lambda row: -abs(row["difference"] or 0))
@@ -219,19 +222,20 @@ def _missing(found: Examined) -> list[str]:
 
 
 def pairs(
-    matrix: Sequence[Sequence[int]], limit: int = MAX_PAIRS
+    cells: Sequence[tuple[int, int, int]], limit: int = MAX_PAIRS
 ) -> tuple[list[tuple[int, int, int, float]], int]:
     """The most frequent confusions (true, predicted, count, per cent of the true class), and the number of all."""
-    counts = np.asarray(matrix, dtype=np.int64)
-    totals = counts.sum(axis=1)
-    np.fill_diagonal(counts, 0)
-    number = int(np.count_nonzero(counts))
-    order = np.argsort(-counts, axis=None, kind="stable")[: min(limit, number)]
-    most_frequent = []
-    for true, predicted in zip(*np.unravel_index(order, counts.shape), strict=True):
-        count = counts[true, predicted]
-        most_frequent.append((int(true), int(predicted), int(count), float(100 * count / totals[true])))
-    return most_frequent, number
+    counts = _class_counts(cells)
+    wrong = sorted((cell for cell in cells if cell[0] != cell[1]), key=lambda cell: (-cell[2], *cell))
+    return [(*cell, 100 * cell[2] / counts[cell[0]]) for cell in wrong[:limit]], len(wrong)
+
+
+def _class_counts(cells: Sequence[tuple[int, int, int]]) -> Counter[int]:
+    """Number of images of each class."""
+    counts: Counter[int] = Counter()
+    for true, _, count in cells:
+        counts[true] += count
+    return counts
 
 
 def _command(sections: Sequence[Examined], compared: Sequence[Path], output: Path) -> str:

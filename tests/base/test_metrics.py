@@ -36,8 +36,10 @@ def test_calibration_error() -> None:
     assert metrics.calibration_error(logits, torch.tensor([0, 1])) == pytest.approx(25.0, rel=1e-6)
 
 
-def test_confusion_rows_are_true_columns_predicted() -> None:
-    assert metrics.confusion(LOGITS, LABELS, 3).tolist() == [[1, 0, 0], [0, 1, 1], [1, 0, 0]]
+def test_confusion_lists_true_predicted_and_count() -> None:
+    assert metrics.confusion(LOGITS, LABELS).tolist() == [[0, 0, 1], [1, 1, 1], [1, 2, 1], [2, 0, 1]]
+    twice = metrics.confusion(LOGITS.repeat(2, 1), LABELS.repeat(2))
+    assert twice.tolist() == [[0, 0, 2], [1, 1, 2], [1, 2, 2], [2, 0, 2]]
 
 
 def test_wilson_interval() -> None:

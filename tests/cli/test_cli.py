@@ -241,7 +241,7 @@ def test_train_and_test_with_underscore_options(kd: Kd) -> None:
     made = kd("train", "--method", "ce", *QUICK, "--name", "t", "--json")
     assert made.code == 0, made
     report = json.loads(made.out)
-    assert report["schema_version"] == 1
+    assert report["schema_version"] == 2
     assert Path("runs/t/curves.svg").read_text().lstrip().startswith("<?xml")
     again = kd(
         "train", "--method", "noisy", *QUICK, "--teacher", "runs/t/student.pt", "--noisy_ratio", "0.25",
@@ -264,6 +264,14 @@ def test_train_and_test_with_underscore_options(kd: Kd) -> None:
     assert shown.code == 0, shown
     assert f"{tested['test']['accuracy']:.2f}" in shown.out
     assert Path("confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_figure_of_too_many_classes_is_refused(kd: Kd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdcli.cli.test._MOST_DRAWN", 9)
+    refused = kd("test", str(digits_student(Path("s.pt"))), "--plot", "confusion.png")
+    assert refused.code == 2
+    assert "error: --plot: 10 classes are too many for a figure, which has 9 at most" in refused.err
+    assert not Path("confusion.png").exists()
 
 
 def test_options_override_recipe(kd: Kd) -> None:

@@ -298,7 +298,7 @@ def test_files_of_a_run_folder(workplace: Path, splits: Splits) -> None:
     assert result.run.path == Path("runs/ce-convnet-tiny-1")
     assert fit(config(method="ce", epochs=1), splits).run.path == Path("runs/ce-convnet-tiny-2")
     stored = json.loads(result.run.result_file.read_text())
-    assert stored["schema_version"] == 1
+    assert stored["schema_version"] == 2
     assert stored["test"]["accuracy"] == result.evaluation.accuracy
     environment = json.loads(result.run.environment_file.read_text())
     assert environment["precision"] == "32"

@@ -80,12 +80,10 @@ def test_a_result_is_read_as_it_was_written(result: RunResult, tmp_path: Path) -
         (lambda text: text.replace('"accuracy": 75.0', '"accuracy": 101'), "test accuracy: "),
         (lambda text: text.replace('"count": 4', '"count": ' + "9" * 5000), "Invalid JSON"),
         (lambda text: text.replace('"test"', '"tset"'), "test: Field required"),
-        (
-            lambda text: json.dumps(
-                json.loads(text) | {"test": json.loads(text)["test"] | {"confusion": [[1]]}}
-            ),
-            "confusion must be a square",
-        ),
+        (lambda text: text.replace('"schema_version": 2', '"schema_version": 1'), "schema_version: "),
+        (lambda text: text.replace("[0, 0, 1]", "[0, 3, 1]"), "test: confusion must be of these classes"),
+        (lambda text: text.replace("[0, 0, 1]", "[0, 0, 0]"), "test confusion 0 2: "),
+        (lambda text: text.replace("[0, 0, 1]", "[0, 1]"), "test confusion 0 2: Field required"),
     ],
 )
 def test_a_wrong_result_is_one_line(result: RunResult, change: Callable[[str], str], message: str) -> None:
@@ -97,6 +95,28 @@ def test_a_wrong_result_is_one_line(result: RunResult, change: Callable[[str], s
         read_result(path)
     assert str(path) in caught.value.message
     assert "\n" not in caught.value.message
+
+
+def test_figures_of_many_classes_are_small(result: RunResult) -> None:
+    labels = torch.arange(600)
+    logits = torch.eye(600, 6_000)
+    logits[7, 5_999] = 2
+    test = measure(logits, labels)
+    assert test.per_class[6:9] == (100, 0, 100)
+    assert test.per_class[599:601] == (100, None)
+    cells = {(true, predicted): count for true, predicted, count in test.confusion}
+    assert cells == {(label, label): 1 for label in range(600) if label != 7} | {(7, 5_999): 1}
+    written = result.model_copy(update={"test": test})
+    write_json(result.run.result_file, written.to_json())
+    assert result.run.result_file.stat().st_size < 300_000
+    assert read_result(result.run.result_file) == written
+
+
+def test_the_matrix_has_true_rows_and_predicted_columns(result: RunResult) -> None:
+    # true 0, 2, 1, 2; predicted 0, 2, 1, 2
+    assert result.evaluation.matrix().tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 2]]
+    logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 3.0]])
+    assert measure(logits, torch.tensor([2, 2])).matrix().tolist() == [[0, 0, 0], [0, 0, 0], [1, 0, 1]]
 
 
 def test_a_missing_or_huge_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
