@@ -11,16 +11,17 @@ Int64 = npt.NDArray[np.int64]
 def split(labels: Int64, fraction: float) -> tuple[Int64, Int64]:
     """Indices of the training and of the validation samples, stratified by class.
 
-    Every seed and method gets the same split, so that runs can be compared; at least one sample of each class is a
-    training sample.
+    Every seed and method gets the same split, so that runs can be compared. Of each class at least one is a training
+    sample, and of each class of two or more one is a validation sample, unless the fraction is 0.
     """
+    least = 1 if fraction > 0 else 0
     samples = np.arange(len(labels))
     shuffled = augment.order(0, augment.SPLIT, samples)
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     counts = np.unique(labels, return_counts=True)[1]
     starts = np.cumsum(counts) - counts
     validation = [
-        by_class[start : start + min(round(fraction * count), count - 1)]
+        by_class[start : start + min(max(round(fraction * count), least), count - 1)]
         for start, count in zip(starts.tolist(), counts.tolist(), strict=True)
     ]
     chosen = np.sort(np.concatenate(validation)) if validation else samples[:0]

@@ -35,7 +35,6 @@ from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.feature_extractor import FeatureExtractor, find_stages
 from kdcli.models.reproducible import DropoutKeys, use_global_batch_norm, use_sample_dropout
 
-_FEW_STEPS, _SMALL_BATCH = 50, 32
 _ADAPTER_SEED = 0x5EED  # beside the run's: adapters do not take the student's initial weights
 
 
@@ -98,10 +97,10 @@ def single_process(config: TrainConfig) -> World:
 def _build(plan: RunPlan, resume: RunDir | None, on_event: OnEvent, stop: StopFlag) -> Trainer:
     """Make or restore all parts of a run. A user's mistakes are found before the folder is made."""
     config, world = plan.config, plan.world
-    if resume is None and plan.steps < _FEW_STEPS and config.batch_size > _SMALL_BATCH:
-        count = f"{len(plan.train_samples):,} images in batches of {config.batch_size}"
-        advice = "--batch-size 32 or more --epochs make more"
-        on_event(Note(f"{plan.steps} steps are few to learn from: {count}; {advice}"))
+    if resume is None:
+        steps = f"{plan.steps_per_epoch:,} steps an epoch in batches of {config.batch_size}"
+        split = f"{len(plan.train_samples):,} images to train on, {len(plan.val_samples):,} for validation"
+        on_event(Note(f"{split}; {steps}"))
     # 1. The saved state, of the same inputs; student, with its preprocessing
     saved = None if resume is None else _load_newest(plan, resume, on_event)
     student = make_student(config, plan.data.train, plan.labelled_samples, world.device, on_event)

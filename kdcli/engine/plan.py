@@ -23,7 +23,9 @@ from kdcli.teacher import Teacher
 
 Int64 = npt.NDArray[np.int64]
 _CACHED_VIEWS = 8  # of an augmentation with endless variants, when a teacher has to be run over each
-_DERIVED = ("views", "tau")  # by `resolve`, where they are not set
+_DERIVED = ("views", "tau", "batch_size")  # where they are not set
+_BATCHES = (256, 128, 64, 32, 16, 8, 4)
+_STEPS = 20  # in an epoch, at least
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class RunPlan:
     """Plan of a run, derived once by `make_plan`.
 
     Attributes:
-        config: settings with `tau` and `views` filled in; `derived` names those that were not set.
+        config: settings with `tau`, `views` and `batch_size` filled in; `derived` names those that were not set.
         objective: terms with their weights and temperatures over time.
         data: the data set; `train` are the images that are trained on, those without labels after the others.
         train_samples, labelled_samples, val_samples: indices into `train` of the images that are trained on, of
@@ -91,6 +93,7 @@ def make_plan(
     train = data.trained_on
     labelled, validation = split(data.train.labels, config.val_fraction)
     samples = np.concatenate([labelled, np.arange(len(data.train), len(train))])
+    config = config.model_copy(update={"batch_size": config.batch_size or batch_size_for(len(samples))})
     steps_per_epoch = -(-len(samples) // config.batch_size)
     # 3. Teacher
     teacher = None
@@ -127,6 +130,11 @@ def make_plan(
         test=test,
         chain=chain,
     )
+
+
+def batch_size_for(samples: int) -> int:
+    """The largest of `_BATCHES` that divides an epoch into 20 or more steps, else the smallest."""
+    return next((size for size in _BATCHES if samples > size * (_STEPS - 1)), _BATCHES[-1])
 
 
 def cache_mode(config: TrainConfig) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from kdcli.base.recipes import RECIPES, read_recipe
 from kdcli.data import ImageSet, Splits, incompatibility
 from kdcli.data.split import split
 from kdcli.engine import RunDir, RunResult, fit, read_metrics
-from kdcli.engine.plan import resolve
+from kdcli.engine.plan import batch_size_for, resolve
 from kdcli.engine.step import learning_rate
 from kdcli.engine.student import OutputScale
 from kdcli.methods import TrainConfig
@@ -394,7 +395,7 @@ def test_split_is_stratified_and_disjoint() -> None:
     labels = np.repeat(np.arange(5), [100, 50, 10, 2, 1])
     train, validation = split(labels, 0.2)
     assert sorted([*train, *validation]) == list(range(163))
-    assert np.bincount(labels[validation], minlength=5).tolist() == [20, 10, 2, 0, 0]
+    assert np.bincount(labels[validation], minlength=5).tolist() == [20, 10, 2, 1, 0]
     train, validation = split(labels, 0.99)
     assert (np.bincount(labels[train], minlength=5) >= 1).all()
     assert split(labels, 0.0)[1].tolist() == []
@@ -408,7 +409,7 @@ def test_split_equals_a_plain_loop_over_the_classes() -> None:
     expected = []
     for label in np.unique(labels):
         members = [sample for sample in shuffled if labels[sample] == label]
-        expected += members[: min(round(0.07 * len(members)), len(members) - 1)]
+        expected += members[: min(max(1, round(0.07 * len(members))), len(members) - 1)]
     assert split(labels, 0.07)[1].tolist() == sorted(expected)
 
 
@@ -433,23 +434,43 @@ def test_cache_top_k_is_refused_with_a_live_teacher() -> None:
     assert resolve(config(cache_top_k=2)).cache_top_k == 2
 
 
-@pytest.mark.parametrize(("batch", "epochs", "told"), [(64, 2, True), (64, 30, False), (16, 2, False)])
-def test_a_run_of_few_steps_is_noted(
-    workplace: Path, splits: Splits, batch: int, epochs: int, told: bool
-) -> None:
-    """So few steps leave batch norm's averages, and all else, near where they began."""
+@pytest.mark.parametrize(
+    ("samples", "size"),
+    [(10, 4), (76, 4), (77, 4), (153, 8), (1365, 64), (4864, 128), (4865, 256), (47_500, 256)],
+)
+def test_the_automatic_batch_has_twenty_steps_an_epoch(samples: int, size: int) -> None:
+    """Of 4,864 images 19 batches of 256 are full and none is left; one more image makes the 20th step."""
+    assert batch_size_for(samples) == size
+
+
+def test_split_and_batch_are_told_and_recorded_as_derived(workplace: Path) -> None:
+    """54 images and 6: an epoch of 14 steps, each class validated by one of its ten images."""
+    ten_each = make_splits(60, 12, classes=6)
     notes: list[str] = []
 
     def on_event(event: Event) -> None:
         if isinstance(event, Note):
             notes.append(event.text)
 
-    fit(config(method="ce", batch_size=batch, epochs=epochs), splits, on_event=on_event)
-    said = [text for text in notes if "steps are few" in text]
-    assert bool(said) == told
-    if told:
-        steps = epochs * -(-round(0.9 * len(splits.train)) // batch)
-        assert said[0].startswith(f"{steps} steps")
+    automatic = fit(config(method="ce", batch_size=0, epochs=1), ten_each, on_event=on_event)
+    assert notes == ["54 images to train on, 6 for validation; 14 steps an epoch in batches of 4"]
+    written = tomllib.loads(automatic.run.config_file.read_text())
+    assert written["batch_size"] == 4 and "batch_size" in written["filled"]
+    assert automatic.val_accuracy is not None
+    explicit = fit(
+        config(method="ce", batch_size=54, val_fraction=0.0, epochs=1), ten_each, on_event=on_event
+    )
+    assert notes[1:] == ["60 images to train on, 0 for validation; 2 steps an epoch in batches of 54"]
+    assert "batch_size" not in tomllib.loads(explicit.run.config_file.read_text())["filled"]
+    assert explicit.val_accuracy is None
+
+
+@pytest.mark.parametrize(
+    ("fraction", "validated"), [(0.0, [0, 0, 0, 0]), (0.05, [0, 1, 1, 5]), (0.001, [0, 1, 1, 1])]
+)
+def test_each_class_of_two_or_more_images_is_validated(fraction: float, validated: list[int]) -> None:
+    labels = np.repeat(np.arange(4), [1, 2, 10, 100])
+    assert np.bincount(labels[split(labels, fraction)[1]], minlength=4).tolist() == validated
 
 
 def test_learning_rates() -> None:

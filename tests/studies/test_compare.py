@@ -155,6 +155,14 @@ def test_compare_keeps_finished_runs(splits: Splits) -> None:
     assert compare(Plan.load(plan.folder), splits) == again  # nothing is left to do
 
 
+def test_compare_derives_one_batch_size_for_all_runs(splits: Splits) -> None:
+    """72 images to train on give 18 steps of 4."""
+    plan = planned(batch_size=0)
+    first = compare(plan, splits)
+    assert {run.run_dir.read_config().batch_size for run in Plan.load(plan.folder).runs} == {4}
+    assert compare(planned(batch_size=0), splits) == first  # nothing is left to do
+
+
 def test_compare_resumed_after_sigterm_gives_equal_result(
     splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:

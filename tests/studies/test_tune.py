@@ -492,7 +492,6 @@ def test_tune_full_disk_requeues_trial(
     ("changes", "ranges", "said"),
     [
         ({"val_fraction": 0}, ["lr=1e-3:1"], "--val-fraction 0"),
-        ({"val_fraction": 0.001}, ["lr=1e-3:1"], "keeps no image"),
         ({"name": "x"}, ["lr=1e-3:1"], "--name"),
         ({"devices": 2}, ["lr=1e-3:1"], "--devices"),
         ({"method": "magic"}, ["lr=1e-3:1"], "unknown method"),
@@ -513,6 +512,11 @@ def test_tune_refuses_invalid_settings(
     with pytest.raises(UsageError, match=re.escape(said)):
         search_for(splits, *ranges, **changes)
     assert not Path("runs").exists()
+
+
+def test_tune_refuses_classes_of_one_image(workplace: Path) -> None:
+    with pytest.raises(UsageError, match="no image is left for validation"):
+        search_for(make_splits(train=3), "lr=1e-3:1")
 
 
 @pytest.mark.usefixtures("undrawn")

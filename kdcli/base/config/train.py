@@ -171,10 +171,22 @@ class TrainSettings(DataSettings, TeacherInputSettings):
     preprocess: Literal["mean-std", "mean-image", "gcn-zca", "none"] = setting(
         "mean-std", "Preprocessing of the student's input.", DATA
     )
-    val_fraction: float = setting(0.05, "Share of the training data kept for validation.", DATA, ge=0, lt=1)
+    val_fraction: float = setting(
+        0.05,
+        "Share of the training data kept for validation, at least one image of each class; 0: none.",
+        DATA,
+        ge=0,
+        lt=1,
+    )
 
     epochs: int = setting(100, "Passes over the training data.", OPTIMISER, ge=1, le=1_000_000)
-    batch_size: int = setting(256, "Images per step.", OPTIMISER, ge=1, le=1_000_000)
+    batch_size: int = setting(
+        0,
+        "Images per step; 0: automatic, a power of two from 4 to 256 with 20 or more steps an epoch.",
+        OPTIMISER,
+        ge=0,
+        le=1_000_000,
+    )
     lr: float = setting(1e-3, "Maximum learning rate.", OPTIMISER, gt=0, le=100)
     optimizer: Literal["adam", "adamw", "sgd"] = setting("adam", "sgd has Nesterov momentum 0.9.", OPTIMISER)
     schedule: Literal["step", "cosine", "onecycle"] = setting(

@@ -63,10 +63,11 @@ class PlannedRun:
 
 
 class CommonSettings(Settings, strict=True):
-    """Settings that are measured once, for all runs."""
+    """Settings that are measured or derived once, for all runs; `batch_size` is absent in older comparisons."""
 
     precision: Literal["32", "bf16"]
     threads: int
+    batch_size: int | None = None
 
 
 class Plan(Settings):
@@ -122,7 +123,8 @@ class Plan(Settings):
             "runs_dir": self.folder / "runs",
             "weight": tuple(text for text in self.train.weight if _term(text) in _terms(method)),
         }
-        return make(TrainConfig, {**dict(self.train), **dict(self.common or {}), **own})
+        common = self.common.model_dump(exclude_none=True) if self.common else {}
+        return make(TrainConfig, {**dict(self.train), **common, **own})
 
     def check(self) -> None:
         """Check everything that can be wrong before training.

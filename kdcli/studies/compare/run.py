@@ -10,7 +10,7 @@ from kdcli.data import Splits, rows
 from kdcli.data.split import split
 from kdcli.engine import fit
 from kdcli.engine.identity import check_unchanged, input_hashes
-from kdcli.engine.plan import resolve
+from kdcli.engine.plan import batch_size_for, resolve
 from kdcli.engine.student import check_student, make_student
 from kdcli.studies.compare.plan import CommonSettings, Plan, PlannedRun
 from kdcli.studies.compare.result import Comparison, conclude
@@ -58,15 +58,18 @@ def _common_settings(plan: Plan, data: Splits, on_event: OnEvent) -> CommonSetti
     threads = runtime.set_threads(plan.train.threads)
     config, train = plan.runs[0].config, data.train
     precision: str = config.precision
+    samples, validation = split(train.labels, config.val_fraction)
+    batch_size = config.batch_size or batch_size_for(len(data.trained_on) - len(validation))
     if precision == "auto":
-        samples, _ = split(train.labels, config.val_fraction)
         device = torch.device(runtime.choose_device(config.accelerator))
         student = make_student(config, train, samples, device, on_event)
-        pixels = torch.from_numpy(rows.take(train.images, samples[: config.batch_size])).to(device)
+        pixels = torch.from_numpy(rows.take(train.images, samples[:batch_size])).to(device)
         precision, _ = runtime.choose_precision(
             "auto", student.network, student.prepare(pixels), len(train.classes)
         )
-    return CommonSettings(threads=threads, precision="bf16" if precision == "bf16" else "32")
+    return CommonSettings(
+        threads=threads, precision="bf16" if precision == "bf16" else "32", batch_size=batch_size
+    )
 
 
 def _train(plan: Plan, data: Splits, stop: runtime.StopFlag, on_event: OnEvent) -> dict[str, str]:
