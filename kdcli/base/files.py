@@ -122,6 +122,12 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def check_pointer(head: bytes, name: str) -> None:
+    """Raise KdError if a file that begins so is a Git LFS pointer, which stands for the file itself."""
+    if head.startswith(b"version https://git-lfs"):
+        raise KdError(f"{name} is a Git LFS pointer, not the file itself", "Fetch the file: git lfs pull")
+
+
 def git_blob_sha1_file(path: Path) -> str:
     """Hexadecimal git blob id of a file: SHA-1 of `blob <size>\\0` and the bytes."""
     header = f"blob {path.stat().st_size}\0".encode()

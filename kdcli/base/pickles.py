@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from kdcli.base.errors import KdError
+from kdcli.base.files import check_pointer
 from kdcli.base.text import first_line, reason
 
 MAX_FILE_BYTES = 1 << 30
@@ -72,6 +73,7 @@ def load_npy(path: Path) -> dict[Any, Any]:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise KdError(f"larger than {MAX_FILE_BYTES:,} bytes", "kd reads weights up to that size.")
         data = path.read_bytes()
+        check_pointer(data, "it")
         header = _NPY_OBJECT.match(data)
         if header is None and data[:1] != pickle.PROTO:
             kind = "an array" if data.startswith(b"\x93NUMPY") else "something else"

@@ -16,6 +16,7 @@ from google.protobuf import text_format
 from google.protobuf.message import DecodeError
 
 from kdcli.base.errors import KdError
+from kdcli.base.files import check_pointer
 from kdcli.base.text import first_line
 from kdcli.caffe import schema
 
@@ -154,7 +155,9 @@ def _read_bytes(path: Path, limit: int) -> bytes:
     size = path.stat().st_size
     if size > limit:
         raise KdError(f"{path} is {size:,} bytes; kd reads at most {limit:,}")
-    return path.read_bytes()
+    content = path.read_bytes()
+    check_pointer(content, str(path))
+    return content
 
 
 def blob_array(blob: Any, context: str) -> Array:

@@ -72,6 +72,7 @@ class Dataset:
         input_size: (H, W, C) of its images.
         files: paths below the data folder.
         folder: a folder in the data folder that may stand for the files: the one archive, unpacked.
+        members: names of files that such a folder holds, by which it is known under any name.
         read: from paths by their file names to the content; a KdError without a hint gets `hint`.
     """
 
@@ -80,6 +81,7 @@ class Dataset:
     input_size: tuple[int, int, int]
     files: tuple[str, ...]
     folder: str | None
+    members: tuple[str, ...]
     read: Read
 
     @property
@@ -92,11 +94,23 @@ class Dataset:
             )
         return "Its files are not part of kd download."
 
-    def matches(self, path: Path) -> bool:
-        """Whether a path is the data set's one archive or its unpacked folder, by name."""
-        if self.folder is None:
-            return False
-        return path.name in (self.folder, *self.files) or (path / self.folder).is_dir()
+    def locate(self, path: Path) -> dict[str, Path]:
+        """Paths of its files by file name, at the path of its archive or of a folder with its files; else empty.
+
+        Gzip'ed files may be unpacked.
+        """
+        if path.is_file():
+            return {path.name: path} if (path.name,) == self.files else {}
+        for folder in (path, path / (self.folder or self.name), path / "raw"):
+            known = bool(self.members) and all((folder / name).is_file() for name in self.members)
+            if self.folder is not None and folder.is_dir() and (known or folder.name == self.folder):
+                return {self.folder: folder}
+            names = [Path(file).name for file in self.files]
+            variants = ((folder / name, folder / name.removesuffix(".gz")) for name in names)
+            found = [next(filter(Path.is_file, pair), None) for pair in variants]
+            if self.folder is None and found and None not in found:
+                return {name: file for name, file in zip(names, found, strict=True) if file is not None}
+        return {}
 
     def find(self, data_dir: Path) -> dict[str, Path]:
         """Paths of its files by file name.
@@ -112,11 +126,11 @@ class Dataset:
             raise KdError(f"{self.label} not found in {paths[0].parent}: no {', '.join(absent)}", self.hint)
         return {path.name: path for path in paths}
 
-    def __call__(self, request: Request, path: Path | None = None) -> Splits:
+    def __call__(self, request: Request, located: Mapping[str, Path] | None = None) -> Splits:
         """The data set; read once, then from the cache.
 
         Args:
-            path: its archive or unpacked folder, instead of the files in the data folder.
+            located: its files by name, see `locate`, instead of those in the data folder.
 
         Raises:
             KdError: absent, damaged, or not what it should be.
@@ -127,7 +141,7 @@ class Dataset:
         if not self.files:
             return self._in_memory(request, size, channels)
         # 1. The content decides on the cache entry.
-        paths = self.find(request.data_dir) if path is None else {path.name: path}
+        paths = located or self.find(request.data_dir)
         try:
             keys = [
                 FolderSource(file).key() if file.is_dir() else sha256_file(file) for file in paths.values()
@@ -143,8 +157,8 @@ class Dataset:
         official = {remote.sha256 for remote in catalog.DOWNLOADS.get(self.name, ())}
         notes = [
             f"{file.name} is not the official file: its SHA-256 differs."
-            for file, key in zip(paths.values(), keys, strict=True)
-            if official and file.is_file() and key not in official
+            for (name, file), key in zip(paths.items(), keys, strict=True)
+            if official and file.is_file() and key not in official and file.name == name  # not unpacked
         ]
         boundary = len(content.train.images)
         count = boundary + len(content.test.images)
@@ -204,6 +218,7 @@ def dataset(
     input_size: tuple[int, int, int],
     files: tuple[str, ...] | None = None,
     folder: str | None = None,
+    members: tuple[str, ...] = (),
 ) -> Callable[[AnyRead], AnyRead]:
     """Register a function that reads the files of a data set; arguments as the attributes of `Dataset`.
 
@@ -215,7 +230,7 @@ def dataset(
         files = tuple(remote.name for remote in catalog.DOWNLOADS[name])
 
     def register(read: AnyRead) -> AnyRead:
-        DATASETS[name] = Dataset(name, label, input_size, files, folder, read)
+        DATASETS[name] = Dataset(name, label, input_size, files, folder, members, read)
         return read
 
     return register

@@ -2,50 +2,67 @@
 
 import io
 import threading
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import PurePath
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from kdcli.base.errors import KdError
+from kdcli.base.files import check_pointer
 from kdcli.base.text import dims, first_line
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib")
-OTHER_SUFFIXES = (".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2", ".ppm", ".pgm", ".tga")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+FORMATS_READ = "PNG, JPEG, WebP, BMP, GIF and TIFF files are read."
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff")
+OTHER_SUFFIXES = (".avif", ".heic", ".heif", ".jp2", ".ppm", ".pgm", ".tga")
+_HEADS = (
+    *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a"),
+    *(b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),  # TIFF and BigTIFF, either byte order
+)
 MAX_PIXELS = 64_000_000
 MAX_SCAN_PIXELS = 64 * MAX_PIXELS  # of a JPEG: its pixels times its scans (passes over all of them)
 LARGE_PIXELS = MAX_PIXELS // 4  # beyond the photos of most cameras
-_large_images = threading.Lock()  # one at a time is decoded, of all threads
+_large_images = threading.Lock()  # one at a time is decoded and used, of all threads
 _START_OF_SCAN = b"\xff\xda"  # the only place of these bytes in compressed data; metadata may add some
 
 Pixels = npt.NDArray[np.uint8]
 _EXIF_KEYS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 
 
-def is_image(head: bytes) -> bool:
-    """Whether a file that begins so is a JPEG, PNG, WebP or BMP."""
+def is_image(head: bytes, name: str) -> bool:
+    """Whether a file is an image by its first 16 bytes, of `FORMATS`, or else, of any format, by its suffix."""
     return (
-        head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"))
+        head.startswith(_HEADS)
         or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
         or (head[:2] == b"BM" and head[6:10] == bytes(4))  # reserved words of a BMP are zero
+        or PurePath(name).suffix.lower() in (*SUFFIXES, *OTHER_SUFFIXES)
     )
 
 
 def decode(data: bytes, name: str) -> Pixels:
-    """Pixels of an image file, upright by its EXIF orientation.
+    """Pixels of an image file, see `decoded`."""
+    with decoded(data, name) as pixels:
+        return pixels
 
-    Transparent pixels are laid on white; of an animation the first frame is taken; grey becomes three equal
-    channels, and 16-bit grey is scaled to 8 bits.
 
-    Returns:
+@contextmanager
+def decoded(data: bytes, name: str) -> Iterator[Pixels]:
+    """Pixels of an image file, upright by its EXIF orientation, for use in a block.
+
+    Transparent pixels are laid on white; of an animation and of several pages the first is taken; grey becomes three
+    equal channels, and 16-bit grey is scaled to 8 bits. Blocks with images of more than `LARGE_PIXELS` wait for each
+    other.
+
+    Yields:
         uint8 (H, W, 3).
 
     Raises:
         KdError: broken, not one of `FORMATS`, or more than `MAX_PIXELS`; names the file.
     """
-    try:
+    with _errors(name, data):
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         count, scans = image.width * image.height, data.count(_START_OF_SCAN)
         if count > MAX_PIXELS:
@@ -54,11 +71,25 @@ def decode(data: bytes, name: str) -> Pixels:
             raise KdError(
                 f"image {name} has {scans:,} scans", "It looks like a decompression bomb; remove it."
             )
-        with image, _large_images if count > LARGE_PIXELS else nullcontext():
+        if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+            raise KdError(f"image {name} has values of 32 bits", "Convert it to 8 or 16 bits.")
+    with _large_images if count > LARGE_PIXELS else nullcontext():
+        with _errors(name, data), image:
             image.load()
+            if image.format == "PNG":
+                _fit_transparency(image, bits=data[24])
             turned = any(key in image.info for key in _EXIF_KEYS)
             upright = ImageOps.exif_transpose(image) if turned else image
-            return np.array(_to_rgb(upright), dtype=np.uint8)
+            pixels = np.array(_to_rgb(upright), dtype=np.uint8)
+        del image, upright
+        yield pixels
+
+
+@contextmanager
+def _errors(name: str, data: bytes) -> Iterator[None]:
+    """Turn what Pillow raises on an image file into a KdError."""
+    try:
+        yield
     except KdError:
         raise
     except Image.DecompressionBombError as error:
@@ -67,10 +98,13 @@ def decode(data: bytes, name: str) -> Pixels:
             "Scale it down or remove it.",
         ) from error
     except Exception as error:  # what a decoder raises on hostile bytes is not a closed set
-        unknown = isinstance(error, UnidentifiedImageError)
+        check_pointer(data, f"image {name}")
+        problem = first_line(error)
+        if isinstance(error, UnidentifiedImageError):
+            problem = "damaged" if is_image(data[:16], "") else "its format is not read"
         raise KdError(
-            f"cannot read image {name}: {'not PNG, JPEG, WebP or BMP' if unknown else first_line(error)}",
-            "Convert, replace or remove it, or leave such files out by --skip-broken.",
+            f"cannot read image {name}: {problem}",
+            f"{FORMATS_READ} Convert, replace or remove it, or leave such files out by --skip-broken.",
         ) from error
 
 
@@ -137,10 +171,23 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips instead of scaling
-        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
-        return Image.fromarray(((wide + 128) // 257).astype(np.uint8)).convert("RGB")
+        wide = np.asarray(image).astype(np.int32)
+        np.clip(wide, 0, 65535, out=wide)
+        wide[wide == image.info.get("transparency", -1)] = 65535  # white
+        wide += 128
+        wide //= 257
+        return Image.fromarray(wide.astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         # Dropping alpha instead would bring up whatever colour is stored under transparent pixels.
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _fit_transparency(image: Image.Image, bits: int) -> None:
+    """Scale a PNG's transparent value, stated in the file's bits, as Pillow scales its pixels to 8 bits."""
+    value = image.info.get("transparency")
+    if isinstance(value, tuple) and bits == 16:
+        image.info["transparency"] = tuple(part >> 8 for part in value)
+    elif isinstance(value, int) and image.mode == "L":
+        image.info["transparency"] = value * 255 // (2**bits - 1)

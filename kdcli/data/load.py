@@ -1,6 +1,7 @@
 """Load a data set by name, or from a folder or archive of images."""
 
 import difflib
+from dataclasses import replace
 from pathlib import Path
 
 from kdcli.base.errors import KdError, UsageError
@@ -63,8 +64,7 @@ def load(
             + f"--data takes {', '.join(DATASETS)}, or the path of a folder or archive of images.",
         )
     else:
-        named = next((known for known in DATASETS.values() if known.matches(path)), None)
-        splits = load_tree(path, request) if named is None else named(request, path)
+        splits = _load_path(path, request)
     if unlabelled is not None:
         splits = add_unlabelled(splits, expand(str(unlabelled)), request)
     for note in splits.notes:
@@ -73,6 +73,25 @@ def load(
         count = f"{splits.overlap:,} of {len(splits.test):,} test images"
         on_event(Note(f"{count} are among the train images, pixel by pixel."))
     return splits
+
+
+def _load_path(path: Path, request: Request) -> Splits:
+    """A named data set whose files are there, or else a tree of images.
+
+    Of data sets with equal file names, that of the longest name in the path; else the first, with a note.
+    """
+    located = {name: known.locate(path) for name, known in DATASETS.items()}
+    found = [name for name, files in located.items() if files]
+    if not found:
+        return load_tree(path, request)
+    place = path.resolve().as_posix().lower().replace("-", "")
+    name = max(found, key=lambda name: len(name) * (name.replace("-", "") in place))
+    splits = DATASETS[name](request, located[name])
+    if len(found) == 1 or name.replace("-", "") in place:
+        return splits
+    others = ", ".join(DATASETS[other].label for other in found if other != name)
+    note = f"Read as {splits.label}; files of {others} have the same names. A folder of its name decides."
+    return replace(splits, notes=(*splits.notes, note))
 
 
 def source_for(

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from kdcli.base.errors import KdError
-from kdcli.base.files import sha256_file
+from kdcli.base.files import check_pointer, sha256_file
 from kdcli.base.text import first_line, reason
 
 MAX_MEMBER_BYTES = 256 << 20
@@ -82,6 +82,7 @@ def open_source(path: Path) -> Source:
         return ZipSource(path)
     if head.startswith((b"\x1f\x8b", b"\xfd7zXZ\0", b"BZh")) or head[257:262] == b"ustar":
         return TarSource(path, unit="bytes")
+    check_pointer(head, str(path))
     raise _unreadable(path)
 
 

@@ -147,7 +147,9 @@ def decode_all(
     def work(batch: list[tuple[int, str, bytes]]) -> None:
         for index, name, data in batch:
             try:
-                keep(index, name, decode.decode(data, name))
+                with decode.decoded(data, name) as pixels:
+                    keep(index, name, pixels)
+                    del pixels  # before the next large image
             except KdError:
                 if not skip_broken:
                     raise
@@ -187,8 +189,7 @@ def _batches(
     for name, data in source.read(lambda name: place_of_name(name) is not None):
         if (place := place_of_name(name)) is None:
             continue
-        suffix = Path(name).suffix.lower()
-        if not decode.is_image(data[:16]) and suffix not in (*decode.SUFFIXES, *decode.OTHER_SUFFIXES):
+        if not decode.is_image(data[:16], name):
             found.other.append(name)
             continue
         if not place.class_name.isprintable():

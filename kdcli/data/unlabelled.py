@@ -59,7 +59,7 @@ def _pack(source: Source, splits: Splits, cache: Cache, request: Request) -> Pac
         indices = [index for _, index in sorted((place.name, index) for place, index in found.images.items())]
         if not indices:
             more = f": all are broken, as {found.broken[0]}" if found.broken else ""
-            raise KdError(f"no images in {source.path}{more}", "PNG, JPEG, WebP and BMP files are read.")
+            raise KdError(f"no images in {source.path}{more}", decode.FORMATS_READ)
         # 2. Leave out the data's own images.
         test, train = (set(pixel_hashes(part.images)) for part in (splits.test, splits.train))
         left_out, kept = {"test": 0, "train": 0}, []

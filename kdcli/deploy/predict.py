@@ -1,5 +1,6 @@
 """Classification of image files."""
 
+import mimetypes
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from kdcli.deploy.onnx_model import OnnxClassifier
 from kdcli.models import Classifier
 
 _BATCH = 64
-_HINT = "PNG, JPEG, WebP and BMP files are read."
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def predict(
         done += len(batch)
         on_event(Progress("classifying", done, 0))
     if not done:
-        raise KdError(f"no images in {', '.join(map(str, paths))}", _HINT)
+        raise KdError(f"no images in {', '.join(map(str, paths))}", decode.FORMATS_READ)
 
 
 def _images(
@@ -83,22 +83,19 @@ def _files(path: Path) -> Iterator[tuple[str, bytes]]:
     """Name and content of an image file, or of all images in a folder or archive."""
     if path.is_file():
         with path.open("rb") as handle:
-            if _is_image(handle.read(16), path.name):
+            if decode.is_image(handle.read(16), path.name):
                 handle.seek(0)
                 yield str(path), handle.read(MAX_MEMBER_BYTES)
                 return
     try:
         source = open_source(path)
     except KdError as error:
-        raise KdError(f"{path} is neither an image nor an archive of images", _HINT) from error
+        raise KdError(f"{path} is neither an image nor an archive of images", decode.FORMATS_READ) from error
 
-    def wanted(name: str) -> bool:
-        return not is_ignored(name) and Path(name).suffix.lower() in ("", *decode.SUFFIXES)
+    def wanted(name: str) -> bool:  # films are larger than any image may be
+        kind = mimetypes.guess_type(name)[0] or ""
+        return not is_ignored(name) and not kind.startswith(("audio/", "video/"))
 
     for name, content in source.read(wanted):
-        if _is_image(content[:16], name):
+        if decode.is_image(content[:16], name):
             yield (path / name).as_posix(), content
-
-
-def _is_image(start: bytes, name: str) -> bool:
-    return decode.is_image(start) or Path(name).suffix.lower() in decode.SUFFIXES

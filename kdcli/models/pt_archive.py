@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from kdcli.base.errors import KdError
+from kdcli.base.files import check_pointer
 from kdcli.base.pickles import HINT, SafeUnpickler
 
 MAX_RECORDS = 200_000
@@ -37,6 +38,7 @@ def check_archive(path: Path, content: bytes) -> None:
         zipfile.BadZipFile, OSError, struct.error: damage that the zip reader found.
     """
     if not zipfile.is_zipfile(io.BytesIO(content)):
+        check_pointer(content, str(path))
         raise KdError(
             f"{path} is not a kd checkpoint", "kd reads .pt files that kd wrote; see kd convert-caffe."
         )

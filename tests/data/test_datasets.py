@@ -17,10 +17,13 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
+from kdcli.base import pickles
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import Event, Note, Progress
-from kdcli.data import Splits, catalog, load, pack
+from kdcli.caffe.read import read_caffemodel
+from kdcli.data import Splits, catalog, decode, load, pack
 from kdcli.data.sets import mnist, svhn
+from kdcli.deploy.load import load_model
 from tests.data.helpers import Files, write_folder, write_tar
 
 COUNTS = {"train": 12, "t10k": 5}
@@ -155,6 +158,84 @@ def test_grey_images_get_the_requested_size_and_channels(tmp_path: Path, read: R
     assert read("mnist", fit_to=(14, 14, 1)).test.images.shape == (5, 14, 14, 1)
 
 
+@pytest.mark.parametrize("name", ["MNIST/raw", "mnist", "FashionMNIST/raw", "files"])
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_idx_files_are_known_by_path(unpacked: bool, name: str, tmp_path: Path, read: Read) -> None:
+    folder = tmp_path / name
+    write_mnist(folder)
+    if unpacked:
+        for path in list(folder.iterdir()):
+            path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
+            path.unlink()
+    for place in {folder, folder.parent if folder.name == "raw" else folder}:
+        splits = read(str(place))
+        fashion = name.startswith("Fashion")
+        assert splits.label == ("Fashion-MNIST" if fashion else "MNIST")
+        assert splits.train.classes[0] == ("T-shirt/top" if fashion else "0")
+        assert splits.train.images.shape == (12, 28, 28, 1) and splits.test.labels.tolist() == [1, 4, 7, 0, 3]
+        assert any("of Fashion-MNIST have the same names" in note for note in splits.notes) is (
+            name == "files"
+        )
+        assert any("not the official file" in note for note in splits.notes) is not unpacked
+
+
+def test_unpacked_sets_are_known_by_their_files(tmp_path: Path, read: Read) -> None:
+    write_cifar100(tmp_path / "a", unpacked=True)
+    (tmp_path / "a/cifar-100-python").rename(tmp_path / "hundred")
+    assert read(str(tmp_path / "hundred")).label == "CIFAR-100"
+    write_folder(tmp_path / "b", cifar_files())
+    (tmp_path / "b/cifar-10-batches-py").rename(tmp_path / "ten")
+    assert read(str(tmp_path / "ten")).label == "CIFAR-10"
+    write_svhn(tmp_path / "numbers")
+    assert read(str(tmp_path / "numbers")).label == "SVHN"
+
+
+def test_labels_may_be_numpy_arrays(tmp_path: Path, read: Read) -> None:
+    write_cifar100(tmp_path / "data", train={b"fine_labels": np.array([5, 4, 3, 2, 1, 0], np.uint8)})
+    assert read("cifar100").train.labels.tolist() == [5, 4, 3, 2, 1, 0]
+    write_cifar100(tmp_path / "data", train={b"fine_labels": np.array([5, 4, 3, 2, 1, 0.5])})
+    with pytest.raises(KdError, match="train labels float64"):
+        read("cifar100")
+
+
+def test_batches_of_two_folders_are_refused(tmp_path: Path, read: Read) -> None:
+    files = cifar_files()
+    write_tar(
+        tmp_path / "cifar-10-python.tar.gz",
+        {**files, "copy/test_batch": files["cifar-10-batches-py/test_batch"]},
+    )
+    with pytest.raises(KdError, match="holds both cifar-10-batches-py/test_batch and copy/test_batch"):
+        read(str(tmp_path / "cifar-10-python.tar.gz"))
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["mnist/train-labels-idx1-ubyte.gz", "svhn/test_32x32.mat", "cifar-10-batches-py/test_batch", "x.tar", "x.onnx",
+     "x.pt", "x.caffemodel", "x.npy", "x.png"],
+)  # fmt: skip
+def test_git_lfs_pointers_are_named_as_such(file: str, tmp_path: Path, workplace: Path) -> None:
+    write_mnist(tmp_path / "mnist")
+    write_svhn(tmp_path / "svhn")
+    write_folder(tmp_path, cifar_files())
+    path = tmp_path / file
+    path.write_bytes(POINTER)
+    with pytest.raises(KdError, match=f"{path.name}.* is a Git LFS pointer, not the file itself") as caught:
+        if path.suffix in (".onnx", ".pt"):
+            load_model(path)
+        elif path.suffix == ".caffemodel":
+            read_caffemodel(path)
+        elif path.suffix == ".npy":
+            pickles.load_npy(path)
+        elif path.suffix == ".png":
+            decode.decode(path.read_bytes(), path.name)
+        else:
+            load(str(path if path.suffix == ".tar" else path.parent), cache_dir=tmp_path / "cache")
+    assert caught.value.hint == "Fetch the file: git lfs pull"
+
+
 @pytest.mark.parametrize("compressed", [False, True])
 def test_svhn(compressed: bool, tmp_path: Path, read: Read) -> None:
     write_svhn(tmp_path / "data/svhn", compressed)
@@ -210,7 +291,7 @@ GOOD = idx_bytes(8, 12, content=bytes(12))
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (GOOD, "Not a gzipped file"),
+        (b"!" + GOOD, "Not a gzipped file"),
         (b"", "not an IDX file"),
         (gzip.compress(b"", mtime=0), "not an IDX file"),
         (gzip.compress(GOOD[:6], mtime=0), "cannot read"),

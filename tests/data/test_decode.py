@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import struct
 import threading
 import time
+import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +24,22 @@ def test_resize_is_antialiased() -> None:
     assert abs(decode.resize(board, 8).astype(int) - 100).max() <= 8
 
 
+def raw_png(bits: int, kind: int, row: bytes, transparent: tuple[int, ...]) -> bytes:
+    """A PNG (4, 6) of equal rows, with a tRNS chunk: kind 0 is grey, 2 is colour."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", 6, 4, bits, kind, 0, 0, 0)
+    parts = [
+        chunk(b"IHDR", head),
+        chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)),
+        chunk(b"IDAT", zlib.compress((b"\0" + row) * 4)),
+        chunk(b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
@@ -34,6 +53,20 @@ def test_resize_is_antialiased() -> None:
         (png((9, 8, 7), transparency=(9, 8, 7)), (255, 255, 255)),
         (png((250, 10, 10), format="WEBP", lossless=True), (250, 10, 10)),
         (png((0, 0, 0, 255), mode="CMYK", format="JPEG"), (0, 0, 0)),
+        (png((9, 8, 7), format="TIFF"), (9, 8, 7)),
+        (png((9, 8, 7, 0), mode="RGBA", format="TIFF", compression="tiff_lzw"), (255, 255, 255)),
+        (png(257 * 130, mode="I;16", format="TIFF"), (130, 130, 130)),
+        (png((9, 8, 7), format="GIF"), (9, 8, 7)),
+        (png(0, mode="P", format="GIF", transparency=0), (255, 255, 255)),
+        (png(257 * 130, mode="I;16", transparency=257 * 130), (255, 255, 255)),
+        (png(257 * 130, mode="I;16", transparency=257 * 131), (130, 130, 130)),
+        (raw_png(2, 0, b"\x1b" * 2, (1,)), (0, 0, 0)),  # grey of two bits, 0 1 2 3: 0 85 170 255
+        (raw_png(2, 0, b"\x5b" * 2, (1,)), (255, 255, 255)),
+        (raw_png(4, 0, b"\x8f" * 3, (8,)), (255, 255, 255)),
+        (raw_png(4, 0, b"\x8f" * 3, (9,)), (136, 136, 136)),
+        (raw_png(8, 0, b"\x08" * 6, (8,)), (255, 255, 255)),
+        (raw_png(16, 2, struct.pack(">3H", 1000, 2000, 3000) * 6, (1000, 2000, 3000)), (255, 255, 255)),
+        (raw_png(16, 2, struct.pack(">3H", 1000, 2000, 3000) * 6, (1000, 2000, 4000)), (3, 7, 11)),
     ],
 )
 def test_everything_becomes_rgb(data: bytes, expected: tuple[int, int, int]) -> None:
@@ -52,7 +85,7 @@ def test_palette() -> None:
         assert decode.decode(stream.getvalue(), "x").tolist() == [[[0, 0, 0], second]]
 
 
-@pytest.mark.parametrize("format_name", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("format_name", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_exif_orientation(format_name: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate clockwise for view
@@ -65,6 +98,35 @@ def test_exif_orientation(format_name: str) -> None:
     assert pixels[:6].min() > 200 and pixels[10:].max() < 50
 
 
+@pytest.mark.parametrize("format_name", ["GIF", "TIFF", "PNG", "WEBP"])
+def test_the_first_frame_counts(format_name: str) -> None:
+    stream = io.BytesIO()
+    first, second = (Image.new("RGB", (4, 4), colour) for colour in ("red", "blue"))
+    first.save(
+        stream,
+        format_name,
+        save_all=True,
+        append_images=[second],
+        **{"lossless": True} if format_name == "WEBP" else {},
+    )
+    assert decode.decode(stream.getvalue(), "x")[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("values", [np.float32([[0, 0.5]]), np.int32([[0, 70_000]])])
+def test_values_of_unknown_range_are_refused(values: np.ndarray[Any, Any]) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(values).save(stream, "TIFF")
+    with pytest.raises(KdError, match=r"image x\.tif has values of 32 bits"):
+        decode.decode(stream.getvalue(), "x.tif")
+
+
+def test_a_git_lfs_pointer_is_named_as_such() -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    with pytest.raises(KdError, match=r"image a/x\.png is a Git LFS pointer") as caught:
+        decode.decode(pointer, "a/x.png")
+    assert "git lfs pull" in caught.value.hint
+
+
 def test_too_many_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     data = png(0, (5000, 5000), "1")
     monkeypatch.setattr(decode, "MAX_PIXELS", 24_000_000)
@@ -72,19 +134,22 @@ def test_too_many_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
         decode.decode(data, "x.png")
 
 
-def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_are_decoded_and_used_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "LARGE_PIXELS", 23)
     held, most, real = [0], [0], decode._to_rgb
 
-    def slow(image: Image.Image) -> Image.Image:
+    def counted(image: Image.Image) -> Image.Image:
         held[0] += image.width * image.height
         most[0] = max(most[0], held[0])
-        time.sleep(0.02)
-        held[0] -= image.width * image.height
         return real(image)
 
-    monkeypatch.setattr(decode, "_to_rgb", slow)
-    threads = [threading.Thread(target=decode.decode, args=(png(), "x")) for _ in range(4)]
+    def use() -> None:
+        with decode.decoded(png(), "x"):
+            time.sleep(0.02)  # such as resizing and storing
+            held[0] -= 24
+
+    monkeypatch.setattr(decode, "_to_rgb", counted)
+    threads = [threading.Thread(target=use) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

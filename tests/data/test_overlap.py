@@ -50,7 +50,7 @@ def test_the_count_of_a_set_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         LabelledImages(np.asarray(images), np.arange(len(images)) % 3)
         for images in (train_images, test_images)
     ]
-    made = datasets.Dataset("toy", "toy", (8, 8, 1), (), None, lambda _: Content(*parts, ("a", "b", "c")))
+    made = datasets.Dataset("toy", "toy", (8, 8, 1), (), None, (), lambda _: Content(*parts, ("a", "b", "c")))
     monkeypatch.setitem(datasets.DATASETS, "toy", made)
     assert load("toy").overlap == 3
 

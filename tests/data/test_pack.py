@@ -30,7 +30,7 @@ def test_second_load_decodes_nothing(
 ) -> None:
     path = WRITERS[kind](tmp_path / kind, small_tree())
     first = read(path)
-    monkeypatch.setattr(decode, "decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(decode, "decoded", lambda *_: pytest.fail("decoded again"))
     second = read(path)
     assert np.array_equal(first.train.images, second.train.images)
     with pytest.raises(pytest.fail.Exception):
@@ -209,7 +209,7 @@ def test_batches_in_flight_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(tree, "BATCH_FILES", 1)
     read_ahead: list[int] = []
     state = {"read": 0, "decoded": 0}
-    real, real_batches = decode.decode, tree._batches
+    real, real_batches = decode.decoded, tree._batches
 
     def slow(*args: Any) -> Any:
         time.sleep(0.002)
@@ -222,7 +222,7 @@ def test_batches_in_flight_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             read_ahead.append(state["read"] - state["decoded"])
             yield batch
 
-    monkeypatch.setattr(decode, "decode", slow)
+    monkeypatch.setattr(decode, "decoded", slow)
     monkeypatch.setattr(tree, "_batches", counted)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     files = {

@@ -74,6 +74,18 @@ def test_names_in_another_encoding_stay_different(tmp_path: Path, read: Callable
     assert sorted(splits.train.images[:, 0, 0, 0].tolist()) == [1, 2, 3, 8, 9]
 
 
+def test_images_are_known_by_content_whatever_their_name(tmp_path: Path, read: Callable[..., Splits]) -> None:
+    files = {
+        **small_tree(),
+        "train/zebra/c.jpg": png((7, 0, 0), format="GIF"),
+        "train/zebra/d.dat": png((8, 0, 0)),
+    }
+    files |= {"train/zebra/e.tif": png((9, 0, 0), format="TIFF"), "train/zebra/f.txt": b"text"}
+    splits = read(write_folder(tmp_path / "set", files))
+    assert splits.train.images[:, 0, 0, 0].tolist() == [1, 2, 3, 7, 8, 9]
+    assert splits.notes == ("Skipped 1 files that are not images (train/zebra/f.txt).",)
+
+
 def test_a_class_may_be_called_train(tmp_path: Path, read: Callable[..., Splits]) -> None:
     files = {f"test/{split}/{name}/1.png": png() for split in ("train", "test") for name in ("train", "b")}
     splits = read(write_zip(tmp_path / "x.zip", files))
@@ -122,13 +134,14 @@ def test_broken_images_are_named(tmp_path: Path, read: Callable[..., Splits]) ->
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     stream = io.BytesIO()
     Image.fromarray(noise).save(stream, "JPEG")
-    gif = png(0, mode="P", format="GIF")
+    ppm = png(0, format="PPM")
     for name, data in {
         "half.jpg": stream.getvalue()[:900],
         "text.jpg": b"hello",
         "empty.png": b"",
-        "gif.png": gif,
-        "real.gif": gif,
+        "ppm.png": ppm,
+        "real.ppm": ppm,
+        "half.gif": png(0, mode="P", format="GIF")[:20],
     }.items():
         path = write_folder(tmp_path / name, {**small_tree(), f"train/zebra/{name}": data})
         with pytest.raises(KdError, match=f"train/zebra/{name}"):

@@ -57,6 +57,25 @@ def top_classes(done: Any) -> dict[str, Any]:
     return {one["image"]: one["top"] for one in json.loads(done.stdout)["images"]}
 
 
+def test_predict_knows_images_by_content_as_training_does(
+    run: Any, workplace: Path, model: models.Classifier
+) -> None:
+    folder = workplace / "odd"
+    folder.mkdir()
+    for name, kind in (
+        ("a.gif", "GIF"),
+        ("b.tiff", "TIFF"),
+        ("c.jpg", "GIF"),
+        ("d.dat", "PNG"),
+        ("e", "TIFF"),
+    ):
+        Image.fromarray(PIXELS[0]).convert("P" if kind == "GIF" else "RGB").save(folder / name, kind)
+    found = top_classes(run("predict", "m.pt", "odd", "--json"))
+    assert list(found) == ["odd/a.gif", "odd/b.tiff", "odd/c.jpg", "odd/d.dat", "odd/e"]
+    assert found["odd/b.tiff"] == found["odd/d.dat"] == wanted(model, PIXELS[0], 3)
+    assert run("predict", "m.pt", "odd/c.jpg", "--json").exit_code == 0
+
+
 def test_predict_files_folders_and_archives(run: Any, workplace: Path, model: models.Classifier) -> None:
     """All 70 of a folder, by name; two batches; what is no image is passed over there."""
     folder = workplace / "photos" / "more"

@@ -107,6 +107,6 @@ def seeds(name: str) -> list[bytes]:
     if name == "onnx":
         return [models.network().SerializeToString()]
     small = images.Image.new("RGB", (8, 8), (9, 8, 7))
-    return [images.saved(small, kind) for kind in ("PNG", "JPEG", "WEBP", "BMP")] + [
+    return [images.saved(small, kind) for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")] + [
         images.saved(small.convert("P"), "PNG"), images.saved(small, "JPEG", progressive=True)
     ]  # fmt: skip

@@ -287,10 +287,10 @@ def folders(root: Path) -> dict[str, tuple[Path, bool]]:
     os.close(at)
     found["deep"] = deep, True
     found["an empty image"] = made("an empty image", {**good(), "train/a/0.png": b""}), False
-    gif = io.BytesIO()
-    Image.new("P", (3, 3)).save(gif, "GIF")
+    ppm = io.BytesIO()
+    Image.new("L", (3, 3)).save(ppm, "PPM")
     for name, data in {
-        "GIF": gif.getvalue(),
+        "PPM": ppm.getvalue(),
         "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
     }.items():
         found[f"{name} called png"] = made(f"{name} called png", {**good(), "train/a/2.png": data}), False

@@ -29,7 +29,16 @@ import onnxruntime
 import onnxruntime.capi.onnxruntime_inference_collection  # noqa: F401
 import torch
 from google.protobuf import text_format  # noqa: F401
-from PIL import BmpImagePlugin, Image, JpegImagePlugin, MpoImagePlugin, PngImagePlugin, WebPImagePlugin  # noqa: F401
+from PIL import (  # noqa: F401
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    MpoImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 from kdcli.base import pickles
 from kdcli.base.errors import KdError

@@ -56,10 +56,46 @@ def bmp(width: int, height: int, bits: int = 24, compression: int = 0, body: byt
     return b"BM" + struct.pack("<IHHI", offset + len(body), 0, 0, offset) + about + palette + body
 
 
+def tiff(*entries: tuple[int, int, int, int], after: int = 0, body: bytes = bytes(64)) -> bytes:
+    """A TIFF with one folder of entries (tag, type, count, value) and the offset of the next folder."""
+    packed = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    offset = 8 + len(body)
+    return (
+        b"II*\0"
+        + struct.pack("<I", offset)
+        + body
+        + struct.pack("<H", len(entries))
+        + packed
+        + struct.pack("<I", after)
+    )
+
+
+def tiff_of(
+    width: int, height: int, *more: tuple[int, int, int, int], compression: int = 1, **options: object
+) -> bytes:
+    """A grey TIFF of one strip with a header of one's choice."""
+    about = [
+        (256, 4, 1, width),
+        (257, 4, 1, height),
+        (258, 3, 1, 8),
+        (259, 3, 1, compression),
+        (262, 3, 1, 1),
+    ]
+    strip = [(273, 4, 1, 8), (277, 3, 1, 1), (278, 4, 1, height), (279, 4, 1, 64)]
+    return tiff(*sorted([*about, *strip, *more]), **options)  # type: ignore[arg-type]
+
+
+def gif_of(screen: tuple[int, int], frame: tuple[int, int], more: bytes = b"") -> bytes:
+    """A GIF whose screen and first frame are as large as one likes."""
+    palette = bytes(6)
+    body = b"," + struct.pack("<HHHHB", 0, 0, *frame, 0) + b"\2\2\x44\1\0"
+    return b"GIF89a" + struct.pack("<HHBBB", *screen, 0x80, 0, 0) + palette + more + body + b";"
+
+
 def bombs() -> dict[str, bytes]:
     """Each must end in a KdError."""
     small = Image.new("RGB", (8, 8), (9, 8, 7))
-    whole = {kind: saved(small, kind) for kind in ("PNG", "JPEG", "WEBP", "BMP")}
+    whole = {kind: saved(small, kind) for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")}
     text = zlib.compress(bytes(20_000_000), 9)
     found = {
         "PNG of 4 million million pixels": png(2**31 - 1, 2**31 - 1),
@@ -81,8 +117,13 @@ def bombs() -> dict[str, bytes]:
         "BMP, packed, 64 million pixels": bmp(8_000, 8_000, 8, 1, b"\0\0" * 20),
         "JPEG of 2,000 scans": scans(2_000),
         "JPEG, 65,500 by 65,500": whole["JPEG"].replace(b"\x08\x00\x08\x00\x08", b"\x08\xff\xdc\xff\xdc", 1),
-        "GIF": saved(small.convert("P"), "GIF"),
-        "TIFF": saved(small, "TIFF"),
+        "GIF of 4 thousand million pixels": gif_of((65_535, 65_535), (1, 1)),
+        "GIF, its frame larger than its screen": gif_of((1, 1), (65_535, 65_535)),
+        "TIFF of 2**62 pixels": tiff_of(2**31 - 1, 2**31 - 1),
+        "TIFF of 100 million pixels": tiff_of(10_000, 10_000),
+        "TIFF of 64 million pixels, no data": tiff_of(8_000, 8_000),
+        "TIFF of floats": saved(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"),
+        "TIFF of an unknown compression": tiff_of(4, 4, compression=999),
         "ICO": saved(small, "ICO"),
         "PPM": saved(small, "PPM"),
         "EPS that deletes": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) (w) file (y) deletefile\n",
@@ -120,5 +161,16 @@ def odd() -> dict[str, bytes]:
         "PNG, a profile of 20 MB": png(4, 4, chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(20_000_000), 9))),
         "PNG, animated": saved(frames[0], "PNG", save_all=True, append_images=frames[1:]),
         "WebP, animated": saved(frames[0], "WEBP", save_all=True, append_images=frames[1:]),
+        "TIFF, a folder that is its own next": tiff_of(8, 8, after=72),
+        "TIFF of 65,535 entries": tiff(*[(256, 4, 1, 8), (257, 4, 1, 8)] * 32_767),
+        "TIFF, 10,000 pages": saved(frames[0], "TIFF", save_all=True, append_images=frames[1:] * 500),
+        "TIFF, a tag of 4 GiB": tiff_of(4, 4, (270, 2, 2**32 - 1, 8)),
+        "TIFF, strips without rows": tiff_of(8, 8, (278, 4, 1, 0)),
+        "TIFF of 64 million pixels, deflated": saved(
+            Image.new("RGB", (8_000, 8_000)), "TIFF", compression="tiff_adobe_deflate"
+        ),
+        "GIF, 10,000 comments": gif_of((8, 8), (8, 8), b"!\xfe\1x\0" * 10_000),
+        "GIF of 64 million pixels": gif_of((8_000, 8_000), (8_000, 8_000)),
+        "GIF, animated": saved(frames[0], "GIF", save_all=True, append_images=frames[1:]),
         "PNG, rubbish behind": saved(small, "PNG") + b"x" * 1_000_000,
     }

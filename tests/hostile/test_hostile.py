@@ -149,7 +149,7 @@ def test_folders(watched: Watched, tmp_path: Path, part: slice) -> None:
 def test_images(watched: Watched, tmp_path: Path, part: slice) -> None:
     canary = tmp_path / "canary"
     small = images.Image.new("RGB", (8, 8), (9, 8, 7))
-    kinds = {"a GIF": images.saved(small, "GIF"), "half a PNG": images.saved(small, "PNG")[:40]}
+    kinds = {"a PPM": images.saved(small, "PPM"), "half a PNG": images.saved(small, "PNG")[:40]}
     check(watched, "image", written(tmp_path / "small", kinds, ".png"), REFUSED, canary)
     if part.step == 1:  # they take long to make
         check(watched, "image", written(tmp_path / "x", images.bombs(), ".png"), REFUSED, canary)

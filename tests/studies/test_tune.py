@@ -515,7 +515,7 @@ def test_tune_refuses_invalid_settings(
 
 
 def test_tune_refuses_classes_of_one_image(workplace: Path) -> None:
-    with pytest.raises(UsageError, match="no image is left for validation"):
+    with pytest.raises(UsageError, match="keeps no image"):
         search_for(make_splits(train=3), "lr=1e-3:1")
 
 

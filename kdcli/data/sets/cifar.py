@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from kdcli.base import pickles
 from kdcli.base.errors import KdError
+from kdcli.base.files import check_pointer
 from kdcli.data import catalog
 from kdcli.data.datasets import Content, LabelledImages, dataset
 from kdcli.data.sources import open_source
@@ -18,7 +19,13 @@ from kdcli.data.sources import open_source
 CIFAR10_TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
 
 
-@dataset("cifar10", label="CIFAR-10", input_size=(32, 32, 3), folder="cifar-10-batches-py")
+@dataset(
+    "cifar10",
+    label="CIFAR-10",
+    input_size=(32, 32, 3),
+    folder="cifar-10-batches-py",
+    members=(*CIFAR10_TRAIN, "test_batch"),
+)
 def read_cifar10(paths: Mapping[str, Path]) -> Content:
     """Five batches of train images, one of test images, and the class names, which may be absent."""
     batches = _batches(paths, (*CIFAR10_TRAIN, "test_batch"), ("batches.meta",))
@@ -29,7 +36,13 @@ def read_cifar10(paths: Mapping[str, Path]) -> Content:
     return Content(train, test, _class_names(batches["batches.meta"], "label_names", 10))
 
 
-@dataset("cifar100", label="CIFAR-100", input_size=(32, 32, 3), folder="cifar-100-python")
+@dataset(
+    "cifar100",
+    label="CIFAR-100",
+    input_size=(32, 32, 3),
+    folder="cifar-100-python",
+    members=("train", "test", "meta"),
+)
 def read_cifar100(paths: Mapping[str, Path]) -> Content:
     """One batch for each split, and the class names."""
     batches = _batches(paths, ("train", "test", "meta"))
@@ -47,8 +60,12 @@ def _batches(
     """
     [path] = paths.values()
     found: dict[str, dict[str, object]] = {}
+    places: dict[str, str] = {}
     for member, data in open_source(path).read(lambda name: name.split("/")[-1] in (*required, *optional)):
         name = member.split("/")[-1]
+        if places.setdefault(name, member) != member:
+            raise KdError(f"{path} holds both {places[name]} and {member}", "Give the folder of one of them.")
+        check_pointer(data, f"{member} in {path}")
         try:
             found[name] = pickles.load_pickle(data)
         except KdError as error:
@@ -65,6 +82,7 @@ def _images(batches: Mapping[str, Mapping[str, object]], names: Sequence[str], k
     labels: list[object] = []
     for name in names:
         data, numbers = batches[name].get("data"), batches[name].get(key)
+        numbers = numbers.tolist() if isinstance(numbers, np.ndarray) else numbers
         if not isinstance(data, np.ndarray) or data.shape[1:] != (3072,) or not isinstance(numbers, list):
             raise KdError(f"{name} is not a CIFAR batch: no data (N, 3072), or no list of {key}")
         images.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))

@@ -1,4 +1,4 @@
-"""MNIST and Fashion-MNIST: gzip'ed IDX files, a header of big-endian sizes and then bytes."""
+"""MNIST and Fashion-MNIST: IDX files, gzip'ed or not, a header of big-endian sizes and then bytes."""
 
 import gzip
 import math
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcli.base.errors import KdError
+from kdcli.base.files import check_pointer
 from kdcli.data.datasets import Content, LabelledImages, dataset
 
 MAX_BYTES = 256 << 20  # of one file's content; MNIST's largest has 47 million
@@ -21,13 +22,16 @@ FASHION_CLASSES = (
 
 
 def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
-    """The array of bytes in a gzip'ed IDX file.
+    """The array of bytes in an IDX file, which may be gzip'ed.
 
     Raises:
         KdError: damaged, cut short, another kind of array, or larger than `MAX_BYTES`.
     """
     try:
-        with gzip.open(path, "rb") as handle:
+        with path.open("rb") as handle:
+            start = handle.read(64)
+        check_pointer(start, str(path))
+        with path.open("rb") if start.startswith(b"\0\0") else gzip.open(path, "rb") as handle:
             head = handle.read(4 + 4 * dimensions)
             if head[:4] != bytes((0, 0, UNSIGNED_BYTES, dimensions)):
                 raise KdError(f"{path} is not an IDX file of bytes in {dimensions} dimensions")

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from kdcli.base.errors import KdError
+from kdcli.base.files import check_pointer
 from kdcli.data.datasets import Content, LabelledImages, dataset
 
 MAX_FILE_BYTES = 2 << 30
@@ -23,6 +24,8 @@ def read_mat(path: Path) -> LabelledImages:
 
     if path.stat().st_size > MAX_FILE_BYTES:
         raise KdError(f"{path} is larger than {MAX_FILE_BYTES:,} bytes")
+    with path.open("rb") as handle:
+        check_pointer(handle.read(64), str(path))
     try:
         shapes = {name: (shape, kind) for name, shape, kind in whosmat(path)}
         (shape, kind), (labels_shape, _) = (shapes.get(name, ((), "")) for name in ("X", "y"))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kdcli.base.config import NO_ASSUMPTIONS, InputSettings
 from kdcli.base.errors import KdError
+from kdcli.base.files import check_pointer
 from kdcli.base.text import first_line
 from kdcli.data.preprocess import Preprocess
 from kdcli.deploy.onnx_model.counts import CHANNELS, image_input, layout_of
@@ -228,8 +229,9 @@ def _read(path: Path, *, external: bool) -> tuple[onnx.ModelProto, int, str]:
         raise KdError(f"no such file: {path}")
     if path.stat().st_size > MAX_BYTES:
         raise KdError(f"{path} is larger than 2 GiB", "kd reads ONNX models that fit one protobuf message.")
+    content = path.read_bytes()
+    check_pointer(content, str(path))
     try:
-        content = path.read_bytes()
         model = onnx.ModelProto.FromString(content)  # load_model would go by the file's suffix
     except Exception as error:  # protobuf raises whatever the bytes provoke
         raise KdError(f"{path} is not an ONNX model: {first_line(error)}") from error

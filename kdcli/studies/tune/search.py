@@ -51,8 +51,8 @@ def tune(config: TuneConfig, space: Space, data: Splits, *, on_event: OnEvent = 
     check(config, space)
     if len(split(data.train.labels, config.val_fraction)[1]) == 0:
         raise UsageError(
-            "no image is left for validation: each class has one",
-            "A study needs classes of two or more images.",
+            f"--val-fraction {config.val_fraction} keeps no image for validation",
+            "Raise it, with two or more images of each class.",
         )
     folder = config.runs_dir / config.study_name
     url = storage.read_url(config.storage, folder / "study.db")
