@@ -66,14 +66,14 @@ def compare(
     from kdcli import report
     from kdcli.engine.plan import load_data
     from kdcli.studies import compare as studies
-    from kdcli.studies.compare import tables
+    from kdcli.studies.compare.result import to_csv, to_markdown
 
     plan = studies.make_plan(settings, train) if resume is None else studies.Plan.load(resume)
     with output.progress() as on_event:
         result = studies.compare(plan, load_data(plan.train, on_event), on_event=on_event)
     if any(row.count for row in result.standings):
         report.comparison(result, plan.folder / "figure.svg")
-    for path, make_table in ((settings.csv, tables.to_csv), (settings.markdown, tables.to_markdown)):
+    for path, make_table in ((settings.csv, to_csv), (settings.markdown, to_markdown)):
         if path is not None:
             files.write_text(path, make_table(result))
     output.json(result.to_json())
@@ -87,7 +87,7 @@ def compare(
 
 
 def _show(result: Comparison, plan: Plan) -> None:
-    from kdcli.studies.compare import tables
+    from kdcli.studies.compare.result import cells, statistics_note
 
     output.text(
         f"{result.student} on {result.data}: {len(result.methods)} methods × {len(result.seeds)} seeds, "
@@ -95,12 +95,12 @@ def _show(result: Comparison, plan: Plan) -> None:
     )
     output.table(
         ["method", "runs", "test %", f"vs {result.baseline}", "95 % interval", "p (Holm)", "verdict"],
-        [[row.method, *tables.cells(row)] for row in result.standings],
+        [[row.method, *cells(row)] for row in result.standings],
         marked=result.methods.index(result.baseline),
     )
     output.text("", f"test %: mean ± standard deviation over seeds, {result.test_images:,} test images")
     if result.comparisons:
-        output.text(tables.statistics_note(result))
+        output.text(statistics_note(result))
     if len(result.seeds) == 1:
         output.text("one seed gives no interval, so there is no verdict; use --seeds 5")
     for line in result.notes:

@@ -14,7 +14,8 @@ from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.recipes import read_recipe
 from kdcli.cli import output
 from kdcli.cli.options import Recipe, command, examples
-from kdcli.studies.tune.settings import SEARCH, TuneConfig
+from kdcli.studies.tune import space as spaces
+from kdcli.studies.tune.space import SEARCH, TuneConfig
 
 if TYPE_CHECKING:
     from kdcli.studies.tune.summary import TuneResult
@@ -51,8 +52,6 @@ def tune(
     """
     if importlib.util.find_spec("optuna") is None:
         raise UsageError("kd tune needs Optuna, which is not installed", "pip install 'kdcli[tune]'")
-    from kdcli.studies.tune import space as spaces
-
     ranges = ranges or []
     tuned = spaces.names_of(ranges)
     shared: dict[str, Any] = {}
@@ -82,11 +81,10 @@ def tune(
 
 def _continue_command(ranges: list[str], recipe: str | None, options: dict[str, Any]) -> str:
     """The command that continues the study, without a password in the storage's address."""
-    from kdcli.studies.tune import storage
+    from kdcli.studies.tune.study import read_url, redacted
 
     if "storage" in options:
-        address = storage.redacted(storage.read_url(options["storage"], Path("study.db")))
-        options = {**options, "storage": address}
+        options = {**options, "storage": redacted(read_url(options["storage"], Path("study.db")))}
     return shell_command("tune", {"tune": ranges, "recipe": recipe, **options})
 
 
@@ -96,7 +94,7 @@ def _show(result: TuneResult, config: TuneConfig, again: str) -> None:
     best, reasons = result.best, [trial.reason for trial in result.trials if trial.reason]
     if best is None or result.config is None:
         raise KdError(
-            f"no trial of {result.study} is finished{f': {reasons[0]}' if reasons else ''}",
+            f"no trial of {config.study_name} is finished{f': {reasons[0]}' if reasons else ''}",
             "Choose other ranges and another --study." if reasons else f"Continue: {again}",
         )
     output.json(result.to_json())

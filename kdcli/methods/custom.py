@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.text import first_line
 from kdcli.methods.batch import Batch
-from kdcli.methods.registry import METHODS, Method, described, summary_of
+from kdcli.methods.registry import ATTRIBUTE, METHODS, Method, summary_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,7 @@ def load(name: str) -> Method:
         raise UsageError(f"--method {name} cannot be imported: {first_line(error)}", _HINT) from error
     if not callable(function):
         raise UsageError(f"--method {name} is no function", _HINT)
-    entry = described(function) or Method(function_name, function, summary_of(function))
+    entry: Method = getattr(function, ATTRIBUTE, Method(function_name, function, summary_of(function)))
     return replace(
         entry,
         name=function_name,

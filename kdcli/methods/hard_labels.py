@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
+from kdcli.methods import losses
 from kdcli.methods.batch import Batch
 from kdcli.methods.registry import CE, method, option
 
@@ -24,7 +25,5 @@ def cross_entropy(batch: Batch) -> Tensor:
 @method("ls", source="Szegedy et al., CVPR 2016, section 7", needs=("labels",), needs_teacher=False)
 def label_smoothing(batch: Batch, *, smoothing: Smoothing = 0.1) -> Tensor:
     """Smoothed labels, no teacher: the control."""
-    from kdcli.methods.losses import logits
-
     mixup = batch.other_labels, batch.shares
-    return logits.cross_entropy(batch.student_logits, batch.labels, smoothing, *mixup)
+    return losses.logits.cross_entropy(batch.student_logits, batch.labels, smoothing, *mixup)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 CE = "ce"  # the term of cross-entropy on the labels, which any method may have beside its own
 METHODS: dict[str, Method] = {}
-_ATTRIBUTE = "__kd_method__"
+ATTRIBUTE = "__kd_method__"  # of a function: its entry
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def method(
     attributes |= {"needs_features": "features" in needs, "needs_labels": "labels" in needs}
 
     def register(function: F) -> F:
-        setattr(function, _ATTRIBUTE, _describe(function, name or function.__name__, attributes))
+        setattr(function, ATTRIBUTE, _describe(function, name or function.__name__, attributes))
         return function
 
     return register
@@ -171,11 +171,6 @@ def _keyword_only(function: Callable[..., Any]) -> list[tuple[inspect.Parameter,
     return [(parameter, kinds[parameter.name]) for parameter in keywords]
 
 
-def described(function: object) -> Method | None:
-    """The entry that `@method` made of a function; None without it."""
-    return getattr(function, _ATTRIBUTE, None)
-
-
 def summary_of(function: object) -> str:
     """First line of a docstring, as part of a sentence."""
     first = (inspect.getdoc(function) or "").partition("\n")[0].removesuffix(".")
@@ -191,9 +186,9 @@ def discover(package: str) -> None:
     found: list[Method] = []
     for module in pkgutil.iter_modules(import_module(package).__path__, f"{package}."):
         if not module.ispkg:
-            values = vars(import_module(module.name)).values()
-            own = (described(value) for value in values if getattr(value, "__module__", "") == module.name)
-            found += filter(None, own)
+            for value in vars(import_module(module.name)).values():
+                if getattr(value, "__module__", "") == module.name and hasattr(value, ATTRIBUTE):
+                    found.append(getattr(value, ATTRIBUTE))
     names = [name for entry in found for name in (entry.name, *entry.fields)]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from kdcli.base.errors import UsageError
+from kdcli.methods import losses
 from kdcli.methods.batch import Batch, Training
 from kdcli.methods.registry import feature_method, option
 
@@ -18,9 +19,7 @@ HintStage = Annotated[
 
 def hint_adapter(training: Training, *, stage: HintStage = 0) -> nn.Module:
     """Regressor from the guided stage's channels to the hint's."""
-    from kdcli.methods.losses import maps
-
-    return maps.Hint(*training.stages[_index(len(training.stages), stage)])
+    return losses.maps.Hint(*training.stages[_index(len(training.stages), stage)])
 
 
 @feature_method("fitnet", source="Romero et al., ICLR 2015, eq. 3", weight=100.0, adapter=hint_adapter)
@@ -40,9 +39,7 @@ def _index(count: int, stage: int) -> int:
 @feature_method("at", source="Zagoruyko & Komodakis, ICLR 2017, eq. 2", weight=1000.0)
 def attention(batch: Batch) -> Tensor:
     """Match attention maps of all stages."""
-    from kdcli.methods.losses import maps
-
-    total: Tensor = sum(maps.attention(*pair) for pair in batch.stages)  # type: ignore[assignment]
+    total: Tensor = sum(losses.maps.attention(*pair) for pair in batch.stages)  # type: ignore[assignment]
     return total
 
 
@@ -50,9 +47,7 @@ def variational_adapter(training: Training) -> nn.Module:
     """Regressor and variances of each stage."""
     from torch import nn
 
-    from kdcli.methods.losses import maps
-
-    return nn.ModuleList(maps.Variational(*pair) for pair in training.stages)
+    return nn.ModuleList(losses.maps.Variational(*pair) for pair in training.stages)
 
 
 @feature_method("vid", source="Ahn et al., CVPR 2019", adapter=variational_adapter)
@@ -63,10 +58,8 @@ def variational(batch: Batch) -> Tensor:
 
 def review_adapter(training: Training) -> nn.Module:
     """Attention-based fusion of stages."""
-    from kdcli.methods.losses import maps
-
     student, teacher = zip(*training.stages, strict=True)
-    return maps.Review(student, teacher)
+    return losses.maps.Review(student, teacher)
 
 
 @feature_method("reviewkd", source="Chen et al., CVPR 2021", warm_up=1 / 12, adapter=review_adapter)
@@ -81,10 +74,8 @@ def review(batch: Batch) -> Tensor:
 @feature_method("sp", source="Tung & Mori, ICCV 2019", weight=3000.0)
 def similarity(batch: Batch) -> Tensor:
     """Match which images are alike."""
-    from kdcli.methods.losses import pairwise
-
     student, teacher = batch.stages[-1]
-    return pairwise.similarity(batch.gather(student), batch.gather(teacher))
+    return losses.pairwise.similarity(batch.gather(student), batch.gather(teacher))
 
 
 @feature_method("rkd", source="Park et al., CVPR 2019")
@@ -95,17 +86,13 @@ def relational(
     angle: Annotated[float, option("weight of angles", ge=0)] = 50.0,
 ) -> Tensor:
     """Match distances and angles between images."""
-    from kdcli.methods.losses import pairwise
-
-    return pairwise.relational(*batch.embeddings, distance, angle)
+    return losses.pairwise.relational(*batch.embeddings, distance, angle)
 
 
 @feature_method("pkt", source="Passalis & Tefas, ECCV 2018", weight=30000.0)
 def probabilistic(batch: Batch) -> Tensor:
     """Match neighbourhood probabilities."""
-    from kdcli.methods.losses import pairwise
-
-    return pairwise.probabilistic(*batch.embeddings)
+    return losses.pairwise.probabilistic(*batch.embeddings)
 
 
 def contrast_adapter(
@@ -116,11 +103,9 @@ def contrast_adapter(
     temperature: Annotated[float, option("temperature of the similarities", gt=0, le=100)] = 0.07,
 ) -> nn.Module:
     """Projections of both embeddings, and a memory of them for each image."""
-    from kdcli.methods.losses.contrast import Contrast, Negatives
-
     widths = training.student.embedding, training.teacher.embedding
-    module: Any = Contrast(*widths, len(training.labels), dim=dim, temperature=temperature)
-    module.draw = Negatives(training.labels, training.samples, negatives)
+    module = losses.contrast.Contrast(*widths, len(training.labels), dim=dim, temperature=temperature)
+    module.draw = losses.contrast.Negatives(training.labels, training.samples, negatives)
     return module
 
 
@@ -134,9 +119,6 @@ def contrast_adapter(
 )
 def contrastive(batch: Batch) -> Tensor:
     """Tell the teacher's embedding from those of other classes."""
-    import torch
-
-    student, teacher = batch.embeddings
-    numbers = batch.gather(torch.from_numpy(batch.samples).to(student.device))
+    numbers = batch.gather(batch.labels.new_tensor(batch.samples))
     negatives = batch.adapter.draw(numbers.cpu().numpy(), batch.seed, batch.epoch)
-    return batch.adapter(student, teacher, numbers, torch.from_numpy(negatives).to(student.device))
+    return batch.adapter(*batch.embeddings, numbers, numbers.new_tensor(negatives))

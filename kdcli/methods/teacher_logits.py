@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from kdcli.methods import losses
 from kdcli.methods.batch import Batch
 from kdcli.methods.registry import method, option
 
@@ -16,9 +17,7 @@ MULTI_LEVEL_TAUS = (2.0, 3.0, 4.0, 5.0, 6.0)
 @method("logits", source="Ba & Caruana, NIPS 2014, eq. 1", regresses=True)
 def logits(batch: Batch) -> Tensor:
     """Regress the teacher's logits."""
-    from kdcli.methods.losses import logits as losses
-
-    return losses.logit_regression(batch.student_logits, batch.targets)
+    return losses.logits.logit_regression(batch.student_logits, batch.targets)
 
 
 @method("noisy", source="Sau & Balasubramanian, arXiv:1610.09650, eq. 3", regresses=True)
@@ -33,13 +32,11 @@ def noisy_logits(
     ] = "sample",
 ) -> Tensor:
     """Regress logits that noise has scaled."""
-    from kdcli.methods.losses import logits as losses
-
     targets = batch.targets
     classes = targets.shape[1] if scope == "logit" else None
-    selected, noise = losses.draw_noise(batch.seed, batch.epoch, batch.samples, ratio, sigma, classes)
-    selected, noise = selected.to(targets.device), noise.to(targets.device)
-    return losses.logit_regression(batch.student_logits, losses.perturb(targets, selected, noise))
+    drawn = losses.logits.draw_noise(batch.seed, batch.epoch, batch.samples, ratio, sigma, classes)
+    targets = losses.logits.perturb(targets, *(values.to(targets.device) for values in drawn))
+    return losses.logits.logit_regression(batch.student_logits, targets)
 
 
 def lamda_weights(
@@ -56,9 +53,7 @@ def lamda_weights(
 @method("kd", source="Hinton et al., arXiv:1503.02531", balance=lamda_weights, tau=3.0)
 def soft_targets(batch: Batch, *, standardize: bool = False) -> Tensor:
     """Match the teacher's softened probabilities."""
-    from kdcli.methods.losses import logits as losses
-
-    return losses.kd_loss(*_logits(batch, standardize), batch.tau)
+    return losses.logits.kd_loss(*_logits(batch, standardize), batch.tau)
 
 
 @method("born-again", source="Furlanello et al., ICML 2018", ce=1.0, tau=1.0, same_network=True)
@@ -86,13 +81,11 @@ def decoupled(
     With mixup, the loss for each of the two labels has that label's share. The weight rises over 20 of 240 epochs,
     as in the authors' code.
     """
-    from kdcli.methods.losses import logits as losses
-
     logits, settings = _logits(batch, standardize), (batch.tau, alpha, beta)
     if batch.other_labels is None or batch.shares is None:
-        return losses.decoupled(*logits, batch.labels, *settings)
-    own = losses.decoupled(*logits, batch.labels, *settings, batch.shares)
-    return own + losses.decoupled(*logits, batch.other_labels, *settings, 1 - batch.shares)
+        return losses.logits.decoupled(*logits, batch.labels, *settings)
+    own = losses.logits.decoupled(*logits, batch.labels, *settings, batch.shares)
+    return own + losses.logits.decoupled(*logits, batch.other_labels, *settings, 1 - batch.shares)
 
 
 @method("dist", source="Huang et al., NeurIPS 2022", ce=1.0, tau=4.0)
@@ -103,25 +96,19 @@ def correlation(
     intra: Annotated[float, option("weight of the relation within a class", ge=0)] = 2.0,
 ) -> Tensor:
     """Correlate with the teacher, by image and by class."""
-    from kdcli.methods.losses import logits as losses
-
     student, teacher = batch.gather(batch.student_logits), batch.gather(batch.targets)
-    return losses.dist(student, teacher, batch.tau, inter, intra)
+    return losses.logits.dist(student, teacher, batch.tau, inter, intra)
 
 
 @method("mlkd", source="Jin et al., CVPR 2023", ce=1.0)
 def multi_level(batch: Batch) -> Tensor:
     """Images, batch and classes at several temperatures."""
-    from kdcli.methods.losses import logits as losses
-
     student, teacher = batch.gather(batch.student_logits), batch.gather(batch.targets)
-    return losses.multi_level(student, teacher, MULTI_LEVEL_TAUS)
+    return losses.logits.multi_level(student, teacher, MULTI_LEVEL_TAUS)
 
 
 def _logits(batch: Batch, standardize: bool) -> tuple[Tensor, Tensor]:
     """Logits of student and teacher, each image's standardized if asked for."""
-    from kdcli.methods.losses import logits as losses
-
     if not standardize:
         return batch.student_logits, batch.targets
-    return losses.standardize(batch.student_logits), losses.standardize(batch.targets)
+    return losses.logits.standardize(batch.student_logits), losses.logits.standardize(batch.targets)

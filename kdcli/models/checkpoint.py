@@ -50,9 +50,8 @@ class Checkpoint:
     __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True, extra="ignore")  # for `load`
 
 
-_CHECKPOINT = TypeAdapter(
-    Checkpoint
-)  # made here, since it evaluates annotations, and reading evaluates nothing
+# made here, since it evaluates annotations, and reading evaluates nothing
+_CHECKPOINT = TypeAdapter(Checkpoint)
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
@@ -190,11 +189,9 @@ def digest(value: Any, without: tuple[str, ...] = ()) -> str:
             sha.update(f"tensor {plain.dtype} {tuple(plain.shape)} ".encode())
             sha.update(plain.reshape(-1).view(torch.uint8).numpy().data)
         elif isinstance(part, dict):
-            keys = sorted(
-                (key for key in part if key not in without), key=lambda key: (str(type(key)), str(key))
-            )
+            keys = [key for key in part if key not in without]
             sha.update(f"dict {len(keys)} ".encode())
-            for key in keys:
+            for key in sorted(keys, key=lambda key: (str(type(key)), str(key))):
                 add(key)
                 add(part[key])
         elif isinstance(part, list | tuple):

@@ -24,10 +24,7 @@ class Classifier(nn.Module):
     Attributes:
         network: float32 (B, C, H, W) as preprocessed → logits (B, classes).
         preprocess: raw pixels (B, C, H, W) in 0–255 → the network's input.
-        arch, arch_args: arguments of `build` for this network.
-        classes: class names in the order of the logits.
-        input_size: (H, W, C) of the raw images.
-        provenance: plain values: method, data, teacher, accuracy, source file …
+        arch, arch_args, classes, input_size, provenance: as in `Checkpoint`.
         file_sha256: of the file that it was read from; empty without one.
     """
 

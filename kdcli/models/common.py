@@ -1,6 +1,7 @@
 """Parts shared by the networks: the frame of a convolutional classifier, stages, channel counts, initial weights."""
 
 from collections.abc import Callable
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -16,8 +17,11 @@ class ConvClassifier(nn.Module):
     fc: nn.Linear
 
     def maps(self, pixels: Tensor) -> Tensor:
-        """Preprocessed pixels (B, C, H, W) → the last maps (B, D, H', W')."""
-        raise NotImplementedError
+        """Preprocessed pixels (B, C, H, W) → the last maps (B, D, H', W'), by default of all layers but `fc`."""
+        for name, layer in self.named_children():
+            if name != "fc":
+                pixels = layer(pixels)
+        return pixels
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Preprocessed pixels (B, C, H, W) → logits (B, classes)."""
@@ -43,11 +47,11 @@ def conv_norm(
 
 
 def make_stage(
-    block: Callable[[int, int, int], nn.Module], before: int, after: int, stride: int, blocks: int
+    block: Callable[..., nn.Module], before: int, after: int, stride: int, blocks: int, **first: int
 ) -> nn.Sequential:
-    """Blocks `block(before, after, stride)`; the first one changes channels and size, the others keep them."""
-    first = block(before, after, stride)
-    return nn.Sequential(first, *(block(after, after, 1) for _ in range(blocks - 1)))
+    """Blocks `block(before, after, stride)`; the first one changes channels and size, and is made with `first`."""
+    rest = (block(after, after, 1) for _ in range(blocks - 1))
+    return nn.Sequential(block(before, after, stride, **first), *rest)
 
 
 def scaled(channels: int, width: float, multiple: int = 1) -> int:
@@ -80,10 +84,14 @@ def check_size(input_size: tuple[int, int, int], least: int, network: str, hint:
         )
 
 
-def initialise(network: nn.Module) -> None:
-    """Initialise convolutions by He et al. 2015 (arXiv:1502.01852), fan out; the rest keeps torch's values."""
+def initialise(
+    network: nn.Module,
+    mode: Literal["fan_in", "fan_out"] = "fan_out",
+    kinds: tuple[type[nn.Conv2d | nn.Linear], ...] = (nn.Conv2d,),
+) -> None:
+    """Initialise convolutions by He et al. 2015 (arXiv:1502.01852); layers not of `kinds` keep torch's values."""
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if isinstance(module, kinds):
+            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

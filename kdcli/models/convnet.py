@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from kdcli.models.common import ConvClassifier, check_size, conv_norm, scaled
 
@@ -10,7 +10,8 @@ from kdcli.models.common import ConvClassifier, check_size, conv_norm, scaled
 class ConvNet(ConvClassifier):
     """Stages of 3×3 convolution, batch norm, ReLU; max-pool 2 between stages; global average; linear.
 
-    `width` multiplies `widths`, rounded to whole numbers of at least 1. The maps of `stages` are before pooling.
+    `width` multiplies `widths`, rounded to whole numbers of at least 1. The maps of `stages` are before pooling; the
+    last are (B, widths[-1], H/2^(stages−1), W/2^(stages−1)).
     """
 
     def __init__(
@@ -30,7 +31,3 @@ class ConvNet(ConvClassifier):
         self.stages = tuple(ends)
         self.features = nn.Sequential(*layers)
         self.fc = nn.Linear(channels, classes)
-
-    def maps(self, pixels: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, widths[-1], H/2^(stages−1), W/2^(stages−1))."""
-        return self.features(pixels)

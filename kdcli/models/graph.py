@@ -1,6 +1,6 @@
 """A network built from a plain list of nodes, as kd convert-caffe makes it.
 
-Adding an operation: a function `(*input shapes, **args) -> (module, output shape)` in `operations`, a row in `OPS`.
+Adding an operation: a function `(*input shapes, **args) -> module` in `operations`, a row in `OPS`.
 Shapes are without the batch: (C, H, W) for maps, (C,) for vectors; axes are counted with it, as in Caffe.
 """
 
@@ -9,16 +9,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kdcli.base.errors import KdError
-from kdcli.base.text import dims
+from kdcli.base.text import dims, first_line
 from kdcli.models.operations import arrange, elementwise, windows
 from kdcli.models.operations.shapes import Shape, check_size, is_vector
 
 INPUT = "input"  # the name under which nodes refer to the network's input
 _MODULE = nn.Module()  # its attributes cannot name a submodule
-OPS: dict[str, Callable[..., tuple[nn.Module, Shape]]] = {
+OPS: dict[str, Callable[..., nn.Module]] = {
     "conv": windows.conv,
     "deconv": partial(windows.conv, transposed=True),
     "linear": windows.linear,
@@ -111,15 +112,23 @@ class GraphNet(nn.Module):
             raise KdError(
                 f"layer {name}: its input {', '.join(missing) or '(none)'} is not computed before it"
             )
+        shapes = [self.shapes[source] for source in sources]
         try:
-            module, shape = OPS[kind](*(self.shapes[source] for source in sources), **args)
-            check_size(shape, "output")
+            build = partial(OPS[kind], *shapes, **args)
+            with torch.device("meta"):  # sizes are checked before memory is allocated
+                skeleton = build().eval()
+                for value in skeleton.parameters():
+                    check_size(tuple(value.shape), "weight")
+                self.shapes[name] = tuple(skeleton(*(torch.empty(1, *shape) for shape in shapes)).shape[1:])
+            check_size(self.shapes[name], "output")
+            self.add_module(name, build())
         except KdError as error:
             raise KdError(f"layer {name}: {error.message}", error.hint) from error
-        except (TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise KdError(f"layer {name}: {kind} cannot be built from {args}: {error}") from error
-        self.add_module(name, module)
-        self.shapes[name] = shape
+        except (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            inputs = " and ".join(map(dims, shapes))
+            raise KdError(
+                f"layer {name}: {kind} cannot be built from {args} for {inputs}: {first_line(error)}"
+            ) from error
         self._steps.append((name, sources))
 
     def _unused_after(self) -> list[list[str]]:

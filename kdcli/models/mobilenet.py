@@ -47,7 +47,8 @@ class MobileNetV2(ConvClassifier):
     """A 3×3 convolution of stride 2, seven groups of inverted residuals, a 1×1 convolution, global average, linear.
 
     Each count of channels is multiplied by `width`, rounded to the nearest multiple of 4, at least 4. The maps of
-    `stages` are those before the image is halved and the last: linear, no ReLU follows.
+    `stages` are those before the image is halved and the last: linear, no ReLU follows. The average is over maps
+    (B, 1280, H/16, W/16), rounded up.
     """
 
     stages: tuple[str, ...] = ("blocks.1", "blocks.2", "blocks.4", "blocks.6")
@@ -68,7 +69,3 @@ class MobileNetV2(ConvClassifier):
         self.conv2 = nn.Sequential(*conv_norm(channels, last, 1))
         self.fc = nn.Linear(last, classes)
         initialise(self)
-
-    def maps(self, pixels: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, 1280, H/16, W/16), rounded up."""
-        return self.conv2(self.blocks(self.conv1(pixels)))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdcli.models.common import check_size, scaled
+from kdcli.models.common import check_size, initialise, scaled
 
 WIDTHS = (192, 160, 96, 192, 192, 192, 192, 192)  # conv1 cccp1 cccp2 conv2 cccp3 cccp4 conv3 cccp5
 
@@ -43,14 +43,6 @@ class _Trunk(nn.Module):
         maps = self.drop6(self.pool2(maps))  # (B, 192, 8, 8)
         return self.relu_cccp5(self.cccp5(F.relu(self.conv3(maps))))
 
-    def initialise(self) -> None:
-        """He initialisation (He et al. 2015), fan in, of convolutions and linear layers."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
 
 class NIN(_Trunk):
     """Global average pooling over one map per class; the last convolution has its ReLU too, as in Caffe.
@@ -69,7 +61,7 @@ class NIN(_Trunk):
     ) -> None:
         super().__init__(input_size, widths, dropout, width)
         self.cccp6 = nn.Conv2d(self.cccp5.out_channels, classes, 1)
-        self.initialise()
+        initialise(self, "fan_in")
         # A ReLU follows: logits start small and above 0, or a class whose map is 0 everywhere never learns
         nn.init.normal_(self.cccp6.weight, std=0.01)
         nn.init.constant_(self.cccp6.bias, 1.0)  # type: ignore[arg-type]
@@ -98,9 +90,8 @@ class NINFc(_Trunk):
         rows, columns = (side // 2 // 2 for side in input_size[:2])  # ceil((s − 3) / 2) + 1 is s // 2
         self.ip1 = nn.Linear(self.cccp5.out_channels * rows * columns, scaled(hidden, width))
         self.ip2 = nn.Linear(scaled(hidden, width), classes)
-        self.initialise()
+        initialise(self, "fan_in", (nn.Conv2d, nn.Linear))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Preprocessed pixels (B, C, H, W) → logits (B, classes)."""
-        hidden = F.relu(self.ip1(self.features(pixels).flatten(1)))
-        return self.ip2(hidden)
+        return self.ip2(F.relu(self.ip1(self.features(pixels).flatten(1))))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdcli.models.common import ConvClassifier, check_size, conv_norm, initialise, scaled
+from kdcli.models.common import ConvClassifier, check_size, conv_norm, initialise, make_stage, scaled
 
 _GROUPS = 3
 
@@ -23,21 +23,22 @@ def shuffled(maps: Tensor, groups: int) -> Tensor:
 class GroupUnit(nn.Module):
     """1×1 convolution in groups to a quarter of the channels, shuffle, 3×3 depthwise, 1×1 in groups, shortcut, ReLU.
 
-    The shortcut adds the input; where the image is halved, it concatenates the input, average-pooled 3×3.
+    The shortcut adds the input; with stride 2 it concatenates the input, average-pooled 3×3. `groups` are those of
+    the first convolution.
     """
 
-    def __init__(self, before: int, after: int, groups: int, halves: bool) -> None:
+    def __init__(self, before: int, after: int, stride: int, groups: int = _GROUPS) -> None:
         super().__init__()
-        outputs = after - before if halves else after
+        outputs = after - before if stride == 2 else after
         inner = outputs // 4
-        self.groups = groups  # of the first convolution
+        self.groups = groups
         self.conv1 = nn.Conv2d(before, inner, 1, groups=groups, bias=False)
         self.bn1 = nn.BatchNorm2d(inner)
-        self.conv2 = nn.Conv2d(inner, inner, 3, 2 if halves else 1, padding=1, groups=inner, bias=False)
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride, padding=1, groups=inner, bias=False)
         self.bn2 = nn.BatchNorm2d(inner)
         self.conv3 = nn.Conv2d(inner, outputs, 1, groups=_GROUPS, bias=False)
         self.bn3 = nn.BatchNorm2d(outputs)
-        self.pool = nn.AvgPool2d(3, 2, padding=1) if halves else None
+        self.pool = nn.AvgPool2d(3, 2, padding=1) if stride == 2 else None
 
     def forward(self, maps: Tensor) -> Tensor:
         """(B, before, H, W) → (B, after, H, W), or half of H and W, rounded up."""
@@ -67,9 +68,9 @@ class ShuffleNetV1(ConvClassifier):
         self.conv1 = nn.Conv2d(input_size[2], counts[0], 1, bias=False)
         self.bn1 = nn.BatchNorm2d(counts[0])
         # As in the paper, no groups in the first unit's first convolution: it reads few channels
-        self.layer1 = _group_stage(counts[0], counts[1], 4, first_groups=1)
-        self.layer2 = _group_stage(counts[1], counts[2], 8)
-        self.layer3 = _group_stage(counts[2], counts[3], 4)
+        self.layer1 = make_stage(GroupUnit, counts[0], counts[1], 2, 4, groups=1)
+        self.layer2 = make_stage(GroupUnit, counts[1], counts[2], 2, 8)
+        self.layer3 = make_stage(GroupUnit, counts[2], counts[3], 2, 4)
         self.fc = nn.Linear(counts[3], classes)
         initialise(self)
 
@@ -79,45 +80,29 @@ class ShuffleNetV1(ConvClassifier):
         return self.layer3(self.layer2(self.layer1(maps)))  # (B, 960, 4, 4)
 
 
-def _group_stage(before: int, after: int, units: int, first_groups: int = _GROUPS) -> nn.Sequential:
-    first = GroupUnit(before, after, first_groups, halves=True)
-    return nn.Sequential(first, *(GroupUnit(after, after, _GROUPS, halves=False) for _ in range(units - 1)))
-
-
 class SplitUnit(nn.Module):
-    """Half of the channels as they are beside the other half after 1×1, 3×3 depthwise and 1×1; shuffled."""
+    """Half of the channels as they are beside the other half after 1×1, 3×3 depthwise and 1×1; shuffled.
 
-    def __init__(self, channels: int) -> None:
+    With stride 2, two branches read all channels, and each halves the image.
+    """
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
-        self.branch = _branch(channels // 2, channels // 2, 1)
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """(B, C, H, W) → the same shape."""
-        kept, changed = maps.chunk(2, 1)
-        return shuffled(torch.cat([kept, self.branch(changed)], 1), 2)
-
-
-class HalvingUnit(nn.Module):
-    """Two branches that each halve the image and make half of the channels; shuffled."""
-
-    def __init__(self, before: int, after: int) -> None:
-        super().__init__()
-        self.short = nn.Sequential(
-            *conv_norm(before, before, 3, 2, groups=before, relu=False), *conv_norm(before, after // 2, 1)
+        self.short: nn.Module | None = None
+        half = after // 2
+        if stride == 2:
+            depthwise = conv_norm(before, before, 3, stride, groups=before, relu=False)
+            self.short = nn.Sequential(*depthwise, *conv_norm(before, half, 1))
+        self.branch = nn.Sequential(
+            *conv_norm(before if stride == 2 else half, half, 1),
+            *conv_norm(half, half, 3, stride, groups=half, relu=False),
+            *conv_norm(half, half, 1),
         )
-        self.branch = _branch(before, after // 2, 2)
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(B, before, H, W) → (B, after, H/2, W/2), rounded up."""
-        return shuffled(torch.cat([self.short(maps), self.branch(maps)], 1), 2)
-
-
-def _branch(before: int, after: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        *conv_norm(before, after, 1),
-        *conv_norm(after, after, 3, stride, groups=after, relu=False),
-        *conv_norm(after, after, 1),
-    )
+        """(B, before, H, W) → (B, after, H/stride, W/stride), rounded up."""
+        kept, changed = maps.chunk(2, 1) if self.short is None else (self.short(maps), maps)
+        return shuffled(torch.cat([kept, self.branch(changed)], 1), 2)
 
 
 class ShuffleNetV2(ConvClassifier):
@@ -134,9 +119,9 @@ class ShuffleNetV2(ConvClassifier):
         first, *after, last = (scaled(channels, width, 2) for channels in (24, 116, 232, 464, 1024))
         self.conv1 = nn.Conv2d(input_size[2], first, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(first)
-        self.layer1 = _split_stage(first, after[0], 4)
-        self.layer2 = _split_stage(after[0], after[1], 8)
-        self.layer3 = _split_stage(after[1], after[2], 4)
+        self.layer1 = make_stage(SplitUnit, first, after[0], 2, 4)
+        self.layer2 = make_stage(SplitUnit, after[0], after[1], 2, 8)
+        self.layer3 = make_stage(SplitUnit, after[1], after[2], 2, 4)
         self.conv2 = nn.Conv2d(after[2], last, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(last)
         self.fc = nn.Linear(last, classes)
@@ -147,7 +132,3 @@ class ShuffleNetV2(ConvClassifier):
         maps = F.relu(self.bn1(self.conv1(pixels)))  # (B, 24, 32, 32) for 32×32
         maps = self.layer3(self.layer2(self.layer1(maps)))  # (B, 464, 4, 4)
         return F.relu(self.bn2(self.conv2(maps)))
-
-
-def _split_stage(before: int, after: int, units: int) -> nn.Sequential:
-    return nn.Sequential(HalvingUnit(before, after), *(SplitUnit(after) for _ in range(units - 1)))

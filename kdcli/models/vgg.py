@@ -1,7 +1,7 @@
 """VGG with batch norm and one linear layer (Simonyan & Zisserman 2015, arXiv:1409.1556), as the distillation
 literature has it for small images (Tian et al. 2020, arXiv:1910.10699)."""
 
-from torch import Tensor, nn
+from torch import nn
 
 from kdcli.models.common import ConvClassifier, check_size, conv_norm, initialise, scaled
 
@@ -12,7 +12,7 @@ class VGG(ConvClassifier):
     """Five blocks of 3×3 convolution (with bias), batch norm, ReLU; global average; linear.
 
     Max-pool 2 follows the first three blocks, and the fourth where the images have 64×64 or more. The maps of
-    `stages` are those before pooling.
+    `stages` are those before pooling; the last are (B, 512, H/8, W/8), from 64×64 on (B, 512, H/16, W/16).
 
     Args:
         convolutions: of each block.
@@ -38,11 +38,3 @@ class VGG(ConvClassifier):
             before = after
         self.fc = nn.Linear(before, classes)
         initialise(self)
-
-    def maps(self, pixels: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, 512, H/8, W/8), from 64×64 on (B, 512, H/16, W/16)."""
-        maps = pixels
-        for name, module in self.named_children():
-            if name != "fc":
-                maps = module(maps)
-        return maps

@@ -4,27 +4,36 @@ Texts may come from files of unknown origin: Jinja2 escapes all of them, and the
 allows kd's own script, by its hash, and no requests.
 """
 
+import base64
+import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import resources
+from io import BytesIO
 from itertools import groupby
 from pathlib import Path
 from shlex import join
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from kdcli import __version__
+from kdcli.base import units
 from kdcli.base.config import ReportConfig
 from kdcli.base.events import OnEvent, ignore
-from kdcli.base.files import is_unchanged
-from kdcli.deploy.bench import Row
+from kdcli.base.text import printable
 from kdcli.engine.records import Evaluation, read_record
 from kdcli.report import figures
 from kdcli.report.examine import Examined, examine, recorded_teacher
 from kdcli.report.gather import COMPARISON, gather, read_each
-from kdcli.report.render import data_uri, render
 from kdcli.report.speed import Speed, deployed, from_file, measure
 from kdcli.studies.compare import Comparison
-from kdcli.studies.compare.tables import cells, statistics_note
+from kdcli.studies.compare.result import cells, statistics_note
 
 MAX_SECTIONS = 20  # runs with a section of their own
 MAX_LINES = 14  # runs in the figure of epochs
@@ -33,6 +42,7 @@ MAX_CLASSES = 40  # rows of the table of classes
 MAX_TABLE = 20  # classes of a confusion matrix as a table of counts
 MAX_IMAGE = 100  # classes of a confusion matrix as an image
 MAX_PAIRS = 15  # rows of the table of confusions
+_MAX_SIDE = 96  # pixels of a thumbnail
 
 
 @dataclass(frozen=True)
@@ -82,9 +92,8 @@ def make_report(
     examined = examine(runs, config, on_event)
     # 2. Latencies, one row for each model
     if speed is None:
-        teacher = _teacher_file(examined, config)
-        speed = measure([run.student for run in runs], teacher, others, config, on_event)
-    timed = _with_accuracy(deployed(speed.rows), examined)
+        speed = measure(examined, others, config, on_event)
+    timed = deployed(speed.rows, examined)
     known = [row for row in timed if row.accuracy is not None]
     rows = {row.path.resolve(): row for row in timed}
     # 3. Sections; a teacher's own run and the copy that others learned from share a row
@@ -112,7 +121,7 @@ def make_report(
     notes = [f"{section.run.name}: {text}" for section in sections for text in _missing(section)]
     notes += [speed.unavailable] if speed.unavailable else []
     named = [path.as_posix() for path, _ in compared]
-    return Report(html, [_plain(section) for section in sections], left_out, notes, named)
+    return Report(html, [_run_summary(section) for section in sections], left_out, notes, named)
 
 
 def reason_groups(left_out: Sequence[tuple[str, str]]) -> list[tuple[str, list[str]]]:
@@ -253,34 +262,7 @@ def _best(sections: Sequence[Examined]) -> Examined | None:
     return max(known, key=lambda section: section.run.result.val_accuracy or 0.0) if known else None
 
 
-def _teacher_file(examined: Sequence[Examined], config: ReportConfig) -> Path | None:
-    """The teacher that ratios refer to: --teacher, else that of most runs, if its file is unchanged."""
-    if config.teacher is not None:
-        return config.teacher
-    used = [found.teacher.path for found in examined if found.teacher is not None]
-    if not used:
-        recorded = (recorded_teacher(found.run) for found in examined)
-        used = [path for path, sha in recorded if path and is_unchanged(path, sha)]
-    return max(used, key=used.count) if used else None
-
-
-def _with_accuracy(rows: Sequence[Row], examined: Sequence[Examined]) -> list[Row]:
-    """Rows with the accuracies measured for this page in place of those recorded in files."""
-    measured: dict[Path, float] = {}
-    for found in examined:
-        if not found.unmeasured:
-            measured[found.run.student.resolve()] = found.evaluation.accuracy
-        if found.teacher is not None:
-            measured[found.teacher.path.resolve()] = found.teacher.evaluation.accuracy
-    return [
-        replace(row, accuracy=measured[path], accuracy_source="measured")
-        if (path := row.path.resolve()) in measured
-        else row
-        for row in rows
-    ]
-
-
-def _plain(section: Examined) -> dict[str, Any]:
+def _run_summary(section: Examined) -> dict[str, Any]:
     """A run's figures for `--json`."""
     result, row, evaluation = section.run.result, section.row, section.evaluation
     settings = ("method", "student", "seed", "parameters", "val_accuracy")
@@ -297,3 +279,68 @@ def _plain(section: Examined) -> dict[str, Any]:
         "disagreements": section.disagreements if section.teacher else None,
         **{name: getattr(row, name) if row else None for name in timed},
     }
+
+
+def render(**values: Any) -> str:
+    """The page as HTML. All values are escaped; only kd's own style sheet and script are inserted as markup."""
+    environment = Environment(
+        loader=PackageLoader("kdcli.report", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "plain": _plain,
+        "number": _number,
+        "ms": _milliseconds,
+        "thumbnail": _thumbnail,
+        "size": units.size,
+        "count": units.count,
+    }
+    assets = resources.files("kdcli.report").joinpath("assets")
+    css, script = (assets.joinpath(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    return environment.get_template("report.html.jinja").render(
+        css=Markup(css),  # noqa: S704 — kd's own files
+        script=Markup(script),  # noqa: S704
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        version=__version__,
+        **values,
+    )
+
+
+def _plain(value: object, length: int = 300) -> str:
+    """One line of printable characters, without control characters and direction marks."""
+    raw = str(value)[: 2 * length]
+    clean = " ".join(printable(raw).split()) or "(no name)"
+    return clean if len(clean) <= length else clean[: length - 1] + "…"
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    """`1,234.50`; a dash for None."""
+    return "—" if value is None else f"{value:,.{digits}f}"
+
+
+def _milliseconds(value: float) -> str:
+    """Three significant figures, trailing zeros included."""
+    return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:,.0f}"
+
+
+def _thumbnail(pixels: npt.NDArray[np.uint8]) -> str:
+    """A data URI of pixels (H, W, C), C of 1 or 3."""
+    from PIL import Image
+
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+    image.thumbnail((_MAX_SIDE, _MAX_SIDE))
+    return data_uri("png", lambda target: image.save(target, "PNG", optimize=True))
+
+
+def data_uri(kind: str, write: Callable[[BytesIO], None]) -> str:
+    """The image that `write` writes. As an image it can run no scripts and load nothing.
+
+    Args:
+        kind: `png` or `svg+xml`.
+    """
+    buffer = BytesIO()
+    write(buffer)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

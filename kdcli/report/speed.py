@@ -10,8 +10,10 @@ from pydantic import Field
 from kdcli.base.config import BenchConfig, ReportConfig, make
 from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent
+from kdcli.base.files import is_unchanged
 from kdcli.deploy.bench import BenchResult, Row, bench
 from kdcli.engine.records import Count, Percent, Record, read_record
+from kdcli.report.examine import Examined, recorded_teacher
 
 _MAX_ROWS = 500
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -91,16 +93,14 @@ def of_bench(
 
 
 def measure(
-    students: Sequence[Path],
-    teacher: Path | None,
-    others: Sequence[Path],
-    config: ReportConfig,
-    on_event: OnEvent,
+    examined: Sequence[Examined], others: Sequence[Path], config: ReportConfig, on_event: OnEvent
 ) -> Speed:
-    """Time the models now, in `config.bench_rounds` rounds, unless `config.no_bench` is set."""
+    """Time students, teacher and `others` now, in `config.bench_rounds` rounds, unless `config.no_bench` is set."""
     if config.no_bench:
         return Speed(unavailable="Latencies were left out (--no-bench).")
-    first = teacher if teacher is not None else students[0]
+    teacher = _teacher_of_ratios(examined, config)
+    first = teacher or examined[0].run.student
+    students = [found.run.student for found in examined]
     rest = [path for path in (*students, *others) if path.resolve() != first.resolve()]
     values = {"rounds": config.bench_rounds, "threads": config.threads, "teacher": first}
     settings = make(BenchConfig, {**values, "batch": "1", "no_memory": True})
@@ -114,10 +114,33 @@ def measure(
     return of_bench(result, rows, "measured while this page was made, on this machine")
 
 
-def deployed(rows: Sequence[Row]) -> list[Row]:
-    """One row for each model: onnxruntime's, the engine for deployment, else the first."""
-    found: dict[Path, Row] = {}
+def _teacher_of_ratios(examined: Sequence[Examined], config: ReportConfig) -> Path | None:
+    """The teacher that ratios refer to: --teacher, else that of most runs, if its file is unchanged."""
+    if config.teacher is not None:
+        return config.teacher
+    used = [found.teacher.path for found in examined if found.teacher is not None]
+    if not used:
+        recorded = (recorded_teacher(found.run) for found in examined)
+        used = [path for path, sha in recorded if path and is_unchanged(path, sha)]
+    return max(used, key=used.count) if used else None
+
+
+def deployed(rows: Sequence[Row], examined: Sequence[Examined]) -> list[Row]:
+    """One row for each model: onnxruntime's, the engine for deployment, else the first.
+
+    Accuracies measured for this page replace those recorded in files.
+    """
+    measured: dict[Path, float] = {}
+    for found in examined:
+        if not found.unmeasured:
+            measured[found.run.student.resolve()] = found.evaluation.accuracy
+        if found.teacher is not None:
+            measured[found.teacher.path.resolve()] = found.teacher.evaluation.accuracy
+    chosen: dict[Path, Row] = {}
     for row in rows:
-        if row.path not in found or row.engine == "onnxruntime":
-            found[row.path] = row
-    return list(found.values())
+        if row.path not in chosen or row.engine == "onnxruntime":
+            accuracy = measured.get(row.path.resolve())
+            chosen[row.path] = (
+                row if accuracy is None else replace(row, accuracy=accuracy, accuracy_source="measured")
+            )
+    return list(chosen.values())

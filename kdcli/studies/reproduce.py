@@ -147,12 +147,12 @@ def reproduce(
     folder, method = found.run_dir.path, found.config.method
     lock = folder.resolve().parent / f".{folder.resolve().name}.lock"
     with files.locked(lock, lambda: on_event(Note("waiting for another kd reproduce of this run"))):
-        again, started = _repetition(found)
+        again = _repetition(found)
         place = {"name": again.path.name, "runs_dir": again.path.parent}
         threads = found.config.threads or int(found.circumstances.get("threads", "0"))
         config = found.config.model_copy(update={**place, "threads": threads})
         try:
-            result = fit(config, data, resume=again if started else None, on_event=on_event)
+            result = fit(config, data, resume=again if again.path.exists() else None, on_event=on_event)
         except Interrupted as error:  # a custom method has to be typed again
             typed = f" --method {method}" if methods.is_custom(method) else ""
             hint = f"kd reproduce {shlex.quote(folder.as_posix())}{typed}"
@@ -161,14 +161,14 @@ def reproduce(
 
 
 def _compare(found: FinishedRun, other: FinishedRun, tolerance: float) -> Reproduction:
-    differing, largest = _tensor_differences(found.student.state_dict, other.student.state_dict)
-    sha256, sha256_again = (checkpoint.digest(one.student.state_dict) for one in (found, other))
+    tensors, tensors_again = found.student.state_dict, other.student.state_dict
+    differing, largest = _tensor_differences(tensors, tensors_again)
+    sha256, sha256_again = checkpoint.digest(tensors), checkpoint.digest(tensors_again)
     test, test_again = found.result.evaluation, other.result.evaluation
+    within = abs(test.accuracy - test_again.accuracy) <= tolerance + 1e-9
+    verdict = WITHIN if within else DIFFERENT
     if sha256 == sha256_again and test == test_again:
         verdict = IDENTICAL
-    else:
-        within = abs(test.accuracy - test_again.accuracy) <= tolerance + 1e-9
-        verdict = WITHIN if within else DIFFERENT
     return Reproduction(
         run=found.run_dir.path.as_posix(),
         again=other.run_dir.path.as_posix(),
@@ -180,24 +180,22 @@ def _compare(found: FinishedRun, other: FinishedRun, tolerance: float) -> Reprod
         test_images=test_again.count,
         sha256=sha256,
         sha256_again=sha256_again,
-        tensors=len(found.student.state_dict),
+        tensors=len(tensors),
         tensors_differ=differing,
         largest_difference=largest,
         circumstances=tuple(differences(found.circumstances, other.circumstances)),
     )
 
 
-def _repetition(found: FinishedRun) -> tuple[RunDir, bool]:
-    """The folder `<run>-reproduced-N`, and whether it holds an interrupted repetition."""
-    path = found.run_dir.path
-    for number in itertools.count(1):
-        again = RunDir(path.parent / f"{path.resolve().name}-reproduced-{number}")
-        if not again.path.exists():
-            break
+def _repetition(found: FinishedRun) -> RunDir:
+    """The folder `<run>-reproduced-N` of an interrupted repetition, else the first that does not exist."""
+    path, own = found.run_dir.path, decisive_settings(found.config)
+    folders = (path.parent / f"{path.resolve().name}-reproduced-{number}" for number in itertools.count(1))
+    for again in map(RunDir, folders):
         stopped = again.config_file.is_file() and not again.result_file.exists()
-        if stopped and decisive_settings(again.read_config()) == decisive_settings(found.config):
-            return again, True
-    return again, False
+        if not again.path.exists() or (stopped and decisive_settings(again.read_config()) == own):
+            break
+    return again
 
 
 def _tensor_differences(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> tuple[int, float]:

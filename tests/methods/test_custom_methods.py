@@ -38,8 +38,7 @@ from kdcli.models import checkpoint
 from kdcli.studies.compare import compare, make_plan
 from kdcli.studies.reproduce import check_inputs, read_finished, reproduce
 from kdcli.studies.tune.search import tune
-from kdcli.studies.tune.settings import TuneConfig
-from kdcli.studies.tune.space import read_space
+from kdcli.studies.tune.space import TuneConfig, read_space
 from tests.helpers import CLOCKS, ROOT, StopAfter, command_line, config, image_folder, make_splits
 
 METHODS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
@@ -428,7 +427,7 @@ def test_tune_with_custom_method_resumes_with_the_same_code(write: Write) -> Non
     wanted = make(TuneConfig, {**values, "method": "tuned_song:song", "trials": 1, "val_fraction": 0.2})
     space = read_space(["lr=1e-3:1e-1"], wanted.train)
     splits = make_splits()
-    assert tune(wanted, space, splits).study == "tune-song-convnet-tiny"
+    assert tune(wanted, space, splits).settings.study_name == "tune-song-convnet-tiny"
     source = Path("tuned_song.py")
     source.write_text(source.read_text() + "# another\n")
     with pytest.raises(UsageError, match="started with other settings: code of tuned_song:song was"):

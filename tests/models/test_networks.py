@@ -27,7 +27,7 @@ from kdcli.models.common import scaled
 from kdcli.models.feature_extractor import find_stages
 from kdcli.models.layers import count_macs
 from kdcli.models.mobilenet import InvertedResidual
-from kdcli.models.shufflenet import GroupUnit, HalvingUnit, SplitUnit, shuffled
+from kdcli.models.shufflenet import GroupUnit, SplitUnit, shuffled
 from tests.helpers import ROOT
 
 # parameters with 100 classes: the literature's figures; ResNets, WRN-16-1 and VGG8 added up by hand as well
@@ -347,7 +347,7 @@ def test_shuffle_takes_one_channel_of_each_group_in_turn() -> None:
 @pytest.mark.parametrize("halves", [False, True])
 def test_a_unit_of_shufflenet_is_its_formula(halves: bool) -> None:
     before, after = 24, 60 if halves else 24
-    unit = settled(GroupUnit(before, after, 3, halves), images(4, before, 7, 6)).double()
+    unit = settled(GroupUnit(before, after, 2 if halves else 1), images(4, before, 7, 6)).double()
     state, maps = unit.state_dict(), images(2, before, 7, 6).double()
     inner = torch.relu(norm(F.conv2d(maps, state["conv1.weight"], groups=3), state, "bn1"))
     size = inner.shape[1]
@@ -368,8 +368,8 @@ def test_a_unit_of_shufflenet_is_its_formula(halves: bool) -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs", "channels"),
     [
-        (SplitUnit(8), shufflenetv2.InvertedResidual(8, 8, 1), 8),
-        (HalvingUnit(6, 8), shufflenetv2.InvertedResidual(6, 8, 2), 6),
+        (SplitUnit(8, 8, 1), shufflenetv2.InvertedResidual(8, 8, 1), 8),
+        (SplitUnit(6, 8, 2), shufflenetv2.InvertedResidual(6, 8, 2), 6),
         (InvertedResidual(4, 4, 1, 6), mobilenetv2.InvertedResidual(4, 4, 1, 6), 4),
         (InvertedResidual(4, 6, 2, 6), mobilenetv2.InvertedResidual(4, 6, 2, 6), 4),
     ],

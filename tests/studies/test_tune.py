@@ -33,11 +33,10 @@ from kdcli.cli import tune as cli_tune
 from kdcli.data import Splits
 from kdcli.engine import read_metrics
 from kdcli.methods import TrainConfig
-from kdcli.studies.tune import search, storage, summary
+from kdcli.studies.tune import search, summary
 from kdcli.studies.tune.search import tune
-from kdcli.studies.tune.settings import TuneConfig
-from kdcli.studies.tune.space import FIXED, Choice, Range, Space, read_by, read_space
-from kdcli.studies.tune.study import draw, open_study
+from kdcli.studies.tune.space import FIXED, Choice, Range, Space, TuneConfig, read_by, read_space
+from kdcli.studies.tune.study import draw, open_study, read_url, readable_errors
 from kdcli.studies.tune.summary import TuneResult, command_of
 from tests.helpers import ROOT, command_line, make_splits
 
@@ -568,8 +567,8 @@ def test_storage_errors_hide_passwords(workplace: Path, splits: Splits) -> None:
         assert said in caught.value.message, (url, caught.value.message)
         assert "s3cret" not in caught.value.message + caught.value.hint
         assert "\n" not in caught.value.message and caught.value.hint
-    url = storage.read_url("postgresql://user:s3cret@host/name?sslpassword=pr1vate", Path("unused"))
-    with pytest.raises(KdError) as caught, storage.readable_errors(url, Path()):
+    url = read_url("postgresql://user:s3cret@host/name?sslpassword=pr1vate", Path("unused"))
+    with pytest.raises(KdError) as caught, readable_errors(url, Path()):
         raise OperationalError("SELECT 1", {}, Exception("no role user with s3cret and pr1vate\nin line 2"))
     assert caught.value.message == (
         "storage postgresql://user:***@host/name?sslpassword=hidden: no role user with *** and ***"
@@ -699,7 +698,7 @@ def test_tune_retries_stale_trial(workplace: Path, splits: Splits, monkeypatch: 
     monkeypatch.setitem(open_study.__globals__, "GRACE_S", 1)
     notes: list[Event] = []
     search_for(splits, "lr=1e-3:1", trials=1)
-    url = storage.read_url("", Path("runs/toy/study.db"))
+    url = read_url("", Path("runs/toy/study.db"))
     study = optuna.load_study(study_name="toy", storage="sqlite:///runs/toy/study.db")
     lost = lost_trial(url, study.user_attrs["kd"], space_of("lr=1e-3:1", method="ce"))
     found = search_for(splits, "lr=1e-3:1", trials=2, on_event=notes.append)  # it may be alive

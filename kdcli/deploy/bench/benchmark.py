@@ -73,20 +73,16 @@ def bench(
             skip_broken=config.skip_broken,
             on_event=on_event,
         )
-
     # 2. Accuracy, then times.
     accuracy = _measure_accuracy(loaded, names, images.test if images else None, on_event)
     timings = measure(candidates, config, on_event)
     environment = runtime.environment()
-
     # 3. Memory and start-up; ratios and verdicts.
     rows = [candidate.row.extend(**timings.figures(index)) for index, candidate in enumerate(candidates)]
     rows = [compare(index, rows, timings).extend(**accuracy[row.path]) for index, row in enumerate(rows)]
     if not config.no_memory:
         rows = _add_footprints(rows, candidates, on_event)
-    load, cores = environment["load_average_1min"], environment["cpu"]["cores"]
-    if load is not None and load > _BUSY * cores:
-        notes.append(f"this machine is busy (load {load:.1f}, {cores} cores): times are too long")
+    notes += _busy_notes(environment)
     limits = config.budget_ms, config.max_drop
     within = [(row.name, row.engine) for row in rows_within(rows, *limits)]
     return BenchResult(
@@ -102,6 +98,13 @@ def bench(
         notes=tuple(notes),
         within_limits=None if limits == (None, None) else tuple(within),
     )
+
+
+def _busy_notes(environment: Mapping[str, Any]) -> list[str]:
+    load, cores = environment["load_average_1min"], environment["cpu"]["cores"]
+    if load is None or load <= _BUSY * cores:
+        return []
+    return [f"this machine is busy (load {load:.1f}, {cores} cores): times are too long"]
 
 
 def default_models(config: BenchConfig) -> list[Path]:

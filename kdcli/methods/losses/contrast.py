@@ -17,7 +17,6 @@ def contrastive(log_scores: Tensor, samples: int) -> Tensor:
     """−log h(positive) − Σ log(1 − h(negative)), mean over the batch: CRD's (Tian et al., ICLR 2020, eq. 18); → ().
 
     h = P/(P + K/n): whether a pair comes from the data, P its score, or from noise that draws K of n samples alike.
-    It is computed from log P; the authors' code adds 1e-7 to the denominators.
 
     Args:
         log_scores: log P, (B, 1 + K), the positive first.
@@ -43,6 +42,7 @@ class Contrast(nn.Module):
     teacher_bank: Tensor
     log_scale: Tensor
     scaled: Tensor
+    draw: "Negatives"
 
     def __init__(
         self,
@@ -53,14 +53,7 @@ class Contrast(nn.Module):
         temperature: float = 0.07,
         momentum: float = 0.5,
     ) -> None:
-        """Initialise the memory uniformly in ±√(3/dim), as in the authors' code.
-
-        Args:
-            student_width, teacher_width: D of the two embeddings.
-            samples: number of images in the memory.
-            dim: width of the projections.
-            temperature, momentum: T > 0, and m in [0, 1].
-        """
+        """Initialise a memory of `samples` images uniformly in ±√(3/dim); the widths are D of the two embeddings."""
         super().__init__()
         self.samples = samples
         self.temperature, self.momentum = temperature, momentum
@@ -85,11 +78,10 @@ class Contrast(nn.Module):
         student, teacher = pair(student_embedding.flatten(1), teacher_embedding.flatten(1))
         student, teacher = unit(self.student(student)), unit(self.teacher(teacher))
         numbers = torch.cat([samples[:, None], negatives], dim=1)  # (B, 1 + K)
-        cosines = (
-            _products(student, self.teacher_bank, numbers),
-            _products(teacher, self.student_bank, numbers),
-        )
-        scores = torch.stack(cosines) / self.temperature  # (2, B, 1 + K)
+        sides = ((student, self.teacher_bank), (teacher, self.student_bank))
+        scores = (
+            torch.stack([_products(*side, numbers) for side in sides]) / self.temperature
+        )  # (2, B, 1 + K)
         with torch.no_grad():
             mean = scores.flatten(1).logsumexp(dim=1) - math.log(numbers.numel())
             log_scale = torch.where(self.scaled, self.log_scale, mean + math.log(self.samples))

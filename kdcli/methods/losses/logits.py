@@ -67,14 +67,9 @@ def draw_noise(
 
 
 def perturb(teacher_logits: Tensor, selected: Tensor, noise: Tensor) -> Tensor:
-    """t′ = (1 + m·ξ)·t (Sau & Balasubramanian, arXiv:1610.09650, eq. 3).
+    """t′ = (1 + m·ξ)·t (Sau & Balasubramanian, arXiv:1610.09650, eq. 3); m and ξ are those of `draw_noise`.
 
-    The noise scales the target. A sample that is not selected keeps its target exactly.
-
-    Args:
-        teacher_logits: (B, C).
-        selected: m, bool (B, 1).
-        noise: ξ, (B, 1) or (B, C).
+    A sample that is not selected keeps its target exactly.
     """
     return torch.where(selected, teacher_logits * (1 + noise), teacher_logits)
 
@@ -92,9 +87,8 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, tau: float) -> Tenso
 def standardize(logits: Tensor) -> Tensor:
     """(z − mean) / (std + 1e-7) of each sample over its classes; (B, C) → (B, C), C ≥ 2.
 
-    Sun et al., CVPR 2024: the z-score of both networks' logits, before `kd_loss` as usual. As in their code the
-    standard deviation has C − 1 in its denominator, and the temperature is outside. A sample whose logits are all
-    equal gives 0, with the gradient of z − mean.
+    Sun et al., CVPR 2024. As in their code the standard deviation has C − 1 in its denominator. A sample whose logits
+    are all equal gives 0, with the gradient of z − mean.
     """
     logits = precise(logits)
     centred = logits - logits.mean(dim=1, keepdim=True)
@@ -120,8 +114,6 @@ def decoupled(
     Args:
         student_logits, teacher_logits: (B, C), C ≥ 2.
         labels: y, int64 (B,).
-        tau: τ > 0.
-        alpha, beta: the two terms' weights.
         sample_weights: (B,), times each sample's loss; the mean is over the batch, not over the weights.
     """
     classes = torch.arange(student_logits.shape[1] - 1, device=labels.device)
@@ -143,8 +135,7 @@ def dist(
 
     inter is 1 − ρ of each sample's probabilities softmax(·/τ), mean over samples; intra is 1 − ρ of each class's
     probabilities over the batch, mean over classes; ρ is Pearson's correlation. A sample or class without spread
-    correlates with nothing, ρ = 0; of one sample intra is 0. The authors' code adds 1e-8 to ρ's denominator, which
-    makes ρ 0 for a class of next to no probability; here it counts as the paper's formula has it.
+    correlates with nothing, ρ = 0; of one sample intra is 0.
     """
     logits = pair(student_logits, teacher_logits)
     student, teacher = (F.log_softmax(side / tau, dim=1) for side in logits)
@@ -172,12 +163,7 @@ def multi_level(student_logits: Tensor, teacher_logits: Tensor, taus: Sequence[f
     """Multi-level logit distillation (Jin, Wang & Lin, CVPR 2023), summed over temperatures; (B, C) each → ().
 
     For each τ, with P = softmax(·/τ), (B, C): the instances' τ²·KL(Pᵗ ‖ Pˢ), mean over the batch, plus the batch's
-    ‖PᵗPᵗᵀ − PˢPˢᵀ‖²/B, plus the classes' ‖PᵗᵀPᵗ − PˢᵀPˢ‖²/C (squared Frobenius norms). The last two are relations and
-    grow with B, the last with its square, in the paper and here.
-
-    The authors' code has two views of each image, a weak and a strong one, sums the instances' term over both, and
-    multiplies the weak view's terms by the share of samples or classes that the teacher is least sure of, a half;
-    here there is one view and no such factor.
+    ‖PᵗPᵗᵀ − PˢPˢᵀ‖²/B, plus the classes' ‖PᵗᵀPᵗ − PˢᵀPˢ‖²/C (squared Frobenius norms).
     """
     logits = pair(student_logits, teacher_logits)
     batch, classes = logits[0].shape

@@ -26,11 +26,7 @@ def _pool(maps: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def hint(student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
-    """Mean of (s − t)² over all elements: FitNets (Romero et al., ICLR 2015, eq. 3); equal channels → ().
-
-    The paper's ½‖s − t‖² sums over an image: it is ½·C·H·W times this. The mean is RepDistiller's scale, for
-    which its weight of 100 holds.
-    """
+    """Mean of (s − t)² over all elements: FitNets (Romero et al., ICLR 2015, eq. 3); equal channels → ()."""
     student, teacher = same_size(student_maps, teacher_maps)
     return F.mse_loss(student, teacher)
 
@@ -38,12 +34,10 @@ def hint(student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
 def attention(student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
     """Mean over batch and places of (Qˢ/‖Qˢ‖ − Qᵗ/‖Qᵗ‖)², Q = Σ_c f_c²: attention transfer; channels may differ → ().
 
-    Zagoruyko & Komodakis, ICLR 2017, eq. 2, with the mean over places of the authors' code; the paper's term is the
-    square root of the sum over places.
+    Zagoruyko & Komodakis, ICLR 2017, eq. 2.
     """
-    student, teacher = (
-        unit(maps.square().sum(dim=1).flatten(1)) for maps in same_size(student_maps, teacher_maps)
-    )  # (B, H·W)
+    maps = same_size(student_maps, teacher_maps)
+    student, teacher = (unit(side.square().sum(dim=1).flatten(1)) for side in maps)  # (B, H·W)
     return F.mse_loss(student, teacher)
 
 
@@ -78,10 +72,7 @@ def review(student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
 
 
 class Hint(nn.Module):
-    """FitNets' regressor (Romero et al., ICLR 2015) before `hint`: 1×1 convolution to the teacher's channels.
-
-    The paper's convolution is as large as the maps' sizes differ; here the larger map is pooled first.
-    """
+    """FitNets' regressor before `hint`: a 1×1 convolution to the teacher's channels, of maps of equal size."""
 
     def __init__(self, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> None:
         super().__init__()
@@ -161,8 +152,6 @@ class Review(nn.Module):
     """ReviewKD (Chen et al., CVPR 2021): from the deepest stage on, each is fused with those after it and compared.
 
     The fused maps are brought to the teacher's size (nearest) and channels, then `review`, summed over stages.
-    In the authors' code the teacher's maps are taken before the ReLU and the pooled embedding is one more stage; both
-    are the caller's choice, an embedding as maps of 1×1.
     """
 
     def __init__(

@@ -26,9 +26,8 @@ def relational(
 ) -> Tensor:
     """Distances and angles between samples under Huber's loss (δ = 1): RKD (Park et al., CVPR 2019); → ().
 
-    Distances are divided by their mean over the pairs of different samples. As in the authors' code the losses are
-    means over all B² pairs and B³ triplets, those of a sample with itself, which are 0, included. Samples nearer to
-    each other than the rounding of their products count as one. Memory grows with B³.
+    Distances are divided by their mean over the pairs of different samples; the losses are means over all B² pairs
+    and B³ triplets. Samples nearer to each other than the rounding of their products count as one.
     """
     student, teacher = pair(student_embedding.flatten(1), teacher_embedding.flatten(1))
     if len(student) == 1:
@@ -60,22 +59,15 @@ def _relations(embedding: Tensor) -> tuple[Tensor, Tensor]:
 def probabilistic(student_embedding: Tensor, teacher_embedding: Tensor) -> Tensor:
     """Mean over all pairs of p·log((p + ε)/(q + ε)), ε = 1e-7: PKT (Passalis & Tefas, ECCV 2018); → ().
 
-    p (teacher) and q (student) are (1 + cos)/2 of each two samples, divided by their sum over each row. As in the
-    authors' code, and RepDistiller's, a sample counts as its own neighbour and the mean is over B² pairs: the paper's
-    sum, for which a weight of 30,000 would not hold, is B² times this.
+    p (teacher) and q (student) are (1 + cos)/2 of each two samples, divided by their sum over each row; as in the
+    authors' code a sample is one of its own neighbours.
     """
     student, teacher = pair(student_embedding.flatten(1), teacher_embedding.flatten(1))
     if len(student) == 1:
         return _none(student)
-    q, p = (_neighbours(side) for side in (student, teacher))
+    kernels = ((rows @ rows.T + 1) / 2 for rows in (unit(student), unit(teacher)))
+    q, p = (kernel / kernel.sum(dim=1, keepdim=True) for kernel in kernels)
     return (p * ((p + 1e-7) / (q + 1e-7)).log()).mean()
-
-
-def _neighbours(embedding: Tensor) -> Tensor:
-    """Conditional probabilities of samples given the row's, (B, D) → (B, B)."""
-    rows = unit(embedding)
-    kernel = (rows @ rows.T + 1) / 2
-    return kernel / kernel.sum(dim=1, keepdim=True)
 
 
 def _none(student: Tensor) -> Tensor:

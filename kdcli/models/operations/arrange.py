@@ -26,13 +26,10 @@ _REDUCTIONS: dict[str, Callable[[Tensor, tuple[int, ...]], Tensor]] = {
 }
 
 
-def concat(*inputs: Shape, axis: int = 1) -> tuple[nn.Module, Shape]:
+def concat(*inputs: Shape, axis: int = 1) -> nn.Module:
     """Concatenation of inputs that have equal shapes except along one axis."""
     axis = axis_of(axis, inputs[0])
-    if len({(len(s), *s[: axis - 1], *s[axis:]) for s in inputs}) != 1:
-        raise KdError(f"cannot join {' and '.join(map(text.dims, inputs))} along axis {axis}")
-    shape = (*inputs[0][: axis - 1], sum(shape[axis - 1] for shape in inputs), *inputs[0][axis:])
-    return Function(f"Concat(axis={axis})", lambda *values: torch.cat(values, dim=axis)), shape
+    return Function(f"Concat(axis={axis})", lambda *values: torch.cat(values, dim=axis))
 
 
 def _box(box: Sequence[tuple[int, int, int]]) -> nn.Module:
@@ -47,9 +44,7 @@ def _box(box: Sequence[tuple[int, int, int]]) -> nn.Module:
     return Function(f"Crop({ranges})", compute)
 
 
-def slice_(
-    shape: Shape, *, part: int, of: int, axis: int = 1, points: Sequence[int] = ()
-) -> tuple[nn.Module, Shape]:
+def slice_(shape: Shape, *, part: int, of: int, axis: int = 1, points: Sequence[int] = ()) -> nn.Module:
     """Part number `part` of `of` along an axis, split at `points`, or into equal parts."""
     axis = axis_of(axis, shape)
     length = shape[axis - 1]
@@ -57,11 +52,10 @@ def slice_(
     if len(cuts) != of + 1 or any(first >= second for first, second in pairwise(cuts)):
         where = f" at {list(points)}" if points else ""
         raise KdError(f"{length} values along axis {axis} cannot be cut into {of} parts{where}")
-    count = cuts[part + 1] - cuts[part]
-    return _box([(axis, cuts[part], count)]), (*shape[: axis - 1], count, *shape[axis:])
+    return _box([(axis, cuts[part], cuts[part + 1] - cuts[part])])
 
 
-def crop(first: Shape, like: Shape, *, axis: int = 2, offset: Sequence[int] = ()) -> tuple[nn.Module, Shape]:
+def crop(first: Shape, like: Shape, *, axis: int = 2, offset: Sequence[int] = ()) -> nn.Module:
     """The first input, cropped from `axis` on to the size of the second."""
     axis = axis_of(axis, first)
     axes = range(axis, len(first) + 1)
@@ -72,7 +66,7 @@ def crop(first: Shape, like: Shape, *, axis: int = 2, offset: Sequence[int] = ()
         raise KdError(
             f"a box of {text.dims(like)} at {text.dims(offsets)} does not lie in {text.dims(first)}"
         )
-    return _box(box), (*first[: axis - 1], *like[axis - 1 :])
+    return _box(box)
 
 
 def _view(shape: Shape) -> nn.Module:
@@ -80,20 +74,15 @@ def _view(shape: Shape) -> nn.Module:
     return Function(f"View({text.dims(shape)})", lambda values: values.reshape(values.shape[0], *shape))
 
 
-def flatten(shape: Shape, *, axis: int = 1, end_axis: int = -1) -> tuple[nn.Module, Shape]:
+def flatten(shape: Shape, *, axis: int = 1, end_axis: int = -1) -> nn.Module:
     """Merge the axes from `axis` to `end_axis`, both included."""
     if not shape:
-        return _view((1,)), (1,)
+        return _view((1,))
     first, last = axis_of(axis, shape), axis_of(end_axis, shape)
-    if first > last:
-        raise KdError(f"axis {axis} comes after end_axis {end_axis}")
-    flat = (*shape[: first - 1], math.prod(shape[first - 1 : last]), *shape[last:])
-    return nn.Flatten(first, last), flat
+    return nn.Flatten(first, last)
 
 
-def reshape(
-    shape: Shape, *, dims: Sequence[int], axis: int = 0, num_axes: int = -1
-) -> tuple[nn.Module, Shape]:
+def reshape(shape: Shape, *, dims: Sequence[int], axis: int = 0, num_axes: int = -1) -> nn.Module:
     """Caffe's Reshape: `dims` replace `num_axes` axes from `axis` on; 0 copies a size, −1 is inferred.
 
     The batch must stay the first axis: its entry is 0 or −1, or a number that keeps each image's values together.
@@ -111,12 +100,10 @@ def reshape(
         sides[sides.index(-1)] = values // known if known else 0
     if any(side < 1 for side in sides) or math.prod(sides) != values:
         raise KdError(f"dims {list(dims)} cannot reshape each image's {text.dims(shape)} by itself")
-    return _view(tuple(sides)), tuple(sides)
+    return _view(tuple(sides))
 
 
-def eltwise(
-    *inputs: Shape, operation: str = "sum", coefficients: Sequence[float] = ()
-) -> tuple[nn.Module, Shape]:
+def eltwise(*inputs: Shape, operation: str = "sum", coefficients: Sequence[float] = ()) -> nn.Module:
     """Sum (with coefficients), product or maximum of inputs of equal shape."""
     combine = _ELTWISE[operation]
     if len(set(inputs)) != 1:
@@ -130,13 +117,10 @@ def eltwise(
             values = tuple(value * factor for value, factor in zip(values, factors, strict=True))
         return reduce(combine, values)
 
-    description = f"Eltwise({operation}{f', coefficients={factors}' if factors else ''})"
-    return Function(description, compute), inputs[0]
+    return Function(f"Eltwise({operation}{f', coefficients={factors}' if factors else ''})", compute)
 
 
-def reduction(
-    shape: Shape, *, operation: str = "sum", axis: int = 1, factor: float = 1.0
-) -> tuple[nn.Module, Shape]:
+def reduction(shape: Shape, *, operation: str = "sum", axis: int = 1, factor: float = 1.0) -> nn.Module:
     """Sum, sum of magnitudes, sum of squares or mean over all axes from `axis` on, times a factor."""
     reduce_axes = _REDUCTIONS[operation]
     axis = axis_of(axis, shape)
@@ -144,13 +128,12 @@ def reduction(
     def compute(values: Tensor) -> Tensor:
         return reduce_axes(values, tuple(range(axis, values.ndim))) * factor
 
-    description = f"Reduction({operation} from axis {axis} on, times {factor:g})"
-    return Function(description, compute), shape[: axis - 1]
+    return Function(f"Reduction({operation} from axis {axis} on, times {factor:g})", compute)
 
 
-def softmax(shape: Shape, *, axis: int = 1) -> tuple[nn.Module, Shape]:
+def softmax(shape: Shape, *, axis: int = 1) -> nn.Module:
     """Softmax along one axis."""
-    return nn.Softmax(dim=axis_of(axis, shape)), shape
+    return nn.Softmax(dim=axis_of(axis, shape))
 
 
 class ArgMax(nn.Module):
@@ -183,9 +166,7 @@ class ArgMax(nn.Module):
         return f"axis={self.axis}, top_k={self.top_k}, values={self.values}"
 
 
-def argmax(
-    shape: Shape, *, axis: int | None = None, top_k: int = 1, values: bool = False
-) -> tuple[nn.Module, Shape]:
+def argmax(shape: Shape, *, axis: int | None = None, top_k: int = 1, values: bool = False) -> nn.Module:
     """With an axis: indices (or values) of the `top_k` largest along it. Without: 1×top_k indices into all values of
     the image, or 2×top_k indices and values."""
     if axis is not None:
@@ -193,7 +174,4 @@ def argmax(
     length = math.prod(shape) if axis is None else shape[axis - 1]
     if not 1 <= top_k <= min(length, _MAX_TOP_K):
         raise KdError(f"the {top_k} largest of {length} values; kd takes up to {_MAX_TOP_K}")
-    if axis is not None:
-        return ArgMax(axis, top_k, values), (*shape[: axis - 1], top_k, *shape[axis:])
-    out = (2 if values else 1, top_k, *[1] * (len(shape) - 2))
-    return ArgMax(None, top_k, values), out
+    return ArgMax(axis, top_k, values)

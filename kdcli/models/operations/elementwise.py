@@ -21,7 +21,7 @@ def lrn(
     beta: float = 0.75,
     k: float = 1.0,
     within: bool = False,
-) -> tuple[nn.Module, Shape]:
+) -> nn.Module:
     """Local response normalisation, across channels, or within each (where Caffe takes k to be 1)."""
     check_maps(shape)
     if size < 1 or size % 2 == 0:
@@ -34,20 +34,18 @@ def lrn(
             squares = F.pad(values.square(), (size // 2,) * 4)
             return values * (1 + alpha * F.avg_pool2d(squares, size, 1)).pow(-beta)
 
-        return Function(f"LocalResponseNormWithin({size}, alpha={alpha:g}, beta={beta:g})", compute), shape
+        return Function(f"LocalResponseNormWithin({size}, alpha={alpha:g}, beta={beta:g})", compute)
     check_size((shape[0] + size, *shape[1:]), "padded input")
-    return nn.LocalResponseNorm(size, alpha, beta, k), shape
+    return nn.LocalResponseNorm(size, alpha, beta, k)
 
 
-def batch_norm(shape: Shape, *, eps: float = 1e-5) -> tuple[nn.Module, Shape]:
+def batch_norm(shape: Shape, *, eps: float = 1e-5) -> nn.Module:
     """(x − running mean) / sqrt(running variance + eps), without learned scale and bias."""
     build = {1: nn.BatchNorm1d, 2: nn.BatchNorm1d, 3: nn.BatchNorm2d}[len(shape)]
-    return build(shape[0], eps=eps, affine=False), shape
+    return build(shape[0], eps=eps, affine=False)
 
 
-def mvn(
-    shape: Shape, *, variance: bool = True, across: bool = False, eps: float = 1e-9
-) -> tuple[nn.Module, Shape]:
+def mvn(shape: Shape, *, variance: bool = True, across: bool = False, eps: float = 1e-9) -> nn.Module:
     """Mean-variance normalisation of each map, or with `across` of each image; eps is added to the root."""
 
     def compute(values: Tensor) -> Tensor:
@@ -61,8 +59,7 @@ def mvn(
         squares = centred.square().mean(axes, keepdim=True).clamp_min(1e-30)
         return centred / (squares.sqrt() + eps)
 
-    description = f"MeanVarianceNorm(variance={variance}, across_channels={across}, eps={eps:g})"
-    return Function(description, compute), shape
+    return Function(f"MeanVarianceNorm(variance={variance}, across_channels={across}, eps={eps:g})", compute)
 
 
 class Affine(nn.Module):
@@ -92,13 +89,13 @@ def affine(
     bias: bool = False,
     axis: int = 1,
     num_axes: int = 1,
-) -> tuple[nn.Module, Shape]:
+) -> nn.Module:
     """Scales, biases or both, learned along `num_axes` axes from `axis` on (−1: all that follow).
 
     With a second input, its values are the scales or the biases.
     """
     if other is None:
-        return Affine(*_learned(shape, axis, num_axes), scale=scale, bias=bias), shape
+        return Affine(*_learned(shape, axis, num_axes), scale=scale, bias=bias)
     if scale and bias:
         raise KdError("with a second input for the factors, learned summands are not supported")
     if axis not in (0, -len(shape) - 1):
@@ -111,7 +108,7 @@ def affine(
     def compute(values: Tensor, others: Tensor) -> Tensor:
         return combine(values, others.reshape(*others.shape, *ones))
 
-    return Function(f"Broadcast({name})", compute), shape
+    return Function(f"Broadcast({name})", compute)
 
 
 def _learned(shape: Shape, axis: int, num_axes: int) -> tuple[Shape, Shape]:
@@ -126,29 +123,27 @@ def _learned(shape: Shape, axis: int, num_axes: int) -> tuple[Shape, Shape]:
     return learned, (*learned, *[1] * (len(shape) + 1 - end))
 
 
-def prelu(shape: Shape, *, shared: bool = False) -> tuple[nn.Module, Shape]:
+def prelu(shape: Shape, *, shared: bool = False) -> nn.Module:
     """max(x, 0) + slope · min(x, 0) with a learned slope per channel, or one for all."""
-    return nn.PReLU(1 if shared else shape[0]), shape
+    return nn.PReLU(1 if shared else shape[0])
 
 
-def unchanged_shape(build: Callable[..., nn.Module], shape: Shape, **args: Any) -> tuple[nn.Module, Shape]:
+def unchanged_shape(build: Callable[..., nn.Module], shape: Shape, **args: Any) -> nn.Module:
     """One of torch's modules."""
-    return build(**args), shape
+    return build(**args)
 
 
-def relu(shape: Shape, *, negative_slope: float = 0.0) -> tuple[nn.Module, Shape]:
+def relu(shape: Shape, *, negative_slope: float = 0.0) -> nn.Module:
     """max(x, 0) + slope · min(x, 0)."""
-    return nn.LeakyReLU(negative_slope) if negative_slope else nn.ReLU(), shape
+    return nn.LeakyReLU(negative_slope) if negative_slope else nn.ReLU()
 
 
-def absolute(shape: Shape) -> tuple[nn.Module, Shape]:
+def absolute(shape: Shape) -> nn.Module:
     """|x|."""
-    return Function("Abs()", torch.abs), shape
+    return Function("Abs()", torch.abs)
 
 
-def power(
-    shape: Shape, *, power: float = 1.0, scale: float = 1.0, shift: float = 0.0
-) -> tuple[nn.Module, Shape]:
+def power(shape: Shape, *, power: float = 1.0, scale: float = 1.0, shift: float = 0.0) -> nn.Module:
     """(shift + scale · x)^power."""
 
     def compute(values: Tensor) -> Tensor:
@@ -158,29 +153,25 @@ def power(
             values = values + shift
         return values if power == 1 else values.pow(power)
 
-    return Function(f"Power(power={power:g}, scale={scale:g}, shift={shift:g})", compute), shape
+    return Function(f"Power(power={power:g}, scale={scale:g}, shift={shift:g})", compute)
 
 
-def exp(
-    shape: Shape, *, base: float | None = None, scale: float = 1.0, shift: float = 0.0
-) -> tuple[nn.Module, Shape]:
+def exp(shape: Shape, *, base: float | None = None, scale: float = 1.0, shift: float = 0.0) -> nn.Module:
     """base^(shift + scale · x), with base e by default."""
     inner = scale * (1.0 if base is None else math.log(base))
     outer = math.exp(shift) if base is None else base**shift
     description = f"Exp({outer:g} · exp({inner:g} · x))"
-    return Function(description, lambda values: (values * inner).exp() * outer), shape
+    return Function(description, lambda values: (values * inner).exp() * outer)
 
 
-def log(
-    shape: Shape, *, base: float | None = None, scale: float = 1.0, shift: float = 0.0
-) -> tuple[nn.Module, Shape]:
+def log(shape: Shape, *, base: float | None = None, scale: float = 1.0, shift: float = 0.0) -> nn.Module:
     """log(shift + scale · x) to a base, e by default."""
     factor = 1.0 if base is None else 1 / math.log(base)
     description = f"Log({factor:g} · log({scale:g} · x + {shift:g}))"
-    return Function(description, lambda values: (values * scale + shift).log() * factor), shape
+    return Function(description, lambda values: (values * scale + shift).log() * factor)
 
 
-def dropout(shape: Shape, *, ratio: float = 0.5, scale_train: bool = True) -> tuple[nn.Module, Shape]:
+def dropout(shape: Shape, *, ratio: float = 0.5, scale_train: bool = True) -> nn.Module:
     """Dropout. Without `scale_train`, values are not scaled up in training, but scaled down at inference."""
     module = nn.Dropout(ratio)
-    return module if scale_train else nn.Sequential(module, power(shape, scale=1 - ratio)[0]), shape
+    return module if scale_train else nn.Sequential(module, power(shape, scale=1 - ratio))

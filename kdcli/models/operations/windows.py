@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from kdcli.base.errors import KdError
-from kdcli.base.text import dims
 from kdcli.models.operations.shapes import Shape, axis_of, check_maps, check_size, pair
 
 
@@ -21,23 +20,14 @@ def conv(
     groups: int = 1,
     bias: bool = True,
     transposed: bool = False,
-) -> tuple[nn.Module, Shape]:
+) -> nn.Module:
     """Convolution (incomplete windows are dropped), or its transpose (padding is cropped from the output)."""
     check_maps(shape)
-    channels, *sides = shape
+    check_size((out,), "output")
     kernel, stride, dilation, pad = pair(kernel, 1), pair(stride, 1), pair(dilation, 1), pair(pad, 0)
-    if groups < 1 or channels % groups or out % groups:
-        raise KdError(f"{groups} groups do not divide {channels} input and {out} output channels")
-    check_size((out, channels // groups, *kernel), "weight")
-    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     if transposed:
-        size = [s * (side - 1) + r - 2 * p for side, p, r, s in zip(sides, pad, reach, stride, strict=True)]
-        check_size((out, *size), "output")
-        return nn.ConvTranspose2d(channels, out, kernel, stride, pad, 0, groups, bias, dilation), (out, *size)
-    if any(side + 2 * p < r for side, p, r in zip(sides, pad, reach, strict=True)):
-        raise KdError(f"a window of {dims(reach)} does not fit its input of {dims(shape)}")
-    size = [(side + 2 * p - r) // s + 1 for side, p, r, s in zip(sides, pad, reach, stride, strict=True)]
-    return nn.Conv2d(channels, out, kernel, stride, pad, dilation, groups, bias), (out, *size)
+        return nn.ConvTranspose2d(shape[0], out, kernel, stride, pad, 0, groups, bias, dilation)
+    return nn.Conv2d(shape[0], out, kernel, stride, pad, dilation, groups, bias)
 
 
 class InnerProduct(nn.Linear):
@@ -52,17 +42,16 @@ class InnerProduct(nn.Linear):
         return super().forward(values.flatten(self.axis))
 
 
-def linear(shape: Shape, *, out: int, bias: bool = True, axis: int = 1) -> tuple[nn.Module, Shape]:
+def linear(shape: Shape, *, out: int, bias: bool = True, axis: int = 1) -> nn.Module:
     """Inner product over all axes from `axis` on."""
     axis = axis_of(axis, shape)
-    features = math.prod(shape[axis - 1 :])
-    check_size((out, features), "weight")
-    return InnerProduct(features, out, bias, axis), (*shape[: axis - 1], out)
+    check_size((out,), "output")
+    return InnerProduct(math.prod(shape[axis - 1 :]), out, bias, axis)
 
 
 def pool_window(
     size: int, kernel: int, stride: int, pad: int, *, round_up: bool, padded: bool
-) -> tuple[int, int, int, int, bool]:
+) -> tuple[int, int, int, bool]:
     """Pooling along one axis with Caffe's geometry, in terms on which torch and ONNX agree.
 
     `ceil((size + 2·pad − kernel) / stride) + 1` windows (or `floor`); with padding, one less where the last would
@@ -72,8 +61,8 @@ def pool_window(
         padded: whether this axis or the other one has padding; Caffe's rule considers both.
 
     Returns:
-        Number of windows, their length, explicit padding before and after, and whether the last window overhangs the
-        padded axis and is clipped.
+        Length of the windows, explicit padding before and after, and whether the last window overhangs the padded
+        axis and is clipped.
 
     Raises:
         KdError: no window fits, or one would lie wholly outside.
@@ -92,7 +81,7 @@ def pool_window(
     after = min(beyond, pad)
     length = size + pad + after
     # A window longer than the padded axis is the only one, and clipped to it
-    return out, min(kernel, length), pad, after, beyond > pad and kernel <= length
+    return min(kernel, length), pad, after, beyond > pad and kernel <= length
 
 
 def pool(
@@ -103,7 +92,7 @@ def pool(
     stride: Sequence[int] = (1, 1),
     pad: Sequence[int] = (0, 0),
     round_up: bool = True,
-) -> tuple[nn.Module, Shape]:
+) -> nn.Module:
     """Maximum or average of each window. Padding counts in the divisor of an average, an overhang does not.
 
     Args:
@@ -117,7 +106,7 @@ def pool(
         pool_window(*axis, round_up=round_up, padded=any(pad))
         for axis in zip(sides, kernel, stride, pad, strict=True)
     )
-    out, window, before, after, overhangs = zip(*windows, strict=True)
+    window, before, after, overhangs = zip(*windows, strict=True)
     padded = (side + b + a for side, b, a in zip(sides, before, after, strict=True))
     check_size((channels, *padded), "padded input")
     ceil_mode = any(overhangs)
@@ -128,4 +117,4 @@ def pool(
         # torch, onnxruntime and Caffe disagree about windows that touch a pooling layer's own padding
         edge = nn.ConstantPad2d((before[1], after[1], before[0], after[0]), 0.0 if average else -math.inf)
         module = nn.Sequential(edge, module)
-    return module, (channels, *out)
+    return module

@@ -18,9 +18,7 @@ from kdcli.engine import fit
 from kdcli.engine.identity import decisive_settings, input_hashes
 from kdcli.engine.plan import resolve
 from kdcli.methods import TrainConfig
-from kdcli.studies.tune import storage
-from kdcli.studies.tune.settings import TuneConfig
-from kdcli.studies.tune.space import Space, apply, candidates, choices, describe, methods_of
+from kdcli.studies.tune.space import Space, TuneConfig, apply, candidates, choices, describe, methods_of
 from kdcli.studies.tune.study import (
     COUNTED,
     GRACE_S,
@@ -29,9 +27,12 @@ from kdcli.studies.tune.study import (
     draw,
     make_sampler,
     open_study,
+    read_url,
+    readable_errors,
+    redacted,
     trials_of,
 )
-from kdcli.studies.tune.summary import TuneResult, best_of, run_folder, summarize, trial_folder
+from kdcli.studies.tune.summary import TuneResult, best_of, summarize
 
 # compared by content instead: paths may differ between machines
 _INPUTS = ("data", "unlabelled", "teacher", "student")
@@ -54,10 +55,10 @@ def tune(config: TuneConfig, space: Space, data: Splits, *, on_event: OnEvent = 
             f"--val-fraction {config.val_fraction} keeps no image for validation",
             "Raise it, with two or more images of each class.",
         )
-    folder = config.runs_dir / config.study_name
-    url = storage.read_url(config.storage, folder / "study.db")
+    folder = config.folder
+    url = read_url(config.storage, folder / "study.db")
     comparable = not any(part.name == "epochs" for part in space)
-    with storage.readable_errors(url, folder), warnings.catch_warnings():
+    with readable_errors(url, folder), warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats
         settings = _shared_settings(config, space, data)
         with files.locked(folder / ".lock", lambda: None):
@@ -71,7 +72,7 @@ def tune(config: TuneConfig, space: Space, data: Splits, *, on_event: OnEvent = 
         if config.pruner != "none" and not comparable:
             search.note("no trial is pruned: with different --epochs their epochs cannot be compared")
         search.run()
-        result = summarize(config, study, storage.redacted(url))
+        result = summarize(config, study, redacted(url))
         if running := result.count("running"):
             search.note(
                 f"{running} trial(s) are still running in another process, or it was killed within the last "
@@ -168,7 +169,7 @@ class _Search:
             self.study.enqueue_trial(trial.params)
             raise self._stopped(error.exit_code, trial.number) from error
         except KdError as error:
-            if isinstance(error, UsageError) or not trial_folder(self.config, trial.number).exists():
+            if isinstance(error, UsageError) or not self.config.trial_folder(trial.number).exists():
                 raise  # a mistake in the command
             if isinstance(error.__cause__, OSError):  # such as a full disk
                 self.study.enqueue_trial(trial.params)
@@ -186,7 +187,7 @@ class _Search:
         accuracies: list[float] = []
         for index in range(self.config.seeds):
             seed = self.base.seed + index
-            run = run_folder(self.config, trial.number, seed)
+            run = self.config.run_folder(trial.number, seed)
             config = apply(
                 settings,
                 # an interrupted trial starts anew, so states on the way are of no use
@@ -250,7 +251,7 @@ class _Search:
         for ended in self.study.get_trials(deepcopy=False):
             if not ended.state.is_finished():
                 continue
-            for path in trial_folder(self.config, ended.number).glob("**/*.pt"):
+            for path in self.config.trial_folder(ended.number).glob("**/*.pt"):
                 if best is None or ended.number != best.number or path.name != "student.pt":
                     path.unlink(missing_ok=True)
 

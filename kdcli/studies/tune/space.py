@@ -1,4 +1,4 @@
-"""The search space: which of kd train's settings vary, between which bounds or among which values."""
+"""Settings of `kd tune`, and its search space: the settings of kd train that vary, with bounds or choices."""
 
 import itertools
 import math
@@ -6,12 +6,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from kdcli import methods
 from kdcli.base.config import make, option_flag
+from kdcli.base.config.settings import FolderName, setting
 from kdcli.base.errors import UsageError
 from kdcli.methods import TrainConfig
 
+SEARCH = "Search"  # panel of --help
 Value = bool | int | float | str
 
 _OF_DATA = ("data", "unlabelled", "image_size", "skip_broken", "grey")
@@ -32,6 +35,62 @@ FIXED = {
 LOG_BY_DEFAULT = ("lr", "weight_decay")  # logarithmic unless `:linear` is added
 _MOST_CANDIDATES = 256  # combinations checked before the search, per method
 _RANGE = re.compile(r"([^:|]+):([^:|]+)(?::(log|linear))?")
+
+
+class TuneConfig(TrainConfig):
+    """`kd tune`: the settings of kd train that all trials share, and those of the search."""
+
+    trials: int = setting(
+        20, "Trials of the study in all; rerun the command to train missing ones.", SEARCH, ge=1, le=100_000
+    )
+    study: FolderName = setting(
+        "",
+        "Name of the study and of its folder in --runs-dir; by default its method and student.",
+        SEARCH,
+        max_length=200,
+    )
+    storage: str = setting(
+        "",
+        "The study's database, an SQLAlchemy URL that several machines can share; by default SQLite "
+        "in the study's folder.",
+        SEARCH,
+        metavar="URL",
+    )
+    sampler: Literal["tpe", "random"] = setting(
+        "tpe", "Optuna's sampler of values; its draws follow from --seed.", SEARCH
+    )
+    pruner: Literal["median", "none"] = setting(
+        "median", "median: stop a trial whose best epoch so far is below the median of the others.", SEARCH
+    )
+    seeds: int = setting(
+        1, "Runs of each trial, with seeds from --seed on; their mean counts.", SEARCH, ge=1, le=1000
+    )
+    timeout: float | None = setting(
+        None, "Start no trial after this many minutes.", SEARCH, gt=0, metavar="MINUTES"
+    )
+
+    @property
+    def study_name(self) -> str:
+        """The study's name, by default made of its method and student."""
+        return self.study or f"tune-{self.method_name}-{self.student_name}"
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the study: runs of its trials and figures."""
+        return self.runs_dir / self.study_name
+
+    def trial_folder(self, number: int) -> Path:
+        """The folder of a trial."""
+        return self.folder / f"trial-{number:04d}"
+
+    def run_folder(self, number: int, seed: int) -> Path:
+        """The folder of a trial's run with a seed."""
+        return self.trial_folder(number) if self.seeds == 1 else self.trial_folder(number) / f"seed-{seed}"
+
+    @property
+    def train(self) -> TrainConfig:
+        """The settings of a run alone."""
+        return make(TrainConfig, {name: getattr(self, name) for name in TrainConfig.model_fields})
 
 
 @dataclass(frozen=True)

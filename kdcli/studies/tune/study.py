@@ -1,17 +1,23 @@
-"""An Optuna study of kd tune: its recorded settings, its trials, and drawing values for one."""
+"""An Optuna study of kd tune: its database, its recorded settings, its trials, and drawing values for one."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
-from sqlalchemy import URL
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from kdcli.base.errors import UsageError
+from kdcli.base.errors import KdError, UsageError
+from kdcli.base.text import first_line, reason
 from kdcli.engine.identity import differences
 from kdcli.studies.tune.space import Choice, Range, Space, Value, read_by
 
@@ -21,6 +27,7 @@ RETRIES = 2  # of a trial whose process died
 _LOCK_TIMEOUT_S = 60  # SQLite: how long another process may hold the write lock
 # a trial whose own settings fail counts as pruned, so that samplers avoid its values; FAIL is one to repeat
 COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
+_SECRET = re.compile(r"pass|pwd|secret|token|key", re.IGNORECASE)  # names of secrets in a URL
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ def open_study(
 
     Raises:
         UsageError: it was started with other settings.
-        sqlalchemy.exc.SQLAlchemyError: see `storage.readable_errors`.
+        sqlalchemy.exc.SQLAlchemyError: see `readable_errors`.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     is_sqlite = url.get_backend_name() == "sqlite"
@@ -142,3 +149,62 @@ def _suggest(trial: optuna.Trial, part: Range | Choice) -> Any:
     if isinstance(part.low, int) and isinstance(part.high, int):
         return trial.suggest_int(part.name, part.low, part.high, log=part.log)
     return trial.suggest_float(part.name, part.low, part.high, log=part.log)
+
+
+def read_url(text: str, default: Path) -> URL:
+    """The address of the storage; an empty text stands for the SQLite file `default`.
+
+    Raises:
+        UsageError: not a database URL, or an SQLite database in memory.
+    """
+    try:
+        url = make_url(text) if text else URL.create("sqlite", database=default.as_posix())
+    except (ArgumentError, ValueError):  # the text may hold a password, so the message leaves it out
+        raise UsageError(
+            "--storage: not a database URL",
+            "Write sqlite:///FILE.db, postgresql://USER:PASSWORD@HOST/NAME or mysql+pymysql://…",
+        ) from None
+    in_memory = not url.database or url.database == ":memory:" or url.database.startswith("file:")
+    if url.get_backend_name() == "sqlite" and in_memory:
+        raise UsageError(
+            f"--storage {redacted(url)}: a study needs a plain file or a database server",
+            "Write sqlite:///FILE.db, with one more / for an absolute path.",
+        )
+    return url
+
+
+def redacted(url: URL) -> str:
+    """The address without its secrets."""
+    query = {key: "hidden" if _SECRET.search(key) else value for key, value in url.query.items()}
+    return url.set(query=query).render_as_string(hide_password=True)
+
+
+@contextmanager
+def readable_errors(url: URL, folder: Path) -> Iterator[None]:
+    """Turn errors of the database, and of files in `folder`, into one line without secrets."""
+    try:
+        yield
+    except ImportError as error:
+        raise UsageError(
+            f"storage {redacted(url)}: its driver is not installed ({_line(error.__cause__ or error, url)})",
+            "Install the driver that the URL names.",
+        ) from error
+    except (SQLAlchemyError, StorageInternalError) as error:
+        inner = error if isinstance(error, SQLAlchemyError) else (error.__cause__ or error)
+        raise KdError(
+            f"storage {redacted(url)}: {_line(getattr(inner, 'orig', None) or inner, url)}",
+            "Check --storage, and that the database can be reached and written.",
+        ) from error
+    except OSError as error:
+        raise KdError(
+            f"{error.filename or folder}: {reason(error)}", "Check the path, its permissions and free space."
+        ) from error
+
+
+def _line(error: BaseException, url: URL) -> str:
+    text = first_line(error)
+    secrets = [url.password, *(value for key, value in url.query.items() if _SECRET.search(key))]
+    for secret in secrets:
+        if isinstance(secret, str) and secret:
+            text = text.replace(secret, "***")
+    return text

@@ -11,8 +11,7 @@ import optuna
 from kdcli.base.config import option_flag, shell_command
 from kdcli.base.plotting import BLUE, FRONT, GREEN, GRID, ORANGE, drawn_to, shown
 from kdcli.methods import TrainConfig
-from kdcli.studies.tune.settings import TuneConfig
-from kdcli.studies.tune.space import apply
+from kdcli.studies.tune.space import TuneConfig, apply
 from kdcli.studies.tune.study import Trial, trials_of
 
 _ENOUGH = 5  # finished trials, below which shares of the variance mean nothing
@@ -23,26 +22,38 @@ class TuneResult:
     """Result of a study.
 
     Attributes:
-        folder: holds the runs of its trials and its figures.
+        settings: of the study.
         storage: address of its database, without secrets.
         trials: finished, running and waiting ones.
-        best: the finished trial with the highest validation accuracy; None if none is finished.
-        config: settings of its run, of the first one with several seeds.
-        run: that run's folder; None if it was trained on another machine.
         importance: each setting's share, largest first; empty for the reason in `why_not`.
         figures: files that were drawn.
     """
 
-    study: str
-    folder: Path
+    settings: TuneConfig
     storage: str
     trials: tuple[Trial, ...]
-    best: Trial | None
-    config: TrainConfig | None
-    run: Path | None
     importance: dict[str, float]
     why_not: str
     figures: tuple[Path, ...]
+
+    @property
+    def best(self) -> Trial | None:
+        return best_of(self.trials)
+
+    @property
+    def config(self) -> TrainConfig | None:
+        """Settings of the best trial's run, of the first one with several seeds."""
+        if self.best is None:
+            return None
+        # with the precision it was computed in, because `auto` may choose another next time
+        precision = {"precision": self.best.precision} if self.best.precision else {}
+        return apply(self.settings.train, {**self.best.values, **precision})
+
+    @property
+    def run(self) -> Path | None:
+        """That run's folder; None if it was trained on another machine."""
+        folder = self.settings.run_folder(self.best.number, self.settings.seed) if self.best else None
+        return folder if folder is not None and folder.is_dir() else None
 
     def count(self, state: str) -> int:
         """How many trials are in a state."""
@@ -51,8 +62,8 @@ class TuneResult:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {
-            "study": self.study,
-            "folder": self.folder.as_posix(),
+            "study": self.settings.study_name,
+            "folder": self.settings.folder.as_posix(),
             "storage": self.storage,
             "best": vars(self.best) if self.best else None,
             "command": command_of(self.config) if self.config else None,
@@ -71,42 +82,14 @@ def summarize(config: TuneConfig, study: optuna.Study, address: str) -> TuneResu
     """
     trials = trials_of(study)
     shares, why_not = importance(study, trials)
-    folder = config.runs_dir / config.study_name
-    drawn: list[Path] = []
-    best, settings, run = best_of(trials), None, None
-    if best is not None:
-        # with the precision it was computed in, because `auto` may choose another next time
-        precision = {"precision": best.precision} if best.precision else {}
-        settings = apply(config.train, {**best.values, **precision})
-        run = run_folder(config, best.number, config.seed)
-        drawn.append(folder / "trials.svg")
-        draw_history(trials, drawn[-1])
+    figures: list[Path] = []
+    if best_of(trials) is not None:
+        figures.append(config.folder / "trials.svg")
+        draw_history(trials, figures[-1])
     if shares:
-        drawn.append(folder / "importance.svg")
-        draw_importance(shares, drawn[-1])
-    return TuneResult(
-        study=config.study_name,
-        folder=folder,
-        storage=address,
-        trials=trials,
-        best=best,
-        config=settings,
-        run=run if run is not None and run.is_dir() else None,
-        importance=shares,
-        why_not=why_not,
-        figures=tuple(drawn),
-    )
-
-
-def trial_folder(config: TuneConfig, number: int) -> Path:
-    """The folder of a trial."""
-    return config.runs_dir / config.study_name / f"trial-{number:04d}"
-
-
-def run_folder(config: TuneConfig, number: int, seed: int) -> Path:
-    """The folder of a trial's run with a seed."""
-    folder = trial_folder(config, number)
-    return folder if config.seeds == 1 else folder / f"seed-{seed}"
+        figures.append(config.folder / "importance.svg")
+        draw_importance(shares, figures[-1])
+    return TuneResult(config, address, trials, shares, why_not, tuple(figures))
 
 
 def best_of(trials: Sequence[Trial]) -> Trial | None:
