@@ -18,11 +18,12 @@ from kdcli.caffe.network import ConvertedLayer, ConvertedNetwork, assemble, inpu
 from kdcli.caffe.read import Array, Network, read_caffemodel, read_mean, read_prototxt, weights_sha256
 from kdcli.data import catalog
 from kdcli.data.catalog import KnownNetwork
-from kdcli.data.preprocess import Preprocess, ScaleShift, fit
+from kdcli.data.preprocess import MeanStd, Preprocess, ScaleShift, fit
 from kdcli.data.rows import Images
 from kdcli.models import Classifier, from_checkpoint
 from kdcli.models.checkpoint import Checkpoint
 
+_CROPPED = 128  # networks for such images and larger ones are often published with a centre crop
 _FITTED = ("gcn-zca", "mean-std", "mean-image")  # kinds of preprocessing that are fitted on train images
 
 
@@ -44,6 +45,11 @@ class Transform:
     def is_identity(self) -> bool:
         """Whether pixels stay as they are."""
         return self.scale == 1.0 and not self.mean_values and not self.mean_file
+
+    def text(self) -> str:
+        """`mean 104,117,123, scale 0.017`."""
+        mean = self.mean_file or ",".join(f"{value:g}" for value in self.mean_values)
+        return ", ".join([f"mean {mean}"] * bool(mean) + [f"scale {self.scale:g}"] * (self.scale != 1))
 
 
 # The reference's weights were trained on RGB less the mean image of the train data
@@ -75,7 +81,9 @@ class CaffeFiles:
     build: Callable[[tuple[int, int, int], OnEvent], ConvertedNetwork]
 
     def preprocess_kind(self, config: ConvertConfig) -> str:
-        """The kind of preprocessing: `--preprocess`, else the known network's, else the transform's."""
+        """The kind of preprocessing: as the options describe it, else the known network's, else the transform's."""
+        if config.mean_std is not None:
+            return "described"
         if config.preprocess != "auto":
             return config.preprocess
         if self.known is not None:
@@ -83,6 +91,16 @@ class CaffeFiles:
         if self.transform.mean_file and self.transform.mean_image is None:
             return "mean-image"
         return "none" if self.transform.is_identity() else "scale-shift"
+
+    @property
+    def crop(self) -> float:
+        """Share of the shorter side that Caffe crops to, where a mean image larger than the input shows it."""
+        mean, size = self.transform.mean_image, self.input_size
+        sides = {*mean.shape[1:]} if mean is not None else set()
+        if size is None or len(sides) != 1 or size[0] != size[1]:
+            return 1.0
+        share = size[0] / sides.pop()
+        return share if 0.25 <= share <= 1 else 1.0
 
     def needs_images(self, config: ConvertConfig) -> bool:
         """Whether train images are required: to fit the preprocessing, or for the input size."""
@@ -204,6 +222,7 @@ def to_classifier(
         raise KdError(f"{files.path} has one output: no classifier", "kd distils two classes or more.")
     # 2. Preprocessing
     preprocess = _make_preprocess(files, config, size, train_images, on_event)
+    crop = _crop(files, config, size, on_event)
     # 3. Class names and provenance
     known = files.known
     numbers = tuple(str(number) for number in range(built.classes))
@@ -233,8 +252,28 @@ def to_classifier(
         classes=names,
         input_size=size,
         provenance=provenance,
+        crop=crop,
     )
     return Conversion(from_checkpoint(checkpoint, str(files.path)), built.layers, known)
+
+
+def _crop(files: CaffeFiles, config: ConvertConfig, size: tuple[int, int, int], on_event: OnEvent) -> float:
+    """The share of the middle square that the network sees; what is assumed is a note."""
+    square = size[0] == size[1]
+    if config.crop is not None:
+        if not square and config.crop != 1:
+            raise UsageError(
+                f"--crop goes with square images, the network takes {dims(size)}", "Leave it out."
+            )
+        return config.crop
+    if files.crop != 1:
+        on_event(
+            Note(f"the mean image is larger than the input, so images are cropped: --crop {files.crop:.4g}")
+        )
+    elif square and files.known is None and _CROPPED <= size[0] < 256:
+        text = "whole images are resized; for weights published with a crop of 256 × 256 pixels"
+        on_event(Note(f"{text}: --crop {size[0] / 256:.4g}"))
+    return files.crop
 
 
 def _make_preprocess(
@@ -251,12 +290,17 @@ def _make_preprocess(
     if order == "auto":
         known_order = files.known.channel_order if files.known else transform.channel_order
         order = known_order or ("bgr" if size[2] == 3 else "rgb")
+    if config.mean_std is not None:
+        declared = f"preprocessing {files.known.preprocess}" if files.known else transform.text()
+        if declared:
+            on_event(Note(f"--scale, --mean and --std replace what is known of the files: {declared}"))
+        return MeanStd.described(config.mean_std, size[2], order)
     if kind == "scale-shift":
         return _scale_shift(transform, size, order)
     if kind not in _FITTED:
         if automatic:
             pixels = f"raw 0–255 pixels, {order.upper() if size[2] == 3 else 'grey'}"
-            on_event(Note(f"unknown preprocessing, so {pixels}; see --preprocess and --channel-order"))
+            on_event(Note(f"unknown preprocessing, so {pixels}; see --mean, --scale and --channel-order"))
         return Preprocess(order)
     if images is None:
         raise KdError(f"preprocessing {kind} is fitted on train images", "Pass them with --data.")

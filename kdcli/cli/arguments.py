@@ -52,6 +52,7 @@ def data_for(
         cache_dir=config.cache_dir,
         image_size=getattr(config, "image_size", None),
         fit_to=model.input_size,
+        crop=model.crop,
         skip_broken=config.skip_broken,
         on_event=on_event,
     )

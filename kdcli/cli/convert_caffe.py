@@ -116,6 +116,7 @@ def _load_data(source: CaffeFiles, config: ConvertConfig, on_event: OnEvent) -> 
             image_size=config.image_size,
             grey=source.channels == 1,
             fit_to=source.input_size,
+            crop=config.crop or source.crop,
             skip_broken=config.skip_broken,
             on_event=on_event,
         )
@@ -153,10 +154,11 @@ def _show(conversion: Conversion, target: Path, agreement: Agreement | None) -> 
     )
     classifier = conversion.classifier
     parameters = sum(weight.numel() for weight in classifier.network.parameters())
+    crop = "" if classifier.crop == 1 else f" (--crop {classifier.crop:.4g})"
     output.text(
         "",
         f"{classifier.provenance['name']}: {units.count(parameters)} parameters, "
-        f"images {dims(classifier.input_size)}, {len(classifier.classes)} classes, "
+        f"images {dims(classifier.input_size)}{crop}, {len(classifier.classes)} classes, "
         f"preprocessing {classifier.preprocess.name} {classifier.preprocess.channel_order}",
     )
     if conversion.known is None:
@@ -178,6 +180,7 @@ def _to_json(
         "arch": classifier.arch,
         "classes": list(classifier.classes),
         "input_size": list(classifier.input_size),
+        "crop": classifier.crop,
         "preprocess": {"name": preprocess.name, "channel_order": preprocess.channel_order},
         "provenance": classifier.provenance,
         "parameters": sum(layer.parameters for layer in conversion.layers),

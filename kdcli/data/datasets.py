@@ -41,6 +41,7 @@ class Request:
     channels: int | None
     on_event: OnEvent
     skip_broken: bool = False
+    crop: float = 1.0
 
 
 class LabelledImages(NamedTuple):
@@ -136,7 +137,8 @@ class Dataset:
             KdError: absent, damaged, or not what it should be.
         """
         height, width, own_channels = self.input_size
-        size = None if request.image_size == height == width else request.image_size
+        own_size = request.image_size == height == width and request.crop == 1
+        size = None if own_size else request.image_size
         channels = request.channels or own_channels
         if not self.files:
             return self._in_memory(request, size, channels)
@@ -148,7 +150,13 @@ class Dataset:
             ]
         except OSError as error:
             raise KdError(f"cannot read {error.filename}: {reason(error)}") from error
-        recipe = {"dataset": self.name, "content": keys, "image_size": size, "channels": channels}
+        recipe = {
+            "dataset": self.name,
+            "content": keys,
+            "image_size": size,
+            "crop": request.crop,
+            "channels": channels,
+        }
         cache = Cache(request.cache_dir, recipe, request.on_event)
         if (packed := cache.load()) is not None:
             return packed.splits(request.spec)
@@ -162,7 +170,7 @@ class Dataset:
         ]
         boundary = len(content.train.images)
         count = boundary + len(content.test.images)
-        with cache.packer(size, channels) as packer:
+        with cache.packer(size, channels, request.crop) as packer:
             for index, image in enumerate(chain(content.train.images, content.test.images)):
                 packer.put(index, image)
                 if index % EVENT_IMAGES == 0:
@@ -180,7 +188,9 @@ class Dataset:
 
         def prepared(part: LabelledImages) -> ImageSet:
             images = [with_channels(image, channels) for image in part.images]
-            pixels = np.stack([image if size is None else resize(image, size) for image in images])
+            pixels = np.stack(
+                [image if size is None else resize(image, size, request.crop) for image in images]
+            )
             return ImageSet(pixels, part.labels, classes, fingerprint_of(pixels, part.labels, classes))
 
         splits = Splits(request.spec, self.label, prepared(train), prepared(test))

@@ -108,32 +108,37 @@ def _errors(name: str, data: bytes) -> Iterator[None]:
         ) from error
 
 
-def resize(pixels: Pixels, size: int) -> Pixels:
-    """Centre-crop to a square on the shorter side, then antialiased bilinear resize.
+def resize(pixels: Pixels, size: int, crop: float = 1.0) -> Pixels:
+    """The middle square, by an antialiased bilinear resize.
 
     Args:
         pixels: uint8 (H, W, C), C 1 or 3.
         size: pixels per side.
+        crop: share of the shorter side that is kept, 0.25 … 1. The whole square is resized to `size / crop` pixels
+            first: 224/256 is the usual "resize to 256, crop 224".
 
     Returns:
         uint8 (size, size, C).
     """
     height, width, channels = pixels.shape
-    if (height, width) == (size, size):
+    if (height, width) == (size, size) and crop == 1:
         return pixels
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     square = np.ascontiguousarray(pixels[top : top + side, left : left + side])
     image = Image.fromarray(square[:, :, 0] if channels == 1 else square)
-    resized = image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.array(resized, dtype=np.uint8).reshape(size, size, channels)
+    full = round(size / crop)
+    resized = np.array(image.resize((full, full), Image.Resampling.BILINEAR), dtype=np.uint8)
+    edge = (full - size) // 2
+    return resized.reshape(full, full, channels)[edge : edge + size, edge : edge + size]
 
 
-def fit_to(pixels: Pixels, name: str, size: tuple[int, int, int], consumer: str) -> Pixels:
+def fit_to(pixels: Pixels, name: str, size: tuple[int, int, int], consumer: str, crop: float = 1.0) -> Pixels:
     """Convert an image to the channels of `size`, and resize it if `size` is a square.
 
     Args:
         size: (H, W, C).
+        crop: see `resize`.
         consumer: subject and verb of the error message, such as `the model takes`.
 
     Raises:
@@ -141,7 +146,7 @@ def fit_to(pixels: Pixels, name: str, size: tuple[int, int, int], consumer: str)
     """
     height, width, channels = size
     pixels = with_channels(pixels, channels) if channels in (1, 3) else pixels
-    pixels = resize(pixels, height) if height == width else pixels
+    pixels = resize(pixels, height, crop) if height == width else pixels
     if pixels.shape != size:
         raise KdError(
             f"image {name} is {dims(pixels.shape)}, {consumer} {dims(size)}",

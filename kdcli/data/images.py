@@ -25,12 +25,14 @@ class ImageSet:
         labels: int64 (N,), in 0 … len(classes) − 1, or `NO_LABEL`.
         classes: class names in label order.
         fingerprint: SHA-256 of the content (see `fingerprint_of`).
+        crop: share of the original images' shorter side that these show, see `decode.resize`.
     """
 
     images: rows.Images
     labels: npt.NDArray[np.int64]
     classes: tuple[str, ...]
     fingerprint: str
+    crop: float = 1.0
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -26,6 +26,7 @@ def load(
     image_size: int | None = None,
     grey: bool = False,
     fit_to: tuple[int, int, int] | None = None,
+    crop: float = 1.0,
     skip_broken: bool = False,
     unlabelled: Path | None = None,
     on_event: OnEvent = ignore,
@@ -41,18 +42,21 @@ def load(
         grey: turn colour images to grey (N, H, W, 1).
         fit_to: (H, W, C) of a model's input: images get its number of channels and, if it is square and no
             `image_size` is given, its size.
+        crop: share of the shorter side that is kept before the resize, see `decode.resize`.
         skip_broken: leave out broken images, with a note, instead of an error.
         unlabelled: a folder or archive of further images to train on; see `add_unlabelled`.
         on_event: receives progress while images are decoded, and the notes of the result.
 
     Raises:
-        UsageError: neither a name nor a path.
+        UsageError: neither a name nor a path, or a crop without a size.
         KdError: the data is missing or damaged, or its layout is unknown.
     """
     if image_size is None and fit_to is not None and fit_to[0] == fit_to[1]:
         image_size = fit_to[0]
+    if crop != 1 and image_size is None:
+        raise UsageError(f"--crop {crop:g} goes with images of a given square size", "Add --image-size.")
     channels = 1 if grey else fit_to[2] if fit_to is not None and fit_to[2] in (1, 3) else None
-    request = Request(spec, data_dir, cache_dir, image_size, channels, on_event, skip_broken)
+    request = Request(spec, data_dir, cache_dir, image_size, channels, on_event, skip_broken, crop)
     path = expand(spec)
     if spec in DATASETS:
         splits = DATASETS[spec](request)
@@ -67,6 +71,7 @@ def load(
         splits = _load_path(path, request)
     if unlabelled is not None:
         splits = add_unlabelled(splits, expand(str(unlabelled)), request)
+    splits = replace(splits, train=replace(splits.train, crop=crop), test=replace(splits.test, crop=crop))
     for note in splits.notes:
         on_event(Note(note))
     if splits.overlap:

@@ -57,9 +57,9 @@ class Packer:
         resized: whether any image had to be.
     """
 
-    def __init__(self, folder: Path, size: int | None, channels: int) -> None:
-        self.folder, self.resized = folder, False
-        self._size, self._channels = size, channels
+    def __init__(self, folder: Path, size: int | None, channels: int, crop: float = 1.0) -> None:
+        self.folder, self.resized = folder, crop != 1
+        self._size, self._channels, self._crop = size, channels, crop
         self._shape: tuple[int, int, int] | None = None
         self._written: list[int] = []
         self._lock = threading.Lock()
@@ -70,7 +70,7 @@ class Packer:
         pixels = with_channels(pixels, self._channels)
         if self._size is not None:
             self.resized = self.resized or pixels.shape[:2] != (self._size, self._size)
-            pixels = resize(pixels, self._size)
+            pixels = resize(pixels, self._size, self._crop)
         with self._lock:
             shape = (pixels.shape[0], pixels.shape[1], self._channels)
             if self._shape is None:
@@ -138,8 +138,8 @@ class Cache:
             return None
 
     @contextmanager
-    def packer(self, size: int | None, channels: int) -> Iterator[Packer]:
-        """A packer in a scratch folder, which is removed at the end; `size` is in pixels per side.
+    def packer(self, size: int | None, channels: int, crop: float = 1.0) -> Iterator[Packer]:
+        """A packer in a scratch folder, which is removed at the end; `size` is in pixels per side, `crop` its share.
 
         Raises:
             KdError: the cache folder cannot be written.
@@ -148,7 +148,7 @@ class Cache:
         try:
             workspace = files.scratch_folder(parent)
             try:
-                with closing(Packer(workspace, size, channels)) as packer:
+                with closing(Packer(workspace, size, channels, crop)) as packer:
                     yield packer
             finally:
                 shutil.rmtree(workspace, ignore_errors=True)

@@ -5,7 +5,7 @@ Every preprocessing is a module from raw RGB pixels `(B, C, H, W)`, float32 in 0
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -96,6 +96,25 @@ class MeanStd(Preprocess):
 
     def transform(self, pixels: Tensor) -> Tensor:
         return (pixels - self.mean[:, None, None]).div_(self.std[:, None, None])
+
+    @classmethod
+    def described(
+        cls, values: tuple[Sequence[float], Sequence[float]], channels: int, order: str
+    ) -> Preprocess:
+        """From mean and std in units of 0–255, each one value or one a channel, in the network's channel order.
+
+        Raises:
+            UsageError: values for another number of channels.
+        """
+        state = {}
+        for name, given in zip(("mean", "std"), values, strict=True):
+            if len(given) not in (1, channels):
+                raise UsageError(
+                    f"--{name}: {len(given)} values for {channels} channels", "Set one, or one a channel."
+                )
+            each = torch.tensor(given).expand(channels)
+            state[name] = each.flip(0) if order == "bgr" else each
+        return cls(**state, channel_order=order)
 
     @classmethod
     def fit(cls, images: rows.Images, samples: Int64, channel_order: str, on_event: OnEvent) -> Preprocess:

@@ -95,7 +95,13 @@ def load_tree(path: Path, request: Request) -> Splits:
     """
     source = open_source(path)
     content, size, channels = source.key(), request.image_size, request.channels or 3
-    recipe = {"tree": path.name, "content": content, "channels": channels, "skip_broken": request.skip_broken}
+    recipe = {
+        "tree": path.name,
+        "content": content,
+        "channels": channels,
+        "crop": request.crop,
+        "skip_broken": request.skip_broken,
+    }
 
     def cache_for(image_size: int | None) -> Cache:
         return Cache(request.cache_dir, {**recipe, "image_size": image_size}, request.on_event)
@@ -105,7 +111,7 @@ def load_tree(path: Path, request: Request) -> Splits:
         packed = cache_for(size).load()
     if packed is not None:
         return packed.splits(request.spec)
-    with cache_for(size).packer(size, channels) as packer:
+    with cache_for(size).packer(size, channels, request.crop) as packer:
         found = decode_all(
             source, lambda index, _, pixels: packer.put(index, pixels), request.on_event, request.skip_broken
         )

@@ -26,6 +26,7 @@ class ModelInfo:
     kind: str  # checkpoint, onnx or network
     arch: str | None  # the network's name; None in an ONNX file of another program
     input_size: tuple[int, int, int]  # (H, W, C) of the raw images
+    crop: float  # share of the shorter side that larger images are cropped to
     gives: str  # logits or probabilities
     classes: tuple[str, ...]  # names in the order of the outputs
     parameters: int  # values of the network
@@ -62,6 +63,7 @@ def info(model: str, config: InfoConfig) -> ModelInfo:
         kind=kind,
         arch=arch,
         input_size=loaded.input_size,
+        crop=loaded.crop,
         gives=gives,
         classes=loaded.classes,
         parameters=parameters,
@@ -79,7 +81,7 @@ def _network_info(name: str, config: InfoConfig) -> ModelInfo:
     size = side, side, 1 if config.grey else 3
     network = models.build(name, classes=config.classes, input_size=size)
     classes = tuple(map(str, range(config.classes)))
-    return ModelInfo("network", name, size, "logits", classes, *_measures(network, size))
+    return ModelInfo("network", name, size, 1.0, "logits", classes, *_measures(network, size))
 
 
 def _measures(

@@ -40,7 +40,7 @@ def predict(
 ) -> Iterator[Prediction]:
     """Classify image files in the order of `paths`, those of a folder or archive by name.
 
-    Images are fitted to the model as in training: grey or colour, the middle square, its size.
+    Images are fitted to the model as in training: grey or colour, the middle square, its crop and size.
 
     Raises:
         KdError: no such file, not an image (with `skip_broken` a note), no images, or a model of unknown
@@ -49,7 +49,7 @@ def predict(
     for path in paths:
         if not path.exists():
             raise KdError(f"no such file: {path}", "Pass image files, folders or archives of them.")
-    images = _images(paths, model.input_size, config.skip_broken, on_event)
+    images = _images(paths, model, config.skip_broken, on_event)
     done = 0
     while batch := list(islice(images, _BATCH)):
         with torch.inference_mode():
@@ -64,7 +64,7 @@ def predict(
 
 
 def _images(
-    paths: Sequence[Path], size: tuple[int, int, int], skip_broken: bool, on_event: OnEvent
+    paths: Sequence[Path], model: Classifier | OnnxClassifier, skip_broken: bool, on_event: OnEvent
 ) -> Iterator[tuple[str, decode.Pixels]]:
     for path in paths:
         for name, content in _files(path):
@@ -76,7 +76,7 @@ def _images(
                     raise
                 on_event(Note(f"left out: {error.message}"))
                 continue
-            yield name, decode.fit_to(pixels, name, size, "the model takes")
+            yield name, decode.fit_to(pixels, name, model.input_size, "the model takes", model.crop)
 
 
 def _files(path: Path) -> Iterator[tuple[str, bytes]]:

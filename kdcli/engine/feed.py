@@ -147,7 +147,7 @@ def make_teacher_outputs(plan: RunPlan, on_event: OnEvent, stop: StopFlag) -> Te
         )
     if plan.cache_mode == "off":
         for member in teacher.members:
-            member.check(plan.train)
+            member.check(plan.train, on_event)
         stages: tuple[str, ...] = ()
         if plan.objective.needs_features:
             stages = teacher.stages(example_images(plan), config.teacher_stages)

@@ -226,7 +226,7 @@ def _mixes(config: TrainConfig) -> bool:
 
 
 def load_data(config: TrainConfig, on_event: OnEvent = ignore) -> Splits:
-    """Training and test images; where the student is a file, in its input size.
+    """Training and test images; where the student is a file, in its input size and with its crop.
 
     Raises:
         KdError: the data cannot be read.
@@ -235,13 +235,15 @@ def load_data(config: TrainConfig, on_event: OnEvent = ignore) -> Splits:
     stored = config.student_file
     if stored is not None and not stored.is_file():
         raise UsageError(f"no such student: {stored}", "--student takes a network's name or a .pt file.")
+    model = None if stored is None else models.load(stored)
     return data_sets.load(
         config.data,
         data_dir=config.data_dir,
         cache_dir=config.cache_dir,
         image_size=config.image_size,
         grey=config.grey,
-        fit_to=None if stored is None else models.load(stored).input_size,
+        fit_to=None if model is None else model.input_size,
+        crop=config.crop or (1.0 if model is None else model.crop),
         skip_broken=config.skip_broken,
         unlabelled=config.unlabelled,
         on_event=on_event,

@@ -78,6 +78,7 @@ def _fresh(config: TrainConfig, train: ImageSet, samples: Int64, on_event: OnEve
         arch_args=arguments,
         classes=train.classes,
         input_size=train.input_size,
+        crop=train.crop,
     )
 
 
@@ -107,7 +108,7 @@ def _stored(config: TrainConfig, train: ImageSet) -> Classifier:
     reason = data.incompatibility(stored, train)
     if reason:
         raise KdError(f"student {path} {reason}", "Student and data must belong together; see --data.")
-    stored.classes, stored.provenance = train.classes, {}
+    stored.classes, stored.provenance, stored.crop = train.classes, {}, train.crop
     return stored
 
 

@@ -4,10 +4,10 @@ import hashlib
 import io
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from kdcli.base.errors import KdError
@@ -32,6 +32,7 @@ class Checkpoint:
         preprocess: `{"name", "args", "state"}`, see `kdcli.data.preprocess`.
         classes: class names in the order of the logits.
         input_size: `(H, W, C)` of the raw uint8 images.
+        crop: share of the shorter side that images of another size are cropped to, see `data.decode.resize`.
         provenance: method, data, teacher, accuracy, source file: plain JSON values.
         training: optimizer, auxiliary modules, position and identity of an unfinished run; None in a finished model.
         file_sha256: of the bytes that were read; empty if it was made here.
@@ -46,6 +47,7 @@ class Checkpoint:
     provenance: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] | None = None
     file_sha256: str = ""
+    crop: Annotated[float, Field(ge=0.25, le=1)] = 1.0
 
     __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True, extra="ignore")  # for `load`
 

@@ -24,7 +24,7 @@ class Classifier(nn.Module):
     Attributes:
         network: float32 (B, C, H, W) as preprocessed → logits (B, classes).
         preprocess: raw pixels (B, C, H, W) in 0–255 → the network's input.
-        arch, arch_args, classes, input_size, provenance: as in `Checkpoint`.
+        arch, arch_args, classes, input_size, crop, provenance: as in `Checkpoint`.
         file_sha256: of the file that it was read from; empty without one.
     """
 
@@ -39,6 +39,7 @@ class Classifier(nn.Module):
         input_size: tuple[int, int, int],
         provenance: dict[str, Any] | None = None,
         file_sha256: str = "",
+        crop: float = 1.0,
     ) -> None:
         super().__init__()
         self.network = network
@@ -47,6 +48,7 @@ class Classifier(nn.Module):
         self.arch_args = arch_args
         self.classes = classes
         self.input_size = input_size
+        self.crop = crop
         self.provenance = dict(provenance or {})
         self.file_sha256 = file_sha256
 
@@ -72,6 +74,7 @@ class Classifier(nn.Module):
             input_size=self.input_size,
             provenance=self.provenance,
             training=training,
+            crop=self.crop,
         )
 
     def save(self, path: Path) -> None:
@@ -115,6 +118,7 @@ def from_checkpoint(stored: Checkpoint, source: str = "checkpoint") -> Classifie
         input_size=stored.input_size,
         provenance=stored.provenance,
         file_sha256=stored.file_sha256,
+        crop=stored.crop,
     ).eval()
 
 

@@ -148,7 +148,7 @@ class _Examiner:
             run.student, run.provenance, self.config.data, self.config.skip_broken
         )
         model = models.load(run.student)
-        splits = self.load(spec, fit_to=model.input_size, skip_broken=skip_broken)
+        splits = self.load(spec, fit_to=model.input_size, crop=model.crop, skip_broken=skip_broken)
         test = splits.test
         if problem := data.incompatibility(model, test):
             raise KdError(f"the student {problem}")

@@ -97,11 +97,18 @@ class Member:
             raise KdError("--teacher-dropout needs a .pt teacher", "Other files have no dropout layers.")
         return loaded
 
-    def check(self, data: ImageSet) -> None:
-        """Raise KdError unless the model takes these images and knows these classes."""
+    def check(self, data: ImageSet, on_event: OnEvent) -> None:
+        """Raise KdError unless the model takes these images and knows these classes; another crop is a note."""
         model = self.model
         problem = incompatibility(model, data)
         if problem is None:
+            if model.crop != data.crop:
+                on_event(
+                    Note(
+                        f"teacher {self.path} is recorded with --crop {model.crop:.4g}, these images are cropped "
+                        f"by {data.crop:.4g}: its logits may be worse; see --crop of kd train"
+                    )
+                )
             return
         flags = []
         if other_classes(model, data) is None:  # only the images' shape is wrong
@@ -212,7 +219,7 @@ class TeacherPass:
     @cached_property
     def _engine(self) -> Engine:
         """The engine, chosen for the checked model by the first process."""
-        self.member.check(self.data)
+        self.member.check(self.data, self.on_event)
         chosen = None
         if self.world.first:
             chosen = choose_engine(

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcli import caffe, models
-from kdcli.base.config import ConvertConfig
+from kdcli.base.config import ConvertConfig, make
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import Note
 from kdcli.caffe import opencv, schema
@@ -359,6 +359,58 @@ def test_unknown_networks_get_raw_bgr_and_a_note(tmp_path: Path) -> None:
     np.testing.assert_array_equal(prepared, IMAGES[..., ::-1].transpose(0, 3, 1, 2))
     rgb = heard(path, channel_order="rgb")[0].classifier
     np.testing.assert_array_equal(rgb.prepare(torch.from_numpy(IMAGES)), IMAGES.transpose(0, 3, 1, 2))
+
+
+def test_described_preprocessing_equals_opencvs_blob(tmp_path: Path) -> None:
+    cv2 = pytest.importorskip("cv2")
+    path = write(tmp_path, net(small(), v1=True, inputs=INPUT))
+    conversion, notes = heard(path, mean="104,117,123", crop=0.75)
+    assert not notes  # nothing was declared, nothing is assumed
+    found = conversion.classifier.prepare(torch.from_numpy(IMAGES)).numpy()
+    wanted = cv2.dnn.blobFromImages([image[..., ::-1] for image in IMAGES], mean=(104, 117, 123))
+    np.testing.assert_array_equal(found, wanted)
+    assert conversion.classifier.crop == 0.75
+    conversion.classifier.save(tmp_path / "t.pt")
+    assert models.load(tmp_path / "t.pt").crop == 0.75
+    # (pixel · scale − mean) / std, one value for all channels, in RGB
+    prepared = heard(path, scale="1/255", mean="0.5", std="0.2,0.25,0.5", channel_order="rgb")[0].classifier
+    wanted = (IMAGES / 255 - 0.5) / np.array([0.2, 0.25, 0.5])
+    np.testing.assert_allclose(
+        prepared.prepare(torch.from_numpy(IMAGES)).numpy(), wanted.transpose(0, 3, 1, 2), atol=1e-5
+    )
+
+
+def test_described_preprocessing_replaces_the_declared_one_with_a_note(tmp_path: Path) -> None:
+    (tmp_path / "t.prototxt").write_text(TRANSFORMED % "mean_value: 10 mean_value: 20 mean_value: 30")
+    path = write(tmp_path, net([small()[2], FC], v1=False))
+    conversion, notes = heard(path, prototxt=tmp_path / "t.prototxt", std="2")
+    assert notes == ["--scale, --mean and --std replace what is known of the files: mean 10,20,30, scale 0.5"]
+    found = conversion.classifier.prepare(torch.from_numpy(IMAGES)).numpy()
+    np.testing.assert_array_equal(found, IMAGES[..., ::-1].transpose(0, 3, 1, 2) / np.float32(2))
+
+
+def test_described_preprocessing_of_the_wrong_form_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, net(small(), v1=True, inputs=INPUT))
+    with pytest.raises(UsageError, match="--mean: 2 values for 3 channels"):
+        heard(path, mean="1,2")
+    for chosen, words in (
+        ({"mean": "104", "preprocess": "none"}, "--preprocess: it goes without"),
+        ({"mean": "104,117,123", "scale": "0.017"}, "outside the pixels"),
+        ({"crop": 0.2}, "--crop 0.2"),
+        ({"crop": float("nan")}, "--crop nan"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            make(ConvertConfig, chosen)
+
+
+def test_a_mean_image_larger_than_the_input_sets_the_crop(tmp_path: Path) -> None:
+    (tmp_path / "t.prototxt").write_text(TRANSFORMED % 'mean_file: "mean.binaryproto"')
+    path = write(tmp_path, net([small()[2], FC], v1=False))
+    write(tmp_path, blob(values(1, 3, 16, 16), legacy=True), "mean.binaryproto")
+    conversion, notes = heard(path, prototxt=tmp_path / "t.prototxt")
+    assert conversion.classifier.crop == 12 / 16
+    assert notes == ["the mean image is larger than the input, so images are cropped: --crop 0.75"]
+    assert heard(path, prototxt=tmp_path / "t.prototxt", crop=1.0)[0].classifier.crop == 1
 
 
 def test_class_names_come_from_data_of_the_right_number(tmp_path: Path) -> None:

@@ -40,6 +40,20 @@ def raw_png(bits: int, kind: int, row: bytes, transparent: tuple[int, ...]) -> b
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
+@pytest.mark.parametrize("shape", [(256, 256), (500, 500), (37, 37), (224, 224), (301, 224), (90, 400)])
+@pytest.mark.parametrize("channels", [3, 1])
+def test_resize_with_crop_equals_resize_256_crop_224(shape: tuple[int, int], channels: int) -> None:
+    """To the bit: Pillow does the same resize; the middle square of other photos is cut out first."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, channels), dtype=np.uint8)
+    image = Image.fromarray(pixels.squeeze(2) if channels == 1 else pixels)
+    square = image.crop(
+        {(301, 224): (0, 38, 224, 262), (90, 400): (155, 0, 245, 90)}.get(shape, (0, 0, *image.size))
+    )
+    wanted = square.resize((256, 256), Image.Resampling.BILINEAR).crop((16, 16, 240, 240))
+    found = decode.resize(pixels, 224, 0.875)
+    assert np.array_equal(found, np.asarray(wanted).reshape(224, 224, channels))
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
     [

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kdcli.base.errors import UsageError
 from kdcli.base.events import Event, Note, Progress
 from kdcli.data import decode, load, pack, tree
 from kdcli.data.images import Splits
@@ -48,6 +49,44 @@ def test_images_that_have_the_size_asked_for_are_packed_once(
     assert len(list((tmp_path / "cache" / "data").iterdir())) == 1
     assert read(path, image_size=5).train.input_size == (5, 5, 3)
     assert len(list((tmp_path / "cache" / "data").iterdir())) == 2
+
+
+def test_crop_is_part_of_a_pack(tmp_path: Path, read: Callable[..., Splits]) -> None:
+    """Also where images have the size already; test and unlabelled images are cropped alike."""
+    random = np.random.default_rng(0)
+    stored = {name: random.integers(0, 256, (8, 8, 3), dtype=np.uint8) for name in small_tree()}
+    for name, pixels in stored.items():
+        place = tmp_path / "set" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place, "PNG")
+    middle = {  # 8 / 0.5 = 16 pixels a side, of which the middle 8 are kept
+        name: np.asarray(Image.fromarray(pixels).resize((16, 16), Image.Resampling.BILINEAR))[4:12, 4:12]
+        for name, pixels in stored.items()
+    }
+    whole, cropped, again = (read(tmp_path / "set", image_size=8, crop=crop) for crop in (1.0, 0.5, 1.0))
+    for name, part in (("train/zebra/b.PNG", "train"), ("test/zebra/1.png", "test")):
+        assert np.array_equal(getattr(whole, part).images[-1], stored[name])
+        assert np.array_equal(getattr(cropped, part).images[-1], middle[name])
+        assert np.array_equal(getattr(again, part).images[-1], stored[name])
+        assert (getattr(whole, part).crop, getattr(cropped, part).crop) == (1, 0.5)
+    (tmp_path / "more").mkdir()
+    Image.fromarray(stored["train/zebra/b.PNG"][::-1]).save(tmp_path / "more" / "1.png")
+    added = read(tmp_path / "set", image_size=8, crop=0.5, unlabelled=tmp_path / "more").unlabelled
+    assert added is not None
+    assert np.array_equal(added.images[0], middle["train/zebra/b.PNG"][::-1])
+    assert np.array_equal(
+        read(tmp_path / "set", fit_to=(8, 8, 3), crop=0.5).train.images, cropped.train.images
+    )
+    with pytest.raises(UsageError, match=r"--crop 0\.5 goes with images of a given square size"):
+        read(tmp_path / "set", crop=0.5)
+
+
+def test_crop_of_a_named_data_set(tmp_path: Path) -> None:
+    whole, cropped = (
+        load("digits", cache_dir=tmp_path, image_size=8, crop=crop).test.images for crop in (1.0, 0.8)
+    )
+    larger = Image.fromarray(whole[0, :, :, 0]).resize((10, 10), Image.Resampling.BILINEAR)
+    assert np.array_equal(cropped[0, :, :, 0], np.asarray(larger)[1:9, 1:9])
 
 
 def _entry(cache: Path) -> Path:

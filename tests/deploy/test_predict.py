@@ -15,7 +15,7 @@ from PIL import Image
 from kdcli import models
 from kdcli.base.config import ExportConfig, make
 from kdcli.base.errors import KdError, UsageError
-from kdcli.cli import predict, test
+from kdcli.cli import info, predict, test
 from kdcli.data import preprocess
 from kdcli.deploy.export import export_classifier
 from tests.helpers import command_line
@@ -26,7 +26,7 @@ PIXELS = np.random.default_rng(5).integers(0, 256, (70, 8, 8, 3), dtype=np.uint8
 
 @pytest.fixture
 def run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    return command_line(monkeypatch, predict, test)
+    return command_line(monkeypatch, info, predict, test)
 
 
 @pytest.fixture
@@ -145,6 +145,24 @@ def test_predict_fits_images_to_the_model(run: Any, workplace: Path, model: mode
     )
     with pytest.raises(KdError, match=r"image a\.png is 8×8×3, the model takes 8×24×3"):
         run("predict", "oblong.pt", "a.png")
+
+
+@pytest.mark.parametrize("name", ["m.pt", pytest.param("m.onnx", marks=pytest.mark.slow)])
+def test_predict_crops_as_the_model_records(
+    run: Any, workplace: Path, model: models.Classifier, name: str
+) -> None:
+    model.crop = 0.8
+    model.save(workplace / "m.pt")
+    if name == "m.onnx":
+        config = make(ExportConfig, {"output": Path(name)})
+        export_classifier(model, config, PIXELS, "toy", lambda event: None)
+    Image.fromarray(PIXELS[0]).resize((30, 30)).save("a.png")
+    resized = Image.open("a.png").resize((10, 10), Image.Resampling.BILINEAR)  # 8 / 0.8
+    assert top_classes(run("predict", name, "a.png", "--json", "--top-k", "9"))["a.png"] == wanted(
+        model, np.asarray(resized)[1:9, 1:9], 4
+    )
+    assert json.loads(run("info", name, "--json").stdout)["crop"] == 0.8
+    assert "8×8×3, --crop 0.8" in run("info", name).stdout
 
 
 def test_predict_errors(run: Any, workplace: Path, model: models.Classifier) -> None:

@@ -15,15 +15,17 @@ from torch import nn
 from kdcli import models
 from kdcli.base.config import ConvertConfig, ExportConfig, make
 from kdcli.base.errors import Interrupted, KdError, UsageError
+from kdcli.base.events import Event, Note
 from kdcli.cli import test, train
 from kdcli.data import Splits
 from kdcli.deploy import export
 from kdcli.engine import RunDir, fit, read_metrics
+from kdcli.engine.plan import load_data
 from kdcli.engine.student import OutputScale
 from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint
 from tests.caffe_files import convert, field, layer, net, write
-from tests.helpers import StopAfter, command_line, config, digest, make_splits
+from tests.helpers import StopAfter, command_line, config, digest, image_folder, make_splits
 
 RANDOM = np.random.default_rng(7)
 
@@ -96,6 +98,34 @@ def test_a_student_file_gives_weights_and_preprocessing(
     assert after.provenance["student_sha256"] is not None
     again = fit(still(method="ce", student=str(result.run.student)), splits)
     assert again.run.path.name == "ce-ce-caffe-net-1-1"  # named by the run, not "student"
+
+
+def test_crop_of_the_data_is_the_students(workplace: Path) -> None:
+    """A student from a file keeps that file's crop, unless --crop is given; the teacher's other one is noted."""
+    image_folder(workplace / "toy")
+    notes: list[str] = []
+
+    def trained(name: str, **changes: Any) -> models.Classifier:
+        settings = config(
+            data="toy", image_size=16, name=name, epochs=1, batch_size=64, **{"method": "ce", **changes}
+        )
+
+        def on_event(event: Event) -> None:
+            if isinstance(event, Note):
+                notes.append(event.text)
+
+        return models.load(fit(settings, load_data(settings), on_event=on_event).run.student)
+
+    assert trained("whole").crop == 1
+    teacher = trained("teacher", crop=0.8)
+    assert teacher.crop == 0.8
+    assert trained("more", student="runs/teacher/student.pt").crop == 0.8
+    assert trained("other", student="runs/teacher/student.pt", crop=0.5).crop == 0.5
+    assert not any("--crop" in note for note in notes)
+    for mode in ("views", "off"):
+        notes.clear()
+        trained(mode, method="kd", teacher="runs/teacher/student.pt", teacher_cache=mode)
+        assert any("recorded with --crop 0.8, these images are cropped by 1" in note for note in notes)
 
 
 def test_regression_starts_with_the_logits_of_the_student_file(workplace: Path) -> None:

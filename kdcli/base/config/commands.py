@@ -2,17 +2,19 @@
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from kdcli.base.config.settings import (
     DATA,
     RUN,
+    Crop,
     DataSettings,
     FolderName,
     InputSettings,
     ModelDataSettings,
+    PixelSettings,
     Settings,
     SkipBroken,
     TeacherInputSettings,
@@ -27,7 +29,7 @@ COMPARE = "Comparison"
 MOST_SEEDS = 1000
 
 
-class ConvertConfig(DataSettings):
+class ConvertConfig(DataSettings, PixelSettings):
     """`kd convert-caffe`."""
 
     prototxt: Path | None = setting(None, "Deploy prototxt; by default that in the caffemodel.", "Caffe")
@@ -40,11 +42,18 @@ class ConvertConfig(DataSettings):
     channel_order: Literal["auto", "rgb", "bgr"] = setting(
         "auto", "Channel order; auto: known for this file, else bgr as in Caffe.", "Caffe"
     )
+    crop: Crop = None
     check: bool = setting(
         False, "Write the file only if OpenCV's Caffe importer agrees on noise and images of --data.", "Check"
     )
     to: Literal["auto", "pt", "onnx"] = setting("auto", "Format; auto: by the suffix of --output.", RUN)
     output: Path = setting(TeacherPath, "Output file; for ONNX exports/<model>.onnx.", RUN, "-o")
+
+    @model_validator(mode="after")
+    def _one_preprocessing(self) -> Self:
+        if self.preprocess != "auto" and self.mean_std is not None:
+            raise ValueError("--preprocess: it goes without --scale, --mean and --std")
+        return self
 
 
 class ValidateConfig(DataSettings, InputSettings):

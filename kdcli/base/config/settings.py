@@ -21,7 +21,7 @@ from pydantic_core import PydanticUndefined
 from kdcli.base.errors import UsageError
 
 DATA, METHOD, OPTIMISER, RUN = "Data", "Method", "Optimiser", "Run"
-INPUT = "Input of an ONNX file that kd did not make: (pixel 0–255 · scale − mean) / std"
+INPUT = "Input of a file that kd did not make: (pixel 0–255 · scale − mean) / std"
 OF_METHODS = "Settings of methods"
 
 
@@ -68,6 +68,16 @@ ImageSize = Annotated[
         DATA,
         ge=4,
         le=1024,
+    ),
+]
+Crop = Annotated[
+    float | None,
+    option(
+        "Share of the middle square that is kept, as 0.875 for 224 of 256: images are resized to size / crop, and "
+        "their middle is kept; by default all, or what --student FILE.pt records.",
+        DATA,
+        ge=0.25,
+        le=1,
     ),
 ]
 SkipBroken = Annotated[
@@ -170,24 +180,14 @@ ClassNames = Annotated[
 ]
 
 
-class InputSettings(Settings):
-    """Assumptions about an ONNX file that kd did not make; None: as the file says, or unknown.
-
-    The network's input is (pixel 0–255 · scale − mean) / std.
-    """
+class PixelSettings(Settings):
+    """What a network does to pixels: its input is (pixel 0–255 · scale − mean) / std; None: as its file says."""
 
     prefix: ClassVar[str] = ""  # of the options' names
 
-    layout: Layout = None
-    channel_order: ChannelOrder = None
     scale: Scale = None
     mean: Mean = None
     std: Std = None
-    class_names: ClassNames = None
-    image_size: Annotated[
-        int | None,
-        option("Height and width of its images, where the file leaves them open.", INPUT, ge=1, le=4096),
-    ] = None
 
     @model_validator(mode="after")
     def _of_one_unit(self) -> Self:
@@ -225,6 +225,22 @@ class InputSettings(Settings):
         )
         return mean, std
 
+    def flag(self, name: str) -> str:
+        """The option that sets a field."""
+        return option_flag(self.prefix + name)
+
+
+class InputSettings(PixelSettings):
+    """Assumptions about an ONNX file that kd did not make; None: as the file says, or unknown."""
+
+    layout: Layout = None
+    channel_order: ChannelOrder = None
+    class_names: ClassNames = None
+    image_size: Annotated[
+        int | None,
+        option("Height and width of its images, where the file leaves them open.", INPUT, ge=1, le=4096),
+    ] = None
+
     @property
     def given(self) -> dict[str, str]:
         """The assumptions that were made, as JSON values; the size of the images is that of the data."""
@@ -235,10 +251,6 @@ class InputSettings(Settings):
             for name, value in values.items()
             if value is not None
         }
-
-    def flag(self, name: str) -> str:
-        """The option that sets a field."""
-        return option_flag(self.prefix + name)
 
 
 NO_ASSUMPTIONS = InputSettings()

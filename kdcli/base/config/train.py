@@ -14,6 +14,7 @@ from kdcli.base.config.settings import (
     OF_METHODS,
     OPTIMISER,
     RUN,
+    Crop,
     DataSettings,
     FolderName,
     TeacherInputSettings,
@@ -151,6 +152,7 @@ class TrainSettings(DataSettings, TeacherInputSettings):
         METHOD,
     )
 
+    crop: Crop = None
     grey: bool = setting(False, "Convert colour images to grey, one channel.", DATA)
     augment: str = setting(
         "none",

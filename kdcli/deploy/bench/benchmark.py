@@ -70,6 +70,7 @@ def bench(
             data_dir=config.data_dir,
             cache_dir=config.cache_dir,
             fit_to=loaded[paths[0]].input_size,
+            crop=loaded[paths[0]].crop,
             skip_broken=config.skip_broken,
             on_event=on_event,
         )

@@ -137,6 +137,7 @@ def _fitting_data(
             data_dir=config.data_dir,
             cache_dir=config.cache_dir,
             fit_to=classifier.input_size,
+            crop=classifier.crop,
             skip_broken=skip,
             on_event=on_event,
         )

@@ -21,7 +21,7 @@ from kdcli.base.files import check_pointer
 from kdcli.base.text import first_line
 from kdcli.data.preprocess import Preprocess
 from kdcli.deploy.onnx_model.counts import CHANNELS, image_input, layout_of
-from kdcli.deploy.onnx_model.metadata import assumed_preprocess, parse_metadata
+from kdcli.deploy.onnx_model.metadata import assumed_preprocess, parse_metadata, recorded_crop
 from kdcli.deploy.onnx_model.runner import OnnxRunner
 
 MAX_BYTES = 2**31 - 1  # one protobuf message cannot be larger
@@ -129,6 +129,11 @@ class OnnxClassifier:
         if self.metadata.get("kd.format"):
             return "its preprocessing is too large to be in the file"
         return "no preprocessing recorded (mean, std, channel order)"
+
+    @property
+    def crop(self) -> float:
+        """Share of the shorter side that images of another size are cropped to, see `data.decode.resize`."""
+        return recorded_crop(self.path, self.metadata)
 
     @property
     def is_foreign(self) -> bool:

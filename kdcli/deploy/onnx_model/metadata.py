@@ -64,6 +64,7 @@ def make_metadata(classifier: Classifier, *, with_preprocessing: bool) -> dict[s
         "kd.preprocess": encode_preprocess(classifier.preprocess),
         "kd.preprocess_included": "yes" if with_preprocessing else "no",
         "kd.input_size": json.dumps(list(classifier.input_size)),
+        "kd.crop": repr(classifier.crop),
         "kd.layout": "uint8 NHWC RGB" if with_preprocessing else "float32 NCHW, preprocessed",
         "kd.output": "probabilities" if with_preprocessing else "logits",
         "kd.checkpoint_sha256": classifier.file_sha256,
@@ -84,6 +85,21 @@ def add_quantisation(metadata: dict[str, str], quantisation: dict[str, Any]) -> 
     if "kd.test_accuracy" in changed:
         changed["kd.float_test_accuracy"] = changed.pop("kd.test_accuracy")
     return changed
+
+
+def recorded_crop(path: Path, metadata: dict[str, str]) -> float:
+    """The share of the shorter side that images are cropped to; 1 in a file of another program or an older kd.
+
+    Raises:
+        KdError: it is damaged.
+    """
+    try:
+        crop = float(metadata.get("kd.crop", 1))
+        if not 0.25 <= crop <= 1:
+            raise ValueError(f"crop {crop}")
+    except ValueError as error:
+        raise KdError(f"{path} has invalid metadata: {first_line(error)}", "Export it again.") from error
+    return crop
 
 
 def parse_metadata(
