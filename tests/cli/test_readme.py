@@ -80,6 +80,9 @@ def save_odd_images(folder: Path) -> list[Path]:
         ("colour-clear.png", image, {"transparency": image.getpixel((5, 5))}),
         ("grey.png", alpha, {}),
         ("grey-16.png", Image.fromarray(wide), {}),
+        ("grey-16-clear.png", Image.fromarray(wide), {"transparency": int(wide[5, 5])}),
+        ("grey-16.tif", Image.fromarray(wide), {}),
+        ("palette.gif", palette, {}),
         ("bits.png", alpha.convert("1"), {}),
         ("print.jpg", image.convert("CMYK"), {}),
     ]
