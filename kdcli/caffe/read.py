@@ -19,6 +19,7 @@ from kdcli.base.errors import KdError
 from kdcli.base.files import check_pointer
 from kdcli.base.text import first_line
 from kdcli.caffe import schema
+from kdcli.models.foreign import explain
 
 Array = npt.NDArray[np.float32]
 Weights = dict[str, tuple[Array, ...]]  # layer name → its blobs
@@ -92,7 +93,7 @@ def read_caffemodel(path: Path) -> tuple[Network, Weights]:
                 "Encode it with Caffe's caffe.proto: protoc --encode=caffe.NetParameter caffe.proto. "
                 "(Caffe's upgrade_net_proto_text upgrades an old text file first.)",
             )
-        raise KdError(
+        raise explain(path) or KdError(
             f"{path} is a prototxt: it holds no weights",
             "Pass the caffemodel first, and this file with --prototxt.",
         )
@@ -100,7 +101,8 @@ def read_caffemodel(path: Path) -> tuple[Network, Weights]:
     try:
         message.ParseFromString(content)
     except (DecodeError, RecursionError) as error:
-        raise KdError(f"{path} is not a whole caffemodel: {first_line(error)}", _FORMATS) from error
+        found = None if content.startswith(b"\x89HDF") else explain(path)  # HDF5 is a form of Caffe's, too
+        raise found or KdError(f"{path} is not a whole caffemodel: {first_line(error)}", _FORMATS) from error
     if not message.layers and not message.layer:
         raise KdError(f"{path} is not a caffemodel: it holds no layers", _FORMATS)
     layers = _all_layers(message, path)

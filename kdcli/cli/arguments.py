@@ -25,6 +25,11 @@ def existing_model(path: Path) -> Path:
     for file in (path, path / "student.pt"):
         if file.is_file():
             return file
+    if path.is_dir():
+        from kdcli.models.foreign import explain
+
+        if (problem := explain(path)) is not None:
+            raise problem
     students = [student for student in Path("runs").glob("*/student.pt") if student.is_file()]
     students.sort(key=lambda student: student.stat().st_mtime, reverse=True)
     names = ", ".join(shlex.quote(student.as_posix()) for student in students[:8])

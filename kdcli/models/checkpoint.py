@@ -13,9 +13,11 @@ from torch import Tensor
 from kdcli.base.errors import KdError
 from kdcli.base.files import atomic_path
 from kdcli.base.text import first_line
-from kdcli.models.pt_archive import check_archive
+from kdcli.models.foreign import explain
+from kdcli.models.pt_archive import AGAIN, OTHER_FILES, check_archive
 
 FORMAT_VERSION = 1
+DAMAGED = "The file is damaged, or was made by another version of kd; write it again."
 _MAX_EXPANSION = 4  # bytes of all tensors per byte of the file; two layers may share weights
 _LONG_TEXT = 256
 _MAX_PARTS = 500_000  # tensors and plain values in one file
@@ -111,16 +113,16 @@ def load(path: Path) -> Checkpoint:
     document, sha256 = _read(path)
     version = document.get("format_version")
     if not isinstance(version, int) or version != FORMAT_VERSION:
-        raise KdError(
+        raise explain(path) or KdError(
             f"{path} is not a kd checkpoint of format {FORMAT_VERSION}",
-            "kd reads .pt files that kd wrote; for one that a newer kd wrote: pip install --upgrade kdcli",
+            f"{OTHER_FILES} For one that a newer kd wrote: pip install --upgrade kdcli",
         )
     try:
         return replace(_CHECKPOINT.validate_python(document), file_sha256=sha256)
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
-        raise KdError(f"{path} is not a complete kd checkpoint: {place}: {first['msg']}") from error
+        raise KdError(f"{path} is not a complete kd checkpoint: {place}: {first['msg']}", DAMAGED) from error
 
 
 def _read(path: Path) -> tuple[dict[str, Any], str]:
@@ -131,13 +133,13 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
     if not path.exists():
         raise KdError(f"no such file: {path}", "kd convert-caffe makes a teacher, kd train a student.")
     if not path.is_file():
-        raise KdError(f"{path} is not a file", "Name the .pt file itself.")
+        raise explain(path) or KdError(f"{path} is not a file", "Name the .pt file itself.")
     try:
         content = path.read_bytes()
         check_archive(path, content)
         document = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if not isinstance(document, dict):
-            raise KdError(f"{path} is not a kd checkpoint", "kd reads .pt files that kd wrote.")
+            raise KdError(f"{path} is not a kd checkpoint", OTHER_FILES)
         _check_extent(path, len(content), document)
         recorded = document.pop("sha256", None)
         if recorded is not None and recorded != digest(document):
@@ -146,10 +148,10 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
                 "Restore it, or write it again.",
             )
         return document, hashlib.sha256(content).hexdigest()
-    except KdError:
-        raise
+    except KdError as error:
+        raise (explain(path) or error) from error.__cause__
     except Exception as error:  # the unpickler and the zip reader raise whatever the bytes provoke
-        raise KdError(
+        raise explain(path) or KdError(
             f"{path} cannot be read safely: {first_line(error)}",
             "The file is damaged, or holds more than tensors and plain values; kd never executes what it reads.",
         ) from error
@@ -174,7 +176,7 @@ def _check_extent(path: Path, size: int, document: Any) -> None:
         elif isinstance(part, str | bytes) and len(part) > _LONG_TEXT:  # one text can be used a million times
             budget -= len(part)
         if budget < 0 or parts + len(pending) > _MAX_PARTS:
-            raise KdError(f"{path} claims to hold more than it can", "Write it again with kd.")
+            raise KdError(f"{path} claims to hold more than it can", AGAIN)
 
 
 def digest(value: Any, without: tuple[str, ...] = ()) -> str:

@@ -19,7 +19,11 @@ from kdcli.base.pickles import HINT, SafeUnpickler
 MAX_RECORDS = 200_000
 MAX_PICKLE_BYTES = 256 << 20
 
-_AGAIN = "Write it again with kd."
+OTHER_FILES = (
+    "A .pt file is one that kd wrote. Test, predict, info, bench and --teacher also take ONNX files of any program; "
+    "kd convert-caffe takes Caffe files."
+)
+AGAIN = "Write it again with the program that made it."
 _ITEM_BYTES = {
     "ByteStorage": 1, "CharStorage": 1, "BoolStorage": 1, "ShortStorage": 2, "HalfStorage": 2,
     "BFloat16Storage": 2, "IntStorage": 4, "FloatStorage": 4, "LongStorage": 8, "DoubleStorage": 8,
@@ -39,9 +43,7 @@ def check_archive(path: Path, content: bytes) -> None:
     """
     if not zipfile.is_zipfile(io.BytesIO(content)):
         check_pointer(content, str(path))
-        raise KdError(
-            f"{path} is not a kd checkpoint", "kd reads .pt files that kd wrote; see kd convert-caffe."
-        )
+        raise KdError(f"{path} is not a kd checkpoint", OTHER_FILES)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         pickles = [name for name in entries if name.endswith("/data.pkl")]
@@ -60,7 +62,7 @@ def check_archive(path: Path, content: bytes) -> None:
         ):
             raise KdError(
                 f"{path} is not an archive of weights as torch.save writes it",
-                "TorchScript, compressed and padded archives are refused. " + _AGAIN,
+                "Compressed and padded archives are refused. " + AGAIN,
             )
         folder = pickles[0].removesuffix("data.pkl") + "data/"
         sizes = {name.removeprefix(folder): entry.file_size for name, entry in entries.items()}
@@ -116,4 +118,4 @@ class _TensorlessUnpickler(SafeUnpickler):
         if kind != "storage" or name not in _ITEM_BYTES or type(count) is not int or count < 0:
             raise KdError("refuses a reference to something other than a storage", HINT)
         if count * _ITEM_BYTES[name] > self.sizes.get(record, -1):
-            raise KdError(f"storage {record[:40]!r} claims more than its record holds", _AGAIN)
+            raise KdError(f"storage {record[:40]!r} claims more than its record holds", AGAIN)

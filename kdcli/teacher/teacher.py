@@ -22,6 +22,7 @@ from kdcli.data import ImageSet, augment, rows
 from kdcli.methods import Features
 from kdcli.models import Classifier
 from kdcli.models.feature_extractor import FeatureExtractor, find_stages
+from kdcli.models.foreign import explain
 from kdcli.models.reproducible import DropoutKeys, use_sample_dropout
 from kdcli.teacher.cache import CachedLogits, LogitCache, weighted_mean
 from kdcli.teacher.member import Member, TeacherPass
@@ -115,7 +116,7 @@ class Teacher:
         files = [paths] if isinstance(paths, Path) else list(paths)
         for path in files:
             if not path.is_file():
-                raise KdError(
+                raise explain(path) or KdError(
                     f"no teacher at {path}",
                     "kd convert-caffe makes one from a Caffe network, kd train --method ce trains one; "
                     "name it with --teacher.",

@@ -23,6 +23,7 @@ from kdcli.data.preprocess import Preprocess
 from kdcli.deploy.onnx_model.counts import CHANNELS, image_input, layout_of
 from kdcli.deploy.onnx_model.metadata import assumed_preprocess, parse_metadata, recorded_crop
 from kdcli.deploy.onnx_model.runner import OnnxRunner
+from kdcli.models.foreign import explain
 
 MAX_BYTES = 2**31 - 1  # one protobuf message cannot be larger
 MAX_NODES = 1_000_000  # with functions expanded wherever they are called
@@ -239,9 +240,9 @@ def _read(path: Path, *, external: bool) -> tuple[onnx.ModelProto, int, str]:
     try:
         model = onnx.ModelProto.FromString(content)  # load_model would go by the file's suffix
     except Exception as error:  # protobuf raises whatever the bytes provoke
-        raise KdError(f"{path} is not an ONNX model: {first_line(error)}") from error
+        raise explain(path) or KdError(f"{path} is not an ONNX model: {first_line(error)}") from error
     if not model.graph.node or not model.graph.output:
-        raise KdError(f"{path} is not an ONNX model: it holds no network")
+        raise explain(path) or KdError(f"{path} is not an ONNX model: it holds no network")
     _check_work(path, model)
     outside = [
         tensor
