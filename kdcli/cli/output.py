@@ -77,7 +77,7 @@ def json(value: dict[str, Any]) -> None:
     """
     if settings.json:
         document = _finite({"schema_version": 1, **value})
-        sys.stdout.write(json_module.dumps(document) + "\n")
+        sys.stdout.write(json_module.dumps(document, default=str) + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -47,7 +47,9 @@ def validate(config: ValidateConfig) -> None:
             )
         result = evaluate(teacher, splits.test, task="validating", on_event=on_event)
     published = str(teacher.provenance.get("published") or "")
-    measured = (teacher.provenance.get("measured") or {}).get(splits.label)
+    recorded = teacher.provenance.get("measured")
+    measured = recorded.get(splits.label) if isinstance(recorded, dict) else None
+    measured = measured if isinstance(measured, float) else None
     output.json(
         {
             "teacher": str(config.teacher),

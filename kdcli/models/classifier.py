@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from kdcli.base.errors import KdError
+from kdcli.base.errors import KdError, is_out_of_memory
 from kdcli.base.events import OnEvent, Progress, ignore
 from kdcli.data import rows
 from kdcli.data.preprocess import Preprocess, from_spec
@@ -86,32 +86,32 @@ def from_checkpoint(stored: Checkpoint, source: str = "checkpoint") -> Classifie
     """Build the network of a checkpoint with its weights, in eval mode.
 
     Raises:
-        KdError: the weights do not fit the network they claim to belong to.
+        KdError: network, weights, preprocessing and images do not fit each other.
     """
     try:
-        build = partial(
-            registry.build,
-            stored.arch,
-            classes=len(stored.classes),
-            input_size=stored.input_size,
-            **stored.arch_args,
-        )
-        with torch.random.fork_rng(devices=[]):  # the initial weights are discarded
-            with torch.device("meta"):  # check names and shapes before memory is allocated
-                build().load_state_dict(stored.state_dict, assign=True)
-            network = build()
-            network.load_state_dict(stored.state_dict)
-        preprocess = from_spec(stored.preprocess)
-    except KdError:
-        raise
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
+        return _build(stored)
+    except Exception as error:  # what torch raises on odd arguments is not a closed set
+        if is_out_of_memory(error):
+            raise
+        known = error.message if isinstance(error, KdError) else ""
+        text = " ".join(str(error).split())[:300]
+        message = known or f"weights or preprocessing do not fit network {stored.arch}: {text}"
         raise KdError(
-            f"{source}: weights do not fit network {stored.arch}: {' '.join(str(error).split())[:300]}",
-            "The file is damaged, or was made by another version of kd; write it again.",
+            f"{source}: {message}",
+            getattr(error, "hint", "") or checkpoint.DAMAGED,
         ) from error
-    return Classifier(
-        network.to(memory_format=torch.channels_last),
-        preprocess,
+
+
+def _build(stored: Checkpoint) -> Classifier:
+    build = partial(
+        registry.build,
+        stored.arch,
+        classes=len(stored.classes),
+        input_size=stored.input_size,
+        **stored.arch_args,
+    )
+    join = partial(
+        Classifier,
         arch=stored.arch,
         arch_args=stored.arch_args,
         classes=stored.classes,
@@ -119,7 +119,17 @@ def from_checkpoint(stored: Checkpoint, source: str = "checkpoint") -> Classifie
         provenance=stored.provenance,
         file_sha256=stored.file_sha256,
         crop=stored.crop,
-    ).eval()
+    )
+    with torch.random.fork_rng(devices=[]):  # the initial weights are discarded
+        with torch.device("meta"), torch.no_grad():  # names, shapes and a pass, before memory is allocated
+            draft = join(build(), from_spec(stored.preprocess).to("meta")).eval()
+            shape = tuple(draft(torch.zeros(2, *stored.input_size, dtype=torch.uint8)).shape)
+            if shape != (2, len(stored.classes)):
+                raise ValueError(f"it gives {shape} for 2 images")
+            draft.network.load_state_dict(stored.state_dict, assign=True)
+        network = build()
+        network.load_state_dict(stored.state_dict)
+    return join(network.to(memory_format=torch.channels_last), from_spec(stored.preprocess)).eval()
 
 
 def load(path: Path) -> Classifier:

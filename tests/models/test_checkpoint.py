@@ -138,12 +138,58 @@ def test_error_of_mismatched_weights_names_the_network(tmp_path: Path) -> None:
     model = classifier()
     model.arch = "convnet-small"
     model.save(tmp_path / "m.pt")
-    with pytest.raises(KdError, match="weights do not fit network convnet-small"):
+    with pytest.raises(KdError, match="weights or preprocessing do not fit network convnet-small"):
         models.load(tmp_path / "m.pt")
     model.arch = "os.system"
     model.save(tmp_path / "m.pt")
     with pytest.raises(KdError, match="unknown network"):
         models.load(tmp_path / "m.pt")
+
+
+def preprocessing(name: str, **state: torch.Tensor) -> dict[str, Any]:
+    return {"preprocess": {"name": name, "args": {}, "state": state}}
+
+
+def graph(op: str, **args: Any) -> dict[str, Any]:
+    nodes = [
+        {"name": "odd", "op": op, "inputs": ["input"], "args": args},
+        {"name": "flat", "op": "flatten", "inputs": ["odd"]},
+        {"name": "ten", "op": "slice", "inputs": ["flat"], "args": {"part": 0, "of": 2, "points": [10]}},
+    ]
+    return {
+        "arch": "graph",
+        "arch_args": {"input": [1, 8, 8], "nodes": nodes, "output": "ten"},
+        "state_dict": {},
+    }
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        preprocessing("mean-std", mean=torch.zeros(7), std=torch.ones(7)),
+        preprocessing("mean-image", mean=torch.zeros(1, 9, 9)),
+        preprocessing("mean-image", mean=torch.zeros(2, 1, 1, 8, 8)),
+        preprocessing("gcn-zca", mean=torch.zeros(64), whiten=torch.zeros(64, 3)),
+        preprocessing("scale-shift", mean=torch.zeros(64, 1, 1)),
+        graph("elu", alpha=[1]),
+        graph("relu", negative_slope="x"),
+        graph("power", power="x"),
+        graph("no such operation"),
+        {"arch_args": {"no such": 2}},
+        {"arch_args": {"width": None}},
+        {"input_size": (8, 8, 0)},
+        {"input_size": (-8, 8, 1)},
+        {"classes": ()},
+    ],
+)
+def test_parts_that_do_not_fit_are_one_error_about_the_file(tmp_path: Path, odd: dict[str, Any]) -> None:
+    stored = checkpoint.load(saved(tmp_path))
+    checkpoint.save(tmp_path / "m.pt", replace(stored, **odd))
+    with pytest.raises(KdError, match=r"m\.pt: ") as caught:
+        models.load(tmp_path / "m.pt")
+    assert "\n" not in caught.value.message
+    assert caught.value.hint
+    assert caught.value.exit_code == 1
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +385,7 @@ def test_ambiguous_archives_are_refused(tmp_path: Path, monkeypatch: pytest.Monk
             checkpoint.load(path)
     for more in ({"constants.pkl": b"N."}, {"data.pkl": b"N."}):
         path.write_bytes(whole)
-        with pytest.raises(KdError, match="not an archive of weights"):
+        with pytest.raises(KdError, match=r"not an archive of weights|TorchScript"):
             checkpoint.load(changed(path, same, **more))
     os.mkfifo(tmp_path / "fifo.pt")
     with pytest.raises(KdError, match="is not a file"):

@@ -50,7 +50,8 @@ def decode_preprocess(text: str) -> Preprocess | None:
 def make_metadata(classifier: Classifier, *, with_preprocessing: bool) -> dict[str, str]:
     """Metadata of a float32 export of a checkpoint."""
     provenance = _without_paths(classifier.provenance)
-    teacher = provenance.get("teacher") or {}
+    teacher = provenance.get("teacher")
+    teacher = teacher if isinstance(teacher, dict) else {}
     values: dict[str, Any] = {
         "kd.format": FORMAT,
         "kd.version": __version__,
