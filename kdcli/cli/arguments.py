@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from kdcli.base.errors import KdError, UsageError
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from kdcli.data import Splits
     from kdcli.deploy.onnx_model import OnnxClassifier
     from kdcli.models import Classifier
+
+M = TypeVar("M", bound="Classifier | OnnxClassifier")
 
 
 def existing_model(path: Path) -> Path:
@@ -38,18 +40,20 @@ def existing_model(path: Path) -> Path:
 
 
 def data_for(
-    model: Classifier | OnnxClassifier,
+    model: M,
     path: Path,
     spec: str,
     config: TestConfig | ValidateConfig,
     on_event: OnEvent,
-) -> Splits:
-    """The data set `spec` with images of the model's size and channels.
+) -> tuple[M, Splits]:
+    """The data set `spec` with images of the model's size and channels, and the model in its order of classes.
 
     Raises:
         KdError: classes or image sizes do not match, or the data cannot be read.
     """
     from kdcli import data
+    from kdcli.deploy.load import in_order_of
+    from kdcli.teacher import assumptions
 
     splits = data.load(
         spec,
@@ -61,9 +65,11 @@ def data_for(
         skip_broken=config.skip_broken,
         on_event=on_event,
     )
+    model = in_order_of(model, splits.test.classes)
     if reason := data.incompatibility(model, splits.test):
         raise KdError(f"{path} {reason}", "Pass the data of this model with --data.")
-    return splits
+    assumptions.note_order(str(path), model, splits.test, on_event)
+    return model, splits
 
 
 def check_output_files(*paths: Path | None) -> None:

@@ -42,8 +42,9 @@ def convert_caffe(
     --check.
     """
     target, to_onnx = _target(model, config)
-    from kdcli import caffe
+    from kdcli import caffe, data
     from kdcli.caffe import opencv
+    from kdcli.teacher import assumptions
 
     with output.progress() as on_event:
         # 1. Read the files, and the data if they are needed.
@@ -63,6 +64,10 @@ def convert_caffe(
             on_event=on_event,
         )
         classifier = conversion.classifier
+        if splits is not None and data.incompatibility(classifier, splits.train) is None:
+            name = classifier.provenance["name"]
+            assumptions.note_order(name, classifier, splits.train, on_event)
+            assumptions.check(name, classifier, splits.train, on_event, task="trying alternatives")
         # 3. Check against OpenCV's reading of the same files, then write.
         images = opencv.check_images(classifier.input_size, train_images)
         agreement = None

@@ -35,7 +35,7 @@ def test(
     from kdcli.base import plotting, runtime
     from kdcli.deploy.load import load_model
     from kdcli.engine import evaluate
-    from kdcli.teacher import Teacher
+    from kdcli.teacher import Teacher, assumptions
 
     if config.plot is not None:
         plotting.check_target(config.plot)
@@ -49,7 +49,7 @@ def test(
     spec, skip_broken = data.source_for(model, loaded.provenance, config.data, config.skip_broken)
     config = config.model_copy(update={"skip_broken": skip_broken})
     with output.progress() as on_event:
-        splits = data_for(loaded, model, spec, config, on_event)
+        loaded, splits = data_for(loaded, model, spec, config, on_event)
         teacher_logits = None
         source, assumed = _teacher(config, loaded.provenance)
         if source is not None:
@@ -67,24 +67,26 @@ def test(
         result = evaluate(
             loaded, splits.test, teacher_logits=teacher_logits, task="testing", on_event=on_event
         )
+        assumptions.check(model.name, loaded, splits.test, on_event, task="trying alternatives")
     warning = data.overlap_warning(splits.overlap, result.count)
+    classes = splits.test.classes
     output.json(
         {
             "schema_version": 2,  # 1: the whole confusion matrix
             "model": str(model),
             "data": splits.label,
-            "classes": list(loaded.classes),
+            "classes": list(classes),
             "teacher": str(source) if source else None,
             "test": result.to_json(),
             "test_in_train": splits.overlap,
             "warning": warning,
         }
     )
-    _show(f"{model.name} on {splits.label}", result, loaded.classes)
+    _show(f"{model.name} on {splits.label}", result, classes)
     if warning:
         output.note(warning)
     if config.plot is not None:
-        report.confusion(result.matrix(), loaded.classes, config.plot)
+        report.confusion(result.matrix(), classes, config.plot)
         output.text(f"wrote {config.plot}")
 
 

@@ -28,13 +28,14 @@ def validate(config: ValidateConfig) -> None:
     from kdcli.deploy.load import load_model
     from kdcli.engine import evaluate
     from kdcli.models import Classifier
+    from kdcli.teacher import assumptions
 
     runtime.set_threads(config.threads)
     teacher = load_model(config.teacher, config.threads, config)
     if config.against is not None and not isinstance(teacher, Classifier):
         raise UsageError("--against compares a .pt teacher", "Convert it with kd convert-caffe --to pt.")
     with output.progress() as on_event:
-        splits = data_for(teacher, config.teacher, config.data, config, on_event)
+        teacher, splits = data_for(teacher, config.teacher, config.data, config, on_event)
         agreement = None
         if config.against is not None:
             assert isinstance(teacher, Classifier)
@@ -46,6 +47,7 @@ def validate(config: ValidateConfig) -> None:
                 teacher, config.against, config.prototxt, images, on_event=on_event
             )
         result = evaluate(teacher, splits.test, task="validating", on_event=on_event)
+        assumptions.check(str(config.teacher), teacher, splits.test, on_event, task="trying alternatives")
     published = str(teacher.provenance.get("published") or "")
     recorded = teacher.provenance.get("measured")
     measured = recorded.get(splits.label) if isinstance(recorded, dict) else None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kdcli import models
 from kdcli.base.config import NO_ASSUMPTIONS, InputSettings
@@ -13,6 +14,15 @@ from kdcli.models import Classifier
 
 if TYPE_CHECKING:  # importing onnxruntime takes a third of a second
     from kdcli.deploy.onnx_model import OnnxClassifier
+
+M = TypeVar("M", bound=Any)
+
+
+def in_order_of(model: M, classes: tuple[str, ...]) -> M:
+    """A model whose outputs are in this order of classes; as it is if it has other classes or is a checkpoint."""
+    if isinstance(model, Classifier) or model.classes == classes or sorted(model.classes) != sorted(classes):
+        return model
+    return replace(model, classes=classes, order=tuple(map(model.classes.index, classes)))
 
 
 def load_model(

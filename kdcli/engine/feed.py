@@ -147,7 +147,7 @@ def make_teacher_outputs(plan: RunPlan, on_event: OnEvent, stop: StopFlag) -> Te
         )
     if plan.cache_mode == "off":
         for member in teacher.members:
-            member.check(plan.train, on_event)
+            member.check(plan.train, on_event, measured=plan.world.first)
         stages: tuple[str, ...] = ()
         if plan.objective.needs_features:
             stages = teacher.stages(example_images(plan), config.teacher_stages)
@@ -169,6 +169,7 @@ def make_teacher_outputs(plan: RunPlan, on_event: OnEvent, stop: StopFlag) -> Te
         task="teacher on train images",
         on_event=on_event,
         stop=lambda: bool(stop),
+        measured=True,
     )
     if len(views) < count:
         raise Interrupted(

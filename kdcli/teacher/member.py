@@ -19,8 +19,9 @@ from kdcli.base.errors import KdError
 from kdcli.base.events import Note, OnEvent, Progress
 from kdcli.base.runtime import World
 from kdcli.data import ImageSet, incompatibility, other_classes
-from kdcli.deploy.load import load_model
+from kdcli.deploy.load import in_order_of, load_model
 from kdcli.models import Classifier
+from kdcli.teacher import assumptions
 from kdcli.teacher import cache as caches
 from kdcli.teacher.cache import LogitCache
 from kdcli.teacher.runner import Engine, Forward, choose_engine, forward_of
@@ -71,6 +72,7 @@ class Member:
     input_size: tuple[int, int, int] | None = None
     views_computed: int = 0
     _model: Any = field(default=None, repr=False)
+    _noted: bool = False
 
     @property
     def model(self) -> Any:
@@ -97,9 +99,13 @@ class Member:
             raise KdError("--teacher-dropout needs a .pt teacher", "Other files have no dropout layers.")
         return loaded
 
-    def check(self, data: ImageSet, on_event: OnEvent) -> None:
-        """Raise KdError unless the model takes these images and knows these classes; another crop is a note."""
-        model = self.model
+    def check(self, data: ImageSet, on_event: OnEvent, *, measured: bool) -> None:
+        """Raise KdError unless the model takes these images and knows these classes; another crop is a note.
+
+        Args:
+            measured: also run it on a sample of the images, see `assumptions.check`.
+        """
+        self._model = model = in_order_of(self.model, data.classes)
         problem = incompatibility(model, data)
         if problem is None:
             if model.crop != data.crop:
@@ -109,6 +115,12 @@ class Member:
                         f"by {data.crop:.4g}: its logits may be worse; see --crop of kd train"
                     )
                 )
+            if not self._noted:
+                assumptions.note_order(f"teacher {self.path}", model, data, on_event)
+            self._noted = True
+            if measured:
+                task = "teacher on a sample"
+                assumptions.check(f"teacher {self.path}", model, data, on_event, task=task, strict=True)
             return
         flags = []
         if other_classes(model, data) is None:  # only the images' shape is wrong
@@ -133,6 +145,7 @@ class TeacherPass:
         views: number of views wanted.
         make_view: number of a view and samples → images uint8 (B, H, W, C).
         task: name of the pass in messages.
+        measured: whether the model is measured on a sample before, see `Member.check`.
         stop: whether to stop between batches; complete parts are kept.
         computed: number of views that this run computed.
     """
@@ -147,6 +160,7 @@ class TeacherPass:
     task: str
     on_event: OnEvent
     stop: Callable[[], bool]
+    measured: bool = False
     computed: int = 0
 
     def run(self) -> list[npt.NDArray[Any]]:
@@ -219,9 +233,10 @@ class TeacherPass:
     @cached_property
     def _engine(self) -> Engine:
         """The engine, chosen for the checked model by the first process."""
-        self.member.check(self.data, self.on_event)
+        first = self.world.first
+        self.member.check(self.data, self.on_event, measured=self.measured and first)
         chosen = None
-        if self.world.first:
+        if first:
             chosen = choose_engine(
                 self.member.model,
                 lambda count: self.make_view(0, np.arange(min(count, len(self.data)))),

@@ -236,6 +236,7 @@ class Teacher:
         task: str = "teacher",
         on_event: OnEvent = ignore,
         stop: Callable[[], bool] = lambda: False,
+        measured: bool = False,
     ) -> list[CachedLogits]:
         """Logits for each view of a data set, from the cache, or computed and cached.
 
@@ -245,6 +246,7 @@ class Teacher:
 
         Args:
             pool: samples that an augmentation may mix in; by default all.
+            measured: before it is run, measure each model on a sample, see `Member.check`.
             exact: cache float32 of all classes, for figures: float16 makes ties, which can change a top-1 class.
 
         Returns:
@@ -264,7 +266,17 @@ class Teacher:
             precision = "32" if exact else self.precision
             cache = self._cache(member, data, augment_name, seed, chosen, exact)
             work = TeacherPass(
-                member, self.world, precision, cache, data, views, make_view, member_task, on_event, stop
+                member,
+                self.world,
+                precision,
+                cache,
+                data,
+                views,
+                make_view,
+                member_task,
+                on_event,
+                stop,
+                measured,
             )
             found.append(work.run())
             if len(found[-1]) < views:

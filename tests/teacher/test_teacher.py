@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -435,10 +436,13 @@ def test_a_view_is_on_the_disk_before_it_is_listed(
 
 def test_a_live_onnx_teacher(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An ONNX file can teach in each step, from raw images to probabilities; it has no dropout to leave on."""
+    from kdcli.deploy.onnx_model.metadata import make_metadata
     from kdcli.deploy.onnx_model.translate import to_onnx
 
     model = make_teacher(Path("t.pt"))
-    Path("t.onnx").write_bytes(to_onnx(model, opset=18, with_preprocessing=True).SerializeToString())
+    exported = to_onnx(model, opset=18, with_preprocessing=True)
+    onnx.helper.set_model_props(exported, make_metadata(model, with_preprocessing=True))
+    Path("t.onnx").write_bytes(exported.SerializeToString())
     with pytest.raises(KdError, match="needs a \\.pt teacher"):
         fit(config(method="kd", teacher=Path("t.onnx"), teacher_dropout=0.5), make_splits())
     images = torch.from_numpy(make_splits().train.images[:9])

@@ -60,6 +60,7 @@ class OnnxClassifier:
     file_bytes: int  # of the file and of external files with its weights
     assumed: InputSettings  # by the user; what the file says is not in it
     file_sha256: str  # of the file, as it was read
+    order: tuple[int, ...] | None = None  # of its outputs, where `classes` are in another order than these
 
     @classmethod
     def load(
@@ -156,7 +157,8 @@ class OnnxClassifier:
         """
         outputs = torch.from_numpy(self.run(self.prepare(images)))
         tiny = torch.finfo(torch.float32).tiny
-        return outputs if self.gives == "logits" else outputs.clamp_min(tiny).log()
+        logits = outputs if self.gives == "logits" else outputs.clamp_min(tiny).log()
+        return logits if self.order is None else logits[:, list(self.order)]
 
     def prepare(self, images: Tensor) -> npt.NDArray[Any]:
         """Raw images uint8 (B, H, W, C) → the network's input."""

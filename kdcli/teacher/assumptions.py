@@ -1,0 +1,275 @@
+"""A model on labelled images: whether it guesses, and which assumption about a foreign file fits them better."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kdcli import models
+from kdcli.base import metrics
+from kdcli.base.config import option_flag
+from kdcli.base.errors import KdError
+from kdcli.base.events import Note, OnEvent
+from kdcli.data import ImageSet, augment
+from kdcli.data.catalog import KNOWN_WEIGHTS
+from kdcli.data.images import NO_LABEL, knows_names
+from kdcli.data.preprocess import MeanStd, Preprocess
+from kdcli.models import Classifier
+
+_SAMPLE = 512
+_FIRST = 128  # images after which an alternative that is no better is given up
+_SHOWN = 6  # class names in a message
+_TYPED = 30  # class names in a command
+# Common scales of a network's input: description, options, mean and deviation in units of 0–255
+_SCALES = (
+    ("pixels 0–255", {"scale": "1"}, (0.0,), (1.0,)),
+    ("pixels 0–1", {"scale": "1/255"}, (0.0,), (255.0,)),
+    ("pixels −1–1", {"scale": "1/127.5", "mean": "1"}, (127.5,), (127.5,)),
+    (
+        "ImageNet's mean and deviation",
+        {"scale": "1/255", "mean": "0.485,0.456,0.406", "std": "0.229,0.224,0.225"},
+        (123.675, 116.28, 103.53),
+        (58.395, 57.12, 57.375),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """Accuracy of a model under an assumption about its input and classes.
+
+    Attributes:
+        text: description; empty for what the model was loaded with.
+        options: what sets it, by name.
+        by_text: whether its classes are in the order of texts.
+        count: number of images.
+        interval: 95 %, in per cent.
+    """
+
+    text: str
+    options: dict[str, str]
+    by_text: bool
+    count: int
+    accuracy: float
+    interval: tuple[float, float]
+
+
+def check(
+    name: str, model: Any, data: ImageSet, on_event: OnEvent, *, task: str, strict: bool = False
+) -> None:
+    """Note an assumption about a foreign model that fits labelled images clearly better than the one in use.
+
+    Args:
+        name: of the model, in messages.
+        strict: also measure models that kd made, and raise for a foreign one whose classes cannot be right.
+
+    Raises:
+        KdError: the model may be guessing, or is right more than twice as often under another assumption.
+    """
+    foreign = is_foreign(model)
+    found = measure(model, data, task, on_event) if foreign or strict else []
+    if not found:
+        return
+    now, best = found[0], max(found, key=lambda each: each.accuracy)
+    classes = len(data.classes)
+    guesses = is_near_chance(now.interval, classes)
+    clear = best.interval[0] > now.interval[1]
+    low, high = now.interval
+    text = (
+        f"{name} is right on {now.accuracy:.1f} % of {now.count} labelled images "
+        f"({low:.1f}–{high:.1f} %; chance is {100 / classes:.1f} %)"
+    )
+    advice = _advice(model, data, best) if clear else _causes(model)
+    if strict and foreign and (guesses or best.interval[0] > 2 * high):
+        raise KdError(text, advice)
+    if clear:
+        on_event(Note(f"{text}. {advice}"))
+    elif guesses:
+        on_event(
+            Note(f"{text}: it may be guessing. {advice if foreign else 'A student learns little from it.'}")
+        )
+
+
+def note_order(name: str, model: Any, data: ImageSet, on_event: OnEvent) -> None:
+    """Note the order of classes that is assumed for a model without names, where another one is usual."""
+    if is_foreign(model) and _order_is_assumed(model):
+        by_text = sorted(data.classes)
+        if list(data.classes) != by_text:
+            usual = f"other programs often sort them as texts: {_listed(by_text)}"
+            on_event(
+                Note(
+                    f"{name} names no classes: they are taken for {_listed(data.classes)} in this order; {usual}"
+                )
+            )
+
+
+def _order_is_assumed(model: Any) -> bool:
+    """Whether no file gives the order of classes: Caffe's never do, their names are those of the data."""
+    return not knows_names(model) or not hasattr(model, "metadata")
+
+
+def _listed(names: Any) -> str:
+    shown = ", ".join(list(names)[:_SHOWN])
+    return shown + (", …" if len(names) > _SHOWN else "")
+
+
+def _advice(model: Any, data: ImageSet, best: Assumption) -> str:
+    """What to set for an assumption."""
+    flag = _flag(model)
+    words, steps = [], ""
+    for option, value in best.options.items():
+        words.append(f"{flag(option)} {value}")
+    settable = _is_settable(model)
+    if best.by_text and not settable:
+        steps = "Name the folders of the classes so that both orders are one, as 01, 02, …"
+    elif best.by_text:
+        names = sorted(data.classes)
+        listed = f"printf '%s\\n' {shlex.join(names)} > classes.txt"
+        steps = listed if len(names) <= _TYPED else "list their names so, one a line, in classes.txt"
+        steps = f"To set it: {steps}; "
+        words.append(f"{flag('class_names')} classes.txt")
+    setting = " ".join(words)
+    if setting and not settable:
+        setting = f"convert it again with {setting}"
+    elif setting:
+        setting = f"add {setting}"
+    low, high = best.interval
+    fits = f"With {best.text} it is right on {best.accuracy:.1f} % ({low:.1f}–{high:.1f} %)"
+    return f"{fits}. {steps}{setting}".strip()
+
+
+def _causes(model: Any) -> str:
+    if not _is_settable(model):
+        return "Likely causes: another order of classes or channels, or other preprocessing; see kd convert-caffe."
+    flag = _flag(model)
+    return (
+        f"Likely causes: another order of classes ({flag('class_names')}) or of channels ({flag('channel_order')}), "
+        f"another scale of pixels ({flag('scale')}, {flag('mean')}, {flag('std')}), or other data."
+    )
+
+
+def _is_settable(model: Any) -> bool:
+    """Whether options of a command set the model's input and classes: those of other files are recorded in them."""
+    return bool(getattr(model, "is_foreign", False))
+
+
+def _flag(model: Any) -> Callable[[str], str]:
+    assumed = getattr(model, "assumed", None)
+    return option_flag if assumed is None else assumed.flag
+
+
+def sample_of(data: ImageSet, count: int = _SAMPLE) -> npt.NDArray[np.int64]:
+    """At most `count` labelled images, equally many of each class if there are, in any first part of them too."""
+    labelled = np.flatnonzero(data.labels != NO_LABEL)
+    shuffled = labelled[augment.order(0, augment.SPLIT, np.arange(len(labelled)))]
+    by_class = shuffled[np.argsort(data.labels[shuffled], kind="stable")]
+    _, starts, sizes = np.unique(data.labels[by_class], return_index=True, return_counts=True)
+    rank = np.arange(len(by_class)) - np.repeat(starts, sizes)  # of each image in its class
+    return by_class[np.argsort(rank, kind="stable")][:count]
+
+
+def is_near_chance(interval: tuple[float, float], classes: int) -> bool:
+    """Whether an accuracy may be that of guessing: hardly above it at the lower end, and low at the upper end.
+
+    The bounds are 1.5 and 3 times chance; with few classes 5 % and 20 % of the way from chance to 100 %. The upper
+    bound, at least 5 %, decides whether there are enough images to tell.
+    """
+    chance = 100 / classes
+    least = min(1.5 * chance, chance + 0.05 * (100 - chance))
+    most = max(5.0, min(3 * chance, chance + 0.2 * (100 - chance)))
+    return interval[0] <= least and interval[1] < most
+
+
+def is_foreign(model: Any) -> bool:
+    """Whether the model's input and classes may rest on assumptions: not made by kd, nor weights that it knows."""
+    weights = model.provenance.get("weights_sha256")
+    converted = str(model.provenance.get("kind")).startswith("caffe")
+    return getattr(model, "is_foreign", False) or (converted and str(weights) not in KNOWN_WEIGHTS)
+
+
+def measure(model: Any, data: ImageSet, task: str, on_event: OnEvent) -> list[Assumption]:
+    """The model as it was loaded, and for a foreign one the alternatives that are better, on one sample.
+
+    Empty without labelled images. The model is run once for each form of the input.
+    """
+    samples = sample_of(data)
+    labels = data.labels[samples]
+    foreign = is_foreign(model)
+    orders = list(_orders(model, data)) if foreign else [("", np.arange(len(data.classes)))]
+    found: list[Assumption] = []
+    right_now: npt.NDArray[np.bool_] = np.zeros(0, bool)
+    weights = model.parameters() if isinstance(model, Classifier) else iter(())
+    device = next((value.device for value in weights), torch.device("cpu"))
+    for text, options, forward in _inputs(model) if foreign else [("", {}, model)]:
+
+        def run(part: npt.NDArray[np.int64], forward: Any = forward) -> npt.NDArray[np.int64]:
+            logits = models.predict_logits(
+                lambda images: forward(images.to(device)), data.images, part, task=task, on_event=on_event
+            )
+            return logits.argmax(dim=1).numpy()
+
+        predicted = run(samples[:_FIRST]) if len(samples) else samples
+        first = labels[: len(predicted)]
+        best = max(((order[first] == predicted).mean() for _, order in orders), default=0.0)
+        if found and best <= right_now[:_FIRST].mean():
+            continue
+        if len(samples) > _FIRST:
+            predicted = np.concatenate([predicted, run(samples[_FIRST:])])
+        for order_text, order in orders if len(samples) else []:
+            right = order[labels] == predicted
+            right_now = right_now if found else right
+            accuracy = float(100 * right.mean())
+            words = " and ".join(part for part in (order_text, text) if part)
+            interval = metrics.wilson_interval(accuracy, len(samples))
+            found.append(Assumption(words, options, bool(order_text), len(samples), accuracy, interval))
+    return found
+
+
+def _orders(model: Any, data: ImageSet) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
+    """Orders that the classes of a foreign model may have; for each the number of the output by class of the data."""
+    names = data.classes
+    yield "", np.arange(len(names))
+    by_text = sorted(range(len(names)), key=names.__getitem__)
+    if by_text != list(range(len(names))) and _order_is_assumed(model):
+        yield f"its classes sorted as texts ({_listed(sorted(names))})", np.argsort(by_text)
+
+
+def _inputs(model: Any) -> Iterator[tuple[str, dict[str, str], Any]]:
+    """Forms of a foreign model's input: description, options, and a function from uint8 (B, H, W, C) to logits."""
+    yield "", {}, model
+    channels = model.input_size[2]
+    preprocess: Preprocess | None = model.preprocess
+    declared = preprocess or getattr(model, "assumed", None)
+    order = getattr(declared, "channel_order", None) or "rgb"
+    other = "rgb" if order == "bgr" else "bgr"
+    if channels == 3:  # exact also with means, which are in the network's order
+        yield f"channels {other}", {"channel_order": other}, lambda images: model(images.flip(-1))
+    for text, options, mean, std in _SCALES if preprocess is not None else ():
+        if len(mean) not in (1, channels):
+            continue
+        state = [torch.tensor(values * (channels // len(values))) for values in (mean, std)]  # in RGB order
+        for each in (order, other) if channels == 3 else (order,):
+            named = {name: _turned(value) if each == "bgr" else value for name, value in options.items()}
+            words = text if each == order else f"{text}, channels {each}"
+            setting = named if each == order else {"channel_order": each, **named}
+            yield words, setting, _with_preprocess(model, MeanStd(state[0], state[1], each))
+
+
+def _turned(numbers: str) -> str:
+    """Numbers joined by commas, in the reverse order."""
+    return ",".join(reversed(numbers.split(",")))
+
+
+def _with_preprocess(model: Any, preprocess: Preprocess) -> Callable[[Tensor], Tensor]:
+    if not isinstance(model, Classifier):
+        other: Callable[[Tensor], Tensor] = replace(model, preprocess=preprocess)
+        return other
+    network = model.network
+    return lambda images: network(preprocess.to(images.device)(images.permute(0, 3, 1, 2).float()))
