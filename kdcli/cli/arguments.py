@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from kdcli.base.errors import KdError, UsageError
+from kdcli.base.text import dims
 
 if TYPE_CHECKING:
     from kdcli.base.config import TestConfig, ValidateConfig
@@ -70,6 +71,12 @@ def data_for(
         raise KdError(f"{path} {reason}", "Pass the data of this model with --data.")
     assumptions.note_order(str(path), model, splits.test, on_event)
     return model, splits
+
+
+def check_image_size(path: str | Path, input_size: tuple[int, int, int], side: int | None) -> None:
+    """Raise UsageError unless a model takes images of the given side."""
+    if side is not None and input_size[:2] != (side, side):
+        raise UsageError(f"{path} takes {dims(input_size)} images", "Leave out --image-size.")
 
 
 def check_output_files(*paths: Path | None) -> None:

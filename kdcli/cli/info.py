@@ -15,7 +15,7 @@ from kdcli.base.config import InfoConfig, InputSettings
 from kdcli.base.errors import UsageError
 from kdcli.base.text import dims
 from kdcli.cli import output
-from kdcli.cli.arguments import existing_model
+from kdcli.cli.arguments import check_image_size, existing_model
 from kdcli.cli.options import command, examples
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def info(
             config.model_fields_set, InputSettings.model_fields.keys() - {"image_size"}, reason
         )
     found = describe(model, config)
+    check_image_size(model, found.input_size, config.image_size)
     output.json({"model": model, **asdict(found)})
     _show(model, found)
 

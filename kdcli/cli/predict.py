@@ -7,7 +7,7 @@ import typer
 
 from kdcli.base.config import PredictConfig
 from kdcli.cli import output
-from kdcli.cli.arguments import existing_model
+from kdcli.cli.arguments import check_image_size, existing_model
 from kdcli.cli.options import command, examples
 
 EPILOG = examples(
@@ -32,6 +32,7 @@ def predict(
 
     runtime.set_threads(config.threads)
     loaded = load_model(model, config.threads, config)
+    check_image_size(model, loaded.input_size, config.image_size)
     with output.progress() as on_event:
         predictions = list(classify(loaded, images, config, on_event=on_event))
     documents, rows = [], []

@@ -53,7 +53,7 @@ def info(model: str, config: InfoConfig) -> ModelInfo:
         return _network_info(model, config)
     loaded = load_model(path, assumed=config)
     if isinstance(loaded, OnnxClassifier):
-        counts = count_model(loaded.model, loaded.input_size)
+        counts = count_model(loaded.model, loaded.input_shape)
         kind, arch, gives, size = "onnx", loaded.metadata.get("kd.arch"), loaded.gives, loaded.file_bytes
         parameters, macs, layers = counts.parameters, counts.macs, counts.nodes
     else:

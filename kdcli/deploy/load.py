@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from kdcli import models
 from kdcli.base.config import NO_ASSUMPTIONS, InputSettings
 from kdcli.base.errors import UsageError
-from kdcli.base.text import dims
 from kdcli.models import Classifier
 
 if TYPE_CHECKING:  # importing onnxruntime takes a third of a second
@@ -53,7 +52,4 @@ def load_model(
             f"{path} records its own input and classes",
             f"Leave out {', '.join(map(assumed.flag, assumed.given))}.",
         )
-    side = assumed.image_size
-    if side and model.input_size[:2] != (side, side):
-        raise UsageError(f"{path} takes {dims(model.input_size)} images", "Leave out --image-size.")
     return model

@@ -232,17 +232,12 @@ def _onnx_candidate(
     inputs = model.to_layout(raw.numpy() / 255) if model.why_not_runnable else model.prepare(raw)
     if model.takes_pixels:
         notes.append("timed with its preprocessing, which is inside")
-    batch = model.batch
-    if batch is None:
-        try:
-            model.run(inputs)
-        except KdError:  # it declares any batch, and runs single images only
-            batch = 1
+    batch = model.runner.batch
     if batch == 1:
         notes.append("its batch is fixed at 1; images of a batch are run singly")
     elif batch is not None:
         notes.append(f"its batch is fixed at {batch}; one image takes as long as {batch}")
-    counts = count_model(model.model, model.input_size)
+    counts = count_model(model.model, model.input_shape)
     operators = {node.op_type for node in model.model.graph.node}
     quantised = any("Quantize" in operator or "QLinear" in operator for operator in operators)
     row = make_row(
@@ -255,16 +250,21 @@ def _onnx_candidate(
         precision="int8" if quantised else "fp32",
         notes=tuple(notes),
     )
-    return _ort_candidate(row, model.model.SerializeToString(), inputs, threads, batch)
+    return _ort_candidate(row, model.model.SerializeToString(), inputs, threads, batch, model.runner.output)
 
 
 def _ort_candidate(
-    row: Row, content: bytes, inputs: npt.NDArray[Any], threads: int, batch: int | None = None
+    row: Row,
+    content: bytes,
+    inputs: npt.NDArray[Any],
+    threads: int,
+    batch: int | None = None,
+    output: str = "",
 ) -> Candidate:
-    """An ONNX model and its input; `batch`: images per call, if fixed."""
+    """An ONNX model and its input; `batch`: images per call, if fixed; `output`: by default the first."""
 
     def load() -> Runner:
-        runner = OnnxRunner(content, threads, str(row.path))
+        runner = OnnxRunner(content, threads, str(row.path), output=output)
         if batch is None:  # timed without kd's own overhead
             return lambda count: runner.call(inputs[:count])
         return lambda count: runner.run(inputs[:count], batch)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import onnx
 
 from kdcli.base.text import dims
+from kdcli.deploy.onnx_model.form import image_input
 from kdcli.models.layers import LayerSummary
 
 PREPROCESSING = "preprocess/"  # prefix of the names of preprocessing nodes in exported files
-CHANNELS = (1, 2, 3, 4)
-_Size = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,8 @@ class ModelCounts:
     nodes: tuple[LayerSummary, ...]  # in the order they run
 
 
-def count_model(model: onnx.ModelProto, input_size: _Size | None = None) -> ModelCounts:
-    """Count a model's values, bytes and work. `input_size` (H, W, C) replaces open sides of its input."""
+def count_model(model: onnx.ModelProto, image: tuple[int, ...] = ()) -> ModelCounts:
+    """Count a model's values, bytes and work; `image` are the sides of one image of its input, if they are open."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     network_inputs: set[str] = set()
     scales: set[str] = set()  # and zero points
@@ -49,16 +48,16 @@ def count_model(model: onnx.ModelProto, input_size: _Size | None = None) -> Mode
         network_bytes += size
         if name not in scales and tensor.data_type != onnx.TensorProto.INT64:
             weights[name] = count
-    nodes = _node_rows(model, input_size, weights)
+    nodes = _node_rows(model, image, weights)
     macs = None if any(node.macs is None for node in nodes) else sum(node.macs or 0 for node in nodes)
     return ModelCounts(sum(weights.values()), network_bytes, preprocessing_bytes, macs, nodes)
 
 
 def _node_rows(
-    model: onnx.ModelProto, input_size: _Size | None, weights: dict[str, int]
+    model: onnx.ModelProto, image: tuple[int, ...], weights: dict[str, int]
 ) -> tuple[LayerSummary, ...]:
     """A row for each node, for a batch of one; `weights` are counted in the first node that uses them."""
-    shapes = _infer_shapes(model, input_size)
+    shapes = _infer_shapes(model, image)
     uncounted = dict(weights)
     image_values = {info.name for info in model.graph.input} - weights.keys()  # all that depends on the image
     rows = []
@@ -73,19 +72,15 @@ def _node_rows(
     return tuple(rows)
 
 
-def _infer_shapes(model: onnx.ModelProto, input_size: _Size | None) -> dict[str, tuple[int, ...]]:
+def _infer_shapes(model: onnx.ModelProto, image: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     """Shapes by name for a batch of one, as far as they can be inferred."""
     fixed = copy.deepcopy(model)
     info = image_input(fixed)
     if info is not None:
         sides = info.type.tensor_type.shape.dim
         sides[0].dim_value = 1
-        if input_size is not None:
-            height, width, channels = input_size
-            nhwc = layout_of(info) == "NHWC"
-            values = (height, width, channels) if nhwc else (channels, height, width)
-            for side, value in zip(sides[1:], values, strict=True):
-                side.dim_value = value
+        for side, value in zip(sides[1:], image, strict=False):
+            side.dim_value = value
         for output in fixed.graph.output:  # a named batch side would contradict the 1
             output.type.tensor_type.ClearField("shape")
         del fixed.graph.value_info[:]
@@ -111,22 +106,3 @@ def _macs(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int | Non
         return outputs * math.prod(shapes[node.input[1]][1:])  # weight (M, C/groups, kernel …)
     transposed = any(entry.name == "transA" and entry.i for entry in node.attribute)
     return outputs * shapes[node.input[0]][-2 if transposed else -1]
-
-
-def layout_of(info: onnx.ValueInfoProto) -> str:
-    """`NCHW` or `NHWC`, by which of the second and the last side is a number of channels.
-
-    Where both or neither is, uint8 means NHWC and floats mean NCHW, as in kd's own files. TensorFlow's are NHWC.
-    """
-    sides = info.type.tensor_type.shape.dim
-    second, last = sides[1].dim_value, sides[3].dim_value
-    if info.type.tensor_type.elem_type == onnx.TensorProto.UINT8:
-        return "NCHW" if second in CHANNELS and last not in CHANNELS else "NHWC"
-    return "NHWC" if last in CHANNELS and second and second not in CHANNELS else "NCHW"
-
-
-def image_input(model: onnx.ModelProto) -> onnx.ValueInfoProto | None:
-    """The only input of a model, if it has four sides; else None."""
-    constants = {tensor.name for tensor in model.graph.initializer}  # old files list weights as inputs
-    inputs = [info for info in model.graph.input if info.name not in constants]
-    return inputs[0] if len(inputs) == 1 and len(inputs[0].type.tensor_type.shape.dim) == 4 else None

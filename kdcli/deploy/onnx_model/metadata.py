@@ -1,7 +1,11 @@
 """Metadata of exported ONNX files: classes, preprocessing, origin, quantisation. Written and read here only."""
 
+import ast
 import base64
 import json
+import re
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -9,14 +13,26 @@ import numpy as np
 import torch
 
 from kdcli import __version__
-from kdcli.base.config import InputSettings
+from kdcli.base.config import NO_ASSUMPTIONS, InputSettings
 from kdcli.base.errors import KdError, UsageError
-from kdcli.base.text import first_line
+from kdcli.base.files import parse_document, read_bytes
+from kdcli.base.text import first_line, reason
 from kdcli.data.preprocess import MeanStd, Preprocess, from_spec
+from kdcli.deploy.onnx_model.form import InputForm
 from kdcli.models import Classifier
 
 FORMAT = "kd-onnx-1"
+FORMAT_KEY = "kd.format"
 _MOST_VALUES = 16_384  # of a preprocessing that is stored as text
+_MOST_TEXT = 1_000_000  # bytes of class names
+_NAME_KEYS = ("names", "id2label", "labels", "classes", "class_names")  # of metadata of exporters
+_NAME_FILES = ("labels.txt", "config.json")  # beside a model
+_PIXEL_FORMATS = {"Rgb8": {"channel_order": "rgb"}, "Bgr8": {"channel_order": "bgr"}, "Gray8": {}}
+_PIXEL_RANGES = {
+    "NominalRange_0_255": {"scale": "1"},
+    "Normalized_0_1": {"scale": "1/255"},
+    "Normalized_1_1": {"scale": "1/127.5", "mean": "1"},
+}
 _MEASURED = ("test_accuracy", "agreement")  # of the float32 network, in its provenance
 
 
@@ -37,7 +53,7 @@ def encode_preprocess(preprocess: Preprocess, most_values: int = _MOST_VALUES) -
 
 def decode_preprocess(text: str) -> Preprocess | None:
     """The inverse of `encode_preprocess`; None if the values were left out. Other text is an error of any kind."""
-    spec = json.loads(text)
+    spec = parse_document(text)
     if spec["state"] is None:
         return None
     state = {}
@@ -53,7 +69,7 @@ def make_metadata(classifier: Classifier, *, with_preprocessing: bool) -> dict[s
     teacher = provenance.get("teacher")
     teacher = teacher if isinstance(teacher, dict) else {}
     values: dict[str, Any] = {
-        "kd.format": FORMAT,
+        FORMAT_KEY: FORMAT,
         "kd.version": __version__,
         "kd.classes": json.dumps(list(classifier.classes), ensure_ascii=False),
         "kd.arch": classifier.arch,
@@ -99,43 +115,148 @@ def recorded_crop(path: Path, metadata: dict[str, str]) -> float:
         if not 0.25 <= crop <= 1:
             raise ValueError(f"crop {crop}")
     except ValueError as error:
-        raise KdError(f"{path} has invalid metadata: {first_line(error)}", "Export it again.") from error
+        raise _invalid(path, error) from error
     return crop
 
 
-def parse_metadata(
-    path: Path, metadata: dict[str, str], classes: int
-) -> tuple[tuple[str, ...], dict[str, Any], Preprocess | None]:
-    """Class names, provenance and preprocessing from the metadata of a file with that many classes.
-
-    In a file of another program: numbers, nothing, and None.
+def parse_metadata(path: Path, metadata: dict[str, str]) -> tuple[dict[str, Any], Preprocess | None]:
+    """Provenance and preprocessing of a file of `kd export`.
 
     Raises:
-        KdError: it is damaged, of a newer version, or names another number of classes.
+        KdError: it is damaged, or of a newer version.
     """
-    if "kd.format" not in metadata:
-        return tuple(map(str, range(classes))), {}, None
     try:
-        if metadata["kd.format"] != FORMAT:
-            raise ValueError(f"{metadata['kd.format'][:40]} of another version of kd")
-        names = tuple(str(name) for name in json.loads(metadata["kd.classes"]))
-        provenance = dict(json.loads(metadata["kd.provenance"]))
+        if metadata[FORMAT_KEY] != FORMAT:
+            raise ValueError(f"{metadata[FORMAT_KEY][:40]} of another version of kd")
+        provenance = dict(parse_document(metadata["kd.provenance"]))
+        json.dumps(
+            provenance, ensure_ascii=False
+        ).encode()  # half of a surrogate pair cannot be written again
         preprocess = decode_preprocess(metadata["kd.preprocess"])
-        if len(names) != classes:
-            raise ValueError(f"{len(names)} class names for {classes} outputs")
     except Exception as error:  # JSON of any form raises many kinds
-        raise KdError(f"{path} has invalid metadata: {first_line(error)}", "Export it again.") from error
-    return names, provenance, preprocess
+        raise _invalid(path, error) from error
+    return provenance, preprocess
 
 
-def assumed_preprocess(assumed: InputSettings, channels: int) -> Preprocess | None:
-    """Preprocessing of an input that the user describes; None if the scale of its values is not known.
+def class_names(
+    path: Path, metadata: Mapping[str, str], count: int, assumed: InputSettings = NO_ASSUMPTIONS
+) -> tuple[tuple[str, ...], str]:
+    """Names of the classes; and of a file of another program where they come from, empty if they are numbers.
+
+    They are those of `assumed`, of the metadata of any known exporter, or of a file beside the model.
 
     Raises:
-        UsageError: values for another number of channels.
+        KdError: the names cannot be read, or are of another number than the classes.
     """
-    if assumed.mean_std is None:
+    if FORMAT_KEY in metadata:
+        try:
+            names = tuple(str(name) for name in parse_document(metadata["kd.classes"]))
+            if len(names) != count:
+                raise ValueError(f"{len(names)} class names for {count} outputs")
+        except Exception as error:
+            raise _invalid(path, error) from error
+        return names, ""
+    listed = assumed.class_names
+    sources: list[tuple[str, str]] = []  # a text and where it is from
+    if listed is not None:
+        sources.append((_small_text(listed), listed.as_posix()))
+    else:
+        sources += [(metadata[key], f"its metadata, {key}") for key in _NAME_KEYS if metadata.get(key)]
+        beside = (path.parent / name for name in _NAME_FILES)
+        sources += [(_small_text(file), file.as_posix()) for file in beside if file.is_file()]
+    for text, source in sources:
+        found = _names_in(text, source)
+        if found is None:
+            continue
+        if len(found) != count:
+            raise KdError(
+                f"{source} names {len(found)} classes, {path} has {count} outputs",
+                f"Set the names in the order of the outputs with {assumed.flag('class_names')} FILE.",
+            )
+        return found, source
+    if listed is not None:
+        raise KdError(
+            f"{listed} holds no class names", "One a line, a JSON list, or a JSON object of id: name."
+        )
+    return tuple(map(str, range(count))), ""
+
+
+def _names_in(text: str, source: str) -> tuple[str, ...] | None:
+    """Names from a JSON or Python list or object of numbers, from lines, or from one line with commas."""
+    value: Any = None
+    for read in (parse_document, ast.literal_eval):  # ultralytics writes a Python dict
+        with suppress(Exception):  # also RecursionError and MemoryError, on deep nesting
+            value = read(text[:_MOST_TEXT])
+            break
+    if isinstance(value, dict) and isinstance(value.get("id2label"), dict):
+        value = value["id2label"]
+    if isinstance(value, dict):
+        by_number = {str(number): str(name) for number, name in value.items()}
+        value = [by_number.get(str(number)) for number in range(len(by_number))]
+    elif not isinstance(value, list | tuple):
+        value = [] if source.endswith(".json") or text.lstrip()[:1] in ("{", "[") else _lines(text)
+    if len(value) < 2 or None in value or value == [f"LABEL_{number}" for number in range(len(value))]:
+        return None  # the last are placeholders of transformers
+    return tuple(map(str, value))
+
+
+def _lines(text: str) -> list[str]:
+    """Lines, or words of one line with commas; without numbers 0, 1, … before all of them."""
+    lines = [line.strip() for line in text.strip("\ufeff\r\n ").splitlines()]
+    if len(lines) == 1:
+        lines = [word.strip() for word in lines[0].split(",")]
+    words = [re.split(r"[\s:,]+", line, maxsplit=1) for line in lines]
+    numbered = all(len(word) == 2 and word[0] == str(number) for number, word in enumerate(words))
+    return [word[1] for word in words] if numbered else lines
+
+
+def _small_text(path: Path) -> str:
+    try:
+        return read_bytes(path, _MOST_TEXT).decode("utf-8")
+    except (OSError, ValueError) as error:
+        why = reason(error) if isinstance(error, OSError) else first_line(error)
+        raise KdError(f"class names in {path} cannot be read: {why}") from error
+
+
+def _invalid(path: Path, error: Exception) -> KdError:
+    return KdError(f"{path} has invalid metadata: {first_line(error)}", "Export it again.")
+
+
+def with_declared(path: Path, metadata: Mapping[str, str], assumed: InputSettings) -> InputSettings:
+    """`assumed`, completed by the image metadata of the ONNX standard.
+
+    Raises:
+        KdError: a form of pixels that is not read and not overridden.
+    """
+    declared: dict[str, str] = {}
+    for key, forms, own in (
+        ("Image.BitmapPixelFormat", _PIXEL_FORMATS, assumed.channel_order),
+        ("Image.NominalPixelRange", _PIXEL_RANGES, assumed.mean_std),
+    ):
+        form = metadata.get(key)
+        if own or form is None:
+            continue
+        if form not in forms:
+            raise KdError(
+                f"{path} takes pixels of {key} {form[:40]}, which kd does not make",
+                f"Set {', '.join(assumed.flag(name) for name in ('channel_order', 'scale', 'mean', 'std'))}.",
+            )
+        declared |= forms[form]
+    return assumed.model_copy(update=declared)
+
+
+def assumed_preprocess(path: Path, assumed: InputSettings, form: InputForm) -> Preprocess | None:
+    """Preprocessing of an input that is described; None if the scale of its values is not known, or it is uint8.
+
+    Raises:
+        UsageError: values for another number of channels, or for uint8 images.
+    """
+    channels = form.size[2]
+    if assumed.mean_std is None or (form.dtype == np.uint8 and assumed.mean_std == ((0.0,), (1.0,))):
         return None
+    if form.dtype == np.uint8:
+        flags = ", ".join(assumed.flag(name) for name in ("scale", "mean", "std") if getattr(assumed, name))
+        raise UsageError(f"{path} takes uint8 images: its preprocessing is inside", f"Leave out {flags}.")
     order = assumed.channel_order or "rgb"
     state = {}
     for name, values in zip(("mean", "std"), assumed.mean_std, strict=True):

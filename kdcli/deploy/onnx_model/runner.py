@@ -19,15 +19,23 @@ LEVELS = {  # graph optimisation levels of onnxruntime, each a superset of the o
 
 
 class OnnxRunner:
-    """An onnxruntime session for a model with one input, named `input`; `batch` images per call, or any if None."""
+    """An onnxruntime session for a model with one input.
 
-    def __init__(self, model: bytes, threads: int = 0, name: str = "model", *, level: str = "all") -> None:
+    Attributes:
+        input, output: names; by default the first output is read.
+        batch: images per call, fixed by the model or by what it can run; None: any number.
+    """
+
+    def __init__(
+        self, model: bytes, threads: int = 0, name: str = "model", *, level: str = "all", output: str = ""
+    ) -> None:
         """Create the session; a KdError if onnxruntime rejects the model.
 
         Args:
             model: a serialised ModelProto; a model given as bytes cannot read files.
             threads: 0: all available cores.
             level: graph optimisation, a key of `LEVELS`.
+            output: the one to read; by default the first.
         """
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or available_cores()
@@ -46,15 +54,16 @@ class OnnxRunner:
             raise KdError(f"onnxruntime cannot run {name}: {first_line(error)}") from error
         taken = self.session.get_inputs()[0]
         self.input: str = taken.name
+        self.output = output or self.session.get_outputs()[0].name
         self.batch: int | None = taken.shape[0] if taken.shape and isinstance(taken.shape[0], int) else None
 
     def call(self, inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """The first output for inputs (B, …), without checks: the call that is timed."""
-        output: npt.NDArray[Any] = self.session.run(None, {self.input: inputs})[0]
+        """The output for inputs (B, …), without checks: the call that is timed."""
+        output: npt.NDArray[Any] = self.session.run([self.output], {self.input: inputs})[0]
         return output
 
     def run(self, inputs: npt.NDArray[Any], batch: int | None = None) -> npt.NDArray[Any]:
-        """The first output (N, …) for inputs (N, …).
+        """The output (N, …) for inputs (N, …).
 
         Args:
             batch: images per call; by default all at once. A batch fixed by the model takes precedence; the last
@@ -70,13 +79,18 @@ class OnnxRunner:
         parts = []
         for start in range(0, len(inputs), step):
             part = inputs[start : start + step]
-            output: object = self.outputs([self.session.get_outputs()[0].name], part)[0]
+            output: object = self.outputs([self.output], part)[0]
             if not isinstance(output, np.ndarray):  # a sequence or a map
                 raise KdError(f"{self.name} gives no tensor")
             if output.shape[:1] != part.shape[:1]:
                 raise KdError(f"{self.name} gives an output of shape {output.shape} for {len(part)} images")
             parts.append(output)
         return np.concatenate(parts)[:count]
+
+    @property
+    def tensors(self) -> list[str]:
+        """Names of the outputs that are tensors, not sequences or maps."""
+        return [each.name for each in self.session.get_outputs() if each.type.startswith("tensor(")]
 
     def outputs(self, names: list[str], inputs: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
         """Outputs by name for inputs (N, …); a KdError if onnxruntime fails."""

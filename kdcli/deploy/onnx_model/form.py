@@ -1,0 +1,325 @@
+"""Form of an ONNX classifier: order and sides of its input, and the output that holds its classes."""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from kdcli.base.config import InputSettings
+from kdcli.base.errors import KdError
+from kdcli.base.text import dims
+from kdcli.deploy.onnx_model.runner import OnnxRunner
+
+CHANNELS = (1, 2, 3, 4)
+MAX_SIDE = 4096
+MAX_BATCH = 4096
+MAX_VALUES = 2**27  # of a fixed batch: 0.5 GB as float32
+_MOST_STEPS = 1000  # tensors between the input and the first operator that needs a layout
+_TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.UINT8)
+_Size = tuple[int, int, int]
+_Dims = Mapping[str, tuple[int, ...]]
+
+# Operators of channels on the second side, with the input of their weights and the side of it that has the channels.
+_CHANNELS_SECOND: dict[str, tuple[int, int]] = {
+    "Conv": (1, 1),
+    "ConvInteger": (1, 1),
+    "QLinearConv": (3, 1),
+    "ConvTranspose": (1, 0),
+    "BatchNormalization": (1, 0),
+    "InstanceNormalization": (1, 0),
+    "PRelu": (1, 0),
+    **dict.fromkeys(("AveragePool", "MaxPool", "LpPool", "LRN"), (-1, 0)),
+    **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool", "DepthToSpace", "SpaceToDepth"), (-1, 0)),
+}
+_ELEMENTWISE = {"Add", "Sub", "Mul", "Div"}
+_KEEP_LAYOUT = _ELEMENTWISE | {
+    *(
+        "Cast",
+        "Clip",
+        "Concat",
+        "DequantizeLinear",
+        "DynamicQuantizeLinear",
+        "Gather",
+        "Identity",
+        "Neg",
+        "Pad",
+    ),
+    *("QuantizeLinear", "Relu", "Resize", "Slice", "Split", "Upsample"),
+}
+# Operators that may follow a softmax: their outputs are still probabilities.
+_KEEP_VALUES = (
+    "Cast",
+    "DequantizeLinear",
+    "QuantizeLinear",
+    "Flatten",
+    "Identity",
+    "Reshape",
+    "Squeeze",
+    "Unsqueeze",
+)
+_NAMES_OF_OUTPUTS = tuple(map(re.compile, ("logit", "prob|softmax", "out|pred|class|label|score")))
+_SUM_TOLERANCE = 1e-3
+_SAME = 1e-2  # of the largest logit: rounding of float16 is below, other statistics of a batch are far above
+_LEAST_PROBABILITY = 1e-7  # in that comparison
+
+
+@dataclass(frozen=True)
+class InputForm:
+    """The one image input of a model.
+
+    Attributes:
+        layout: NCHW or NHWC.
+        size: (H, W, C).
+        batch: fixed number of images per call; None: any number.
+    """
+
+    layout: str
+    dtype: np.dtype[Any]
+    size: _Size
+    batch: int | None
+
+
+def input_form(
+    path: Path,
+    model: onnx.ModelProto,
+    metadata: Mapping[str, str],
+    assumed: InputSettings,
+    data_size: _Size | None,
+) -> InputForm:
+    """Type, layout and sides of the input, open ones from `assumed`, the metadata or the data, in this order.
+
+    Raises:
+        KdError: no image input, or its layout or a side is not known.
+    """
+    hint = "kd runs files with one input: (N, C, H, W) or (N, H, W, C), uint8 or a float type."
+    info = image_input(model)
+    if info is None or info.type.tensor_type.elem_type not in _TYPES:
+        raise KdError(f"{path} does not take images", hint)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type)
+    sides = [side.dim_value for side in info.type.tensor_type.shape.dim]  # 0: open
+    if "kd.format" in metadata:
+        layout, channels = "NHWC" if dtype == np.uint8 else "NCHW", 0
+    else:
+        layout, channels = _layout(path, model, info.name, sides, assumed)
+    batch, *size = sides if layout == "NHWC" else (sides[0], sides[2], sides[3], sides[1])
+    side = assumed.image_size or 0
+    for known in ((side, side, channels), _recorded_size(metadata), data_size or (0, 0, 0)):
+        size = [own or other for own, other in zip(size, known, strict=True)]
+    height, width, channels = size
+    if min(size) < 1:
+        given = "×".join(str(side or "?") for side in size)
+        raise KdError(
+            f"{path} leaves the size of its images open ({given})",
+            f"Set height and width with {assumed.flag('image_size')}.",
+        )
+    if max(height, width) > MAX_SIDE or channels not in CHANNELS:
+        limits = f"Images have at most {MAX_SIDE:,} pixels a side and {max(CHANNELS)} channels."
+        raise KdError(f"{path} takes images of {dims(size)} in {layout} order", limits)
+    if batch > MAX_BATCH or batch * math.prod(size) > MAX_VALUES:
+        raise KdError(f"{path} takes {batch} images at a time", f"The limit is {MAX_BATCH:,} small ones.")
+    return InputForm(layout, dtype, (height, width, channels), batch or None)
+
+
+def image_input(model: onnx.ModelProto) -> onnx.ValueInfoProto | None:
+    """The only input of a model, if it has four sides; else None."""
+    constants = {tensor.name for tensor in model.graph.initializer}  # old files list weights as inputs
+    inputs = [info for info in model.graph.input if info.name not in constants]
+    return inputs[0] if len(inputs) == 1 and len(inputs[0].type.tensor_type.shape.dim) == 4 else None
+
+
+def _layout(
+    path: Path, model: onnx.ModelProto, name: str, sides: list[int], assumed: InputSettings
+) -> tuple[str, int]:
+    """NCHW or NHWC, and the channels that the network needs, 0 if unknown.
+
+    By what the user says, else by the end that alone has a number of channels, else by the network's operators, else
+    by the images being square.
+
+    Raises:
+        KdError: none of them decides.
+    """
+    needed, channels = _needed_layout(model, name)
+    second, last = sides[1] in CHANNELS, sides[3] in CHANNELS
+    if assumed.layout:
+        return assumed.layout.upper(), channels
+    if second != last:
+        return "NCHW" if second else "NHWC", channels
+    if needed:
+        return needed, channels
+    if second and last and (sides[2] == sides[3]) != (sides[1] == sides[2]):  # only one reading is square
+        return "NCHW" if sides[2] == sides[3] else "NHWC", channels
+    shape = ", ".join(str(side) if side else "?" for side in sides)
+    raise KdError(
+        f"{path} takes ({shape}), and nothing in it shows which side has the channels",
+        f"Set {assumed.flag('layout')} nchw for (N, C, H, W), or nhwc for (N, H, W, C).",
+    )
+
+
+def _needed_layout(model: onnx.ModelProto, name: str) -> tuple[str | None, int]:
+    """The layout that the first operators of the network need, if they agree, and the number of channels or 0."""
+    constants = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            constants |= {name: tuple(entry.t.dims) for entry in node.attribute for name in node.output}
+        for each in node.input:
+            readers[each].append(node)
+    layouts, channels, seen = set(), 0, {name}
+    waiting = [(name, False)]  # tensors, and whether a transposition precedes
+    while waiting and len(seen) < _MOST_STEPS:
+        tensor, transposed = waiting.pop()
+        for node in readers[tensor]:
+            layout, count = _needs(model, node, tensor, constants)
+            channels = channels or count
+            if layout and not transposed:
+                layouts.add(layout)
+            transposes = node.op_type == "Transpose"
+            if (not layout and node.op_type in _KEEP_LAYOUT) or (transposes and not transposed):
+                waiting += [
+                    (output, transposed or transposes) for output in node.output if output not in seen
+                ]
+                seen.update(node.output)
+    return (layouts.pop(), channels) if len(layouts) == 1 else (None, 0)
+
+
+def _needs(
+    model: onnx.ModelProto, node: onnx.NodeProto, tensor: str, constants: _Dims
+) -> tuple[str | None, int]:
+    """The layout that an operator needs of one of its inputs, None if any, and the number of channels or 0."""
+    attributes = {entry.name: entry for entry in node.attribute}
+    if node.op_type == "Transpose" and "perm" in attributes:
+        perm = list(attributes["perm"].ints)
+        return ("NHWC" if perm[1:2] == [3] else "NCHW" if perm[3:4] == [1] else None), 0
+    if node.op_type in _CHANNELS_SECOND and node.input[0] == tensor:
+        position, side = _CHANNELS_SECOND[node.op_type]
+        weight = constants.get(node.input[position], ()) if 0 <= position < len(node.input) else ()
+        groups = attributes["group"].i if "group" in attributes and side == 1 else 1
+        return "NCHW", weight[side] * groups if len(weight) > side else 0
+    if node.op_type in _ELEMENTWISE:
+        for other in node.input:
+            shape = constants.get(other, ())
+            if shape and shape[-1] in CHANNELS[1:] and math.prod(shape) == shape[-1]:
+                return "NHWC", shape[-1]
+            if len(shape) > 2 and shape[-3] in CHANNELS[1:] and math.prod(shape) == shape[-3]:
+                return "NCHW", shape[-3]
+    if node.op_type.startswith("Reduce"):
+        axes = _axes(model, node, attributes)
+        return ("NHWC" if axes == (1, 2) else "NCHW" if axes == (2, 3) else None), 0
+    return None, 0
+
+
+def _axes(
+    model: onnx.ModelProto, node: onnx.NodeProto, attributes: Mapping[str, onnx.AttributeProto]
+) -> tuple[int, ...]:
+    """Axes of a reduction, from its attribute or its second input."""
+    if "axes" in attributes:
+        axes = list(attributes["axes"].ints)
+    else:
+        tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        tensor = tensors.get(node.input[1]) if len(node.input) > 1 else None
+        if tensor is None or math.prod(tensor.dims) > 4:
+            return ()
+        axes = onnx.numpy_helper.to_array(tensor).flatten().tolist()
+    return tuple(sorted(int(axis) % 4 for axis in axes))
+
+
+def _recorded_size(metadata: Mapping[str, str]) -> _Size:
+    """(H, W, 0) as ultralytics records it, `[224, 224]` or `224`; 0: unknown."""
+    numbers = [int(word) for word in re.findall(r"\d{1,5}", metadata.get("imgsz", "")[:100])]
+    return (numbers[0], numbers[-1], 0) if numbers else (0, 0, 0)
+
+
+def ends_in_softmax(model: onnx.ModelProto, output: str) -> bool:
+    """Whether a softmax gives this output, as far as operators show it."""
+    producers = {name: node for node in model.graph.node for name in node.output}
+    node = producers.get(output)
+    for _ in range(len(producers)):  # bounded: a hostile graph may have cycles
+        if node is None or node.op_type not in _KEEP_VALUES or not node.input:
+            break
+        node = producers.get(node.input[0])
+    return node is not None and node.op_type == "Softmax"
+
+
+def are_probabilities(outputs: npt.NDArray[Any]) -> bool:
+    """Whether outputs (N, classes) are not negative and every row adds up to 1."""
+    sums = outputs.astype(np.float64).sum(axis=1)
+    return bool((outputs >= 0).all() and (np.abs(sums - 1) <= _SUM_TOLERANCE).all())
+
+
+def choose_output(path: Path, values: Mapping[str, npt.NDArray[Any]], images: int) -> str:
+    """Name of the output of a classifier among several: (N, classes), by its name if there are more of them.
+
+    Args:
+        values: by name, for so many images.
+
+    Raises:
+        KdError: there is none, or nothing shows which it is.
+    """
+    classes = {}  # classes by name of an output
+    for name, value in values.items():
+        sides = [side for side in value.shape[1:] if side != 1]
+        if value.shape[:1] == (images,) and len(sides) == 1 and np.issubdtype(value.dtype, np.floating):
+            classes[name] = sides[0]
+    shapes = ", ".join(f"{name[:60]} {value.dtype} {value.shape}" for name, value in list(values.items())[:8])
+    problem = f"{path} is no classifier: for {images} images it gives {shapes}"
+    if not classes:
+        if any(np.issubdtype(value.dtype, np.floating) and value.size == images for value in values.values()):
+            raise KdError(
+                f"{path} gives one number an image, as a classifier of two classes with a sigmoid does",
+                "kd needs one output a class: let the file give [1 − p, p].",
+            )
+        raise KdError(problem, "A classifier gives float (images, classes); detectors and segmenters do not.")
+    vectors = all(sum(side != 1 for side in value.shape[1:]) <= 1 for value in values.values())
+    for form in _NAMES_OF_OUTPUTS if vectors else _NAMES_OF_OUTPUTS[:2]:  # a detector's may be named scores
+        named = [name for name in classes if form.search(name.lower())]
+        if len(named) == 1 and len(values) > 1:
+            return named[0]
+        if named:
+            break
+    if len(classes) == 1 and vectors:
+        return next(iter(classes))
+    raise KdError(
+        f"{path} has several outputs, and none is named as that of a classifier: {shapes}",
+        "Keep one of them: onnx.utils.extract_model(path, new_path, [input], [output]).",
+    )
+
+
+def check_alone(
+    path: Path, runner: OnnxRunner, images: npt.NDArray[Any], *, dynamic: bool
+) -> npt.NDArray[Any]:
+    """Outputs (N, classes) of a batch, the same that each image has alone; sets `runner.batch` if only one runs.
+
+    Args:
+        images: three different inputs.
+        dynamic: activations are quantised by the range of the batch: such a file is run singly.
+
+    Raises:
+        KdError: an image's output depends on the others of its batch.
+    """
+    alone = runner.run(images[:1])
+    if runner.batch is None:
+        try:
+            if dynamic:
+                raise KdError("its outputs depend on the batch")
+            runner.run(images)
+        except KdError:
+            runner.batch = 1
+    outputs = runner.run(images).reshape(len(images), -1)
+    alone, among = alone.reshape(1, -1).astype(np.float64), outputs[:1].astype(np.float64)
+    if are_probabilities(outputs):
+        alone, among = (np.log(np.maximum(values, _LEAST_PROBABILITY)) for values in (alone, among))
+    tolerance = _SAME * max(float(np.abs(alone).max()), 1e-3)
+    if not np.allclose(alone, among, rtol=0, atol=tolerance, equal_nan=True):
+        raise KdError(
+            f"{path} gives an image another output alone than within a batch",
+            "It was exported with layers in training mode, such as batch normalisation or dropout: export it in "
+            "eval mode.",
+        )
+    return outputs
