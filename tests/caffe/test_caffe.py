@@ -239,7 +239,7 @@ def test_files_that_are_no_caffemodel_are_refused(tmp_path: Path, content: bytes
         ({"pool1": {"param": field(1, 2) + field(2, 3)}}, "pool1 (Pooling): stochastic"),
         ({"pool1": {"param": b""}}, "layer pool1: max_pool cannot be built"),
         ({"conv2": {"bottoms": ["norm1", "elsewhere"]}}, "2 inputs (data, elsewhere)"),
-        ({"ip": {"param": b""}}, "layer ip: its weight would be empty: 0×80"),
+        ({"ip": {"param": b""}}, "layer ip: its output would be empty: 0"),
     ],
 )  # fmt: skip
 def test_error_of_a_wrong_layer_names_it(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
