@@ -174,7 +174,7 @@ def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[bool]:
     The kernel releases the lock when its holder ends, so no stale lock can remain.
 
     Args:
-        on_wait: called once if another process holds the lock, before waiting for it.
+        on_wait: called once if another process holds the lock, before waiting for it; raises an error to not wait.
 
     Yields:
         Whether it had to wait.

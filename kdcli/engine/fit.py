@@ -1,6 +1,7 @@
 """Training of one student: the parts of a run, made from its plan, and the run."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,15 +60,20 @@ def fit(
         chain: the settings of the whole chain that this is a link of, for its folder; see `fit_chain`.
 
     Raises:
+        UsageError: another process trains the run.
         KdError: teacher and data do not fit, the loss stopped being finite, or a file cannot be written.
         Interrupted: SIGINT or SIGTERM; the state is in `last.pt`.
     """
     world = world or single_process(config)
     on_event = on_event if world.first else ignore
-    with runtime.stop_on_signals() as stop, world.report_lost_process():
+    with runtime.stop_on_signals() as stop, world.report_lost_process(), ExitStack() as stack:
+        if resume is not None and world.first:
+            stack.enter_context(resume.held())
         runtime.set_threads(config.threads, world.local_size)
         runtime.keep_freed_memory()
         trainer = _build(make_plan(config, data, world, test=test, chain=chain), resume, on_event, stop)
+        if resume is None and world.first:
+            stack.enter_context(trainer.run.held())
         try:
             return trainer.train()
         except OSError as error:

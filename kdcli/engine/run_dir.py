@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import tomli_w
 
 from kdcli import methods
 from kdcli.base.config import make
 from kdcli.base.errors import KdError, UsageError
-from kdcli.base.files import publish, scratch_folder, write_json, write_text
+from kdcli.base.files import locked, publish, scratch_folder, write_json, write_text
 from kdcli.base.recipes import read_recipe
 from kdcli.base.text import reason
 from kdcli.methods import TrainConfig
@@ -104,6 +105,30 @@ class RunDir:
         if not run.config_file.is_file():
             raise KdError(f"{path} is not a run", "Name a folder below runs/ that kd train has made.")
         return run
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from training this run meanwhile; the end of this process ends it, however it ends.
+
+        Raises:
+            UsageError: another process trains it.
+        """
+        holder = self.path / "lock.holder"
+
+        def refuse() -> NoReturn:
+            number = holder.read_text(encoding="utf-8") if holder.is_file() else "unknown"
+            raise UsageError(
+                f"{self.path} is in use: process {number} trains it",
+                "Wait until it ends, or stop it and type the same command again.",
+            )
+
+        with locked(self.path / "lock", refuse):
+            try:
+                with suppress(OSError):  # a full disk: the lock counts
+                    holder.write_text(f"{os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+                yield
+            finally:
+                holder.unlink(missing_ok=True)
 
     @property
     def config_file(self) -> Path:

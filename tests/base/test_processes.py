@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from kdcli.base import runtime
+from kdcli.base.errors import UsageError
 from kdcli.base.runtime import World
 from kdcli.models import checkpoint
 from kdcli.teacher.cache import PART
@@ -66,6 +68,15 @@ def train(folder: Path, *words: str, before: tuple[str, ...] = ()) -> None:
     assert out == ""
     if not before:
         assert err == ""
+
+
+def test_more_processes_than_cores_are_refused() -> None:
+    cores = runtime.available_cores()
+    with pytest.raises(
+        UsageError, match=f"--devices {cores + 1}: .* this one may use {cores} core"
+    ) as caught:
+        runtime.launch("cpu", cores + 1)
+    assert caught.value.hint == f"Use --devices {cores}, or fewer."
 
 
 def lines(folder: Path, name: str) -> list[dict[str, Any]]:

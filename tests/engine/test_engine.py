@@ -295,6 +295,7 @@ def test_files_of_a_run_folder(workplace: Path, splits: Splits) -> None:
         "result.json",
         "environment.json",
         "last-000000010.pt",
+        "lock",
     }
     assert result.run.path == Path("runs/ce-convnet-tiny-1")
     assert fit(config(method="ce", epochs=1), splits).run.path == Path("runs/ce-convnet-tiny-2")

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from kdcli.base.errors import Interrupted, KdError, UsageError
-from kdcli.base.events import Event, Note
+from kdcli.base.events import Epoch, Event, Note
 from kdcli.data import Splits
 from kdcli.engine import RunDir, fit, read_metrics, read_result
 from kdcli.engine.state import State
@@ -82,6 +82,35 @@ def test_a_run_killed_twenty_times_is_bit_identical(workplace: Path) -> None:
     assert killed >= KILLS - 1  # the last one may have come too late
     assert state_of(run) == expected
     assert not [path for path in run.path.iterdir() if path.name.startswith(".")]  # no scratch is left
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(workplace: Path, splits: Splits) -> None:
+    run = stopped("x", splits, method="ce")
+    code = (
+        "import pathlib, time\nfrom kdcli.engine import RunDir\n"
+        "with RunDir(pathlib.Path('runs/x')).held():\n    print('held', flush=True)\n    time.sleep(60)\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    before = run.last.read_bytes(), run.metrics_file.read_bytes()
+    with pytest.raises(UsageError, match=f"runs/x is in use: process {other.pid} on .* trains it"):
+        fit(run.read_config(), splits, resume=run)
+    assert (run.last.read_bytes(), run.metrics_file.read_bytes()) == before
+    other.kill()
+    other.wait()
+    fit(run.read_config(), splits, resume=run)
+
+
+def test_a_new_run_is_held_while_it_is_trained(workplace: Path, splits: Splits) -> None:
+    def second(event: Event) -> None:
+        if isinstance(event, Epoch):
+            with pytest.raises(UsageError, match=f"runs/x is in use: process {os.getpid()} on "):
+                fit(config(method="ce", name="x"), splits, resume=RunDir(Path("runs/x")))
+            refused.append(event.epoch)
+
+    refused: list[int] = []
+    fit(config(method="ce", name="x"), splits, on_event=second)
+    assert refused == [1, 2, 3]
 
 
 # --- what must be in the state -------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from kdcli.base.errors import KdError, UsageError
+from kdcli.base.runtime.machine import available_cores
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -202,13 +203,18 @@ def launch(accelerator: str, devices: int) -> World:
     Each process runs the same command line and returns from here with its own rank.
 
     Raises:
-        UsageError: the accelerator is not available, or has fewer devices.
+        UsageError: the accelerator is not available, or has fewer devices; on a CPU, there are fewer cores.
     """
     kind = choose_device(accelerator)
     nodes = 1
     if "TORCHELASTIC_RUN_ID" in os.environ:
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // devices
+    elif kind == "cpu" and devices > (cores := available_cores()):
+        raise UsageError(
+            f"--devices {devices}: on a CPU these are processes, and this one may use {cores} cores",
+            f"Use --devices {cores}, or fewer.",
+        )
     if kind != "cpu" and devices > (torch.cuda.device_count() if kind == "cuda" else 1):
         raise UsageError(f"--devices {devices}: this machine has fewer {kind} devices", "Use fewer.")
     if devices * nodes == 1:
