@@ -10,7 +10,14 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two workers share the cores
 
+from kdcli.base.errors import Interrupted
 from tests.helpers import ROOT
+
+
+def pytest_exception_interact(call: pytest.CallInfo[object]) -> None:
+    """End the session if a signal stopped a training: a test that sends one catches it."""
+    if call.excinfo is not None and isinstance(call.excinfo.value, Interrupted):
+        pytest.exit("stopped by a signal", returncode=call.excinfo.value.exit_code)
 
 
 @pytest.fixture(scope="session")

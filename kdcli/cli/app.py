@@ -44,6 +44,8 @@ class Stopped(BaseException):
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_DFL)  # a second one ends the process at once
     raise Stopped(number)
 
 
@@ -53,8 +55,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without × or → shows ?
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as for a background job
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as for a background job
             signal.signal(number, _stop)
     try:
         _register(arguments)
@@ -70,6 +73,9 @@ def main() -> None:
         if hasattr(error, "format_message") and not str(error.format_message()).strip():
             sys.exit(2)  # called without arguments: the help has been printed
         _fail(error if isinstance(error, KdError) else as_kd_error(error))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     sys.exit(code if isinstance(code, int) else 0)
 
 

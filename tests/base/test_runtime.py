@@ -16,6 +16,7 @@ from torch import nn
 
 from kdcli.base import files, runtime
 from kdcli.base.runtime import machine
+from tests.helpers import ROOT, slow
 
 
 @pytest.mark.parametrize(
@@ -94,6 +95,49 @@ def test_second_signal_ends_the_process_at_once() -> None:
         "    os.kill(os.getpid(), signal.SIGINT)\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 130
+
+
+AFTER_A_COMMAND = """
+import os, signal, sys, time
+from kdcli import cli
+
+def test_command():
+    sys.argv = ["kd", "info", "missing.pt"]
+    try:
+        cli.main()
+    except SystemExit as left:
+        assert left.code
+
+def test_stopped():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+IN_A_TRAINING = """
+import pathlib, signal
+from kdcli.engine import fit
+from tests.helpers import StopAfter, config, make_splits
+
+def test_training(workplace):
+    fit(config(method="ce"), make_splits())
+    fit(config(method="ce"), make_splits(), on_event=StopAfter(1, signal.SIGTERM))
+
+def test_next():
+    pathlib.Path("next").touch()
+"""
+
+
+@pytest.mark.parametrize(
+    ("tests", "plugin", "code"),
+    [(AFTER_A_COMMAND, "no:cacheprovider", -signal.SIGTERM), slow(IN_A_TRAINING, "tests.conftest", 143)],
+)
+def test_a_signal_ends_pytest(tmp_path: Path, tests: str, plugin: str, code: int) -> None:
+    """After a command of this process, and within a training of it."""
+    (tmp_path / "test_it.py").write_text(tests)
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", plugin, "test_it.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stdout
+    assert not (tmp_path / "next").exists()
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
