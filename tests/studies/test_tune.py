@@ -402,6 +402,7 @@ def test_pruned_run_leaves_complete_files(workplace: Path, splits: Splits) -> No
     assert sorted(path.name for path in Path("runs/cut").iterdir()) == [
         "config.toml",
         "environment.json",
+        "lock",
         "metrics.jsonl",
     ]
     assert [line.epoch for line in read_metrics(Path("runs/cut/metrics.jsonl"))] == [1]
