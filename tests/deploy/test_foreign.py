@@ -14,8 +14,9 @@ import torch
 from onnx import TensorProto, helper
 from onnx.numpy_helper import from_array
 
-from kdcli.base.config import InputSettings, make
+from kdcli.base.config import BenchConfig, InputSettings, make
 from kdcli.base.errors import KdError, UsageError
+from kdcli.deploy.bench.benchmark import candidates_of
 from kdcli.deploy.load import load_model
 from kdcli.deploy.onnx_model import OnnxClassifier, count_model
 
@@ -302,3 +303,14 @@ def test_class_names_of_another_number(tmp_path: Path, text: str) -> None:
     assert load_model(means(tmp_path / "m.onnx", metadata={"names": "(" * 50_000})).classes == tuple("0123")
     with pytest.raises(KdError, match="names 2 classes"):
         load_model(means(tmp_path / "m.onnx", metadata={"names": "{0: 'a', 1: 'b'}"}))
+
+
+@pytest.mark.parametrize(("kind", "precision"), [(np.float16, "fp16"), (np.float32, "fp32")])
+def test_precision_is_that_of_the_weights(tmp_path: Path, kind: type[Any], precision: str) -> None:
+    """A float16 file with float32 input and output (keep_io_types)."""
+    nodes = [node("Cast", ["x"], ["t"], to=10 if kind is np.float16 else 1), node("Conv", ["t", "k"], ["c"])]
+    nodes += [*TAIL[:1], node("Flatten", ["p"], ["f"]), node("Cast", ["f"], ["y"], to=1)]
+    path = save(tmp_path / "m.onnx", nodes, {"k": np.ones((4, 3, 3, 3), kind)}, ["n", 3, 8, 8])
+    model = OnnxClassifier.load(path)
+    [found], _ = candidates_of(path, "m", model, BenchConfig(), 1, is_teacher=True)
+    assert found.row.precision == precision

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -239,6 +240,8 @@ def _onnx_candidate(
         notes.append(f"its batch is fixed at {batch}; one image takes as long as {batch}")
     counts = count_model(model.model, model.input_shape)
     operators = {node.op_type for node in model.model.graph.node}
+    kinds = [weight.data_type for weight in model.model.graph.initializer if len(weight.dims) > 1]
+    halves = kinds.count(onnx.TensorProto.FLOAT16) > len(kinds) / 2
     quantised = any("Quantize" in operator or "QLinear" in operator for operator in operators)
     row = make_row(
         engine=ORT,
@@ -247,7 +250,7 @@ def _onnx_candidate(
         preprocessing_bytes=counts.preprocessing_bytes,
         parameters=counts.parameters,
         macs=counts.macs,
-        precision="int8" if quantised else "fp32",
+        precision="int8" if quantised else "fp16" if halves else "fp32",
         notes=tuple(notes),
     )
     return _ort_candidate(row, model.model.SerializeToString(), inputs, threads, batch, model.runner.output)
