@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from kdcli import engine
 from kdcli.base.config import make
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Epoch, Event, Note
+from kdcli.base.files import host_name
 from kdcli.cli import train as cli_train
 from kdcli.cli import tune as cli_tune
 from kdcli.data import Splits
@@ -579,6 +581,32 @@ def test_storage_errors_hide_passwords(workplace: Path, splits: Splits) -> None:
     assert Path("{SCHEMA_VERSION.__class__}.db").is_file()  # a name, and not filled in
 
 
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE study_user_attributes SET value_json = '{'",
+        'UPDATE trial_params SET distribution_json = \'{"name": "Odd", "attributes": {}}\'',
+        "UPDATE trial_params SET distribution_json = '[]'",
+        "UPDATE trials SET state = 'ODD'",
+        "UPDATE trials SET datetime_start = 'yesterday'",
+        "UPDATE trials SET number = 'x'",
+        "UPDATE trial_values SET value = 'x'",
+        "UPDATE trial_user_attributes SET value_json = '3' WHERE key = 'accuracies'",
+    ],
+)
+def test_a_study_of_odd_values_is_one_line(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    monkeypatch.setattr(search, "fit", fake_fit(lambda run, epoch: 50.0))
+    search_for(splits, "lr=1e-3:1", trials=1)
+    with sqlite3.connect("runs/toy/study.db") as database:
+        database.execute(change)
+    with pytest.raises(KdError, match=r"study\.db") as caught:
+        search_for(splits, "lr=1e-3:1", trials=2)
+    assert "\n" not in caught.value.message and caught.value.hint
+
+
 # --- what was found ----------------------------------------------------------------------------------------
 
 
@@ -692,6 +720,36 @@ def lost_trial(url: Any, settings: Any, space: Space) -> optuna.Trial:
     return trial
 
 
+class Killed(BaseException):
+    """Stands for the end of a process."""
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_killed_study_continues_with_the_same_values(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch, sampler: str
+) -> None:
+    def accuracy(run: TrainConfig, epoch: int) -> float:
+        if run.name == f"trial-{kill:04d}" and run.runs_dir.name == "killed":
+            (run.runs_dir / run.name / ".student.pt.tmp").touch()
+            raise Killed
+        return 50 + 9 * math.log10(run.lr)
+
+    monkeypatch.setattr(search, "fit", fake_fit(accuracy))
+    wanted = {"trials": 14, "sampler": sampler, "pruner": "none"}
+    kill = 3
+    whole = search_for(splits, "lr=1e-3:1", "batch-size=8:64", study="whole", **wanted)
+    monkeypatch.setattr(
+        search, "this_process", lambda: f"{host_name()} {2**22 + 1}"
+    )  # no process has this number
+    with pytest.raises(Killed):
+        search_for(splits, "lr=1e-3:1", "batch-size=8:64", study="killed", **wanted)
+    kill = 99
+    cut = search_for(splits, "lr=1e-3:1", "batch-size=8:64", study="killed", **wanted)
+    assert [trial.values for trial in cut.trials] == [trial.values for trial in whole.trials]
+    assert not Path("runs/killed/trial-0003").exists()
+
+
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.filterwarnings("ignore")
 def test_tune_retries_stale_trial(workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -765,7 +823,8 @@ def test_tune_continues_after_sigkill_with_two_processes(workplace: Path) -> Non
     done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     assert len(done) in (8, 9)  # the other process may have been in the middle of one more
     assert [trial.number for trial in trials] == list(range(len(done) + 1))
-    assert len({str(trial.params) for trial in trials}) == len(trials)  # no draw is repeated
+    assert trials[3].params == trials[2].params
+    assert len({str(trial.params) for trial in trials}) == len(trials) - 1  # no other draw is repeated
     for trial in done:
         result = json.loads((Path("runs/toy") / f"trial-{trial.number:04d}" / "result.json").read_text())
         assert result["val_accuracy"] == trial.value

@@ -1,6 +1,7 @@
 """The search: Optuna samples settings, `engine.fit` trains with them, validation accuracy decides."""
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ from kdcli.studies.tune.space import Space, TuneConfig, apply, candidates, choic
 from kdcli.studies.tune.study import (
     COUNTED,
     GRACE_S,
+    PROCESS,
     REASON,
     count,
     draw,
@@ -29,7 +31,10 @@ from kdcli.studies.tune.study import (
     open_study,
     read_url,
     readable_errors,
+    readable_values,
     redacted,
+    retry_killed,
+    this_process,
     trials_of,
 )
 from kdcli.studies.tune.summary import TuneResult, best_of, summarize
@@ -61,9 +66,12 @@ def tune(config: TuneConfig, space: Space, data: Splits, *, on_event: OnEvent = 
     with readable_errors(url, folder), warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats
         settings = _shared_settings(config, space, data)
-        with files.locked(folder / ".lock", lambda: None):
+        with files.locked(folder / ".lock", lambda: None), readable_values(url):
             study = open_study(url, config.study_name, settings, config.pruner if comparable else "none")
-        if not trials_of(study) and any(folder.glob("trial-*")):
+            trials = trials_of(study)
+            for number in retry_killed(study):
+                shutil.rmtree(config.trial_folder(number), ignore_errors=True)
+        if not trials and any(folder.glob("trial-*")):
             raise UsageError(
                 f"{folder} holds trials of a study that is not in the storage",
                 "Choose another --study, or remove it.",
@@ -161,7 +169,8 @@ class _Search:
         Raises:
             optuna.TrialPruned: it is below the median, or its settings failed: see the attribute `REASON`.
         """
-        self.study.sampler = make_sampler(self.config.sampler, self.config.seed, trial.number)
+        trial.set_user_attr(PROCESS, this_process())
+        self.study.sampler = make_sampler(self.config.sampler, self.config.seed, self.study, trial.number)
         settings = apply(self.base, draw(trial, self.space))
         try:
             return self._train(trial, settings)

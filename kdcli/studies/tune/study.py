@@ -1,5 +1,6 @@
 """An Optuna study of kd tune: its database, its recorded settings, its trials, and drawing values for one."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import optuna
+import psutil
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
@@ -17,11 +19,13 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from kdcli.base.errors import KdError, UsageError
+from kdcli.base.files import host_name
 from kdcli.base.text import first_line, reason
 from kdcli.engine.identity import differences
 from kdcli.studies.tune.space import Choice, Range, Space, Value, read_by
 
-SETTINGS, REASON = "kd", "reason"  # user attributes: of a study, its settings; of a trial, why it failed
+# user attributes: of a study, its settings; of a trial, why it failed, and `<host> <process>`
+SETTINGS, REASON, PROCESS = "kd", "reason", "process"
 HEARTBEAT_S, GRACE_S = 15, 120  # interval of heartbeats; age at which a trial counts as stale
 RETRIES = 2  # of a trial whose process died
 _LOCK_TIMEOUT_S = 60  # SQLite: how long another process may hold the write lock
@@ -101,12 +105,36 @@ def open_study(
     return study
 
 
-def make_sampler(name: Literal["tpe", "random"], seed: int, number: int) -> optuna.samplers.BaseSampler:
+def this_process() -> str:
+    """Identifier of this process, for the attribute `PROCESS`."""
+    return f"{host_name()} {os.getpid()}"
+
+
+def retry_killed(study: optuna.Study) -> list[int]:
+    """Queue the values of running trials again whose process on this host was killed; their numbers.
+
+    Those of other hosts are retried when their heartbeats are stale.
+    """
+    killed = []
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        host, _, process = str(trial.user_attrs.get(PROCESS, "")).partition(" ")
+        if host == host_name() and process.isdecimal() and not psutil.pid_exists(int(process)):
+            study.tell(trial.number, state=TrialState.FAIL)
+            study.enqueue_trial(trial.params)
+            killed.append(trial.number)
+    return killed
+
+
+def make_sampler(
+    name: Literal["tpe", "random"], seed: int, study: optuna.Study, number: int
+) -> optuna.samplers.BaseSampler:
     """A sampler for one trial.
 
-    Its generator depends on the seed and the trial's number alone: processes that share a study, or continue it,
-    repeat no draw.
+    Its generator depends on the seed and the number of draws before it: processes that share a study, or continue it,
+    repeat no draw, and trials that are repeated with the same values do not change the later ones.
     """
+    trials = study.get_trials(deepcopy=False)
+    number -= sum(trial.number < number and "fixed_params" in trial.system_attrs for trial in trials)
     own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
     if name == "random":
         return optuna.samplers.RandomSampler(seed=own)
@@ -130,17 +158,23 @@ def trials_of(study: optuna.Study) -> tuple[Trial, ...]:
     """All trials by number but those that were interrupted."""
     return tuple(
         Trial(
-            number=trial.number,
+            number=int(trial.number),
             state="failed" if REASON in trial.user_attrs else trial.state.name.lower(),
             values=dict(trial.params),
-            accuracy=trial.value if trial.state in COUNTED and REASON not in trial.user_attrs else None,
-            accuracies=tuple(trial.user_attrs.get("accuracies", ())),
+            accuracy=_accuracy(trial),
+            accuracies=tuple(map(float, trial.user_attrs.get("accuracies", ()))),
             reason=trial.user_attrs.get(REASON, ""),
             precision=trial.user_attrs.get("precision", ""),
         )
         for trial in study.get_trials(deepcopy=False)
         if trial.state != TrialState.FAIL
     )
+
+
+def _accuracy(trial: optuna.trial.FrozenTrial) -> float | None:
+    if trial.state not in COUNTED or REASON in trial.user_attrs or trial.value is None:
+        return None
+    return float(trial.value)
 
 
 def _suggest(trial: optuna.Trial, part: Range | Choice) -> Any:
@@ -198,6 +232,26 @@ def readable_errors(url: URL, folder: Path) -> Iterator[None]:
     except OSError as error:
         raise KdError(
             f"{error.filename or folder}: {reason(error)}", "Check the path, its permissions and free space."
+        ) from error
+
+
+@contextmanager
+def readable_values(url: URL) -> Iterator[None]:
+    """Turn what Optuna raises for a study with values that it never writes into one line."""
+    try:
+        yield
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise KdError(
+            f"storage {redacted(url)}: the study cannot be read ({type(error).__name__}: {_line(error, url)})",
+            "Choose another --study or --storage.",
         ) from error
 
 
