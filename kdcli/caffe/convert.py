@@ -225,13 +225,7 @@ def to_classifier(
     crop = _crop(files, config, size, on_event)
     # 3. Class names and provenance
     known = files.known
-    numbers = tuple(str(number) for number in range(built.classes))
-    candidates = (
-        ("the catalogue of weights", known.classes if known else ()),
-        (data_label or "data", classes or ()),
-        ("", numbers),
-    )
-    source, names = next(entry for entry in candidates if len(entry[1]) == built.classes)
+    source, names = _class_names(built.classes, known, classes or (), data_label)
     provenance: dict[str, Any] = {
         "kind": files.kind,
         "name": known.name if known else files.name,
@@ -255,6 +249,18 @@ def to_classifier(
         crop=crop,
     )
     return Conversion(from_checkpoint(checkpoint, str(files.path)), built.layers, known)
+
+
+def _class_names(
+    count: int, known: KnownNetwork | None, of_data: tuple[str, ...], data_label: str | None
+) -> tuple[str, tuple[str, ...]]:
+    """The first names of that number: of the known network, of the data, or numbers; and their origin."""
+    candidates = (
+        ("the catalogue of weights", known.classes if known else ()),
+        (data_label or "data", of_data),
+        ("", tuple(map(str, range(count)))),
+    )
+    return next((source, names) for source, names in candidates if len(names) == count)
 
 
 def _crop(files: CaffeFiles, config: ConvertConfig, size: tuple[int, int, int], on_event: OnEvent) -> float:

@@ -55,13 +55,9 @@ def convert_caffe(
         splits = _load_data(source, config, on_event) if needs_data else None
         train_images = splits.train.images if splits else None
         # 2. Convert.
+        about = {"classes": splits.train.classes, "data_label": splits.label} if splits else {}
         conversion = caffe.to_classifier(
-            source,
-            config,
-            train_images=train_images,
-            classes=splits.train.classes if splits else None,
-            data_label=splits.label if splits else None,
-            on_event=on_event,
+            source, config, train_images=train_images, **about, on_event=on_event
         )
         classifier = conversion.classifier
         if splits is not None and data.incompatibility(classifier, splits.train) is None:
@@ -90,11 +86,10 @@ def convert_caffe(
     if to_onnx:
         output.next_command(f"kd bench {shlex.quote(target.as_posix())}")
         return
-    options: dict[str, Any] = {"teacher": target if "output" in config.model_fields_set else None}
-    options["data"] = config.data if "data" in config.model_fields_set else None
-    if source.kind == "caffe":
-        options |= {"against": model, "prototxt": config.prototxt}
-    output.next_command(shell_command("validate", options))
+    typed = config.model_fields_set
+    options = {"teacher": target if "output" in typed else None, "data": config.data if "data" in typed else None}
+    against = {"against": model, "prototxt": config.prototxt} if source.kind == "caffe" else {}
+    output.next_command(shell_command("validate", {**options, **against}))
 
 
 def _target(model: Path, config: ConvertConfig) -> tuple[Path, bool]:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from kdcli.base.config import ValidateConfig, shell_command
 from kdcli.base.errors import KdError, UsageError
 from kdcli.cli import output
 from kdcli.cli.arguments import data_for
 from kdcli.cli.options import command, examples
+
+if TYPE_CHECKING:
+    from kdcli.base.events import OnEvent
+    from kdcli.caffe.opencv import Agreement
+    from kdcli.data import ImageSet
 
 EPILOG = examples("kd validate --data cifar10", "kd validate --against weights/cifar10_nin.caffemodel")
 
@@ -20,11 +27,7 @@ def validate(config: ValidateConfig) -> None:
     given = config.model_fields_set
     if config.against is None:
         output.note_ignored(given, ("images", "prototxt"), "without --against")
-    import numpy as np
-
     from kdcli.base import runtime
-    from kdcli.caffe import opencv
-    from kdcli.data.rows import take
     from kdcli.deploy.load import load_model
     from kdcli.engine import evaluate
     from kdcli.models import Classifier
@@ -36,16 +39,7 @@ def validate(config: ValidateConfig) -> None:
         raise UsageError("--against compares a .pt teacher", "Convert it with kd convert-caffe --to pt.")
     with output.progress() as on_event:
         teacher, splits = data_for(teacher, config.teacher, config.data, config, on_event)
-        agreement = None
-        if config.against is not None:
-            assert isinstance(teacher, Classifier)
-            total = len(splits.test)
-            count = min(config.images, total)
-            rows = np.arange(count) * total // count  # spread: folders are sorted by class
-            images = take(splits.test.images, rows)
-            agreement = opencv.compare_logits(
-                teacher, config.against, config.prototxt, images, on_event=on_event
-            )
+        agreement = _compare(teacher, config, splits.test, on_event) if config.against else None
         result = evaluate(teacher, splits.test, task="validating", on_event=on_event)
         assumptions.check(str(config.teacher), teacher, splits.test, on_event, task="trying alternatives")
     published = str(teacher.provenance.get("published") or "")
@@ -80,3 +74,17 @@ def validate(config: ValidateConfig) -> None:
         )
     options = config.model_dump(include=given & {"data", "teacher"})
     output.next_command(shell_command("train", {"method": "noisy", **options}))
+
+
+def _compare(teacher: Any, config: ValidateConfig, data: ImageSet, on_event: OnEvent) -> Agreement:
+    """Compare a checkpoint's logits with those of OpenCV's Caffe importer on test images."""
+    import numpy as np
+
+    from kdcli.caffe import opencv
+    from kdcli.data.rows import take
+
+    assert config.against is not None
+    count = min(config.images, len(data))
+    samples = np.arange(count) * len(data) // count  # spread: folders are sorted by class
+    images = take(data.images, samples)
+    return opencv.compare_logits(teacher, config.against, config.prototxt, images, on_event=on_event)

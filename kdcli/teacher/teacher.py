@@ -53,9 +53,8 @@ class LiveTeacher:
         self._key_dropout(images, epoch, samples)
         with torch.inference_mode():
             parts = [forward(images) for forward in self.forwards]
-        return weighted_mean(
-            [part.clone() for part in parts], self.weights
-        )  # inference tensors allow no backward
+        # a copy: inference tensors allow no backward
+        return weighted_mean([part.clone() for part in parts], self.weights)
 
     def features(self, images: Tensor, epoch: int, samples: npt.NDArray[np.int64]) -> tuple[Tensor, Features]:
         """Logits (B, classes) and features, of a teacher of one model that was made with stages."""
@@ -265,26 +264,14 @@ class Teacher:
             member_task = f"{task} ({number} of {len(self.members)})" if len(self.members) > 1 else task
             precision = "32" if exact else self.precision
             cache = self._cache(member, data, augment_name, seed, chosen, exact)
-            work = TeacherPass(
-                member,
-                self.world,
-                precision,
-                cache,
-                data,
-                views,
-                make_view,
-                member_task,
-                on_event,
-                stop,
-                measured,
-            )
+            common = (member_task, on_event, stop, measured)
+            work = TeacherPass(member, self.world, precision, cache, data, views, make_view, *common)
             found.append(work.run())
             if len(found[-1]) < views:
                 break
             if not work.computed:
-                on_event(
-                    Note(f"{member_task}: outputs found in {cache.folder.as_posix()}; the teacher is not run")
-                )
+                where = cache.folder.as_posix()
+                on_event(Note(f"{member_task}: outputs found in {where}; the teacher is not run"))
         if len(found) < len(self.members):
             return []
         return [CachedLogits(stored, self.weights, cache.classes) for stored in zip(*found, strict=False)]
