@@ -55,9 +55,13 @@ def convert_caffe(
         splits = _load_data(source, config, on_event) if needs_data else None
         train_images = splits.train.images if splits else None
         # 2. Convert.
-        about = {"classes": splits.train.classes, "data_label": splits.label} if splits else {}
         conversion = caffe.to_classifier(
-            source, config, train_images=train_images, **about, on_event=on_event
+            source,
+            config,
+            train_images=train_images,
+            classes=splits.train.classes if splits else None,
+            data_label=splits.label if splits else None,
+            on_event=on_event,
         )
         classifier = conversion.classifier
         if splits is not None and data.incompatibility(classifier, splits.train) is None:
@@ -69,11 +73,7 @@ def convert_caffe(
         agreement = None
         if config.check:
             agreement = opencv.compare_logits(classifier, model, config.prototxt, images, on_event=on_event)
-            if not agreement.holds:
-                raise KdError(
-                    f"OpenCV reads another network from {model}: {agreement.text()}",
-                    "No file was written. Convert without --check to write it anyway.",
-                )
+            _require_agreement(agreement, model)
         if to_onnx:
             from kdcli.deploy.export import export_classifier
 
@@ -83,13 +83,30 @@ def convert_caffe(
             classifier.save(target)
     output.json(_to_json(model, target, conversion, agreement))
     _show(conversion, target, agreement)
-    if to_onnx:
-        output.next_command(f"kd bench {shlex.quote(target.as_posix())}")
-        return
+    output.next_command(
+        f"kd bench {shlex.quote(target.as_posix())}"
+        if to_onnx
+        else _validate(model, target, source.kind, config)
+    )
+
+
+def _require_agreement(agreement: Agreement, model: Path) -> None:
+    if not agreement.holds:
+        raise KdError(
+            f"OpenCV reads another network from {model}: {agreement.text()}",
+            "No file was written. Convert without --check to write it anyway.",
+        )
+
+
+def _validate(model: Path, target: Path, kind: str, config: ConvertConfig) -> str:
+    """Command that measures the converted teacher."""
     typed = config.model_fields_set
-    options = {"teacher": target if "output" in typed else None, "data": config.data if "data" in typed else None}
-    against = {"against": model, "prototxt": config.prototxt} if source.kind == "caffe" else {}
-    output.next_command(shell_command("validate", {**options, **against}))
+    options = {
+        "teacher": target if "output" in typed else None,
+        "data": config.data if "data" in typed else None,
+    }
+    against = {"against": model, "prototxt": config.prototxt} if kind == "caffe" else {}
+    return shell_command("validate", {**options, **against})
 
 
 def _target(model: Path, config: ConvertConfig) -> tuple[Path, bool]:
