@@ -65,7 +65,9 @@ def test_demo_refuses_foreign_folder(kd: Kd) -> None:
 
 def test_demo_interrupted(kd: Kd, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(config: object, on_event: object) -> None:
-        raise Interrupted("stopped at epoch 1", "kd train --resume runs/kd", exit_code=3)  # 143 would end the session
+        raise Interrupted(
+            "stopped at epoch 1", "kd train --resume runs/kd", exit_code=3
+        )  # 143 would end the session
 
     monkeypatch.setattr(demo, "_run", stopped)
     outcome = kd("demo")
