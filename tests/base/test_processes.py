@@ -43,6 +43,8 @@ DIGITS = (
     "1",
     "--epochs",
     "2",
+    "--batch-size",
+    "256",
     "-q",
 )
 
