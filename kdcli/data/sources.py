@@ -14,6 +14,7 @@ import re
 import stat
 import tarfile
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ Wanted = Callable[[str], bool]
 
 
 @dataclass
-class Source:
+class Source(ABC):
     """Files by name, read once from front to back.
 
     Attributes:
@@ -58,9 +59,9 @@ class Source:
         """SHA-256 that changes when the content does."""
         return sha256_file(self.path)
 
+    @abstractmethod
     def read(self, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
         """Name (parts joined by "/") and bytes of each regular file whose name is wanted."""
-        raise NotImplementedError
 
 
 def open_source(path: Path) -> Source:
