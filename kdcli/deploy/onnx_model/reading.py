@@ -90,6 +90,11 @@ def _load_external(path: Path, tensors: list[onnx.TensorProto]) -> int:
 def _check_work(path: Path, model: onnx.ModelProto) -> None:
     """Reject small files that expand without bound: loops, nested function calls, sparse weights."""
     for node in _messages(model, onnx.NodeProto):
+        names = (node.op_type, node.domain, node.name, *node.input, *node.output)
+        if not all(
+            isinstance(name, str) for name in names
+        ):  # protobuf gives bytes that are not UTF-8 as bytes
+            raise KdError(f"{path} is damaged: the names of an operator are not text")
         if node.op_type in LOOPS:
             raise KdError(f"{path} holds a {node.op_type}", "kd reads classifiers, which need no loops.")
     for sparse in _messages(model, onnx.SparseTensorProto):
