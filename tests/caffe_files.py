@@ -52,7 +52,7 @@ PARAM = {"Convolution": (106, 10), "Pooling": (121, 19), "InnerProduct": (117, 1
          "BatchNorm": (139, 0), "Scale": (142, 0), "ReLU": (123, 30), "Eltwise": (110, 24),
          "Dropout": (108, 12), "Input": (143, 0), "Deconvolution": (106, 10), "Power": (122, 21),
          "Exp": (111, 41), "Log": (134, 0), "ELU": (140, 0), "PReLU": (131, 0), "Bias": (141, 0),
-         "Slice": (126, 31), "Reshape": (133, 0), "Crop": (144, 0), "ArgMax": (103, 23), "MVN": (120, 34),
+         "Slice": (126, 31), "Reshape": (133, 0), "Crop": (144, 0), "MVN": (120, 34),
          "Reduction": (136, 0), "Concat": (104, 9), "Flatten": (135, 0), "Softmax": (125, 39)}  # fmt: skip
 
 

@@ -198,12 +198,6 @@ def _reduction(layer: Layer) -> Operation:
     return "reduction", {"operation": operation, "axis": param.axis, "factor": param.coeff}
 
 
-def _argmax(layer: Layer) -> Operation:
-    param = layer.param.argmax_param
-    axis = param.axis if param.HasField("axis") else None
-    return "argmax", {"axis": axis, "top_k": param.top_k, "values": param.out_max_val}
-
-
 def _exponential(layer: Layer) -> Operation:
     operation = layer.type.lower()
     _, args = _fields(operation, f"{operation}_param", "base", "scale", "shift")(layer)
@@ -212,7 +206,6 @@ def _exponential(layer: Layer) -> Operation:
 
 LAYERS: dict[str, Callable[[Layer], Operation]] = {
     "AbsVal": _fields("abs"),
-    "ArgMax": _argmax,
     "BNLL": _fields("softplus"),
     "BatchNorm": _batch_norm,
     "Bias": _fields("bias", "bias_param", "axis", "num_axes"),

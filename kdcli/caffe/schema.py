@@ -56,7 +56,6 @@ _MESSAGES: dict[str, str] = {
     "DummyDataParameter": """
         num 2 uint32*; channels 3 uint32*; height 4 uint32*; width 5 uint32*; shape 6 BlobShape*
     """,
-    "ArgMaxParameter": "out_max_val 1 bool false; top_k 2 uint32 1; axis 3 int32",
     "BatchNormParameter": "use_global_stats 1 bool; moving_average_fraction 2 float 0.999; eps 3 float 1e-5",
     "BiasParameter": "axis 1 int32 1; num_axes 2 int32 1",
     "ConcatParameter": "concat_dim 1 uint32 1; axis 2 int32 1",
@@ -97,8 +96,7 @@ _MESSAGES: dict[str, str] = {
     "LayerParameter": """
         name 1 string; type 2 string; bottom 3 string*; top 4 string*; loss_weight 5 float*; blobs 7 BlobProto*
         include 8 NetStateRule*; exclude 9 NetStateRule*; phase 10 Phase
-        transform_param 100 TransformationParameter; argmax_param 103 ArgMaxParameter
-        concat_param 104 ConcatParameter
+        transform_param 100 TransformationParameter; concat_param 104 ConcatParameter
         convolution_param 106 ConvolutionParameter; data_param 107 DataParameter
         dropout_param 108 DropoutParameter; dummy_data_param 109 DummyDataParameter
         eltwise_param 110 EltwiseParameter; exp_param 111 ExpParameter; image_data_param 115 DataParameter
@@ -120,8 +118,8 @@ _MESSAGES: dict[str, str] = {
         inner_product_param 17 InnerProductParameter; lrn_param 18 LRNParameter
         pooling_param 19 PoolingParameter; window_data_param 20 WindowDataParameter
         power_param 21 PowerParameter; memory_data_param 22 MemoryDataParameter
-        argmax_param 23 ArgMaxParameter; eltwise_param 24 EltwiseParameter
-        dummy_data_param 26 DummyDataParameter; relu_param 30 ReLUParameter; slice_param 31 SliceParameter
+        eltwise_param 24 EltwiseParameter; dummy_data_param 26 DummyDataParameter
+        relu_param 30 ReLUParameter; slice_param 31 SliceParameter
         include 32 NetStateRule*; exclude 33 NetStateRule*; mvn_param 34 MVNParameter; loss_weight 35 float*
         transform_param 36 TransformationParameter; softmax_param 39 SoftmaxParameter
         exp_param 41 ExpParameter

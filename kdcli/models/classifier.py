@@ -17,6 +17,8 @@ from kdcli.data.preprocess import Preprocess, from_spec
 from kdcli.models import checkpoint, registry
 from kdcli.models.checkpoint import Checkpoint
 
+_COMMON = ("arch", "arch_args", "classes", "input_size", "provenance", "crop")  # of Classifier and Checkpoint
+
 
 class Classifier(nn.Module):
     """Preprocessing and network as one module.
@@ -66,15 +68,10 @@ class Classifier(nn.Module):
     def to_checkpoint(self, training: dict[str, Any] | None = None) -> Checkpoint:
         """Return the content of the checkpoint file."""
         return Checkpoint(
-            arch=self.arch,
-            arch_args=self.arch_args,
+            **{name: getattr(self, name) for name in _COMMON},
             state_dict=dict(self.network.state_dict()),
             preprocess=self.preprocess.spec(),
-            classes=self.classes,
-            input_size=self.input_size,
-            provenance=self.provenance,
             training=training,
-            crop=self.crop,
         )
 
     def save(self, path: Path) -> None:
@@ -96,30 +93,15 @@ def from_checkpoint(stored: Checkpoint, source: str = "checkpoint") -> Classifie
         known = error.message if isinstance(error, KdError) else ""
         text = " ".join(str(error).split())[:300]
         message = known or f"weights or preprocessing do not fit network {stored.arch}: {text}"
-        raise KdError(
-            f"{source}: {message}",
-            getattr(error, "hint", "") or checkpoint.DAMAGED,
-        ) from error
+        hint = getattr(error, "hint", "") or checkpoint.DAMAGED
+        raise KdError(f"{source}: {message}", hint) from error
 
 
 def _build(stored: Checkpoint) -> Classifier:
-    build = partial(
-        registry.build,
-        stored.arch,
-        classes=len(stored.classes),
-        input_size=stored.input_size,
-        **stored.arch_args,
-    )
-    join = partial(
-        Classifier,
-        arch=stored.arch,
-        arch_args=stored.arch_args,
-        classes=stored.classes,
-        input_size=stored.input_size,
-        provenance=stored.provenance,
-        file_sha256=stored.file_sha256,
-        crop=stored.crop,
-    )
+    common = {name: getattr(stored, name) for name in _COMMON}
+    join = partial(Classifier, **common, file_sha256=stored.file_sha256)
+    size = {"classes": len(stored.classes), "input_size": stored.input_size}
+    build = partial(registry.build, stored.arch, **size, **stored.arch_args)
     with torch.random.fork_rng(devices=[]):  # the initial weights are discarded
         with torch.device("meta"), torch.no_grad():  # names, shapes and a pass, before memory is allocated
             draft = join(build(), from_spec(stored.preprocess).to("meta")).eval()

@@ -38,7 +38,6 @@ OPS: dict[str, Callable[..., nn.Module]] = {
     "eltwise": arrange.eltwise,
     "reduction": arrange.reduction,
     "softmax": arrange.softmax,
-    "argmax": arrange.argmax,
     "prelu": elementwise.prelu,
     "relu": elementwise.relu,
     "elu": partial(elementwise.unchanged_shape, nn.ELU),

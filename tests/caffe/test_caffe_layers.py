@@ -134,11 +134,6 @@ def mvn(x: Maps, variance: bool, together: bool, eps: float) -> Maps:
     return x / (np.sqrt((x**2).mean(axes, keepdims=True)) + eps) if variance else x
 
 
-def last_largest(x: np.ndarray, count: int) -> np.ndarray:
-    """Places of the largest, the later of equal ones first: Caffe sorts (value, place) downwards."""
-    return np.array(sorted(range(len(x)), key=lambda at: (x[at], at), reverse=True)[:count], float)
-
-
 def batch_norm(x: Maps, mean: Maps, variance: Maps, factor: float, eps: float) -> Maps:
     scale = 0 if factor == 0 else 1 / factor
     return (x - (mean * scale)[:, None, None]) / np.sqrt((variance * scale)[:, None, None] + eps)
@@ -317,16 +312,6 @@ CASES: dict[str, Case] = {
     "softmax-over-rows": Case(
         one("Softmax", field(2, 2)), lambda x: np.exp(x) / np.exp(x).sum(1, keepdims=True)
     ),
-    "argmax-of-channels": Case(
-        one("ArgMax", field(3, 1) + field(2, 2)),
-        lambda x: np.stack([[last_largest(x[:, y, i], 2) for i in range(5)] for y in range(6)]).transpose(2, 0, 1),
-        NOT_THERE,
-    ),
-    "argmax-of-all-with-values": Case(
-        one("ArgMax", field(1, 1) + field(2, 3)),
-        lambda x: np.stack((last_largest(x.ravel(), 3), np.sort(x.ravel())[::-1][:3])),
-        NOT_THERE,
-    ),
     "mvn": Case(one("MVN", field(3, 0.2)), lambda x: mvn(x, True, False, A02), "OpenCV adds eps under the root"),
     "mvn-plain": Case(one("MVN"), lambda x: mvn(x, True, False, 1e-9)),
     "mvn-across-mean-only": Case(
@@ -457,7 +442,6 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
     "crop-offsets": (one("Crop", field(2, 0) * 3, bottoms="x y"), "crop cannot be built"),
     "crop-alone": (one("Crop"), "layer it: crop cannot be built"),
     "flatten-backwards": (one("Flatten", field(1, 3) + field(2, 2)), "start_dim cannot come after end_dim"),
-    "argmax-too-many": (one("ArgMax", field(3, 1) + field(2, 5)), "the 5 largest of 4 values"),
     "exp-base": (one("Exp", field(1, -2.0)), "exp cannot be built"),
     "log-base": (one("Log", field(1, 1.0)), "log cannot be built"),
     "exp-overflow": (one("Exp", field(1, 1e30) + field(3, 1e30)), "cannot be built"),
@@ -479,9 +463,9 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
     ),
     "lrn-bomb": (one("LRN", field(1, (1 << 31) - 1)), "layer it: its padded input of 2147483651×6×5"),
     "lrn-within-bomb": (one("LRN", field(1, (1 << 31) - 1) + field(4, 1)), "layer it: its padded input"),
-    "argmax-bomb": (one("ArgMax", field(2, 101)), "the 101 largest of 120 values; kd takes up to 100"),
     "even-lrn": (one("LRN", field(1, 4) + field(4, 1)), "local size 4 must be odd"),
     "unknown": (one("SPP"), "layer it: unknown type SPP"),
+    "argmax-inside": (one("ArgMax"), "layer it: unknown type ArgMax"),
 }  # fmt: skip
 
 

@@ -12,7 +12,6 @@ from kdcli.base import text
 from kdcli.base.errors import KdError
 from kdcli.models.operations.shapes import Function, Shape, axis_of
 
-_MAX_TOP_K = 100  # of ArgMax
 _ELTWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": torch.add,
     "prod": torch.mul,
@@ -134,44 +133,3 @@ def reduction(shape: Shape, *, operation: str = "sum", axis: int = 1, factor: fl
 def softmax(shape: Shape, *, axis: int = 1) -> nn.Module:
     """Softmax along one axis."""
     return nn.Softmax(dim=axis_of(axis, shape))
-
-
-class ArgMax(nn.Module):
-    """Indices, values or both of the largest values along an axis; among equal ones the last, as in Caffe."""
-
-    def __init__(self, axis: int | None, top_k: int, values: bool) -> None:
-        super().__init__()
-        self.axis, self.top_k, self.values = axis, top_k, values
-
-    def forward(self, values: Tensor) -> Tensor:
-        if self.axis is not None:
-            places, largest = self._largest(values, self.axis)
-            return largest if self.values else places
-        found = torch.stack(self._largest(values.flatten(1), 1)[: 2 if self.values else 1], 1)
-        return found.reshape(*found.shape, *[1] * (values.ndim - 3))
-
-    def _largest(self, values: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-        """Indices and values, one at a time: for one, torch and ONNX agree on which of equal values comes first."""
-        length = values.shape[axis]
-        numbers = torch.arange(length, device=values.device).view(-1, *[1] * (values.ndim - 1 - axis))
-        found = []
-        for _ in range(self.top_k):
-            place = length - 1 - values.flip(axis).argmax(axis, keepdim=True)
-            found.append((place.to(values.dtype), values.gather(axis, place)))
-            values = values.masked_fill(numbers == place, -math.inf)
-        places, largest = zip(*found, strict=True)
-        return torch.cat(places, axis), torch.cat(largest, axis)
-
-    def extra_repr(self) -> str:
-        return f"axis={self.axis}, top_k={self.top_k}, values={self.values}"
-
-
-def argmax(shape: Shape, *, axis: int | None = None, top_k: int = 1, values: bool = False) -> nn.Module:
-    """With an axis: indices (or values) of the `top_k` largest along it. Without: 1×top_k indices into all values of
-    the image, or 2×top_k indices and values."""
-    if axis is not None:
-        axis = axis_of(axis, shape)
-    length = math.prod(shape) if axis is None else shape[axis - 1]
-    if not 1 <= top_k <= min(length, _MAX_TOP_K):
-        raise KdError(f"the {top_k} largest of {length} values; kd takes up to {_MAX_TOP_K}")
-    return ArgMax(axis, top_k, values)
