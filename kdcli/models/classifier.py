@@ -98,20 +98,20 @@ def from_checkpoint(stored: Checkpoint, source: str = "checkpoint") -> Classifie
 
 
 def _build(stored: Checkpoint) -> Classifier:
-    common = {name: getattr(stored, name) for name in _COMMON}
-    join = partial(Classifier, **common, file_sha256=stored.file_sha256)
-    size = {"classes": len(stored.classes), "input_size": stored.input_size}
+    about: dict[str, Any] = {name: getattr(stored, name) for name in (*_COMMON, "file_sha256")}
+    size: dict[str, Any] = {"classes": len(stored.classes), "input_size": stored.input_size}
     build = partial(registry.build, stored.arch, **size, **stored.arch_args)
     with torch.random.fork_rng(devices=[]):  # the initial weights are discarded
         with torch.device("meta"), torch.no_grad():  # names, shapes and a pass, before memory is allocated
-            draft = join(build(), from_spec(stored.preprocess).to("meta")).eval()
+            draft = Classifier(build(), from_spec(stored.preprocess).to("meta"), **about).eval()
             shape = tuple(draft(torch.zeros(2, *stored.input_size, dtype=torch.uint8)).shape)
             if shape != (2, len(stored.classes)):
                 raise ValueError(f"it gives {shape} for 2 images")
             draft.network.load_state_dict(stored.state_dict, assign=True)
         network = build()
         network.load_state_dict(stored.state_dict)
-    return join(network.to(memory_format=torch.channels_last), from_spec(stored.preprocess)).eval()
+    network = network.to(memory_format=torch.channels_last)
+    return Classifier(network, from_spec(stored.preprocess), **about).eval()
 
 
 def load(path: Path) -> Classifier:
