@@ -4,11 +4,7 @@ import re
 
 
 class KdError(Exception):
-    """An error with a hint at its remedy.
-
-    The command line prints `error: message` and `hint: hint` and exits with `exit_code`: 1 for a failure or a
-    check that did not pass, 2 for wrong usage.
-    """
+    """An error with a hint at its remedy; the command line prints both and exits with `exit_code`."""
 
     exit_code = 1
 

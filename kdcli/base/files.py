@@ -29,11 +29,7 @@ _FOREIGN_AGE_S = 24 * 3600  # scratch files of another host, whose processes can
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a file for reading.
-
-    Raises:
-        OSError: as `open`; also for a device or pipe, which is not opened, since reading it may not end.
-    """
+    """Open a file; as `open`, and OSError also for a device or pipe, since reading it may not end."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -41,11 +37,7 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """The bytes of a regular file.
-
-    Raises:
-        OSError: as `open_regular`; also for a file of more than `most` bytes.
-    """
+    """The bytes of a regular file; OSError also where it has more than `most`."""
     with open_regular(path) as handle:
         size = os.fstat(handle.fileno()).st_size
         if size > most:
@@ -56,11 +48,7 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or the table of a TOML file, which is recognised by its suffix.
-
-    Raises:
-        KdError: it cannot be read, is too large, has another syntax, holds no object, or nests too deeply.
-    """
+    """The object in a JSON file, or the table of a TOML file, by its suffix; else a KdError."""
     toml = path.suffix == ".toml"
     try:
         content = read_bytes(path, MAX_TOML_BYTES if toml else MAX_JSON_BYTES)
@@ -74,11 +62,7 @@ def read_document(path: Path) -> dict[str, Any]:
 
 
 def parse_document(text: str, *, toml: bool = False) -> Any:
-    """The value of a JSON text, or the table of a TOML text, of any origin.
-
-    Raises:
-        ValueError: another syntax, or nested so deeply that working on it could exhaust the stack.
-    """
+    """The value of a JSON text, or the table of a TOML text; ValueError also where it is nested very deeply."""
     too_deep = f"nested more than {_MAX_DEPTH} deep"
     if toml and any(line.count(".") > _MAX_DOTS for line in text.splitlines()):
         raise ValueError(too_deep)
@@ -143,10 +127,7 @@ def cache_folder(cache_dir: Path, kind: str, recipe: Mapping[str, Any]) -> Path:
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target` that replaces it if the block ends without an error.
-
-    The file is synced before the rename and the directory after it. On an error the temporary file is removed.
-    """
+    """A temporary path that, synced, replaces `target` if the block ends without an error; else it is removed."""
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{target.name}."
     _clear_abandoned(target.parent, prefix)
@@ -169,15 +150,12 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[bool]:
-    """Hold a lock between processes. The lock file is created and stays, empty.
+    """Hold a lock between processes; yields whether it had to wait.
 
-    The kernel releases the lock when its holder ends, so no stale lock can remain.
+    The lock file stays; the kernel releases the lock when its holder ends.
 
     Args:
-        on_wait: called once if another process holds the lock, before waiting for it; raises an error to not wait.
-
-    Yields:
-        Whether it had to wait.
+        on_wait: called once before waiting for another process; raises an error to not wait.
     """
     from filelock import FileLock, Timeout
 
@@ -244,11 +222,7 @@ def expand(path: str) -> Path:
 
 
 def publish(scratch: Path, target: Path) -> None:
-    """Sync the files of a scratch folder, and rename it; its name never stands for files that a power cut loses.
-
-    Raises:
-        OSError: it cannot be written, or `target` is a folder that holds anything.
-    """
+    """Sync a scratch folder and rename it, so that its name never stands for files that a power cut loses."""
     for path in scratch.iterdir():
         fsync_file(path)
     fsync_directory(scratch)

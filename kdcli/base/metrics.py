@@ -26,8 +26,8 @@ def agreement(logits: Tensor, others: Tensor) -> float:
 def divergence(student_logits: Tensor, teacher_logits: Tensor) -> float:
     """Mean KL(teacher ‖ student) in nats at temperature 1; both (N, C)."""
 
-    def of_rows(students: Tensor, teachers: Tensor) -> Tensor:
-        student, teacher = students.double().log_softmax(dim=1), teachers.double().log_softmax(dim=1)
+    def of_rows(*rows: Tensor) -> Tensor:
+        student, teacher = (logits.double().log_softmax(dim=1) for logits in rows)
         return (teacher.exp() * (teacher - student)).sum(dim=1)
 
     return _by_rows(of_rows, student_logits, teacher_logits).mean().item()
@@ -35,11 +35,8 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor) -> float:
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> float:
     """Mean cross-entropy in nats; logits (N, C), labels (N,)."""
-
-    def of_rows(rows: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(rows.double(), targets, reduction="none")
-
-    return _by_rows(of_rows, logits, labels).mean().item()
+    losses = _by_rows(lambda rows, own: F.cross_entropy(rows.double(), own, reduction="none"), logits, labels)
+    return losses.mean().item()
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:

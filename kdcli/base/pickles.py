@@ -47,26 +47,16 @@ _NPY_OBJECT = re.compile(
 
 
 def load_pickle(data: bytes) -> dict[Any, Any]:
-    """Return the dictionary in a pickle, as Python 2 or 3 wrote it; arrays of protocol 0 to 4.
+    """Return the dictionary in a pickle of protocol 0 to 4, as Python 2 or 3 wrote it.
 
-    Byte keys become text (Latin-1, as Python 2 wrote them).
-
-    Returns:
-        A dictionary of None, numbers, str, bytes, list, tuple, dict, and numeric NumPy arrays and scalars.
-
-    Raises:
-        KdError: it names a function or class outside the allow-list, is damaged, exceeds a limit, or holds no
-            dictionary.
+    It holds None, numbers, str, bytes, list, tuple, dict, numeric NumPy arrays and scalars; byte keys become text.
+    KdError for a global outside the allow-list, damage, a limit exceeded, or no dictionary.
     """
     return SafeUnpickler(data).dictionary()
 
 
 def load_npy(path: Path) -> dict[Any, Any]:
-    """Return the dictionary that `numpy.save(path, dictionary)` wrote, or that of a bare pickle.
-
-    Raises:
-        KdError: unreadable, an array in place of a dictionary, or refused by `load_pickle`.
-    """
+    """The dictionary that `numpy.save(path, dictionary)` wrote, or that of a bare pickle; see `load_pickle`."""
     try:
         if not path.is_file():
             raise KdError("no such file", "Check the path.")
@@ -108,9 +98,7 @@ class _Dispatch(dict[int, Callable[[Any], None]]):
 class SafeUnpickler(pickle._Unpickler):
     """Unpickler for plain data and numeric arrays.
 
-    Args:
-        data: the whole pickle. Arrays and encoded text are limited to twice its size: memoised bytes can be used many
-            times, so a small file could ask for any amount of memory.
+    Arrays and encoded text are limited to twice the size of the pickle: memoised bytes can be used many times.
     """
 
     stack: list[Any]
@@ -146,7 +134,7 @@ class SafeUnpickler(pickle._Unpickler):
             "numpy.core.multiarray._reconstruct": self.make_array,
             "numpy.core.multiarray.scalar": self.make_scalar,
             "_codecs.encode": self.encode,
-            "collections.OrderedDict": self.make_dict,  # not `dict`, which would hash keys unchecked
+            "collections.OrderedDict": dict,  # not `dict`, which would hash keys unchecked
         }
         full_name = f"{module}.{name}".replace("numpy._core.", "numpy.core.", 1)
         if full_name not in allowed:
@@ -159,7 +147,7 @@ class SafeUnpickler(pickle._Unpickler):
 
     def make_dtype(self, code: str | bytes, *_: object) -> np.dtype[Any]:
         text = code.decode("latin-1") if isinstance(code, bytes) else code
-        if not isinstance(text, str) or not _TYPE.fullmatch(text):
+        if not _TYPE.fullmatch(text):
             raise KdError("refuses an array of anything but plain numbers", HINT)
         # A copy, since BUILD sets its byte order
         return np.dtype("O" if text[0] == "O" else text, False, True)
@@ -179,9 +167,6 @@ class SafeUnpickler(pickle._Unpickler):
             raise KdError("refuses any text encoding but Latin-1", HINT)
         self.spend(len(text))
         return text.encode("latin-1")
-
-    def make_dict(self) -> dict[Any, Any]:
-        return {}
 
     # Instructions with checks of their own
 
@@ -263,18 +248,17 @@ def _check_shape(shape: object, dtype: object, size: int) -> None:
 
 
 def _check_content(value: dict[Any, Any]) -> None:
-    """Raise KdError for anything but plain values, or for containers that nest too deeply (or hold themselves).
+    """Raise KdError for anything but plain values, and for containers that nest too deeply (or hold themselves).
 
-    Level by level, each part once: shared parts, which could be reached in exponentially many ways, cost nothing.
+    Level by level, each part once, since shared parts could be reached in exponentially many ways.
     """
     level: list[Any] = [value]
     for _ in range(MAX_NESTING):
         found: dict[int, Any] = {}
         for part in level:
-            items = (
-                part.values() if isinstance(part, dict) else part if isinstance(part, list | tuple) else ()
-            )
-            found.update((id(item), item) for item in items)
+            if isinstance(part, dict | list | tuple):
+                items = part.values() if isinstance(part, dict) else part
+                found.update((id(item), item) for item in items)
             plain = isinstance(part, str | bytes | int | float | dict | list | tuple | np.generic | None)
             if not plain and not (isinstance(part, np.ndarray) and part.dtype.kind in "biuf"):
                 raise KdError(f"refuses a value of type {type(part).__name__}", HINT)

@@ -40,11 +40,7 @@ Target = Path | BytesIO  # a .png or .svg file, or a buffer for an SVG
 
 
 def check_target(target: Path) -> str:
-    """The kind of figure a file name asks for: `png` or `svg`.
-
-    Raises:
-        UsageError: neither.
-    """
+    """The kind of figure by a file's suffix: `png` or `svg`, else a UsageError."""
     kind = target.suffix.lower().removeprefix(".")
     if kind not in ("png", "svg"):
         raise UsageError(f"cannot draw {target}", "Figures are .png or .svg files.")

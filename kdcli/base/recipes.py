@@ -25,13 +25,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def read_recipe(name: str, typed: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Settings of a recipe in `RECIPES` or of a TOML file; keys are kd train's options with underscores or hyphens.
+    """Settings of a recipe in `RECIPES` or of a TOML file, by kd train's options; UsageError if it cannot be read.
 
     A run's config.toml lists in `filled` the settings that were derived from others. Where an option `typed` on the
     command line differs from the file, these are left out, and so derived again.
-
-    Raises:
-        UsageError: no such recipe or file, or one that cannot be read.
     """
     if name in RECIPES:
         return dict(RECIPES[name])

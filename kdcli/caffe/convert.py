@@ -61,12 +61,9 @@ class CaffeFiles:
     """The content of the files, before input size and preprocessing are decided.
 
     Attributes:
-        path: the model's file.
         kind: `caffe` or `caffe-tensorflow`.
         known: the catalogue's entry for these weights.
         input_size: (H, W, C), or None where neither the files nor the catalogue gives it.
-        channels: of the images, from the first layer's weights.
-        transform: what the data layers do to pixels.
         build: (H, W, C), on_event → the network with its weights.
     """
 
@@ -117,11 +114,7 @@ class Conversion:
 
 
 def read(model: Path, config: ConvertConfig) -> CaffeFiles:
-    """Read a caffemodel (with or without prototxt) or a caffe-tensorflow `.npy`.
-
-    Raises:
-        KdError: a damaged file, or content that kd does not support.
-    """
+    """Read a caffemodel or a caffe-tensorflow `.npy`; KdError where kd does not support it."""
     if model.suffix == ".npy":
         if config.prototxt is not None:
             raise UsageError("--prototxt goes with a caffemodel, not with a .npy", "Use --arch.")
@@ -176,11 +169,7 @@ def _read_npy(model: Path, config: ConvertConfig) -> CaffeFiles:
 
 
 def _transform_of(network: Network, folders: list[Path]) -> Transform:
-    """The transformation of the test phase's data layer, or of any other; a mean file is searched in `folders`.
-
-    Raises:
-        KdError: the mean file exists but is no mean image.
-    """
+    """The transformation of the test phase's data layer, or of any other; a mean file is searched in `folders`."""
     for source in network.sources:
         for name, param in transform_params(source):
             values = tuple(param.mean_value) if name == "transform_param" else ()
@@ -200,15 +189,12 @@ def to_classifier(
     data_label: str | None = None,
     on_event: OnEvent = ignore,
 ) -> Conversion:
-    """Build the classifier from network, weights and preprocessing.
+    """Build the classifier; KdError where layers, weights, images and preprocessing do not fit together.
 
     Args:
         train_images: uint8 (N, H, W, C), see `CaffeFiles.needs_images`; of the network's input size.
         classes: class names of that data, used if their number is the network's.
         data_label: that data's name in tables.
-
-    Raises:
-        KdError: layers, weights, images and preprocessing do not fit together.
     """
     # 1. Network, for images of the input size
     size = files.input_size

@@ -28,14 +28,7 @@ DEPTHWISE = ("ConvolutionDepthwise", "DepthwiseConvolution")  # of Caffe's forks
 
 
 def operation_of(layer: Layer, output: int = 0) -> Operation:
-    """The operation and its arguments.
-
-    Args:
-        output: number of the layer's output, for Slice.
-
-    Raises:
-        KdError: an unknown layer type or an unsupported setting; names layer and type.
-    """
+    """The operation and its arguments, for output number `output` of a Slice; KdError names layer and type."""
     check_type(layer)
     try:
         operation, args = LAYERS[layer.type](layer)
@@ -56,13 +49,10 @@ def check_type(layer: Layer) -> None:
 def state_of(
     layer: Layer, operation: str, shapes: dict[str, tuple[int, ...]], blobs: Sequence[Array]
 ) -> dict[str, Array]:
-    """A layer's blobs, as stored in the file, as the state of its module.
+    """A layer's blobs as the state of its module; KdError names the layer and both shapes where they differ.
 
     Args:
         shapes: parameter name → shape in the module.
-
-    Raises:
-        KdError: a wrong number of blobs, or shapes that differ; names the layer and both shapes.
     """
     names = [name for name in PARAMETERS.get(operation, ()) if name in shapes or name == "factor"]
     if not names:
@@ -93,12 +83,7 @@ def state_of(
 
 
 def _fields(operation: str, message: str = "", *names: str, **renamed: str) -> Callable[[Layer], Operation]:
-    """A translation that copies fields of the layer's `message`.
-
-    Args:
-        names: fields that are arguments of the same name.
-        renamed: argument → field.
-    """
+    """A translation that copies fields of `message` to arguments: `names`, and `renamed`, argument → field."""
     fields = {**{name: name for name in names}, **renamed}
 
     def translate(layer: Layer) -> Operation:

@@ -59,13 +59,9 @@ class Step:
 
 
 def logits_graph(network: Network, on_event: OnEvent = ignore) -> tuple[list[Step], str]:
-    """The steps that compute the logits: without data, losses, the last softmax, and branches of no effect on them.
+    """The steps that compute the logits, in order, and the blob of the images; KdError without exactly one input.
 
-    Returns:
-        the steps in order, the last of which gives the logits; and the blob of the images.
-
-    Raises:
-        KdError: not exactly one input, or no layer that computes.
+    Data, losses, the last softmax and branches of no effect on the logits are left out.
     """
     # 1. The node of the logits: the last, before softmax and argmax
     steps, external = _bind(network)
@@ -103,8 +99,7 @@ def logits_graph(network: Network, on_event: OnEvent = ignore) -> tuple[list[Ste
 def _bind(network: Network) -> tuple[dict[str, Step], dict[str, str]]:
     """Resolve blobs to nodes; an in-place layer binds its blob to a new node.
 
-    Returns:
-        steps by node, in order; and the nodes that stand for blobs that no layer writes, with those blobs.
+    Returns steps by node, in order, and nodes → blobs that no layer writes.
     """
     nodes: dict[str, str] = {}  # blob → node that wrote it last
     steps: dict[str, Step] = {}
@@ -139,10 +134,9 @@ def _bind(network: Network) -> tuple[dict[str, Step], dict[str, str]]:
 
 
 def input_of(network: Network, weights: Weights) -> tuple[tuple[int, int, int] | None, int]:
-    """The size (H, W, C) of the images, and their channels.
+    """The size (H, W, C) of the images, as declared or as data layers crop to it, or None; and their channels.
 
-    The size is the one declared, or the one that data layers crop to, or None. The channels are those of the first
-    convolution's weights, or 3.
+    The channels are those of the first convolution's weights, or 3.
     """
     steps, blob = logits_graph(network)
     channels = 3
@@ -168,11 +162,7 @@ def transform_params(source: Layer) -> list[tuple[str, Any]]:
 def assemble(
     network: Network, weights: Weights, shape: Shape, on_event: OnEvent = ignore
 ) -> ConvertedNetwork:
-    """Build the graph for images of (C, H, W) and assign weights by layer name.
-
-    Raises:
-        KdError: an unknown layer, shapes that do not fit, weights missing or of another shape.
-    """
+    """Build the graph for images of (C, H, W) and assign weights by layer name; KdError where they do not fit."""
     # 1. Layers to nodes
     steps, _ = logits_graph(network, on_event)
     last = steps[-1].node

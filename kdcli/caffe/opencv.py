@@ -69,12 +69,7 @@ class Agreement:
 
 
 def check_images(size: tuple[int, int, int], real: rows.Images | None = None) -> npt.NDArray[np.uint8]:
-    """Images to compare on: 64 of noise, and up to 256 real ones, evenly spaced.
-
-    Args:
-        size: (H, W, C).
-        real: uint8 (N, H, W, C).
-    """
+    """Images uint8 (N, H, W, C) to compare on: 64 of noise, and up to 256 of `real`, evenly spaced."""
     noise = np.random.default_rng(0).integers(0, 256, (_BATCH, *size), dtype=np.uint8)
     if real is None:
         return noise
@@ -90,13 +85,9 @@ def compare_logits(
     *,
     on_event: OnEvent = ignore,
 ) -> Agreement:
-    """Compare the classifier's logits with those of OpenCV's network from the same files, on the same input.
+    """Compare logits for images uint8 (N, H, W, C) with those of OpenCV's network from the same files.
 
-    Args:
-        images: uint8 (N, H, W, C).
-
-    Raises:
-        KdError: OpenCV is missing, cannot read the files, or gives another number of logits.
+    KdError where OpenCV is missing, cannot read the files, or gives another number of logits.
     """
     network = read_prototxt(prototxt) if prototxt is not None else read_caffemodel(caffemodel)[0]
     height, width, channels = classifier.input_size

@@ -78,12 +78,7 @@ class Network:
 
 
 def read_caffemodel(path: Path) -> tuple[Network, Weights]:
-    """The network definition and the weights of a binary caffemodel, V1 or V2.
-
-    Raises:
-        KdError: missing, too large, truncated, not a binary caffemodel of V1 or V2, or blobs whose values do not
-            match their shape.
-    """
+    """Network definition and weights of a binary caffemodel, V1 or V2; KdError where it is not a whole one."""
     content = _read_bytes(path, _MAX_BYTES)
     head = content[:4096]
     if b"layer" in head and all(byte in b"\t\n\r" or byte >= 32 for byte in head):  # no binary field tags
@@ -120,11 +115,7 @@ def read_caffemodel(path: Path) -> tuple[Network, Weights]:
 
 
 def read_prototxt(path: Path) -> Network:
-    """Read a network definition in text form, V1 or V2; unknown fields are skipped.
-
-    Raises:
-        KdError: missing, too large, or malformed; names the line.
-    """
+    """Network definition in text form, V1 or V2; unknown fields are skipped, and KdError names a malformed line."""
     content = _read_bytes(path, _MAX_TEXT).decode("utf-8-sig", "replace")  # comments may be in any encoding
     message = schema.NetParameter()
     try:
@@ -163,14 +154,7 @@ def _read_bytes(path: Path, limit: int) -> bytes:
 
 
 def blob_array(blob: Any, context: str) -> Array:
-    """BlobProto → float32 array.
-
-    Args:
-        context: prefix of error messages: file and layer.
-
-    Raises:
-        KdError: a shape that does not fit the values, or values that are not finite.
-    """
+    """BlobProto → float32 array; KdError, with `context`, for values that do not fit its shape or are not finite."""
     sides = blob.shape.dim if blob.HasField("shape") else (blob.num, blob.channels, blob.height, blob.width)
     shape = tuple(map(int, sides))
     dtype = np.dtype("<f8" if blob.double_data else "<f4")
@@ -237,9 +221,8 @@ def text(value: object) -> str:
 def _network(message: Any, every: Sequence[Layer], *, snapshot: bool) -> Network:
     """The test phase of a network of these layers.
 
-    Args:
-        snapshot: whether a solver saved it. It records only the layers of training, so that a layer with weights
-            that is marked for training, and whose output the test phase reads, stands for its missing twin.
+    A solver's `snapshot` has only the layers of training: one with weights, whose output the test phase reads, stands
+    for its missing twin.
     """
     included = [(layer, _is_included(layer, message.state)) for layer in every]
     tested = [layer for layer, test in included if test]

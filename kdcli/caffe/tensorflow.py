@@ -34,11 +34,7 @@ _PARTS = ("weights", "biases")
 
 
 def read_layers(path: Path) -> Layers:
-    """The layers of a `.npy`; nothing in the file is executed.
-
-    Raises:
-        KdError: not a dict of layers with finite weights and biases.
-    """
+    """The layers of a `.npy`, of which nothing is executed; KdError without finite weights and biases."""
     layers: Layers = {}
     for name, parts in _by_layer(pickles.load_npy(path), path).items():
         if set(parts) != set(_PARTS):
@@ -77,15 +73,9 @@ def _floats(value: object, context: str) -> Array:
 
 
 def identify(layers: Layers, arch: str) -> tuple[str, Layers]:
-    """The registered network that has these layers, and the layers under its names, in its order.
+    """The registered network that has these layers (`arch`, or any for `auto`), and the layers under its names.
 
     Layers of other names are recognised by their kernels, in the order of the file.
-
-    Args:
-        arch: a key of `KERNELS`, or `auto`.
-
-    Raises:
-        KdError: no such network.
     """
     candidates = KERNELS if arch == "auto" else {arch: KERNELS[arch]}
     kernels = {name: weights.shape[0] if weights.ndim == 4 else 0 for name, (weights, _) in layers.items()}
@@ -136,11 +126,7 @@ def input_size(arch: str, layers: Layers) -> tuple[int, int, int] | None:
 
 
 def build(arch: str, weights: Weights, size: tuple[int, int, int]) -> ConvertedNetwork:
-    """The registered network, and the weights, which are in Caffe's layout, as its state.
-
-    Args:
-        size: (H, W, C) of the images.
-    """
+    """The registered network for images of (H, W, C), and the weights, in Caffe's layout, as its state."""
     outputs = {name: int(biases.shape[0]) for name, (_, biases) in weights.items()}
     wide = ("conv1", "conv2", "ip1") if arch == "lenet" else _NIN
     arch_args: dict[str, Any] = {"widths": [outputs[name] for name in wide]}

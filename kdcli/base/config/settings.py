@@ -293,10 +293,7 @@ def option_flag(name: str) -> str:
 
 
 def shell_command(command: str, options: Mapping[str, Any]) -> str:
-    """`kd COMMAND` with options by field name, quoted for a shell; several values repeat an option.
-
-    None and False are left out, True is the flag alone.
-    """
+    """`kd COMMAND` with options by field name, for a shell; None and False are left out, True is the flag alone."""
     words = ["kd", command]
     for name, value in options.items():
         for one in value if isinstance(value, list | tuple) else (value,):
@@ -313,11 +310,7 @@ _SEE_HELP = "See --help for what each option takes."
 
 
 def make(kind: type[S], values: Mapping[str, Any]) -> S:
-    """Build settings from values.
-
-    Raises:
-        UsageError: an unknown or invalid value; the message names the option, the value and what is allowed.
-    """
+    """Build settings from values; UsageError names the option, the value and what is allowed."""
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:

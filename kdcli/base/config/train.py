@@ -30,11 +30,7 @@ _SAVE_EVERY = re.compile(r"(\d{1,9}) ?(epochs?|steps?|min|)")
 
 @dataclass(frozen=True)
 class Ramp:
-    """Linear from `first` to `last`, then constant.
-
-    Attributes:
-        over: share of the training after which `last` is reached, above 0, at most 1.
-    """
+    """Linear from `first` to `last` over a share of the training, 0 < `over` ≤ 1; then constant."""
 
     first: float
     last: float
@@ -52,11 +48,7 @@ class Ramp:
 
 
 def read_weight(text: str, epochs: int) -> tuple[str, Ramp]:
-    """Name and weight of a term from `at=1000`, `at=0:1000` or `at=0:1000:20`, the last over 20 epochs.
-
-    Raises:
-        ValueError: another form, or a weight that is negative or not finite.
-    """
+    """Name and weight of a term from `at=1000`, `at=0:1000` or `at=0:1000:20`, the last over 20 epochs."""
     name, _, value = text.partition("=")
     try:
         numbers = [float(word) for word in value.split(":")]

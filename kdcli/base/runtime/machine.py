@@ -56,10 +56,9 @@ def set_threads(threads: int = 0, processes: int = 1) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory it frees instead of returning it to the kernel in each step.
+    """Let glibc keep the memory that this process frees, instead of mapping and zeroing pages anew in each step.
 
-    glibc maps each large block afresh, and the kernel fills it with zeros, page by page: a sixth of a LeNet's step.
-    Results do not change. Other C libraries keep their own way.
+    That is a sixth of a LeNet's step. Results do not change.
     """
     if sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "mallopt"):
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 30)
@@ -72,9 +71,7 @@ def choose_precision(
     """Resolve `auto` to `32` or `bf16` by timing training steps of a copy of the network.
 
     Args:
-        wanted: `auto`, `32` or `bf16`.
         example: a prepared batch (B, C, H, W), on the network's device.
-        classes: number of logits.
 
     Returns:
         The precision, and the measured step times in ms (empty if nothing was measured).

@@ -28,11 +28,7 @@ _TRANSPORT_ERRORS = ("gloo", "nccl", "connection", "socket", "timed out")
 
 
 def choose_device(accelerator: str) -> str:
-    """Resolve `auto` to the first available of `cuda`, `mps` and `cpu`.
-
-    Raises:
-        UsageError: the requested accelerator is not available.
-    """
+    """Resolve `auto` to the first available of `cuda`, `mps` and `cpu`; UsageError where the wanted one is not."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if accelerator == "auto":
         return next(name for name, available in present.items() if available)
@@ -46,13 +42,9 @@ def choose_device(accelerator: str) -> str:
 
 @dataclass(frozen=True)
 class World:
-    """Distributed context: rank, world size, device. A no-op with one process.
+    """Distributed context of this process: device, global rank, number of processes in all and on this host.
 
-    Attributes:
-        device: device of this process.
-        rank: global rank; rank 0 writes files and reports.
-        size: number of processes.
-        local_size: number of processes on this host.
+    Rank 0 writes files and reports. A no-op with one process.
     """
 
     device: torch.device
@@ -82,12 +74,7 @@ class World:
         return mine, len(mine) * self.size / len(samples)
 
     def gather(self, values: Tensor, count: int) -> Tensor:
-        """The values (B, …) of the whole batch, gathered from all processes; differentiable.
-
-        Args:
-            values: this process's part, as split by `share`.
-            count: images in the whole batch.
-        """
+        """The whole batch (`count`, …) from the parts (B, …) that `share` made in each process; differentiable."""
         if self.size == 1 or count < self.size:
             return values
         end = sum(len(part) for part in np.array_split(np.arange(count), self.size)[: self.rank + 1])
@@ -198,12 +185,9 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 
 def launch(accelerator: str, devices: int) -> World:
-    """Start the other processes of a run, or join those started by torchrun.
+    """Start the other processes of a run, or join those of torchrun; each returns from here with its own rank.
 
-    Each process runs the same command line and returns from here with its own rank.
-
-    Raises:
-        UsageError: the accelerator is not available, or has fewer devices; on a CPU, there are fewer cores.
+    UsageError where the accelerator is not available or has fewer devices, or, on a CPU, there are fewer cores.
     """
     kind = choose_device(accelerator)
     nodes = 1

@@ -28,10 +28,7 @@ _active: list[StopFlag] = []  # of the main thread; at most one
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
-    """Turn the first SIGINT or SIGTERM into a flag; a second one ends the process at once.
-
-    A nested call yields the flag of the outer one.
-    """
+    """Turn the first SIGINT or SIGTERM into a flag, shared by nested calls; a second one ends the process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield StopFlag()  # handlers can only be set in the main thread
         return
