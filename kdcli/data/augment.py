@@ -25,12 +25,7 @@ GREY = 128  # fill value of cutout
 def philox(counter: npt.NDArray[np.uint64], key: tuple[int, int]) -> UInt32:
     """Philox4x32-10 (Salmon et al., SC 2011): a block cipher as random generator.
 
-    Args:
-        counter: (4, N), each below 2³².
-        key: two words below 2³².
-
-    Returns:
-        uint32 (4, N): four independent uniform words for each counter.
+    From counters (4, N) and a key of two words, each below 2³², to uint32 (4, N): uniform and independent.
     """
     c0, c1, c2, c3 = (part.astype(np.uint64) for part in counter)
     k0, k1 = key
@@ -51,8 +46,7 @@ def philox(counter: npt.NDArray[np.uint64], key: tuple[int, int]) -> UInt32:
 def random_bits(seed: int, purpose: int, view: int, samples: Int64, block: int | Int64 = 0) -> UInt32:
     """uint32 (4, N): four random 32-bit words per sample in one view, for one purpose.
 
-    Args:
-        block: index of further random bits of the same sample; one number, or one for each sample.
+    `block` is the index of further random bits of the same sample; one number, or one for each sample.
     """
     numbers = samples.astype(np.uint64)
     counter = np.stack(
@@ -134,15 +128,11 @@ STEPS = {"crop": _crop, "flip": _flip, "cutout": _cutout}  # in the order they a
 
 
 def apply(name: str, images: Tensor, seed: int, view: int, samples: Int64) -> Tensor:
-    """Augment each image of a batch as view `view` does, without mixing.
+    """Augment each image of a batch, uint8 (B, H, W, C) on any device, as view `view` does, without mixing.
 
     Args:
         name: steps joined by hyphens, such as `flip-crop`, or `none` (see `config.AUGMENT_STEPS`).
-        images: uint8 (B, H, W, C), on any device.
         samples: (B,), each image's index in the data set.
-
-    Returns:
-        uint8 (B, H, W, C).
     """
     for step, function in STEPS.items():
         if step in name.split("-"):
@@ -169,11 +159,7 @@ class Mixing:
 
 
 def mixing(name: str, seed: int, view: int, samples: Int64, pool: Int64) -> Mixing | None:
-    """Partners and shares of a view; None for an augmentation without mixup.
-
-    Args:
-        pool: indices of the samples that may be mixed in: the training samples.
-    """
+    """Partners, from the training samples `pool`, and shares of a view; None for an augmentation without mixup."""
     if MIXUP_NAME not in name.split("-"):
         return None
     random = random_bits(seed, MIXUP, view, samples)
@@ -183,14 +169,13 @@ def mixing(name: str, seed: int, view: int, samples: Int64, pool: Int64) -> Mixi
 def make_view(
     name: str, take: Callable[[Int64], Tensor], seed: int, view: int, samples: Int64, pool: Int64
 ) -> Tensor:
-    """View `view` of the given samples, the input of teacher and student.
+    """View `view` of the given samples, uint8 (B, H, W, C): the input of teacher and student.
+
+    Mixed images are rounded, so that teacher and student get the same pixels.
 
     Args:
         take: from sample indices (B,) to raw images uint8 (B, H, W, C).
-        pool: see `mixing`.
-
-    Returns:
-        uint8 (B, H, W, C); mixed images are rounded, so that teacher and student get the same pixels.
+        pool: indices of the samples that may be mixed in: the training samples.
     """
     images = apply(name, take(samples), seed, view, samples)
     mixed = mixing(name, seed, view, samples, pool)

@@ -15,7 +15,6 @@ class RemoteFile:
         name: path below `folder`.
         folder: `data` or `weights`: the setting that holds the folder's path.
         urls: mirrors in the order to try.
-        size_bytes: None where it is unknown.
     """
 
     name: str

@@ -114,11 +114,7 @@ class Dataset:
         return {}
 
     def find(self, data_dir: Path) -> dict[str, Path]:
-        """Paths of its files by file name.
-
-        Raises:
-            KdError: a file is absent.
-        """
+        """Paths of its files by file name; KdError if one is absent."""
         if self.folder is not None and (data_dir / self.folder).is_dir():
             return {self.folder: data_dir / self.folder}
         paths = [data_dir / file for file in self.files]
@@ -128,14 +124,7 @@ class Dataset:
         return {path.name: path for path in paths}
 
     def __call__(self, request: Request, located: Mapping[str, Path] | None = None) -> Splits:
-        """The data set; read once, then from the cache.
-
-        Args:
-            located: its files by name, see `locate`, instead of those in the data folder.
-
-        Raises:
-            KdError: absent, damaged, or not what it should be.
-        """
+        """The data set, from its own place or the files `located`; read once, then from the cache."""
         height, width, own_channels = self.input_size
         own_size = request.image_size == height == width and request.crop == 1
         size = None if own_size else request.image_size
@@ -232,9 +221,7 @@ def dataset(
 ) -> Callable[[AnyRead], AnyRead]:
     """Register a function that reads the files of a data set; arguments as the attributes of `Dataset`.
 
-    Args:
-        files: by default those of the entry `name` in `catalog.DOWNLOADS`; an empty tuple for a data set without
-            files.
+    `files` are by default those of the entry `name` in `catalog.DOWNLOADS`; empty for a data set without files.
     """
     if files is None:
         files = tuple(remote.name for remote in catalog.DOWNLOADS[name])

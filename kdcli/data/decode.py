@@ -50,17 +50,11 @@ def decode(data: bytes, name: str) -> Pixels:
 
 @contextmanager
 def decoded(data: bytes, name: str) -> Iterator[Pixels]:
-    """Pixels of an image file, upright by its EXIF orientation, for use in a block.
+    """Pixels uint8 (H, W, 3) of an image file, upright by its EXIF orientation, for use in a block.
 
     Transparent pixels are laid on white; of an animation and of several pages the first is taken; grey becomes three
     equal channels, and 16-bit grey is scaled to 8 bits. Blocks with images of more than `LARGE_PIXELS` wait for each
-    other.
-
-    Yields:
-        uint8 (H, W, 3).
-
-    Raises:
-        KdError: broken, not one of `FORMATS`, or more than `MAX_PIXELS`; names the file.
+    other. KdError names a file that is broken, not one of `FORMATS`, or of more than `MAX_PIXELS`.
     """
     with _errors(name, data):
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -109,16 +103,10 @@ def _errors(name: str, data: bytes) -> Iterator[None]:
 
 
 def resize(pixels: Pixels, size: int, crop: float = 1.0) -> Pixels:
-    """The middle square, by an antialiased bilinear resize.
+    """The middle square of uint8 (H, W, 1 or 3), by an antialiased bilinear resize → (size, size, C).
 
-    Args:
-        pixels: uint8 (H, W, C), C 1 or 3.
-        size: pixels per side.
-        crop: share of the shorter side that is kept, 0.25 … 1. The whole square is resized to `size / crop` pixels
-            first: 224/256 is the usual "resize to 256, crop 224".
-
-    Returns:
-        uint8 (size, size, C).
+    `crop` is the share of the shorter side that is kept, 0.25 … 1. The square is resized to `size / crop` first: 224/256
+    is the usual "resize to 256, crop 224".
     """
     height, width, channels = pixels.shape
     if (height, width) == (size, size) and crop == 1:
@@ -134,15 +122,9 @@ def resize(pixels: Pixels, size: int, crop: float = 1.0) -> Pixels:
 
 
 def fit_to(pixels: Pixels, name: str, size: tuple[int, int, int], consumer: str, crop: float = 1.0) -> Pixels:
-    """Convert an image to the channels of `size`, and resize it if `size` is a square.
+    """Convert an image to the channels of `size` (H, W, C), and resize it, with `crop`, if `size` is a square.
 
-    Args:
-        size: (H, W, C).
-        crop: see `resize`.
-        consumer: subject and verb of the error message, such as `the model takes`.
-
-    Raises:
-        KdError: the image has another shape than `size` then; names the image.
+    KdError if the shape still differs; `consumer` is subject and verb of its message, such as `the model takes`.
     """
     height, width, channels = size
     pixels = with_channels(pixels, channels) if channels in (1, 3) else pixels
@@ -156,15 +138,7 @@ def fit_to(pixels: Pixels, name: str, size: tuple[int, int, int], consumer: str,
 
 
 def with_channels(pixels: Pixels, channels: int) -> Pixels:
-    """Colour to grey by ITU-R 601 luma, or grey to three equal planes.
-
-    Args:
-        pixels: uint8 (H, W, 1 or 3).
-        channels: 1 or 3.
-
-    Returns:
-        uint8 (H, W, channels).
-    """
+    """Colour to grey by ITU-R 601 luma, or grey to three equal planes; uint8 (H, W, 1 or 3) → (H, W, channels)."""
     if pixels.shape[2] == channels:
         return pixels
     if channels == 3:

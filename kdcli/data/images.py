@@ -23,7 +23,6 @@ class ImageSet:
     Attributes:
         images: uint8 (N, H, W, C), RGB or grey: an array, a read-only memory map, or two of these joined.
         labels: int64 (N,), in 0 … len(classes) − 1, or `NO_LABEL`.
-        classes: class names in label order.
         fingerprint: SHA-256 of the content (see `fingerprint_of`).
         crop: share of the original images' shorter side that these show, see `decode.resize`.
     """
@@ -46,12 +45,9 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set.
+    """A data set: value of --data, name in tables, images, and notes for the user.
 
     Attributes:
-        spec: value of --data.
-        label: name in tables.
-        notes: information for the user (images resized, folders skipped).
         overlap: number of test images that are train images too, see `overlap_of`.
         unlabelled: further images to train on, without labels and classes.
     """

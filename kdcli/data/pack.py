@@ -51,10 +51,7 @@ class Packer:
     """Decoded images by index, in a scratch file; all of one shape.
 
     Without a `size` the shape of the first image holds until one differs. Then all images are resized to
-    `FALLBACK_SIZE`, so that the outcome does not depend on their order.
-
-    Attributes:
-        resized: whether any image had to be.
+    `FALLBACK_SIZE`, so that the outcome does not depend on their order. `resized`: whether any image had to be.
     """
 
     def __init__(self, folder: Path, size: int | None, channels: int, crop: float = 1.0) -> None:
@@ -139,11 +136,7 @@ class Cache:
 
     @contextmanager
     def packer(self, size: int | None, channels: int, crop: float = 1.0) -> Iterator[Packer]:
-        """A packer in a scratch folder, which is removed at the end; `size` is in pixels per side, `crop` its share.
-
-        Raises:
-            KdError: the cache folder cannot be written.
-        """
+        """A packer to `size` pixels per side, in a scratch folder that is removed at the end."""
         parent = self.folder.parent
         try:
             workspace = files.scratch_folder(parent)
@@ -166,11 +159,7 @@ class Cache:
         label: str,
         notes: list[str],
     ) -> Packed:
-        """Write the selected parts of what was packed as this entry.
-
-        Raises:
-            KdError: it cannot be read back.
-        """
+        """Write the selected parts of what was packed as this entry; KdError if it cannot be read back."""
         workspace, images = packer.folder, packer.images()
         fingerprints, written = {}, {}
         for name, (indices, labels) in selections.items():

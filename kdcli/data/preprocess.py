@@ -45,11 +45,7 @@ def _moments(images: rows.Images, samples: Int64) -> tuple[npt.NDArray[np.float6
 
 
 class Preprocess(nn.Module):
-    """Base: transform in RGB order, then reverse the channels if the network wants BGR.
-
-    Args:
-        channel_order: `rgb` or `bgr`: the order the network was trained with.
-    """
+    """Base: transform in RGB order, then reverse the channels if the network was trained with `bgr`."""
 
     name: ClassVar[str] = "none"
 
@@ -101,11 +97,7 @@ class MeanStd(Preprocess):
     def described(
         cls, values: tuple[Sequence[float], Sequence[float]], channels: int, order: str
     ) -> Preprocess:
-        """From mean and std in units of 0–255, each one value or one a channel, in the network's channel order.
-
-        Raises:
-            UsageError: values for another number of channels.
-        """
+        """From mean and std in units of 0–255, each one value or one a channel, in the network's channel order."""
         state = {}
         for name, given in zip(("mean", "std"), values, strict=True):
             if len(given) not in (1, channels):
@@ -168,12 +160,7 @@ class GcnZca(Preprocess):
 
     Per image over all its values: subtract the mean, scale to L2 norm `scale`; then `(x − mean) @ whiten`, with
     `whiten = V diag(1/√(λ + filter_bias)) Vᵀ` from the eigenvectors and eigenvalues of the covariance of the
-    normalised train images.
-
-    Args:
-        mean: (D,), D = C·H·W in C, H, W order.
-        whiten: (D, D), symmetric.
-        scale: the L2 norm after contrast normalisation.
+    normalised train images. `mean` is (D,), D = C·H·W in C, H, W order; `whiten` (D, D), symmetric.
     """
 
     name = "gcn-zca"
@@ -240,15 +227,7 @@ def fit(
     channel_order: str = "rgb",
     on_event: OnEvent = ignore,
 ) -> Preprocess:
-    """Measure a preprocessing's constants on train images uint8 (N, H, W, C).
-
-    Args:
-        samples: numbers of the images to use; by default all.
-
-    Raises:
-        UsageError: no preprocessing of that name.
-        KdError: images too large for whitening.
-    """
+    """Measure a preprocessing's constants on train images uint8 (N, H, W, C), all or those of `samples`."""
     samples = np.arange(len(images)) if samples is None else samples
     return _class_of(name).fit(images, samples, channel_order, on_event)
 

@@ -24,10 +24,6 @@ def add_unlabelled(splits: Splits, path: Path, request: Request) -> Splits:
     They get the size and channels of the data's images. Those that then equal, pixel by pixel, one of the data's
     own are left out: test images, because they would be trained on; train images, because they already are, or
     are kept for validation. Names and folders count for nothing.
-
-    Raises:
-        UsageError: no such folder or file.
-        KdError: not an archive, a broken image without `skip_broken`, an image that cannot get that size, or none.
     """
     if not path.exists():
         raise UsageError(

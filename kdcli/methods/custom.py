@@ -35,11 +35,7 @@ def is_custom(name: str) -> bool:
 
 
 def load(name: str) -> Method:
-    """Import a function and make a method of it; the current folder is searched after all other places.
-
-    Raises:
-        UsageError: it cannot be imported, is not callable, or has the name of a registered method.
-    """
+    """Import a function, searching the current folder last, and make a method of it; UsageError if it is none."""
     if _NAME.fullmatch(name) is None:
         raise UsageError(f"--method {name} does not name a function", _HINT)
     module_name, function_name = name.split(":")
@@ -81,9 +77,6 @@ def source_digests(name: str) -> dict[str, str]:
     """SHA-256 of the modules of the custom methods among those joined by `+`, which are imported.
 
     Of a module without a file (it is part of Python) it is the digest of nothing.
-
-    Raises:
-        UsageError: one cannot be imported.
     """
     found = {}
     for part in filter(is_custom, name.split("+")):
@@ -95,16 +88,7 @@ def source_digests(name: str) -> dict[str, str]:
 
 
 def check_typed(config: TrainConfig, typed: str | None, source: str) -> None:
-    """Check that a custom method was named on the command line.
-
-    Args:
-        config: of a run or recipe.
-        typed: `--method` of the command line.
-        source: of the settings, for the message.
-
-    Raises:
-        UsageError: only a file names it.
-    """
+    """Raise UsageError if only a file names a custom method, and not `typed`, `--method` of the command line."""
     if is_custom(config.method) and typed != config.method:
         raise UsageError(
             f"{source} names a method that is code, {config.method}, and kd runs none because a file says so",

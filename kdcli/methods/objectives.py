@@ -30,11 +30,7 @@ _FLAGS = ("needs_teacher", "needs_features", "needs_labels", "regresses", "same_
 
 
 def parse(name: str) -> tuple[Method, ...]:
-    """Methods joined by `+`: of the registry, or functions as `package.module:function`, which are imported.
-
-    Raises:
-        UsageError: a method is unknown or named twice, or a function cannot be imported.
-    """
+    """Methods joined by `+`: of the registry, or functions as `package.module:function`, which are imported."""
     methods: dict[str, Method] = {}
     for word in name.split("+"):
         if not custom.is_custom(word) and word not in METHODS:
@@ -53,12 +49,7 @@ def parse(name: str) -> tuple[Method, ...]:
 
 @dataclass(frozen=True)
 class Term:
-    """A method's loss with its weight, temperature and settings in a run.
-
-    Attributes:
-        weight, tau: over the training.
-        settings: keyword arguments of the method's loss.
-    """
+    """A method's loss with its weight and temperature over a run, and the keyword arguments of the loss."""
 
     method: Method
     weight: Ramp
@@ -71,7 +62,6 @@ class Objective:
     """Weighted sum of terms that a run minimises; terms whose weight is always 0 are left out.
 
     Attributes:
-        config: settings of the run.
         terms: by the method's name, cross-entropy on the labels (`ce`) first.
         needs_teacher, needs_features, needs_labels, regresses, same_network, no_mixup: whether any method has it.
     """
@@ -122,11 +112,7 @@ class Objective:
         return found
 
     def check(self, *, unlabelled: bool = False) -> None:
-        """Check that the terms can train a student; `unlabelled`: on images some of which have no label.
-
-        Raises:
-            UsageError: a term needs labels, or none trains the last layer.
-        """
+        """Raise UsageError if the terms cannot train a student, or need labels that `unlabelled` images lack."""
         name = self.config.method
         if unlabelled and self.needs_labels:
             raise UsageError(
@@ -141,11 +127,7 @@ class Objective:
 
 
 def objective(config: TrainConfig) -> Objective:
-    """Parse method, weights, temperatures and settings of a run.
-
-    Raises:
-        UsageError: as `parse`; a weight is for an unknown term, or all are 0.
-    """
+    """Parse method, weights, temperatures and settings of a run."""
     methods = parse(config.method)
     known = {CE: METHODS[CE]} | {method.name: method for method in methods}
     terms = {}

@@ -119,11 +119,7 @@ def method(
     Args:
         name: by default the function's; the summary is the first line of its docstring.
         needs: `features` for maps or embeddings of both networks, with which the teacher runs in each step; `labels`.
-        attributes: of `Method`.
-
-    Raises:
-        ValueError: a weight or temperature out of range, or features without a teacher.
-        TypeError: no such attribute.
+        attributes: of `Method`; ValueError for a weight or temperature out of range, or features without a teacher.
     """
     numbers = [attributes.get(key, 1.0) for key in ("ce", "weight", "tau")]
     if not all(isinstance(each, int | float) and 0 <= each < math.inf for each in numbers) or not numbers[2]:
@@ -178,11 +174,7 @@ def summary_of(function: object) -> str:
 
 
 def discover(package: str) -> None:
-    """Fill `METHODS` from the modules of a package: methods of labels first, then of logits, then of features.
-
-    Raises:
-        ValueError: two methods share a name or a setting.
-    """
+    """Fill `METHODS` from the modules of a package: methods of labels first, then of logits, then of features."""
     found: list[Method] = []
     for module in pkgutil.iter_modules(import_module(package).__path__, f"{package}."):
         if not module.ispkg:

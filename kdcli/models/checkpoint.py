@@ -76,12 +76,9 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def save_plain(path: Path, document: dict[str, Any]) -> None:
-    """Write tensors and plain values atomically: temporary file, read back, fsync, rename.
+    """Write tensors and plain values atomically: temporary file, read back, fsync, rename; else a KdError.
 
     The file holds the SHA-256 of its own content, since torch's reader does not notice a flipped bit.
-
-    Raises:
-        KdError: the file cannot be written or does not read back; an earlier file of that name is unchanged.
     """
     document = {**document, "sha256": digest(document)}
     try:
@@ -105,11 +102,7 @@ def load_plain(path: Path) -> dict[str, Any] | None:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint with `weights_only=True`, which no environment variable overrides.
-
-    Raises:
-        KdError: missing, unreadable, damaged, not a checkpoint of kd, or made by a newer version.
-    """
+    """Read a checkpoint with `weights_only=True`, whatever the environment; KdError for any other file."""
     document, sha256 = _read(path)
     version = document.get("format_version")
     if not isinstance(version, int) or version != FORMAT_VERSION:
@@ -126,10 +119,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], str]:
-    """Content of a file without the SHA-256 in it, and the SHA-256 of the file.
-
-    The file is read once: the archive is checked, then what torch read of the same bytes, then the SHA-256 in it.
-    """
+    """Content of a file without the SHA-256 in it, which is checked; and the SHA-256 of the file."""
     if not path.exists():
         raise KdError(f"no such file: {path}", "kd convert-caffe makes a teacher, kd train a student.")
     if not path.is_file():
@@ -179,12 +169,8 @@ def _check_extent(path: Path, size: int, document: Any) -> None:
             raise KdError(f"{path} claims to hold more than it can", AGAIN)
 
 
-def digest(value: Any, without: tuple[str, ...] = ()) -> str:
-    """Hexadecimal SHA-256 of nested tensors and plain values; the order of a dictionary does not count.
-
-    Args:
-        without: dictionary keys to leave out, at any depth.
-    """
+def digest(value: Any) -> str:
+    """Hexadecimal SHA-256 of nested tensors and plain values; the order of a dictionary does not count."""
     sha = hashlib.sha256()
 
     def add(part: Any) -> None:
@@ -193,9 +179,8 @@ def digest(value: Any, without: tuple[str, ...] = ()) -> str:
             sha.update(f"tensor {plain.dtype} {tuple(plain.shape)} ".encode())
             sha.update(plain.reshape(-1).view(torch.uint8).numpy().data)
         elif isinstance(part, dict):
-            keys = [key for key in part if key not in without]
-            sha.update(f"dict {len(keys)} ".encode())
-            for key in sorted(keys, key=lambda key: (str(type(key)), str(key))):
+            sha.update(f"dict {len(part)} ".encode())
+            for key in sorted(part, key=lambda key: (str(type(key)), str(key))):
                 add(key)
                 add(part[key])
         elif isinstance(part, list | tuple):

@@ -80,11 +80,7 @@ class Classifier(nn.Module):
 
 
 def from_checkpoint(stored: Checkpoint, source: str = "checkpoint") -> Classifier:
-    """Build the network of a checkpoint with its weights, in eval mode.
-
-    Raises:
-        KdError: network, weights, preprocessing and images do not fit each other.
-    """
+    """Build a checkpoint's network with its weights, in eval mode; KdError if its parts do not fit each other."""
     try:
         return _build(stored)
     except Exception as error:  # what torch raises on odd arguments is not a closed set
@@ -126,10 +122,7 @@ def load(path: Path) -> Classifier:
 
 
 def final_linear(network: nn.Module) -> nn.Linear | None:
-    """The linear layer whose outputs are the logits, named by the network's attribute `head`.
-
-    None where another layer follows it (in NIN a ReLU).
-    """
+    """The linear layer that gives the logits, by the attribute `head`; None if another follows it (in NIN a ReLU)."""
     name = getattr(network, "head", None)
     return None if name is None else cast(nn.Linear, network.get_submodule(name))
 

@@ -55,13 +55,7 @@ def make_stage(
 
 
 def scaled(channels: int, width: float, multiple: int = 1) -> int:
-    """A channel count times `width`, rounded to the nearest multiple of `multiple` (halves up), at least one.
-
-    At width 1 it is `channels` unchanged: the published network.
-
-    Raises:
-        UsageError: width is not above 0 and at most 64.
-    """
+    """A channel count times `width`, rounded to a `multiple` (halves up), at least one; at width 1 as it is."""
     if not 0 < width <= _MAX_WIDTH:
         raise UsageError(
             f"a network's width cannot be {width}", f"It is a factor above 0 and at most {_MAX_WIDTH}."

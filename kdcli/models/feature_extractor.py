@@ -59,10 +59,7 @@ def find_stages(network: nn.Module, example: Tensor, wanted: str = "") -> tuple[
 
     Args:
         example: a prepared batch (B, C, H, W).
-        wanted: names joined by commas.
-
-    Raises:
-        UsageError: a wanted layer does not exist or returns no maps; or the network has no maps.
+        wanted: names joined by commas; UsageError if one returns no maps.
     """
     shapes: dict[str, list[tuple[int, ...]]] = {}  # of each output, one per call, in the order of their ends
 

@@ -68,17 +68,13 @@ class GraphNet(nn.Module):
         classes: int | None = None,
         input_size: tuple[int, int, int] | None = None,
     ) -> None:
-        """Build a network from its description.
+        """Build a network from its description; KdError names the layer that does not fit, and both shapes.
 
         Args:
             input: (C, H, W) of the first node's input.
             nodes: `{"name", "op", "inputs": [names], "args": {...}}`, each after its inputs, `input` being the first.
             output: name of the node whose output are the logits.
-            classes: number of logits, to be checked.
-            input_size: (H, W, C) of the images, to be checked.
-
-        Raises:
-            KdError: unknown operation, or shapes that do not fit; names the layer and both shapes.
+            classes, input_size: number of logits and (H, W, C) of the images, to be checked.
         """
         super().__init__()
         images = input if input_size is None else (input_size[2], *input_size[:2])

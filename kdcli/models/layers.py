@@ -15,8 +15,7 @@ class LayerSummary:
     """One call of a layer.
 
     Attributes:
-        name: path in the network.
-        kind: the module's repr in one line.
+        name, kind: path in the network, and the module's repr in one line.
         output: shape of the output for one image.
         parameters: trainable values; 0 if an earlier call counted them.
         macs: multiply-accumulates per image; 0 except in convolutions and linear layers. None if unknown.
@@ -46,12 +45,7 @@ def run_with_hooks(
 
 
 def summarize_layers(network: nn.Module, prepared: Tensor) -> list[LayerSummary]:
-    """Summaries of the modules without children, in the order in which one image passes them.
-
-    Args:
-        network: prepared (B, C, H, W) → logits.
-        prepared: any input of the network.
-    """
+    """Summaries of the modules without children, in the order in which one image (B, C, H, W) passes them."""
     rows: list[LayerSummary] = []
     seen: set[int] = set()
 

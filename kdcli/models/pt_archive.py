@@ -34,12 +34,7 @@ _ITEM_BYTES = {
 def check_archive(path: Path, content: bytes) -> None:
     """Raise KdError unless a file's bytes are an archive that `torch.save` makes of plain values and tensors.
 
-    Args:
-        path: for messages.
-
-    Raises:
-        KdError: not such an archive, or larger inside than outside.
-        zipfile.BadZipFile, OSError, struct.error: damage that the zip reader found.
+    Damage that the zip reader finds is raised as its own errors.
     """
     if not zipfile.is_zipfile(io.BytesIO(content)):
         check_pointer(content, str(path))
@@ -88,12 +83,7 @@ def _has_one_directory(content: bytes, start: int) -> bool:
 
 
 class _TensorlessUnpickler(SafeUnpickler):
-    """Unpickler for a `.pt` file that makes no tensors; each storage may be no larger than its record.
-
-    Args:
-        data: the pickle.
-        sizes: bytes of each storage's record.
-    """
+    """Unpickler for a `.pt` file that makes no tensors; no storage may exceed its record, of `sizes` bytes."""
 
     dispatch: ClassVar[Any] = {
         **SafeUnpickler.dispatch,

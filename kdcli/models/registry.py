@@ -51,12 +51,7 @@ MODELS: dict[str, partial[Any]] = {
 
 
 def register(name: str, **args: Any) -> Callable[[Builder], Builder]:
-    """Return a decorator that adds a network class (or function) to `MODELS`.
-
-    Args:
-        name: what `--student` takes.
-        args: arguments of the class that belong to this name.
-    """
+    """Return a decorator that adds a network class, with those arguments of it, to `MODELS` for `--student NAME`."""
 
     def add(builder: Builder) -> Builder:
         MODELS[name] = partial(builder, **args)
@@ -66,16 +61,9 @@ def register(name: str, **args: Any) -> Callable[[Builder], Builder]:
 
 
 def build(arch: str, *, classes: int, input_size: tuple[int, int, int], **arch_args: Any) -> nn.Module:
-    """Build a freshly initialised network: float32 (B, C, H, W) → logits (B, classes).
+    """Build a freshly initialised network of `MODELS`: float32 (B, C, H, W) → logits (B, classes).
 
-    Args:
-        arch: a name in `MODELS`.
-        classes: number of logits.
-        input_size: (H, W, C) of the images.
-        arch_args: further arguments of the network, as `width`.
-
-    Raises:
-        UsageError: unknown name or argument, or images too small for the network.
+    UsageError for an unknown name or argument, and for images (H, W, C) too small for the network.
     """
     row = _row(arch)
     try:

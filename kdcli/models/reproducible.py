@@ -18,7 +18,6 @@ class DropoutKeys:
     """Random keys of the current batch, shared by all dropout layers of a network.
 
     Attributes:
-        seed: of the run.
         stream: number of the network within a run (student, teacher).
         keys: int32 (4, B), random bits of the batch's samples in this epoch.
     """
@@ -75,10 +74,7 @@ def use_sample_dropout(network: nn.Module, keys: DropoutKeys) -> None:
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the parts of a batch that all processes hold, on any device.
-
-    torch's `SyncBatchNorm` is for GPUs only.
-    """
+    """Batch norm over the parts of a batch that all processes hold; torch's `SyncBatchNorm` is for GPUs only."""
 
     def forward(self, maps: Tensor) -> Tensor:
         """(B, C, …) → the same, normalised by mean and variance over the samples and positions of all processes."""

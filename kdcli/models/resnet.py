@@ -35,10 +35,8 @@ class BasicBlock(nn.Module):
 class ResNet(ConvClassifier):
     """A 3×3 convolution, three stages of basic blocks, global average, linear.
 
-    Args:
-        depth: 6 · blocks of a stage + 2.
-        widths: channels of the first convolution and of the stages.
-        width: multiplies `widths`, rounded to whole numbers of at least 1.
+    `depth` is 6 · blocks of a stage + 2. `widths` are the channels of the first convolution and of the stages, times
+    `width`, rounded to whole numbers of at least 1.
     """
 
     stages: tuple[str, ...] = ("layer1", "layer2", "layer3")
@@ -95,12 +93,8 @@ class PreActivationBlock(nn.Module):
 class WideResNet(ConvClassifier):
     """A 3×3 convolution, three stages of blocks, batch norm, ReLU, global average, linear.
 
-    The maps of `stages` are sums that no ReLU follows.
-
-    Args:
-        depth: 6 · blocks of a stage + 4.
-        factor: the stages have 16, 32 and 64 times `factor` channels.
-        width: multiplies each count of channels, rounded to whole numbers of at least 1.
+    `depth` is 6 · blocks of a stage + 4. The stages have 16, 32 and 64 times `factor` channels, each count times
+    `width`, rounded to whole numbers of at least 1. The maps of `stages` are sums that no ReLU follows.
     """
 
     stages: tuple[str, ...] = ("block1", "block2", "block3")

@@ -9,14 +9,11 @@ _WIDTHS = (64, 128, 256, 512, 512)
 
 
 class VGG(ConvClassifier):
-    """Five blocks of 3×3 convolution (with bias), batch norm, ReLU; global average; linear.
+    """Five blocks of 3×3 `convolutions` (with bias), batch norm, ReLU; global average; linear.
 
     Max-pool 2 follows the first three blocks, and the fourth where the images have 64×64 or more. The maps of
-    `stages` are those before pooling; the last are (B, 512, H/8, W/8), from 64×64 on (B, 512, H/16, W/16).
-
-    Args:
-        convolutions: of each block.
-        width: multiplies each count of channels, rounded to whole numbers of at least 1.
+    `stages` are those before pooling; the last are (B, 512, H/8, W/8), from 64×64 on (B, 512, H/16, W/16). `width`
+    multiplies each count of channels, rounded to whole numbers of at least 1.
     """
 
     stages: tuple[str, ...] = ("block0", "block1", "block2", "block3", "block4")

@@ -86,10 +86,7 @@ class FinishedRun:
 
 
 def read_finished(folder: Path, method: str = "") -> FinishedRun:
-    """A run to repeat.
-
-    Args:
-        method: as typed; required if the run's method is a custom one.
+    """A run to repeat; `method` is the custom method as typed.
 
     Raises:
         KdError: it is not finished, or its files cannot be read.
@@ -116,11 +113,7 @@ def read_finished(folder: Path, method: str = "") -> FinishedRun:
 
 
 def check_inputs(found: FinishedRun, on_event: OnEvent = ignore) -> Splits:
-    """The run's data, if it, teacher, student's file and custom methods are those that were recorded.
-
-    Raises:
-        KdError: one is missing or changed.
-    """
+    """The run's data; KdError if it, the teacher, the student's file or a custom method is missing or has changed."""
     data = load_data(found.config, on_event)
     recorded, current = recorded_inputs(found.student.provenance), input_hashes(found.config, data)
     try:
@@ -135,12 +128,7 @@ def reproduce(
 ) -> Reproduction:
     """Train with the same settings in a folder beside the run, and compare.
 
-    Args:
-        tolerance: points of test accuracy by which the two may differ if their bits do.
-
-    Raises:
-        KdError: as `engine.fit`.
-        Interrupted: SIGINT or SIGTERM; the same command continues.
+    `tolerance` is in points of test accuracy. After Interrupted the same command continues.
     """
     for difference in found.result.resumed_with_differences:
         on_event(Note(f"{found.run_dir.path} was itself resumed with a difference: {difference}"))

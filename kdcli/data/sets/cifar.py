@@ -53,11 +53,7 @@ def read_cifar100(paths: Mapping[str, Path]) -> Content:
 def _batches(
     paths: Mapping[str, Path], required: Sequence[str], optional: Sequence[str] = ()
 ) -> dict[str, dict[str, object]]:
-    """The unpickled members of the archive or folder, by file name.
-
-    Raises:
-        KdError: a member is absent, or holds anything but a dictionary of arrays and plain values.
-    """
+    """The unpickled members of the archive or folder, by file name; KdError if one is absent or no dictionary."""
     [path] = paths.values()
     found: dict[str, dict[str, object]] = {}
     places: dict[str, str] = {}

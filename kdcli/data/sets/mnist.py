@@ -22,11 +22,7 @@ FASHION_CLASSES = (
 
 
 def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
-    """The array of bytes in an IDX file, which may be gzip'ed.
-
-    Raises:
-        KdError: damaged, cut short, another kind of array, or larger than `MAX_BYTES`.
-    """
+    """The array of bytes in an IDX file, which may be gzip'ed; KdError for any other or more than `MAX_BYTES`."""
     try:
         with path.open("rb") as handle:
             start = handle.read(64)

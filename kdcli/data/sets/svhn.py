@@ -15,11 +15,7 @@ SIZE = (32, 32, 3)
 
 
 def read_mat(path: Path) -> LabelledImages:
-    """Images and labels of one file. Shapes are checked before anything is read, so that nothing is huge.
-
-    Raises:
-        KdError: damaged, or without X and y of the right shape and type.
-    """
+    """Images and labels of one file; shapes are checked before anything is read, so that nothing is huge."""
     from scipy.io import loadmat, whosmat
 
     if path.stat().st_size > MAX_FILE_BYTES:

@@ -17,10 +17,7 @@ def contrastive(log_scores: Tensor, samples: int) -> Tensor:
     """−log h(positive) − Σ log(1 − h(negative)), mean over the batch: CRD's (Tian et al., ICLR 2020, eq. 18); → ().
 
     h = P/(P + K/n): whether a pair comes from the data, P its score, or from noise that draws K of n samples alike.
-
-    Args:
-        log_scores: log P, (B, 1 + K), the positive first.
-        samples: n, the number of samples to draw from.
+    `log_scores` are log P, (B, 1 + K), the positive first; n is the number of `samples` to draw from.
     """
     log_scores = precise(log_scores)
     odds = log_scores - math.log((log_scores.shape[1] - 1) / samples)  # log h/(1 − h)
@@ -70,10 +67,8 @@ class Contrast(nn.Module):
     ) -> Tensor:
         """The sum of both anchors' losses, mean over the batch; → ().
 
-        Args:
-            student_embedding, teacher_embedding: (B, D), or what flattens to it.
-            samples: the images' numbers, int64 (B,), each once.
-            negatives: numbers of other images, int64 (B, K).
+        Embeddings are (B, D), or what flattens to it; `samples`, int64 (B,), are the images' numbers, each once, and
+        `negatives`, int64 (B, K), those of other images.
         """
         student, teacher = pair(student_embedding.flatten(1), teacher_embedding.flatten(1))
         student, teacher = unit(self.student(student)), unit(self.teacher(teacher))
@@ -110,11 +105,7 @@ class Negatives:
     """Sampler of images of other classes than an image's own."""
 
     def __init__(self, labels: npt.NDArray[np.int64], samples: npt.NDArray[np.int64], count: int) -> None:
-        """Sort the training images `samples` by class, to draw `count` for each; `labels` (N,) are of all images.
-
-        Raises:
-            UsageError: there is only one class.
-        """
+        """Sort the training images `samples` by class, to draw `count` for each; `labels` (N,) are of all images."""
         self.labels = labels
         self.count = count
         self.by_class = samples[np.argsort(labels[samples], kind="stable")]

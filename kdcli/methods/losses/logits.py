@@ -105,16 +105,12 @@ def decoupled(
     beta: float,
     sample_weights: Tensor | None = None,
 ) -> Tensor:
-    """τ²·(α·TCKD + β·NCKD), mean over the batch: DKD (Zhao et al., CVPR 2022, eq. 7); → ().
+    """τ²·(α·TCKD + β·NCKD), mean over the batch: DKD (Zhao et al., CVPR 2022, eq. 7); (B, C ≥ 2) each → ().
 
     With b = (p_y, 1 − p_y) and p̂ the softmax over the other classes alone, both at temperature τ,
     TCKD = KL(bᵗ ‖ bˢ) and NCKD = KL(p̂ᵗ ‖ p̂ˢ). Both are computed from log-probabilities, so that they hold where p_y
-    is next to 0 or 1. Of two classes only one is other: NCKD is 0.
-
-    Args:
-        student_logits, teacher_logits: (B, C), C ≥ 2.
-        labels: y, int64 (B,).
-        sample_weights: (B,), times each sample's loss; the mean is over the batch, not over the weights.
+    is next to 0 or 1. Of two classes only one is other: NCKD is 0. `sample_weights` (B,) multiply each sample's loss;
+    the mean is over the batch, not over the weights.
     """
     classes = torch.arange(student_logits.shape[1] - 1, device=labels.device)
     own = labels[:, None]

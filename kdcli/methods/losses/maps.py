@@ -44,10 +44,8 @@ def attention(student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
 def variational(student_mean: Tensor, variance: Tensor, teacher_maps: Tensor) -> Tensor:
     """½·mean((μ − t)²/σ² + log σ²) over all elements: VID (Ahn et al., CVPR 2019), less a constant; → ().
 
-    Args:
-        student_mean: μ, what a regressor makes of the student's maps, (B, C, H, W).
-        variance: σ² > 0 of each channel, (C,).
-        teacher_maps: t, (B, C, H, W).
+    μ (B, C, H, W) is what a regressor makes of the student's maps, σ² (C,) the `variance` of each channel, t the
+    teacher's maps (B, C, H, W).
     """
     mean, teacher = same_size(student_mean, teacher_maps)
     variance = variance.to(mean.dtype)[:, None, None]

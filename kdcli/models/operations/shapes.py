@@ -58,8 +58,7 @@ def pair(value: Sequence[int], least: int) -> tuple[int, int]:
 def axis_of(axis: int, shape: Shape) -> int:
     """Convert Caffe's number of an axis (0 is the batch, negative from the end) to a number from 1 on.
 
-    Raises:
-        KdError: no such axis, or the batch: a layer that mixes images cannot be part of a classifier.
+    KdError for the batch: a layer that mixes images cannot be part of a classifier.
     """
     rank = len(shape) + 1
     found = axis + rank if axis < 0 else axis

@@ -42,11 +42,7 @@ class PlannedRun:
         return f"{self.config.method}, seed {self.config.seed}"
 
     def is_started(self) -> bool:
-        """Whether its folder exists.
-
-        Raises:
-            UsageError: the run in it has other settings.
-        """
+        """Whether its folder exists; UsageError if the run in it has other settings."""
         if not self.run_dir.config_file.is_file():
             return False
         own, stored = map(decisive_settings, (resolve(self.config), self.run_dir.read_config()))
@@ -74,9 +70,6 @@ class Plan(Settings):
     """A comparison's settings; all but the folder are stored in `comparison.toml`.
 
     Attributes:
-        methods: in the order of the table.
-        seeds: of each method.
-        baseline: the method that the others are compared with.
         train: settings of all runs; its method and seed are not used.
         common: None before the first start.
         inputs: SHA-256 of data, teacher, student and custom methods; empty before the first start.
@@ -127,12 +120,7 @@ class Plan(Settings):
         return make(TrainConfig, {**dict(self.train), **common, **own})
 
     def check(self) -> None:
-        """Check everything that can be wrong before training.
-
-        Raises:
-            UsageError: unknown methods, or settings that do not go together.
-            KdError: a teacher is missing.
-        """
+        """Check everything that can be wrong before training: methods, settings, teachers."""
         for name in self.methods:
             methods.parse(name)
         if self.baseline not in self.methods:
@@ -157,15 +145,7 @@ class Plan(Settings):
 
     @classmethod
     def load(cls, folder: Path, typed: Collection[str] = ()) -> Plan:
-        """The comparison recorded in a folder.
-
-        Args:
-            typed: methods on the command line: custom methods have to be among them.
-
-        Raises:
-            KdError: there is none, or it cannot be read.
-            UsageError: it names a custom method that was not typed.
-        """
+        """The comparison recorded in a folder; UsageError if a custom method in it is not among those `typed`."""
         path = folder / "comparison.toml"
         if not path.is_file():
             raise KdError(f"{folder} is not a comparison", "Pass a folder that kd compare has made.")
@@ -189,11 +169,7 @@ class Plan(Settings):
         return plan
 
     def as_started(self) -> Plan:
-        """This comparison with what its folder records, if it was started before.
-
-        Raises:
-            UsageError: it was started with other settings.
-        """
+        """This comparison with what its folder records; UsageError if it was started with other settings."""
         if not self.file.exists():
             return self
         stored = Plan.load(self.folder, self.methods)
@@ -218,15 +194,7 @@ class Plan(Settings):
 
 
 def make_plan(settings: CompareConfig, train: Mapping[str, Any]) -> Plan:
-    """The comparison for these settings.
-
-    Args:
-        train: settings of `kd train` that all runs share, as typed.
-
-    Raises:
-        UsageError: they do not go together.
-        KdError: a teacher is missing.
-    """
+    """The comparison for these settings, and those of `kd train`, as typed, that all runs share; checked."""
     # equal views for every seed, so that one teacher cache serves all of them
     config = make(TrainConfig, {"view_seed": 0, **train})
     names = settings.method_names

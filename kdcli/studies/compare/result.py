@@ -21,11 +21,8 @@ class RunFigures(Record):
     """One run.
 
     Attributes:
-        run: its folder.
         status: `missing` if it is neither finished nor failed, in an interrupted comparison.
-        reason: why it failed.
         teacher_passes: of this run alone; 0 with a warm cache.
-        seconds: of training.
         circumstances: versions, hardware and threads, on which the last bits depend.
         resumed_with_differences: circumstances that changed when it was resumed.
     """
@@ -61,8 +58,7 @@ class Standing(Record):
     """A method over its seeds; accuracies in per cent.
 
     Attributes:
-        count: finished runs.
-        failed: runs that failed or are missing.
+        count, failed: finished runs, and those that failed or are missing.
         difference: None for the baseline itself, and where no seed has both runs.
         verdict: `baseline`, `better`, `worse`, `inconclusive`, `one seed: no claim` or `no runs`.
     """
@@ -118,15 +114,7 @@ class Comparison(Record):
 def conclude(
     plan: Plan, failures: Mapping[str, str], label: str, test_images: int, test_in_train: int = 0
 ) -> Comparison:
-    """Compare the finished runs of a plan.
-
-    Args:
-        failures: why runs failed, by name.
-        label, test_images, test_in_train: of the data; the last is `Splits.overlap`.
-
-    Raises:
-        KdError: a finished run's files cannot be read.
-    """
+    """Compare the finished runs of a plan; `failures` are the reasons of failed runs, by name."""
     runs = [_figures(planned, failures.get(planned.config.name)) for planned in plan.runs]
     # a method with a missing run, its own or the baseline's, gets no verdict: the others are no fair sample
     missing = {run.method for run in runs if run.status != "finished"}

@@ -19,12 +19,9 @@ _UNITS = 1000  # of one run, on the progress bar
 
 
 def compare(plan: Plan, data: Splits, *, on_event: OnEvent = ignore) -> Comparison:
-    """Train the missing runs, and compare all of them.
+    """Train the missing runs, and compare all of them; KdError for files of another comparison or other inputs.
 
-    Raises:
-        UsageError: the folder holds another comparison, or a method refuses the settings.
-        KdError: a file cannot be read or written, or data, teacher or student changed since the start.
-        Interrupted: SIGINT or SIGTERM; finished runs and the state of the current one are kept.
+    After Interrupted, finished runs and the state of the current one are kept.
     """
     try:
         with files.locked(plan.folder / ".lock", lambda: on_event(Note("waiting for another kd compare"))):

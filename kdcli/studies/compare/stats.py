@@ -20,14 +20,9 @@ Interval = tuple[Points, Points]
 
 
 class Summary(Record):
-    """Statistics of a sample.
+    """Statistics of a sample: its mean and, None for one value, what Student's t gives with n − 1 degrees of freedom.
 
-    Attributes:
-        count: number of values.
-        mean: their mean.
-        deviation: the sample's standard deviation (n − 1); None for one value.
-        interval: 95 % interval of the mean by Student's t with n − 1 degrees of freedom; None for one value.
-        p: two-sided, of the mean being 0; None for one value.
+    `deviation` is the standard deviation (n − 1), `interval` the 95 % interval of the mean, `p` two-sided, of its being 0.
     """
 
     count: Annotated[int, Field(ge=1, lt=2**53)]
@@ -38,15 +33,11 @@ class Summary(Record):
 
 
 def summary(values: Sequence[float], resolution: float = 0.0) -> Summary:
-    """Mean, spread and t-interval (Student 1908).
+    """Mean, spread and t-interval (Student 1908) of one value or more.
 
     Of paired differences this is the paired t-test. Accuracies are shares of whole images: a few differences may be
     equal by that alone, and would then seem to be known exactly. Their deviation is therefore taken to be at least
-    that of the rounding of two accuracies, resolution / √6.
-
-    Args:
-        values: at least one, finite.
-        resolution: the step in which a value of either side can change; 0: no limit.
+    that of the rounding of two accuracies, resolution / √6, where `resolution` is the step of a value; 0: no limit.
     """
     from scipy import special
 

@@ -46,9 +46,6 @@ _INPUTS = ("data", "unlabelled", "teacher", "student")
 def tune(config: TuneConfig, space: Space, data: Splits, *, on_event: OnEvent = ignore) -> TuneResult:
     """Train the missing trials of a study, alongside other processes that do the same. Test images are not read.
 
-    Args:
-        space: the search space, from `read_space`.
-
     Raises:
         UsageError: settings that do not go together, or other ones than the study was started with.
         KdError: the storage cannot be used, or a trial could not start.
@@ -164,11 +161,7 @@ class _Search:
             self.note(f"--timeout {config.timeout:g}: no further trial was started")
 
     def _objective(self, trial: optuna.Trial) -> float:
-        """Mean validation accuracy of a trial's runs.
-
-        Raises:
-            optuna.TrialPruned: it is below the median, or its settings failed: see the attribute `REASON`.
-        """
+        """Mean validation accuracy of a trial's runs; TrialPruned if it is low, or with `REASON` if it failed."""
         trial.set_user_attr(PROCESS, this_process())
         self.study.sampler = make_sampler(self.config.sampler, self.config.seed, self.study, trial.number)
         settings = apply(self.base, draw(trial, self.space))
@@ -210,12 +203,7 @@ class _Search:
         return sum(accuracies) / len(accuracies)
 
     def _listener(self, trial: optuna.Trial, index: int, before: list[float]) -> OnEvent:
-        """Forward a run's events; after each epoch report the mean accuracy over the seeds so far, or prune.
-
-        Args:
-            index: of the run's seed.
-            before: accuracies of the seeds before it.
-        """
+        """Forward a run's events; after each epoch report the mean over this seed and those `before`, or prune."""
         seeds = self.config.seeds
         title = f"trial {trial.number}" + (f", seed {index + 1} of {seeds}" if seeds > 1 else "")
 

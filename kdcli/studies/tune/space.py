@@ -123,13 +123,7 @@ Space = tuple[Range | Choice, ...]
 def read_space(texts: Sequence[str], config: TrainConfig) -> Space:
     """The search space from `NAME=LOW:HIGH`, `NAME=LOW:HIGH:log` (or `:linear`) and `NAME=a|b|c`.
 
-    Names are those of kd train's options, and so are the bounds of values.
-
-    Args:
-        config: the settings that all trials share.
-
-    Raises:
-        UsageError: malformed text, a value out of bounds, or a setting that cannot be tuned or that no method reads.
+    Names are those of kd train's options, and so are the bounds of values; else a UsageError.
     """
     if not texts:
         raise UsageError("nothing to tune", "Name settings: --tune tau=1:10 --tune 'optimizer=adam|sgd'")
@@ -149,11 +143,7 @@ def read_space(texts: Sequence[str], config: TrainConfig) -> Space:
 
 
 def names_of(texts: Sequence[str]) -> set[str]:
-    """Names of the tuned settings; their values are not looked at.
-
-    Raises:
-        UsageError: kd train has no such setting.
-    """
+    """Names of the tuned settings; their values are not looked at."""
     return {_setting(text.partition("=")[0].strip()) for text in texts if "=" in text}
 
 

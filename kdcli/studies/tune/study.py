@@ -40,10 +40,8 @@ class Trial:
 
     Attributes:
         state: `complete`, `pruned`, `failed`, `running` or `waiting`.
-        values: its settings.
         accuracy: mean validation accuracy, per cent; of a pruned trial the last one; else None.
         accuracies: of each seed.
-        reason: why it failed.
         precision: what the runs were computed in.
     """
 
@@ -59,16 +57,10 @@ class Trial:
 def open_study(
     url: URL, name: str, settings: Mapping[str, Any], pruner: Literal["median", "none"]
 ) -> optuna.Study:
-    """The study of that name, created if need be. A study without trials takes new settings.
+    """The study of that name, created if need be; UsageError for other settings, unless it has no trials.
 
-    Trials send heartbeats; the values of a stale one are queued again, at most `RETRIES` times.
-
-    Args:
-        settings: plain values that all processes of a study must share.
-
-    Raises:
-        UsageError: it was started with other settings.
-        sqlalchemy.exc.SQLAlchemyError: see `readable_errors`.
+    Trials send heartbeats; the values of a stale one are queued again, at most `RETRIES` times. `settings` are plain
+    values that all processes of a study must share.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     is_sqlite = url.get_backend_name() == "sqlite"
@@ -186,11 +178,7 @@ def _suggest(trial: optuna.Trial, part: Range | Choice) -> Any:
 
 
 def read_url(text: str, default: Path) -> URL:
-    """The address of the storage; an empty text stands for the SQLite file `default`.
-
-    Raises:
-        UsageError: not a database URL, or an SQLite database in memory.
-    """
+    """The address of the storage, an SQLite file `default` for an empty text; UsageError for other texts."""
     try:
         url = make_url(text) if text else URL.create("sqlite", database=default.as_posix())
     except (ArgumentError, ValueError):  # the text may hold a password, so the message leaves it out

@@ -22,11 +22,9 @@ class TuneResult:
     """Result of a study.
 
     Attributes:
-        settings: of the study.
         storage: address of its database, without secrets.
         trials: finished, running and waiting ones.
         importance: each setting's share, largest first; empty for the reason in `why_not`.
-        figures: files that were drawn.
     """
 
     settings: TuneConfig
@@ -75,11 +73,7 @@ class TuneResult:
 
 
 def summarize(config: TuneConfig, study: optuna.Study, address: str) -> TuneResult:
-    """The current result of a study; draws its figures.
-
-    Raises:
-        KdError: a figure cannot be written.
-    """
+    """The current result of a study; draws its figures."""
     trials = trials_of(study)
     shares, why_not = importance(study, trials)
     figures: list[Path] = []
