@@ -105,8 +105,8 @@ def _errors(name: str, data: bytes) -> Iterator[None]:
 def resize(pixels: Pixels, size: int, crop: float = 1.0) -> Pixels:
     """The middle square of uint8 (H, W, 1 or 3), by an antialiased bilinear resize → (size, size, C).
 
-    `crop` is the share of the shorter side that is kept, 0.25 … 1. The square is resized to `size / crop` first: 224/256
-    is the usual "resize to 256, crop 224".
+    `crop` is the share of the shorter side that is kept, 0.25 … 1: 224/256 is the usual "resize to 256, crop 224", in
+    which the whole square is resized to `size / crop` first.
     """
     height, width, channels = pixels.shape
     if (height, width) == (size, size) and crop == 1:
