@@ -6,6 +6,7 @@ from typing import Any
 
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import read_document
+from kdcli.base.names import nearest
 
 # `seed` is the reference's own.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -34,7 +35,7 @@ def read_recipe(name: str, typed: Mapping[str, Any] | None = None) -> dict[str, 
         return dict(RECIPES[name])
     path = Path(name)
     if path.suffix != ".toml":
-        raise UsageError(f"unknown recipe: {name}", f"It is {', '.join(RECIPES)}, or a .toml file.")
+        raise UsageError(f"unknown recipe: {name}", nearest(name, RECIPES, ", or a .toml file"))
     try:
         document = read_document(path)
     except KdError as error:

@@ -14,12 +14,13 @@ from typing import Annotated, NoReturn
 import typer
 
 from kdcli.base.errors import Interrupted, KdError, UsageError, is_out_of_memory
+from kdcli.base.names import nearest
 from kdcli.base.text import reason
 
 app = typer.Typer(
     name="kd",
     no_args_is_help=True,
-    add_completion=True,
+    suggest_commands=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={
@@ -104,11 +105,14 @@ def _register(arguments: list[str]) -> None:
 
     This keeps `kd --help` fast: at most one command's settings classes are built.
     """
-    requested = next((word.replace("_", "-") for word in arguments if not word.startswith("-")), "")
-    completing = "_KD_COMPLETE" in os.environ  # shell completion needs the options of every command
+    typed = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS")  # shell completion
+    words = typed.split()[1:] if typed and "_KD_COMPLETE" in os.environ else arguments
+    requested = "".join(words[:1]).replace("_", "-")
+    if not typed and requested[:1] not in ("", "-") and requested not in COMMANDS:
+        raise UsageError(f"no such command: {requested}", nearest(requested, COMMANDS))
     for name in COMMANDS:
         module = name.replace("-", "_")
-        if name == requested or completing:
+        if name == requested:
             add_command(app, importlib.import_module(f"kdcli.cli.{module}"))
         else:
             app.command(name, help=_summary(module))(lambda: None)
@@ -149,8 +153,9 @@ def _fail(error: KdError) -> NoReturn:
 def as_kd_error(error: Exception) -> KdError:
     """A KdError for a usage error of Typer, an OSError, exhausted memory, or a bug of kd."""
     if hasattr(error, "format_message"):
-        text = str(error.format_message()).rstrip(".")
-        return UsageError(text[0].lower() + text[1:])
+        similar = getattr(error, "possibilities", None)  # options, the nearest first
+        text = str(error if similar else error.format_message()).rstrip(".")
+        return UsageError(text[0].lower() + text[1:], f"Did you mean {similar[0]}?" if similar else "")
     if isinstance(error, OSError):
         prefix = f"{error.filename}: " if error.filename else ""
         return KdError(f"{prefix}{reason(error)}", "Check the path, its permissions and free space.")

@@ -12,6 +12,7 @@ from kdcli.base import units
 from kdcli.base.config import DownloadConfig
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import expand
+from kdcli.base.names import nearest
 from kdcli.cli import output
 from kdcli.cli.options import command, examples
 from kdcli.data import catalog
@@ -48,7 +49,7 @@ def download(
     Intact files are kept; an interrupted download continues.
     """
     if what not in (*DOWNLOADS, ALL):
-        raise UsageError(f"unknown download: {what}", f"Choose from {', '.join([*DOWNLOADS, ALL])}.")
+        raise UsageError(f"unknown download: {what}", nearest(what, [*DOWNLOADS, ALL]))
     names = [name for name in DOWNLOADS if name in catalog.ALL] if what == ALL else [what]
     remotes = [remote for name in names for remote in DOWNLOADS[name]]
     sources = _sources(what, remotes, config.source)

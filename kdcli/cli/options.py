@@ -10,10 +10,13 @@ import typer
 from pydantic.fields import FieldInfo
 from rich.markup import escape
 
-from kdcli.base.config import METHOD, Settings, make, option_flag
+from kdcli.base.config import DATA, METHOD, OPTIMISER, RUN, Settings, make, option_flag
+from kdcli.base.config.settings import INPUT, OF_METHODS
 from kdcli.base.recipes import RECIPES
 from kdcli.cli import output
 
+# in the order of --help; None: arguments, "": the other panels
+_PANELS = (None, "", METHOD, OF_METHODS, DATA, OPTIMISER, RUN, INPUT, "Output")
 Recipe = Annotated[
     str | None,
     typer.Option(
@@ -50,9 +53,10 @@ def command(
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(function, eval_str=True)
         own = {name: p for name, p in signature.parameters.items() if name not in ("config", "options")}
-        parameters = list(own.values())
-        parameters += [_parameter(name, field, (metavars or {}).get(name)) for name, field in fields.items()]
+        parameters = [_parameter(name, field, (metavars or {}).get(name)) for name, field in fields.items()]
+        parameters += own.values()
         parameters += [_keyword(name, False, bool, option) for name, option in _OUTPUT.items()]
+        parameters.sort(key=_place)
 
         def run(**values: Any) -> None:
             for name in _OUTPUT:
@@ -72,13 +76,28 @@ def command(
     return decorate
 
 
+def _help_all(context: typer.Context, asked: bool) -> None:
+    if asked:
+        for parameter in context.command.params:
+            parameter.hidden = False  # type: ignore[attr-defined]
+        context.get_help()  # Typer prints it
+        raise typer.Exit
+
+
 _OUTPUT = {  # options of every command
+    "help_all": typer.Option("--help-all", help="Show rare options too.", callback=_help_all, is_eager=True),
     "json": typer.Option(
         "--json", help="Print one JSON object on stdout instead of text.", rich_help_panel="Output"
     ),
     "quiet": typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel="Output"),
     "debug": typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output"),
 }
+
+
+def _place(parameter: inspect.Parameter) -> int:
+    """Place of a parameter's panel in --help."""
+    panel = parameter.annotation.__metadata__[0].rich_help_panel
+    return _PANELS.index(panel if panel in _PANELS else "")
 
 
 def _keyword(name: str, default: Any, kind: Any, option: Any) -> inspect.Parameter:
@@ -98,6 +117,7 @@ def _parameter(name: str, field: FieldInfo, metavar: str | None) -> inspect.Para
         rich_help_panel=extra.get("panel", "Options"),
         show_default=False,
         metavar=placeholder or None,
+        hidden=extra.get("rare", False),
     )
     return _keyword(name, None, (str if choices else kind) | None, option)
 

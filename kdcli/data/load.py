@@ -1,12 +1,12 @@
 """Load a data set by name, or from a folder or archive of images."""
 
-import difflib
 from dataclasses import replace
 from pathlib import Path
 
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import Note, OnEvent, ignore
 from kdcli.base.files import expand, regular_size
+from kdcli.base.names import nearest
 from kdcli.base.units import size
 from kdcli.data.datasets import DATASETS, Request, discover
 from kdcli.data.images import Splits
@@ -61,12 +61,8 @@ def load(
     if spec in DATASETS:
         splits = DATASETS[spec](request)
     elif not spec or "\0" in spec or not path.exists():
-        near = difflib.get_close_matches(spec.lower().replace("-", ""), DATASETS, n=1)
-        raise UsageError(
-            f"no dataset or path: {spec or '(empty)'}",
-            (f"Did you mean {near[0]}? " if near else "")
-            + f"--data takes {', '.join(DATASETS)}, or the path of a folder or archive of images.",
-        )
+        hint = nearest(spec, DATASETS, ", or the path of a folder or archive of images")
+        raise UsageError(f"no dataset or path: {spec or '(empty)'}", hint)
     else:
         splits = _load_path(path, request)
     if unlabelled is not None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import Note, OnEvent, ignore
+from kdcli.base.names import nearest
 from kdcli.data import rows
 
 Int64 = npt.NDArray[np.int64]
@@ -215,7 +216,7 @@ PREPROCESSES: dict[str, type[Preprocess]] = {
 
 def _class_of(name: str) -> type[Preprocess]:
     if name not in PREPROCESSES:
-        raise UsageError(f"unknown preprocessing: {name}", f"Known are {', '.join(PREPROCESSES)}.")
+        raise UsageError(f"unknown preprocessing: {name}", nearest(name, PREPROCESSES))
     return PREPROCESSES[name]
 
 

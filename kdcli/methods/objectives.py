@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdcli.base.config import Ramp, TeacherInputSettings
 from kdcli.base.errors import UsageError
+from kdcli.base.names import nearest
 from kdcli.methods import custom
 from kdcli.methods.batch import Batch, Training
 from kdcli.methods.registry import CE, METHODS, Method
@@ -36,7 +37,7 @@ def parse(name: str) -> tuple[Method, ...]:
         if not custom.is_custom(word) and word not in METHODS:
             raise UsageError(
                 f"unknown method: {word}" if word else "a method has no name",
-                f"Known are {', '.join(METHODS)}; joined as in kd+at; or package.module:function, of your own.",
+                nearest(word, METHODS, "; joined as in kd+at; or package.module:function"),
             )
         method = custom.load(word) if custom.is_custom(word) else METHODS[word]
         if method.name in methods:

@@ -38,16 +38,17 @@ class Option:
     bounds: Mapping[str, Any]
 
 
-def option(help: str, *flags: str, name: str = "", **bounds: Any) -> Option:  # noqa: A002
+def option(help: str, *flags: str, name: str = "", rare: bool = True, **bounds: Any) -> Option:  # noqa: A002
     """Make a keyword-only parameter an option of kd train: `alpha: Annotated[float, option("weight …", ge=0)] = 1.0`.
 
     Args:
         help: text without a full stop; the method's name is put before it.
         flags: further spellings of the option.
         name: of the setting; by default METHOD_PARAMETER, and so --METHOD-PARAMETER.
+        rare: listed by --help-all only.
         bounds: pydantic's, as `ge=0`.
     """
-    return Option(help, flags, name, bounds)
+    return Option(help, flags, name, {"rare": rare, **bounds})
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,12 @@ def logits(batch: Batch) -> Tensor:
 def noisy_logits(
     batch: Batch,
     *,
-    ratio: Annotated[float, option("probability that a sample's target is perturbed", ge=0, le=1)] = 0.5,
-    sigma: Annotated[float, option("standard deviation of the relative noise", ge=0, le=100)] = 0.9,
+    ratio: Annotated[
+        float, option("probability that a sample's target is perturbed", rare=False, ge=0, le=1)
+    ] = 0.5,
+    sigma: Annotated[
+        float, option("standard deviation of the relative noise", rare=False, ge=0, le=100)
+    ] = 0.9,
     scope: Annotated[
         Literal["sample", "logit"],
         option("one draw for all logits of a sample, or one for each", name="noise_scope"),
@@ -43,7 +47,7 @@ def lamda_weights(
     *,
     lamda: Annotated[
         float,
-        option("share of cross-entropy; the soft term gets the rest", "--lambda", name="lamda", ge=0, le=1),
+        option("share of cross-entropy; the rest is soft", "--lambda", name="lamda", rare=False, ge=0, le=1),
     ] = 0.3,
 ) -> tuple[float, float]:
     """Weights λ of cross-entropy and 1 − λ of the soft term."""

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from kdcli.base.errors import UsageError
+from kdcli.base.names import nearest
 from kdcli.models.convnet import ConvNet
 from kdcli.models.graph import GraphNet
 from kdcli.models.lenet import LeNet
@@ -87,6 +88,6 @@ def _row(arch: str) -> partial[Any]:
     if arch not in MODELS:
         raise UsageError(
             f"unknown network: {arch}",
-            f"Known are {', '.join(names())}; kd train also takes a checkpoint (.pt).",
+            nearest(arch, names(), "; kd train also takes a checkpoint (.pt)"),
         )
     return MODELS[arch]

@@ -14,19 +14,21 @@ import torch
 from PIL import Image
 
 from kdcli import cli, methods, models
+from kdcli.base import names
 from kdcli.base.config import ConvertConfig, make
 from kdcli.base.errors import KdError
 from kdcli.base.events import Note, Progress
 from kdcli.base.recipes import read_recipe
 from kdcli.cli import output
 from kdcli.cli.app import as_kd_error
+from kdcli.data.datasets import DATASETS
 from kdcli.methods import TrainConfig
 from tests.cli.helpers import ENVIRONMENT, Kd, is_clean
 from tests.helpers import digits_student
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
-@pytest.mark.parametrize("flag", ["-h", "--help"])
+@pytest.mark.parametrize("flag", ["-h", "--help-all"])
 def test_help_fits_80_columns_and_names_every_option(kd: Kd, command: str, flag: str) -> None:
     code, out, err = kd(command, flag)
     assert (code, err) == (0, "")
@@ -37,7 +39,7 @@ def test_help_fits_80_columns_and_names_every_option(kd: Kd, command: str, flag:
 
 
 def test_help_lists_defaults_methods_and_networks(kd: Kd) -> None:
-    out = " ".join(re.sub(r"[│╭╮╰╯─]", " ", kd("train", "-h").out).split())
+    out = " ".join(re.sub(r"[│╭╮╰╯─]", " ", kd("train", "--help-all").out).split())
     for name, field in TrainConfig.model_fields.items():
         assert f"--{name.replace('_', '-')}" in out
         if isinstance(field.default, float | int) and not isinstance(field.default, bool):
@@ -45,12 +47,23 @@ def test_help_lists_defaults_methods_and_networks(kd: Kd) -> None:
     for name, method in methods.METHODS.items():
         assert f"{name} {method.summary}" in out
     assert "'kdcli[tensorboard]'" in out  # not taken for markup
-    described = TrainConfig.model_fields["student"].description or ""
-    listed = described.split(": ", 1)[1].split(" (")[0].replace(" or ", ", ")
-    named = [name.split("…")[0] for name in listed.split(", ")]
-    assert set(named) <= set(models.names())
-    families = {models.MODELS[name].func.__module__ for name in models.names()}
-    assert {models.MODELS[name].func.__module__ for name in named} == families
+    assert models.names() == names.NETWORKS
+    assert set(names.DATA_SETS) == set(DATASETS)
+
+
+def test_help_of_train_fits_three_screens_without_rare_options(
+    kd: Kd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERMINAL_WIDTH", "100")
+    short = kd("train", "--help").out
+    assert len(short.splitlines()) <= 120
+    listed = set(re.findall(r"--[a-z-]+", short))
+    first = "method student teacher data epochs batch-size lr augment name resume recipe seed help-all"
+    assert {f"--{name}" for name in first.split()} <= listed
+    assert not listed & {"--keep", "--dkd-alpha", "--teacher-layout"}
+    made = kd("train", "--method", "ce", *QUICK, "--keep", "1", "--name", "t")  # hidden options are accepted
+    assert made.code == 0, made
+    assert "keep = 1" in Path("runs/t/config.toml").read_text()
 
 
 def test_no_arguments_and_version(kd: Kd) -> None:
@@ -63,10 +76,18 @@ def test_no_arguments_and_version(kd: Kd) -> None:
 
 TINY = ["--student", "convnet-tiny"]
 WRONG = [
-    (["trian"], 2, "no such command 'trian'. Did you mean 'train'?", "kd --help"),
+    (["trian"], 2, "no such command: trian", "hint: Did you mean train?"),
+    (["conquer"], 2, "no such command: conquer", "hint: Known are demo, "),
+    (["train", "--epoch", "3"], 2, "no such option: --epoch", "hint: Did you mean --epochs?"),
+    (["train", "--dkd_alfa", "3"], 2, "no such option: --dkd-alfa", "hint: Did you mean --dkd-alpha?"),
+    (["train", "--method", "nosy"], 2, "unknown method: nosy", "hint: Did you mean noisy?"),
+    (["train", "--method", "kd+att"], 2, "unknown method: att", "hint: Did you mean at?"),
+    (["train", "--student", "LeNett"], 2, "unknown network: LeNett", "hint: Did you mean lenet?"),
+    (["train", "--recipe", "sed"], 2, "unknown recipe: sed", "hint: Did you mean seed?"),
+    (["download", "cifar-10"], 2, "unknown download: cifar-10", "hint: Did you mean cifar10?"),
     (["train", "--method", "magic"], 2, "unknown method: magic", "logits, noisy, kd"),
     (["train", "--method", "kd", "--method", "ce"], 2, "--method is given twice", "one method"),
-    (["train", "--student", "resnet9000"], 2, "unknown network: resnet9000", "lenet"),
+    (["train", "--student", "perceptron"], 2, "unknown network: perceptron", "lenet"),
     (["train", "--epochs", "many"], 2, "--epochs", "kd train --help"),
     (["train", "--epochs", "0"], 2, "--epochs 0", "--help"),
     (["train", "--tau", "-1"], 2, "--tau -1", "--help"),

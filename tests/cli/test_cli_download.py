@@ -150,7 +150,7 @@ def test_download_dry_run(workplace: Path, mirror: Path, monkeypatch: pytest.Mon
 
 def test_download_usage_errors(workplace: Path, mirror: Path) -> None:
     for arguments, message in (
-        (("cifar",), "Choose from nin, cifar10, all"),
+        (("cifar",), "Did you mean cifar10?"),
         (("nin", "--from", "https://example.org/x"), 'End it with "/"'),
     ):
         result = kd(*arguments)

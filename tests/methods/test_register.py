@@ -77,7 +77,7 @@ def test_a_new_file_in_the_package_registers_a_method_with_its_options(workplace
     assert list(found["terms"]) == ["ce", "cosine"]
     assert found["loss"] == pytest.approx(found["terms"]["ce"] + 2 * found["terms"]["cosine"], rel=1e-5)
     prefix = SCRIPT[: SCRIPT.index("from kdcli import methods")]
-    shown = run(prefix + "\nsys.argv[1:] = ['train', '-h']\nmain()", "package")
+    shown = run(prefix + "\nsys.argv[1:] = ['train', '--help-all']\nmain()", "package")
     assert "--cosine-margin" in shown
     assert "cosine: cosine that is near enough. [default: 0.5]" in " ".join(shown.replace("│", " ").split())
     assert "cosine match the directions of embeddings" in " ".join(shown.split())

@@ -462,7 +462,7 @@ def test_compare_recipe_drops_derived_settings(splits: Splits, monkeypatch: pyte
     Path("chain.toml").write_text("generations = 2\n")
     with pytest.raises(UsageError, match="leave out --generations"):
         kd("compare", "--config", "chain.toml", "--teacher", TRAIN["teacher"])
-    assert "--generations" not in kd("compare", "--help").stdout
+    assert "--generations" not in kd("compare", "--help-all").stdout
 
 
 @pytest.mark.slow

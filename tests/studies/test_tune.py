@@ -871,6 +871,6 @@ def test_tune_refuses_chains(workplace: Path, monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(UsageError, match="a trial trains a single student") as caught:
             space_of(f"{name}=1|2")
         assert caught.value.hint == "Leave it out of --tune."
-    help_text = command_line(monkeypatch, cli_train, cli_tune)("tune", "--help").stdout
+    help_text = command_line(monkeypatch, cli_train, cli_tune)("tune", "--help-all").stdout
     assert "--generations" not in help_text and "--student" in help_text
     assert config(study="", method="kd+my.module:f").study_name == "tune-kd+f-convnet-tiny"

@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticUndefined
 
 from kdcli.base.errors import UsageError
+from kdcli.base.names import DATA_SETS, nearest
 
 DATA, METHOD, OPTIMISER, RUN = "Data", "Method", "Optimiser", "Run"
 INPUT = "Input of a file that kd did not make: (pixel 0–255 · scale − mean) / std"
@@ -26,21 +27,31 @@ OF_METHODS = "Settings of methods"
 
 
 def setting(
-    default: Any, text: str, panel: str, *flags: str, flag: str = "", metavar: str = "", **bounds: Any
+    default: Any,
+    text: str,
+    panel: str,
+    *flags: str,
+    rare: bool = False,
+    flag: str = "",
+    metavar: str = "",
+    **bounds: Any,
 ) -> Any:
     """A field of a settings class: default, help text, and panel of --help.
 
     Args:
         flags: further names of the option.
+        rare: listed by --help-all only.
         flag: name of the option instead of the field's name.
         bounds: pydantic constraints such as `ge=1`.
     """
-    about: dict[str, Any] = {"panel": panel, "flags": list(flags), "flag": flag, "metavar": metavar}
+    about = {"panel": panel, "flags": list(flags), "rare": rare, "flag": flag, "metavar": metavar}
     extra: dict[str, Any] = {name: entry for name, entry in about.items() if entry}
     return Field(default, description=text, json_schema_extra=extra, **bounds)
 
 
+rare = partial(setting, rare=True)
 option = partial(setting, PydanticUndefined)  # for `Annotated`: each class sets its own default
+rare_option = partial(option, rare=True)
 
 
 class Settings(BaseModel):
@@ -52,8 +63,7 @@ class Settings(BaseModel):
 DataSpec = Annotated[
     str,
     option(
-        "cifar10, cifar100, svhn, mnist, fashion-mnist, digits, or a folder or archive with "
-        "train/<class>/* and test/<class>/*.",
+        f"{', '.join(DATA_SETS)}, or a folder or archive with train/<class>/* and test/<class>/*.",
         DATA,
         metavar="NAME|PATH",
     ),
@@ -72,7 +82,7 @@ ImageSize = Annotated[
 ]
 Crop = Annotated[
     float | None,
-    option(
+    rare_option(
         "Share of the middle square that is kept, as 0.875 for 224 of 256: images are resized to size / crop, and "
         "their middle is kept; by default all, or what --student FILE.pt records.",
         DATA,
@@ -81,10 +91,10 @@ Crop = Annotated[
     ),
 ]
 SkipBroken = Annotated[
-    bool, option("Skip unreadable images with a note; by default an unreadable image is an error.", DATA)
+    bool, rare_option("Skip unreadable images with a note; by default an unreadable image is an error.", DATA)
 ]
-CacheDir = Annotated[Path, option("Folder for packed images and teacher logits.", DATA)]
-DataDir = Annotated[Path, option("Folder of downloaded data sets.", DATA)]
+CacheDir = Annotated[Path, rare_option("Folder for packed images and teacher logits.", DATA)]
+DataDir = Annotated[Path, rare_option("Folder of downloaded data sets.", DATA)]
 Threads = Annotated[int, option("CPU threads; 0: all available cores.", RUN, ge=0, le=1024)]
 TeacherPath = Path("weights/teacher.pt")
 
@@ -150,20 +160,21 @@ def _as_scale(value: Any) -> str | None:
 
 
 Layout = Annotated[
-    Literal["nchw", "nhwc"] | None, option("Order of its sides; by default as its network needs it.", INPUT)
+    Literal["nchw", "nhwc"] | None,
+    rare_option("Order of its sides; by default as its network needs it.", INPUT),
 ]
 ChannelOrder = Annotated[
-    Literal["rgb", "bgr"] | None, option("Channel order; by default as the file says, else rgb.", INPUT)
+    Literal["rgb", "bgr"] | None, rare_option("Channel order; by default as the file says, else rgb.", INPUT)
 ]
 Scale = Annotated[
     str | None,
     BeforeValidator(_as_scale),
-    option("Factor of the pixels, as 1/255; by default 1.", INPUT, metavar="NUMBER|FRACTION"),
+    rare_option("Factor of the pixels, as 1/255; by default 1.", INPUT, metavar="NUMBER|FRACTION"),
 ]
 Mean = Annotated[
     str | None,
     BeforeValidator(_as_numbers),
-    option(
+    rare_option(
         "Mean after scaling, one or one a channel, in the network's order; by default 0.",
         INPUT,
         metavar="M[,M,M]",
@@ -172,11 +183,11 @@ Mean = Annotated[
 Std = Annotated[
     str | None,
     BeforeValidator(_as_numbers),
-    option("Standard deviation after scaling, like the mean; by default 1.", INPUT, metavar="S[,S,S]"),
+    rare_option("Standard deviation after scaling, like the mean; by default 1.", INPUT, metavar="S[,S,S]"),
 ]
 ClassNames = Annotated[
     Path | None,
-    option("Class names in the order of its outputs: one a line, or JSON.", INPUT, metavar="FILE"),
+    rare_option("Class names in the order of its outputs: one a line, or JSON.", INPUT, metavar="FILE"),
 ]
 
 
@@ -317,9 +328,7 @@ def make(kind: type[S], values: Mapping[str, Any]) -> S:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "settings"
         if first["type"] == "extra_forbidden":
-            raise UsageError(
-                f"unknown setting: {name}", f"Known are {', '.join(kind.model_fields)}."
-            ) from error
+            raise UsageError(f"unknown setting: {name}", nearest(name, kind.model_fields)) from error
         if not first["loc"]:  # a constraint between settings, named in the message
             message, _, more = first["msg"].removeprefix("Value error, ").partition("; ")
             raise UsageError(message, f"{more[:1].upper()}{more[1:]}." if more else _SEE_HELP) from error

@@ -20,6 +20,7 @@ from kdcli.base.config.settings import (
     TeacherInputSettings,
     TeacherPath,
     Threads,
+    rare,
     setting,
 )
 from kdcli.base.text import printable
@@ -71,24 +72,23 @@ class TrainSettings(DataSettings, TeacherInputSettings):
     method: str = setting("kd", "Method, several joined as in kd+at, or package.module:function.", METHOD)
     student: str = setting(
         "lenet",
-        "Network to train: lenet, lenet-caffe, nin, nin-fc, convnet-tiny…large, resnet8…110, resnet8x4, "
-        "resnet32x4, wrn-16-1…40-2, vgg8, vgg13, mobilenetv2-half, shufflenetv1 or shufflenetv2 (see kd info "
-        "NETWORK); or a checkpoint (.pt) whose weights it starts from.",
+        "Network to train: lenet, nin, convnet-small, resnet20, wrn-16-2, vgg8, mobilenetv2-half, … (see "
+        "docs/networks.md); or a checkpoint (.pt) whose weights it starts from.",
         METHOD,
     )
     teacher: tuple[Path, ...] = setting(
         (TeacherPath,), "Teacher: .pt or ONNX file; repeat to average several.", METHOD, metavar="FILE"
     )
-    teacher_weight: tuple[float, ...] = setting(
+    teacher_weight: tuple[float, ...] = rare(
         (), "Weight of each teacher in the mean of logits; by default equal.", METHOD, metavar="WEIGHT"
     )
-    assistant: tuple[str, ...] = setting(
+    assistant: tuple[str, ...] = rare(
         (),
         "Network trained between teacher and student, as run NAME-assistant-1; repeat for a chain.",
         METHOD,
         metavar="NETWORK",
     )
-    generations: int = setting(
+    generations: int = rare(
         1,
         "Number of generations, each with the one before as teacher and the next seed.",
         METHOD,
@@ -102,67 +102,67 @@ class TrainSettings(DataSettings, TeacherInputSettings):
         gt=0,
         le=1000,
     )
-    tau_end: float | None = setting(
+    tau_end: float | None = rare(
         None, "Temperature at the end, reached linearly; by default constant.", OF_METHODS, gt=0, le=1000
     )
-    standardize: bool = setting(
+    standardize: bool = rare(
         False, "kd, dkd, born-again: standardize the logits of each image (Sun et al. 2024).", OF_METHODS
     )
-    student_stages: str = setting(
+    student_stages: str = rare(
         "", "Layers whose maps are compared; by default the network's.", OF_METHODS, metavar="LAYER,LAYER…"
     )
-    teacher_stages: str = setting(
+    teacher_stages: str = rare(
         "", "The same for the teacher; kd info lists layers.", OF_METHODS, metavar="LAYER,LAYER…"
     )
-    weight: tuple[str, ...] = setting(
+    weight: tuple[str, ...] = rare(
         (),
         "Weight of a term by its method's name or ce; FIRST:LAST changes linearly. Repeat for each term.",
         METHOD,
         metavar="NAME=W|NAME=FIRST:LAST[:EPOCHS]",
     )
-    ce_weight: float | None = setting(
+    ce_weight: float | None = rare(
         None, "Weight of cross-entropy on the labels; by default the method's own.", METHOD, ge=0
     )
-    kd_weight: float | None = setting(
+    kd_weight: float | None = rare(
         None, "Weight of the teacher's term; by default the method's own.", METHOD, ge=0
     )
-    teacher_dropout: float = setting(
+    teacher_dropout: float = rare(
         0.0, "Dropout left on in the teacher; above 0 it runs live at each step.", METHOD, ge=0, lt=1
     )
-    teacher_cache: Literal["views", "fixed", "off"] = setting(
+    teacher_cache: Literal["views", "fixed", "off"] = rare(
         "views",
         "Run the teacher once on each of --views variants (views), once on the plain images while the student "
         "sees a new variant each epoch (fixed), or at each step (off).",
         METHOD,
     )
-    cache_top_k: int = setting(
+    cache_top_k: int = rare(
         0, "Cache only the K largest logits of each image; 0: all.", METHOD, ge=0, le=65535
     )
-    teacher_precision: Literal["auto", "32", "bf16"] = setting(
+    teacher_precision: Literal["auto", "32", "bf16"] = rare(
         "auto",
         "auto: the fastest that gives 99.9 % of images the same class as float32; live teachers: float32.",
         METHOD,
     )
 
     crop: Crop = None
-    grey: bool = setting(False, "Convert colour images to grey, one channel.", DATA)
+    grey: bool = rare(False, "Convert colour images to grey, one channel.", DATA)
     augment: str = setting(
         "none",
         "Augmentation: any of flip, crop, cutout and mixup, joined by hyphens.",
         DATA,
         metavar="none|flip|flip-crop|…",
     )
-    unlabelled: Path | None = setting(
+    unlabelled: Path | None = rare(
         None,
         "Further training images without labels, for methods that need none, such as logits, or kd with "
         "--lamda 0.",
         DATA,
         metavar="FOLDER|ARCHIVE",
     )
-    views: int = setting(
+    views: int = rare(
         0, "Distinct variants of each image, cycled over the epochs; 0: automatic.", DATA, ge=0, le=100_000
     )
-    preprocess: Literal["mean-std", "mean-image", "gcn-zca", "none"] = setting(
+    preprocess: Literal["mean-std", "mean-image", "gcn-zca", "none"] = rare(
         "mean-std", "Preprocessing of the student's input.", DATA
     )
     val_fraction: float = setting(
@@ -188,36 +188,36 @@ class TrainSettings(DataSettings, TeacherInputSettings):
         "step: ÷10 at 80 % of the epochs; cosine: to 0; onecycle: up for 30 %, then to 0.",
         OPTIMISER,
     )
-    weight_decay: float = setting(0.0, "L2 penalty (adamw: decoupled).", OPTIMISER, ge=0, le=1)
+    weight_decay: float = rare(0.0, "L2 penalty (adamw: decoupled).", OPTIMISER, ge=0, le=1)
     width: float = setting(1.0, "Multiplier of the student's channels.", METHOD, gt=0, le=100)
-    dropout: float = setting(0.5, "Dropout of the student, if it has any.", OPTIMISER, ge=0, lt=1)
+    dropout: float = rare(0.5, "Dropout of the student, if it has any.", OPTIMISER, ge=0, lt=1)
 
     seed: int = setting(0, "Seed of initial weights, order, views and noise.", RUN, ge=0, lt=2**63)
-    view_seed: int | None = setting(
+    view_seed: int | None = rare(
         None,
         "Seed of the views alone, so that runs share cached logits; by default --seed.",
         RUN,
         ge=0,
         lt=2**63,
     )
-    precision: Literal["auto", "32", "bf16"] = setting("auto", "auto: measured, the faster one here.", RUN)
-    compile: bool = setting(False, "Compile the student's step (torch.compile).", RUN)
+    precision: Literal["auto", "32", "bf16"] = rare("auto", "auto: measured, the faster one here.", RUN)
+    compile: bool = rare(False, "Compile the student's step (torch.compile).", RUN)
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "auto: a GPU if there is one.", RUN)
-    devices: int = setting(
+    devices: int = rare(
         1, "GPUs, or on a CPU processes, that share each batch; torchrun overrides it.", RUN, ge=1, le=1024
     )
     threads: Threads = 0
     name: FolderName = setting("", "Name of the run; by default method, student and a number.", RUN)
-    runs_dir: Path = setting(Path("runs"), "Folder of the runs.", RUN)
-    save_every: str = setting(
+    runs_dir: Path = rare(Path("runs"), "Folder of the runs.", RUN)
+    save_every: str = rare(
         "1",
         "Interval between states (last.pt): epochs, 500steps or 10min; 0: only at the end.",
         RUN,
         metavar="N|Nsteps|Nmin",
     )
-    keep: int = setting(2, "Saved states to keep: last.pt and those before it.", RUN, ge=1, le=10_000)
-    log_every: int = setting(50, "Steps between lines of metrics.jsonl; 0: a line per epoch.", RUN, ge=0)
-    tensorboard: bool = setting(
+    keep: int = rare(2, "Saved states to keep: last.pt and those before it.", RUN, ge=1, le=10_000)
+    log_every: int = rare(50, "Steps between lines of metrics.jsonl; 0: a line per epoch.", RUN, ge=0)
+    tensorboard: bool = rare(
         False, "Also write metrics for TensorBoard (pip install 'kdcli[tensorboard]').", RUN
     )
 
