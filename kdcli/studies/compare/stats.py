@@ -22,8 +22,8 @@ Interval = tuple[Points, Points]
 class Summary(Record):
     """Statistics of a sample; None for one value, except the mean.
 
-    `deviation` is the sample's standard deviation (n − 1); `interval` is the 95 % interval of the mean by Student's t with
-    n − 1 degrees of freedom, and `p` is two-sided, of the mean being 0.
+    `deviation` is the sample's standard deviation (n − 1); `interval` the 95 % interval of the mean by Student's t of
+    n − 1 degrees of freedom; `p` two-sided, of the mean being 0.
     """
 
     count: Annotated[int, Field(ge=1, lt=2**53)]
