@@ -77,13 +77,22 @@ def config(**changes: Any) -> TrainConfig:
     return make(TrainConfig, {**plain, **changes})
 
 
-CLOCKS = ("seconds", "epoch_seconds", "logged_seconds")  # not part of the state
+def digest_without_clocks(value: Any) -> str:
+    """`checkpoint.digest` of a state, whose measured seconds do not count."""
+    clocks = ("seconds", "epoch_seconds", "logged_seconds")
+
+    def kept(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: kept(item) for key, item in part.items() if key not in clocks}
+        return [kept(item) for item in part] if isinstance(part, list | tuple) else part
+
+    return checkpoint.digest(kept(value))
 
 
 def digest(path: Path) -> str:
     """SHA-256 over all tensors and plain values of a checkpoint."""
     stored = checkpoint.load(path)
-    return checkpoint.digest([stored.state_dict, stored.training], CLOCKS)
+    return digest_without_clocks([stored.state_dict, stored.training])
 
 
 class StopAfter:
