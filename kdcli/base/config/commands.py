@@ -13,8 +13,11 @@ from kdcli.base.config.settings import (
     DataSettings,
     FolderName,
     InputSettings,
+    MaxDrop,
     ModelDataSettings,
     PixelSettings,
+    Rounds,
+    Seed,
     Settings,
     SkipBroken,
     TeacherInputSettings,
@@ -91,12 +94,8 @@ class ExportConfig(ModelDataSettings):
         "Export",
         metavar="auto|RECIPE",
     )
-    max_drop: float | None = setting(
-        None,
-        "Maximum accuracy loss on validation, in points; above it exit 1, no file.",
-        "Export",
-        ge=0,
-        le=100,
+    max_drop: MaxDrop = setting(
+        None, "Maximum accuracy loss on validation, in points; above it exit 1, no file.", "Export"
     )
     with_preprocessing: bool = setting(
         False, "Include preprocessing and softmax: uint8 (N, H, W, C) images in, probabilities out.", "Export"
@@ -145,12 +144,8 @@ class BenchConfig(ModelDataSettings, InputSettings):
     """`kd bench`."""
 
     batch: str = setting("1,8,64", "Batch sizes for throughput.", "Measure", metavar="N,N,…")
-    rounds: int = setting(
-        480,
-        "Maximum of interleaved rounds; fewer if all ratios are known to 1 %.",
-        "Measure",
-        ge=3,
-        le=100_000,
+    rounds: Rounds = setting(
+        480, "Maximum of interleaved rounds; fewer if all ratios are known to 1 %.", "Measure"
     )
     max_seconds: float = setting(60, "Time limit of all rounds, in seconds.", "Measure", ge=1, le=86_400)
     engine: Literal["both", "all", "torch", "compiled", "onnxruntime"] = setting(
@@ -160,12 +155,8 @@ class BenchConfig(ModelDataSettings, InputSettings):
     budget_ms: float | None = setting(
         None, "Exit 1 unless the median latency of a model is within this limit (one image).", "Check", gt=0
     )
-    max_drop: float | None = setting(
-        None,
-        "Exit 1 unless a model (within --budget-ms) loses at most so many points.",
-        "Check",
-        ge=0,
-        le=100,
+    max_drop: MaxDrop = setting(
+        None, "Exit 1 unless a model (within --budget-ms) loses at most so many points.", "Check"
     )
     teacher: Path = setting(TeacherPath, "Reference model of all ratios.", "Measure")
     data: str | None = setting(
@@ -201,10 +192,7 @@ class CompareConfig(Settings):
         metavar="N|S,S,…",
     )
     baseline: str = setting(
-        "",
-        "Method that the others are compared with; by default ce, else the first.",
-        COMPARE,
-        metavar="NAME",
+        "", "Method that others are compared with; by default ce, else the first.", COMPARE, metavar="NAME"
     )
     name: FolderName = setting("", "Name of the comparison; by default its methods, student and data.", RUN)
     out: Path = setting(Path("comparisons"), "Comparisons are written here.", RUN)
@@ -271,7 +259,7 @@ class ReportConfig(ModelDataSettings):
     bench: Path | None = setting(
         None, "Output of kd bench --json with latencies; by default measured.", "Measure", metavar="FILE"
     )
-    bench_rounds: int = setting(80, "Interleaved rounds of the measurement.", "Measure", ge=3, le=100_000)
+    bench_rounds: Rounds = setting(80, "Interleaved rounds of the measurement.", "Measure")
     no_bench: bool = setting(False, "Omit latencies and sizes.", "Measure")
     teacher: Path | None = setting(
         None, "Teacher to compare with; by default the one recorded in each student.", "Measure"
@@ -300,5 +288,5 @@ class DemoConfig(Settings):
     """`kd demo`."""
 
     output: Path = setting(Path("demo"), "Output folder.", RUN, "-o")
-    seed: int = setting(0, "Seed of all runs.", RUN, ge=0, lt=2**63)
+    seed: Seed = setting(0, "Seed of all runs.", RUN)
     threads: Threads = 0

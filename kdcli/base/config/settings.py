@@ -96,6 +96,10 @@ SkipBroken = Annotated[
 CacheDir = Annotated[Path, rare_option("Folder for packed images and teacher logits.", DATA)]
 DataDir = Annotated[Path, rare_option("Folder of downloaded data sets.", DATA)]
 Threads = Annotated[int, option("CPU threads; 0: all available cores.", RUN, ge=0, le=1024)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+MaxDrop = Annotated[float | None, Field(ge=0, le=100)]  # points of accuracy
+Rounds = Annotated[int, Field(ge=3, le=100_000)]
 TeacherPath = Path("weights/teacher.pt")
 
 

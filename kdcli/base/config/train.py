@@ -4,9 +4,9 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kdcli.base.config.settings import (
     DATA,
@@ -17,6 +17,8 @@ from kdcli.base.config.settings import (
     Crop,
     DataSettings,
     FolderName,
+    Seed,
+    Share,
     TeacherInputSettings,
     TeacherPath,
     Threads,
@@ -25,6 +27,7 @@ from kdcli.base.config.settings import (
 )
 from kdcli.base.text import printable
 
+Temperature = Annotated[float | None, Field(gt=0, le=1000)]
 AUGMENT_STEPS = ("flip", "crop", "cutout", "mixup")
 _SAVE_EVERY = re.compile(r"(\d{1,9}) ?(epochs?|steps?|min|)")
 
@@ -89,21 +92,13 @@ class TrainSettings(DataSettings, TeacherInputSettings):
         metavar="NETWORK",
     )
     generations: int = rare(
-        1,
-        "Number of generations, each with the one before as teacher and the next seed.",
-        METHOD,
-        ge=1,
-        le=100,
+        1, "Generations, each with the one before as teacher and the next seed.", METHOD, ge=1, le=100
     )
-    tau: float | None = setting(
-        None,
-        "Temperature; by default the method's own: kd 3, dkd and dist 4, lskd 2, born-again 1.",
-        OF_METHODS,
-        gt=0,
-        le=1000,
+    tau: Temperature = setting(
+        None, "Temperature; by default the method's: kd 3, dkd and dist 4, lskd 2, born-again 1.", OF_METHODS
     )
-    tau_end: float | None = rare(
-        None, "Temperature at the end, reached linearly; by default constant.", OF_METHODS, gt=0, le=1000
+    tau_end: Temperature = rare(
+        None, "Temperature at the end, reached linearly; by default constant.", OF_METHODS
     )
     standardize: bool = rare(
         False, "kd, dkd, born-again: standardize the logits of each image (Sun et al. 2024).", OF_METHODS
@@ -126,8 +121,8 @@ class TrainSettings(DataSettings, TeacherInputSettings):
     kd_weight: float | None = rare(
         None, "Weight of the teacher's term; by default the method's own.", METHOD, ge=0
     )
-    teacher_dropout: float = rare(
-        0.0, "Dropout left on in the teacher; above 0 it runs live at each step.", METHOD, ge=0, lt=1
+    teacher_dropout: Share = rare(
+        0.0, "Dropout left on in the teacher; above 0 it runs live at each step.", METHOD
     )
     teacher_cache: Literal["views", "fixed", "off"] = rare(
         "views",
@@ -165,40 +160,26 @@ class TrainSettings(DataSettings, TeacherInputSettings):
     preprocess: Literal["mean-std", "mean-image", "gcn-zca", "none"] = rare(
         "mean-std", "Preprocessing of the student's input.", DATA
     )
-    val_fraction: float = setting(
-        0.05,
-        "Share of the training data kept for validation, at least one image of each class; 0: none.",
-        DATA,
-        ge=0,
-        lt=1,
+    val_fraction: Share = setting(
+        0.05, "Share of training images kept for validation, at least one of each class; 0: none.", DATA
     )
 
     epochs: int = setting(100, "Passes over the training data.", OPTIMISER, ge=1, le=1_000_000)
-    batch_size: int = setting(
-        0,
-        "Images per step; 0: automatic, a power of two from 4 to 256 with 20 or more steps an epoch.",
-        OPTIMISER,
-        ge=0,
-        le=1_000_000,
+    batch_size: Annotated[int, Field(ge=0, le=1_000_000)] = setting(
+        0, "Images per step; 0: a power of two from 4 to 256 with 20 or more steps an epoch.", OPTIMISER
     )
     lr: float = setting(1e-3, "Maximum learning rate.", OPTIMISER, gt=0, le=100)
     optimizer: Literal["adam", "adamw", "sgd"] = setting("adam", "sgd has Nesterov momentum 0.9.", OPTIMISER)
     schedule: Literal["step", "cosine", "onecycle"] = setting(
-        "onecycle",
-        "step: ÷10 at 80 % of the epochs; cosine: to 0; onecycle: up for 30 %, then to 0.",
-        OPTIMISER,
+        "onecycle", "step: ÷10 at 80 % of epochs; cosine: to 0; onecycle: up for 30 %, to 0.", OPTIMISER
     )
     weight_decay: float = rare(0.0, "L2 penalty (adamw: decoupled).", OPTIMISER, ge=0, le=1)
     width: float = setting(1.0, "Multiplier of the student's channels.", METHOD, gt=0, le=100)
-    dropout: float = rare(0.5, "Dropout of the student, if it has any.", OPTIMISER, ge=0, lt=1)
+    dropout: Share = rare(0.5, "Dropout of the student, if it has any.", OPTIMISER)
 
-    seed: int = setting(0, "Seed of initial weights, order, views and noise.", RUN, ge=0, lt=2**63)
-    view_seed: int | None = rare(
-        None,
-        "Seed of the views alone, so that runs share cached logits; by default --seed.",
-        RUN,
-        ge=0,
-        lt=2**63,
+    seed: Seed = setting(0, "Seed of initial weights, order, views and noise.", RUN)
+    view_seed: Annotated[int | None, Field(ge=0, lt=2**63)] = rare(
+        None, "Seed of the views alone, so that runs share cached logits; by default --seed.", RUN
     )
     precision: Literal["auto", "32", "bf16"] = rare("auto", "auto: measured, the faster one here.", RUN)
     compile: bool = rare(False, "Compile the student's step (torch.compile).", RUN)

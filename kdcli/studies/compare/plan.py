@@ -7,13 +7,14 @@ import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tomli_w
 from pydantic import Field, ValidationError
 
 from kdcli import methods
 from kdcli.base.config import CompareConfig, Settings, make
+from kdcli.base.config.settings import Seed
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import write_text
 from kdcli.base.recipes import read_recipe
@@ -77,7 +78,7 @@ class Plan(Settings):
 
     folder: Path
     methods: tuple[str, ...]
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...]
+    seeds: tuple[Seed, ...]
     baseline: str
     train: TrainConfig
     common: CommonSettings | None = None

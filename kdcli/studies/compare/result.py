@@ -1,11 +1,12 @@
 """The result of a comparison, from the results of its runs; as CSV, as Markdown, and as cells of any table."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from kdcli import __version__
+from kdcli.base.config.settings import Seed
 from kdcli.base.tables import csv_text, markdown_cell, markdown_text
 from kdcli.data import overlap_warning
 from kdcli.engine import read_result
@@ -13,8 +14,6 @@ from kdcli.engine.identity import recorded_circumstances
 from kdcli.engine.records import Count, NonNegative, Percent, Record
 from kdcli.studies.compare.plan import Plan, PlannedRun
 from kdcli.studies.compare.stats import INCONCLUSIVE, LEVEL, Interval, Points, Summary, holm, summary, verdict
-
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class RunFigures(Record):
