@@ -27,7 +27,7 @@ from kdcli.engine.plan import RunPlan, make_plan
 from kdcli.engine.records import RunResult, cut_metrics
 from kdcli.engine.run_dir import RunDir, resume_command
 from kdcli.engine.state import Recorder, State
-from kdcli.engine.step import Step, make_optimizer
+from kdcli.engine.step import Ema, Step, make_optimizer
 from kdcli.engine.student import OutputScale, make_student
 from kdcli.engine.trainer import Trainer
 from kdcli.methods import Shapes, TrainConfig, Training
@@ -139,8 +139,9 @@ def _build(plan: RunPlan, resume: RunDir | None, on_event: OnEvent, stop: StopFl
             use_global_batch_norm(module)
     # 6. The saved state
     state, saved_step = State(), None
+    ema = Ema(student.network, config.ema) if config.ema else None
     if resume is not None:
-        state, saved_step = _restore(plan, run, saved, student.network, adapters, optimizer, on_event)
+        state, saved_step = _restore(plan, run, saved, student.network, adapters, optimizer, ema, on_event)
     # 7. Batches, step and records
     return Trainer(
         plan=plan,
@@ -149,6 +150,7 @@ def _build(plan: RunPlan, resume: RunDir | None, on_event: OnEvent, stop: StopFl
         outputs=outputs,
         adapters=adapters,
         optimizer=optimizer,
+        ema=ema,
         scale=scale,
         feed=Feed(plan.train, config.augment, config.augment_seed, plan.train_samples, world.device),
         step=Step(plan, student, adapters, stages, optimizer, scale, keys),
@@ -183,9 +185,10 @@ def _restore(
     network: nn.Module,
     adapters: Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
     on_event: OnEvent,
 ) -> tuple[State, int | None]:
-    """Load the newest saved state into network, adapters and optimizer, and cut the metrics after it.
+    """Load the newest saved state into network, adapters, optimizer and average, and cut the metrics after it.
 
     Returns the position, at the start if no state was ever saved, and the step of `last.pt` if that is readable.
     """
@@ -198,6 +201,8 @@ def _restore(
             for name, module in adapters.items():
                 module.load_state_dict(training["adapters"][name])
             optimizer.load_state_dict(training["optimizer"])
+            if ema is not None:
+                ema.load(training["ema"])
             state = State(**training["state"])
             changes = differences(training["made_with"], plan.made_with)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:

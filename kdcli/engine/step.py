@@ -47,15 +47,67 @@ def _cosine(first: float, last: float, share: float) -> float:
 
 
 def make_optimizer(config: TrainConfig, *modules: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer named in the settings; fused, which is one pass over the weights instead of many."""
-    parameters = [value for module in modules for value in module.parameters()]
-    if config.optimizer == "sgd":
-        decay = config.weight_decay
-        return torch.optim.SGD(
-            parameters, config.lr, momentum=0.9, nesterov=True, weight_decay=decay, fused=True
-        )
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
+    """The optimizer named in the settings; fused, which is one pass over the weights instead of many.
+
+    With sgd, a network's `lr_factors` multiply the rate of some parameters; decay per step is the same for all.
+    """
+    if config.optimizer != "sgd":
+        kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+        parameters = [value for module in modules for value in module.parameters() if value.requires_grad]
+        return kind(parameters, config.lr, weight_decay=config.weight_decay, fused=True)
+    groups: dict[float, list[nn.Parameter]] = {}
+    for module in modules:
+        factors: Mapping[str, float] = getattr(module, "lr_factors", {})
+        for name, value in module.named_parameters():
+            factor = next((factors[end] for end in factors if name.endswith(end)), 1.0)
+            if value.requires_grad:
+                groups.setdefault(factor, []).append(value)
+    return torch.optim.SGD(
+        [
+            {"params": values, "factor": factor, "weight_decay": config.weight_decay / factor}
+            for factor, values in groups.items()
+        ],
+        config.lr,
+        momentum=0.9,
+        nesterov=True,
+        fused=True,
+    )
+
+
+class Ema:
+    """Exponential moving average of a network's weights and batch-norm statistics.
+
+    After step t (from 0) the average moves by 1 − min(decay, (1 + t)/(10 + t)) towards the weights: the first steps
+    have less weight, as in TensorFlow's ExponentialMovingAverage. On several processes each computes the same.
+
+    Attributes:
+        values: the average, by name in the network's state_dict.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.weights = {
+            name: value for name, value in network.state_dict().items() if value.is_floating_point()
+        }
+        self.values = {name: value.clone() for name, value in self.weights.items()}
+
+    def update(self, step: int) -> None:
+        """Include the weights after a step."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.values.values()), list(self.weights.values()), 1 - decay)
+
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Continue from a saved average."""
+        for name, value in self.values.items():
+            value.copy_(values[name])
+
+    def swap(self) -> None:
+        """Exchange the average and the network's weights."""
+        with torch.no_grad():
+            for name, value in self.weights.items():
+                kept = value.clone()
+                value.copy_(self.values[name])
+                self.values[name].copy_(kept)
 
 
 class Step:
@@ -146,7 +198,7 @@ class Step:
         """Backward pass and optimizer step; gradients of auxiliary modules are averaged over the processes."""
         world = self.world
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("factor", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         with self._compiler_errors():
             world.backward(loss)

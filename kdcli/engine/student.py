@@ -15,7 +15,7 @@ from kdcli import data, methods, models
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import OnEvent
 from kdcli.base.files import cache_folder
-from kdcli.data import ImageSet, preprocess
+from kdcli.data import ImageSet, preprocess, rows
 from kdcli.data.preprocess import Preprocess
 from kdcli.methods import TrainConfig
 from kdcli.models import Classifier, checkpoint
@@ -23,6 +23,7 @@ from kdcli.models.feature_extractor import find_stages
 from kdcli.teacher import CachedLogits
 
 Int64 = npt.NDArray[np.int64]
+_FITTED_IMAGES = 5_000  # for a network's `fit`
 _CONSTANTS_VERSION = 1  # raise it when a preprocessing's fit gives other constants
 
 
@@ -71,7 +72,7 @@ def _fresh(config: TrainConfig, train: ImageSet, samples: Int64, on_event: OnEve
     network = models.build(
         config.student, classes=len(train.classes), input_size=train.input_size, **arguments
     )
-    return Classifier(
+    student = Classifier(
         network.to(memory_format=torch.channels_last),
         _fitted_preprocess(config, train, samples, on_event),
         arch=config.student,
@@ -80,6 +81,10 @@ def _fresh(config: TrainConfig, train: ImageSet, samples: Int64, on_event: OnEve
         input_size=train.input_size,
         crop=train.crop,
     )
+    if hasattr(network, "fit"):
+        images = torch.from_numpy(rows.take(train.images, samples[:_FITTED_IMAGES]))
+        network.fit(student.prepare(images))  # type: ignore[operator]
+    return student
 
 
 def _fitted_preprocess(config: TrainConfig, train: ImageSet, samples: Int64, on_event: OnEvent) -> Preprocess:

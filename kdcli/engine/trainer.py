@@ -20,7 +20,7 @@ from kdcli.engine.plan import RunPlan
 from kdcli.engine.records import Evaluation, RunResult, Unlabelled, measure
 from kdcli.engine.run_dir import RunDir, resume_command
 from kdcli.engine.state import Recorder, SaveSchedule, State
-from kdcli.engine.step import Step, learning_rate
+from kdcli.engine.step import Ema, Step, learning_rate
 from kdcli.engine.student import OutputScale
 from kdcli.models import Classifier
 
@@ -35,6 +35,7 @@ class Trainer:
     Attributes:
         plan: the plan, with the precision settled.
         outputs: those of the teacher.
+        ema: the moving average of the student's weights; None without one.
         scale: the student's output in the teacher's units; None where it needs none.
         state: the position; of a resumed run, that of its newest saved state.
         saved_step: step of the present `last.pt`; None without one.
@@ -47,6 +48,7 @@ class Trainer:
     outputs: TeacherOutputs
     adapters: Mapping[str, nn.Module]
     optimizer: torch.optim.Optimizer
+    ema: Ema | None
     scale: OutputScale | None
     feed: Feed
     step: Step
@@ -70,6 +72,8 @@ class Trainer:
         # 2. Figures
         self._validate()
         self.student.eval()
+        if self.ema is not None:
+            self.ema.swap()
         if self.scale is not None:
             self.scale.fold(self.student.network)
         evaluation = self._evaluate() if self.plan.test else None
@@ -112,6 +116,8 @@ class Trainer:
             teacher = self.outputs(batch, state.epoch)
             done = state.step / self.plan.steps
             self.recorder.sums += self.step(batch, state.epoch, rate, done, teacher)
+            if self.ema is not None:
+                self.ema.update(state.step)
             # 2. Advance the position
             state.step += 1
             state.step_in_epoch += 1
@@ -177,7 +183,11 @@ class Trainer:
         training = self.student.training
         self.student.eval()
         mine, weight = self.world.share(samples)
+        if self.ema is not None:
+            self.ema.swap()
         logits = models.predict_logits(self.student, data.images, mine)
+        if self.ema is not None:
+            self.ema.swap()
         if self.scale is not None:
             logits = self.scale(logits.to(self.world.device)).cpu()
         self.student.train(training)
@@ -193,6 +203,7 @@ class Trainer:
             training = {
                 "optimizer": self.optimizer.state_dict(),
                 "adapters": {name: dict(module.state_dict()) for name, module in self.adapters.items()},
+                "ema": self.ema.values if self.ema else {},
                 "state": asdict(self.state),
                 "inputs": dict(self.plan.inputs),
                 "made_with": self.plan.made_with,

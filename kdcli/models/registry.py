@@ -4,7 +4,8 @@ Adding a network: a class in a new file, and a row in `MODELS` or `@register("na
 with `classes`, `input_size` and the arguments of its row. Optional arguments are `width`, a multiplier of the channel
 counts, and `dropout`. Two class attributes serve the methods that compare features: `stages`, the submodules whose
 outputs are the maps (B, C, H, W) at the end of each stage, in order; and `head`, the linear layer at the end, which
-reads vectors (B, D).
+reads vectors (B, D). Optional are `lr_factors`, factors of --optimizer sgd's learning rate by the end of a
+parameter's name, and `fit`, called with prepared training images (N, C, H, W) before training.
 """
 
 import inspect
@@ -16,6 +17,7 @@ from torch import nn
 
 from kdcli.base.errors import UsageError
 from kdcli.base.names import nearest
+from kdcli.models.cifarnet import CifarNet
 from kdcli.models.convnet import ConvNet
 from kdcli.models.graph import GraphNet
 from kdcli.models.lenet import LeNet
@@ -32,6 +34,7 @@ MODELS: dict[str, partial[Any]] = {
     "lenet-caffe": partial(LeNet, widths=(20, 50, 500)),
     "nin": partial(NIN),
     "nin-fc": partial(NINFc),
+    "cifarnet": partial(CifarNet),
     "convnet-tiny": partial(ConvNet, widths=(8, 16)),
     "convnet-small": partial(ConvNet, widths=(16, 32, 64)),
     "convnet-large": partial(ConvNet, widths=(64, 128, 128)),

@@ -108,7 +108,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 NOISY = shlex.split(
     "--method noisy --teacher runs/teacher/student.pt --student convnet-tiny --augment flip-crop-cutout "
-    "--optimizer sgd"
+    "--optimizer sgd --ema 0.9"
 )
 DROPOUT = shlex.split(
     "--method ce --student nin --image-size 16 --augment flip-crop-mixup --optimizer sgd --lr 1e-4"

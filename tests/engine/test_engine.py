@@ -25,7 +25,7 @@ from kdcli.data import ImageSet, Splits, incompatibility
 from kdcli.data.split import split
 from kdcli.engine import RunDir, RunResult, fit, read_metrics
 from kdcli.engine.plan import batch_size_for, resolve
-from kdcli.engine.step import learning_rate
+from kdcli.engine.step import Ema, learning_rate, make_optimizer
 from kdcli.engine.student import OutputScale
 from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint
@@ -673,3 +673,39 @@ def test_constants_of_a_preprocessing_are_measured_once(
     again = fit(config(**settings), splits)
     assert len(fits) == 5
     assert digest(first.run.student) == digest(again.run.student)
+
+
+def test_ema_is_its_recurrence() -> None:
+    network = nn.Linear(3, 2)
+    ema = Ema(network, decay=0.9)
+    expected = network.weight.detach().double().numpy().copy()
+    for step in range(100):
+        with torch.no_grad():
+            network.weight.normal_(generator=torch.Generator().manual_seed(step))
+        ema.update(step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * network.weight.detach().double().numpy()
+    last = network.weight.detach().clone()
+    ema.swap()
+    np.testing.assert_allclose(network.weight.detach().numpy(), expected, atol=1e-6)
+    ema.swap()
+    assert torch.equal(network.weight, last)
+
+
+def test_sgd_multiplies_the_rate_of_some_parameters_and_not_their_decay() -> None:
+    """One step of SGD with Nesterov momentum 0.9: p − lr · f · (1.9 · g) − 1.9 · lr · decay · p."""
+    network = models.build("cifarnet", classes=3, input_size=(32, 32, 3), width=0.1)
+    optimizer = make_optimizer(config(optimizer="sgd", lr=0.5, weight_decay=0.01), network)
+    before = {name: value.detach().clone() for name, value in network.named_parameters()}
+    for value in network.parameters():
+        value.grad = torch.full_like(value, 0.1)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5 * group["factor"]
+    optimizer.step()
+    factors = {"fc.weight": 1 / 81} | {f"group{n}.norm{m}.bias": 64.0 for n in (1, 2, 3) for m in (1, 2)}
+    for name, value in network.named_parameters():
+        fixed = name == "whiten.weight" or (".norm" in name and name.endswith("weight"))
+        factor = 0.0 if fixed else factors.get(name, 1.0)
+        decay = 0.0 if fixed else 0.01
+        expected = before[name] - 1.9 * 0.5 * (factor * 0.1 + decay * before[name])
+        torch.testing.assert_close(value.detach(), expected)

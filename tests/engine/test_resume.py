@@ -139,9 +139,10 @@ SETTINGS: dict[str, Any] = {
     "lr": 1e-3,
     "val_fraction": 0.2,
     "log_every": 2,
+    "ema": 0.9,
 }
 TIMES = {"seconds", "epoch_seconds", "logged_seconds", "marks"}
-PARTS = ["weights", "optimizer", *(field.name for field in fields(State) if field.name not in TIMES)]
+PARTS = ["weights", "optimizer", "ema", *(field.name for field in fields(State) if field.name not in TIMES)]
 
 
 def reference_runs(folder: Path, splits: Splits, **settings: Any) -> Path:
@@ -178,7 +179,8 @@ def test_each_part_of_the_state_is_needed(
     workplace: Path, splits: Splits, reference: Path, part: str | None
 ) -> None:
     """A saver that drops any one part is found out; the one that drops none is not."""
-    fresh = next(iter(checkpoint.load(reference / "start/last.pt").state_dict.values()))
+    start = checkpoint.load(reference / "start/last.pt")
+    fresh = next(iter(start.state_dict.values()))
     run = copy_of_cut(reference)
 
     def drop(document: dict[str, Any]) -> None:
@@ -188,6 +190,8 @@ def test_each_part_of_the_state_is_needed(
             document["state_dict"][name] = fresh
         elif part == "optimizer":
             training["optimizer"]["state"] = {}
+        elif part == "ema":
+            training["ema"] = start.training["ema"]  # type: ignore[index]
         elif part is not None:
             default = getattr(State(), part)
             assert training["state"][part] != default  # else nothing would be dropped

@@ -50,6 +50,8 @@ PUBLISHED = {
     "mobilenetv2-half": 812_836,
     "shufflenetv1": 949_258,
     "shufflenetv2": 1_355_528,
+    # whitening, the groups' convolutions and batch norms, fc: added up by hand
+    "cifarnet": 312 + (13_824 + 36_864 + 256) + (147_456 + 589_824 + 1_024) + (1_179_648 + 1_024) + 25_700,
 }
 SMALLEST = ("resnet8", "wrn-16-1", "vgg8", "mobilenetv2-half", "shufflenetv1", "shufflenetv2")
 NARROW = 0.25
@@ -75,6 +77,7 @@ STAGES = {
     "mobilenetv2-half": [(12, 16), (16, 8), (48, 4), (160, 2)],
     "shufflenetv1": [(240, 16), (480, 8), (960, 4)],
     "shufflenetv2": [(116, 16), (232, 8), (464, 4)],
+    "cifarnet": [(64, 15), (256, 7), (256, 3)],
 }
 
 
@@ -433,6 +436,7 @@ def test_a_seed_gives_the_same_weights_and_convolutions_start_by_he(name: str) -
         ("mobilenetv2-half", 17),
         ("shufflenetv1", 9),
         ("shufflenetv2", 9),
+        ("cifarnet", 17),
     ],
 )
 def test_the_smallest_image_trains_one_at_a_time_and_a_smaller_one_is_refused(name: str, least: int) -> None:
@@ -442,6 +446,20 @@ def test_the_smallest_image_trains_one_at_a_time_and_a_smaller_one_is_refused(na
     with pytest.raises(UsageError, match=f"{least + 3}×{least - 1} are too small") as caught:
         models.build(name, classes=5, input_size=(least + 3, least - 1, 3))
     assert f"{least}×{least}" in caught.value.hint
+
+
+def test_cifarnet_whitens_the_patches_of_the_images_it_is_fitted_on() -> None:
+    network = models.build("cifarnet", classes=5, input_size=(32, 32, 3), width=NARROW)
+    pixels = images(40, 3, 32, 32).cumsum(3)  # neighbours are alike
+    network.fit(pixels)  # type: ignore[operator]
+    weight = network.whiten.weight.detach().double().numpy().reshape(24, 12)
+    patches = np.lib.stride_tricks.sliding_window_view(pixels.double().numpy(), (2, 2), axis=(2, 3))
+    patches = patches.transpose(0, 2, 3, 1, 4, 5).reshape(-1, 12)
+    assert np.array_equal(weight[:12], -weight[12:])
+    white = patches @ weight[:12].T
+    values = np.linalg.eigvalsh(patches.T @ patches / len(patches))
+    np.testing.assert_allclose(white.T @ white / len(white), np.diag(values / (values + 5e-4)), atol=1e-4)
+    assert not network.whiten.weight.requires_grad
 
 
 def test_vgg_halves_large_images_once_more() -> None:

@@ -75,7 +75,7 @@ class TrainSettings(DataSettings, TeacherInputSettings):
     method: str = setting("kd", "Method, several joined as in kd+at, or package.module:function.", METHOD)
     student: str = setting(
         "lenet",
-        "Network to train: lenet, nin, convnet-small, resnet20, wrn-16-2, vgg8, mobilenetv2-half, … (see "
+        "Network to train: lenet, nin, cifarnet, convnet-small, resnet20, wrn-16-2, vgg8, mobilenetv2-half, … (see "
         "docs/networks.md); or a checkpoint (.pt) whose weights it starts from.",
         METHOD,
     )
@@ -174,6 +174,9 @@ class TrainSettings(DataSettings, TeacherInputSettings):
         "onecycle", "step: ÷10 at 80 % of epochs; cosine: to 0; onecycle: up for 30 %, to 0.", OPTIMISER
     )
     weight_decay: float = rare(0.0, "L2 penalty (adamw: decoupled).", OPTIMISER, ge=0, le=1)
+    ema: Share = rare(
+        0.0, "Decay per step of a moving average of the weights, the student; 0: none.", OPTIMISER
+    )
     width: float = setting(1.0, "Multiplier of the student's channels.", METHOD, gt=0, le=100)
     dropout: Share = rare(0.5, "Dropout of the student, if it has any.", OPTIMISER)
 
