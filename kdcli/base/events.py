@@ -1,5 +1,6 @@
 """Events of long operations. Only the command line prints; everything else calls `on_event`."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ class Progress:
         done: finished units out of `total`.
         values: metrics to show beside the progress bar.
         group: events of one group share a progress bar; by default the task's name.
+        left_s: seconds after which it ends in any case.
     """
 
     task: str
@@ -20,6 +22,7 @@ class Progress:
     unit: str = "images"
     values: Mapping[str, float] = field(default_factory=dict)
     group: str = ""
+    left_s: float = math.inf
 
 
 @dataclass(frozen=True)

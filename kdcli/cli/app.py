@@ -37,6 +37,9 @@ COMMANDS = (
 )  # fmt: skip
 
 
+CONTINUED = ("download", "compare", "reproduce", "tune")  # from their finished parts, by the same command
+
+
 class Stopped(BaseException):
     """SIGINT or SIGTERM; not an Exception, so that no handler swallows it."""
 
@@ -68,7 +71,7 @@ def main() -> None:
         sys.stderr.close()
         sys.exit(1)
     except Stopped as stop:
-        hint = "Rerun the same command: finished parts are kept."
+        hint = "Rerun the same command" + (" to continue." if _command() in CONTINUED else ".")
         _fail(Interrupted("stopped", hint, exit_code=stop.exit_code))
     except Exception as error:
         if hasattr(error, "format_message") and not str(error.format_message()).strip():
@@ -144,10 +147,15 @@ def _fail(error: KdError) -> NoReturn:
     from kdcli.cli import output
 
     if not error.hint:
-        command = next((word for word in sys.argv[1:] if word in COMMANDS), "")
-        error.hint = f"See {' '.join(filter(None, ('kd', command)))} --help."
+        error.hint = f"See {' '.join(filter(None, ('kd', _command())))} --help."
+    output.settings.json |= "--json" in sys.argv  # not parsed yet where parsing failed
     output.error(error)
     sys.exit(error.exit_code)
+
+
+def _command() -> str:
+    """The name of the command on the command line, or nothing."""
+    return next((word for word in sys.argv[1:] if word in COMMANDS), "")
 
 
 def as_kd_error(error: Exception) -> KdError:

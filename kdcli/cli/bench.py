@@ -48,8 +48,7 @@ def bench(
     if config.plot is not None:
         plotting.check_target(config.plot)
     check_output_files(config.csv, config.markdown)
-    with output.progress() as on_event:
-        result = run_benchmark(paths, config, on_event=on_event, skip=not model)
+    result = run_benchmark(paths, config, on_event=output.on_event, skip=not model)
     output.json(asdict(result))
     _show(result)
     if config.plot is not None:

@@ -69,8 +69,7 @@ def compare(
     from kdcli.studies.compare.result import to_csv, to_markdown
 
     plan = studies.make_plan(settings, train) if resume is None else studies.Plan.load(resume)
-    with output.progress() as on_event:
-        result = studies.compare(plan, load_data(plan.train, on_event), on_event=on_event)
+    result = studies.compare(plan, load_data(plan.train, output.on_event), on_event=output.on_event)
     if any(row.count for row in result.standings):
         report.comparison(result, plan.folder / "figure.svg")
     for path, make_table in ((settings.csv, to_csv), (settings.markdown, to_markdown)):

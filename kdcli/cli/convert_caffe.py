@@ -46,41 +46,42 @@ def convert_caffe(
     from kdcli.caffe import opencv
     from kdcli.teacher import assumptions
 
-    with output.progress() as on_event:
-        # 1. Read the files, and the data if they are needed.
-        source = caffe.read(model, config)
-        if config.check and source.kind != "caffe":
-            raise UsageError("--check needs a caffemodel", "OpenCV does not read caffe-tensorflow's .npy.")
-        needs_data = "data" in config.model_fields_set or source.needs_images(config)
-        splits = _load_data(source, config, on_event) if needs_data else None
-        train_images = splits.train.images if splits else None
-        # 2. Convert.
-        conversion = caffe.to_classifier(
-            source,
-            config,
-            train_images=train_images,
-            classes=splits.train.classes if splits else None,
-            data_label=splits.label if splits else None,
-            on_event=on_event,
+    # 1. Read the files, and the data if they are needed.
+    source = caffe.read(model, config)
+    if config.check and source.kind != "caffe":
+        raise UsageError("--check needs a caffemodel", "OpenCV does not read caffe-tensorflow's .npy.")
+    needs_data = "data" in config.model_fields_set or source.needs_images(config)
+    splits = _load_data(source, config, output.on_event) if needs_data else None
+    train_images = splits.train.images if splits else None
+    # 2. Convert.
+    conversion = caffe.to_classifier(
+        source,
+        config,
+        train_images=train_images,
+        classes=splits.train.classes if splits else None,
+        data_label=splits.label if splits else None,
+        on_event=output.on_event,
+    )
+    classifier = conversion.classifier
+    if splits is not None and data.incompatibility(classifier, splits.train) is None:
+        name = classifier.provenance["name"]
+        assumptions.note_order(name, classifier, splits.train, output.on_event)
+        assumptions.check(name, classifier, splits.train, output.on_event, task="trying alternatives")
+    # 3. Check against OpenCV's reading of the same files, then write.
+    images = opencv.check_images(classifier.input_size, train_images)
+    agreement = None
+    if config.check:
+        agreement = opencv.compare_logits(
+            classifier, model, config.prototxt, images, on_event=output.on_event
         )
-        classifier = conversion.classifier
-        if splits is not None and data.incompatibility(classifier, splits.train) is None:
-            name = classifier.provenance["name"]
-            assumptions.note_order(name, classifier, splits.train, on_event)
-            assumptions.check(name, classifier, splits.train, on_event, task="trying alternatives")
-        # 3. Check against OpenCV's reading of the same files, then write.
-        images = opencv.check_images(classifier.input_size, train_images)
-        agreement = None
-        if config.check:
-            agreement = opencv.compare_logits(classifier, model, config.prototxt, images, on_event=on_event)
-            _require_agreement(agreement, model)
-        if to_onnx:
-            from kdcli.deploy.export import export_classifier
+        _require_agreement(agreement, model)
+    if to_onnx:
+        from kdcli.deploy.export import export_classifier
 
-            label = f"noise and {splits.label}" if splits else "noise"
-            export_classifier(classifier, make(ExportConfig, {"output": target}), images, label, on_event)
-        else:
-            classifier.save(target)
+        label = f"noise and {splits.label}" if splits else "noise"
+        export_classifier(classifier, make(ExportConfig, {"output": target}), images, label, output.on_event)
+    else:
+        classifier.save(target)
     output.json(_to_json(model, target, conversion, agreement))
     _show(conversion, target, agreement)
     output.next_command(

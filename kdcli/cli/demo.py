@@ -44,8 +44,7 @@ def demo(config: DemoConfig) -> None:
     started = time.monotonic()
     try:
         with contextlib.chdir(config.output):  # the runs read their files by relative paths
-            with output.progress() as on_event:
-                results, best, rows = _run(config, on_event)
+            results, best, rows = _run(config, output.on_event)
             _show(config.output, results, best, rows, time.monotonic() - started)
     except Interrupted as stopped:
         raise Interrupted(

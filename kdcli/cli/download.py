@@ -78,8 +78,7 @@ def _fetch(files: Files) -> None:
     failures: dict[str, KdError] = {}
     for remote, target, source in files:
         try:
-            with output.progress() as on_event:
-                status = downloads.fetch(remote, target, source=source, on_event=on_event)
+            status = downloads.fetch(remote, target, source=source, on_event=output.on_event)
         except KdError as problem:
             failures[remote.name] = problem
             continue

@@ -37,8 +37,7 @@ def export(
     source = existing_model(checkpoint)
     from kdcli.deploy.export import export as write_onnx
 
-    with output.progress() as on_event:
-        result = write_onnx(source, config, on_event=on_event)
+    result = write_onnx(source, config, on_event=output.on_event)
     output.json(asdict(result))
     _show(result)
 

@@ -1,6 +1,7 @@
 """Typer options generated from settings classes: one definition of each default, bound and help text."""
 
 import inspect
+import os
 import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -61,11 +62,13 @@ def command(
         def run(**values: Any) -> None:
             for name in _OUTPUT:
                 setattr(output.settings, name, values.pop(name))
+            output.settings.follower = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) != "0"
             arguments = {name: values.pop(name) for name in own}
             options = {name: value for name, value in values.items() if value is not None}
             if "config" in signature.parameters:
                 options = {"config": make(settings[0], options)}
-            function(**arguments, **options)
+            with output.activity.running():
+                function(**arguments, **options)
 
         run.__name__ = function.__name__
         run.__doc__ = function.__doc__
@@ -89,7 +92,7 @@ _OUTPUT = {  # options of every command
     "json": typer.Option(
         "--json", help="Print one JSON object on stdout instead of text.", rich_help_panel="Output"
     ),
-    "quiet": typer.Option("--quiet", "-q", help="Print errors only.", rich_help_panel="Output"),
+    "quiet": typer.Option("--quiet", "-q", help="Print no progress and no notes.", rich_help_panel="Output"),
     "debug": typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output"),
 }
 

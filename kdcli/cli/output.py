@@ -2,7 +2,12 @@
 
 import json as json_module
 import math
+import re
+import signal
+import socket
 import sys
+import textwrap
+import threading
 import time
 import traceback
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -11,20 +16,25 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.constrain import Constrain
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from kdcli.base.config import option_flag
 from kdcli.base.errors import Interrupted, KdError
-from kdcli.base.events import Event, Note, OnEvent, ignore
+from kdcli.base.events import Epoch, Event, Note
 from kdcli.base.events import Progress as ProgressEvent
 from kdcli.base.text import printable
 from kdcli.base.units import size
 
-PLAIN_INTERVAL_S = 10.0
+FIRST_LINE_S, LINE_S = 1.0, 10.0  # of progress without a terminal
+_STOP_S = 0.2  # a command that ends within it needs no word about the signal
+_EPOCH_LINES = 10
 _RANK_DELAY_S = 3.0
 _MAX_LINE = 2_000
+_WRAP: Any = {"break_long_words": False, "break_on_hyphens": False, "replace_whitespace": False}
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class OutputSettings:
@@ -34,33 +44,47 @@ class OutputSettings:
     follower = False  # a distributed process of rank > 0
     debug = False
     json = False
+    answered = False  # the object of --json is printed
 
 
 settings = OutputSettings()
+_stderr = Console(stderr=True, highlight=False, emoji=False)
 
 
 def _stdout(**options: Any) -> Console:
-    return Console(highlight=False, emoji=False, quiet=settings.json or settings.quiet, **options)
+    activity.bars.stop()
+    return Console(highlight=False, emoji=False, quiet=settings.json, **options)
 
 
-def _stderr() -> Console:
-    return Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+def _print(console: Console, line: Text) -> None:
+    """Print a line, on a terminal wrapped between words; a command at its end stays in one piece, to be copied."""
+    ends = [0]
+    if console.is_terminal and line.cell_len > console.width:
+        prose = re.sub("(^|: )kd .*", r"\1", line.plain)
+        for part in textwrap.wrap(prose, console.width, **_WRAP):
+            ends.append(line.plain.index(part, ends[-1]) + len(part) + 1)
+    for piece in line.divide(end for end in ends[1:] if end < len(line)):
+        piece.rstrip()
+        console.print(piece, soft_wrap=True)
 
 
 def text(*lines: str) -> None:
-    """Print lines of a result on stdout, unless --json or --quiet is given."""
-    _stdout(soft_wrap=True).print(*map(_markup, lines), sep="\n")
+    """Print lines of a result on stdout, unless --json is given."""
+    console = _stdout()
+    for line in lines:
+        _print(console, Text(printable(line)))
 
 
 def next_command(command: str) -> None:
     """Suggest the next command."""
-    _stdout(soft_wrap=True).print(f"next: [bold]{_markup(command)}[/bold]")
+    if not settings.quiet:
+        _print(_stdout(), Text.assemble("next: ", (printable(command), "bold")))
 
 
-def note(message: str, console: Console | None = None) -> None:
+def note(message: str, style: str = "dim") -> None:
     """Print a note on stderr, unless --quiet is given."""
     if not settings.quiet and not settings.follower:
-        (console or _stderr()).print(f"[dim]{_markup(_one_line(message))}[/dim]")
+        _print(_stderr, Text(_one_line(message), style))
 
 
 def note_ignored(given: Container[str], names: Iterable[str], reason: str) -> None:
@@ -76,8 +100,10 @@ def json(value: dict[str, Any]) -> None:
     All that is not ASCII is escaped: no text steers a terminal, and none is lost in its encoding.
     """
     if settings.json:
+        activity.bars.stop()
         document = _finite({"schema_version": 1, **value})
         sys.stdout.write(json_module.dumps(document, default=str) + "\n")
+        settings.answered = True
 
 
 def _finite(value: Any) -> Any:
@@ -93,23 +119,25 @@ def _finite(value: Any) -> Any:
 def table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", left: int = 1, marked: int = -1
 ) -> None:
-    """Print a table on stdout, unless --json or --quiet is given.
+    """Print a table on stdout, unless --json is given.
 
     Args:
         left: number of leading left-aligned text columns; the others are numbers, right-aligned.
         marked: index of a row printed bold.
     """
-    drawn = Table(title=_markup(title) if title else None, title_justify="left", box=None, pad_edge=False)
+    drawn = Table(
+        title=Text(printable(title)) if title else None, title_justify="left", box=None, pad_edge=False
+    )
     for index, name in enumerate(columns):
         drawn.add_column(
-            _markup(name),
+            Text(printable(name)),
             justify="left" if index < left else "right",
             overflow="fold" if index < left else "ellipsis",
             no_wrap=index >= left,
             header_style="bold",
         )
     for number, row in enumerate(rows):
-        drawn.add_row(*map(_markup, row), style="bold" if number == marked else None)
+        drawn.add_row(*map(Text, map(printable, row)), style="bold" if number == marked else None)
     console = _stdout()
     if not console.is_terminal:  # a file has no width limit
         console = _stdout(width=max(80, console.measure(drawn).maximum))
@@ -125,78 +153,118 @@ def error(problem: KdError) -> None:
         if isinstance(problem, Interrupted):
             return
         time.sleep(_RANK_DELAY_S)
+    if not settings.answered:
+        json({"error": problem.message, "hint": problem.hint})
     if settings.debug:
-        _stderr().print(_markup(traceback.format_exc()))
-    _stderr().print(f"[bold red]error:[/bold red] {_markup(_one_line(problem.message))}")
+        _stderr.print(Text(printable(traceback.format_exc())), soft_wrap=True)
+    _print(_stderr, Text.assemble(("error:", "bold red"), " ", _one_line(problem.message)))
     if problem.hint:
-        _stderr().print(f"[bold]hint:[/bold] {_markup(_one_line(problem.hint))}")
+        _print(_stderr, Text.assemble(("hint:", "bold"), " ", _one_line(problem.hint)))
 
 
 def _one_line(message: str) -> str:
-    """One line of limited length."""
-    line = " ".join(part.strip() for part in message[: 2 * _MAX_LINE].splitlines())
+    """One printable line of limited length."""
+    line = " ".join(part.strip() for part in printable(message[: 2 * _MAX_LINE]).splitlines())
     return line if len(line) <= _MAX_LINE else line[: _MAX_LINE - 1] + "…"
 
 
-def _markup(text: str) -> str:
-    """Text, which may come from a file, as it is in Rich's markup."""
-    return escape(printable(text))
+class _Bars(Progress):
+    """Leaves room for the ^C that a terminal shows: on a line of its own, it would leave a torn bar behind."""
+
+    def get_renderables(self) -> Iterator[Constrain]:
+        yield Constrain(self.make_tasks_table(self.tasks), _stderr.width - 3)
 
 
-@contextmanager
-def progress() -> Iterator[OnEvent]:
-    """An `OnEvent` that shows progress: a bar on a terminal, otherwise a line every 10 seconds."""
-    console = Console(stderr=True, highlight=False)
-    if settings.quiet or settings.follower:
-        yield ignore
-    elif not console.is_terminal:
-        yield _Display()
-    else:
+class Activity:
+    """What a command does at the moment, on stderr: a spinner and a bar on a terminal, else a line now and then."""
+
+    def __init__(self) -> None:
         columns = (
+            SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
-            TextColumn("{task.percentage:>3.0f}%"),
+            TaskProgressColumn(),
             TextColumn("{task.fields[metrics]}", markup=False),
         )
-        with Progress(*columns, console=console, transient=True, refresh_per_second=8) as bars:
-            yield _Display(bars)
+        self.bars = _Bars(*columns, console=_stderr, transient=True, refresh_per_second=8, disable=True)
+        self.bars.add_task("")
+        [self.task] = self.bars.tasks
+        self.group = ""  # of the last event
+        self.started, self.first = 0.0, 0  # time and units done at the group's first event
 
-
-class _Display:
-    """Progress of one task at a time, as a bar if there are `bars`, else as lines."""
-
-    def __init__(self, bars: Progress | None = None) -> None:
-        self.bars = bars
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Show it from now on, also while the main thread imports libraries; acknowledge signals."""
         self.group = ""
-        self.printed = self.started = time.monotonic()
-        self.first = 0  # units done at the task's first event
+        self._set("loading libraries")
+        self.bars.disable = not _stderr.is_interactive or settings.quiet or settings.follower
+        inbox, outbox = socket.socketpair()
+        outbox.setblocking(False)
+        before = signal.set_wakeup_fd(outbox.fileno(), warn_on_full_buffer=False)
+        watch = threading.Thread(target=self._watch, args=(inbox,), daemon=True)
+        watch.start()
+        self.bars.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            outbox.close()
+            watch.join()
+            inbox.close()
+            self.bars.stop()
 
-    def __call__(self, event: Event) -> None:
+    def _watch(self, inbox: socket.socket) -> None:
+        """Print lines of progress where there is no bar, and one after a signal that the command heeds later."""
+        inbox.settimeout(FIRST_LINE_S)
+        stopped = False
+        while True:
+            try:
+                signals = inbox.recv(1)
+            except TimeoutError:
+                if stopped:
+                    self.bars.stop()
+                    self.bars.disable = True
+                    note("stopping after this step; press Ctrl-C again to end at once", "bold")
+                    inbox.settimeout(None)
+                elif not _stderr.is_interactive:
+                    note(self.line())
+                    inbox.settimeout(LINE_S)
+                continue
+            if not signals:
+                return
+            if signals[0] in _SIGNALS and not stopped:
+                stopped = True
+                inbox.settimeout(_STOP_S)
+
+    def line(self) -> str:
+        """The step as text."""
+        share = f"{self.task.percentage:.0f} %" if self.task.total else ""
+        return "  ".join(filter(None, (self.task.description, share, self.task.fields["metrics"])))
+
+    def _set(self, step: str, done: int = 0, total: int | None = None, metrics: str = "") -> None:
+        self.task.description, self.task.fields["metrics"] = printable(step), printable(metrics)
+        self.task.completed, self.task.total = done, total
+
+    def show(self, event: Event) -> None:
+        """Show an event of an operation."""
         if isinstance(event, Note):
-            note(event.text, self.bars.console if self.bars else None)  # prints above the bar
-        if not isinstance(event, ProgressEvent):
-            return
-        now = time.monotonic()
-        group = event.group or event.task
-        if group != self.group:
-            self.group, self.started, self.first = group, now, event.done
-            if self.bars:
-                for task in self.bars.task_ids:
-                    self.bars.remove_task(task)
-                self.bars.add_task("", metrics="")
-        metrics = self._metrics(event, now - self.started)
-        if self.bars:
-            self.bars.update(
-                self.bars.task_ids[0],
-                description=printable(event.task),
-                completed=event.done,
-                total=event.total,
-                metrics=printable(metrics),
-            )
-        elif now - self.printed >= PLAIN_INTERVAL_S:
-            self.printed = now
-            share = f"{100 * event.done / event.total:.0f} %" if event.total else _quantity(event.done, event)
-            note(f"{event.task}  {share}  {metrics}")
+            note(event.text)
+        elif isinstance(event, Epoch):
+            if event.epoch % -(-event.epochs // _EPOCH_LINES) == 0 or event.epoch == event.epochs:
+                known = "" if event.val_accuracy is None else f"  val {event.val_accuracy:.1f} %"
+                number = f"{event.epoch:>{len(str(event.epochs))}}/{event.epochs}"
+                note(f"epoch {number}  loss {event.loss:.4f}{known}", "none")
+        else:
+            now = time.monotonic()
+            group = event.group or event.task
+            if group != self.group:
+                self.group, self.started, self.first = group, now, event.done
+            total = (
+                event.total if event.done < event.total else None
+            )  # after the last unit, work of unknown size
+            self._set(event.task, event.done, total, self._metrics(event, now - self.started))
+            if not settings.follower:
+                self.bars.start()
 
     def _metrics(self, event: ProgressEvent, seconds: float) -> str:
         """The event's values, the rate and the remaining time."""
@@ -205,13 +273,26 @@ class _Display:
             forms.get(name, name.replace("_", " ") + " {:.4g}").format(value)
             for name, value in event.values.items()
         ]
+        if event.done and not event.total:
+            parts.append(_quantity(event.done, event))
         rate = (event.done - self.first) / seconds if seconds else 0.0
         if rate > 0:
             if "images_per_s" not in event.values:
-                parts.append(f"{_quantity(rate, event)}/s")
+                parts.append(_rate(rate, event))
             if event.total:
-                parts.append(f"ETA {clock((event.total - event.done) / rate)}")
+                parts.append(f"ETA {clock(min((event.total - event.done) / rate, event.left_s))}")
         return "  ".join(parts)
+
+
+activity = Activity()
+on_event = activity.show
+
+
+def _rate(rate: float, event: ProgressEvent) -> str:
+    """`412 images/s`, `3.9 MB/s`; below one a second, `2.3 s/model`."""
+    if rate < 1 and event.unit != "bytes":
+        return f"{1 / rate:.2g} s/{event.unit.removesuffix('s')}"
+    return f"{_quantity(rate, event)}/s"
 
 
 def _quantity(value: float, event: ProgressEvent) -> str:

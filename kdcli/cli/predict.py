@@ -33,8 +33,7 @@ def predict(
     runtime.set_threads(config.threads)
     loaded = load_model(model, config.threads, config)
     check_image_size(model, loaded.input_size, config.image_size)
-    with output.progress() as on_event:
-        predictions = list(classify(loaded, images, config, on_event=on_event))
+    predictions = list(classify(loaded, images, config, on_event=output.on_event))
     documents, rows = [], []
     for found in predictions:
         top = list(zip(found.classes, found.probabilities, strict=True))

@@ -56,8 +56,7 @@ def report(
     folders = gather.folders(runs or [])
     exports = () if runs else tuple(sorted(Path("exports").glob("*.onnx")))
     comparisons = gather.comparisons(runs or [])
-    with output.progress() as on_event:
-        made = make_report(folders, config, others=exports, comparisons=comparisons, on_event=on_event)
+    made = make_report(folders, config, others=exports, comparisons=comparisons, on_event=output.on_event)
     write_text(config.output, made.html)
     _show(made, config)
 

@@ -30,9 +30,8 @@ def reproduce(
     from kdcli.studies import reproduce as studies
 
     found = studies.read_finished(run, config.method)
-    with output.progress() as on_event:
-        data = studies.check_inputs(found, on_event)
-        result = studies.reproduce(found, data, config.tolerance, on_event)
+    data = studies.check_inputs(found, output.on_event)
+    result = studies.reproduce(found, data, config.tolerance, output.on_event)
     output.json(result.to_json())
     _show(result)
     if not result.holds:

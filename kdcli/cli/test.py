@@ -48,22 +48,19 @@ def test(
         )
     spec, skip_broken = data.source_for(model, loaded.provenance, config.data, config.skip_broken)
     config = config.model_copy(update={"skip_broken": skip_broken})
-    with output.progress() as on_event:
-        loaded, splits = data_for(loaded, model, spec, config, on_event)
-        teacher_logits = None
-        source, assumed = _teacher(config, loaded.provenance)
-        if source is not None:
-            size, threads = splits.test.input_size, config.threads
-            teacher = Teacher.open(
-                source, config.cache_dir, threads=threads, assumed=assumed, input_size=size
-            )
-            task = "teacher on test images"
-            [cache] = teacher.logits(splits.test, exact=True, task=task, on_event=on_event)
-            teacher_logits = cache.logits()
-        result = evaluate(
-            loaded, splits.test, teacher_logits=teacher_logits, task="testing", on_event=on_event
-        )
-        assumptions.check(model.name, loaded, splits.test, on_event, task="trying alternatives")
+    loaded, splits = data_for(loaded, model, spec, config, output.on_event)
+    teacher_logits = None
+    source, assumed = _teacher(config, loaded.provenance)
+    if source is not None:
+        size, threads = splits.test.input_size, config.threads
+        teacher = Teacher.open(source, config.cache_dir, threads=threads, assumed=assumed, input_size=size)
+        task = "teacher on test images"
+        [cache] = teacher.logits(splits.test, exact=True, task=task, on_event=output.on_event)
+        teacher_logits = cache.logits()
+    result = evaluate(
+        loaded, splits.test, teacher_logits=teacher_logits, task="testing", on_event=output.on_event
+    )
+    assumptions.check(model.name, loaded, splits.test, output.on_event, task="trying alternatives")
     warning = data.overlap_warning(splits.overlap, result.count)
     classes = splits.test.classes
     output.json(

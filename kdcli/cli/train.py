@@ -113,10 +113,9 @@ def _train(
     world = runtime.launch(config.accelerator, config.devices)
     failed = True
     try:
-        with output.progress() as on_event:
-            with world.first_alone():
-                splits = load_data(config, on_event)
-            results = fit_chain(config, splits, resume=run, world=world, on_event=on_event)
+        with world.first_alone():
+            splits = load_data(config, output.on_event)
+        results = fit_chain(config, splits, resume=run, world=world, on_event=output.on_event)
         failed = False
     finally:
         world.close(failed=failed)

@@ -72,8 +72,7 @@ def tune(
 
     search.check(config, space)
     try:
-        with output.progress() as on_event:
-            result = search.tune(config, space, load_data(config, on_event), on_event=on_event)
+        result = search.tune(config, space, load_data(config, output.on_event), on_event=output.on_event)
     except Interrupted as stopped:
         raise Interrupted(stopped.message, again, exit_code=stopped.exit_code) from stopped
     _show(result, config, again)

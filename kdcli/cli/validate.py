@@ -37,11 +37,10 @@ def validate(config: ValidateConfig) -> None:
     teacher = load_model(config.teacher, config.threads, config)
     if config.against is not None and not isinstance(teacher, Classifier):
         raise UsageError("--against compares a .pt teacher", "Convert it with kd convert-caffe --to pt.")
-    with output.progress() as on_event:
-        teacher, splits = data_for(teacher, config.teacher, config.data, config, on_event)
-        agreement = _compare(teacher, config, splits.test, on_event) if config.against else None
-        result = evaluate(teacher, splits.test, task="validating", on_event=on_event)
-        assumptions.check(str(config.teacher), teacher, splits.test, on_event, task="trying alternatives")
+    teacher, splits = data_for(teacher, config.teacher, config.data, config, output.on_event)
+    agreement = _compare(teacher, config, splits.test, output.on_event) if config.against else None
+    result = evaluate(teacher, splits.test, task="validating", on_event=output.on_event)
+    assumptions.check(str(config.teacher), teacher, splits.test, output.on_event, task="trying alternatives")
     published = str(teacher.provenance.get("published") or "")
     recorded = teacher.provenance.get("measured")
     measured = recorded.get(splits.label) if isinstance(recorded, dict) else None

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kdcli.base.errors import KdError, UsageError
-from kdcli.base.events import Note, OnEvent, ignore
+from kdcli.base.events import Note, OnEvent, Progress, ignore
 from kdcli.base.files import expand, regular_size
 from kdcli.base.names import nearest
 from kdcli.base.units import size
@@ -34,8 +34,7 @@ def load(
     """A data set: named, a folder or an archive.
 
     Args:
-        spec: a name in `DATASETS`, or the path of a folder or archive with train/<class>/* and
-            test/<class>/*.
+        spec: a name in `DATASETS`, or a folder or archive with train/<class>/* and test/<class>/*.
         data_dir: folder of the files of named data sets.
         cache_dir: folder of the cache of decoded images.
         image_size: pixels per side; None keeps the images' own size if they share one, else 32.
@@ -51,6 +50,7 @@ def load(
         UsageError: neither a name nor a path, or a crop without a size.
         KdError: the data is missing or damaged, or its layout is unknown.
     """
+    on_event(Progress("reading the data", 0, 0))
     if image_size is None and fit_to is not None and fit_to[0] == fit_to[1]:
         image_size = fit_to[0]
     if crop != 1 and image_size is None:

@@ -196,7 +196,7 @@ def _interrupted(chain: tuple[TrainConfig, ...], message: str, stopped: Interrup
     """The error, with a hint that continues the whole chain: resuming its last link."""
     begun = [_run(link).path for link in chain if _run(link).config_file.is_file()]
     hint = resume_command(begun[-1], chain[0].method) if begun else stopped.hint
-    return Interrupted(message, hint or "Type the same command again.", exit_code=stopped.exit_code)
+    return Interrupted(message, hint or "Rerun the same command.", exit_code=stopped.exit_code)
 
 
 def _with_title(title: str, on_event: OnEvent) -> OnEvent:

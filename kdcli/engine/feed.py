@@ -174,7 +174,7 @@ def make_teacher_outputs(plan: RunPlan, on_event: OnEvent, stop: StopFlag) -> Te
     if len(views) < count:
         raise Interrupted(
             f"stopped after {len(views)} of {count} views of the teacher; they are kept",
-            "Type the same command again.",
+            "Rerun the same command.",
             exit_code=stop.exit_code,
         )
     return TeacherOutputs(device, views)

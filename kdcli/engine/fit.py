@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kdcli import models
 from kdcli.base import runtime
 from kdcli.base.errors import KdError, UsageError
-from kdcli.base.events import Note, OnEvent, ignore
+from kdcli.base.events import Note, OnEvent, Progress, ignore
 from kdcli.base.runtime import StopFlag, World
 from kdcli.base.text import reason
 from kdcli.data import Splits, rows
@@ -103,6 +103,7 @@ def single_process(config: TrainConfig) -> World:
 def _build(plan: RunPlan, resume: RunDir | None, on_event: OnEvent, stop: StopFlag) -> Trainer:
     """Make or restore all parts of a run. A user's mistakes are found before the folder is made."""
     config, world = plan.config, plan.world
+    on_event(Progress("preparing", 0, 0))
     if resume is None:
         steps = f"{plan.steps_per_epoch:,} steps an epoch in batches of {config.batch_size}"
         split = f"{len(plan.train_samples):,} images to train on, {len(plan.val_samples):,} for validation"

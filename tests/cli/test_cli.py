@@ -188,10 +188,9 @@ def test_progress_notes_and_tracebacks_do_not_steer_the_terminal(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(output, "settings", output.OutputSettings())
-    monkeypatch.setattr(output, "PLAIN_INTERVAL_S", 0.0)
-    with output.progress() as on_event:
-        on_event(Progress(STEERING, 1, 2))
-        on_event(Note(STEERING))
+    output.on_event(Progress(STEERING, 1, 2))
+    output.on_event(Note(STEERING))
+    output.note(output.activity.line())
     output.next_command(f"kd export {STEERING}")
     output.table([STEERING, "b"], [], title=STEERING)
     output.settings.debug = True
@@ -390,5 +389,5 @@ def test_sigterm_exit_code() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (
         143,
         "",
-        "error: stopped\nhint: Rerun the same command: finished parts are kept.\n",
+        "error: stopped\nhint: Rerun the same command.\n",
     )

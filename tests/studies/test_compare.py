@@ -176,7 +176,7 @@ def test_compare_resumed_after_sigterm_gives_equal_result(
         compare(planned("cut"), splits, on_event=stop)
     assert caught.value.exit_code == 143
     assert caught.value.hint == "kd compare --resume comparisons/cut"
-    assert "1 of 4 runs finished" in caught.value.message
+    assert "1 of 4 runs are finished; stopped at epoch 2 of 2; the state is saved" in caught.value.message
     plan = Plan.load(Path("comparisons/cut"))
     assert [run.is_finished() for run in plan.runs] == [True, False, False, False]
     assert not plan.result_file.exists()  # nobody looks at a half

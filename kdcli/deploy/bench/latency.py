@@ -1,5 +1,6 @@
 """Latency and throughput of models side by side, their ratios to the teacher, intervals and verdicts."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -80,7 +81,7 @@ def measure(candidates: Sequence[Candidate], config: BenchConfig, on_event: OnEv
     The measurement ends early when every ratio to the teacher is known to 1 %: this looks at the intervals' widths,
     not at the ratios.
     """
-    timings = Timings()
+    timings, end = Timings(), time.monotonic() + config.max_seconds
     sessions = min(SESSIONS, config.rounds)
     with torch.inference_mode():
         for session in range(sessions):
@@ -96,7 +97,7 @@ def measure(candidates: Sequence[Candidate], config: BenchConfig, on_event: OnEv
                 repeats=_CALLS,
                 budget_s=config.max_seconds / SESSIONS,
                 seed=session,
-                on_round=_reporter(on_event, "measuring latency", timings.rounds, config.rounds),
+                on_round=_reporter(on_event, "measuring latency", timings.rounds, config.rounds, end),
             )
             timings.single.append(seconds)
 
@@ -113,6 +114,7 @@ def _measure_batches(runners: Sequence[Runner], config: BenchConfig, on_event: O
     sizes = [size for size in config.batches if size > 1]
     rounds = min(_BATCH_ROUNDS, config.rounds)
     found: dict[int, Floats] = {}
+    end = time.monotonic() + config.max_seconds
     for position, size in enumerate(sizes):
         calls = [partial(runner, size) for runner in runners]
         for call in calls:
@@ -122,15 +124,18 @@ def _measure_batches(runners: Sequence[Runner], config: BenchConfig, on_event: O
             rounds=rounds,
             settle=False,
             budget_s=config.max_seconds / len(sizes),
-            on_round=_reporter(on_event, "measuring batches", position * rounds, rounds * len(sizes)),
+            on_round=_reporter(on_event, "measuring batches", position * rounds, rounds * len(sizes), end),
         )
         found[size] = seconds[:, :, 0]
     on_event(Progress("measuring batches", rounds * len(sizes), rounds * len(sizes), "rounds"))
     return found
 
 
-def _reporter(on_event: OnEvent, task: str, done: int, total: int) -> Callable[[int], None]:
-    return lambda number: on_event(Progress(task, done + number, total, "rounds"))
+def _reporter(on_event: OnEvent, task: str, done: int, total: int, end: float) -> Callable[[int], None]:
+    """A function that reports rounds, of work that ends by the time `end` (monotonic)."""
+    return lambda number: on_event(
+        Progress(task, done + number, total, "rounds", left_s=end - time.monotonic())
+    )
 
 
 def _is_precise(rows: Sequence[Row], timings: Timings) -> bool:

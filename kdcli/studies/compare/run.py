@@ -79,14 +79,14 @@ def _train(plan: Plan, data: Splits, stop: runtime.StopFlag, on_event: OnEvent) 
     noted: set[str] = set()
     for number, run in enumerate(missing, finished):
         if stop:
-            raise _interrupted(plan, stop.exit_code)
+            raise _interrupted(plan, Interrupted("stopped between two runs", exit_code=stop.exit_code))
         check_unchanged(plan.inputs, plan.inputs | input_hashes(run.config, data), str(plan.folder))
         resume = run.run_dir if run.is_started() else None
         config = resume.read_config() if resume else run.config
         try:
             fit(config, data, resume=resume, on_event=_listener(run, number, len(plan.runs), noted, on_event))
         except Interrupted as error:
-            raise _interrupted(plan, error.exit_code) from error
+            raise _interrupted(plan, error) from error
         except UsageError:
             raise
         except KdError as error:
@@ -118,10 +118,10 @@ def _listener(run: PlannedRun, number: int, count: int, noted: set[str], on_even
     return forward
 
 
-def _interrupted(plan: Plan, exit_code: int) -> Interrupted:
+def _interrupted(plan: Plan, stopped: Interrupted) -> Interrupted:
     finished = sum(run.is_finished() for run in plan.runs)
     return Interrupted(
-        f"stopped with {finished} of {len(plan.runs)} runs finished; the state of the current one is saved",
+        f"{finished} of {len(plan.runs)} runs are finished; {stopped.message}",
         plan.resume_command or "Rerun the same command to continue.",
-        exit_code=exit_code,
+        exit_code=stopped.exit_code,
     )
