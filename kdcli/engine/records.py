@@ -140,7 +140,7 @@ class RunResult(Record):
         run: its folder.
         epochs: passes over the training images; `history` has a line for each.
         parameters: of the student.
-        val_accuracy: of the last epoch; None without a validation split.
+        val_accuracy: of the last epoch, on `val_images` images; None without a validation split.
         test: figures on the test images; None for a trial of a search, which does not read them.
         test_in_train: number of test images that are train images too.
         teacher_passes: runs of the teacher over a data set that this run had to make; 0 with a warm cache.
@@ -157,6 +157,7 @@ class RunResult(Record):
     epochs: Count
     parameters: Count
     val_accuracy: Percent | None
+    val_images: Count = 0
     test: Evaluation | None
     test_in_train: Count = 0
     teacher_passes: Count

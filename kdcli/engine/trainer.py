@@ -277,6 +277,7 @@ class Trainer:
             epochs=config.epochs,
             parameters=models.parameter_count(self.student.network),
             val_accuracy=self.val_accuracy,
+            val_images=len(plan.val_samples),
             test=evaluation,
             test_in_train=plan.data.overlap,
             teacher_passes=plan.teacher.views_computed if plan.teacher else 0,

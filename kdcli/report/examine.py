@@ -1,5 +1,6 @@
 """Measurement of students and teachers on test images, for what the records of a run do not hold."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -94,6 +95,26 @@ def examine(runs: Sequence[Run], config: ReportConfig, on_event: OnEvent) -> lis
         except KdError as error:
             found.append(Examined(run, run.result.evaluation, unmeasured=error.message))
     return found
+
+
+def choose(sections: Sequence[Examined]) -> dict[str, Any]:
+    """Template values of the student with the highest validation accuracy: test data selects nothing.
+
+    None is chosen where the next one is within a standard error of the binomial distribution.
+    """
+    results = [section.run.result for section in sections]
+    known = [
+        (result.val_accuracy, result.val_images, section)
+        for result, section in zip(results, sections, strict=True)
+        if result.val_accuracy is not None and not section.is_teacher
+    ]
+    known.sort(key=lambda one: -one[0])
+    if len(known) < 2:
+        return {"best": known[0][2] if known else None, "undecided": None}
+    (first, images, best), (second, _, _) = known[:2]
+    error = math.sqrt(first * (100 - first) / max(images, 1))
+    decided = first - second > error
+    return {"best": best if decided else None, "undecided": None if decided else (images, known[:2])}
 
 
 def reliability(logits: Tensor, labels: Tensor) -> tuple[ConfidenceBin, ...]:

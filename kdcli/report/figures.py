@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kdcli.base.errors import KdError
+from kdcli.base.metrics import wilson_interval
 from kdcli.base.plotting import BLUE, FRONT, GREEN, GRID, INK, ORANGE, Target, drawn_to, shown
 from kdcli.deploy.bench import Row
 from kdcli.engine.records import epoch_lines
@@ -50,7 +51,7 @@ def curves(metrics_path: Path, target: Target) -> None:
             for name, colour in zip(terms, (ORANGE, GREEN, "#cc79a7", "#e69f00") * len(terms), strict=False):
                 having = [line for line in epochs if name in line.terms]
                 values = [line.terms[name] for line in having]
-                _line(panels[0], [line.epoch for line in having], values, colour, shown(name), width=1.2)
+                _line(panels[0], [line.epoch for line in having], values, colour, shown(name))
             panels[0].legend(frameon=False, ncols=4, loc="upper right", fontsize=9)
         panels[0].set_ylabel("training loss")
         if validated:
@@ -131,7 +132,10 @@ def epochs(runs: Sequence[Run], target: Target) -> None:
 
 
 def reliability(student: Sequence[ConfidenceBin], teacher: Sequence[ConfidenceBin], target: Target) -> None:
-    """Draw accuracy over confidence of a student and, if known, its teacher; hollow marks for bins of few images."""
+    """Draw accuracy over confidence of a student and, if known, its teacher, with 95 % Wilson intervals.
+
+    Bins of few images have hollow marks.
+    """
     with drawn_to(target, 4.4, 3.7) as figure:
         axes = figure.add_subplot()
         axes.plot([0, 100], [0, 100], color=INK, linewidth=0.9, linestyle=(0, (1, 2)), label="calibrated")
@@ -154,6 +158,9 @@ def reliability(student: Sequence[ConfidenceBin], teacher: Sequence[ConfidenceBi
                     clip_on=False,
                     **style,
                 )
+            for one in bins:
+                interval = wilson_interval(one.accuracy, one.count)
+                axes.plot([one.confidence] * 2, interval, color=_COLOURS[number], linewidth=0.8, alpha=0.6)
         axes.set(xlim=(0, 101), ylim=(0, 101), xlabel="confidence, %", ylabel="accuracy, %")
         axes.grid(color=GRID, linewidth=0.6)
         figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9)
@@ -196,8 +203,11 @@ def pareto(rows: Sequence[Row], target: Target, size: tuple[float, float] = (7.2
                 linewidths=1.2,
                 label=engine,
             )
+            for row in own:
+                _error_bars(axes, row)
         # Limits with room for discs and names
         times, shares = _coordinates(known)
+        shares += [end for row in known for end in row.accuracy_interval or ()]
         room = max(2.0, 0.2 * (max(shares) - min(shares)))
         axes.set_xlim(min(times) / 1.8, max(times) * 2.6)
         axes.set_ylim(min(shares) - room, min(max(shares) + room, 100 + room / 2))
@@ -215,6 +225,15 @@ def pareto(rows: Sequence[Row], target: Target, size: tuple[float, float] = (7.2
                 handle.set_sizes([60])  # type: ignore[attr-defined]
         figure.draw_without_rendering()  # places the axes, which the labels need
         _name_points(axes, known, front, largest)
+
+
+def _error_bars(axes: Axes, row: Row) -> None:
+    """Draw the 95 % intervals of a row's accuracy, and of its latency if the teacher's is taken as exact."""
+    if row.accuracy_interval is not None:
+        axes.vlines(row.latency_ms, *row.accuracy_interval, color=FRONT, linewidth=0.9)
+    if row.speedup_interval is not None and not row.is_teacher:
+        slowest, fastest = (row.latency_ms * (row.speedup or 1) / ratio for ratio in row.speedup_interval)
+        axes.hlines(row.accuracy or 0.0, fastest, slowest, color=FRONT, linewidth=0.9)
 
 
 def comparison(found: Comparison, target: Target, width: float = 8.4) -> None:
@@ -242,8 +261,17 @@ def comparison(found: Comparison, target: Target, width: float = 8.4) -> None:
         left.set_xlabel("test accuracy, %")
         right.set_xlabel(f"points more than {shown(found.baseline)}, same seed")
         for panel in (left, right):
+            _fit_points(panel)
             panel.grid(color=GRID, linewidth=0.6, axis="x")
             panel.tick_params(axis="y", length=0)
+
+
+def _fit_points(axes: Axes) -> None:
+    """Limit the axis to its points and to twice their range on each side: wider intervals leave the figure."""
+    points = np.concatenate([dots.get_offsets()[:, 0] for dots in axes.collections])  # type: ignore[index]
+    room = max(2.0 * np.ptp(points), 1.0)
+    low, high = axes.get_xlim()
+    axes.set_xlim(max(low, points.min() - room), min(high, points.max() + room))
 
 
 def _spread(
@@ -270,11 +298,9 @@ def pareto_front(rows: Sequence[Row]) -> list[Row]:
     return front
 
 
-def _line(
-    axes: Axes, numbers: list[int], values: list[float], colour: str, label: str, *, width: float = 1.8
-) -> None:
+def _line(axes: Axes, numbers: list[int], values: list[float], colour: str, label: str) -> None:
     marker = "o" if len(numbers) < 25 else None
-    axes.plot(numbers, values, color=colour, linewidth=width, label=label, marker=marker, markersize=3)
+    axes.plot(numbers, values, color=colour, linewidth=1.5, label=label, marker=marker, markersize=3)
 
 
 def _coordinates(rows: Sequence[Row]) -> tuple[list[float], list[float]]:

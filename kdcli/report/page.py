@@ -29,7 +29,7 @@ from kdcli.base.events import OnEvent, ignore
 from kdcli.base.text import printable
 from kdcli.engine.records import Evaluation, read_record
 from kdcli.report import figures
-from kdcli.report.examine import Examined, examine, recorded_teacher
+from kdcli.report.examine import Examined, choose, examine, recorded_teacher
 from kdcli.report.gather import COMPARISON, gather, read_each
 from kdcli.report.speed import Speed, deployed, from_file, measure
 from kdcli.studies.compare import Comparison
@@ -99,7 +99,7 @@ def make_report(
     # 3. Sections; a teacher's own run and the copy that others learned from share a row
     teachers = {found.teacher.sha256: found.teacher for found in examined if found.teacher is not None}
     sections = []
-    for number, found in enumerate(examined, 1):
+    for number, found in enumerate(sorted(examined, key=lambda found: found.is_teacher), 1):
         copy = teachers[found.sha256].path if found.sha256 in teachers else found.run.student
         row = rows.get(copy.resolve()) or rows.get(found.run.student.resolve())
         sections.append(replace(found, key=f"run-{number}", row=row))
@@ -107,7 +107,7 @@ def make_report(
         sections=sections,
         detailed=[_details(section) for section in sections[:MAX_SECTIONS]],
         teachers=[(found, rows.get(found.path.resolve())) for found in teachers.values()],
-        best=_best(sections),
+        **choose(sections),
         left_out=reason_groups(left_out),
         comparisons=[_comparison(f"comparison-{n}", *pair) for n, pair in enumerate(compared, 1)],
         command=_command(sections, [path for path, _ in compared], config.output),
@@ -253,13 +253,6 @@ def _command(sections: Sequence[Examined], compared: Sequence[Path], output: Pat
     folders = [section.run.folder for section in sections]
     runs = [folder for folder in folders if parents.isdisjoint(folder.resolve().parents)]
     return join(["kd", "report", *(path.as_posix() for path in (*compared, *runs)), "-o", output.as_posix()])
-
-
-def _best(sections: Sequence[Examined]) -> Examined | None:
-    """The student with the highest validation accuracy: test data selects nothing."""
-    students = [section for section in sections if not section.is_teacher]
-    known = [section for section in students if section.run.result.val_accuracy is not None]
-    return max(known, key=lambda section: section.run.result.val_accuracy or 0.0) if known else None
 
 
 def _run_summary(section: Examined) -> dict[str, Any]:

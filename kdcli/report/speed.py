@@ -12,7 +12,7 @@ from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent
 from kdcli.base.files import is_unchanged
 from kdcli.deploy.bench import BenchResult, Row, bench
-from kdcli.engine.records import Count, Percent, Record, read_record
+from kdcli.engine.records import Count, Evaluation, Percent, Record, read_record
 from kdcli.report.examine import Examined, recorded_teacher
 
 _MAX_ROWS = 500
@@ -45,8 +45,10 @@ class _BenchRow(Record):
     latency_ms: _Positive | None
     latency_n: Count = 0
     speedup: _Positive | None = None
+    speedup_interval: tuple[_Positive, _Positive] | None = None
     size_ratio: _Positive | None = None
     accuracy: Percent | None = None
+    accuracy_interval: tuple[Percent, Percent] | None = None
     accuracy_source: str | None = None
 
 
@@ -130,17 +132,22 @@ def deployed(rows: Sequence[Row], examined: Sequence[Examined]) -> list[Row]:
 
     Accuracies measured for this page replace those recorded in files.
     """
-    measured: dict[Path, float] = {}
+    measured: dict[Path, Evaluation] = {}
     for found in examined:
         if not found.unmeasured:
-            measured[found.run.student.resolve()] = found.evaluation.accuracy
+            measured[found.run.student.resolve()] = found.evaluation
         if found.teacher is not None:
-            measured[found.teacher.path.resolve()] = found.teacher.evaluation.accuracy
+            measured[found.teacher.path.resolve()] = found.teacher.evaluation
     chosen: dict[Path, Row] = {}
     for row in rows:
         if row.path not in chosen or row.engine == "onnxruntime":
-            accuracy = measured.get(row.path.resolve())
-            chosen[row.path] = (
-                row if accuracy is None else replace(row, accuracy=accuracy, accuracy_source="measured")
-            )
+            figures = measured.get(row.path.resolve())
+            if figures is not None:
+                row = replace(  # noqa: PLW2901
+                    row,
+                    accuracy=figures.accuracy,
+                    accuracy_interval=figures.accuracy_interval,
+                    accuracy_source="measured",
+                )
+            chosen[row.path] = row
     return list(chosen.values())

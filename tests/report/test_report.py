@@ -94,6 +94,19 @@ def test_pareto_names_models_and_finds_the_front(tmp_path: Path) -> None:
     assert [row.name for row in report.pareto_front(rows()[:3])] == ["fast", "nin"]
 
 
+def test_pareto_draws_the_intervals_there_are(tmp_path: Path) -> None:
+    first, *others = rows()[:3]
+    report.pareto([first, *others], tmp_path / "p.svg")
+    known = [
+        replace(row, accuracy_interval=(40.0, 99.0), speedup=2.0, speedup_interval=(1.0, 4.0))
+        for row in others
+    ]
+    report.pareto([first, *known], tmp_path / "q.svg")
+    without, given = (path.read_text().count("LineCollection") for path in sorted(tmp_path.glob("*.svg")))
+    assert given - without == 4
+    assert "40" in texts(tmp_path / "q.svg") and "40" not in texts(tmp_path / "p.svg")
+
+
 def test_figures_that_cannot_be_drawn(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot draw"):
         report.pareto(rows(), tmp_path / "p.gif")

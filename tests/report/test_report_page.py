@@ -80,17 +80,31 @@ def test_the_teacher_runs_once_for_all_that_share_it(project: Path, monkeypatch:
     assert len(calls) == 1
 
 
-def test_run_of_the_teacher_is_marked(project: Path) -> None:
+def test_run_of_the_teacher_is_marked_and_last(project: Path) -> None:
     bench = bench_file(project)
     timed = make_report([Path("runs/base"), Path("runs/kd-1")], settings(bench=bench))
-    assert timed.runs[0]["latency_ms"] == 8.0  # of weights/teacher.pt, the same file
+    assert timed.runs[1]["latency_ms"] == 8.0  # of weights/teacher.pt, the same file
     assert (
         timed.html.count('<tr class="teacher">') == 2
     )  # in the summary once, and among the models that were timed
     report = make_report([Path("runs/base"), Path("runs/kd-1")], settings())
-    assert report.runs[0]["agreement"] is None
+    assert [Path(run["run"]).name for run in report.runs] == ["kd-1", "base"]
+    assert report.runs[1]["agreement"] is None
     assert "It is the teacher of the other runs." in Page(report.html).text
     assert report.notes == ["Latencies were left out (--no-bench)."]
+
+
+def test_a_run_is_chosen_only_by_enough_validation_images(project: Path) -> None:
+    """kd-1 is right on 190 of 200, ce-1 on 188 or 186; one standard error is 100 · √(0.95 · 0.05 / 200) = 1.54."""
+    for accuracy, chosen in ((94.0, False), (93.0, True)):
+        for name, value in (("kd-1", 95.0), ("ce-1", accuracy)):
+            path = Path(f"runs/{name}/result.json")
+            document = json.loads(path.read_text()) | {"val_accuracy": value, "val_images": 200}
+            path.write_text(json.dumps(document))
+        text = Page(make_report([Path("runs/kd-1"), Path("runs/ce-1")], settings()).html).text
+        assert ("Highest validation accuracy: kd-1, 95.00" in text) == chosen
+        few = "200 validation images are too few to choose between kd-1 (95.00 %) and ce-1 (94.00 %)"
+        assert (few in text.replace("\xa0", " ")) == (not chosen)
 
 
 def test_texts_of_files_are_escaped(project: Path) -> None:
@@ -343,7 +357,7 @@ def test_the_command_writes_the_page(project: Path, kd: Any) -> None:
     assert summary["schema_version"] == 1
     assert summary["output"] == "out/page.html"
     assert summary["bytes"] == Path("out/page.html").stat().st_size
-    assert [Path(run["run"]).name for run in summary["runs"]] == [EVIL_NAME, "base", "ce-1", "kd-1"]
+    assert [Path(run["run"]).name for run in summary["runs"]] == [EVIL_NAME, "ce-1", "kd-1", "base"]
     assert summary["left_out"] == [{"run": "unfinished", "reason": "not finished (no result.json)"}]
     text = Page(Path("out/page.html").read_text()).text
     assert "median of n = 15; measured before this page (bench.json)" in text
@@ -426,6 +440,23 @@ def test_a_comparison_has_its_table_and_figure_whatever_it_is_called(project: Pa
         assert [(name, "comparison.json" in reason) for name, reason in broken.left_out] == [
             (EVIL_NAME, True)
         ]
+
+
+def test_axes_of_a_comparison_fit_the_runs_not_wide_intervals(project: Path) -> None:
+    """Two seeds have t-intervals of 12.7 standard errors; here −50 … 150 and −70 … 72.5 around one point of range."""
+    place = comparison_folder(Path("comparisons/wide"))
+    document = json.loads((place / "comparison.json").read_text())
+    for row in document["standings"]:
+        row["test_interval"] = [-50.0, 150.0]
+        if row["difference"]:
+            row["difference"]["interval"] = [-70.0, 72.5]
+    (place / "comparison.json").write_text(json.dumps(document))
+    made_page = make_report([Path("runs/kd-1")], settings(), comparisons=[place])
+    [figure] = [one for one in figures(Page(made_page.html)) if "points more than ce" in one]
+    numbers = [float(word.replace("−", "-")) for word in re.findall(r">\s*([−\d.]+)\s*</text>", figure)]
+    left, right = ([n for n in numbers if n > 20], [n for n in numbers if n <= 20])
+    assert len(left) > 1 and len(right) > 1
+    assert min(left) >= 44 and max(left) <= 58 and min(right) >= -2 and max(right) <= 4
 
 
 def test_comparisons_are_found_and_stand_for_their_runs(project: Path) -> None:

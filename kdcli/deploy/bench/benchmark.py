@@ -295,8 +295,10 @@ def _measure_accuracy(
             continue
         logits = models.predict_logits(model, test.images, task=f"testing {names[path]}", on_event=on_event)
         labels = torch.from_numpy(np.asarray(test.labels))
+        accuracy = metrics.accuracy(logits, labels)
         found[path] = {
-            "accuracy": metrics.accuracy(logits, labels),
+            "accuracy": accuracy,
+            "accuracy_interval": metrics.wilson_interval(accuracy, len(labels)),
             "accuracy_source": "measured",
             "ece": metrics.calibration_error(logits, labels),
         }

@@ -44,6 +44,7 @@ class Row:
     throughput_ratio: float | None = None  # images per second ÷ the teacher's, at the largest batch
     size_ratio: float | None = None  # teacher's network bytes ÷ its own; above 1 is smaller
     accuracy: float | None = None  # per cent of test images
+    accuracy_interval: tuple[float, float] | None = None  # 95 %, where it was measured
     accuracy_source: str | None = None  # measured, or recorded in the file when it was trained
     agreement: float | None = None  # per cent of test images with the teacher's class
     kl: float | None = None  # mean KL(teacher ‖ model) over the test images, nats
@@ -135,6 +136,7 @@ def _cells(row: Row) -> list[str]:
 def _flatten(row: Row) -> dict[str, Any]:
     values = asdict(row)
     low, high = values.pop("speedup_interval") or (None, None)
+    least, most = values.pop("accuracy_interval") or (None, None)
     throughput = values.pop("throughput")
     footprint = values.pop("footprint") or dict.fromkeys(Footprint.__dataclass_fields__)
     return {
@@ -143,6 +145,8 @@ def _flatten(row: Row) -> dict[str, Any]:
         "notes": "; ".join(row.notes),
         "speedup_low": low,
         "speedup_high": high,
+        "accuracy_low": least,
+        "accuracy_high": most,
         **{f"images_per_s_batch_{size}": pace for size, pace in sorted(throughput.items())},
         **footprint,
     }
