@@ -161,7 +161,7 @@ def _ratio(value: float | None) -> str:
 
 
 def _engine(row: Row) -> str:
-    return _short(row.engine) + (" int8" if row.precision == "int8" else "")
+    return _short(row.engine) + ("" if row.precision == "fp32" else f" {row.precision}")
 
 
 def _short(engine: str) -> str:

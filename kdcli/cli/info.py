@@ -74,6 +74,7 @@ def _show(model: str, found: ModelInfo) -> None:
         "parameters": f"{found.parameters:,}",
         "work": "unknown" if found.macs is None else f"{units.count(found.macs)} MACs per image",
         "images": dims(found.input_size) + ("" if found.crop == 1 else f", --crop {found.crop:.4g}"),
+        "precision": found.precision,
         "output": found.gives,
         "classes": f"{len(found.classes)}: {classes}",
     }

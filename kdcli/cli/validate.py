@@ -71,8 +71,10 @@ def validate(config: ValidateConfig) -> None:
             f"{agreement.largest_difference:.3g}",
             "Convert it again with kd convert-caffe; pass the same --prototxt to both commands.",
         )
-    options = config.model_dump(include=given & {"data", "teacher"})
-    output.next_command(shell_command("train", {"method": "noisy", **options}))
+    options = config.model_dump(include=given & {"data", "teacher", "crop"})
+    options |= {f"teacher_{name}": value for name, value in config.given.items() if name != "crop"}
+    method = "noisy" if getattr(teacher, "gives", "logits") == "logits" else "kd"
+    output.next_command(shell_command("train", {"method": method, **options}))
 
 
 def _compare(teacher: Any, config: ValidateConfig, data: ImageSet, on_event: OnEvent) -> Agreement:

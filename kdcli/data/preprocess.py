@@ -103,7 +103,7 @@ class MeanStd(Preprocess):
         for name, given in zip(("mean", "std"), values, strict=True):
             if len(given) not in (1, channels):
                 raise UsageError(
-                    f"--{name}: {len(given)} values for {channels} channels", "Set one, or one a channel."
+                    f"{name}: {len(given)} values for {channels} channels", "Set one, or one a channel."
                 )
             each = torch.tensor(given).expand(channels)
             state[name] = each.flip(0) if order == "bgr" else each

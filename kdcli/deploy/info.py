@@ -27,8 +27,9 @@ class ModelInfo:
     arch: str | None  # the network's name; None in an ONNX file of another program
     input_size: tuple[int, int, int]  # (H, W, C) of the raw images
     crop: float  # share of the shorter side that larger images are cropped to
-    gives: str  # logits or probabilities
+    gives: str  # logits, probabilities or sigmoids
     classes: tuple[str, ...]  # names in the order of the outputs
+    precision: str  # fp32, fp16 or int8
     parameters: int  # values of the network
     macs: int | None  # multiply-accumulates of one image in convolutions and linear layers; None if unknown
     layers: tuple[LayerSummary, ...]  # in the order they run
@@ -56,9 +57,11 @@ def info(model: str, config: InfoConfig) -> ModelInfo:
         counts = count_model(loaded.model, loaded.input_shape)
         kind, arch, gives, size = "onnx", loaded.metadata.get("kd.arch"), loaded.gives, loaded.file_bytes
         parameters, macs, layers = counts.parameters, counts.macs, counts.nodes
+        precision = counts.precision
     else:
         kind, arch, gives, size = "checkpoint", loaded.arch, "logits", path.stat().st_size
         parameters, macs, layers = _measures(loaded.network, loaded.input_size)
+        precision = "fp32"
     return ModelInfo(
         kind=kind,
         arch=arch,
@@ -66,6 +69,7 @@ def info(model: str, config: InfoConfig) -> ModelInfo:
         crop=loaded.crop,
         gives=gives,
         classes=loaded.classes,
+        precision=precision,
         parameters=parameters,
         macs=macs,
         layers=layers,
@@ -81,7 +85,7 @@ def _network_info(name: str, config: InfoConfig) -> ModelInfo:
     size = side, side, 1 if config.grey else 3
     network = models.build(name, classes=config.classes, input_size=size)
     classes = tuple(map(str, range(config.classes)))
-    return ModelInfo("network", name, size, 1.0, "logits", classes, *_measures(network, size))
+    return ModelInfo("network", name, size, 1.0, "logits", classes, "fp32", *_measures(network, size))
 
 
 def _measures(

@@ -9,12 +9,25 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from kdcli import models
 from kdcli.base.config import NO_ASSUMPTIONS, InputSettings
 from kdcli.base.errors import UsageError
+from kdcli.base.files import sha256_file
 from kdcli.models import Classifier
 
 if TYPE_CHECKING:  # importing onnxruntime takes a third of a second
     from kdcli.deploy.onnx_model import OnnxClassifier
 
 M = TypeVar("M", bound=Any)
+_NAME_FILES = ("labels.txt", "config.json")  # beside a model
+
+
+def name_files(path: Path, assumed: InputSettings) -> list[Path]:
+    """The files that class names of another program's ONNX file may be read from."""
+    beside = [path.parent / name for name in _NAME_FILES]
+    return [assumed.class_names] if assumed.class_names else [file for file in beside if file.is_file()]
+
+
+def names_sha256(path: Path, assumed: InputSettings) -> list[str]:
+    """SHA-256 of these files."""
+    return [sha256_file(file) for file in name_files(path, assumed) if file.is_file()]
 
 
 def in_order_of(model: M, classes: tuple[str, ...]) -> M:

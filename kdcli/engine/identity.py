@@ -58,6 +58,8 @@ def input_hashes(
     paths = {_teacher(number, len(teachers)): path for number, path in enumerate(teachers, 1)}
     if config.student_file is not None:
         paths["student"] = config.student_file
+    if teachers and config.teacher_class_names is not None:
+        paths["class names"] = config.teacher_class_names
     for name, path in paths.items():
         try:
             found[name] = hashed.get(path) or files.sha256_file(path)
@@ -78,6 +80,7 @@ def recorded_inputs(provenance: Mapping[str, Any]) -> dict[str, str]:
         "images without labels": _mapping(data.get("unlabelled")).get("fingerprint"),
         **{_teacher(number, len(teachers)): sha256 for number, (_, sha256, _) in enumerate(teachers, 1)},
         "student": provenance.get("student_sha256"),
+        "class names": provenance.get("class_names_sha256"),
         **_code(_mapping(provenance.get("method_sha256"))),
     }
     return {name: str(sha256) for name, sha256 in found.items() if sha256 is not None}

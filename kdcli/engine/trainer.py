@@ -243,6 +243,7 @@ class Trainer:
             "method_sha256": dict(plan.source_digests),
             "student": config.student,
             "student_sha256": plan.inputs.get("student"),
+            "class_names_sha256": plan.inputs.get("class names"),
             "teacher": teacher.record() if teacher else None,
             "data": {
                 "spec": data.spec,

@@ -4,7 +4,8 @@ import pickletools
 import re
 import shlex
 import zipfile
-from itertools import islice
+from io import BytesIO
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO
 
@@ -13,6 +14,7 @@ from kdcli.base.files import open_regular
 
 _MAX_PICKLE_BYTES = 64 << 20
 _MAX_INSTRUCTIONS = 500_000
+_BEFORE_1_6 = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # PyTorch's own number, pickled
 
 _READ = (
     "kd reads model.onnx; set its input by --scale, --mean and --std (a teacher's by --teacher-scale …), or export a "
@@ -49,11 +51,6 @@ _KINDS = {
         "kd runs no program from a file. If you trust it, in Python: torch.onnx.export(torch.jit.load({file!r}), "
         '(torch.zeros(1, 3, 224, 224),), "model.onnx", dynamo=False) with its own image size. ' + _READ,
     ),
-    "legacy": (
-        "a file of PyTorch's format before 1.6",
-        "If you trust it, in Python: torch.load({file!r}, weights_only=False) gives a network, or weights for "
-        "network.load_state_dict; then " + _EXPORT,
-    ),
     "module": (
         "a pickled PyTorch module, which is code",
         "kd runs no code from a file. If you trust it, in Python: network = torch.load({file!r}, weights_only=False) "
@@ -85,9 +82,11 @@ def _identify(path: Path) -> tuple[str, str]:
             "hdf5": head.startswith(b"\x89HDF\r\n\x1a\n"),
             "tflite": head[4:8] == b"TFL3",
             "safetensors": head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < 100 << 20,
-            "legacy": head.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."),
         }
         kind = next((name for name, found in signatures.items() if found), "")
+        if head.startswith(_BEFORE_1_6):
+            handle.seek(0)
+            return _of_pickles(handle, 4)  # a number, the version, the machine's types, and what was saved
         return _KINDS[kind] if kind else _of_zip(handle)
 
 
@@ -101,14 +100,15 @@ def _of_zip(handle: IO[bytes]) -> tuple[str, str]:
         entry = next(entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl"))
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > _MAX_PICKLE_BYTES:
             return _KINDS[""]
-        return _of_pickle(archive.read(entry))
+        return _of_pickles(BytesIO(archive.read(entry)), 1)
 
 
-def _of_pickle(content: bytes) -> tuple[str, str]:
+def _of_pickles(handle: IO[bytes], count: int) -> tuple[str, str]:
     """What `torch.save` has pickled, by the names in it."""
+    instructions = chain.from_iterable(pickletools.genops(handle) for _ in range(count))
     texts = [
         str(argument).replace(" ", ".") if code.name == "GLOBAL" else argument
-        for code, argument, _ in islice(pickletools.genops(content), _MAX_INSTRUCTIONS)
+        for code, argument, _ in islice(instructions, _MAX_INSTRUCTIONS)
         if isinstance(argument, str)
     ]
     if {"format_version", "arch_args"} <= set(texts):  # kd's own, damaged or of another version

@@ -122,27 +122,22 @@ def _listed(names: Any) -> str:
 
 def _advice(model: Any, data: ImageSet, best: Assumption) -> str:
     """What to set for an assumption."""
-    flag = _flag(model)
-    words, steps = [], ""
-    for option, value in best.options.items():
-        words.append(f"{flag(option)} {value}")
-    settable = _is_settable(model)
-    if best.by_text and not settable:
-        steps = "Name the folders of the classes so that both orders are one, as 01, 02, …"
-    elif best.by_text:
+    flag, settable = _flag(model), _is_settable(model)
+    words = [f"{flag(option)} {value}" for option, value in best.options.items()]
+    steps = []
+    if best.by_text and settable:
         names = sorted(data.classes)
         listed = f"printf '%s\\n' {shlex.join(names)} > classes.txt"
-        steps = listed if len(names) <= _TYPED else "list their names so, one a line, in classes.txt"
-        steps = f"To set it: {steps}; "
+        steps.append(listed if len(names) <= _TYPED else "list their names so, one a line, in classes.txt")
         words.append(f"{flag('class_names')} classes.txt")
-    setting = " ".join(words)
-    if setting and not settable:
-        setting = f"convert it again with {setting}"
-    elif setting:
-        setting = f"add {setting}"
+    elif best.by_text:
+        steps.append("name the folders of the classes so that both orders are one, as 01, 02, …")
+    if words:
+        steps.append(f"{'add' if settable else 'convert it again with'} {' '.join(words)}")
     low, high = best.interval
-    fits = f"With {best.text} it is right on {best.accuracy:.1f} % ({low:.1f}–{high:.1f} %)"
-    return f"{fits}. {steps}{setting}".strip()
+    return (
+        f"With {best.text} it is right on {best.accuracy:.1f} % ({low:.1f}–{high:.1f} %): {'; '.join(steps)}"
+    )
 
 
 def _causes(model: Any) -> str:

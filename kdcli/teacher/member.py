@@ -19,7 +19,7 @@ from kdcli.base.errors import KdError
 from kdcli.base.events import Note, OnEvent, Progress
 from kdcli.base.runtime import World
 from kdcli.data import ImageSet, incompatibility, other_classes
-from kdcli.deploy.load import in_order_of, load_model
+from kdcli.deploy.load import in_order_of, load_model, names_sha256
 from kdcli.models import Classifier
 from kdcli.teacher import assumptions
 from kdcli.teacher import cache as caches
@@ -74,6 +74,11 @@ class Member:
     _model: Any = field(default=None, repr=False)
     _noted: bool = False
 
+    @cached_property
+    def names_sha256(self) -> list[str]:
+        """Of the files that its class names may be read from: they decide the order of its outputs."""
+        return names_sha256(self.path, self.assumed)
+
     @property
     def model(self) -> Any:
         """The frozen classifier on its device, or an ONNX model."""
@@ -88,9 +93,9 @@ class Member:
             KdError: it cannot be read, is another one than before, or has no dropout layers where they are asked for.
         """
         loaded = load_model(self.path, self.threads, self.assumed, self.input_size)
-        if loaded.file_sha256 != self.sha256:
+        if (loaded.file_sha256, names_sha256(self.path, self.assumed)) != (self.sha256, self.names_sha256):
             raise KdError(
-                f"teacher {self.path} was replaced while it was in use",
+                f"teacher {self.path} or its list of classes was replaced while it was in use",
                 "Put the earlier file back to continue a run; a new run takes the file that is there.",
             )
         if isinstance(loaded, Classifier):
@@ -108,7 +113,7 @@ class Member:
         self._model = model = in_order_of(self.model, data.classes)
         problem = incompatibility(model, data)
         if problem is None:
-            if model.crop != data.crop:
+            if model.crop != data.crop and not getattr(model, "is_foreign", False):
                 on_event(
                     Note(
                         f"teacher {self.path} is recorded with --crop {model.crop:.4g}, these images are cropped "

@@ -29,7 +29,7 @@ from kdcli.teacher.member import Member, TeacherPass
 from kdcli.teacher.runner import Engine, Forward, forward_of, run_in_torch
 
 _CACHE_VERSION = 3
-_ONNX_VERSION = 2  # of the reading of ONNX files: what is taken from them without being told
+_ONNX_VERSION = 3  # of the reading of ONNX files: what is taken from them without being told
 
 
 @dataclass(frozen=True)
@@ -155,11 +155,8 @@ class Teacher:
 
     @property
     def gives_probabilities(self) -> bool:
-        """Whether a member is an ONNX file that ends in a softmax: its logits are known only up to a shift."""
-        return any(
-            _is_onnx(member.path) and getattr(member.model, "gives", "") == "probabilities"
-            for member in self.members
-        )
+        """Whether a member is an ONNX file with a softmax, whose logits are known only up to a shift, or sigmoids."""
+        return any(_is_onnx(each.path) and each.model.gives != "logits" for each in self.members)
 
     def record(self) -> dict[str, Any]:
         """Entry in a student's provenance, see `teachers_of`."""
@@ -285,11 +282,12 @@ class Teacher:
         pool: npt.NDArray[np.int64],
         exact: bool,
     ) -> LogitCache:
+        onnx = {"version": _ONNX_VERSION, "class_names": member.names_sha256}
         mixes = augment.mixing(augment_name, 0, 0, pool[:1], pool) is not None
         recipe = {
             "cache_version": _CACHE_VERSION,
             "teacher": member.sha256,
-            **({"onnx": {"version": _ONNX_VERSION, **member.assumed.given}} if _is_onnx(member.path) else {}),
+            **({"onnx": {**member.assumed.given, **onnx}} if _is_onnx(member.path) else {}),
             "data": data.fingerprint,
             "augment": augment_name,
             "seed": 0 if augment_name == "none" else seed,

@@ -13,12 +13,15 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from onnx.numpy_helper import from_array
+from PIL import Image
 
-from kdcli.base.config import BenchConfig, InputSettings, make
+from kdcli.base.config import BenchConfig, InfoConfig, InputSettings, PredictConfig, make
 from kdcli.base.errors import KdError, UsageError
 from kdcli.deploy.bench.benchmark import candidates_of
+from kdcli.deploy.info import info
 from kdcli.deploy.load import load_model
 from kdcli.deploy.onnx_model import OnnxClassifier, count_model
+from kdcli.deploy.predict import predict
 
 RANDOM = np.random.default_rng(0)
 WEIGHT = RANDOM.normal(size=(3, 4)).astype(np.float32)  # channels → classes
@@ -35,12 +38,14 @@ def save(
     kind: int = TensorProto.FLOAT,
     outputs: Sequence[str] = ("y",),
     metadata: dict[str, str] | None = None,
+    domains: dict[str, int] | None = None,
 ) -> Path:
     """A model from `x` to the outputs, whose sides are not declared."""
     values = [from_array(np.asarray(value), name) for name, value in weights.items()]
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
     graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x", kind, sides)], ends, values)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    opsets = [helper.make_opsetid(name, version) for name, version in {"": 18, **(domains or {})}.items()]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=9)
     for key, value in (metadata or {}).items():
         model.metadata_props.add(key=key, value=value)
     onnx.save(model, path)
@@ -146,10 +151,17 @@ def test_outputs_that_add_up_to_one_are_probabilities(tmp_path: Path, name: str)
     np.testing.assert_allclose(given, wanted, rtol=1e-4)
 
 
-@pytest.mark.parametrize("operator", ["Sigmoid", "LogSoftmax"])
-def test_other_outputs_are_logits(tmp_path: Path, operator: str) -> None:
-    found = OnnxClassifier.load(means(tmp_path / "m.onnx", [node(operator, ["logits"], ["y"])]))
+def test_log_probabilities_are_logits(tmp_path: Path) -> None:
+    found = OnnxClassifier.load(means(tmp_path / "m.onnx", [node("LogSoftmax", ["logits"], ["y"])]))
     assert found.gives == "logits"
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+def test_sigmoids_are_inverted(tmp_path: Path, clipped: bool) -> None:
+    tail = [node("Sigmoid", ["logits"], ["s"]), node("Clip" if clipped else "Identity", ["s"], ["y"])]
+    found = OnnxClassifier.load(means(tmp_path / "m.onnx", tail))
+    assert found.gives == "sigmoids"
+    np.testing.assert_allclose(found(torch.from_numpy(IMAGES)).numpy(), logits(IMAGES), atol=1e-3)
 
 
 def test_pixel_format_of_the_metadata_is_applied(tmp_path: Path) -> None:
@@ -313,4 +325,29 @@ def test_precision_is_that_of_the_weights(tmp_path: Path, kind: type[Any], preci
     path = save(tmp_path / "m.onnx", nodes, {"k": np.ones((4, 3, 3, 3), kind)}, ["n", 3, 8, 8])
     model = OnnxClassifier.load(path)
     [found], _ = candidates_of(path, "m", model, BenchConfig(), 1, is_teacher=True)
-    assert found.row.precision == precision
+    assert found.row.precision == precision == info(str(path), InfoConfig()).precision
+
+
+def test_weights_of_scikit_learn_are_attributes(tmp_path: Path) -> None:
+    weights = RANDOM.normal(size=12).tolist()
+    linear = helper.make_node(
+        "LinearClassifier", ["m"], ["label", "y"], domain="ai.onnx.ml", coefficients=weights,
+        intercepts=[0.0] * 4, classlabels_ints=[0, 1, 2, 3],
+    )  # fmt: skip
+    path = means(tmp_path / "m.onnx", [linear], domains={"ai.onnx.ml": 1})
+    counts = count_model(OnnxClassifier.load(path).model)
+    assert (counts.parameters, counts.network_bytes, counts.macs) == (12 + 4 + 12, 4 * 28 + 16, None)
+
+
+def test_crop_as_the_user_describes_it(tmp_path: Path) -> None:
+    path = means(tmp_path / "m.onnx", sides=["n", 8, 8, 3])
+    assert load_model(path).crop == 1
+    assert load_model(path, assumed=make(InputSettings, {"crop": 0.5})).crop == 0.5
+    file = tmp_path / "image.png"
+    image = np.zeros((16, 16, 3), np.uint8)
+    image[4:12, 4:12] = 200
+    Image.fromarray(image).save(file)
+    config = make(PredictConfig, {"crop": 0.5, "top_k": 4})
+    [found] = predict(load_model(path, assumed=config), [file], config)
+    wanted = np.exp(logits(np.full((1, 8, 8, 3), 200)))[0]
+    np.testing.assert_allclose(found.probabilities, sorted(wanted / wanted.sum(), reverse=True), rtol=1e-4)

@@ -53,7 +53,10 @@ FILES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "model": (saved({"model": WEIGHTS}), "a training checkpoint", r"\['model'\]"),
     "module": (saved(network()), "a pickled PyTorch module", "runs no code"),
     "module in a dictionary": (saved({"model": network(), "ema": None}), "a pickled PyTorch module", "runs no code"),
-    "legacy": (saved(WEIGHTS, _use_new_zipfile_serialization=False), "format before 1.6", "load_state_dict"),
+    "legacy": (saved(WEIGHTS, _use_new_zipfile_serialization=False), "a state_dict", "load_state_dict"),
+    "legacy module": (
+        saved(network(), _use_new_zipfile_serialization=False), "a pickled PyTorch module", "weights_only=False",
+    ),
     "TorchScript": (script, "a TorchScript program", "torch.jit.load"),
     "safetensors": (
         lambda path: path.write_bytes(len(HEADER).to_bytes(8, "little") + HEADER + bytes(4)),

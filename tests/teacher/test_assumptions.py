@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from kdcli import models
-from kdcli.base.config import InputSettings
+from kdcli.base.config import InputSettings, TeacherInputs, make
 from kdcli.base.errors import KdError
 from kdcli.base.events import Event, Note
 from kdcli.cli import test as test_command
@@ -24,8 +24,9 @@ from kdcli.data.images import NO_LABEL, fingerprint_of
 from kdcli.data.preprocess import Preprocess
 from kdcli.deploy.load import in_order_of, load_model
 from kdcli.engine import fit
+from kdcli.engine.identity import input_hashes, recorded_inputs
 from kdcli.models import Classifier
-from kdcli.teacher import assumptions
+from kdcli.teacher import Teacher, assumptions
 from tests.helpers import command_line, config, image_set, slow
 
 TWELVE = tuple(str(number) for number in range(1, 13))  # sorted as texts: 1, 10, 11, 12, 2, …
@@ -235,3 +236,54 @@ def test_kd_test_shows_the_names_of_the_data(workplace: Path, monkeypatch: pytes
     rows = [line.split() for line in result.output.splitlines()]
     assert [row[0] for row in rows if len(row) == 2 and row[1] == "100.00"] == list(TWELVE)
     assert "t.onnx names no classes" in result.output
+
+
+BY_TEXT = [TWELVE.index(name) for name in sorted(TWELVE)]
+INPUTS = {"scale": "1/255", "class_names": "classes.txt"}
+
+
+def test_inputs_of_a_teacher_belong_to_the_run(workplace: Path) -> None:
+    """They are repeated by `--resume` and `kd reproduce`, and class names count by their content."""
+    write_teacher(Path("t.onnx"), BY_TEXT, scale=1 / 255)
+    Path("classes.txt").write_text("\n".join(sorted(TWELVE)), encoding="utf-8")
+    splits = Splits("toy", "toy", colours(TWELVE), colours(TWELVE, 36, seed=1))
+    settings = config(
+        method="kd", teacher=Path("t.onnx"), epochs=1, **{f"teacher_{name}": INPUTS[name] for name in INPUTS}
+    )
+    result = fit(settings, splits)
+    assert result.evaluation.teacher_accuracy == 100
+    repeated = result.run.read_config()
+    assert repeated.teacher_inputs.given == INPUTS
+    recorded = recorded_inputs(models.load(result.run.student).provenance)
+    assert recorded == input_hashes(repeated, splits)
+    Path("classes.txt").write_text("\n".join(TWELVE), encoding="utf-8")
+    assert recorded["class names"] != input_hashes(repeated, splits)["class names"]
+
+
+def test_inputs_of_a_teacher_belong_to_its_cached_logits(workplace: Path) -> None:
+    write_teacher(Path("t.onnx"), BY_TEXT, scale=1 / 255)
+    names, data = Path("classes.txt"), colours(TWELVE, 24)
+    names.write_text("\n".join(sorted(TWELVE)), encoding="utf-8")
+
+    def logits(computed: int, **inputs: str) -> Any:
+        teacher = Teacher.open(Path("t.onnx"), Path("cache"), assumed=make(TeacherInputs, inputs))
+        [found] = teacher.logits(data)
+        assert teacher.views_computed == computed
+        return np.asarray(found.logits())
+
+    before = logits(1, **INPUTS)
+    assert (before.argmax(1) == data.labels).all()
+    logits(0, **INPUTS)
+    for change in (
+        {"scale": "1/127.5"},
+        {"mean": "0.1"},
+        {"std": "2"},
+        {"channel_order": "bgr"},
+        {"layout": "nchw"},
+    ):
+        logits(1, **(INPUTS | change))
+    names.write_text("\n".join(TWELVE), encoding="utf-8")
+    assert (logits(1, **INPUTS) == before[:, BY_TEXT]).all()
+    assert (logits(1, scale="1/255") == before[:, BY_TEXT]).all()
+    Path("labels.txt").write_text("\n".join(sorted(TWELVE)), encoding="utf-8")
+    assert (logits(0, scale="1/255") == before).all()  # names of the same content

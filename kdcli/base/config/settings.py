@@ -251,18 +251,21 @@ class InputSettings(PixelSettings):
     layout: Layout = None
     channel_order: ChannelOrder = None
     class_names: ClassNames = None
+    crop: Annotated[
+        float | None,
+        option("Share of the middle square that it sees, as 0.875 for 224 of 256.", INPUT, ge=0.25, le=1),
+    ] = None
     image_size: Annotated[
         int | None,
         option("Height and width of its images, where the file leaves them open.", INPUT, ge=1, le=4096),
     ] = None
 
     @property
-    def given(self) -> dict[str, str]:
+    def given(self) -> dict[str, str | float]:
         """The assumptions that were made, as JSON values; the size of the images is that of the data."""
-        names = TeacherInputSettings.model_fields
-        values = {name: getattr(self, name.removeprefix("teacher_")) for name in names}
+        values = {name: getattr(self, name) for name in InputSettings.model_fields if name != "image_size"}
         return {
-            name.removeprefix("teacher_"): value.as_posix() if isinstance(value, Path) else value
+            name: value.as_posix() if isinstance(value, Path) else value
             for name, value in values.items()
             if value is not None
         }

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +27,7 @@ from kdcli.data import ImageSet, Splits, incompatibility
 from kdcli.deploy.bench.footprint import measure_footprint
 from kdcli.deploy.bench.latency import Candidate, Runner, compare, measure
 from kdcli.deploy.bench.measurements import BenchResult, Row, rows_within
+from kdcli.deploy.load import in_order_of
 from kdcli.deploy.onnx_model import OnnxClassifier, OnnxRunner, count_model
 from kdcli.deploy.onnx_model.translate import to_onnx
 from kdcli.models import Classifier
@@ -239,10 +239,6 @@ def _onnx_candidate(
     elif batch is not None:
         notes.append(f"its batch is fixed at {batch}; one image takes as long as {batch}")
     counts = count_model(model.model, model.input_shape)
-    operators = {node.op_type for node in model.model.graph.node}
-    kinds = [weight.data_type for weight in model.model.graph.initializer if len(weight.dims) > 1]
-    halves = kinds.count(onnx.TensorProto.FLOAT16) > len(kinds) / 2
-    quantised = any("Quantize" in operator or "QLinear" in operator for operator in operators)
     row = make_row(
         engine=ORT,
         file_bytes=model.file_bytes,
@@ -250,7 +246,7 @@ def _onnx_candidate(
         preprocessing_bytes=counts.preprocessing_bytes,
         parameters=counts.parameters,
         macs=counts.macs,
-        precision="int8" if quantised else "fp16" if halves else "fp32",
+        precision=counts.precision,
         notes=tuple(notes),
     )
     return _ort_candidate(row, model.model.SerializeToString(), inputs, threads, batch, model.runner.output)
@@ -282,7 +278,8 @@ def _measure_accuracy(
     """Values of `Row` for each file: measured, recorded in the file without test images, or a note."""
     found: dict[Path, dict[str, Any]] = {path: {} for path in loaded}
     teacher_logits: Tensor | None = None
-    for index, (path, model) in enumerate(loaded.items()):
+    for index, (path, each) in enumerate(loaded.items()):
+        model = each if test is None else in_order_of(each, test.classes)
         if test is None:
             value = model.provenance.get("test_accuracy")
             if isinstance(value, float):

@@ -157,7 +157,7 @@ def _teacher_of(row: Row, rows: Sequence[Row]) -> int | None:
 def compare(index: int, rows: Sequence[Row], timings: Timings) -> Row:
     """A row with its ratios to the teacher on the same engine, and the verdict."""
     row = rows[index]
-    size_ratio = rows[0].network_bytes / max(row.network_bytes, 1)
+    size_ratio = max(rows[0].network_bytes, 1) / max(row.network_bytes, 1)
     row = row.extend(size_ratio=size_ratio)
     size, bigger = size_text(size_ratio), size_ratio < 1 / _SAME_SIZE
     teacher = _teacher_of(row, rows)

@@ -30,7 +30,7 @@ class Row:
     preprocessing_bytes: int  # constants of the preprocessing in the file
     parameters: int  # trainable values (of an ONNX file: values in weights, batch norm folded in)
     macs: int | None  # multiply-accumulates for one image; None if unknown
-    precision: str = "fp32"  # or int8, of a quantised ONNX file
+    precision: str = "fp32"  # or fp16 or int8, of an ONNX file
     latency_ms: float = math.nan  # one image, median of `latency_n` calls
     latency_p90_ms: float = math.nan
     latency_p95_ms: float = math.nan
@@ -122,7 +122,7 @@ def _cells(row: Row) -> list[str]:
         speedup = f"{row.speedup:.2f}× ({low:.2f}–{high:.2f})"
     return [
         row.name,
-        f"{row.engine}{' int8' if row.precision == 'int8' else ''}",
+        f"{row.engine}{'' if row.precision == 'fp32' else ' ' + row.precision}",
         f"{row.network_bytes / 1e6:.3g}",
         f"{row.latency_ms:.3g}",
         speedup,

@@ -14,10 +14,9 @@ from kdcli.base.config import NO_ASSUMPTIONS, InputSettings
 from kdcli.base.errors import KdError
 from kdcli.data.preprocess import Preprocess
 from kdcli.deploy.onnx_model.form import (
-    are_probabilities,
     check_alone,
     choose_output,
-    ends_in_softmax,
+    form_of_outputs,
     input_form,
 )
 from kdcli.deploy.onnx_model.metadata import (
@@ -31,6 +30,7 @@ from kdcli.deploy.onnx_model.metadata import (
 from kdcli.deploy.onnx_model.reading import read_model
 from kdcli.deploy.onnx_model.runner import OnnxRunner
 
+_LEAST_SIGMOID = 1e-7  # and that far from 1: float32 rounds others to 1
 _PROBES = 3  # random images that a file is run on when it is read
 _Size = tuple[int, int, int]
 
@@ -47,7 +47,7 @@ class OnnxClassifier:
     layout: str  # NCHW or NHWC
     dtype: np.dtype[Any]  # of its input; uint8 means raw images
     preprocess: Preprocess | None  # raw pixels → its input; None if unknown, or inside the file (uint8)
-    gives: str  # logits or probabilities
+    gives: str  # logits, probabilities (their logarithms are logits) or sigmoids (of logits)
     runner: OnnxRunner = field(repr=False)
     model: onnx.ModelProto = field(repr=False)
     file_bytes: int  # of the file and of external files with its weights
@@ -82,12 +82,12 @@ class OnnxClassifier:
         # 1. The file, and what it and the user say about its input
         model, file_bytes, sha256 = read_model(path, external=external)
         metadata = {entry.key: entry.value for entry in model.metadata_props}
-        if FORMAT_KEY in metadata:
+        foreign = FORMAT_KEY not in metadata
+        assumed = with_declared(path, metadata, assumed) if foreign else NO_ASSUMPTIONS
+        form = input_form(path, model, metadata, assumed, input_size)
+        if not foreign:
             provenance, preprocess = parse_metadata(path, metadata)
-            form = input_form(path, model, metadata, NO_ASSUMPTIONS, input_size)
         else:
-            assumed = with_declared(path, metadata, assumed)
-            form = input_form(path, model, metadata, assumed, input_size)
             provenance, preprocess = {}, assumed_preprocess(path, assumed, form)
         # 2. Its output, on random images
         runner = OnnxRunner(model.SerializeToString(), threads, str(path))
@@ -112,9 +112,7 @@ class OnnxClassifier:
         classes, source = class_names(path, metadata, outputs.shape[1], assumed)
         if source:
             provenance["class_names"] = source
-        probabilities = are_probabilities(outputs) or ends_in_softmax(model, runner.output)
-        gives = "probabilities" if probabilities else "logits"
-        return replace(found, classes=classes, gives=gives)
+        return replace(found, classes=classes, gives=form_of_outputs(model, runner.output, outputs))
 
     def _probe(self) -> npt.NDArray[Any]:
         """Outputs (3, classes) for random images, one of them dark, one bright; selects the output that is read.
@@ -168,7 +166,7 @@ class OnnxClassifier:
     @property
     def crop(self) -> float:
         """Share of the shorter side that images of another size are cropped to, see `data.decode.resize`."""
-        return recorded_crop(self.path, self.metadata)
+        return self.assumed.crop or recorded_crop(self.path, self.metadata)
 
     @property
     def is_foreign(self) -> bool:
@@ -183,14 +181,16 @@ class OnnxClassifier:
     def __call__(self, images: Tensor) -> Tensor:
         """Raw images uint8 (B, H, W, C) → logits float32 (B, classes).
 
-        Of a file that gives probabilities these are the logarithms: the logits up to a constant per image.
+        Of probabilities these are the logarithms, the logits up to a constant per image; of sigmoids the inverse.
 
         Raises:
             KdError: its preprocessing is unknown.
         """
-        outputs = torch.from_numpy(self.run(self.prepare(images)))
-        tiny = torch.finfo(torch.float32).tiny
-        logits = outputs if self.gives == "logits" else outputs.clamp_min(tiny).log()
+        logits = torch.from_numpy(self.run(self.prepare(images)))
+        if self.gives == "probabilities":
+            logits = logits.clamp_min(torch.finfo(torch.float32).tiny).log()
+        elif self.gives == "sigmoids":
+            logits = logits.double().logit(_LEAST_SIGMOID).float()
         return logits if self.order is None else logits[:, list(self.order)]
 
     def prepare(self, images: Tensor) -> npt.NDArray[Any]:

@@ -10,6 +10,7 @@ from kdcli.base.text import dims
 from kdcli.deploy.onnx_model.form import image_input
 from kdcli.models.layers import LayerSummary
 
+_ML = "ai.onnx.ml"  # domain of scikit-learn's operators
 PREPROCESSING = "preprocess/"  # prefix of the names of preprocessing nodes in exported files
 
 
@@ -21,6 +22,7 @@ class ModelCounts:
     network_bytes: int  # all constants of the network
     preprocessing_bytes: int  # constants of the preprocessing inside the file
     macs: int | None  # multiply-accumulates of one image in the network's Conv, Gemm, MatMul; None if unknown
+    precision: str  # fp32, fp16 or int8
     nodes: tuple[LayerSummary, ...]  # in the order they run
 
 
@@ -37,7 +39,8 @@ def count_model(model: onnx.ModelProto, image: tuple[int, ...] = ()) -> ModelCou
             network_inputs.update(node.input)
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             scales.update(node.input[1:])
-    network_bytes = preprocessing_bytes = 0
+    preprocessing_bytes = 0
+    network_bytes = 4 * sum(map(_attribute_weights, model.graph.node))
     weights: dict[str, int] = {}  # number of values by name
     for name, tensor in constants.items():
         count = math.prod(tensor.dims)
@@ -50,7 +53,21 @@ def count_model(model: onnx.ModelProto, image: tuple[int, ...] = ()) -> ModelCou
             weights[name] = count
     nodes = _node_rows(model, image, weights)
     macs = None if any(node.macs is None for node in nodes) else sum(node.macs or 0 for node in nodes)
-    return ModelCounts(sum(weights.values()), network_bytes, preprocessing_bytes, macs, nodes)
+    parameters = sum(node.parameters for node in nodes)
+    return ModelCounts(parameters, network_bytes, preprocessing_bytes, macs, _precision(model), nodes)
+
+
+def _attribute_weights(node: onnx.NodeProto) -> int:
+    """Number of weights of an operator of classical machine learning, which are attributes."""
+    return sum(len(entry.floats) for entry in node.attribute) if node.domain == _ML else 0
+
+
+def _precision(model: onnx.ModelProto) -> str:
+    """By quantising operators, else by most of the weights: a float16 file may take and give float32."""
+    if any("Quantize" in node.op_type or "QLinear" in node.op_type for node in model.graph.node):
+        return "int8"
+    kinds = [weight.data_type for weight in model.graph.initializer if len(weight.dims) > 1]
+    return "fp16" if kinds.count(onnx.TensorProto.FLOAT16) > len(kinds) / 2 else "fp32"
 
 
 def _node_rows(
@@ -66,7 +83,7 @@ def _node_rows(
         if image_values.intersection(node.input):
             image_values.update(node.output)
             shape = shapes.get(node.output[0], ()) if node.output else ()
-        own = sum(uncounted.pop(name, 0) for name in node.input)
+        own = sum(uncounted.pop(name, 0) for name in node.input) + _attribute_weights(node)
         kind = " ".join([node.op_type, *(dims(shapes[name]) for name in node.input if name in weights)])
         rows.append(LayerSummary(node.name, kind, shape[1:], own, _macs(node, shapes)))
     return tuple(rows)
@@ -97,6 +114,8 @@ def _infer_shapes(model: onnx.ModelProto, image: tuple[int, ...]) -> dict[str, t
 
 
 def _macs(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int | None:
+    if node.domain == _ML:
+        return None
     if node.op_type not in ("Conv", "Gemm", "MatMul") or node.name.startswith(PREPROCESSING):
         return 0
     if any(name not in shapes for name in (*node.input[:2], node.output[0])):

@@ -53,9 +53,10 @@ _KEEP_LAYOUT = _ELEMENTWISE | {
     ),
     *("QuantizeLinear", "Relu", "Resize", "Slice", "Split", "Upsample"),
 }
-# Operators that may follow a softmax: their outputs are still probabilities.
+# Operators that may follow a softmax or sigmoid without changing its values.
 _KEEP_VALUES = (
     "Cast",
+    "Clip",
     "DequantizeLinear",
     "QuantizeLinear",
     "Flatten",
@@ -98,7 +99,10 @@ def input_form(
     Raises:
         KdError: no image input, or its layout or a side is not known.
     """
-    hint = "kd runs files with one input: (N, C, H, W) or (N, H, W, C), uint8 or a float type."
+    hint = (
+        "kd runs files with one input: (N, C, H, W) or (N, H, W, C), uint8 or a float type. A network of vectors, as "
+        "scikit-learn's, needs a Flatten node from such an input in front."
+    )
     info = image_input(model)
     if info is None or info.type.tensor_type.elem_type not in _TYPES:
         raise KdError(f"{path} does not take images", hint)
@@ -236,15 +240,17 @@ def _recorded_size(metadata: Mapping[str, str]) -> _Size:
     return (numbers[0], numbers[-1], 0) if numbers else (0, 0, 0)
 
 
-def ends_in_softmax(model: onnx.ModelProto, output: str) -> bool:
-    """Whether a softmax gives this output, as far as operators show it."""
+def form_of_outputs(model: onnx.ModelProto, output: str, values: npt.NDArray[Any]) -> str:
+    """`probabilities`, `sigmoids` or `logits`: by values (N, classes) of this output, and by its last operator."""
+    if are_probabilities(values):
+        return "probabilities"
     producers = {name: node for node in model.graph.node for name in node.output}
     node = producers.get(output)
     for _ in range(len(producers)):  # bounded: a hostile graph may have cycles
         if node is None or node.op_type not in _KEEP_VALUES or not node.input:
             break
         node = producers.get(node.input[0])
-    return node is not None and node.op_type == "Softmax"
+    return {"Softmax": "probabilities", "Sigmoid": "sigmoids"}.get(node.op_type if node else "", "logits")
 
 
 def are_probabilities(outputs: npt.NDArray[Any]) -> bool:
@@ -268,14 +274,18 @@ def choose_output(path: Path, values: Mapping[str, npt.NDArray[Any]], images: in
         if value.shape[:1] == (images,) and len(sides) == 1 and np.issubdtype(value.dtype, np.floating):
             classes[name] = sides[0]
     shapes = ", ".join(f"{name[:60]} {value.dtype} {value.shape}" for name, value in list(values.items())[:8])
-    problem = f"{path} is no classifier: for {images} images it gives {shapes}"
+    problem = f"{path} is no classifier: for a batch of {images} it gives {shapes}"
     if not classes:
         if any(np.issubdtype(value.dtype, np.floating) and value.size == images for value in values.values()):
             raise KdError(
                 f"{path} gives one number an image, as a classifier of two classes with a sigmoid does",
                 "kd needs one output a class: let the file give [1 − p, p].",
             )
-        raise KdError(problem, "A classifier gives float (images, classes); detectors and segmenters do not.")
+        raise KdError(
+            problem,
+            "A classifier gives float (images, classes), as skl2onnx.to_onnx(…, options={'zipmap': False}) does; "
+            "detectors and segmenters do not.",
+        )
     vectors = all(sum(side != 1 for side in value.shape[1:]) <= 1 for value in values.values())
     for form in _NAMES_OF_OUTPUTS if vectors else _NAMES_OF_OUTPUTS[:2]:  # a detector's may be named scores
         named = [name for name in classes if form.search(name.lower())]

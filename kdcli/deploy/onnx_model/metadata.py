@@ -18,6 +18,7 @@ from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import parse_document, read_bytes
 from kdcli.base.text import first_line, reason
 from kdcli.data.preprocess import MeanStd, Preprocess, from_spec
+from kdcli.deploy.load import name_files
 from kdcli.deploy.onnx_model.form import InputForm
 from kdcli.models import Classifier
 
@@ -26,7 +27,6 @@ FORMAT_KEY = "kd.format"
 _MOST_VALUES = 16_384  # of a preprocessing that is stored as text
 _MOST_TEXT = 1_000_000  # bytes of class names
 _NAME_KEYS = ("names", "id2label", "labels", "classes", "class_names")  # of metadata of exporters
-_NAME_FILES = ("labels.txt", "config.json")  # beside a model
 _PIXEL_FORMATS = {"Rgb8": {"channel_order": "rgb"}, "Bgr8": {"channel_order": "bgr"}, "Gray8": {}}
 _PIXEL_RANGES = {
     "NominalRange_0_255": {"scale": "1"},
@@ -157,13 +157,9 @@ def class_names(
             raise _invalid(path, error) from error
         return names, ""
     listed = assumed.class_names
-    sources: list[tuple[str, str]] = []  # a text and where it is from
-    if listed is not None:
-        sources.append((_small_text(listed), listed.as_posix()))
-    else:
-        sources += [(metadata[key], f"its metadata, {key}") for key in _NAME_KEYS if metadata.get(key)]
-        beside = (path.parent / name for name in _NAME_FILES)
-        sources += [(_small_text(file), file.as_posix()) for file in beside if file.is_file()]
+    keys = () if listed else _NAME_KEYS
+    sources = [(metadata[key], f"its metadata, {key}") for key in keys if metadata.get(key)]
+    sources += [(_small_text(file), file.as_posix()) for file in name_files(path, assumed)]
     for text, source in sources:
         found = _names_in(text, source)
         if found is None:
@@ -251,23 +247,12 @@ def assumed_preprocess(path: Path, assumed: InputSettings, form: InputForm) -> P
     Raises:
         UsageError: values for another number of channels, or for uint8 images.
     """
-    channels = form.size[2]
     if assumed.mean_std is None or (form.dtype == np.uint8 and assumed.mean_std == ((0.0,), (1.0,))):
         return None
     if form.dtype == np.uint8:
         flags = ", ".join(assumed.flag(name) for name in ("scale", "mean", "std") if getattr(assumed, name))
         raise UsageError(f"{path} takes uint8 images: its preprocessing is inside", f"Leave out {flags}.")
-    order = assumed.channel_order or "rgb"
-    state = {}
-    for name, values in zip(("mean", "std"), assumed.mean_std, strict=True):
-        if len(values) not in (1, channels):
-            raise UsageError(
-                f"{assumed.flag(name)}: {len(values)} values for {channels} channels",
-                "Set one, or one a channel.",
-            )
-        each = values if len(values) == channels else values * channels
-        state[name] = torch.tensor(each[::-1] if order == "bgr" else each)  # MeanStd's are in RGB order
-    return MeanStd(**state, channel_order=order)
+    return MeanStd.described(assumed.mean_std, form.size[2], assumed.channel_order or "rgb")
 
 
 def _without_paths(value: Any) -> Any:

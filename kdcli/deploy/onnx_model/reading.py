@@ -46,8 +46,8 @@ def read_model(path: Path, *, external: bool) -> tuple[onnx.ModelProto, int, str
     if outside and not external:
         raise KdError(
             f"{path} keeps weights in other files",
-            "This command reads self-contained ONNX files; "
-            "onnx.save_model(onnx.load(path), new_path) makes one.",
+            "This command reads self-contained ONNX files, as made by "
+            f"onnx.save_model(onnx.load({path.as_posix()!r}), 'model.onnx').",
         )
     for info in (*model.graph.input, *model.graph.output):
         for side in info.type.tensor_type.shape.dim:

@@ -83,7 +83,9 @@ class OnnxRunner:
             if not isinstance(output, np.ndarray):  # a sequence or a map
                 raise KdError(f"{self.name} gives no tensor")
             if output.shape[:1] != part.shape[:1]:
-                raise KdError(f"{self.name} gives an output of shape {output.shape} for {len(part)} images")
+                raise KdError(
+                    f"{self.name} gives an output of shape {output.shape} for a batch of {len(part)}"
+                )
             parts.append(output)
         return np.concatenate(parts)[:count]
 
@@ -98,6 +100,6 @@ class OnnxRunner:
             values: list[npt.NDArray[Any]] = self.session.run(names, {self.input: inputs})
         except Exception as error:  # onnxruntime's exceptions have no common base
             raise KdError(
-                f"onnxruntime cannot run {self.name} on {len(inputs)} images: {first_line(error)}"
+                f"onnxruntime cannot run {self.name} on a batch of {len(inputs)}: {first_line(error)}"
             ) from error
         return values
