@@ -63,6 +63,8 @@ def main() -> None:
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # as for a background job
             signal.signal(number, _stop)
+    if arguments[:1] == ["train"]:
+        arguments = list(map(_with_value, arguments, [*arguments[1:], ""]))
     try:
         _register(arguments)
         _check_repeated(arguments)
@@ -81,6 +83,11 @@ def main() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _with_value(word: str, following: str) -> str:
+    """`--resume` without a value as `--resume=`: Typer has no options whose value may be left out."""
+    return "--resume=" if word == "--resume" and following[:1] in ("", "-") else word
 
 
 def _version(requested: bool) -> None:

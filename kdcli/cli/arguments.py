@@ -1,4 +1,4 @@
-"""Files given on the command line."""
+"""Files and runs given on the command line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from kdcli.base import runs
 from kdcli.base.errors import KdError, UsageError
+from kdcli.base.names import similar
 from kdcli.base.text import dims
 
 if TYPE_CHECKING:
@@ -20,24 +22,55 @@ M = TypeVar("M", bound="Classifier | OnnxClassifier")
 
 
 def existing_model(path: Path) -> Path:
-    """The model file at `path`, or `student.pt` in it if it is a run folder.
+    """The model file at `path`, or the `student.pt` of the run of this path or name.
 
     Raises:
         KdError: no such file; the hint lists the trained students, newest first.
     """
-    for file in (path, path / "student.pt"):
+    found = runs.by_name(path)
+    for file in (found, found / "student.pt"):
         if file.is_file():
             return file
-    if path.is_dir():
+    if found.is_dir():
         from kdcli.models.foreign import explain
 
-        if (problem := explain(path)) is not None:
+        if (problem := explain(found)) is not None:
             raise problem
     students = [student for student in Path("runs").glob("*/student.pt") if student.is_file()]
     students.sort(key=lambda student: student.stat().st_mtime, reverse=True)
     names = ", ".join(shlex.quote(student.as_posix()) for student in students[:8])
-    hint = f"Trained students: {names}." if names else "Train a student first: kd train."
-    raise KdError(f"no such file: {path}", hint)
+    known = f"Trained students: {names}." if names else "Train a student first: kd train."
+    named = path.parent.name if path.name == "student.pt" else path.name
+    near = similar(named, (student.parent.name for student in students))
+    raise KdError(f"no such file: {path}", near or known)
+
+
+def run_folder(path: Path) -> Path:
+    """The run or comparison at `path` or of this name.
+
+    Raises:
+        KdError: there is none.
+    """
+    found = runs.by_name(path)
+    if not found.exists():
+        names = (known.name for place in runs.PLACES for known in place.glob("*"))
+        hint = similar(path.name, names) or "Pass a folder inside runs/; kd runs lists them."
+        raise KdError(f"no such run: {path}", hint)
+    return found
+
+
+def run_to_resume(name: str) -> Path:
+    """The run of a path or name; without one, the newest interrupted run.
+
+    Raises:
+        KdError: there is none.
+    """
+    if name:
+        return run_folder(Path(name))
+    interrupted = [run for run in runs.run_folders() if runs.state(run) == "interrupted"]
+    if not interrupted:
+        raise KdError("no interrupted run in runs/", "kd runs lists the runs.")
+    return interrupted[-1]
 
 
 def data_for(

@@ -14,7 +14,7 @@ from kdcli.base.config import RUN, CompareConfig, make
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.recipes import read_recipe
 from kdcli.cli import output
-from kdcli.cli.arguments import check_output_files
+from kdcli.cli.arguments import check_output_files, run_folder
 from kdcli.cli.options import Recipe, command, examples
 from kdcli.methods import TrainConfig
 
@@ -36,9 +36,7 @@ def compare(
     recipe: Recipe = None,
     resume: Annotated[
         Path | None,
-        typer.Option(
-            "--resume", help="Continue this comparison (a folder in comparisons/).", rich_help_panel=RUN
-        ),
+        typer.Option("--resume", help="Continue a comparison, by name or folder.", rich_help_panel=RUN),
     ] = None,
     **options: Any,
 ) -> None:
@@ -68,7 +66,7 @@ def compare(
     from kdcli.studies import compare as studies
     from kdcli.studies.compare.result import to_csv, to_markdown
 
-    plan = studies.make_plan(settings, train) if resume is None else studies.Plan.load(resume)
+    plan = studies.make_plan(settings, train) if resume is None else studies.Plan.load(run_folder(resume))
     result = studies.compare(plan, load_data(plan.train, output.on_event), on_event=output.on_event)
     if any(row.count for row in result.standings):
         report.comparison(result, plan.folder / "figure.svg")

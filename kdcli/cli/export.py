@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from kdcli.deploy.export import ExportResult
 
 EPILOG = examples(
-    "kd export runs/kd-lenet-1/student.pt",
+    "kd export kd-lenet-1",
     "kd export student.pt --int8 --with-preprocessing -o app/model.onnx",
 )
 
 
 @command(ExportConfig)
 def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A student or teacher (.pt).")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Run or checkpoint (.pt).")],
     config: ExportConfig,
 ) -> None:
     """Write a checkpoint as one ONNX file, outputs verified against the checkpoint on real images.

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdcli.base import units
+from kdcli.base import runs, units
 from kdcli.base.config import InfoConfig, InputSettings
 from kdcli.base.errors import UsageError
+from kdcli.base.names import nearest
 from kdcli.base.text import dims
 from kdcli.cli import output
 from kdcli.cli.arguments import check_image_size, existing_model
@@ -27,8 +28,9 @@ EPILOG = examples("kd info exports/kd-lenet-1.onnx", "kd info lenet --classes 10
 
 @command(InfoConfig)
 def info(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A checkpoint (.pt), an ONNX file, or a network's name.")
+    model_or_network: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Run, checkpoint (.pt), ONNX file, or a network's name."),
     ],
     config: InfoConfig,
 ) -> None:
@@ -36,10 +38,10 @@ def info(
     from kdcli import models
     from kdcli.deploy.info import info as describe
 
-    path = Path(model)
+    model, path = model_or_network, Path(model_or_network)
     if path.is_file() or model not in models.names():
-        if path.parent == Path() and not path.suffix and not path.exists():
-            raise UsageError(f"no file and no network: {model}", f"Networks are {', '.join(models.names())}.")
+        if path.parent == Path() and not path.suffix and not runs.by_name(path).exists():
+            raise UsageError(f"no file and no network: {model}", nearest(model, models.names()))
         model = str(existing_model(path))
         output.note_ignored(config.model_fields_set, ("classes", "grey"), "with a file, which records it")
     else:

@@ -11,8 +11,10 @@ import typer
 from pydantic.fields import FieldInfo
 from rich.markup import escape
 
+from kdcli.base import runs
 from kdcli.base.config import DATA, METHOD, OPTIMISER, RUN, Settings, make, option_flag
 from kdcli.base.config.settings import INPUT, OF_METHODS
+from kdcli.base.names import DATA_SETS, NETWORKS
 from kdcli.base.recipes import RECIPES
 from kdcli.cli import output
 
@@ -28,6 +30,57 @@ Recipe = Annotated[
         rich_help_panel=METHOD,
     ),
 ]
+
+
+def _files(*patterns: str) -> list[str]:
+    return [path.as_posix() for pattern in patterns for path in sorted(Path().glob(pattern))]
+
+
+def _runs() -> list[str]:
+    return [path.name for path in runs.run_folders()]
+
+
+def _models() -> list[str]:
+    return _files("weights/*.pt", "runs/*/student.pt", "exports/*.onnx")
+
+
+def _methods() -> list[str]:
+    from kdcli.methods import METHODS
+
+    return list(METHODS)
+
+
+def _downloads() -> list[str]:
+    from kdcli.data.catalog import DOWNLOADS
+
+    return [*DOWNLOADS, "all"]
+
+
+# values that shell completion offers, by parameter; the shell completes paths where none fits
+_OFFERED: dict[str, Callable[[], Iterable[str]]] = {
+    "method": _methods,
+    "methods": _methods,
+    "baseline": _methods,
+    "student": lambda: [*NETWORKS, *_models()],
+    "assistant": lambda: NETWORKS,
+    "teacher": _models,
+    "data": lambda: DATA_SETS,
+    "recipe": lambda: [*RECIPES, *_files("*.toml")],
+    "model": lambda: [*_runs(), *_models()],
+    "model_or_network": lambda: [*_runs(), *_models(), *NETWORKS],
+    "checkpoint": lambda: [*_runs(), *_models()],
+    "resume": _runs,
+    "run": _runs,
+    "runs": _runs,
+    "what": _downloads,
+}
+
+
+def _offer(values: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    def matching(incomplete: str) -> list[str]:
+        return [value for value in values() if value.startswith(incomplete)]
+
+    return matching
 
 
 def examples(*commands: str) -> str:
@@ -58,6 +111,10 @@ def command(
         parameters += own.values()
         parameters += [_keyword(name, False, bool, option) for name, option in _OUTPUT.items()]
         parameters.sort(key=_place)
+        for parameter in parameters:
+            if parameter.name in _OFFERED:
+                about = parameter.annotation.__metadata__[0]
+                about.autocompletion = _offer(_OFFERED[parameter.name])
 
         def run(**values: Any) -> None:
             for name in _OUTPUT:
@@ -120,7 +177,8 @@ def _parameter(name: str, field: FieldInfo, metavar: str | None) -> inspect.Para
         rich_help_panel=extra.get("panel", "Options"),
         show_default=False,
         metavar=placeholder or None,
-        hidden=extra.get("rare", False),
+        hidden=extra.get("rare", False) and "_KD_COMPLETE" not in os.environ,
+        autocompletion=_offer(lambda: map(str, choices)),
     )
     return _keyword(name, None, (str if choices else kind) | None, option)
 

@@ -18,7 +18,7 @@ EPILOG = examples(
 
 @command(PredictConfig)
 def predict(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint (.pt) or an ONNX file.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Run, checkpoint (.pt) or ONNX file.")],
     images: Annotated[
         list[Path], typer.Argument(metavar="IMAGE", help="Image files, folders or archives of them.")
     ],

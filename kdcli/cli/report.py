@@ -12,13 +12,13 @@ from kdcli.base.config import ReportConfig
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import write_text
 from kdcli.cli import output
-from kdcli.cli.arguments import check_output_files
+from kdcli.cli.arguments import check_output_files, run_folder
 from kdcli.cli.options import command, examples
 
 if TYPE_CHECKING:
     from kdcli.report import Report
 
-EPILOG = examples("kd report -o report.html", "kd report runs/kd-lenet-1 runs/ce-lenet-1 --bench bench.json")
+EPILOG = examples("kd report -o report.html", "kd report kd-lenet-1 ce-lenet-1 --bench bench.json")
 
 
 @command(ReportConfig)
@@ -27,7 +27,7 @@ def report(
         list[Path] | None,
         typer.Argument(
             metavar="[RUN]…",
-            help="Folders of runs and comparisons; by default all below runs/ and comparisons/.",
+            help="Runs and comparisons, by name or folder; by default all in runs/ and comparisons/.",
         ),
     ] = None,
     *,
@@ -53,9 +53,10 @@ def report(
     from kdcli.report import gather, make_report
 
     runtime.set_threads(config.threads)
-    folders = gather.folders(runs or [])
+    named = [run_folder(path) for path in runs or ()]
+    folders = gather.folders(named)
     exports = () if runs else tuple(sorted(Path("exports").glob("*.onnx")))
-    comparisons = gather.comparisons(runs or [])
+    comparisons = gather.comparisons(named)
     made = make_report(folders, config, others=exports, comparisons=comparisons, on_event=output.on_event)
     write_text(config.output, made.html)
     _show(made, config)

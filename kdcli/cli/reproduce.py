@@ -10,17 +10,18 @@ import typer
 from kdcli.base.config import ReproduceConfig
 from kdcli.base.errors import KdError
 from kdcli.cli import output
+from kdcli.cli.arguments import run_folder
 from kdcli.cli.options import command, examples
 
 if TYPE_CHECKING:
     from kdcli.studies.reproduce import Reproduction
 
-EPILOG = examples("kd reproduce runs/kd-lenet-1", "kd reproduce runs/kd-lenet-1 --tolerance 0.3 --json")
+EPILOG = examples("kd reproduce kd-lenet-1", "kd reproduce runs/kd-lenet-1 --tolerance 0.3 --json")
 
 
 @command(ReproduceConfig)
 def reproduce(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run, by name or folder.")],
     config: ReproduceConfig,
 ) -> None:
     """Repeat a finished run from its folder, and compare the two.
@@ -29,7 +30,7 @@ def reproduce(
     """
     from kdcli.studies import reproduce as studies
 
-    found = studies.read_finished(run, config.method)
+    found = studies.read_finished(run_folder(run), config.method)
     data = studies.check_inputs(found, output.on_event)
     result = studies.reproduce(found, data, config.tolerance, output.on_event)
     output.json(result.to_json())

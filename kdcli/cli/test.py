@@ -19,14 +19,12 @@ if TYPE_CHECKING:
     from kdcli.teacher import RecordedTeacher
 
 _MOST_DRAWN = 1_000  # classes of a figure
-EPILOG = examples(
-    "kd test runs/kd-lenet-1/student.pt --plot confusion.png", "kd test exports/kd-lenet-1.onnx --json"
-)
+EPILOG = examples("kd test kd-lenet-1 --plot confusion.png", "kd test exports/kd-lenet-1.onnx --json")
 
 
 @command(TestConfig)
 def test(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A checkpoint (.pt) or an ONNX file.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Run, checkpoint (.pt) or ONNX file.")],
     config: TestConfig,
 ) -> None:
     """Evaluate a model on test data: accuracy, accuracy per class, agreement with its teacher."""

@@ -15,6 +15,7 @@ from kdcli.base.config import RUN, make
 from kdcli.base.errors import UsageError
 from kdcli.base.recipes import read_recipe
 from kdcli.cli import output
+from kdcli.cli.arguments import run_to_resume
 from kdcli.cli.options import Recipe, command, examples
 from kdcli.methods import TrainConfig
 
@@ -33,9 +34,12 @@ def train(
     *,
     recipe: Recipe = None,
     resume: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            "--resume", help="Continue this interrupted run (a folder in runs/).", rich_help_panel=RUN
+            "--resume",
+            help="Continue an interrupted run, by name or folder; by default the newest.",
+            metavar="[RUN]",
+            rich_help_panel=RUN,
         ),
     ] = None,
     **options: Any,
@@ -60,7 +64,7 @@ def train(
         _show(results, data_label)
 
 
-def _resumed(resume: Path, options: dict[str, Any], *, alone: bool) -> tuple[RunDir, TrainConfig]:
+def _resumed(name: str, options: dict[str, Any], *, alone: bool) -> tuple[RunDir, TrainConfig]:
     """The run to continue, and its settings.
 
     Raises:
@@ -73,13 +77,14 @@ def _resumed(resume: Path, options: dict[str, Any], *, alone: bool) -> tuple[Run
             "--resume continues a run with its own settings and takes no other option",
             "Omit the other options, or start a new run.",
         )
-    run = RunDir.existing(resume)
+    run = RunDir.existing(run_to_resume(name))
     config = run.read_config()
     output.settings.follower = _is_follower(config)
-    methods.check_typed(config, options.get("method"), str(resume))  # before its code is imported
+    output.note(f"continuing {run.path.as_posix()}")
+    methods.check_typed(config, options.get("method"), str(run.path))  # before its code is imported
     if options.get("method", config.method) != config.method:
         raise UsageError(
-            f"{resume} was started with --method {config.method}", "Omit --method, or start a new run."
+            f"{run.path} was started with --method {config.method}", "Omit --method, or start a new run."
         )
     teachers = config.teacher if methods.objective(config).needs_teacher else ()
     data = Path(config.data) if Path(config.data).parent != Path() else None

@@ -103,7 +103,7 @@ class RunDir:
         """
         run = cls(path)
         if not run.config_file.is_file():
-            raise KdError(f"{path} is not a run", "Name a folder below runs/ that kd train has made.")
+            raise KdError(f"not a run folder: {path}", "Pass a folder inside runs/.")
         return run
 
     @contextmanager

@@ -51,15 +51,10 @@ def folders(named: Sequence[Path]) -> list[Path]:
     runs/, or, where there are none, those of all comparisons.
 
     Raises:
-        KdError: a named one does not exist, or there are none.
+        KdError: there are none.
     """
     found: list[Path] = []
     for path in named:
-        if not path.exists():
-            raise KdError(
-                f"no such run: {path}",
-                "Pass folders inside runs/, or leave them out to take all finished runs.",
-            )
         if (path / COMPARISON).is_file():
             found += _runs_of(path)
         else:

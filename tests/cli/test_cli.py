@@ -66,6 +66,50 @@ def test_help_of_train_fits_three_screens_without_rare_options(
     assert "keep = 1" in Path("runs/t/config.toml").read_text()
 
 
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("tr", "train"),
+        ("train --method born", "born-again"),
+        ("train --student shuf", "shufflenetv1 shufflenetv2"),
+        ("train --data fash", "fashion-mnist"),
+        ("train --recipe s", "seed"),
+        ("train --teacher w", "weights/teacher.pt"),
+        ("train --optimizer adam", "adam adamw"),
+        ("train --dkd", "--dkd-alpha --dkd-beta"),
+        ("train --resume k", "kd-lenet-1"),
+        ("reproduce ", "kd-lenet-1"),
+        ("info mobile", "mobilenetv2-half"),
+        ("download ml", ""),
+        ("download mn", "mnist"),
+    ],
+)
+def test_bash_completion_offers_values(
+    kd: Kd, monkeypatch: pytest.MonkeyPatch, line: str, offered: str
+) -> None:
+    for file in ("runs/kd-lenet-1/config.toml", "weights/teacher.pt"):
+        Path(file).parent.mkdir(parents=True)
+        Path(file).touch()
+    asked = {
+        "_KD_COMPLETE": "complete_bash",
+        "COMP_WORDS": f"kd {line}",
+        "COMP_CWORD": str(line.count(" ") + 1),
+    }
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    outcome = kd()
+    assert (outcome.out.split(), outcome.err) == (offered.split(), "")
+
+
+def test_completion_imports_no_torch(workplace: Path) -> None:
+    code = "import sys; sys.modules['torch'] = None; from kdcli.cli import main; main()"
+    asked = {"_KD_COMPLETE": "complete_bash", "COMP_WORDS": "kd info vgg", "COMP_CWORD": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**ENVIRONMENT, **asked}
+    )
+    assert (done.stdout.split(), done.stderr) == (["vgg8", "vgg13"], "")
+
+
 def test_no_arguments_and_version(kd: Kd) -> None:
     code, out, _ = kd()
     assert code in (0, 2)
@@ -98,7 +142,7 @@ WRONG = [
     (["train", "--frobnicate"], 2, "--frobnicate", "kd train --help"),
     (["train", "--recipe", "soup"], 2, "unknown recipe: soup", "seed"),
     (["train", "--recipe", "none.toml"], 2, "none.toml", ""),
-    (["train", "--resume", "runs/none"], 1, "runs/none is not a run", "kd train"),
+    (["train", "--resume", "runs/none"], 1, "no such run: runs/none", "kd runs"),
     (["train", "--resume", "runs/x", "--lr", "1"], 2, "--resume", ""),
     (["train"], 1, "CIFAR-10 not found in data", "kd download"),
     (["train", "--data", "mnist", "--method", "ce"], 1, "MNIST not found in data/mnist", "kd download mnist"),
@@ -284,6 +328,25 @@ def test_train_and_test_with_underscore_options(kd: Kd) -> None:
     assert shown.code == 0, shown
     assert f"{tested['test']['accuracy']:.2f}" in shown.out
     assert Path("confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_is_given_by_its_name(kd: Kd) -> None:
+    made = kd("train", "--method", "ce", *QUICK, "--name", "first-run")
+    assert made.code == 0, made
+    none = kd("train", "--resume")
+    assert (none.code, none.err.splitlines()[0]) == (1, "error: no interrupted run in runs/")
+    for words in ("info", "export", "reproduce", "report --no-bench"):
+        outcome = kd(*words.split(), "first-run")
+        assert outcome.code == 0, outcome
+    assert Path("exports/first-run.onnx").is_file()
+    for words in ("export", "train --resume"):
+        assert "hint: Did you mean first-run?" in kd(*words.split(), "firstrun").err
+    Path("runs/first-run/result.json").unlink()
+    for words in ("train --resume", "train --resume first-run", "train --resume -q"):
+        outcome = kd(*words.split())
+        assert outcome.code == 0, outcome
+        assert Path("runs/first-run/result.json").is_file()
+        Path("runs/first-run/result.json").unlink()
 
 
 def test_a_figure_of_too_many_classes_is_refused(kd: Kd, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,7 @@ def test_reproduce_refuses_changed_inputs(splits: Splits, monkeypatch: pytest.Mo
 
 
 def test_read_finished_refuses_unfinished_and_damaged_runs(splits: Splits) -> None:
-    for path, told in (("runs", "is not a run"), ("nothing", "is not a run")):
+    for path, told in (("runs", "not a run folder"), ("nothing", "not a run folder")):
         with pytest.raises(KdError, match=told):
             read_finished(Path(path))
     for text in ("{", "[]", '{"test": {"accuracy": "x"}}', '{"test": {"accuracy": 5}}'):
