@@ -1,5 +1,8 @@
-"""Run folders by name and state, known without torch."""
+"""Folders of runs and caches: names, states and sizes, known without torch."""
 
+import re
+import shutil
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -47,3 +50,46 @@ def is_locked(path: Path) -> bool:
     except OSError:  # a read-only folder
         pass
     return False
+
+
+def all_runs() -> list[Path]:
+    """Runs, and those of comparisons."""
+    return [
+        run for place in (RUNS, *sorted(Path("comparisons").glob("*/runs"))) for run in run_folders(place)
+    ]
+
+
+def saved_states(run: Path) -> list[Path]:
+    """Files that serve to resume a run, none of them behind a link."""
+    return [path for path in sorted(run.glob("last*.pt")) if _is_own(path, r"last(-\d+)?\.pt")]
+
+
+def cache_entries(cache_dir: Path) -> dict[Path, list[Path]]:
+    """Entries of a cache by folder: none behind a link, none that a process writes."""
+    return {
+        folder: [
+            path
+            for path in sorted(folder.glob("*"))
+            if _is_own(path, r"[0-9a-f]{32}(\.pt)?") and not any(map(is_locked, path.glob("*.lock")))
+        ]
+        for folder in (cache_dir / "data", cache_dir / "teacher", cache_dir / "preprocess")
+    }
+
+
+def _is_own(path: Path, names: str) -> bool:
+    """Whether a path has such a name, and no link leads to it."""
+    return bool(re.fullmatch(names, path.name)) and not any(each.is_symlink() for each in path.parents)
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of a file or of all files in a folder; links count as themselves."""
+    inside = path.rglob("*") if path.is_dir() and not path.is_symlink() else ()
+    return sum(each.lstat().st_size for each in chain((path,), inside) if each.is_symlink() or each.is_file())
+
+
+def delete(path: Path) -> None:
+    """Delete a file, a link or a folder; what links point to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -81,6 +81,14 @@ def next_command(command: str) -> None:
         _print(_stdout(), Text.assemble("next: ", (printable(command), "bold")))
 
 
+def confirm(question: str) -> bool:
+    """The answer to a question on a terminal; False where there is none to ask, or with --json."""
+    activity.bars.stop()
+    if settings.json or not sys.stdin.isatty():
+        return False
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+
 def note(message: str, style: str = "dim") -> None:
     """Print a note on stderr, unless --quiet is given."""
     if not settings.quiet and not settings.follower:

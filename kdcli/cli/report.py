@@ -26,7 +26,7 @@ def report(
     runs: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[RUN]…",
+            metavar="RUN",
             help="Runs and comparisons, by name or folder; by default all in runs/ and comparisons/.",
         ),
     ] = None,

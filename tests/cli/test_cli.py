@@ -76,7 +76,6 @@ def test_help_of_train_fits_three_screens_without_rare_options(
         ("train --recipe s", "seed"),
         ("train --teacher w", "weights/teacher.pt"),
         ("train --optimizer adam", "adam adamw"),
-        ("train --dkd", "--dkd-alpha --dkd-beta"),
         ("train --resume k", "kd-lenet-1"),
         ("reproduce ", "kd-lenet-1"),
         ("info mobile", "mobilenetv2-half"),
@@ -101,13 +100,13 @@ def test_bash_completion_offers_values(
     assert (outcome.out.split(), outcome.err) == (offered.split(), "")
 
 
-def test_completion_imports_no_torch(workplace: Path) -> None:
+def test_completion_imports_no_torch_and_offers_rare_options(workplace: Path) -> None:
     code = "import sys; sys.modules['torch'] = None; from kdcli.cli import main; main()"
-    asked = {"_KD_COMPLETE": "complete_bash", "COMP_WORDS": "kd info vgg", "COMP_CWORD": "2"}
+    asked = {"_KD_COMPLETE": "complete_bash", "COMP_WORDS": "kd train --dkd", "COMP_CWORD": "2"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**ENVIRONMENT, **asked}
     )
-    assert (done.stdout.split(), done.stderr) == (["vgg8", "vgg13"], "")
+    assert (done.stdout.split(), done.stderr) == (["--dkd-alpha", "--dkd-beta"], "")
 
 
 def test_no_arguments_and_version(kd: Kd) -> None:

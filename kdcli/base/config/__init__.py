@@ -5,6 +5,7 @@ Each field is one `setting(default, help text, panel, …)`.
 
 from kdcli.base.config.commands import (
     BenchConfig,
+    CleanConfig,
     CompareConfig,
     ConvertConfig,
     DemoConfig,

@@ -9,6 +9,7 @@ from pydantic import field_validator, model_validator
 from kdcli.base.config.settings import (
     DATA,
     RUN,
+    CacheDir,
     Crop,
     DataSettings,
     FolderName,
@@ -282,6 +283,14 @@ class DownloadConfig(Settings):
     )
     data_dir: Path = setting(Path("data"), "Folder for data sets.", "Download")
     weights_dir: Path = setting(Path("weights"), "Folder for networks.", "Download")
+
+
+class CleanConfig(Settings):
+    """`kd clean`."""
+
+    yes: bool = setting(False, "Delete without asking.", RUN, "-y")
+    dry_run: bool = setting(False, "Show what would be deleted, and its size.", RUN)
+    cache_dir: CacheDir = Path("cache")
 
 
 class DemoConfig(Settings):
