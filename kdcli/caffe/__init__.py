@@ -2,5 +2,3 @@
 
 from kdcli.caffe.convert import CaffeFiles, Conversion, read, to_classifier
 from kdcli.caffe.network import ConvertedLayer
-
-__all__ = ["CaffeFiles", "Conversion", "ConvertedLayer", "read", "to_classifier"]

@@ -7,7 +7,6 @@ after a convolution; kd holds OIHW, and (N, K) with K in C, H, W order, as Caffe
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from kdcli.base.errors import KdError
 from kdcli.base.text import dims
 from kdcli.caffe.network import ConvertedLayer, ConvertedNetwork, converted_layer
 from kdcli.caffe.read import Array, Weights, finite, text
+from kdcli.models.layers import run_with_hooks
 
 Layers = dict[str, tuple[Array, Array]]  # name → weights, biases, as stored
 
@@ -147,11 +147,8 @@ def _layers(network: nn.Module, size: tuple[int, int, int]) -> tuple[ConvertedLa
     layers: list[ConvertedLayer] = []
 
     def record(name: str, module: nn.Module, inputs: object, output: Tensor) -> None:
-        layers.append(converted_layer(name, type(module).__name__, module, tuple(output.shape[1:])))
+        if name:  # a layer, not the network
+            layers.append(converted_layer(name, type(module).__name__, module, tuple(output.shape[1:])))
 
-    for name, module in network.named_children():
-        module.register_forward_hook(partial(record, name))
-    height, width, channels = size
-    with torch.inference_mode():
-        network.eval()(torch.empty((1, channels, height, width), device="meta"))
+    run_with_hooks(network, torch.empty((1, size[2], *size[:2]), device="meta"), record)
     return tuple(layers)

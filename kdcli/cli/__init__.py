@@ -1,5 +1,3 @@
 """The command line: parse → settings → one call → render."""
 
 from kdcli.cli.app import COMMANDS, main
-
-__all__ = ["COMMANDS", "main"]

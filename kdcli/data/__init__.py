@@ -2,13 +2,3 @@
 
 from kdcli.data.images import ImageSet, Splits, incompatibility, other_classes, overlap_warning
 from kdcli.data.load import load, source_for
-
-__all__ = [
-    "ImageSet",
-    "Splits",
-    "incompatibility",
-    "load",
-    "other_classes",
-    "overlap_warning",
-    "source_for",
-]

@@ -151,10 +151,6 @@ class ScaleShift(MeanImage):
     def args(self) -> dict[str, Any]:
         return {"scale": self.scale, **super().args()}
 
-    @classmethod
-    def fit(cls, images: rows.Images, samples: Int64, channel_order: str, on_event: OnEvent) -> Preprocess:
-        raise UsageError("scale-shift is read from a Caffe network, not fitted on images", "Use mean-std.")
-
 
 class GcnZca(Preprocess):
     """Global contrast normalisation and ZCA whitening, as the CIFAR-10 NIN was trained (Goodfellow et al., pylearn2).

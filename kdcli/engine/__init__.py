@@ -4,17 +4,3 @@ from kdcli.engine.chain import fit_chain, resume_config
 from kdcli.engine.fit import fit
 from kdcli.engine.records import Evaluation, Metrics, RunResult, evaluate, measure, read_metrics, read_result
 from kdcli.engine.run_dir import RunDir
-
-__all__ = [
-    "Evaluation",
-    "Metrics",
-    "RunDir",
-    "RunResult",
-    "evaluate",
-    "fit",
-    "fit_chain",
-    "measure",
-    "read_metrics",
-    "read_result",
-    "resume_config",
-]

@@ -2,5 +2,3 @@
 
 from kdcli.report.figures import comparison, confusion, curves, pareto, pareto_front
 from kdcli.report.page import Report, make_report
-
-__all__ = ["Report", "comparison", "confusion", "curves", "make_report", "pareto", "pareto_front"]

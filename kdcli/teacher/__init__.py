@@ -3,5 +3,3 @@
 from kdcli.teacher.cache import CachedLogits
 from kdcli.teacher.member import freeze
 from kdcli.teacher.teacher import LiveTeacher, RecordedTeacher, Teacher, teachers_of
-
-__all__ = ["CachedLogits", "LiveTeacher", "RecordedTeacher", "Teacher", "freeze", "teachers_of"]

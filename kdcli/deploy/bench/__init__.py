@@ -2,5 +2,3 @@
 
 from kdcli.deploy.bench.benchmark import bench, default_models
 from kdcli.deploy.bench.measurements import BenchResult, Row, to_csv, to_markdown
-
-__all__ = ["BenchResult", "Row", "bench", "default_models", "to_csv", "to_markdown"]

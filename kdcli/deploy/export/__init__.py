@@ -3,5 +3,3 @@
 from kdcli.deploy.export.exporter import ExportResult, default_output, export, export_classifier
 from kdcli.deploy.export.job import AccuracyDrop
 from kdcli.deploy.export.parity import Parity
-
-__all__ = ["AccuracyDrop", "ExportResult", "Parity", "default_output", "export", "export_classifier"]

@@ -3,5 +3,3 @@
 from kdcli.deploy.onnx_model.classifier import OnnxClassifier
 from kdcli.deploy.onnx_model.counts import PREPROCESSING, ModelCounts, count_model
 from kdcli.deploy.onnx_model.runner import LEVELS, OnnxRunner
-
-__all__ = ["LEVELS", "PREPROCESSING", "ModelCounts", "OnnxClassifier", "OnnxRunner", "count_model"]

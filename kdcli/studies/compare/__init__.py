@@ -3,5 +3,3 @@
 from kdcli.studies.compare.plan import Plan, make_plan
 from kdcli.studies.compare.result import Comparison
 from kdcli.studies.compare.run import compare
-
-__all__ = ["Comparison", "Plan", "compare", "make_plan"]
