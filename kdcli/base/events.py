@@ -27,8 +27,6 @@ class Progress:
 
 @dataclass(frozen=True)
 class Note:
-    """A message for the user."""
-
     text: str
 
 

@@ -232,7 +232,6 @@ def publish(scratch: Path, target: Path) -> None:
 
 
 def fsync_file(path: Path) -> None:
-    """Write a file's content to the disk."""
     with path.open("rb+") as handle:
         os.fsync(handle.fileno())
 
@@ -248,7 +247,6 @@ def fsync_directory(directory: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole UTF-8 text file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

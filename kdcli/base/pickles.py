@@ -127,7 +127,6 @@ class SafeUnpickler(pickle._Unpickler):
         return value
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the stand-in for a global."""
         allowed: dict[str, object] = {
             "numpy.ndarray": _NDARRAY,
             "numpy.dtype": self.make_dtype,
@@ -206,7 +205,6 @@ class SafeUnpickler(pickle._Unpickler):
             target[key.decode("latin-1") if isinstance(key, bytes) else key] = value
 
     def store_new(self) -> None:
-        """DICT: a new dictionary of the items above the mark."""
         items = self.pop_mark()
         self.stack.append({})
         self.store(items)

@@ -68,7 +68,6 @@ def warm_up(call: Callable[[], Any], *, at_least_s: float = _WARM_S, until_stabl
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
-    """Duration of one call, seconds."""
     started = time.perf_counter()
     call()
     return time.perf_counter() - started

@@ -43,7 +43,6 @@ class Transform:
     channel_order: str = ""
 
     def is_identity(self) -> bool:
-        """Whether pixels stay as they are."""
         return self.scale == 1.0 and not self.mean_values and not self.mean_file
 
     def text(self) -> str:

@@ -64,7 +64,6 @@ class Agreement:
         return f"{found} (limit {self.tolerance:.0e}): {verdict}"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
         return {**asdict(self), "tolerance": self.tolerance, "holds": self.holds}
 
 

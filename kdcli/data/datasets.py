@@ -52,8 +52,6 @@ class LabelledImages(NamedTuple):
 
 
 class Content(NamedTuple):
-    """What the files of a data set hold."""
-
     train: LabelledImages
     test: LabelledImages
     classes: tuple[str, ...]

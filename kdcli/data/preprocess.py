@@ -67,7 +67,6 @@ class Preprocess(nn.Module):
 
     @classmethod
     def fit(cls, images: rows.Images, samples: Int64, channel_order: str, on_event: OnEvent) -> Preprocess:
-        """Measure the constants on train images."""
         return cls(channel_order)
 
     def args(self) -> dict[str, Any]:

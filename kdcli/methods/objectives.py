@@ -78,7 +78,6 @@ class Objective:
 
     @property
     def methods(self) -> tuple[Method, ...]:
-        """Methods of the terms."""
         return tuple(term.method for term in self.terms.values())
 
     @property

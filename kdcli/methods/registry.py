@@ -93,7 +93,6 @@ class Method:
 
     @property
     def reads(self) -> set[str]:
-        """Names of the settings that it reads."""
         return {*self.keywords.values(), *(("tau", "tau_end") if self.tau is not None else ())}
 
     def arguments(self, function: Callable[..., Any], config: Any) -> dict[str, Any]:

@@ -18,7 +18,6 @@ HintStage = Annotated[
 
 
 def hint_adapter(training: Training, *, stage: HintStage = 0) -> nn.Module:
-    """Regressor from the guided stage's channels to the hint's."""
     return losses.maps.Hint(*training.stages[_index(len(training.stages), stage)])
 
 
@@ -44,7 +43,6 @@ def attention(batch: Batch) -> Tensor:
 
 
 def variational_adapter(training: Training) -> nn.Module:
-    """Regressor and variances of each stage."""
     from torch import nn
 
     return nn.ModuleList(losses.maps.Variational(*pair) for pair in training.stages)
@@ -57,7 +55,6 @@ def variational(batch: Batch) -> Tensor:
 
 
 def review_adapter(training: Training) -> nn.Module:
-    """Attention-based fusion of stages."""
     student, teacher = zip(*training.stages, strict=True)
     return losses.maps.Review(student, teacher)
 

@@ -66,7 +66,6 @@ class Classifier(nn.Module):
         return self.preprocess(images.permute(0, 3, 1, 2).float())
 
     def to_checkpoint(self, training: dict[str, Any] | None = None) -> Checkpoint:
-        """Return the content of the checkpoint file."""
         return Checkpoint(
             **{name: getattr(self, name) for name in _COMMON},
             state_dict=dict(self.network.state_dict()),
@@ -75,7 +74,6 @@ class Classifier(nn.Module):
         )
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint atomically."""
         checkpoint.save(path, self.to_checkpoint())
 
 

@@ -32,7 +32,6 @@ class FeatureExtractor(nn.Module):
         ]
 
     def remove(self) -> None:
-        """Remove the hooks from the network."""
         for hook in self._hooks:
             hook.remove()
 

@@ -83,7 +83,6 @@ def names() -> tuple[str, ...]:
 
 
 def accepts(arch: str, argument: str) -> bool:
-    """Whether a network has an argument, as `dropout` or `width`."""
     return argument in inspect.signature(_row(arch).func).parameters
 
 

@@ -66,11 +66,9 @@ class Reproduction:
 
     @property
     def holds(self) -> bool:
-        """Whether the repetition agrees."""
         return self.verdict != DIFFERENT
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
         return {**asdict(self), "holds": self.holds}
 
 

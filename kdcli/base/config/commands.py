@@ -223,7 +223,6 @@ class CompareConfig(Settings):
 
     @property
     def method_names(self) -> tuple[str, ...]:
-        """In the order given."""
         return tuple(self.methods.split(","))
 
     @property

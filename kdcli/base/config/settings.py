@@ -241,7 +241,6 @@ class PixelSettings(Settings):
         return mean, std
 
     def flag(self, name: str) -> str:
-        """The option that sets a field."""
         return option_flag(self.prefix + name)
 
 
@@ -300,7 +299,6 @@ class TeacherInputSettings(Settings):
 
     @property
     def teacher_inputs(self) -> TeacherInputs:
-        """The assumptions about a teacher's file."""
         names = TeacherInputSettings.model_fields
         return TeacherInputs(**{name.removeprefix("teacher_"): getattr(self, name) for name in names})
 

@@ -230,7 +230,6 @@ class TrainSettings(DataSettings, TeacherInputSettings):
 
     @property
     def weights(self) -> dict[str, Ramp]:
-        """The weights given by --weight, by the term's name."""
         found: dict[str, Ramp] = {}
         for text in self.weight:
             try:
@@ -261,7 +260,6 @@ class TrainSettings(DataSettings, TeacherInputSettings):
 
     @property
     def augment_seed(self) -> int:
-        """Seed of the views."""
         return self.seed if self.view_seed is None else self.view_seed
 
     @property

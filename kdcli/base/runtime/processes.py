@@ -55,7 +55,6 @@ class World:
 
     @classmethod
     def alone(cls, accelerator: str = "cpu") -> World:
-        """The context of a single process."""
         return cls(torch.device(choose_device(accelerator)))
 
     @property
@@ -83,7 +82,6 @@ class World:
         return sum_over_processes(whole)
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over all processes."""
         if self.fabric is None:
             return values
         result = self.fabric.all_reduce(values, reduce_op="mean")
@@ -108,11 +106,9 @@ class World:
         return tuple(shared.tolist())
 
     def broadcast(self, value: T) -> T:
-        """The value of rank 0."""
         return value if self.fabric is None else self.fabric.broadcast(value)
 
     def barrier(self) -> None:
-        """Wait for all processes."""
         if self.fabric is not None:
             self.fabric.barrier()
 
@@ -130,7 +126,6 @@ class World:
         return network if self.fabric is None else self.fabric.setup_module(network, move_to_device=False)
 
     def backward(self, loss: Tensor) -> None:
-        """Compute gradients of a loss."""
         if self.fabric is None:
             loss.backward()  # type: ignore[no-untyped-call]
         else:

@@ -44,7 +44,6 @@ def read_cifar10(paths: Mapping[str, Path]) -> Content:
     members=("train", "test", "meta"),
 )
 def read_cifar100(paths: Mapping[str, Path]) -> Content:
-    """One batch for each split, and the class names."""
     batches = _batches(paths, ("train", "test", "meta"))
     train, test = (_images(batches, [name], "fine_labels") for name in ("train", "test"))
     return Content(train, test, _class_names(batches["meta"], "fine_label_names", 100))

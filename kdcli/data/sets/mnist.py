@@ -57,5 +57,4 @@ def read_mnist(paths: Mapping[str, Path], classes: tuple[str, ...] = tuple("0123
 
 @dataset("fashion-mnist", label="Fashion-MNIST", input_size=(28, 28, 1))
 def read_fashion_mnist(paths: Mapping[str, Path]) -> Content:
-    """The same four files with ten kinds of clothing."""
     return read_mnist(paths, FASHION_CLASSES)

@@ -43,6 +43,5 @@ def read_mat(path: Path) -> LabelledImages:
 
 @dataset("svhn", label="SVHN", input_size=SIZE)
 def read_svhn(paths: Mapping[str, Path]) -> Content:
-    """One file for each split."""
     train, test = (read_mat(paths[f"{name}_32x32.mat"]) for name in ("train", "test"))
     return Content(train, test, tuple("0123456789"))

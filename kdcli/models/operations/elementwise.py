@@ -129,7 +129,6 @@ def prelu(shape: Shape, *, shared: bool = False) -> nn.Module:
 
 
 def unchanged_shape(build: Callable[..., nn.Module], shape: Shape, **args: Any) -> nn.Module:
-    """One of torch's modules."""
     return build(**args)
 
 
@@ -139,7 +138,6 @@ def relu(shape: Shape, *, negative_slope: float = 0.0) -> nn.Module:
 
 
 def absolute(shape: Shape) -> nn.Module:
-    """|x|."""
     return Function("Abs()", torch.abs)
 
 

@@ -21,7 +21,6 @@ class Function(nn.Module):
         self.function = function
 
     def forward(self, *values: Tensor) -> Tensor:
-        """Inputs (B, …) → output (B, …)."""
         return self.function(*values)
 
     def __repr__(self) -> str:

@@ -30,8 +30,6 @@ _MAX_NAME = 80
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run, with the settings of an ordinary `kd train`."""
-
     config: TrainConfig
 
     @property
@@ -55,7 +53,6 @@ class PlannedRun:
         return True
 
     def is_finished(self) -> bool:
-        """Whether it has a result."""
         return self.is_started() and self.run_dir.result_file.is_file()
 
 
@@ -140,7 +137,6 @@ class Plan(Settings):
             Teacher.open(self.train.teacher, self.train.cache_dir)
 
     def save(self) -> None:
-        """Write comparison.toml."""
         skipped: Any = {"folder": True, "train": PER_RUN}
         write_text(self.file, tomli_w.dumps(self.model_dump(mode="json", exclude=skipped, exclude_none=True)))
 
@@ -214,12 +210,10 @@ def make_plan(settings: CompareConfig, train: Mapping[str, Any]) -> Plan:
 
 
 def _term(text: str) -> str:
-    """The term of a --weight."""
     return text.partition("=")[0].strip()
 
 
 def _terms(method: str) -> dict[str, None]:
-    """Names of the terms of a method, in order."""
     return dict.fromkeys((methods.CE, *(part.name for part in methods.parse(method))))
 
 

@@ -125,8 +125,6 @@ def _shared_settings(config: TuneConfig, space: Space, data: Splits) -> dict[str
 
 
 class _Search:
-    """One process that works on a study."""
-
     def __init__(
         self, config: TuneConfig, space: Space, data: Splits, study: optuna.Study, on_event: OnEvent
     ) -> None:
@@ -185,7 +183,6 @@ class _Search:
         raise optuna.TrialPruned
 
     def _train(self, trial: optuna.Trial, settings: TrainConfig) -> float:
-        """The mean validation accuracy over the seeds."""
         accuracies: list[float] = []
         for index in range(self.config.seeds):
             seed = self.base.seed + index
@@ -253,7 +250,6 @@ class _Search:
                     path.unlink(missing_ok=True)
 
     def note(self, text: str) -> None:
-        """Emit a note once."""
         if text not in self.noted:
             self.noted.add(text)
             self.on_event(Note(text))

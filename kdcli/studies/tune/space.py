@@ -76,20 +76,16 @@ class TuneConfig(TrainConfig):
 
     @property
     def folder(self) -> Path:
-        """The folder of the study: runs of its trials and figures."""
         return self.runs_dir / self.study_name
 
     def trial_folder(self, number: int) -> Path:
-        """The folder of a trial."""
         return self.folder / f"trial-{number:04d}"
 
     def run_folder(self, number: int, seed: int) -> Path:
-        """The folder of a trial's run with a seed."""
         return self.trial_folder(number) if self.seeds == 1 else self.trial_folder(number) / f"seed-{seed}"
 
     @property
     def train(self) -> TrainConfig:
-        """The settings of a run alone."""
         return make(TrainConfig, {name: getattr(self, name) for name in TrainConfig.model_fields})
 
 
@@ -153,7 +149,6 @@ def choices(space: Space, name: str, default: Value) -> tuple[Value, ...]:
 
 
 def methods_of(space: Space, config: TrainConfig) -> tuple[str, ...]:
-    """The methods of the trials."""
     return tuple(map(str, choices(space, "method", config.method)))
 
 
@@ -168,13 +163,11 @@ def candidates(space: Space, config: TrainConfig) -> Iterator[TrainConfig]:
 
 
 def read_by(space: Space, method: str) -> Space:
-    """The part of a space that a method reads."""
     without = methods.unread(method, [part.name for part in space])
     return tuple(part for part in space if part.name not in without)
 
 
 def apply(config: TrainConfig, values: Mapping[str, Value | Path]) -> TrainConfig:
-    """The settings with the values of a trial."""
     return make(TrainConfig, {**dict(config), **values})
 
 

@@ -98,7 +98,6 @@ def open_study(
 
 
 def this_process() -> str:
-    """Identifier of this process, for the attribute `PROCESS`."""
     return f"{host_name()} {os.getpid()}"
 
 

@@ -54,11 +54,9 @@ class TuneResult:
         return folder if folder is not None and folder.is_dir() else None
 
     def count(self, state: str) -> int:
-        """How many trials are in a state."""
         return sum(trial.state == state for trial in self.trials)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
         return {
             "study": self.settings.study_name,
             "folder": self.settings.folder.as_posix(),
@@ -124,7 +122,6 @@ def importance(study: optuna.Study, trials: Sequence[Trial]) -> tuple[dict[str, 
 
 
 def draw_importance(shares: Mapping[str, float], target: Path) -> None:
-    """Draw each setting's share as a bar, the largest on top."""
     names = list(shares)[::-1]
     with drawn_to(target, 7.2, 1.2 + 0.4 * len(names)) as figure:
         axes = figure.add_subplot()
