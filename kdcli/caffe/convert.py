@@ -14,7 +14,7 @@ from kdcli.base.events import Note, OnEvent, ignore
 from kdcli.base.files import git_blob_sha1_file, sha256_file
 from kdcli.base.text import dims
 from kdcli.caffe import tensorflow
-from kdcli.caffe.network import ConvertedLayer, ConvertedNetwork, assemble, input_of, transform_params
+from kdcli.caffe.network import ConvertedNetwork, assemble, input_of, transform_params
 from kdcli.caffe.read import Array, Network, read_caffemodel, read_mean, read_prototxt, weights_sha256
 from kdcli.data import catalog
 from kdcli.data.catalog import KnownNetwork
@@ -22,6 +22,7 @@ from kdcli.data.preprocess import MeanStd, Preprocess, ScaleShift, fit
 from kdcli.data.rows import Images
 from kdcli.models import Classifier, from_checkpoint
 from kdcli.models.checkpoint import Checkpoint
+from kdcli.models.layers import LayerSummary, summarize_layers
 
 _CROPPED = 128  # networks for such images and larger ones are often published with a centre crop
 _FITTED = ("gcn-zca", "mean-std", "mean-image")  # kinds of preprocessing that are fitted on train images
@@ -105,10 +106,8 @@ class CaffeFiles:
 
 @dataclass(frozen=True)
 class Conversion:
-    """The classifier and its layers under Caffe's names."""
-
     classifier: Classifier
-    layers: tuple[ConvertedLayer, ...]
+    layers: tuple[LayerSummary, ...]
     known: KnownNetwork | None
 
 
@@ -163,7 +162,7 @@ def _read_npy(model: Path, config: ConvertConfig) -> CaffeFiles:
         input_size=known.input_size if known else tensorflow.input_size(arch, layers),
         channels=layers["conv1"][0].shape[2],
         transform=_REFERENCE if git_blob_sha1_file(model) in published else Transform(),
-        build=lambda size, on_event: tensorflow.build(arch, weights, size),
+        build=lambda size, on_event: tensorflow.build(arch, weights),
     )
 
 
@@ -233,7 +232,9 @@ def to_classifier(
         provenance=provenance,
         crop=crop,
     )
-    return Conversion(from_checkpoint(checkpoint, str(files.path)), built.layers, known)
+    classifier = from_checkpoint(checkpoint, str(files.path))
+    layers = summarize_layers(classifier.network, torch.zeros(1, size[2], *size[:2]))
+    return Conversion(classifier, tuple(layers), known)
 
 
 def _class_names(

@@ -1,12 +1,11 @@
 """A Caffe network and its weights → the arguments of a `kdcli.models.graph` and its state."""
 
-import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdcli.base.errors import KdError
 from kdcli.base.events import Note, OnEvent, ignore
@@ -20,24 +19,6 @@ _AFTER_LOGITS = ("Softmax", "ArgMax")  # cut off where they end the network
 
 
 @dataclass(frozen=True)
-class ConvertedLayer:
-    """One layer of the converted network.
-
-    Attributes:
-        name, type: Caffe's; of a registered network the module's.
-        output_shape: for one image.
-        weight_shapes: state entry → shape in the network.
-        parameters: number of trainable values.
-    """
-
-    name: str
-    type: str
-    output_shape: Shape
-    weight_shapes: dict[str, Shape]
-    parameters: int
-
-
-@dataclass(frozen=True)
 class ConvertedNetwork:
     """A network with its weights: `arch` and `arch_args` build it, `state` is its state dict."""
 
@@ -45,7 +26,6 @@ class ConvertedNetwork:
     arch_args: dict[str, Any]
     state: dict[str, Tensor]
     classes: int
-    layers: tuple[ConvertedLayer, ...]
 
 
 @dataclass(frozen=True)
@@ -175,7 +155,6 @@ def assemble(
     # 2. Blobs to state
     state: dict[str, Tensor] = {}
     owners: dict[str, str] = {}  # layer name → the node with its weights
-    layers = []
     for step, node in zip(steps, nodes, strict=True):
         module = skeleton.get_submodule(step.node)
         shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
@@ -186,7 +165,6 @@ def assemble(
                 "Caffe assigns weights by name. Rename one in a prototxt, and pass it with --prototxt.",
             )
         state |= {f"{step.node}.{name}": torch.from_numpy(value.copy()) for name, value in arrays.items()}
-        layers.append(converted_layer(step.layer.name, step.layer.type, module, skeleton.shapes[step.node]))
     used = {step.layer.name for step in steps}
     if unused := [name for name in weights if name not in used]:
         on_event(Note(f"weights of layers that the network does not use: {', '.join(unused)}"))
@@ -198,11 +176,4 @@ def assemble(
             "kd distils image classifiers; is the image size right (--image-size)?",
         )
     arch_args = {"input": list(shape), "nodes": nodes, "output": last}
-    return ConvertedNetwork("graph", arch_args, state, output[0], tuple(layers))
-
-
-def converted_layer(name: str, kind: str, module: nn.Module, output_shape: Shape) -> ConvertedLayer:
-    """The summary of a module: shapes of its state without scalars, number of its parameters."""
-    shapes = {key: tuple(value.shape) for key, value in module.state_dict().items() if value.ndim}
-    parameters = sum(math.prod(value.shape) for value in module.parameters())
-    return ConvertedLayer(name, kind, output_shape, shapes, parameters)
+    return ConvertedNetwork("graph", arch_args, state, output[0])

@@ -12,15 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdcli import models
 from kdcli.base import pickles
 from kdcli.base.errors import KdError
 from kdcli.base.text import dims
-from kdcli.caffe.network import ConvertedLayer, ConvertedNetwork, converted_layer
+from kdcli.caffe.network import ConvertedNetwork
 from kdcli.caffe.read import Array, Weights, finite, text
-from kdcli.models.layers import run_with_hooks
 
 Layers = dict[str, tuple[Array, Array]]  # name → weights, biases, as stored
 
@@ -125,30 +123,16 @@ def input_size(arch: str, layers: Layers) -> tuple[int, int, int] | None:
     return pixels, pixels, layers["conv1"][0].shape[2]
 
 
-def build(arch: str, weights: Weights, size: tuple[int, int, int]) -> ConvertedNetwork:
-    """The registered network for images of (H, W, C), and the weights, in Caffe's layout, as its state."""
+def build(arch: str, weights: Weights) -> ConvertedNetwork:
+    """The registered network, and the weights, in Caffe's layout, as its state."""
     outputs = {name: int(biases.shape[0]) for name, (_, biases) in weights.items()}
     wide = ("conv1", "conv2", "ip1") if arch == "lenet" else _NIN
     arch_args: dict[str, Any] = {"widths": [outputs[name] for name in wide]}
     if arch == "nin-fc":
         arch_args["hidden"] = outputs["ip1"]
     classes = list(outputs.values())[-1]
-    with torch.device("meta"):  # only shapes
-        network = models.build(arch, classes=classes, input_size=size, **arch_args)
     state: dict[str, Tensor] = {}
     for name, (weight, bias) in weights.items():
         state[f"{name}.weight"] = torch.from_numpy(weight.copy())
         state[f"{name}.bias"] = torch.from_numpy(bias.copy())
-    return ConvertedNetwork(arch, arch_args, state, classes, _layers(network, size))
-
-
-def _layers(network: nn.Module, size: tuple[int, int, int]) -> tuple[ConvertedLayer, ...]:
-    """The modules of a network on the meta device, in the order they run."""
-    layers: list[ConvertedLayer] = []
-
-    def record(name: str, module: nn.Module, inputs: object, output: Tensor) -> None:
-        if name:  # a layer, not the network
-            layers.append(converted_layer(name, type(module).__name__, module, tuple(output.shape[1:])))
-
-    run_with_hooks(network, torch.empty((1, size[2], *size[:2]), device="meta"), record)
-    return tuple(layers)
+    return ConvertedNetwork(arch, arch_args, state, classes)

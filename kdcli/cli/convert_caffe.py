@@ -157,15 +157,9 @@ def _load_data(source: CaffeFiles, config: ConvertConfig, on_event: OnEvent) -> 
 
 def _show(conversion: Conversion, target: Path, agreement: Agreement | None) -> None:
     output.table(
-        ["layer", "type", "output", "weights", "parameters"],
+        ["layer", "operation", "output", "parameters"],
         [
-            [
-                layer.name,
-                layer.type,
-                dims(layer.output_shape),
-                " ".join(map(dims, layer.weight_shapes.values())),
-                f"{layer.parameters:,}" if layer.parameters else "",
-            ]
+            [layer.name, layer.kind, dims(layer.output), f"{layer.parameters:,}" if layer.parameters else ""]
             for layer in conversion.layers
         ],
         left=2,

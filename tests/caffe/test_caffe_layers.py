@@ -510,7 +510,7 @@ def test_include_and_exclude_rules(
     rules: list[tuple[str, bytes]], state: bytes, kept: bool, v1: bool, tmp_path: Path
 ) -> None:
     numbers = {"include": 32, "exclude": 33} if v1 else {"include": 8, "exclude": 9}
-    double = layer("Power", "double", "fc", "fc", field(2, 2.0))
+    double = layer("Power", "twice", "fc", "fc", field(2, 2.0))
     content = net([layer("InnerProduct", "fc", "data", "fc", field(1, 3), (WT.T.copy(), values(3)))], v1=v1)
     body = net([double], v1=v1)[len(field(1, "tiny")) :]
     message = schema.NetParameter()
@@ -519,7 +519,7 @@ def test_include_and_exclude_rules(
     ruled = one_layer + b"".join(field(numbers[name], rule) for name, rule in rules)
     content += field(2 if v1 else 100, ruled) + INPUT + (field(6, state) if state else b"")
     rows = convert(write(tmp_path, content), ConvertConfig(preprocess="none")).layers
-    assert [row.name for row in rows] == ["fc", "double"][: 1 + kept]
+    assert [row.name for row in rows] == ["fc", "twice"][: 1 + kept]
 
 
 # A plain module like any other
