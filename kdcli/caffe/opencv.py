@@ -57,11 +57,8 @@ class Agreement:
 
     def text(self) -> str:
         """`1.1e-05 on 256 images (limit 1e-04): pass`."""
-        found, verdict = (
-            f"{self.largest_difference:.2g} on {self.images} images",
-            "pass" if self.holds else "fail",
-        )
-        return f"{found} (limit {self.tolerance:.0e}): {verdict}"
+        found = f"{self.largest_difference:.2g} on {self.images} images (limit {self.tolerance:.0e})"
+        return f"{found}: {'pass' if self.holds else 'fail'}"
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "tolerance": self.tolerance, "holds": self.holds}

@@ -35,19 +35,10 @@ class TransientError(Exception):
 def fetch(
     remote: RemoteFile, target: Path, *, source: str | None = None, on_event: OnEvent = ignore
 ) -> Literal["present", "downloaded", "copied"]:
-    """Put a file of the catalogue at `target`, from its mirrors or from `source`.
+    """Put a file of the catalogue at `target`, from its mirrors or from `source`, another URL or a local file.
 
     An intact file is left alone; a file with another hash is replaced once the new one is verified. A lock makes
     other processes wait for the one that downloads. What has arrived is kept on any failure and resumed next time.
-
-    Args:
-        source: URL of another mirror, or path of a local file.
-
-    Returns:
-        How it got there; `present` if it was there before.
-
-    Raises:
-        KdError: unreachable, refused, too large, not writable, or the hash is wrong.
     """
     try:
         if is_intact(remote, target):
@@ -136,12 +127,7 @@ def _download(remote: RemoteFile, urls: Sequence[str], target: Path, on_event: O
 
 
 def _download_from(url: str, remote: RemoteFile, partial: Path, on_event: OnEvent) -> None:
-    """Complete `partial` from one mirror, with retries; without progress their number is bounded.
-
-    Raises:
-        KdError: this mirror failed; `partial` keeps what may be the beginning of the file.
-        OSError: `partial` cannot be written.
-    """
+    """Complete `partial` from one mirror; retries without progress are bounded. It keeps what has arrived."""
     if is_intact(remote, partial):  # the process ended just before the rename
         return
     failures, furthest = 0, _size_of(partial)
@@ -193,9 +179,7 @@ def _client(url: str) -> httpx.Client:
 def _request(client: httpx.Client, url: str, remote: RemoteFile, partial: Path, on_event: OnEvent) -> None:
     """Append the missing bytes to `partial`, or replace it where the server sends all, and check the hash.
 
-    Raises:
-        TransientError: cut off, silent, overloaded or unreachable, or a part that the rest does not go with.
-        KdError: this address will not give the file.
+    TransientError if another try may succeed, KdError if this address will not give the file.
     """
     origin, done = _without_credentials(url), _size_of(partial)
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={done}-"} if done else {})}

@@ -43,10 +43,8 @@ def option(help: str, *flags: str, name: str = "", rare: bool = True, **bounds: 
 
     Args:
         help: text without a full stop; the method's name is put before it.
-        flags: further spellings of the option.
+        flags, bounds: further spellings of the option, and pydantic's bounds.
         name: of the setting; by default METHOD_PARAMETER, and so --METHOD-PARAMETER.
-        rare: listed by --help-all only.
-        bounds: pydantic's, as `ge=0`.
     """
     return Option(help, flags, name, {"rare": rare, **bounds})
 

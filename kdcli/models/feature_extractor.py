@@ -15,9 +15,7 @@ _IDENTITIES = (nn.Dropout, nn.Dropout2d, nn.Identity)  # in eval mode their outp
 class FeatureExtractor(nn.Module):
     """A network that returns its features beside its logits. Its weights are the network's.
 
-    Attributes:
-        network: float32 (B, C, H, W) → logits (B, classes).
-        stages: names of submodules whose outputs are the maps, from input to output, see `find_stages`.
+    `stages` are the names of submodules whose outputs are the maps, from input to output, see `find_stages`.
     """
 
     def __init__(self, network: nn.Module, stages: Sequence[str]) -> None:

@@ -74,9 +74,8 @@ class Contrast(nn.Module):
         student, teacher = unit(self.student(student)), unit(self.teacher(teacher))
         numbers = torch.cat([samples[:, None], negatives], dim=1)  # (B, 1 + K)
         sides = ((student, self.teacher_bank), (teacher, self.student_bank))
-        scores = (
-            torch.stack([_products(*side, numbers) for side in sides]) / self.temperature
-        )  # (2, B, 1 + K)
+        # (2, B, 1 + K)
+        scores = torch.stack([_products(*side, numbers) for side in sides]) / self.temperature
         with torch.no_grad():
             mean = scores.flatten(1).logsumexp(dim=1) - math.log(numbers.numel())
             log_scale = torch.where(self.scaled, self.log_scale, mean + math.log(self.samples))

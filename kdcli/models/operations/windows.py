@@ -54,18 +54,13 @@ def pool_window(
 ) -> tuple[int, int, int, bool]:
     """Pooling along one axis with Caffe's geometry, in terms on which torch and ONNX agree.
 
-    `ceil((size + 2·pad − kernel) / stride) + 1` windows (or `floor`); with padding, one less where the last would
-    start at `size + pad` or after (from the padded start). It is clipped to `size + 2·pad`.
-
-    Args:
-        padded: whether this axis or the other one has padding; Caffe's rule considers both.
+    `ceil((size + 2·pad − kernel) / stride) + 1` windows (or `floor`); with padding on this axis or the other
+    (`padded`), one less where the last would start at `size + pad` or after (from the padded start). It is clipped to
+    `size + 2·pad`. KdError if no window fits, or one would lie wholly outside.
 
     Returns:
         Length of the windows, explicit padding before and after, and whether the last window overhangs the padded
         axis and is clipped.
-
-    Raises:
-        KdError: no window fits, or one would lie wholly outside.
     """
     if pad >= kernel:
         raise KdError(f"padding {pad} is not below the window {kernel}")

@@ -81,7 +81,6 @@ class Comparison(Record):
         test_images: the step of an accuracy is 100 / test_images.
         teacher_passes: over a data set, of all runs together.
         comparisons: of methods with the baseline, without those of incomplete runs.
-        notes: remarks on the runs, a line each.
     """
 
     schema_version: Literal[1] = 1
