@@ -3,6 +3,7 @@
 import math
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -142,25 +143,19 @@ def _as_numbers(value: Any) -> str | None:
     if value is None:
         return None
     words = list(map(str, value)) if isinstance(value, list | tuple) else str(value).split(",")
-    try:
-        finite = all(math.isfinite(float(word)) for word in words)
-    except ValueError:
-        finite = False
-    if not finite:
-        raise ValueError("must be a number, or one for each channel joined by commas")
-    return ",".join(word.strip() for word in words)
+    with suppress(ValueError):
+        if all(math.isfinite(float(word)) for word in words):
+            return ",".join(word.strip() for word in words)
+    raise ValueError("must be a number, or one for each channel joined by commas")
 
 
 def _as_scale(value: Any) -> str | None:
     if value is None:
         return None
-    try:
-        positive = 0 < _fraction(str(value)) < math.inf
-    except (ValueError, ZeroDivisionError):
-        positive = False
-    if not positive:
-        raise ValueError("must be a number above 0, or a fraction such as 1/255")
-    return str(value).strip()
+    with suppress(ValueError, ZeroDivisionError):
+        if 0 < _fraction(str(value)) < math.inf:
+            return str(value).strip()
+    raise ValueError("must be a number above 0, or a fraction such as 1/255")
 
 
 Layout = Annotated[
@@ -262,12 +257,8 @@ class InputSettings(PixelSettings):
     @property
     def given(self) -> dict[str, str | float]:
         """The assumptions that were made, as JSON values; the size of the images is that of the data."""
-        values = {name: getattr(self, name) for name in InputSettings.model_fields if name != "image_size"}
-        return {
-            name: value.as_posix() if isinstance(value, Path) else value
-            for name, value in values.items()
-            if value is not None
-        }
+        names = set(InputSettings.model_fields) - {"image_size"}
+        return self.model_dump(mode="json", include=names, exclude_none=True)
 
 
 NO_ASSUMPTIONS = InputSettings()
