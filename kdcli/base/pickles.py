@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from kdcli.base.errors import KdError
-from kdcli.base.files import check_pointer
+from kdcli.base.files import check_pointer, read_bytes
 from kdcli.base.text import first_line, reason
 
 MAX_FILE_BYTES = 1 << 30
@@ -58,11 +58,7 @@ def load_pickle(data: bytes) -> dict[Any, Any]:
 def load_npy(path: Path) -> dict[Any, Any]:
     """The dictionary that `numpy.save(path, dictionary)` wrote, or that of a bare pickle; see `load_pickle`."""
     try:
-        if not path.is_file():
-            raise KdError("no such file", "Check the path.")
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise KdError(f"larger than {MAX_FILE_BYTES:,} bytes", "kd reads weights up to that size.")
-        data = path.read_bytes()
+        data = read_bytes(path, MAX_FILE_BYTES)
         check_pointer(data, "it")
         header = _NPY_OBJECT.match(data)
         if header is None and data[:1] != pickle.PROTO:

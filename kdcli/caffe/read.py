@@ -16,8 +16,8 @@ from google.protobuf import text_format
 from google.protobuf.message import DecodeError
 
 from kdcli.base.errors import KdError
-from kdcli.base.files import check_pointer
-from kdcli.base.text import first_line
+from kdcli.base.files import check_pointer, read_bytes
+from kdcli.base.text import first_line, reason
 from kdcli.caffe import schema
 from kdcli.models.foreign import explain
 
@@ -143,12 +143,10 @@ def read_mean(path: Path) -> Array:
 
 
 def _read_bytes(path: Path, limit: int) -> bytes:
-    if not path.is_file():
-        raise KdError(f"no such file: {path}")
-    size = path.stat().st_size
-    if size > limit:
-        raise KdError(f"{path} is {size:,} bytes; kd reads at most {limit:,}")
-    content = path.read_bytes()
+    try:
+        content = read_bytes(path, limit)
+    except OSError as error:
+        raise KdError(f"cannot read {path}: {reason(error)}", "Check the path.") from error
     check_pointer(content, str(path))
     return content
 

@@ -282,15 +282,12 @@ def test_npy_hostile(tmp_path: Path) -> None:
 def test_npy_special_and_large_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "fifo.npy")
     for path in (tmp_path / "fifo.npy", tmp_path, tmp_path / "absent.npy"):
-        with pytest.raises(KdError, match="no such file"):
+        with pytest.raises(KdError, match="cannot read"):
             load_npy(path)
     np.save(tmp_path / "a.npy", np.zeros(9))
     monkeypatch.setattr(pickles, "MAX_FILE_BYTES", 100)
-    with pytest.raises(KdError, match="larger than 100 bytes"):
+    with pytest.raises(KdError, match="more than the 100 that are read"):
         load_npy(tmp_path / "a.npy")
-    monkeypatch.setattr(Path, "is_file", lambda _: True)
-    with pytest.raises(KdError, match="cannot read"):
-        load_npy(tmp_path / "absent.npy")
 
 
 def test_a_lack_of_memory_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

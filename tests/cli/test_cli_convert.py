@@ -109,7 +109,7 @@ def test_mismatched_data_is_an_error(run: Any, workplace: Path, pictures: str) -
     run("convert-caffe", "net.caffemodel")
     with pytest.raises(KdError, match="takes 12×12×3 images, the data has 10×10×3"):
         run("validate", "--data", pictures, "--image-size", "10")
-    with pytest.raises(KdError, match="no such file"):
+    with pytest.raises(KdError, match="No such file"):
         run("convert-caffe", "elsewhere.caffemodel")
     assert list(Path("weights").iterdir()) == [Path("weights/teacher.pt")]
 
