@@ -387,7 +387,7 @@ def test_described_preprocessing_replaces_the_declared_one_with_a_note(tmp_path:
 
 def test_described_preprocessing_of_the_wrong_form_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, net(small(), v1=True, inputs=INPUT))
-    with pytest.raises(UsageError, match="--mean: 2 values for 3 channels"):
+    with pytest.raises(UsageError, match="mean: 2 values for 3 channels"):
         heard(path, mean="1,2")
     for chosen, words in (
         ({"mean": "104", "preprocess": "none"}, "--preprocess: it goes without"),

@@ -57,11 +57,11 @@ class PlannedRun:
 
 
 class CommonSettings(Settings, strict=True):
-    """Settings that are measured or derived once, for all runs; `batch_size` is absent in older comparisons."""
+    """Settings that are measured or derived once, for all runs."""
 
     precision: Literal["32", "bf16"]
     threads: int
-    batch_size: int | None = None
+    batch_size: int
 
 
 class Plan(Settings):
@@ -114,7 +114,7 @@ class Plan(Settings):
             "runs_dir": self.folder / "runs",
             "weight": tuple(text for text in self.train.weight if _term(text) in _terms(method)),
         }
-        common = self.common.model_dump(exclude_none=True) if self.common else {}
+        common = self.common.model_dump() if self.common else {}
         return make(TrainConfig, {**dict(self.train), **common, **own})
 
     def check(self) -> None:
