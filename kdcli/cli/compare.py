@@ -42,7 +42,7 @@ def compare(
 ) -> None:
     """Train with several methods and seeds, and test whether one is better.
 
-    The same recipe and seeds for each; test images are read once a run, and nothing is chosen by them.
+    All methods share recipe and seeds. Test images are read once per run; no choice depends on them.
     Rerun the same command to continue after an interruption.
     """
     own = {name: value for name, value in options.items() if name in CompareConfig.model_fields}

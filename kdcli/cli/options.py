@@ -145,7 +145,7 @@ def _help_all(context: typer.Context, asked: bool) -> None:
 
 
 _OUTPUT = {  # options of every command
-    "help_all": typer.Option("--help-all", help="Show rare options too.", callback=_help_all, is_eager=True),
+    "help_all": typer.Option("--help-all", help="Show all options.", callback=_help_all, is_eager=True),
     "json": typer.Option(
         "--json", help="Print one JSON object on stdout instead of text.", rich_help_panel="Output"
     ),

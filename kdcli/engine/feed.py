@@ -189,7 +189,9 @@ def warn_of_other_networks(plan: RunPlan, arch: str, on_event: OnEvent) -> None:
         if found != arch:
             networks = f"teacher {path.as_posix()} is {found}, the student {arch}"
             method = plan.config.method
-            on_event(Note(f"{networks}: {method} is meant for one network, and is plain distillation here"))
+            on_event(
+                Note(f"{networks}: {method} expects the student's own network; here it is plain distillation")
+            )
 
 
 def example_images(plan: RunPlan) -> Tensor:

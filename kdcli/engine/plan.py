@@ -188,7 +188,7 @@ def _check_training(config: TrainConfig, objective: Objective, data: Splits | No
     objective.check(unlabelled=unlabelled)
     if _mixes(config) and objective.no_mixup:
         raise UsageError(
-            f"method {config.method} tells images of different classes apart, and mixup's have two",
+            f"method {config.method} needs one class per image, and mixup images have two",
             "Leave mixup out of --augment.",
         )
 

@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Smoothing = Annotated[
-    float, option("share of a label spread over all classes", name="label_smoothing", ge=0, lt=1)
+    float, option("share of each label spread over all classes", name="label_smoothing", ge=0, lt=1)
 ]
 
 
 @method(CE, source="cross-entropy", needs=("labels",), needs_teacher=False)
 def cross_entropy(batch: Batch) -> Tensor:
-    """Labels alone, no teacher: the baseline."""
+    """Cross-entropy on labels, without a teacher: the baseline."""
     return label_smoothing(batch, smoothing=0.0)
 
 
 @method("ls", source="Szegedy et al., CVPR 2016, section 7", needs=("labels",), needs_teacher=False)
 def label_smoothing(batch: Batch, *, smoothing: Smoothing = 0.1) -> Tensor:
-    """Smoothed labels, no teacher: the control."""
+    """Cross-entropy on smoothed labels, without a teacher."""
     mixup = batch.other_labels, batch.shares
     return losses.logits.cross_entropy(batch.student_logits, batch.labels, smoothing, *mixup)

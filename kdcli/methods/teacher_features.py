@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 HintStage = Annotated[
-    int, option("the stage that is guided, from 1; 0: the middle one", name="hint_stage", ge=0, le=1000)
+    int, option("stage to match, from 1; 0: the middle one", name="hint_stage", ge=0, le=1000)
 ]
 
 
@@ -23,7 +23,7 @@ def hint_adapter(training: Training, *, stage: HintStage = 0) -> nn.Module:
 
 @feature_method("fitnet", source="Romero et al., ICLR 2015, eq. 3", weight=100.0, adapter=hint_adapter)
 def hint(batch: Batch, *, stage: HintStage = 0) -> Tensor:
-    """Regress the maps of a middle stage."""
+    """Regress the feature maps of a middle stage."""
     return batch.adapter(*batch.stages[_index(len(batch.stages), stage)])
 
 
@@ -50,7 +50,7 @@ def variational_adapter(training: Training) -> nn.Module:
 
 @feature_method("vid", source="Ahn et al., CVPR 2019", adapter=variational_adapter)
 def variational(batch: Batch) -> Tensor:
-    """Predict the teacher's maps, with a variance."""
+    """Regress the teacher's feature maps with learned variances."""
     return sum(layer(*pair) for layer, pair in zip(batch.adapter, batch.stages, strict=True))
 
 
@@ -61,7 +61,7 @@ def review_adapter(training: Training) -> nn.Module:
 
 @feature_method("reviewkd", source="Chen et al., CVPR 2021", warm_up=1 / 12, adapter=review_adapter)
 def review(batch: Batch) -> Tensor:
-    """Fuse later stages into earlier ones.
+    """Match the feature maps of fused stages.
 
     The weight rises over 20 of 240 epochs, as in the authors' code.
     """
@@ -70,7 +70,7 @@ def review(batch: Batch) -> Tensor:
 
 @feature_method("sp", source="Tung & Mori, ICCV 2019", weight=3000.0)
 def similarity(batch: Batch) -> Tensor:
-    """Match which images are alike."""
+    """Match similarities between images."""
     student, teacher = batch.stages[-1]
     return losses.pairwise.similarity(batch.gather(student), batch.gather(teacher))
 
@@ -79,8 +79,8 @@ def similarity(batch: Batch) -> Tensor:
 def relational(
     batch: Batch,
     *,
-    distance: Annotated[float, option("weight of distances", ge=0)] = 25.0,
-    angle: Annotated[float, option("weight of angles", ge=0)] = 50.0,
+    distance: Annotated[float, option("weight of the distance term", ge=0)] = 25.0,
+    angle: Annotated[float, option("weight of the angle term", ge=0)] = 50.0,
 ) -> Tensor:
     """Match distances and angles between images."""
     return losses.pairwise.relational(*batch.embeddings, distance, angle)
@@ -88,16 +88,16 @@ def relational(
 
 @feature_method("pkt", source="Passalis & Tefas, ECCV 2018", weight=30000.0)
 def probabilistic(batch: Batch) -> Tensor:
-    """Match neighbourhood probabilities."""
+    """Match the probabilities of neighbours in a batch."""
     return losses.pairwise.probabilistic(*batch.embeddings)
 
 
 def contrast_adapter(
     training: Training,
     *,
-    dim: Annotated[int, option("width of the common space", ge=1, le=65536)] = 128,
-    negatives: Annotated[int, option("images of other classes per image", ge=1, le=1_000_000)] = 1024,
-    temperature: Annotated[float, option("temperature of the similarities", gt=0, le=100)] = 0.07,
+    dim: Annotated[int, option("dimension of the common embedding", ge=1, le=65536)] = 128,
+    negatives: Annotated[int, option("negatives per image", ge=1, le=1_000_000)] = 1024,
+    temperature: Annotated[float, option("temperature of the contrastive loss", gt=0, le=100)] = 0.07,
 ) -> nn.Module:
     """Projections of both embeddings, and a memory of them for each image."""
     widths = training.student.embedding, training.teacher.embedding
@@ -115,7 +115,7 @@ def contrast_adapter(
     adapter=contrast_adapter,
 )
 def contrastive(batch: Batch) -> Tensor:
-    """Tell the teacher's embedding from those of other classes."""
+    """Contrast embeddings with those of other classes."""
     numbers = batch.gather(batch.labels.new_tensor(batch.samples))
     negatives = batch.adapter.draw(numbers.cpu().numpy(), batch.seed, batch.epoch)
     return batch.adapter(*batch.embeddings, numbers, numbers.new_tensor(negatives))

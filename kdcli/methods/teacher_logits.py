@@ -35,7 +35,7 @@ def noisy_logits(
         option("one draw for all logits of a sample, or one for each", name="noise_scope"),
     ] = "sample",
 ) -> Tensor:
-    """Regress logits that noise has scaled."""
+    """Regress the teacher's logits, perturbed by noise."""
     targets = batch.targets
     classes = targets.shape[1] if scope == "logit" else None
     drawn = losses.logits.draw_noise(batch.seed, batch.epoch, batch.samples, ratio, sigma, classes)
@@ -47,7 +47,7 @@ def lamda_weights(
     *,
     lamda: Annotated[
         float,
-        option("share of cross-entropy; the rest is soft", "--lambda", name="lamda", rare=False, ge=0, le=1),
+        option("weight of cross-entropy (soft: 1 − λ)", "--lambda", name="lamda", rare=False, ge=0, le=1),
     ] = 0.3,
 ) -> tuple[float, float]:
     """Weights λ of cross-entropy and 1 − λ of the soft term."""
@@ -62,13 +62,13 @@ def soft_targets(batch: Batch, *, standardize: bool = False) -> Tensor:
 
 @method("born-again", source="Furlanello et al., ICML 2018", ce=1.0, tau=1.0, same_network=True)
 def born_again(batch: Batch, *, standardize: bool = False) -> Tensor:
-    """Labels and an earlier student of the same network."""
+    """Match an earlier student of the same network, and labels."""
     return soft_targets(batch, standardize=standardize)
 
 
 @method("lskd", source="Sun et al., CVPR 2024", ce=0.1, weight=9.0, tau=2.0)
 def standardized(batch: Batch) -> Tensor:
-    """Soft targets of standardized logits."""
+    """Match soft targets of standardized logits."""
     return soft_targets(batch, standardize=True)
 
 
@@ -76,11 +76,11 @@ def standardized(batch: Batch) -> Tensor:
 def decoupled(
     batch: Batch,
     *,
-    alpha: Annotated[float, option("weight of the target class's part", ge=0)] = 1.0,
-    beta: Annotated[float, option("weight of the other classes' part", ge=0)] = 8.0,
+    alpha: Annotated[float, option("weight of the target-class term", ge=0)] = 1.0,
+    beta: Annotated[float, option("weight of the non-target-class term", ge=0)] = 8.0,
     standardize: bool = False,
 ) -> Tensor:
-    """Target class and the others apart.
+    """Match target class and other classes separately.
 
     With mixup, the loss for each of the two labels has that label's share. The weight rises over 20 of 240 epochs,
     as in the authors' code.
@@ -96,17 +96,17 @@ def decoupled(
 def correlation(
     batch: Batch,
     *,
-    inter: Annotated[float, option("weight of the relation within an image", ge=0)] = 2.0,
-    intra: Annotated[float, option("weight of the relation within a class", ge=0)] = 2.0,
+    inter: Annotated[float, option("weight of the inter-class term, per image", ge=0)] = 2.0,
+    intra: Annotated[float, option("weight of the intra-class term, per class", ge=0)] = 2.0,
 ) -> Tensor:
-    """Correlate with the teacher, by image and by class."""
+    """Maximise the correlation with the teacher, per image and per class."""
     student, teacher = batch.gather(batch.student_logits), batch.gather(batch.targets)
     return losses.logits.dist(student, teacher, batch.tau, inter, intra)
 
 
 @method("mlkd", source="Jin et al., CVPR 2023", ce=1.0)
 def multi_level(batch: Batch) -> Tensor:
-    """Images, batch and classes at several temperatures."""
+    """Match images, batch and classes at several temperatures."""
     student, teacher = batch.gather(batch.student_logits), batch.gather(batch.targets)
     return losses.logits.multi_level(student, teacher, MULTI_LEVEL_TAUS)
 

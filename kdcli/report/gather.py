@@ -64,7 +64,7 @@ def folders(named: Sequence[Path]) -> list[Path]:
     found = [path for path in Path("runs").glob("*") if path.is_dir() and not path.name.startswith(".")]
     found = found or [run for path in comparisons(()) for run in _runs_of(path)]
     if not found:
-        raise KdError("there are no runs below runs/", "kd train makes one; or pass run folders.")
+        raise KdError("no runs in runs/", "kd train makes one; or pass run folders.")
     return sorted(found)
 
 
@@ -117,7 +117,7 @@ def read_run(folder: Path) -> Run:
     """
     place = RunDir(folder)
     if not place.result_file.is_file():
-        raise KdError("not finished (no result.json)" if place.config_file.is_file() else "not a run")
+        raise KdError("not finished (no result.json)" if place.config_file.is_file() else "not a run folder")
     result = read_result(place.result_file)
     if result.test is None:
         raise KdError("not measured on test images (a trial of kd tune)")

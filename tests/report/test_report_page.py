@@ -387,7 +387,7 @@ def test_wrong_usage(project: Path, kd: Any) -> None:
     with pytest.raises(UsageError, match="--thumbnails"):
         kd("--thumbnails", "-1")
     shutil.rmtree("runs")
-    with pytest.raises(KdError, match="there are no runs"):
+    with pytest.raises(KdError, match="no runs in runs"):
         kd()
     assert not Path("report.html").exists()
 

@@ -36,7 +36,7 @@ MOST_SEEDS = 1000
 class ConvertConfig(DataSettings, PixelSettings):
     """`kd convert-caffe`."""
 
-    prototxt: Path | None = setting(None, "Deploy prototxt; by default that in the caffemodel.", "Caffe")
+    prototxt: Path | None = setting(None, "Deploy prototxt; by default that of the caffemodel.", "Caffe")
     arch: Literal["auto", "nin", "nin-fc", "lenet"] = setting(
         "auto", "Network of a caffe-tensorflow .npy; auto: recognised by its layer names.", "Caffe"
     )
@@ -146,7 +146,7 @@ class BenchConfig(ModelDataSettings, InputSettings):
 
     batch: str = setting("1,8,64", "Batch sizes for throughput.", "Measure", metavar="N,N,…")
     rounds: Rounds = setting(
-        480, "Maximum of interleaved rounds; fewer if all ratios are known to 1 %.", "Measure"
+        480, "Maximum number of interleaved rounds; stops early when all ratios are known to 1 %.", "Measure"
     )
     max_seconds: float = setting(60, "Time limit of all rounds, in seconds.", "Measure", ge=1, le=86_400)
     engine: Literal["both", "all", "torch", "compiled", "onnxruntime"] = setting(
@@ -157,7 +157,7 @@ class BenchConfig(ModelDataSettings, InputSettings):
         None, "Exit 1 unless the median latency of a model is within this limit (one image).", "Check", gt=0
     )
     max_drop: MaxDrop = setting(
-        None, "Exit 1 unless a model (within --budget-ms) loses at most so many points.", "Check"
+        None, "Exit 1 unless a model (within --budget-ms) loses at most this many points.", "Check"
     )
     teacher: Path = setting(TeacherPath, "Reference model of all ratios.", "Measure")
     data: str | None = setting(
@@ -188,7 +188,7 @@ class CompareConfig(Settings):
     methods: str = setting("ce,kd", "Methods to compare, joined by commas.", COMPARE, metavar="NAME,NAME,…")
     seeds: str = setting(
         "5",
-        "Number of seeds of each method, from 0 on; or a list, as in 3,7,11 (7, is the one seed 7).",
+        "Number of seeds, from 0 on; or a list of seeds, such as 3,7,11, or 7, for a single one.",
         COMPARE,
         metavar="N|S,S,…",
     )
@@ -239,12 +239,12 @@ class ReproduceConfig(Settings):
 
     method: str = setting(
         "",
-        "The run's method again, if it is code of your own: kd runs no code that only a file names.",
+        "The run's method, if it is custom code: code named only in a file is not run.",
         "Check",
         metavar="MODULE:FUNCTION",
     )
     tolerance: float = setting(
-        0.5, "Points of test accuracy by which the two may differ if their bits do.", "Check", ge=0, le=100
+        0.5, "Allowed difference in test accuracy, in points, if bits differ.", "Check", ge=0, le=100
     )
 
 

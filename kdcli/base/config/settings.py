@@ -23,7 +23,7 @@ from kdcli.base.errors import UsageError
 from kdcli.base.names import DATA_SETS, nearest
 
 DATA, METHOD, OPTIMISER, RUN = "Data", "Method", "Optimiser", "Run"
-INPUT = "Input of a file that kd did not make: (pixel 0–255 · scale − mean) / std"
+INPUT = "Input of models from other programs: (pixel 0–255 · scale − mean) / std"
 OF_METHODS = "Settings of methods"
 
 
@@ -75,7 +75,7 @@ ModelDataSpec = Annotated[
 ImageSize = Annotated[
     int | None,
     option(
-        "Resize images to this many pixels square; by default their size, or 32 if sizes differ.",
+        "Resize images to N × N; by default their own size, or 32 if sizes differ.",
         DATA,
         ge=4,
         le=1024,
@@ -84,15 +84,15 @@ ImageSize = Annotated[
 Crop = Annotated[
     float | None,
     rare_option(
-        "Share of the middle square that is kept, as 0.875 for 224 of 256: images are resized to size / crop, and "
-        "their middle is kept; by default all, or what --student FILE.pt records.",
+        "Centre-crop ratio, such as 0.875 for 224 of 256: resize to size / crop, then crop the centre; by default 1, "
+        "or that recorded in --student FILE.pt.",
         DATA,
         ge=0.25,
         le=1,
     ),
 ]
 SkipBroken = Annotated[
-    bool, rare_option("Skip unreadable images with a note; by default an unreadable image is an error.", DATA)
+    bool, rare_option("Skip unreadable images with a note; by default they are an error.", DATA)
 ]
 CacheDir = Annotated[Path, rare_option("Folder for packed images and teacher logits.", DATA)]
 DataDir = Annotated[Path, rare_option("Folder of downloaded data sets.", DATA)]
@@ -160,21 +160,21 @@ def _as_scale(value: Any) -> str | None:
 
 Layout = Annotated[
     Literal["nchw", "nhwc"] | None,
-    rare_option("Order of its sides; by default as its network needs it.", INPUT),
+    rare_option("Axis order; by default detected.", INPUT),
 ]
 ChannelOrder = Annotated[
-    Literal["rgb", "bgr"] | None, rare_option("Channel order; by default as the file says, else rgb.", INPUT)
+    Literal["rgb", "bgr"] | None, rare_option("Channel order; by default as recorded, else rgb.", INPUT)
 ]
 Scale = Annotated[
     str | None,
     BeforeValidator(_as_scale),
-    rare_option("Factor of the pixels, as 1/255; by default 1.", INPUT, metavar="NUMBER|FRACTION"),
+    rare_option("Factor of the pixels, such as 1/255; by default 1.", INPUT, metavar="NUMBER|FRACTION"),
 ]
 Mean = Annotated[
     str | None,
     BeforeValidator(_as_numbers),
     rare_option(
-        "Mean after scaling, one or one a channel, in the network's order; by default 0.",
+        "Mean after scaling, one or one per channel, in the network's order; by default 0.",
         INPUT,
         metavar="M[,M,M]",
     ),
@@ -186,7 +186,7 @@ Std = Annotated[
 ]
 ClassNames = Annotated[
     Path | None,
-    rare_option("Class names in the order of its outputs: one a line, or JSON.", INPUT, metavar="FILE"),
+    rare_option("Class names in output order: one per line, or JSON.", INPUT, metavar="FILE"),
 ]
 
 
@@ -214,7 +214,7 @@ class PixelSettings(Settings):
         if self.scale is None and small:
             raise ValueError(
                 f"{flag('mean')} and {flag('std')} are those of pixels in 0–1, and no scale is set; "
-                f"add {flag('scale')} 1/255, or {flag('scale')} 1 if it is meant so"
+                f"add {flag('scale')} 1/255, or {flag('scale')} 1 if intended"
             )
         if max(map(abs, mean)) > 256:
             raise ValueError(
@@ -247,11 +247,11 @@ class InputSettings(PixelSettings):
     class_names: ClassNames = None
     crop: Annotated[
         float | None,
-        option("Share of the middle square that it sees, as 0.875 for 224 of 256.", INPUT, ge=0.25, le=1),
+        rare_option("Centre-crop ratio, such as 0.875 for 224 of 256.", INPUT, ge=0.25, le=1),
     ] = None
     image_size: Annotated[
         int | None,
-        option("Height and width of its images, where the file leaves them open.", INPUT, ge=1, le=4096),
+        rare_option("Input size, where the file leaves it open.", INPUT, ge=1, le=4096),
     ] = None
 
     @property

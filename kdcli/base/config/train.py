@@ -75,15 +75,15 @@ class TrainSettings(DataSettings, TeacherInputSettings):
     method: str = setting("kd", "Method, several joined as in kd+at, or package.module:function.", METHOD)
     student: str = setting(
         "lenet",
-        "Network to train: lenet, nin, cifarnet, convnet-small, resnet20, wrn-16-2, vgg8, mobilenetv2-half, … (see "
-        "docs/networks.md); or a checkpoint (.pt) whose weights it starts from.",
+        "Network: lenet, nin, cifarnet, convnet-small, resnet20, wrn-16-2, vgg8, mobilenetv2-half, … (all: "
+        "docs/networks.md); or a checkpoint (.pt) to start from.",
         METHOD,
     )
     teacher: tuple[Path, ...] = setting(
         (TeacherPath,), "Teacher: .pt or ONNX file; repeat to average several.", METHOD, metavar="FILE"
     )
     teacher_weight: tuple[float, ...] = rare(
-        (), "Weight of each teacher in the mean of logits; by default equal.", METHOD, metavar="WEIGHT"
+        (), "Weight of each teacher in the mean logits; by default equal.", METHOD, metavar="WEIGHT"
     )
     assistant: tuple[str, ...] = rare(
         (),
@@ -104,14 +104,14 @@ class TrainSettings(DataSettings, TeacherInputSettings):
         False, "kd, dkd, born-again: standardize the logits of each image (Sun et al. 2024).", OF_METHODS
     )
     student_stages: str = rare(
-        "", "Layers whose maps are compared; by default the network's.", OF_METHODS, metavar="LAYER,LAYER…"
+        "", "Layers of the matched feature maps; by default the stages.", OF_METHODS, metavar="LAYER,LAYER…"
     )
     teacher_stages: str = rare(
-        "", "The same for the teacher; kd info lists layers.", OF_METHODS, metavar="LAYER,LAYER…"
+        "", "The same for the teacher; kd info lists layer names.", OF_METHODS, metavar="LAYER,LAYER…"
     )
     weight: tuple[str, ...] = rare(
         (),
-        "Weight of a term by its method's name or ce; FIRST:LAST changes linearly. Repeat for each term.",
+        "Weight of a loss term, named by its method or ce; FIRST:LAST changes linearly. Repeatable.",
         METHOD,
         metavar="NAME=W|NAME=FIRST:LAST[:EPOCHS]",
     )
@@ -119,15 +119,15 @@ class TrainSettings(DataSettings, TeacherInputSettings):
         None, "Weight of cross-entropy on the labels; by default the method's own.", METHOD, ge=0
     )
     kd_weight: float | None = rare(
-        None, "Weight of the teacher's term; by default the method's own.", METHOD, ge=0
+        None, "Weight of the distillation term; by default the method's own.", METHOD, ge=0
     )
     teacher_dropout: Share = rare(
-        0.0, "Dropout left on in the teacher; above 0 it runs live at each step.", METHOD
+        0.0, "Dropout active in the teacher; above 0 its logits are computed in each step.", METHOD
     )
     teacher_cache: Literal["views", "fixed", "off"] = rare(
         "views",
-        "Run the teacher once on each of --views variants (views), once on the plain images while the student "
-        "sees a new variant each epoch (fixed), or at each step (off).",
+        "Teacher logits: cached for each view (views), cached for the plain images while the student sees new "
+        "views (fixed), or computed in each step (off).",
         METHOD,
     )
     cache_top_k: int = rare(
@@ -135,7 +135,7 @@ class TrainSettings(DataSettings, TeacherInputSettings):
     )
     teacher_precision: Literal["auto", "32", "bf16"] = rare(
         "auto",
-        "auto: the fastest that gives 99.9 % of images the same class as float32; live teachers: float32.",
+        "auto: the fastest that agrees with float32 on 99.9 % of images; live teachers always use float32.",
         METHOD,
     )
 
@@ -155,7 +155,7 @@ class TrainSettings(DataSettings, TeacherInputSettings):
         metavar="FOLDER|ARCHIVE",
     )
     views: int = rare(
-        0, "Distinct variants of each image, cycled over the epochs; 0: automatic.", DATA, ge=0, le=100_000
+        0, "Views (augmented copies) per image, cycled over epochs; 0: automatic.", DATA, ge=0, le=100_000
     )
     preprocess: Literal["mean-std", "mean-image", "gcn-zca", "none"] = rare(
         "mean-std", "Preprocessing of the student's input.", DATA
@@ -169,24 +169,22 @@ class TrainSettings(DataSettings, TeacherInputSettings):
         0, "Images per step; 0: a power of two from 4 to 256 with 20 or more steps an epoch.", OPTIMISER
     )
     lr: float = setting(1e-3, "Maximum learning rate.", OPTIMISER, gt=0, le=100)
-    optimizer: Literal["adam", "adamw", "sgd"] = setting("adam", "sgd has Nesterov momentum 0.9.", OPTIMISER)
+    optimizer: Literal["adam", "adamw", "sgd"] = setting("adam", "sgd: Nesterov momentum 0.9.", OPTIMISER)
     schedule: Literal["step", "cosine", "onecycle"] = setting(
         "onecycle", "step: ÷10 at 80 % of epochs; cosine: to 0; onecycle: up for 30 %, to 0.", OPTIMISER
     )
     weight_decay: float = rare(0.0, "L2 penalty (adamw: decoupled).", OPTIMISER, ge=0, le=1)
-    ema: Share = rare(
-        0.0, "Decay per step of a moving average of the weights, the student; 0: none.", OPTIMISER
-    )
+    ema: Share = rare(0.0, "EMA decay per step; the averaged weights become the student; 0: none.", OPTIMISER)
     width: float = setting(1.0, "Multiplier of the student's channels.", METHOD, gt=0, le=100)
-    dropout: Share = rare(0.5, "Dropout of the student, if it has any.", OPTIMISER)
+    dropout: Share = rare(0.5, "Dropout of the student, if it has dropout layers.", OPTIMISER)
 
     seed: Seed = setting(0, "Seed of initial weights, order, views and noise.", RUN)
     view_seed: Annotated[int | None, Field(ge=0, lt=2**63)] = rare(
         None, "Seed of the views alone, so that runs share cached logits; by default --seed.", RUN
     )
-    precision: Literal["auto", "32", "bf16"] = rare("auto", "auto: measured, the faster one here.", RUN)
+    precision: Literal["auto", "32", "bf16"] = rare("auto", "auto: the faster one, measured.", RUN)
     compile: bool = rare(False, "Compile the student's step (torch.compile).", RUN)
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "auto: a GPU if there is one.", RUN)
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "auto: a GPU if available.", RUN)
     devices: int = rare(
         1, "GPUs, or on a CPU processes, that share each batch; torchrun overrides it.", RUN, ge=1, le=1024
     )
@@ -199,7 +197,7 @@ class TrainSettings(DataSettings, TeacherInputSettings):
         RUN,
         metavar="N|Nsteps|Nmin",
     )
-    keep: int = rare(2, "Saved states to keep: last.pt and those before it.", RUN, ge=1, le=10_000)
+    keep: int = rare(2, "Number of saved states to keep.", RUN, ge=1, le=10_000)
     log_every: int = rare(50, "Steps between lines of metrics.jsonl; 0: a line per epoch.", RUN, ge=0)
     tensorboard: bool = rare(
         False, "Also write metrics for TensorBoard (pip install 'kdcli[tensorboard]').", RUN
