@@ -80,7 +80,6 @@ def _resumed(name: str, options: dict[str, Any], *, alone: bool) -> tuple[RunDir
     run = RunDir.existing(run_to_resume(name))
     config = run.read_config()
     output.settings.follower = _is_follower(config)
-    output.note(f"continuing {run.path.as_posix()}")
     methods.check_typed(config, options.get("method"), str(run.path))  # before its code is imported
     if options.get("method", config.method) != config.method:
         raise UsageError(

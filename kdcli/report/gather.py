@@ -92,7 +92,7 @@ def gather(paths: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
         more = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
         raise KdError(
             f"no finished run to report on: {name}: {why}{more}",
-            "kd train --resume runs/NAME finishes one.",
+            "kd train --resume finishes the newest.",
         )
     return runs, left_out
 
