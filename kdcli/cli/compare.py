@@ -30,7 +30,7 @@ EPILOG = examples(
 )
 
 
-@command(CompareConfig, TrainConfig, metavars={"student": "NETWORK"}, without=_PER_RUN | _CHAIN)
+@command(CompareConfig, TrainConfig, without=_PER_RUN | _CHAIN)
 def compare(
     *,
     recipe: Recipe = None,

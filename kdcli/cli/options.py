@@ -3,7 +3,7 @@
 import inspect
 import os
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -89,16 +89,14 @@ def examples(*commands: str) -> str:
 
 
 def command(
-    *settings: type[Settings], metavars: Mapping[str, str] | None = None, without: Iterable[str] = ()
+    *settings: type[Settings], without: Iterable[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorate a command with one option for each field of `settings`, and with those of every command.
 
     The options given on the command line become its `config`, of the class `settings[0]`; or, where it has no such
     parameter, its `**options`, so that their defaults do not override a recipe.
 
-    Args:
-        metavars: placeholders in --help for values that `config` cannot list (registry names).
-        without: fields that get no option.
+    Fields in `without` get no option.
     """
     fields: dict[str, FieldInfo] = {}
     for kind in settings:
@@ -107,7 +105,7 @@ def command(
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(function, eval_str=True)
         own = {name: p for name, p in signature.parameters.items() if name not in ("config", "options")}
-        parameters = [_parameter(name, field, (metavars or {}).get(name)) for name, field in fields.items()]
+        parameters = [_parameter(name, field) for name, field in fields.items()]
         parameters += own.values()
         parameters += [_keyword(name, False, bool, option) for name, option in _OUTPUT.items()]
         parameters.sort(key=_place)
@@ -165,11 +163,11 @@ def _keyword(name: str, default: Any, kind: Any, option: Any) -> inspect.Paramet
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _parameter(name: str, field: FieldInfo, metavar: str | None) -> inspect.Parameter:
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     extra: Any = field.json_schema_extra or {}
     kind = _value_type(field.annotation)
     choices = get_args(kind) if get_origin(kind) is Literal else ()
-    placeholder = metavar or extra.get("metavar") or "|".join(map(str, choices))
+    placeholder = extra.get("metavar") or "|".join(map(str, choices))
     option = typer.Option(
         extra.get("flag", option_flag(name)),
         *extra.get("flags", []),

@@ -29,7 +29,7 @@ EPILOG = f"[bold]Methods[/bold]  {_METHODS}\n\n" + examples(
 )
 
 
-@command(TrainConfig, metavars={"method": "NAME[+NAME…]", "student": "NETWORK"})
+@command(TrainConfig)
 def train(
     *,
     recipe: Recipe = None,

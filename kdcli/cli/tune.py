@@ -29,7 +29,6 @@ EPILOG = examples(
 
 @command(
     TuneConfig,
-    metavars={"method": "NAME[+NAME…]", "student": "NETWORK"},
     without=("assistant", "generations"),  # a trial trains a single student
 )
 def tune(

@@ -72,12 +72,15 @@ def read_weight(text: str, epochs: int) -> tuple[str, Ramp]:
 class TrainSettings(DataSettings, TeacherInputSettings):
     """`kd train`."""
 
-    method: str = setting("kd", "Method, several joined as in kd+at, or package.module:function.", METHOD)
+    method: str = setting(
+        "kd", "Method, or package.module:function of your own.", METHOD, metavar="NAME[+NAME…]"
+    )
     student: str = setting(
         "lenet",
         "Network: lenet, nin, cifarnet, convnet-small, resnet20, wrn-16-2, vgg8, mobilenetv2-half, … (all: "
         "docs/networks.md); or a checkpoint (.pt) to start from.",
         METHOD,
+        metavar="NETWORK",
     )
     teacher: tuple[Path, ...] = setting(
         (TeacherPath,), "Teacher: .pt or ONNX file; repeat to average several.", METHOD, metavar="FILE"
