@@ -221,6 +221,18 @@ def expand(path: str) -> Path:
         return Path(path)
 
 
+def recorded(path: Path, file: Path) -> Path:
+    """A path that a file names: below the nearest of the folders the file is in, else below the working folder.
+
+    The same place is spelled as the file does.
+    """
+    for folder in (*file.parents, Path()):
+        found = folder / path
+        if os.path.exists(found):  # noqa: PTH110  False for a name that is too long
+            return path if os.path.exists(path) and found.samefile(path) else found  # noqa: PTH110
+    return path
+
+
 def publish(scratch: Path, target: Path) -> None:
     """Sync a scratch folder and rename it, so that its name never stands for files that a power cut loses."""
     for path in scratch.iterdir():

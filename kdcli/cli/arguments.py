@@ -76,11 +76,10 @@ def run_to_resume(name: str) -> Path:
 def data_for(
     model: M,
     path: Path,
-    spec: str,
     config: TestConfig | ValidateConfig,
     on_event: OnEvent,
 ) -> tuple[M, Splits]:
-    """The data set `spec` with images of the model's size and channels, and the model in its order of classes.
+    """The data as set or recorded, with images as the model takes them, and the model in the data's order of classes.
 
     Raises:
         KdError: classes or image sizes do not match, or the data cannot be read.
@@ -90,13 +89,10 @@ def data_for(
     from kdcli.teacher import assumptions
 
     splits = data.load(
-        spec,
-        data_dir=config.data_dir,
-        cache_dir=config.cache_dir,
-        image_size=getattr(config, "image_size", None),
+        **data.source_for(path, model.provenance, config),
+        image_size=config.image_size,
         fit_to=model.input_size,
         crop=model.crop,
-        skip_broken=config.skip_broken,
         on_event=on_event,
     )
     model = in_order_of(model, splits.test.classes)

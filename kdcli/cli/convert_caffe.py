@@ -136,6 +136,7 @@ def _load_data(source: CaffeFiles, config: ConvertConfig, on_event: OnEvent) -> 
             fit_to=source.input_size,
             crop=config.crop or source.crop,
             skip_broken=config.skip_broken,
+            test_fraction=config.test_fraction,
             on_event=on_event,
         )
     except KdError as error:

@@ -44,9 +44,7 @@ def test(
             f"--plot: {len(loaded.classes):,} classes are too many for a figure, which has {_MOST_DRAWN:,} at most",
             "Leave it out; --json has the counts of all confusions.",
         )
-    spec, skip_broken = data.source_for(model, loaded.provenance, config.data, config.skip_broken)
-    config = config.model_copy(update={"skip_broken": skip_broken})
-    loaded, splits = data_for(loaded, model, spec, config, output.on_event)
+    loaded, splits = data_for(loaded, model, config, output.on_event)
     teacher_logits = None
     source, assumed = _teacher(config, loaded.provenance)
     if source is not None:

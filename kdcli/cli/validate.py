@@ -37,7 +37,7 @@ def validate(config: ValidateConfig) -> None:
     teacher = load_model(config.teacher, config.threads, config)
     if config.against is not None and not isinstance(teacher, Classifier):
         raise UsageError("--against compares a .pt teacher", "Convert it with kd convert-caffe --to pt.")
-    teacher, splits = data_for(teacher, config.teacher, config.data, config, output.on_event)
+    teacher, splits = data_for(teacher, config.teacher, config, output.on_event)
     agreement = _compare(teacher, config, splits.test, output.on_event) if config.against else None
     result = evaluate(teacher, splits.test, task="validating", on_event=output.on_event)
     assumptions.check(str(config.teacher), teacher, splits.test, output.on_event, task="trying alternatives")

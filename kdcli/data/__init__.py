@@ -1,4 +1,4 @@
 """Datasets: every source becomes an `ImageSet` of uint8 images."""
 
 from kdcli.data.images import ImageSet, Splits, incompatibility, other_classes, overlap_warning
-from kdcli.data.load import load, source_for
+from kdcli.data.load import load, recorded_source, source_for

@@ -40,8 +40,9 @@ class Request:
     image_size: int | None
     channels: int | None
     on_event: OnEvent
-    skip_broken: bool = False
-    crop: float = 1.0
+    skip_broken: bool
+    crop: float
+    test_fraction: float
 
 
 class LabelledImages(NamedTuple):

@@ -50,6 +50,7 @@ class Splits:
     Attributes:
         overlap: number of test images that are train images too, see `overlap_of`.
         unlabelled: further images to train on, without labels and classes.
+        test_fraction: share of the images that are test images, where a split was made; None for data with one.
     """
 
     spec: str
@@ -59,6 +60,7 @@ class Splits:
     notes: tuple[str, ...] = field(default=())
     unlabelled: ImageSet | None = None
     overlap: int = 0
+    test_fraction: float | None = None
 
     @property
     def trained_on(self) -> ImageSet:

@@ -1,11 +1,15 @@
 """Load a data set by name, or from a folder or archive of images."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from kdcli.base.config import DataSettings, ModelDataSettings
+from kdcli.base.config.settings import TEST_FRACTION
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import Note, OnEvent, Progress, ignore
-from kdcli.base.files import expand, regular_size
+from kdcli.base.files import expand, recorded, regular_size
 from kdcli.base.names import nearest
 from kdcli.base.units import size
 from kdcli.data.datasets import DATASETS, Request, discover
@@ -14,6 +18,8 @@ from kdcli.data.tree import load_tree
 from kdcli.data.unlabelled import add_unlabelled
 
 _MAX_RECORDED_ARCHIVE = 16e9  # bytes of an archive that a model's file names; a typed one has no limit
+# settings of data, beside its name, that a model's file records
+_RECORDED = {"image_size": int, "crop": float, "grey": bool, "skip_broken": bool, "test_fraction": float}
 
 discover()
 
@@ -28,13 +34,14 @@ def load(
     fit_to: tuple[int, int, int] | None = None,
     crop: float = 1.0,
     skip_broken: bool = False,
+    test_fraction: float | None = None,
     unlabelled: Path | None = None,
     on_event: OnEvent = ignore,
 ) -> Splits:
     """A data set: named, a folder or an archive.
 
     Args:
-        spec: a name in `DATASETS`, or a folder or archive with train/<class>/* and test/<class>/*.
+        spec: a name in `DATASETS`, or a folder or archive, see `load_tree`.
         data_dir: folder of the files of named data sets.
         cache_dir: folder of the cache of decoded images.
         image_size: pixels per side; None keeps the images' own size if they share one, else 32.
@@ -43,6 +50,7 @@ def load(
             `image_size` is given, its size.
         crop: share of the shorter side that is kept before the resize, see `decode.resize`.
         skip_broken: leave out broken images, with a note, instead of an error.
+        test_fraction: share of test images where the data has no split.
         unlabelled: a folder or archive of further images to train on; see `add_unlabelled`.
         on_event: receives progress while images are decoded, and the notes of the result.
 
@@ -56,7 +64,10 @@ def load(
     if crop != 1 and image_size is None:
         raise UsageError(f"--crop {crop:g} goes with images of a given square size", "Add --image-size.")
     channels = 1 if grey else fit_to[2] if fit_to is not None and fit_to[2] in (1, 3) else None
-    request = Request(spec, data_dir, cache_dir, image_size, channels, on_event, skip_broken, crop)
+    share = TEST_FRACTION if test_fraction is None else test_fraction
+    if not 0 < share < 1:
+        raise UsageError(f"--test-fraction {share:g}: must be above 0 and below 1")
+    request = Request(spec, data_dir, cache_dir, image_size, channels, on_event, skip_broken, crop, share)
     path = expand(spec)
     if spec in DATASETS:
         splits = DATASETS[spec](request)
@@ -68,12 +79,19 @@ def load(
     if unlabelled is not None:
         splits = add_unlabelled(splits, expand(str(unlabelled)), request)
     splits = replace(splits, train=replace(splits.train, crop=crop), test=replace(splits.test, crop=crop))
+    _tell(splits, test_fraction, on_event)
+    return splits
+
+
+def _tell(splits: Splits, test_fraction: float | None, on_event: OnEvent) -> None:
+    """The notes of a data set that was asked for with this --test-fraction."""
     for note in splits.notes:
         on_event(Note(note))
     if splits.overlap:
         count = f"{splits.overlap:,} of {len(splits.test):,} test images"
         on_event(Note(f"{count} are among the train images, pixel by pixel."))
-    return splits
+    if test_fraction is not None and splits.test_fraction is None:
+        on_event(Note(f"{splits.label} has test images: --test-fraction {test_fraction:g} has no effect."))
 
 
 def _load_path(path: Path, request: Request) -> Splits:
@@ -95,37 +113,57 @@ def _load_path(path: Path, request: Request) -> Splits:
     return replace(splits, notes=(*splits.notes, note))
 
 
-def source_for(
-    model: Path, provenance: dict[str, object], named: str | None, skip_broken: bool
-) -> tuple[str, bool]:
-    """The data to use with a model: named by the user, or else recorded when it was trained.
+def recorded_source(model: Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of data that are recorded in a model's file, which may be of any origin; empty without any."""
+    found = provenance.get("data")
+    if not isinstance(found, Mapping) or not isinstance(spec := found.get("spec"), str) or not spec:
+        return {}
+    if spec not in DATASETS and "\0" not in spec:
+        spec = str(recorded(expand(spec), model))
+    known = {name: found.get(name) for name, kind in _RECORDED.items() if type(found.get(name)) is kind}
+    return {"data": spec, **known}
 
-    Returns:
-        The value of --data, and whether broken images are left out.
+
+def source_for(
+    model: Path, provenance: Mapping[str, Any], config: DataSettings | ModelDataSettings
+) -> dict[str, Any]:
+    """The data to use with a model, as arguments of `load`: as set, or else as recorded when it was trained.
 
     Raises:
         KdError: nothing is recorded, or the recorded path does not exist.
     """
-    if named is not None:
-        return named, skip_broken
-    recorded = provenance.get("data")
-    recorded = recorded if isinstance(recorded, dict) else {}
-    spec = str(recorded.get("spec") or "")
-    if not spec:
-        raise KdError(
-            f"no data set recorded in {model}",
-            "Name it: --data cifar10, --data digits, or a folder or archive of images.",
-        )
-    if spec not in DATASETS:
-        path = expand(spec)
-        try:
-            usable = path.is_dir() or 0 <= regular_size(path) <= _MAX_RECORDED_ARCHIVE
-        except OSError:
-            usable = False
-        if not usable:
+    known, given = recorded_source(model, provenance), config.model_fields_set
+    spec = config.data if "data" in given else None
+    skip_broken = config.skip_broken or (spec is None and known.get("skip_broken", False))
+    if spec is None:
+        spec = known.get("data", config.data)
+        if spec is None:
             raise KdError(
-                f"{model} was trained on {path.name}, which is not here as a folder or an archive of at most "
-                + size(_MAX_RECORDED_ARCHIVE),
-                "Pass it with --data.",
+                f"no data set recorded in {model}",
+                "Name it: --data cifar10, --data digits, or a folder or archive of images.",
             )
-    return spec, skip_broken or recorded.get("skip_broken") is True
+        _check_recorded(spec, model)
+    return {
+        "spec": spec,
+        "skip_broken": skip_broken,
+        "test_fraction": config.test_fraction or known.get("test_fraction"),
+        "data_dir": config.data_dir if "data_dir" in given else recorded(config.data_dir, model),
+        "cache_dir": config.cache_dir,
+    }
+
+
+def _check_recorded(spec: str, model: Path) -> None:
+    """Raise KdError unless the data that a model's file names is a data set, a folder or an archive that is there."""
+    if spec in DATASETS:
+        return
+    path = Path(spec)
+    try:
+        usable = path.is_dir() or 0 <= regular_size(path) <= _MAX_RECORDED_ARCHIVE
+    except (OSError, ValueError):
+        usable = False
+    if not usable:
+        raise KdError(
+            f"{model} was trained on {path.name}, which is not here as a folder or an archive of at most "
+            + size(_MAX_RECORDED_ARCHIVE),
+            "Pass it with --data.",
+        )

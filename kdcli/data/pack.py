@@ -34,17 +34,20 @@ Selection = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class Packed:
-    """A cache entry: its parts by name, the label for tables, notes for the user, and `Splits.overlap`."""
+    """A cache entry: its parts by name, the label for tables, notes for the user, and values of its `Splits`."""
 
     parts: dict[str, ImageSet]
     label: str
     notes: tuple[str, ...]
     overlap: int
+    test_fraction: float | None
 
     def splits(self, spec: str) -> Splits:
         """The parts `train` and `test` as a data set."""
         train, test = self.parts["train"], self.parts["test"]
-        return Splits(spec, self.label, train, test, self.notes, overlap=self.overlap)
+        return Splits(
+            spec, self.label, train, test, self.notes, overlap=self.overlap, test_fraction=self.test_fraction
+        )
 
 
 class Packer:
@@ -127,7 +130,9 @@ class Cache:
             if state not in _verified and sums != _sums(self.folder, meta, self._on_event):
                 raise ValueError("other content")
             _verified.add(state)
-            return Packed(parts, meta["label"], tuple(meta["notes"]), meta["overlap"])
+            return Packed(
+                parts, meta["label"], tuple(meta["notes"]), meta["overlap"], meta.get("test_fraction")
+            )
         except (KdError, OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
             if self.folder.exists():
                 self._on_event(Note(f"the packed images in {self.folder} are damaged and are packed anew"))
@@ -158,6 +163,7 @@ class Cache:
         classes: tuple[str, ...],
         label: str,
         notes: list[str],
+        test_fraction: float | None = None,
     ) -> Packed:
         """Write the selected parts of what was packed as this entry; KdError if it cannot be read back."""
         workspace, images = packer.folder, packer.images()
@@ -179,6 +185,7 @@ class Cache:
             "label": label,
             "classes": classes,
             "notes": notes,
+            "test_fraction": test_fraction,
             "fingerprints": fingerprints,
             "overlap": overlap_of(written["train"], written["test"]) if "test" in written else 0,
         }

@@ -1,9 +1,10 @@
-"""Split of the train images into training and validation samples."""
+"""Split of the train images into training and validation samples, and of unsplit images into train and test."""
+
+from bisect import bisect
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
-
-from kdcli.data import augment
 
 Int64 = npt.NDArray[np.int64]
 
@@ -14,6 +15,8 @@ def split(labels: Int64, fraction: float) -> tuple[Int64, Int64]:
     Every seed and method gets the same split, so that runs can be compared. Of each class at least one is a training
     sample, and of each class of two or more one is a validation sample, unless the fraction is 0.
     """
+    from kdcli.data import augment
+
     least = 1 if fraction > 0 else 0
     samples = np.arange(len(labels))
     shuffled = augment.order(0, augment.SPLIT, samples)
@@ -26,3 +29,14 @@ def split(labels: Int64, fraction: float) -> tuple[Int64, Int64]:
     ]
     chosen = np.sort(np.concatenate(validation)) if validation else samples[:0]
     return np.setdiff1d(samples, chosen), chosen
+
+
+def test_digests(digests: Iterable[bytes], fraction: float) -> set[bytes]:
+    """Those of a class's images, by SHA-256, that are test images: the ones below `fraction` of all possible values.
+
+    Hence an image keeps its side when others are added, and copies of it share it. Of two or more different images
+    at least one is a test image, and one is not.
+    """
+    ordered = sorted(set(digests))
+    count = bisect(ordered, int(fraction * 2**64).to_bytes(8, "big"))
+    return set(ordered[: min(max(count, 1), len(ordered) - 1)])

@@ -1,9 +1,11 @@
-"""Image trees: train/<class>/* and test/<class>/* in a folder or archive."""
+"""Image trees in a folder or archive: train/<class>/* and test/<class>/*, or class folders without a split."""
 
+import hashlib
 import os
+import posixpath
 import unicodedata
 import warnings
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,15 +18,19 @@ from kdcli.base.events import OnEvent, Progress
 from kdcli.data import catalog, decode
 from kdcli.data.datasets import Request
 from kdcli.data.images import Splits
-from kdcli.data.pack import FALLBACK_SIZE, Cache, Selection
+from kdcli.data.pack import FALLBACK_SIZE, Cache, Packer, Selection
 from kdcli.data.sources import Source, open_source
+from kdcli.data.split import test_digests
 
 SPLIT_NAMES = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 BATCH_FILES = 64
 BATCH_BYTES = 8 << 20
 WAITING_BYTES = 64 << 20  # of files that are read and not decoded; one more may be larger
 MAX_LISTED = 3  # broken images named in a note
-LAYOUT_HINT = "It must hold train/<class>/* and test/<class>/* (val and validation stand in for test)."
+LAYOUT_HINT = (
+    "It must hold class folders: train/<class>/* and test/<class>/* (val and validation stand in for test), or "
+    "<class>/* without a split."
+)
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,7 @@ def load_tree(path: Path, request: Request) -> Splits:
         "channels": channels,
         "crop": request.crop,
         "skip_broken": request.skip_broken,
+        "test_fraction": request.test_fraction,
     }
 
     def cache_for(image_size: int | None) -> Cache:
@@ -112,10 +119,13 @@ def load_tree(path: Path, request: Request) -> Splits:
     if packed is not None:
         return packed.splits(request.spec)
     with cache_for(size).packer(size, channels, request.crop) as packer:
-        found = decode_all(
-            source, lambda index, _, pixels: packer.put(index, pixels), request.on_event, request.skip_broken
-        )
+        found, source, split_off = _found(source, packer, request)
         parts, classes, notes = _layout(found, source)
+        if split_off:
+            notes.append(
+                f"{path.name} has no split: {len(parts['test']):,} of {len(found.images):,} images are test images, "
+                f"chosen by their content (--test-fraction {request.test_fraction:g})."
+            )
         if packer.resized and size is None:
             notes.append(
                 f"Images differ in size: cropped to squares and resized to {FALLBACK_SIZE}x{FALLBACK_SIZE}. "
@@ -127,6 +137,7 @@ def load_tree(path: Path, request: Request) -> Splits:
             classes=classes,
             label=catalog.KNOWN_ARCHIVES.get(content, path.resolve().name or str(path)),
             notes=notes + skipped_notes(found, source),
+            test_fraction=request.test_fraction if split_off else None,
         )
     return packed.splits(request.spec)
 
@@ -216,17 +227,13 @@ def _layout(found: Found, source: Source) -> tuple[dict[str, Places], tuple[str,
     Raises:
         KdError: no such layout, or a class that is left empty.
     """
-    path, hint = source.path, LAYOUT_HINT
+    path = source.path
     filled = {(place.split, place.class_name) for place in found.images}
     for name in found.broken:
         place = place_of(name)
         if place is not None and (place.split, place.class_name) not in filled:
-            raise KdError(
-                f"all images of {place.split}/{place.class_name} in {path} are broken, as {name}",
-                "A class needs images: replace them, or remove its folder.",
-            )
-    if source.skipped:
-        hint += f" Skipped {source.skipped} links and special files."
+            raise _all_broken(f"{place.split}/{place.class_name}", source, name)
+    hint = LAYOUT_HINT + f" Skipped {source.skipped} links and special files." * bool(source.skipped)
     by_split: dict[str, Places] = {"train": {}, "test": {}, "val": {}}
     for place, index in found.images.items():
         by_split[place.split][place] = index
@@ -258,6 +265,63 @@ def _layout(found: Found, source: Source) -> tuple[dict[str, Places], tuple[str,
     if absent := sorted(names - tested):
         notes.append(f"No test images of {', '.join(absent)}.")
     return parts, classes, notes
+
+
+def _in_a_folder(name: str) -> Place | None:
+    """An image in any folder, as of a class of that path."""
+    folder = unicodedata.normalize("NFC", name).rpartition("/")[0]
+    return Place("", "", folder, name) if folder and not is_ignored(name) else None
+
+
+def _found(source: Source, packer: Packer, request: Request) -> tuple[Found, Source, bool]:
+    """The packed images, the source as it was read, and whether its images had no split and were given one."""
+    digests: dict[int, bytes] = {}
+
+    def keep(index: int, name: str, pixels: decode.Pixels) -> None:
+        packer.put(index, pixels)
+        digests[index] = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest()
+
+    found = decode_all(source, keep, request.on_event, request.skip_broken)
+    if found.images or found.broken:
+        return found, source, False
+    source = open_source(source.path)
+    found = decode_all(source, keep, request.on_event, request.skip_broken, _in_a_folder)
+    found.images = _split(found, source, digests, request.test_fraction)
+    return found, source, True
+
+
+def _split(found: Found, source: Source, digests: dict[int, bytes], fraction: float) -> Places:
+    """Images of class folders, in `train` and `test` by the SHA-256 of their pixels; empty without class folders.
+
+    Classes are the folders below the deepest one that holds all images; images beside them are left out.
+
+    Raises:
+        KdError: all images of a class are broken.
+    """
+    places = [*found.images, *filter(None, map(_in_a_folder, found.broken))]
+    above = posixpath.commonpath(place.class_name for place in places) if places else ""
+    by_class: dict[str, list[Place]] = defaultdict(list)
+    for place in places:
+        by_class[place.class_name[len(above) :].lstrip("/").partition("/")[0]].append(place)
+    by_class.pop("", None)
+    if {name.lower() for name in by_class} <= SPLIT_NAMES.keys():  # train/* and test/*
+        return {}
+    made: Places = {}
+    for class_name, members in by_class.items():
+        images = {place.name: found.images[place] for place in members if place in found.images}
+        if not images:
+            raise _all_broken(class_name, source, members[0].name)
+        test = test_digests((digests[index] for index in images.values()), fraction)
+        for name, index in images.items():
+            made[Place(above, "test" if digests[index] in test else "train", class_name, name)] = index
+    return made
+
+
+def _all_broken(folder: str, source: Source, name: str) -> KdError:
+    return KdError(
+        f"all images of {folder} in {source.path} are broken, as {name}",
+        "A class needs images: replace them, or remove its folder.",
+    )
 
 
 def _selection(places: Places, classes: tuple[str, ...]) -> Selection:

@@ -245,6 +245,7 @@ def load_data(config: TrainConfig, on_event: OnEvent = ignore) -> Splits:
         fit_to=None if model is None else model.input_size,
         crop=config.crop or (1.0 if model is None else model.crop),
         skip_broken=config.skip_broken,
+        test_fraction=config.test_fraction,
         unlabelled=config.unlabelled,
         on_event=on_event,
     )

@@ -143,6 +143,7 @@ class RunResult(Record):
         val_accuracy: of the last epoch, on `val_images` images; None without a validation split.
         test: figures on the test images; None for a trial of a search, which does not read them.
         test_in_train: number of test images that are train images too.
+        test_fraction: share of the images that the test split took, where the data had none; else None.
         teacher_passes: runs of the teacher over a data set that this run had to make; 0 with a warm cache.
         seconds: wall time of training, without the teacher's passes.
         resumed_with_differences: what was different when the run was resumed, see `identity.differences`; empty if
@@ -160,6 +161,7 @@ class RunResult(Record):
     val_images: Count = 0
     test: Evaluation | None
     test_in_train: Count = 0
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     teacher_passes: Count
     seconds: NonNegative
     images_per_s: NonNegative

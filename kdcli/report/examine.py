@@ -150,8 +150,7 @@ class _Examiner:
         self.config = config
         self.on_event = on_event
         self.sha256, self.unchanged = cache(sha256_file), cache(is_unchanged)
-        load = partial(data.load, data_dir=config.data_dir, cache_dir=config.cache_dir)
-        self.load = cache(partial(load, on_event=self._progress))
+        self.load = cache(partial(data.load, on_event=self._progress))
         self.evaluated: dict[tuple[str, str], tuple[Tensor, TeacherFigures]] = {}
         self.teachers = {sha256: path for path, sha256 in map(recorded_teacher, runs) if path is not None}
         self.inputs = {known.sha256: known.inputs for run in runs for known in teachers_of(run.provenance)}
@@ -165,11 +164,9 @@ class _Examiner:
             KdError: model or data cannot be read.
         """
         # 1. The student on the test images of its data
-        spec, skip_broken = data.source_for(
-            run.student, run.provenance, self.config.data, self.config.skip_broken
-        )
+        source = data.source_for(run.student, run.provenance, self.config)
         model = models.load(run.student)
-        splits = self.load(spec, fit_to=model.input_size, crop=model.crop, skip_broken=skip_broken)
+        splits = self.load(**source, fit_to=model.input_size, crop=model.crop)
         test = splits.test
         if problem := data.incompatibility(model, test):
             raise KdError(f"the student {problem}")

@@ -26,6 +26,7 @@ from kdcli.base.config.settings import (
     RUN,
     DataSettings,
     InputSettings,
+    ModelDataSettings,
     Settings,
     TeacherInputs,
     TeacherInputSettings,

@@ -23,6 +23,7 @@ from kdcli.base.errors import UsageError
 from kdcli.base.names import DATA_SETS, nearest
 
 DATA, METHOD, OPTIMISER, RUN = "Data", "Method", "Optimiser", "Run"
+TEST_FRACTION = 0.2
 INPUT = "Input of models from other programs: (pixel 0–255 · scale − mean) / std"
 OF_METHODS = "Settings of methods"
 
@@ -64,7 +65,8 @@ class Settings(BaseModel):
 DataSpec = Annotated[
     str,
     option(
-        f"{', '.join(DATA_SETS)}, or a folder or archive with train/<class>/* and test/<class>/*.",
+        f"{', '.join(DATA_SETS)}, or a folder or archive of class folders, or with train/<class>/* and "
+        "test/<class>/*; by default what the teacher was trained on, else cifar10.",
         DATA,
         metavar="NAME|PATH",
     ),
@@ -94,6 +96,8 @@ Crop = Annotated[
 SkipBroken = Annotated[
     bool, rare_option("Skip unreadable images with a note; by default they are an error.", DATA)
 ]
+_OF_TEST = f"Share of test images in data without a split; by default the model's, else {TEST_FRACTION:g}."
+TestFraction = Annotated[float | None, rare_option(_OF_TEST, DATA, gt=0, lt=1)]
 CacheDir = Annotated[Path, rare_option("Folder for packed images and teacher logits.", DATA)]
 DataDir = Annotated[Path, rare_option("Folder of downloaded data sets.", DATA)]
 Threads = Annotated[int, option("CPU threads; 0: all available cores.", RUN, ge=0, le=1024)]
@@ -120,6 +124,7 @@ class DataSettings(Settings):
     data: DataSpec = "cifar10"
     image_size: ImageSize = None
     skip_broken: SkipBroken = False
+    test_fraction: TestFraction = None
     data_dir: DataDir = Path("data")
     cache_dir: CacheDir = Path("cache")
 
@@ -129,6 +134,7 @@ class ModelDataSettings(Settings):
 
     data: ModelDataSpec = None
     skip_broken: SkipBroken = False
+    test_fraction: TestFraction = None
     data_dir: DataDir = Path("data")
     cache_dir: CacheDir = Path("cache")
 

@@ -66,13 +66,11 @@ def bench(
     if not candidates:
         raise KdError("no model could be run", " ".join(notes))
     if images is None and config.data is not None:
+        teacher = loaded[paths[0]]
         images = data.load(
-            config.data,
-            data_dir=config.data_dir,
-            cache_dir=config.cache_dir,
-            fit_to=loaded[paths[0]].input_size,
-            crop=loaded[paths[0]].crop,
-            skip_broken=config.skip_broken,
+            **data.source_for(paths[0], teacher.provenance, config),
+            fit_to=teacher.input_size,
+            crop=teacher.crop,
             on_event=on_event,
         )
     # 2. Accuracy, then times.

@@ -131,14 +131,10 @@ def _fitting_data(
 ) -> Splits:
     """The given data, else those that `config` or the provenance names; a KdError if the model cannot take them."""
     if given is None:
-        spec, skip = data.source_for(checkpoint, classifier.provenance, config.data, config.skip_broken)
         given = data.load(
-            spec,
-            data_dir=config.data_dir,
-            cache_dir=config.cache_dir,
+            **data.source_for(checkpoint, classifier.provenance, config),
             fit_to=classifier.input_size,
             crop=classifier.crop,
-            skip_broken=skip,
             on_event=on_event,
         )
     problem = data.incompatibility(classifier, given.train)
