@@ -35,7 +35,7 @@ from kdcli.cli import tune as cli_tune
 from kdcli.data import Splits
 from kdcli.engine import read_metrics
 from kdcli.methods import TrainConfig
-from kdcli.studies.tune import search, summary
+from kdcli.studies.tune import search, study, summary
 from kdcli.studies.tune.search import tune
 from kdcli.studies.tune.space import FIXED, Choice, Range, Space, TuneConfig, read_by, read_space
 from kdcli.studies.tune.study import draw, open_study, read_url, readable_errors
@@ -725,29 +725,60 @@ class Killed(BaseException):
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
+@pytest.mark.parametrize(
+    ("sampler", "kills"),
+    [
+        (
+            "tpe",
+            [(optuna.Trial, "set_user_attr", 10)],
+        ),  # three a trial, the first before its values are drawn
+        ("tpe", [(optuna.Trial, "suggest_int", 4)]),  # the second of a trial's values
+        ("tpe", [(search, "fit", 13)]),
+        ("random", [(search, "fit", 4), (optuna.Study, "tell", 1), (search, "fit", 2)]),
+        ("random", [(search._Search, "_note_end", 14)]),
+    ],
+    ids=["popped", "drawing", "training", "queued again", "ended"],
+)
 def test_a_killed_study_continues_with_the_same_values(
-    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch, sampler: str
+    workplace: Path,
+    splits: Splits,
+    monkeypatch: pytest.MonkeyPatch,
+    sampler: str,
+    kills: list[tuple[Any, str, int]],
 ) -> None:
-    def accuracy(run: TrainConfig, epoch: int) -> float:
-        if run.name == f"trial-{kill:04d}" and run.runs_dir.name == "killed":
-            (run.runs_dir / run.name / ".student.pt.tmp").touch()
-            raise Killed
-        return 50 + 9 * math.log10(run.lr)
+    def run(name: str) -> TuneResult:
+        wanted = {"trials": 14, "sampler": sampler, "pruner": "none"}
+        return search_for(splits, "lr=1e-3:1", "batch-size=8:64", study=name, **wanted)
 
-    monkeypatch.setattr(search, "fit", fake_fit(accuracy))
-    wanted = {"trials": 14, "sampler": sampler, "pruner": "none"}
-    kill = 3
-    whole = search_for(splits, "lr=1e-3:1", "batch-size=8:64", study="whole", **wanted)
-    monkeypatch.setattr(
-        search, "this_process", lambda: f"{host_name()} {2**22 + 1}"
-    )  # no process has this number
-    with pytest.raises(Killed):
-        search_for(splits, "lr=1e-3:1", "batch-size=8:64", study="killed", **wanted)
-    kill = 99
-    cut = search_for(splits, "lr=1e-3:1", "batch-size=8:64", study="killed", **wanted)
-    assert [trial.values for trial in cut.trials] == [trial.values for trial in whole.trials]
-    assert not Path("runs/killed/trial-0003").exists()
+    def kill(owner: Any, name: str, call: int) -> None:
+        """The study runs until the given call of a function."""
+        calls, function = 0, getattr(owner, name)
+
+        def killed(*args: Any, **named: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls < call:
+                return function(*args, **named)
+            if name == "fit":
+                place = args[0].runs_dir / args[0].name
+                place.mkdir(parents=True)
+                (place / ".student.pt.tmp").touch()
+            raise Killed
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(owner, name, killed)
+            run("killed")
+
+    monkeypatch.setattr(search, "fit", fake_fit(lambda run, epoch: 50 + 9 * math.log10(run.lr)))
+    whole = run("whole")
+    for module in (search, study):  # no process has this number
+        monkeypatch.setattr(module, "this_process", lambda: f"{host_name()} {2**22 + 1}")
+    for each in kills:
+        kill(*each)
+    continued = run("killed")
+    assert [trial.values for trial in continued.trials] == [trial.values for trial in whole.trials]
+    assert len(list(Path("runs/killed").glob("*/*.pt"))) == 1
+    assert not list(Path("runs/killed").glob("*/.*.tmp"))
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -1,13 +1,16 @@
 """The search: Optuna samples settings, `engine.fit` trains with them, validation accuracy decides."""
 
 import json
+import math
 import shutil
+import time
 import warnings
 from dataclasses import replace
 from typing import Any
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.trial import TrialState
 
 from kdcli import models
 from kdcli.base import files, runtime
@@ -21,7 +24,6 @@ from kdcli.engine.plan import resolve
 from kdcli.methods import TrainConfig
 from kdcli.studies.tune.space import Space, TuneConfig, apply, candidates, choices, describe, methods_of
 from kdcli.studies.tune.study import (
-    COUNTED,
     GRACE_S,
     PROCESS,
     REASON,
@@ -29,6 +31,7 @@ from kdcli.studies.tune.study import (
     draw,
     make_sampler,
     open_study,
+    queue_trial,
     read_url,
     readable_errors,
     readable_values,
@@ -66,8 +69,7 @@ def tune(config: TuneConfig, space: Space, data: Splits, *, on_event: OnEvent = 
         with files.locked(folder / ".lock", lambda: None), readable_values(url):
             study = open_study(url, config.study_name, settings, config.pruner if comparable else "none")
             trials = trials_of(study)
-            for number in retry_killed(study):
-                shutil.rmtree(config.trial_folder(number), ignore_errors=True)
+            retry_killed(study)
         if not trials and any(folder.glob("trial-*")):
             raise UsageError(
                 f"{folder} holds trials of a study that is not in the storage",
@@ -136,25 +138,24 @@ class _Search:
     def run(self) -> None:
         """Train trials until the study has enough, the time is over, or a signal arrives."""
         config = self.config
-        if count(self.study) >= config.trials:
-            return
-        limit = optuna.study.MaxTrialsCallback(config.trials, states=COUNTED)
-        seconds = 60 * config.timeout if config.timeout else None
+        end = time.monotonic() + 60 * config.timeout if config.timeout else math.inf
         with runtime.stop_on_signals() as stop:
-
-            def after(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-                self._after(trial.number)
-                if stop:
-                    study.stop()
-
             try:
-                self.study.optimize(self._objective, timeout=seconds, callbacks=[after, limit])
+                while count(self.study) < config.trials and not stop and time.monotonic() < end:
+                    queue_trial(self.study)
+                    self.study.optimize(
+                        self._objective,
+                        n_trials=1,
+                        callbacks=[lambda study, trial: self._note_end(trial.number)],
+                    )
+                    self._clear()
             except ValueError:  # Optuna's own, at the end of a trial that is no longer this process's
                 if self.reassigned is None:
                     raise
                 raise self.reassigned from None
             if stop:
                 raise self._stopped(stop.exit_code)
+        self._clear()
         if config.timeout and count(self.study) < config.trials:
             self.note(f"--timeout {config.timeout:g}: no further trial was started")
 
@@ -230,8 +231,8 @@ class _Search:
 
         return on_event
 
-    def _after(self, number: int) -> None:
-        """Note how a trial ended, and of all ended ones keep only the best one's students."""
+    def _note_end(self, number: int) -> None:
+        """Note how a trial ended."""
         trials = trials_of(self.study)
         best = best_of(trials)
         trial = next(one for one in trials if one.number == number)
@@ -242,10 +243,15 @@ class _Search:
         }[trial.state]
         so_far = f"; best so far {best.accuracy:.2f} % in trial {best.number}" if best else ""
         self.on_event(Note(f"trial {number}: {end} with {describe(trial.values)}{so_far}"))
+
+    def _clear(self) -> None:
+        """Remove interrupted runs, and of all other ended ones but the best what they saved."""
+        best = best_of(trials_of(self.study))
         for ended in self.study.get_trials(deepcopy=False):
-            if not ended.state.is_finished():
-                continue
-            for path in self.config.trial_folder(ended.number).glob("**/*.pt"):
+            folder = self.config.trial_folder(ended.number)
+            if ended.state == TrialState.FAIL:
+                shutil.rmtree(folder, ignore_errors=True)
+            for path in folder.glob("**/*.pt") if ended.state.is_finished() else ():
                 if best is None or ended.number != best.number or path.name != "student.pt":
                     path.unlink(missing_ok=True)
 

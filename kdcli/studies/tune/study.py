@@ -24,8 +24,8 @@ from kdcli.base.text import first_line, reason
 from kdcli.engine.identity import differences
 from kdcli.studies.tune.space import Choice, Range, Space, Value, read_by
 
-# user attributes: of a study, its settings; of a trial, why it failed, and `<host> <process>`
-SETTINGS, REASON, PROCESS = "kd", "reason", "process"
+# user attributes: of a study, its settings; of a trial, why it failed, `<host> <process>`, the number it repeats
+SETTINGS, REASON, PROCESS, RETRY_OF = "kd", "reason", "process", "retry of"
 HEARTBEAT_S, GRACE_S = 15, 120  # interval of heartbeats; age at which a trial counts as stale
 RETRIES = 2  # of a trial whose process died
 _LOCK_TIMEOUT_S = 60  # SQLite: how long another process may hold the write lock
@@ -101,19 +101,28 @@ def this_process() -> str:
     return f"{host_name()} {os.getpid()}"
 
 
-def retry_killed(study: optuna.Study) -> list[int]:
-    """Queue the values of running trials again whose process on this host was killed; their numbers.
+def queue_trial(study: optuna.Study) -> None:
+    """Queue a trial unless one is queued; it has this process's name before it runs, for `retry_killed`."""
+    optuna.storages.fail_stale_trials(study)  # these are queued
+    if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        own = {PROCESS: this_process()}
+        study.add_trial(optuna.create_trial(state=TrialState.WAITING, user_attrs=own))
+
+
+def retry_killed(study: optuna.Study) -> None:
+    """Queue running trials again whose process on this host was killed.
 
     Those of other hosts are retried when their heartbeats are stale.
     """
-    killed = []
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+    trials = study.get_trials(deepcopy=False)
+    queued = {trial.user_attrs.get(RETRY_OF) for trial in trials}  # by a process that was killed here
+    for trial in trials:
         host, _, process = str(trial.user_attrs.get(PROCESS, "")).partition(" ")
-        if host == host_name() and process.isdecimal() and not psutil.pid_exists(int(process)):
+        alive = host != host_name() or not process.isdecimal() or psutil.pid_exists(int(process))
+        if trial.state == TrialState.RUNNING and not alive:
+            if trial.number not in queued:  # without values: some may be missing, so all are drawn again
+                study.enqueue_trial({}, user_attrs={PROCESS: this_process(), RETRY_OF: trial.number})
             study.tell(trial.number, state=TrialState.FAIL)
-            study.enqueue_trial(trial.params)
-            killed.append(trial.number)
-    return killed
 
 
 def make_sampler(
@@ -122,10 +131,11 @@ def make_sampler(
     """A sampler for one trial.
 
     Its generator depends on the seed and the number of draws before it: processes that share a study, or continue it,
-    repeat no draw, and trials that are repeated with the same values do not change the later ones.
+    repeat no draw. A trial that repeats another has the draws of that one, and does not change the later ones.
     """
     trials = study.get_trials(deepcopy=False)
-    number -= sum(trial.number < number and "fixed_params" in trial.system_attrs for trial in trials)
+    repeats = [trial for trial in trials if {"fixed_params", "failed_trial"} & trial.system_attrs.keys()]
+    number -= sum(trial.number <= number for trial in repeats)
     own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
     if name == "random":
         return optuna.samplers.RandomSampler(seed=own)
