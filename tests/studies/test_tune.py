@@ -823,6 +823,22 @@ def test_tune_reassigned_trial_counts_once(
     assert [trial.number for trial in found.trials] == [0, 2, 3]
 
 
+@pytest.mark.usefixtures("undrawn")
+def test_tune_counts_the_trials_of_other_processes(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second search starts and ends within the first trial of the first one."""
+
+    def accuracy(run: TrainConfig, epoch: int) -> float:
+        if run.name == "trial-0000" and epoch == 1:
+            search_for(splits, "lr=1e-3:1", trials=3)
+        return 50.0
+
+    monkeypatch.setattr(search, "fit", fake_fit(accuracy))
+    search_for(splits, "lr=1e-3:1", trials=3)
+    assert [trial.state for trial in stored()] == [TrialState.COMPLETE] * 4  # one more than wanted
+
+
 @pytest.mark.slow
 def test_tune_continues_after_sigkill_with_two_processes(workplace: Path) -> None:
     random = np.random.default_rng(0)
