@@ -52,6 +52,9 @@ def test_resize_with_crop_equals_resize_256_crop_224(shape: tuple[int, int], cha
     wanted = square.resize((256, 256), Image.Resampling.BILINEAR).crop((16, 16, 240, 240))
     found = decode.resize(pixels, 224, 0.875)
     assert np.array_equal(found, np.asarray(wanted).reshape(224, 224, channels))
+    odd = square.resize((257, 257), Image.Resampling.BILINEAR).crop((16, 16, 240, 240))  # one more at the end
+    found = decode.resize(pixels, 224, 224 / 257)
+    assert np.array_equal(found, np.asarray(odd).reshape(224, 224, channels))
 
 
 @pytest.mark.parametrize(

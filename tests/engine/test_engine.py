@@ -664,8 +664,11 @@ def test_constants_of_a_preprocessing_are_measured_once(
     assert digest(first.run.student) == digest(second.run.student)
     fit(config(**settings, val_fraction=0.3), splits)
     fit(config(**settings), make_splits(train=87))
-    fit(config(**{**settings, "preprocess": "mean-std"}), splits)
+    plain = fit(config(**{**settings, "preprocess": "mean-std"}), splits)
     assert len(fits) == 4
+    trained_on = splits.train.images[split(splits.train.labels, plain.config.val_fraction)[0]]
+    mean = models.load(plain.run.student).preprocess.mean
+    np.testing.assert_allclose(mean, trained_on.mean(axis=(0, 1, 2)), rtol=1e-6)
     for path in Path("cache/preprocess").iterdir():
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
