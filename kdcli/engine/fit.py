@@ -24,6 +24,7 @@ from kdcli.engine.feed import (
 )
 from kdcli.engine.identity import check_unchanged, differences
 from kdcli.engine.plan import RunPlan, make_plan
+from kdcli.engine.preflight import check_teacher
 from kdcli.engine.records import RunResult, cut_metrics
 from kdcli.engine.run_dir import RunDir, resume_command
 from kdcli.engine.state import Recorder, State
@@ -105,20 +106,18 @@ def _build(plan: RunPlan, resume: RunDir | None, on_event: OnEvent, stop: StopFl
     config, world = plan.config, plan.world
     on_event(Progress("preparing", 0, 0))
     if resume is None:
-        steps = f"{plan.steps_per_epoch:,} steps an epoch in batches of {config.batch_size}"
-        split = f"{len(plan.train_samples):,} images to train on, {len(plan.val_samples):,} for validation"
-        on_event(Note(f"{split}; {steps}"))
+        on_event(Note(plan.summary))
     # 1. The saved state, of the same inputs; student, with its preprocessing
     saved = None if resume is None else _load_newest(plan, resume, on_event)
     student = make_student(config, plan.data.train, plan.labelled_samples, world.device, on_event)
     if student.file_sha256 != plan.inputs.get("student", ""):
-        raise KdError(
-            f"student {config.student} was replaced while it was read", "Type the same command again."
-        )
+        raise KdError(f"student {config.student} was replaced while it was read", "Rerun the same command.")
     if resume is None and world.first:
         RunDir.check_free(config)
-    # 2. Teacher: cached views, or live
+    # 2. Teacher: cached views, or live; its figures on a sample of the batches
+    feed = Feed(plan.train, config.augment, config.augment_seed, plan.train_samples, world.device)
     outputs = make_teacher_outputs(plan, on_event, stop)
+    teacher = world.broadcast(check_teacher(plan, outputs, feed, on_event) if world.first else None)
     warn_of_other_networks(plan, student.arch, on_event)
     # 3. Adapters, optimizer, output scale of a regressing student whose last layer is linear
     stages, adapters = _make_adapters(plan, student, outputs)
@@ -129,9 +128,7 @@ def _build(plan: RunPlan, resume: RunDir | None, on_event: OnEvent, stop: StopFl
         if config.student_file is not None:
             scale.unfold(student.network)
     # 4. Precision and the run's folder
-    run = resume
-    if run is None:
-        plan, run = _open_run(plan, student)
+    plan, run = _open_run(plan, student) if resume is None else (plan, resume)
     # 5. Layers that train the same however a batch is divided, and wherever a run was stopped
     keys = DropoutKeys(config.seed)
     use_sample_dropout(student.network, keys)
@@ -153,7 +150,8 @@ def _build(plan: RunPlan, resume: RunDir | None, on_event: OnEvent, stop: StopFl
         optimizer=optimizer,
         ema=ema,
         scale=scale,
-        feed=Feed(plan.train, config.augment, config.augment_seed, plan.train_samples, world.device),
+        feed=feed,
+        teacher=teacher,
         step=Step(plan, student, adapters, stages, optimizer, scale, keys),
         recorder=Recorder(plan.config, run, plan.objective.terms, state, world),
         state=state,

@@ -69,6 +69,14 @@ class RunPlan:
     chain: TrainConfig | None
 
     @property
+    def summary(self) -> str:
+        """Images and steps, one line."""
+        return (
+            f"{len(self.train_samples):,} images to train on, {len(self.val_samples):,} for validation; "
+            f"{self.steps_per_epoch:,} steps an epoch in batches of {self.config.batch_size}"
+        )
+
+    @property
     def made_with(self) -> dict[str, Any]:
         """Values that must be equal for equal bits, beside `inputs`; complete once `config.precision` is settled."""
         return identity.circumstances(self.environment) | identity.decisive_options(self.config)

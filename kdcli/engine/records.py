@@ -133,6 +133,39 @@ class Unlabelled(Record):
     fingerprint: str
 
 
+class TeacherCheck(Record):
+    """Figures of the teacher before training, on samples of the images; shares in per cent.
+
+    Attributes:
+        images: number of training images in the sample.
+        views: accuracy on the first views of these, as the student sees them.
+        plain: accuracy on the same images without augmentation.
+        validation: accuracy on the validation split, plain; None without one.
+        views_calibration_error, validation_calibration_error: expected calibration errors (Guo et al. 2017).
+        warning: why labels alone may do better; None otherwise.
+    """
+
+    images: Count
+    views: Percent
+    views_calibration_error: NonNegative
+    plain: Percent
+    validation: Percent | None
+    validation_calibration_error: NonNegative | None
+    warning: str | None = None
+
+    @property
+    def summary(self) -> str:
+        """The figures, one line."""
+        held_out = ""
+        if self.validation is not None:
+            error = f"calibration error {self.validation_calibration_error:.1f} %"
+            held_out = f", on validation images {self.validation:.1f} % ({error})"
+        return (
+            f"teacher's accuracy on training views {self.views:.1f} % (calibration error "
+            f"{self.views_calibration_error:.1f} %), on the same images plain {self.plain:.1f} %{held_out}"
+        )
+
+
 class RunResult(Record):
     """`result.json`: a finished run.
 
@@ -144,6 +177,7 @@ class RunResult(Record):
         test: figures on the test images; None for a trial of a search, which does not read them.
         test_in_train: number of test images that are train images too.
         test_fraction: share of the images that the test split took, where the data had none; else None.
+        teacher: its figures before training.
         teacher_passes: runs of the teacher over a data set that this run had to make; 0 with a warm cache.
         seconds: wall time of training, without the teacher's passes.
         resumed_with_differences: what was different when the run was resumed, see `identity.differences`; empty if
@@ -162,6 +196,7 @@ class RunResult(Record):
     test: Evaluation | None
     test_in_train: Count = 0
     test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    teacher: TeacherCheck | None = None
     teacher_passes: Count
     seconds: NonNegative
     images_per_s: NonNegative

@@ -119,7 +119,7 @@ class RunDir:
             number = holder.read_text(encoding="utf-8") if holder.is_file() else "unknown"
             raise UsageError(
                 f"{self.path} is in use: process {number} trains it",
-                "Wait until it ends, or stop it and type the same command again.",
+                "Wait until it ends, or stop it and rerun the same command.",
             )
 
         with locked(self.path / "lock", refuse):

@@ -17,7 +17,7 @@ from kdcli.base.runtime import StopFlag
 from kdcli.data import augment
 from kdcli.engine.feed import Feed, Minibatch, TeacherOutputs
 from kdcli.engine.plan import RunPlan
-from kdcli.engine.records import Evaluation, RunResult, Unlabelled, measure
+from kdcli.engine.records import Evaluation, RunResult, TeacherCheck, Unlabelled, measure
 from kdcli.engine.run_dir import RunDir, resume_command
 from kdcli.engine.state import Recorder, SaveSchedule, State
 from kdcli.engine.step import Ema, Step, learning_rate
@@ -34,7 +34,7 @@ class Trainer:
 
     Attributes:
         plan: the plan, with the precision settled.
-        outputs: those of the teacher.
+        outputs: those of the teacher; `teacher` its figures before training.
         ema: the moving average of the student's weights; None without one.
         scale: the student's output in the teacher's units; None where it needs none.
         state: the position; of a resumed run, that of its newest saved state.
@@ -46,6 +46,7 @@ class Trainer:
     run: RunDir
     student: Classifier
     outputs: TeacherOutputs
+    teacher: TeacherCheck | None
     adapters: Mapping[str, nn.Module]
     optimizer: torch.optim.Optimizer
     ema: Ema | None
@@ -285,6 +286,7 @@ class Trainer:
             test=evaluation,
             test_in_train=plan.data.overlap,
             test_fraction=plan.data.test_fraction,
+            teacher=self.teacher,
             teacher_passes=plan.teacher.views_computed if plan.teacher else 0,
             seconds=seconds,
             images_per_s=len(plan.train_samples) * config.epochs / seconds if seconds else 0.0,

@@ -203,7 +203,7 @@ def test_a_stop_before_the_first_folder_hints_at_the_same_command(taught: Path, 
     shutil.rmtree("cache")
     with pytest.raises(Interrupted) as caught:
         fit_chain(config(**CHAIN), splits, on_event=_StopInLink(0, "teacher", 0))
-    assert caught.value.hint == "Type the same command again."
+    assert caught.value.hint == "Rerun the same command."
     assert not Path("runs").exists()
 
 

@@ -1,0 +1,123 @@
+"""The teacher before the first step: how right it is on what the student will see."""
+
+import hashlib
+from contextlib import suppress
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kdcli import models
+from kdcli.base import metrics
+from kdcli.base.errors import KdError
+from kdcli.base.events import Note, OnEvent
+from kdcli.base.files import cache_folder
+from kdcli.data import augment
+from kdcli.engine.feed import Feed, TeacherOutputs
+from kdcli.engine.plan import RunPlan
+from kdcli.engine.records import TeacherCheck
+from kdcli.models import checkpoint
+
+Int64 = npt.NDArray[np.int64]
+_SAMPLE, _LIVE_SAMPLE = 1024, 256  # images; fewer where the teacher runs on each view
+_VIEWS = 2
+_WEAK = 93.0  # per cent of training images
+_FEW_STEPS = 500
+_WORSE_ON_VIEWS = 3.0  # points
+
+
+def check_teacher(
+    plan: RunPlan, outputs: TeacherOutputs, feed: Feed, on_event: OnEvent
+) -> TeacherCheck | None:
+    """Measure the teacher on training views, on the same images plain, and on the validation split; None without one.
+
+    Of a mixed image the label with the larger share counts.
+    """
+    if plan.teacher is None:
+        return None
+    # 1. Samples
+    order = augment.order(0, augment.SPLIT, plan.labelled_samples)
+    training = np.sort(order[: _SAMPLE if outputs.views else _LIVE_SAMPLE])
+    validation = plan.val_samples[:_SAMPLE]
+    # 2. Plain images
+    plain = _plain_logits(plan, np.concatenate([training, validation]), on_event)
+    labels = torch.from_numpy(plan.train.labels)
+    # 3. Views
+    logits, view_labels = [], []
+    for view in range(min(_VIEWS, plan.config.views)):
+        batch = feed.make(view, training, 1.0, len(training))
+        found, _ = outputs(batch, view)
+        assert found is not None
+        logits.append(found.cpu())
+        own, other = batch.labels, batch.other_labels
+        if other is not None and batch.shares is not None:
+            own = torch.where(batch.shares < 0.5, other, own)
+        view_labels.append(own.cpu())
+    # 4. Figures
+    held_out, held_labels = plain[len(training) :], labels[validation]
+    known = len(validation) > 0
+    on_views, of_views = torch.cat(logits), torch.cat(view_labels)
+    accuracy = metrics.accuracy(on_views, of_views)
+    on_plain = metrics.accuracy(plain[: len(training)], labels[training])
+    check = TeacherCheck(
+        images=len(training),
+        views=accuracy,
+        views_calibration_error=metrics.calibration_error(on_views, of_views),
+        plain=on_plain,
+        validation=metrics.accuracy(held_out, held_labels) if known else None,
+        validation_calibration_error=metrics.calibration_error(held_out, held_labels) if known else None,
+        warning=warning_of(on_plain, accuracy, plan.steps),
+    )
+    on_event(Note(check.summary))
+    if check.warning:
+        on_event(Note(check.warning))
+    return check
+
+
+def warning_of(plain: float, views: float, steps: int) -> str | None:
+    """Warning where a teacher may cost more than it gives; None for the others.
+
+    Thresholds: `benchmarks/teacher_quality.py`, results in docs/methods.md.
+
+    Args:
+        plain, views: its accuracy on training images and on their views, per cent.
+    """
+    if plain < _WEAK:
+        cause = f"the labels are right on all training images, the teacher on {plain:.1f} %"
+        cure = "a better teacher, or a higher --ce-weight"
+        if plain - views > _WORSE_ON_VIEWS:
+            cause += f" ({views:.1f} % of their views)"
+            cure = f"--augment none, a teacher trained with these views, {cure.removeprefix('a better teacher, ')}"
+    elif steps < _FEW_STEPS:
+        cause = f"{steps:,} steps are few to learn soft targets"
+        cure = "more --epochs, or a smaller --batch-size"
+    else:
+        return None
+    return f"labels alone (--method ce) may do better: {cause}. Consider {cure}"
+
+
+def _plain_logits(plan: RunPlan, samples: Int64, on_event: OnEvent) -> Tensor:
+    """The teacher's logits (N, classes) for training images without augmentation, measured once and cached."""
+    teacher, train = plan.teacher, plan.train
+    assert teacher is not None
+    recipe = {
+        "teacher": [(member.sha256, member.weight, member.assumed.given) for member in teacher.members],
+        "data": train.fingerprint,
+        "samples": hashlib.sha256(samples.tobytes()).hexdigest(),
+    }
+    path = cache_folder(plan.config.cache_dir, "teacher-sample", recipe).with_suffix(".pt")
+    kept = checkpoint.load_plain(path)
+    if kept is not None:
+        return kept["logits"]
+    live = teacher.live()
+    logits = models.predict_logits(
+        lambda images: live(images.to(plan.world.device), 0, samples),
+        train.images,
+        samples,
+        task="teacher on a sample of plain images",
+        on_event=on_event,
+    )
+    with suppress(KdError):  # without a place to keep them, they are computed again
+        checkpoint.save_plain(path, {"logits": logits})
+    return logits

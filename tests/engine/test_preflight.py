@@ -1,0 +1,97 @@
+"""The teacher's figures before training: those of its outputs; warnings where labels alone may do better."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kdcli import models
+from kdcli.base.events import Event, Note
+from kdcli.data import Splits, augment
+from kdcli.data.split import split
+from kdcli.engine import fit, read_result
+from kdcli.engine.preflight import warning_of
+from tests.helpers import config, make_splits
+
+
+@pytest.fixture
+def splits() -> Splits:
+    return make_splits(size=(8, 8, 3))
+
+
+def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
+    return 100 * float(np.mean(logits.argmax(1) == labels))
+
+
+@pytest.mark.parametrize("method", ["kd", "at"])
+def test_figures_are_those_of_the_teachers_outputs(workplace: Path, splits: Splits, method: str) -> None:
+    """Two flips of each image; `kd` reads them from the cache, `at` runs the teacher."""
+    teacher = fit(config(method="ce", epochs=2, name="t", val_fraction=0.2), splits).run.student
+    notes: list[Event] = []
+    result = fit(
+        config(method=method, teacher=teacher, augment="flip", epochs=1, name="s", val_fraction=0.2),
+        splits,
+        on_event=notes.append,
+    )
+    check = result.teacher
+    assert check is not None and read_result(result.run.result_file).teacher == check
+    training, validation = split(splits.train.labels, 0.2)
+    model, images, labels = models.load(teacher).eval(), splits.train.images, splits.train.labels
+
+    def outputs(pixels: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return model(torch.from_numpy(np.ascontiguousarray(pixels))).numpy()
+
+    both = np.concatenate(
+        [images[training], images[training][:, :, ::-1]]
+    )  # view 0 and 1 hold both of each image
+    assert check.images == len(training)
+    assert check.views == pytest.approx(accuracy(outputs(both), np.tile(labels[training], 2)), abs=0.6)
+    assert check.plain == pytest.approx(accuracy(outputs(images[training]), labels[training]), abs=0.6)
+    assert check.validation == pytest.approx(
+        accuracy(outputs(images[validation]), labels[validation]), abs=0.6
+    )
+    texts = [event.text for event in notes if isinstance(event, Note)]
+    assert check.summary in texts and check.warning in texts  # one epoch is few steps
+
+
+def test_a_run_without_a_teacher_has_no_figures_of_one(workplace: Path, splits: Splits) -> None:
+    assert fit(config(method="ce", epochs=1), splits).teacher is None
+
+
+def test_of_mixed_images_the_label_with_the_larger_share_counts(workplace: Path, splits: Splits) -> None:
+    teacher = fit(config(method="ce", epochs=2, name="t"), splits).run.student
+    settings = config(method="kd", teacher=teacher, augment="mixup", views=2, epochs=2, val_fraction=0.0)
+    check = fit(settings, splits).teacher
+    samples = np.arange(len(splits.train))
+    model, right = models.load(teacher).eval(), []
+    for view in range(2):
+        pixels = augment.make_view(
+            "mixup", lambda n: torch.from_numpy(splits.train.images[n]), 0, view, samples, samples
+        )
+        mixed = augment.mixing("mixup", 0, view, samples, samples)
+        assert mixed is not None
+        labels = splits.train.labels[np.where(mixed.shares < 0.5, mixed.partners, samples)]
+        with torch.inference_mode():
+            right.append(model(pixels).argmax(1).numpy() == labels)
+    assert check is not None and check.validation is None
+    assert check.views == pytest.approx(100 * np.mean(right), abs=0.6)
+
+
+@pytest.mark.parametrize(
+    ("plain", "views", "steps", "words"),
+    [
+        (89.5, 85.8, 3000, ("teacher on 89.5 % (85.8 % of their views)", "--augment none")),
+        (89.5, 89.0, 3000, ("teacher on 89.5 %. Consider a better teacher",)),
+        (20.0, 20.0, 10, ("teacher on 20.0 %",)),
+        (99.0, 70.0, 499, ("499 steps are few", "--epochs")),
+        (95.0, 94.5, 500, None),
+    ],
+)
+def test_warnings(plain: float, views: float, steps: int, words: tuple[str, ...] | None) -> None:
+    found = warning_of(plain, views, steps)
+    assert (found is None) == (words is None)
+    assert all(word in (found or "") for word in words or ())
