@@ -16,7 +16,7 @@ import torch
 
 from kdcli.base.config import ExportConfig
 from kdcli.base.errors import KdError, UsageError
-from kdcli.data.preprocess import PREPROCESSES, fit
+from kdcli.data.preprocess import PREPROCESSES, MeanImage, fit
 from kdcli.deploy.export import ExportResult, default_output, export, exporter, job, parity
 from kdcli.deploy.export.job import disjoint_indices
 from kdcli.deploy.onnx_model import OnnxClassifier, OnnxRunner, count_model
@@ -409,6 +409,8 @@ def test_damaged_metadata_is_an_error(tmp_path: Path, plain: tuple[Classifier, E
     for key, value in (
         ("kd.classes", "[1"),
         ("kd.preprocess", "[]"),
+        ("kd.preprocess", encode_preprocess(MeanImage(torch.zeros(1, 5, 7)))),
+        ("kd.provenance", '{"a": ' * 900 + "1" + "}" * 900),
         ("kd.provenance", "3"),
         ("kd.classes", "[]"),
     ):

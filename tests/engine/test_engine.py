@@ -354,7 +354,7 @@ def test_folding_changes_no_logit() -> None:
 
 def test_other_names_or_order_of_classes_are_refused(trained_teacher: Path, splits: Splits) -> None:
     train = splits.train
-    for names in (("class 0", "class 1", "ape"), train.classes[::-1]):
+    for names in (("class 0", "class 1", "ape"), train.classes[::-1], ("0", "1", "2")):
         other = replace(splits, train=replace(train, classes=names, fingerprint="f" * 64))
         with pytest.raises(KdError, match="where the data has"):
             fit(config(method="kd", teacher=trained_teacher), other)

@@ -283,8 +283,8 @@ def choose_output(path: Path, values: Mapping[str, npt.NDArray[Any]], images: in
             )
         raise KdError(
             problem,
-            "A classifier gives float (images, classes), as skl2onnx.to_onnx(…, options={'zipmap': False}) does; "
-            "detectors and segmenters do not.",
+            "A classifier gives float (images, classes), unlike detectors and segmenters; skl2onnx.to_onnx needs "
+            "options={'zipmap': False} for it.",
         )
     vectors = all(sum(side != 1 for side in value.shape[1:]) <= 1 for value in values.values())
     for form in _NAMES_OF_OUTPUTS if vectors else _NAMES_OF_OUTPUTS[:2]:  # a detector's may be named scores
