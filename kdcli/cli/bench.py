@@ -12,7 +12,7 @@ import typer
 from kdcli.base import units
 from kdcli.base.config import BenchConfig
 from kdcli.base.errors import KdError
-from kdcli.base.files import write_text
+from kdcli.base.files import sha256_file, write_text
 from kdcli.cli import output
 from kdcli.cli.arguments import check_output_files, existing_model
 from kdcli.cli.options import command, examples
@@ -44,13 +44,13 @@ def bench(
     from kdcli.deploy.bench import bench as run_benchmark
     from kdcli.deploy.bench import default_models, to_csv, to_markdown
 
-    paths = _models(model, config) if model else default_models(config)
+    paths = _distinct(_models(model, config) if model else default_models(config))
     if config.plot is not None:
         plotting.check_target(config.plot)
     check_output_files(config.csv, config.markdown)
     result = run_benchmark(paths, config, on_event=output.on_event, skip=not model)
     output.json(asdict(result))
-    _show(result)
+    _show(result, config.details)
     if config.plot is not None:
         report.pareto(result.rows, config.plot)
         output.text(f"wrote {config.plot.as_posix()}")
@@ -70,11 +70,21 @@ def _models(named: list[Path], config: BenchConfig) -> list[Path]:
     return paths
 
 
+def _distinct(paths: list[Path]) -> list[Path]:
+    """The first of files with the same content; ONNX files may hold their weights in files of their folder."""
+    first: dict[tuple[str, Path | None], Path] = {}
+    for path in paths:
+        place = path.resolve().parent if path.suffix.lower() == ".onnx" else None
+        kept = first.setdefault((sha256_file(path), place), path)
+        if kept != path:
+            output.note(f"{path} has the same content as {kept}")
+    return list(first.values())
+
+
 def _check(result: BenchResult, config: BenchConfig) -> None:
     """Name the models within --budget-ms and --max-drop.
 
-    Raises:
-        KdError: there is none.
+    Raises KdError if there is none.
     """
     if result.within_limits is None:
         return
@@ -89,7 +99,7 @@ def _check(result: BenchResult, config: BenchConfig) -> None:
             f"no model is {text}",
             "Accuracy is not known for all models: pass --data." if unknown else "See the table for the gap.",
         )
-    first, *others = (f"{name} ({_short(engine)})" for name, engine in result.within_limits)
+    first, *others = (f"{name} ({_ENGINES[engine]})" for name, engine in result.within_limits)
     output.text(f"fastest model {text}: {first}{'; also: ' if others else ''}{', '.join(others)}")
 
 
@@ -98,7 +108,12 @@ def _peak_memory(row: Row) -> str:
     return "—" if peak is None else units.size(peak)
 
 
+_ENGINES = {"onnxruntime": "ort", "compiled": "comp.", "torch": "torch"}
 Column = tuple[str, Callable[["Row"], str]]
+_NAME: list[Column] = [
+    ("model", lambda row: row.name),
+    ("engine", lambda row: _ENGINES[row.engine] + ("" if row.precision == "fp32" else f" {row.precision}")),
+]
 _MAIN: list[Column] = [
     ("size", lambda row: units.size(row.network_bytes)),
     ("ms", lambda row: output.number(row.latency_ms, ".3g")),
@@ -106,51 +121,83 @@ _MAIN: list[Column] = [
     ("faster", lambda row: _ratio(row.speedup)),
     ("smaller", lambda row: _ratio(row.size_ratio)),
     ("acc %", lambda row: output.number(row.accuracy) + "*" * (row.accuracy_source == "recorded")),
+    ("agree", lambda row: output.number(row.agreement, ".1f")),
 ]
-_AGREEMENT: list[Column] = [("agree", lambda row: output.number(row.agreement, ".1f"))]
-_SPEED: list[Column] = [
+_DETAILS: list[Column] = [
     ("95 % of faster", lambda row: "—" if row.is_teacher else output.interval(row.speedup_interval)),
-    ("verdict", lambda row: "teacher" if row.is_teacher else row.speed or "—"),
     ("p90", lambda row: output.number(row.latency_p90_ms, ".3g")),
     ("p95", lambda row: output.number(row.latency_p95_ms, ".3g")),
     ("p99", lambda row: output.number(row.latency_p99_ms, ".3g")),
-]
-_EXTENT: list[Column] = [
-    ("param.", lambda row: units.count(row.parameters)),
     ("MACs", lambda row: "—" if row.macs is None else units.count(row.macs)),
-    ("file", lambda row: units.size(row.file_bytes)),
 ]
 _FOOTPRINT: list[Column] = [
+    ("param.", lambda row: units.count(row.parameters)),
+    ("file", lambda row: units.size(row.file_bytes)),
     ("load", lambda row: output.number(getattr(row.footprint, "load_ms", None), ".3g")),
     ("1st", lambda row: output.number(getattr(row.footprint, "first_ms", None), ".3g")),
     ("memory", _peak_memory),
 ]
 
 
-def _show(result: BenchResult) -> None:
-    first, cpu = result.rows[0], result.environment["cpu"]["model"]
-    has_agreement = any(row.agreement is not None for row in result.rows)
-    has_footprint = any(row.footprint is not None for row in result.rows)
-    output.text(f"{cpu}, {result.threads} threads; ratios to {result.teacher} on the same engine")
-    _table(result.rows, _MAIN + _AGREEMENT * has_agreement, marked=0)
-    _table(result.rows, _SPEED)
-    _table(result.rows, _EXTENT + _FOOTPRINT * has_footprint)
+def _show(result: BenchResult, details: bool) -> None:
+    cpu = result.environment["cpu"]["model"]
+    output.text(f"{cpu}, {result.threads} threads; faster and smaller than {result.teacher}, by engine")
+    rows = result.rows if details else _of_each_file(result.rows)
+    tested = any(row.agreement is not None for row in rows)
+    _table(rows, _MAIN if tested else _MAIN[:-1], marked=0)
+    for row in rows:
+        if not row.is_teacher:
+            output.text(_verdict(row, result.rows[0]))
+    output.text("", *result.notes, *(f"{row.name}: {note}" for row in rows for note in row.notes))
+    if any(row.accuracy_source == "recorded" for row in rows):
+        output.text("* recorded in the file when it was trained; --data measures it")
+    if result.data_label:
+        output.text(f"accuracy and agreement: {result.test_images:,} test images of {result.data_label}")
+    output.text(f"ms: one image, median of {rows[0].latency_n:,}; img/s: batches of {max(result.batches)}")
+    if details:
+        _show_details(result)
+
+
+def _of_each_file(rows: Sequence[Row]) -> list[Row]:
+    """One row for each file: of onnxruntime, which deploys it, or else of the first engine."""
+    order = sorted(rows, key=lambda row: row.engine != "onnxruntime")
+    chosen = {row.path: row for row in reversed(order)}.values()
+    return [row for row in rows if any(row is one for one in chosen)]
+
+
+def _verdict(row: Row, teacher: Row) -> str:
+    """`kd: 3.65× faster (3.41–3.80), 150× smaller, accuracy 0.83 points lower`."""
+    speed, comma, rest = row.verdict.partition(",")
+    if row.speedup_interval and row.speed in ("faster", "slower"):
+        low, high = row.speedup_interval
+        speed += f" ({output.interval((low, high) if row.speed == 'faster' else (1 / high, 1 / low))})"
+    text = f"{'warning: ' * row.worse}{row.name}: {speed}{comma}{rest}"
+    if row.accuracy is None or teacher.accuracy is None:
+        return text
+    points = row.accuracy - teacher.accuracy
+    change = f"{abs(points):.2f} points {'higher' if points > 0 else 'lower'}" if points else "unchanged"
+    return f"{text}, accuracy {change}"
+
+
+def _show_details(result: BenchResult) -> None:
+    first = result.rows[0]
+    output.text()
+    _table(result.rows, _DETAILS)
+    _table(result.rows, _FOOTPRINT)
     paces = ", ".join(f"{size}: {units.count(pace)}" for size, pace in first.throughput.items())
     output.text(
-        f"ms, p90, p95, p99: one image, n = {first.latency_n:,} in {result.rounds} rounds; prepared input",
-        f"img/s: batches of {max(result.batches)}; of {first.name} ({_engine(first)}) by batch: {paces}",
+        f"ms, p90, p95, p99: prepared input, {result.rounds} rounds; img/s of {first.name} by batch: {paces}",
         "faster, smaller: teacher ÷ model; size: the network alone; under 2 %: no difference",
+        "load: ms, file → ready; 1st: ms, first output; memory: peak of a process for this model alone",
     )
-    if has_footprint:
-        output.text(
-            "load: ms, file → ready; 1st: ms, first output; memory: peak of a process for this model alone"
-        )
-    for line in _footnotes(result):
-        output.text(line)
+    for row in {row.path: row for row in result.rows}.values():
+        if row.preprocessing_bytes > 0.05 * row.network_bytes:
+            sizes = units.size(row.file_bytes), units.size(row.preprocessing_bytes)
+            output.text(f"{row.name}: {sizes[1]} of the file's {sizes[0]} are preprocessing")
 
 
 def _table(rows: Sequence[Row], columns: Sequence[Column], marked: int = -1) -> None:
-    columns = [("model", lambda row: row.name), ("engine", _engine), *columns]
+    columns = [*_NAME, *columns]
     cells = [[cell(row) for _, cell in columns] for row in rows]
     output.table([title for title, _ in columns], cells, left=2, marked=marked)
     output.text()
@@ -158,30 +205,3 @@ def _table(rows: Sequence[Row], columns: Sequence[Column], marked: int = -1) -> 
 
 def _ratio(value: float | None) -> str:
     return output.number(value, ".2f" if value is not None and value < 9.95 else ",.0f", "×")
-
-
-def _engine(row: Row) -> str:
-    return _short(row.engine) + ("" if row.precision == "fp32" else f" {row.precision}")
-
-
-def _short(engine: str) -> str:
-    return {"onnxruntime": "ort", "compiled": "comp."}.get(engine, engine)
-
-
-def _footnotes(result: BenchResult) -> list[str]:
-    lines = list(result.notes)
-    if any(row.accuracy_source == "recorded" for row in result.rows):
-        lines.append("* recorded in the file when it was trained; --data measures it")
-    if result.data_label:
-        lines.append(f"accuracy and agreement: {result.test_images:,} test images of {result.data_label}")
-    files = {row.path: row for row in result.rows}
-    for row in files.values():
-        if row.preprocessing_bytes > 0.05 * row.network_bytes:
-            sizes = units.size(row.file_bytes), units.size(row.preprocessing_bytes)
-            lines.append(f"{row.name}: {sizes[1]} of the file's {sizes[0]} are preprocessing")
-    for row in result.rows:
-        label = f"{row.name} ({_short(row.engine)})"
-        if row.worse:
-            lines.append(f"{label} is slower or bigger than its teacher: {row.verdict}")
-        lines += [f"{label}: {note}" for note in row.notes]
-    return lines

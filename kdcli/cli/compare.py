@@ -88,7 +88,7 @@ def _show(result: Comparison, plan: Plan) -> None:
 
     output.text(
         f"{result.student} on {result.data}: {len(result.methods)} methods × {len(result.seeds)} seeds, "
-        f"{result.epochs} epochs"
+        f"{result.epochs} epoch{'s' * (result.epochs != 1)}"
     )
     output.table(
         ["method", "runs", "test %", f"vs {result.baseline}", "95 % interval", "p (Holm)", "verdict"],
@@ -102,7 +102,8 @@ def _show(result: Comparison, plan: Plan) -> None:
         output.text("one seed gives no interval, so there is no verdict; use --seeds 5")
     for line in result.notes:
         output.note(line)
+    if result.teacher_passes:
+        output.text(f"teacher evaluated on {result.teacher_passes} sets of images, all runs together")
     output.text(
-        f"teacher evaluated on {result.teacher_passes} sets of images, all runs together",
         f"wrote {plan.result_file.as_posix()} and figure.svg beside it",
     )

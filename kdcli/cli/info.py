@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -56,18 +57,6 @@ def info(
 
 
 def _show(model: str, found: ModelInfo) -> None:
-    rows = [
-        [
-            layer.name,
-            layer.kind,
-            dims(layer.output) if layer.output else "—",
-            f"{layer.parameters:,}" if layer.parameters else "",
-            "—" if layer.macs is None else f"{layer.macs:,}" if layer.macs else "",
-        ]
-        for layer in found.layers
-    ]
-    output.table(["layer", "operation", "output", "parameters", "MACs"], rows, left=3)
-    output.text()
     more = len(found.classes) - _MAX_CLASSES
     classes = ", ".join(found.classes[:_MAX_CLASSES]) + (f" and {more} more" if more > 0 else "")
     facts = {
@@ -84,8 +73,21 @@ def _show(model: str, found: ModelInfo) -> None:
         values = [f"{key} {value}" for key, value in found.preprocess.items() if key != "name"]
         facts["preprocessing"] = ", ".join([str(found.preprocess["name"]), *values])
     if found.file_bytes is not None:
-        facts |= {"file": units.size(found.file_bytes), "SHA-256": str(found.sha256)}
-    output.table(["", ""], [*map(list, facts.items()), *_flat(found.provenance)], left=2)
+        facts |= {"file": units.size(found.file_bytes), "SHA-256": _short(str(found.sha256))}
+    title, *rest = map(list, facts.items())
+    output.table(title, [*rest, *_flat(found.provenance)], left=2)
+    output.text()
+    rows = [
+        [
+            layer.name,
+            layer.kind,
+            dims(layer.output) if layer.output else "—",
+            f"{layer.parameters:,}" if layer.parameters else "",
+            "—" if layer.macs is None else f"{layer.macs:,}" if layer.macs else "",
+        ]
+        for layer in found.layers
+    ]
+    output.table(["layer", "operation", "output", "parameters", "MACs"], rows, left=3)
 
 
 def _flat(values: dict[str, Any], before: str = "") -> Iterator[list[str]]:
@@ -95,6 +97,13 @@ def _flat(values: dict[str, Any], before: str = "") -> Iterator[list[str]]:
         if isinstance(value, dict):
             yield from _flat(value, name)
         elif isinstance(value, str):
-            yield [name, value]
+            yield [name, _short(value)]
+        elif isinstance(value, float):
+            yield [name, f"{value:.6g}"]
         elif value is not None:
             yield [name, json.dumps(value, ensure_ascii=False, default=str)]
+
+
+def _short(text: str) -> str:
+    """A SHA-256 by its first digits, to fit a line; --json has all."""
+    return f"{text[:16]}…" if re.fullmatch("[0-9a-f]{64}", text) else text

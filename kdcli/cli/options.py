@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -126,7 +127,9 @@ def command(
                 function(**arguments, **options)
 
         run.__name__ = function.__name__
-        run.__doc__ = function.__doc__
+        run.__doc__ = re.sub(
+            r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function) or ""
+        )  # wrapped by the terminal
         run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
@@ -159,6 +162,8 @@ def _place(parameter: inspect.Parameter) -> int:
 
 
 def _keyword(name: str, default: Any, kind: Any, option: Any) -> inspect.Parameter:
+    if kind in (bool, bool | None):
+        option.metavar = ""  # a flag takes no value
     annotation = Annotated[kind, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 

@@ -71,7 +71,7 @@ def _print(console: Console, line: Text) -> None:
 def text(*lines: str) -> None:
     """Print lines of a result on stdout, unless --json is given."""
     console = _stdout()
-    for line in lines:
+    for line in lines or ("",):
         _print(console, Text(printable(line)))
 
 
@@ -124,18 +124,14 @@ def _finite(value: Any) -> Any:
     return value.as_posix() if isinstance(value, Path) else value
 
 
-def table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", left: int = 1, marked: int = -1
-) -> None:
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, marked: int = -1) -> None:
     """Print a table on stdout, unless --json is given.
 
     Args:
         left: number of leading left-aligned text columns; the others are numbers, right-aligned.
         marked: index of a row printed bold.
     """
-    drawn = Table(
-        title=Text(printable(title)) if title else None, title_justify="left", box=None, pad_edge=False
-    )
+    drawn = Table(box=None, pad_edge=False)
     for index, name in enumerate(columns):
         drawn.add_column(
             Text(printable(name)),

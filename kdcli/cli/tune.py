@@ -104,7 +104,8 @@ def _show(result: TuneResult, config: TuneConfig, again: str) -> None:
         for trial in finished[:_TOP]
     ]
     columns = ["trial", *(option_flag(name)[2:] for name in names), "val %"]
-    output.table(columns, rows, title=f"best of {len(finished)} finished trials", marked=0)
+    output.text(f"best of {len(finished)} finished trials")
+    output.table(columns, rows, marked=0)
     output.text()
     if result.importance:
         shares = [[option_flag(name), f"{100 * share:.0f} %"] for name, share in result.importance.items()]

@@ -70,6 +70,7 @@ def fit(
     with runtime.stop_on_signals() as stop, world.report_lost_process(), ExitStack() as stack:
         if resume is not None and world.first:
             stack.enter_context(resume.held())
+        on_event(Progress("preparing", 0, 0))
         runtime.set_threads(config.threads, world.local_size)
         runtime.keep_freed_memory()
         trainer = _build(make_plan(config, data, world, test=test, chain=chain), resume, on_event, stop)
@@ -104,7 +105,6 @@ def single_process(config: TrainConfig) -> World:
 def _build(plan: RunPlan, resume: RunDir | None, on_event: OnEvent, stop: StopFlag) -> Trainer:
     """Make or restore all parts of a run. A user's mistakes are found before the folder is made."""
     config, world = plan.config, plan.world
-    on_event(Progress("preparing", 0, 0))
     if resume is None:
         on_event(Note(plan.summary))
     # 1. The saved state, of the same inputs; student, with its preprocessing

@@ -235,7 +235,8 @@ def test_progress_notes_and_tracebacks_do_not_steer_the_terminal(
     output.on_event(Note(STEERING))
     output.note(output.activity.line())
     output.next_command(f"kd export {STEERING}")
-    output.table([STEERING, "b"], [], title=STEERING)
+    output.table([STEERING, "b"], [])
+    output.text(STEERING)
     output.settings.debug = True
     try:
         raise KdError(STEERING, STEERING)

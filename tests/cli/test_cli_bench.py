@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,29 @@ def test_bench_table_fits_80_columns(kd: Any, workplace: Path) -> None:
     assert "97.50*" in done.stdout
     assert "93.25*" in done.stdout
     assert "recorded in the file" in done.stdout
-    assert "is slower or bigger than its teacher" in done.stdout
+    assert "warning: noisy-convnet-small-12: " in done.stdout
     assert "× bigger" in done.stdout
     assert Path("b.svg").is_file()
     assert "wrote b.svg" in done.stdout
+
+
+def test_bench_is_one_table_and_a_sentence_for_each_student(kd: Any, workplace: Path) -> None:
+    digits_student(Path("weights/teacher.pt"), test_accuracy=97.5)
+    digits_student(Path("runs/a/student.pt"), "convnet-small", test_accuracy=93.25)
+    Path("runs/teacher").mkdir()
+    shutil.copyfile("weights/teacher.pt", "runs/teacher/student.pt")
+    words = ["bench", "--rounds", "3", "--no-memory", "--batch", "4", "--threads", "1"]
+    done = kd(*words)
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.split()[:2] for line in lines[2:4]] == [["teacher", "ort"], ["a", "ort"]]
+    [verdict] = [line for line in lines if line.startswith("warning: a: ")]
+    assert verdict.endswith("× bigger, accuracy 4.25 points lower")
+    assert not any("torch" in line or "p95" in line for line in lines)
+    assert "runs/teacher/student.pt has the same content as weights/teacher.pt" in done.stderr
+    details = kd(*words, "--details").stdout
+    assert details.count(" torch ") == 2 * 3  # models, tables
+    assert "p95" in details
 
 
 def test_bench_json_with_accuracy_on_test_images(kd: Any, workplace: Path) -> None:
@@ -49,7 +69,7 @@ def test_bench_json_with_accuracy_on_test_images(kd: Any, workplace: Path) -> No
 
 def test_bench_lists_teacher_first(kd: Any, workplace: Path) -> None:
     digits_student(Path("weights/teacher.pt"))
-    digits_student(Path("s.pt"))
+    digits_student(Path("s.pt"), test_accuracy=90.0)
     words = ("--rounds", "3", "--no-memory", "--batch", "1", "--engine", "torch", "--threads", "1", "--json")
     done = kd("bench", "s.pt", "weights/teacher.pt", *words)
     assert [row["name"] for row in json.loads(done.stdout)["rows"]] == ["teacher", "s"]
@@ -59,7 +79,7 @@ def test_bench_lists_teacher_first(kd: Any, workplace: Path) -> None:
 
 def test_bench_skips_unreadable_default_models(kd: Any, workplace: Path) -> None:
     digits_student(Path("weights/teacher.pt"))
-    digits_student(Path("runs/a/student.pt"))
+    digits_student(Path("runs/a/student.pt"), test_accuracy=90.0)
     Path("exports").mkdir()
     Path("exports/broken.onnx").write_bytes(b"no")
     words = ("--rounds", "3", "--no-memory", "--batch", "1", "--engine", "torch", "--threads", "1")
@@ -107,6 +127,7 @@ def test_bench_budget_exit_code(kd: Any, workplace: Path) -> None:
 def test_memory_csv_and_markdown(kd: Any, workplace: Path) -> None:
     digits_student(Path("a.pt"))
     words = ("bench", "a.pt", "--rounds", "3", "--batch", "1,2", "--engine", "onnxruntime", "--threads", "1")
+    words += ("--details",)
     done = kd(*words, "--csv", "out/a.csv", "--markdown", "a.md")
     assert "peak of a process for this model alone" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 98  # notes may be longer than tables

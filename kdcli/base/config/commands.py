@@ -163,6 +163,9 @@ class BenchConfig(ModelDataSettings, InputSettings):
     data: str | None = setting(
         None, "Data set whose test images measure accuracy and agreement.", DATA, metavar="NAME|PATH"
     )
+    details: bool = setting(
+        False, "Show all engines, percentiles, intervals, operations, memory and start-up.", "Output"
+    )
     plot: Path | None = setting(None, "Plot accuracy against latency (.png or .svg).", "Output")
     csv: Path | None = setting(None, "Write all measurements as CSV.", "Output")
     markdown: Path | None = setting(None, "Write the table as Markdown.", "Output")

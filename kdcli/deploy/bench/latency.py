@@ -81,7 +81,7 @@ def measure(candidates: Sequence[Candidate], config: BenchConfig, on_event: OnEv
     The measurement ends early when every ratio to the teacher is known to 1 %: this looks at the intervals' widths,
     not at the ratios.
     """
-    timings, end = Timings(), time.monotonic() + config.max_seconds
+    timings = Timings()
     sessions = min(SESSIONS, config.rounds)
     with torch.inference_mode():
         for session in range(sessions):
@@ -91,6 +91,7 @@ def measure(candidates: Sequence[Candidate], config: BenchConfig, on_event: OnEv
                 warm_up(partial(runner, 1), at_least_s=_WARM_S, until_stable=session == 0)
 
             # 2. Rounds.
+            end = time.monotonic() + config.max_seconds * (1 - session / SESSIONS)
             seconds = interleaved(
                 [partial(runner, 1) for runner in runners],
                 rounds=config.rounds // sessions + (session < config.rounds % sessions),
@@ -114,11 +115,11 @@ def _measure_batches(runners: Sequence[Runner], config: BenchConfig, on_event: O
     sizes = [size for size in config.batches if size > 1]
     rounds = min(_BATCH_ROUNDS, config.rounds)
     found: dict[int, Floats] = {}
-    end = time.monotonic() + config.max_seconds
     for position, size in enumerate(sizes):
         calls = [partial(runner, size) for runner in runners]
         for call in calls:
             call()  # allocates memory for this size
+        end = time.monotonic() + config.max_seconds * (1 - position / len(sizes))
         seconds = interleaved(
             calls,
             rounds=rounds,
