@@ -141,11 +141,12 @@ _FOOTPRINT: list[Column] = [
 
 def _show(result: BenchResult, details: bool) -> None:
     cpu = result.environment["cpu"]["model"]
-    output.text(f"{cpu}, {result.threads} threads; faster and smaller than {result.teacher}, by engine")
-    rows = result.rows if details else _of_each_file(result.rows)
+    output.text(f"{cpu}, {result.threads} threads; ratios to {result.teacher} on the same engine")
+    files = _of_each_file(result.rows)
+    rows = result.rows if details else files
     tested = any(row.agreement is not None for row in rows)
     _table(rows, _MAIN if tested else _MAIN[:-1], marked=0)
-    for row in rows:
+    for row in files:
         if not row.is_teacher:
             output.text(_verdict(row, result.rows[0]))
     output.text("", *result.notes, *(f"{row.name}: {note}" for row in rows for note in row.notes))
