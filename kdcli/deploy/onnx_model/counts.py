@@ -108,7 +108,7 @@ def _infer_shapes(model: onnx.ModelProto, image: tuple[int, ...]) -> dict[str, t
         return shapes
     for info in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output):
         sides = info.type.tensor_type.shape.dim
-        if all(side.HasField("dim_value") for side in sides):
+        if info.type.tensor_type.HasField("shape") and all(side.HasField("dim_value") for side in sides):
             shapes[info.name] = tuple(side.dim_value for side in sides)
     return shapes
 
