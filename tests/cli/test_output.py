@@ -83,13 +83,20 @@ def test_quiet_leaves_the_answer(kd: Kd) -> None:
     assert quiet.err == ""
 
 
-def test_a_signal_is_acknowledged_before_the_step_ends(capsys: pytest.CaptureFixture[str]) -> None:
+def wait_for(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     shown = ""
+    for _ in range(6_000):
+        shown += capsys.readouterr().err
+        if text in shown:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{text} is not in {shown}")
+
+
+def test_a_signal_is_acknowledged_before_the_step_ends(capsys: pytest.CaptureFixture[str]) -> None:
     with runtime.stop_on_signals() as stop, output.activity.running():
         os.kill(os.getpid(), signal.SIGINT)
-        while "stopping after this step" not in shown:
-            time.sleep(0.01)
-            shown += capsys.readouterr().err
+        wait_for("stopping after this step", capsys)
     assert stop
 
 
@@ -97,8 +104,5 @@ def test_a_command_of_a_second_says_what_it_does(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(output, "FIRST_LINE_S", 0.01)
-    shown = ""
     with output.activity.running():
-        while "loading libraries\n" not in shown:
-            time.sleep(0.01)
-            shown += capsys.readouterr().err
+        wait_for("loading libraries\n", capsys)
