@@ -226,9 +226,9 @@ class Activity:
                 signals = inbox.recv(1)
             except TimeoutError:
                 if stopped:
-                    self.bars.stop()
-                    self.bars.disable = True
-                    note("stopping after this step; press Ctrl-C again to end at once", "bold")
+                    self.bars.disable = True  # before it stops: the main thread may start it
+                    self.bars.live.stop()
+                    note("stopping after this step; another Ctrl-C ends it at once", "bold")
                     inbox.settimeout(None)
                 elif not _stderr.is_interactive:
                     note(self.line())
