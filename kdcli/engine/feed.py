@@ -27,19 +27,14 @@ class Minibatch:
     """A process's part of a batch.
 
     Attributes:
-        samples: numbers of the images, (B,).
-        weight: of its mean loss, see `runtime.World.share`.
-        count: images in the whole batch, over all processes.
-        images: uint8 (B, H, W, C).
-        labels: int64 (B,).
         other_labels, shares: of mixup, (B,); None without.
     """
 
-    samples: Int64
-    weight: float
-    count: int
-    images: Tensor
-    labels: Tensor
+    samples: Int64  # numbers of the images, (B,)
+    weight: float  # of its mean loss, see `runtime.World.share`
+    count: int  # images in the whole batch, over all processes
+    images: Tensor  # uint8 (B, H, W, C)
+    labels: Tensor  # int64 (B,)
     other_labels: Tensor | None = None
     shares: Tensor | None = None
 
@@ -106,15 +101,12 @@ class TeacherOutputs:
     """Source of the teacher's logits and features; empty without a teacher.
 
     Attributes:
-        device: of the logits.
-        views: cached logits, cycled over the epochs.
-        live: the teacher that runs on each batch.
         stages: names of the teacher's submodules whose maps are read; empty for methods of logits.
     """
 
-    device: torch.device
-    views: Sequence[CachedLogits] = ()
-    live: LiveTeacher | None = None
+    device: torch.device  # of the logits
+    views: Sequence[CachedLogits] = ()  # cached logits, cycled over the epochs
+    live: LiveTeacher | None = None  # the teacher that runs on each batch
     stages: tuple[str, ...] = ()
 
     def __call__(self, batch: Minibatch, epoch: int) -> tuple[Tensor | None, Features | None]:

@@ -34,24 +34,15 @@ class RunPlan:
 
     Attributes:
         config: settings with `tau`, `views` and `batch_size` filled in; `derived` names those that were not set.
-        objective: terms with their weights and temperatures over time.
         data: the data set; `train` are the images that are trained on, those without labels after the others.
         train_samples, labelled_samples, val_samples: indices into `train` of the images that are trained on, of
             those among them with a label, and of the validation split.
         steps_per_epoch, steps: optimizer steps.
-        cache_mode: where the teacher's logits come from, see `cache_mode`.
-        teacher: None where no term reads one.
-        inputs: SHA-256 of the run's inputs, see `identity.input_hashes`.
-        environment: values of `environment.json`.
-        source_digests: SHA-256 of the code of custom methods, by name.
-        world: the processes that share the work.
-        test: whether the student is measured on the test images.
-        chain: settings of the chain of trainings that the run is a link of.
     """
 
     config: TrainConfig
     derived: tuple[str, ...]
-    objective: Objective
+    objective: Objective  # terms with their weights and temperatures over time
     data: Splits
     train: ImageSet
     train_samples: Int64
@@ -59,14 +50,14 @@ class RunPlan:
     val_samples: Int64
     steps_per_epoch: int
     steps: int
-    cache_mode: str
-    teacher: Teacher | None
-    inputs: Mapping[str, str]
-    environment: Mapping[str, Any]
-    source_digests: Mapping[str, str]
-    world: World
-    test: bool
-    chain: TrainConfig | None
+    cache_mode: str  # where the teacher's logits come from, see `cache_mode`
+    teacher: Teacher | None  # None where no term reads one
+    inputs: Mapping[str, str]  # SHA-256 of the run's inputs, see `identity.input_hashes`
+    environment: Mapping[str, Any]  # values of `environment.json`
+    source_digests: Mapping[str, str]  # SHA-256 of the code of custom methods, by name
+    world: World  # the processes that share the work
+    test: bool  # whether the student is measured on the test images
+    chain: TrainConfig | None  # settings of the chain of trainings that the run is a link of
 
     @property
     def summary(self) -> str:

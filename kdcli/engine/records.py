@@ -68,24 +68,19 @@ class Metrics(Record):
     """A line of `metrics.jsonl`.
 
     Attributes:
-        kind: `step`: the steps since the line before; `epoch`: a whole epoch.
-        epoch: number of the epoch, from 1.
-        step: steps done in all.
         loss, terms: means over these images; `terms` unweighted, by name.
         val_accuracy: in per cent, of an epoch; None without a validation split, and in a line of steps.
-        lr: of the last step.
-        seconds: of training so far.
     """
 
-    kind: Literal["step", "epoch"]
-    epoch: Annotated[int, Field(ge=1, lt=2**31)]
-    step: Count
+    kind: Literal["step", "epoch"]  # `step`: the steps since the line before; `epoch`: a whole epoch
+    epoch: Annotated[int, Field(ge=1, lt=2**31)]  # number of the epoch, from 1
+    step: Count  # steps done in all
     loss: Finite
     terms: dict[str, Finite]
     val_accuracy: Percent | None
-    lr: Finite
+    lr: Finite  # of the last step
     images_per_s: Finite
-    seconds: NonNegative
+    seconds: NonNegative  # of training so far
 
 
 class Evaluation(Record):
@@ -93,7 +88,6 @@ class Evaluation(Record):
 
     Attributes:
         accuracy_interval: 95 % Wilson interval: the chance of the test sample, not of the training run.
-        calibration_error: expected calibration error (Guo et al. 2017).
         per_class: accuracy of each class, in class order; None for a class without samples.
         confusion: the cells of the confusion matrix that are not 0: class, predicted class, number of images.
         agreement, divergence, teacher_accuracy: None without a teacher to compare with.
@@ -104,7 +98,7 @@ class Evaluation(Record):
     accuracy_interval: tuple[Percent, Percent]
     top5: Percent
     loss: Finite
-    calibration_error: NonNegative
+    calibration_error: NonNegative  # expected calibration error (Guo et al. 2017)
     per_class: tuple[Percent | None, ...]
     confusion: tuple[tuple[Count, Count, Annotated[int, Field(ge=1, lt=2**53)]], ...]
     agreement: Percent | None = None
@@ -137,21 +131,16 @@ class TeacherCheck(Record):
     """Figures of the teacher before training, on samples of the images; shares in per cent.
 
     Attributes:
-        images: number of training images in the sample.
-        views: accuracy on the first views of these, as the student sees them.
-        plain: accuracy on the same images without augmentation.
-        validation: accuracy on the validation split, plain; None without one.
         views_calibration_error, validation_calibration_error: expected calibration errors (Guo et al. 2017).
-        warning: why labels alone may do better; None otherwise.
     """
 
-    images: Count
-    views: Percent
+    images: Count  # number of training images in the sample
+    views: Percent  # accuracy on the first views of these, as the student sees them
     views_calibration_error: NonNegative
-    plain: Percent
-    validation: Percent | None
+    plain: Percent  # accuracy on the same images without augmentation
+    validation: Percent | None  # accuracy on the validation split, plain; None without one
     validation_calibration_error: NonNegative | None
-    warning: str | None = None
+    warning: str | None = None  # why labels alone may do better; None otherwise
 
     @property
     def summary(self) -> str:
@@ -170,35 +159,28 @@ class RunResult(Record):
     """`result.json`: a finished run.
 
     Attributes:
-        run: its folder.
-        epochs: passes over the training images; `history` has a line for each.
-        parameters: of the student.
-        val_accuracy: of the last epoch, on `val_images` images; None without a validation split.
         test: figures on the test images; None for a trial of a search, which does not read them.
-        test_in_train: number of test images that are train images too.
         test_fraction: share of the images that the test split took, where the data had none; else None.
-        teacher: its figures before training.
         teacher_passes: runs of the teacher over a data set that this run had to make; 0 with a warm cache.
-        seconds: wall time of training, without the teacher's passes.
         resumed_with_differences: what was different when the run was resumed, see `identity.differences`; empty if
             it has the bits of an uninterrupted run.
     """
 
     schema_version: Literal[2] = 2  # 1: the whole confusion matrix
-    run: Folder
+    run: Folder  # its folder
     method: str
     student: str
     seed: Annotated[int, Field(ge=0, lt=2**63)]
-    epochs: Count
-    parameters: Count
-    val_accuracy: Percent | None
+    epochs: Count  # passes over the training images; `history` has a line for each
+    parameters: Count  # of the student
+    val_accuracy: Percent | None  # of the last epoch, on `val_images` images; None without a validation split
     val_images: Count = 0
     test: Evaluation | None
-    test_in_train: Count = 0
+    test_in_train: Count = 0  # number of test images that are train images too
     test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    teacher: TeacherCheck | None = None
+    teacher: TeacherCheck | None = None  # its figures before training
     teacher_passes: Count
-    seconds: NonNegative
+    seconds: NonNegative  # wall time of training, without the teacher's passes
     images_per_s: NonNegative
     unlabelled: Unlabelled | None = None
     resumed_with_differences: tuple[str, ...] = ()

@@ -23,25 +23,20 @@ class State:
     generator has to be restored.
 
     Attributes:
-        epoch: the pass under way, from 0.
-        step: steps done in all.
-        step_in_epoch: steps done of this pass.
-        images: done in this epoch.
         sums: of the terms over the images of this epoch, a row for each process.
         logged: the same sums, all processes together, at the last line of metrics; `logged_images` and
             `logged_seconds` likewise.
-        seconds: of training so far; `epoch_seconds`: when this epoch began.
         marks: differences of settings or circumstances at a resume, which end bit-identity.
     """
 
-    epoch: int = 0
-    step: int = 0
-    step_in_epoch: int = 0
-    images: int = 0
+    epoch: int = 0  # the pass under way, from 0
+    step: int = 0  # steps done in all
+    step_in_epoch: int = 0  # steps done of this pass
+    images: int = 0  # done in this epoch
     sums: list[list[float]] = field(default_factory=list)
     logged: list[float] = field(default_factory=list)
     logged_images: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of training so far; `epoch_seconds`: when this epoch began
     epoch_seconds: float = 0.0
     logged_seconds: float = 0.0
     marks: list[str] = field(default_factory=list)

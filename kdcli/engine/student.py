@@ -125,14 +125,10 @@ class OutputScale:
     units: a Caffe NIN's logits lie around 19 ± 9. Ba & Caruana (NIPS 2014, section 3) subtract the mean and divide
     by the standard deviation of the targets; this is the same written on the student's side, so that the loss stays
     ½‖s − t‖² in the teacher's units. It is folded into the last layer at the end and leaves no trace in the file.
-
-    Attributes:
-        shift: (C,), the mean of each class's logit over the training images.
-        scale: standard deviation around these means, over all classes.
     """
 
-    shift: Tensor
-    scale: float
+    shift: Tensor  # (C,), the mean of each class's logit over the training images
+    scale: float  # standard deviation around these means, over all classes
 
     @classmethod
     def of_logits(cls, cached: CachedLogits, samples: Int64, device: torch.device) -> OutputScale:

@@ -33,29 +33,23 @@ class Trainer:
     """The training loop of one run, with its parts.
 
     Attributes:
-        plan: the plan, with the precision settled.
-        outputs: those of the teacher; `teacher` its figures before training.
-        ema: the moving average of the student's weights; None without one.
-        scale: the student's output in the teacher's units; None where it needs none.
-        state: the position; of a resumed run, that of its newest saved state.
-        saved_step: step of the present `last.pt`; None without one.
         val_accuracy: on the validation split, per cent; None before the first epoch's end, and without a split.
     """
 
-    plan: RunPlan
+    plan: RunPlan  # the plan, with the precision settled
     run: RunDir
     student: Classifier
-    outputs: TeacherOutputs
+    outputs: TeacherOutputs  # those of the teacher; `teacher` its figures before training
     teacher: TeacherCheck | None
     adapters: Mapping[str, nn.Module]
     optimizer: torch.optim.Optimizer
-    ema: Ema | None
-    scale: OutputScale | None
+    ema: Ema | None  # the moving average of the student's weights; None without one
+    scale: OutputScale | None  # the student's output in the teacher's units; None where it needs none
     feed: Feed
     step: Step
     recorder: Recorder
-    state: State
-    saved_step: int | None
+    state: State  # the position; of a resumed run, that of its newest saved state
+    saved_step: int | None  # step of the present `last.pt`; None without one
     on_event: OnEvent
     stop: StopFlag
     val_accuracy: float | None = None

@@ -52,36 +52,26 @@ class Examined:
     """A run and what was measured of it.
 
     Attributes:
-        evaluation: as `kd test` measures it, or as recorded, with the reason in `unmeasured`.
-        sha256: of the student; empty where it was not measured.
-        label: of the data.
-        bins: those of confidence that have images.
-        teacher: None with the reason in `no_teacher`.
         other_teacher: whether the run learned from labels alone and `teacher` is that of the other runs.
-        is_teacher: whether other runs learned from this run's student.
         outcomes: number of images where both are right, only the student, only the teacher, neither.
-        disagreements: number of images with different predictions; `examples` are some of them.
-        notes: remarks on these figures.
-        key: HTML id.
-        row: latency and size.
     """
 
     run: Run
-    evaluation: Evaluation
+    evaluation: Evaluation  # as `kd test` measures it, or as recorded, with the reason in `unmeasured`
     unmeasured: str = ""
-    sha256: str = ""
-    label: str = ""
-    bins: tuple[ConfidenceBin, ...] = ()
-    teacher: TeacherFigures | None = None
+    sha256: str = ""  # of the student; empty where it was not measured
+    label: str = ""  # of the data
+    bins: tuple[ConfidenceBin, ...] = ()  # those of confidence that have images
+    teacher: TeacherFigures | None = None  # None with the reason in `no_teacher`
     no_teacher: str = ""
     other_teacher: bool = False
-    is_teacher: bool = False
+    is_teacher: bool = False  # whether other runs learned from this run's student
     outcomes: tuple[int, ...] = ()
-    disagreements: int = 0
+    disagreements: int = 0  # number of images with different predictions; `examples` are some of them
     examples: tuple[dict[str, Any], ...] = ()
-    notes: tuple[str, ...] = ()
-    key: str = ""
-    row: Row | None = None
+    notes: tuple[str, ...] = ()  # remarks on these figures
+    key: str = ""  # HTML id
+    row: Row | None = None  # latency and size
 
 
 def examine(runs: Sequence[Run], config: ReportConfig, on_event: OnEvent) -> list[Examined]:

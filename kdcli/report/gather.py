@@ -25,25 +25,20 @@ class Run:
     """One finished run.
 
     Attributes:
-        student: path of its checkpoint.
-        name: of the folder.
-        result: its result.json, with figures on test images.
-        validation: (epoch, validation accuracy in per cent), in order.
         classes, provenance: from student.pt.
         config, environment: (setting, value), nested names joined by spaces.
-        problems: files that could not be read, one line each.
     """
 
     folder: Path
-    student: Path
-    name: str
-    result: RunResult
-    validation: tuple[tuple[int, float], ...]
+    student: Path  # path of its checkpoint
+    name: str  # of the folder
+    result: RunResult  # its result.json, with figures on test images
+    validation: tuple[tuple[int, float], ...]  # (epoch, validation accuracy in per cent), in order
     classes: tuple[str, ...]
     provenance: dict[str, Any]
     config: tuple[tuple[str, str], ...]
     environment: tuple[tuple[str, str], ...]
-    problems: tuple[str, ...]
+    problems: tuple[str, ...]  # files that could not be read, one line each
 
 
 def folders(named: Sequence[Path]) -> list[Path]:

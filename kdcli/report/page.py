@@ -47,21 +47,13 @@ _MAX_SIDE = 96  # pixels of a thumbnail
 
 @dataclass(frozen=True)
 class Report:
-    """A page and a summary of it.
+    """A page and a summary of it."""
 
-    Attributes:
-        html: the page.
-        runs: figures of each run, plain values.
-        left_out: (name, reason) of runs and comparisons that are not on it.
-        notes: what is missing and why, one line each.
-        comparisons: folders of those that have a section.
-    """
-
-    html: str
-    runs: list[dict[str, Any]]
-    left_out: list[tuple[str, str]]
-    notes: list[str]
-    comparisons: list[str]
+    html: str  # the page
+    runs: list[dict[str, Any]]  # figures of each run, plain values
+    left_out: list[tuple[str, str]]  # (name, reason) of runs and comparisons that are not on it
+    notes: list[str]  # what is missing and why, one line each
+    comparisons: list[str]  # folders of those that have a section
 
 
 def make_report(

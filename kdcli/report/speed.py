@@ -21,18 +21,12 @@ _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class Speed:
-    """Rows of a benchmark.
-
-    Attributes:
-        method: how, where and how often it was measured, one line.
-        notes: remarks of the benchmark.
-        unavailable: why there are no rows.
-    """
+    """Rows of a benchmark."""
 
     rows: tuple[Row, ...] = ()
-    method: str = ""
-    notes: tuple[str, ...] = ()
-    unavailable: str = ""
+    method: str = ""  # how, where and how often it was measured, one line
+    notes: tuple[str, ...] = ()  # remarks of the benchmark
+    unavailable: str = ""  # why there are no rows
 
 
 class _BenchRow(Record):

@@ -43,22 +43,14 @@ _SCALES = (
 
 @dataclass(frozen=True)
 class Assumption:
-    """Accuracy of a model under an assumption about its input and classes.
+    """Accuracy of a model under an assumption about its input and classes."""
 
-    Attributes:
-        text: description; empty for what the model was loaded with.
-        options: what sets it, by name.
-        by_text: whether its classes are in the order of texts.
-        count: number of images.
-        interval: 95 %, in per cent.
-    """
-
-    text: str
-    options: dict[str, str]
-    by_text: bool
-    count: int
+    text: str  # description; empty for what the model was loaded with
+    options: dict[str, str]  # what sets it, by name
+    by_text: bool  # whether its classes are in the order of texts
+    count: int  # number of images
     accuracy: float
-    interval: tuple[float, float]
+    interval: tuple[float, float]  # 95 %, in per cent
 
 
 def check(

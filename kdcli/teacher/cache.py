@@ -29,13 +29,11 @@ class CachedLogits:
     Attributes:
         stored: for each model float16 or float32 (N, classes), or a structured array (N,) of the largest logits, see
             `top_k_of`; in memory or a read-only memory map.
-        weights: of each model.
-        classes: number of logits.
     """
 
     stored: tuple[npt.NDArray[Any], ...]
-    weights: tuple[float, ...]
-    classes: int
+    weights: tuple[float, ...]  # of each model
+    classes: int  # number of logits
 
     def __len__(self) -> int:
         return len(self.stored[0])
@@ -109,23 +107,14 @@ def top_k_of(logits: npt.NDArray[np.float32], count: int, dtype: type[Any] = np.
 
 @dataclass
 class LogitCache:
-    """The views of one model on one data set under one augmentation and seed.
+    """The views of one model on one data set under one augmentation and seed."""
 
-    Attributes:
-        folder: `cache/teacher/<fingerprint>`.
-        recipe: all that the logits depend on; the fingerprint is its hash.
-        count: images in a view.
-        classes: number of logits.
-        exact: keep float32.
-        top_k: keep only so many logits; 0: all.
-    """
-
-    folder: Path
-    recipe: dict[str, Any]
-    count: int
-    classes: int
-    exact: bool = False
-    top_k: int = 0
+    folder: Path  # `cache/teacher/<fingerprint>`
+    recipe: dict[str, Any]  # all that the logits depend on; the fingerprint is its hash
+    count: int  # images in a view
+    classes: int  # number of logits
+    exact: bool = False  # keep float32
+    top_k: int = 0  # keep only so many logits; 0: all
 
     def find(self, view: int) -> npt.NDArray[Any] | None:
         """A complete, undamaged view as a memory map: its SHA-256 is the one in the manifest."""

@@ -55,22 +55,17 @@ class Member:
     """A model of a teacher; its file is read when the model is first used, and must still have its SHA-256.
 
     Attributes:
-        sha256: of the file, which holds weights and preprocessing; outputs are cached under it.
-        weight: of its logits in the teacher's mean; all weights sum to 1.
         device, threads: where it runs; threads are those of onnxruntime, 0: all cores.
-        assumed: what an ONNX file of another program leaves open.
-        input_size: (H, W, C) of the data, for sides that it leaves open.
-        views_computed: number of views of data sets that it was run over.
     """
 
     path: Path
-    sha256: str
-    weight: float
+    sha256: str  # of the file, which holds weights and preprocessing; outputs are cached under it
+    weight: float  # of its logits in the teacher's mean; all weights sum to 1
     device: torch.device
     threads: int
-    assumed: InputSettings = NO_ASSUMPTIONS
-    input_size: tuple[int, int, int] | None = None
-    views_computed: int = 0
+    assumed: InputSettings = NO_ASSUMPTIONS  # what an ONNX file of another program leaves open
+    input_size: tuple[int, int, int] | None = None  # (H, W, C) of the data, for sides that it leaves open
+    views_computed: int = 0  # number of views of data sets that it was run over
     _model: Any = field(default=None, repr=False)
     _noted: bool = False
 
@@ -145,28 +140,21 @@ class TeacherPass:
     """Computes the missing views of a cache, together with the other processes of this run and with other runs.
 
     Attributes:
-        world: the processes of this run, which share the parts of a view.
-        precision: `auto`, `32` or `bf16`.
-        views: number of views wanted.
         make_view: number of a view and samples → images uint8 (B, H, W, C).
-        task: name of the pass in messages.
-        measured: whether the model is measured on a sample before, see `Member.check`.
-        stop: whether to stop between batches; complete parts are kept.
-        computed: number of views that this run computed.
     """
 
     member: Member
-    world: World
-    precision: str
+    world: World  # the processes of this run, which share the parts of a view
+    precision: str  # `auto`, `32` or `bf16`
     cache: LogitCache
     data: ImageSet
-    views: int
+    views: int  # number of views wanted
     make_view: Callable[[int, npt.NDArray[np.int64]], Tensor]
-    task: str
+    task: str  # name of the pass in messages
     on_event: OnEvent
-    stop: Callable[[], bool]
-    measured: bool = False
-    computed: int = 0
+    stop: Callable[[], bool]  # whether to stop between batches; complete parts are kept
+    measured: bool = False  # whether the model is measured on a sample before, see `Member.check`
+    computed: int = 0  # number of views that this run computed
 
     def run(self) -> list[npt.NDArray[Any]]:
         """All views in order; fewer if stopped."""

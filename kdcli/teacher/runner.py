@@ -31,16 +31,14 @@ class Engine:
 
     Attributes:
         name: `torch`, or `onnxruntime` for a checkpoint translated to ONNX, or `file` for an ONNX file as it is.
-        precision: `32` or `bf16`.
         agreement: per cent of sample images with the top-1 class of float32; None for float32 in torch.
-        images_per_s: as measured; None if it was not.
     """
 
     name: str
-    precision: str = "32"
+    precision: str = "32"  # `32` or `bf16`
     batch_size: int = BATCH
     agreement: float | None = field(default=None, compare=False)
-    images_per_s: float | None = None
+    images_per_s: float | None = None  # as measured; None if it was not
 
 
 def forward_of(model: Any, engine: Engine, threads: int = 0) -> Forward:

@@ -37,15 +37,12 @@ class LiveTeacher:
     """Models that run on each batch as the student sees it; without gradient.
 
     Attributes:
-        forwards: of each model, uint8 (B, H, W, C) → logits float32 (B, classes).
-        weights: of each model's logits.
-        keys: of each model's dropout, where that is on.
         features_of: the only model with features: logits, maps of each stage, embedding; None without named stages.
     """
 
-    forwards: tuple[Forward, ...]
-    weights: tuple[float, ...]
-    keys: tuple[DropoutKeys, ...]
+    forwards: tuple[Forward, ...]  # of each model, uint8 (B, H, W, C) → logits float32 (B, classes)
+    weights: tuple[float, ...]  # of each model's logits
+    keys: tuple[DropoutKeys, ...]  # of each model's dropout, where that is on
     features_of: Callable[[Tensor], tuple[Tensor, list[Tensor], Tensor]] | None
 
     def __call__(self, images: Tensor, epoch: int, samples: npt.NDArray[np.int64]) -> Tensor:
@@ -71,20 +68,13 @@ class LiveTeacher:
 
 @dataclass
 class Teacher:
-    """One or several models; a teacher of several gives the weighted mean of their logits.
-
-    Attributes:
-        cache_dir: logits are cached in `teacher/` below it, for each model apart.
-        world: the processes that share a pass.
-        precision: of passes over training images: `auto`, `32` or `bf16`. Figures are always float32.
-        top_k: number of logits cached for each training image; 0: all.
-    """
+    """One or several models; a teacher of several gives the weighted mean of their logits."""
 
     members: tuple[Member, ...]
-    cache_dir: Path
-    world: World
-    precision: str
-    top_k: int
+    cache_dir: Path  # logits are cached in `teacher/` below it, for each model apart
+    world: World  # the processes that share a pass
+    precision: str  # of passes over training images: `auto`, `32` or `bf16`. Figures are always float32
+    top_k: int  # number of logits cached for each training image; 0: all
 
     @classmethod
     def open(

@@ -73,18 +73,12 @@ _LEAST_PROBABILITY = 1e-7  # in that comparison
 
 @dataclass(frozen=True)
 class InputForm:
-    """The one image input of a model.
+    """The one image input of a model."""
 
-    Attributes:
-        layout: NCHW or NHWC.
-        size: (H, W, C).
-        batch: fixed number of images per call; None: any number.
-    """
-
-    layout: str
+    layout: str  # NCHW or NHWC
     dtype: np.dtype[Any]
-    size: _Size
-    batch: int | None
+    size: _Size  # (H, W, C)
+    batch: int | None  # fixed number of images per call; None: any number
 
 
 def input_form(
