@@ -7,22 +7,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a task.
-
-    Attributes:
-        done: finished units out of `total`.
-        values: metrics to show beside the progress bar.
-        group: events of one group share a progress bar; by default the task's name.
-        left_s: seconds after which it ends in any case.
-    """
+    """Progress of a task."""
 
     task: str
-    done: int
+    done: int  # finished units out of `total`
     total: int
     unit: str = "images"
-    values: Mapping[str, float] = field(default_factory=dict)
-    group: str = ""
-    left_s: float = math.inf
+    values: Mapping[str, float] = field(default_factory=dict)  # metrics to show beside the progress bar
+    group: str = ""  # events of one group share a progress bar; by default the task's name
+    left_s: float = math.inf  # seconds after which it ends in any case
 
 
 @dataclass(frozen=True)
@@ -32,18 +25,12 @@ class Note:
 
 @dataclass(frozen=True)
 class Epoch:
-    """A finished training epoch.
+    """A finished training epoch."""
 
-    Attributes:
-        epoch: its number, from 1 to `epochs`.
-        loss: mean over the epoch's images.
-        val_accuracy: per cent on the validation split; None without one.
-    """
-
-    epoch: int
+    epoch: int  # its number, from 1 to `epochs`
     epochs: int
-    loss: float
-    val_accuracy: float | None
+    loss: float  # mean over the epoch's images
+    val_accuracy: float | None  # per cent on the validation split; None without one
 
 
 Event = Progress | Note | Epoch

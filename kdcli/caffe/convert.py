@@ -34,14 +34,13 @@ class Transform:
 
     Attributes:
         mean_file: name of a mean image that is subtracted; `mean_image` is its content where it was found.
-        channel_order: `rgb`, `bgr`, or empty where it is unknown.
     """
 
     scale: float = 1.0
     mean_values: tuple[float, ...] = ()
     mean_file: str = ""
     mean_image: Array | None = None
-    channel_order: str = ""
+    channel_order: str = ""  # `rgb`, `bgr`, or empty where it is unknown
 
     def is_identity(self) -> bool:
         return self.scale == 1.0 and not self.mean_values and not self.mean_file
@@ -61,17 +60,15 @@ class CaffeFiles:
     """The content of the files, before input size and preprocessing are decided.
 
     Attributes:
-        kind: `caffe` or `caffe-tensorflow`.
-        known: the catalogue's entry for these weights.
         input_size: (H, W, C), or None where neither the files nor the catalogue gives it.
         build: (H, W, C), on_event → the network with its weights.
     """
 
     path: Path
-    kind: str
+    kind: str  # `caffe` or `caffe-tensorflow`
     name: str
     weights_sha256: str
-    known: KnownNetwork | None
+    known: KnownNetwork | None  # the catalogue's entry for these weights
     input_size: tuple[int, int, int] | None
     channels: int
     transform: Transform

@@ -32,18 +32,12 @@ _ROUNDING_FACTOR = 8  # OpenCV sums in another order, and its rounding may have 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Difference between the two networks' logits.
+    """Difference between the two networks' logits."""
 
-    Attributes:
-        largest_difference: over all images and logits.
-        largest_logit: magnitude of OpenCV's largest logit.
-        rounding: largest difference between kd's float32 and float64, where it was measured.
-    """
-
-    largest_difference: float
-    largest_logit: float
+    largest_difference: float  # over all images and logits
+    largest_logit: float  # magnitude of OpenCV's largest logit
     images: int
-    rounding: float = 0.0
+    rounding: float = 0.0  # largest difference between kd's float32 and float64, where it was measured
 
     @property
     def tolerance(self) -> float:

@@ -66,14 +66,12 @@ class Network:
     """A network definition.
 
     Attributes:
-        layers: layers of the test phase, in order.
-        sources: data and input layers of any phase, those of the test phase first.
         inputs: blob name → (C, H, W), or None where `input` or an Input layer declares no such shape.
     """
 
     name: str
-    layers: tuple[Layer, ...]
-    sources: tuple[Layer, ...]
+    layers: tuple[Layer, ...]  # layers of the test phase, in order
+    sources: tuple[Layer, ...]  # data and input layers of any phase, those of the test phase first
     inputs: dict[str, tuple[int, ...] | None]
 
 

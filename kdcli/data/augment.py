@@ -147,15 +147,10 @@ def distinct_views(name: str) -> int:
 
 @dataclass(frozen=True)
 class Mixing:
-    """Mixup of a batch: share · image + (1 − share) · partner (Zhang et al., arXiv:1710.09412, α = 1).
+    """Mixup of a batch: share · image + (1 − share) · partner (Zhang et al., arXiv:1710.09412, α = 1)."""
 
-    Attributes:
-        partners: (B,), indices of the samples mixed in.
-        shares: float32 (B,), in (0, 1): the weight of each sample itself.
-    """
-
-    partners: Int64
-    shares: npt.NDArray[np.float32]
+    partners: Int64  # (B,), indices of the samples mixed in
+    shares: npt.NDArray[np.float32]  # float32 (B,), in (0, 1): the weight of each sample itself
 
 
 def mixing(name: str, seed: int, view: int, samples: Int64, pool: Int64) -> Mixing | None:

@@ -9,17 +9,11 @@ CIFAR10_CLASSES = (
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file to download, verified by its SHA-256, or by git's blob SHA-1 where only that is known.
+    """A file to download, verified by its SHA-256, or by git's blob SHA-1 where only that is known."""
 
-    Attributes:
-        name: path below `folder`.
-        folder: `data` or `weights`: the setting that holds the folder's path.
-        urls: mirrors in the order to try.
-    """
-
-    name: str
-    folder: str
-    urls: tuple[str, ...]
+    name: str  # path below `folder`
+    folder: str  # `data` or `weights`: the setting that holds the folder's path
+    urls: tuple[str, ...]  # mirrors in the order to try
     sha256: str | None = None
     git_blob_sha1: str | None = None
     size_bytes: int | None = None

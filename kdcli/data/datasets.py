@@ -64,25 +64,15 @@ AnyRead = TypeVar("AnyRead", bound=Read)
 
 @dataclass(frozen=True)
 class Dataset:
-    """A named data set. Call it with a request to load it.
+    """A named data set. Call it with a request to load it."""
 
-    Attributes:
-        name: value of --data and `kd download`.
-        label: name in tables.
-        input_size: (H, W, C) of its images.
-        files: paths below the data folder.
-        folder: a folder in the data folder that may stand for the files: the one archive, unpacked.
-        members: names of files that such a folder holds, by which it is known under any name.
-        read: from paths by their file names to the content; a KdError without a hint gets `hint`.
-    """
-
-    name: str
-    label: str
-    input_size: tuple[int, int, int]
-    files: tuple[str, ...]
-    folder: str | None
-    members: tuple[str, ...]
-    read: Read
+    name: str  # value of --data and `kd download`
+    label: str  # name in tables
+    input_size: tuple[int, int, int]  # (H, W, C) of its images
+    files: tuple[str, ...]  # paths below the data folder
+    folder: str | None  # a folder in the data folder that may stand for the files: the one archive, unpacked
+    members: tuple[str, ...]  # names of files that such a folder holds, by which it is known under any name
+    read: Read  # from paths by their file names to the content; a KdError without a hint gets `hint`
 
     @property
     def hint(self) -> str:

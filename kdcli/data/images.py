@@ -22,16 +22,13 @@ class ImageSet:
 
     Attributes:
         images: uint8 (N, H, W, C), RGB or grey: an array, a read-only memory map, or two of these joined.
-        labels: int64 (N,), in 0 … len(classes) − 1, or `NO_LABEL`.
-        fingerprint: SHA-256 of the content (see `fingerprint_of`).
-        crop: share of the original images' shorter side that these show, see `decode.resize`.
     """
 
     images: rows.Images
-    labels: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]  # int64 (N,), in 0 … len(classes) − 1, or `NO_LABEL`
     classes: tuple[str, ...]
-    fingerprint: str
-    crop: float = 1.0
+    fingerprint: str  # SHA-256 of the content (see `fingerprint_of`)
+    crop: float = 1.0  # share of the original images' shorter side that these show, see `decode.resize`
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -48,8 +45,6 @@ class Splits:
     """A data set: value of --data, name in tables, images, and notes for the user.
 
     Attributes:
-        overlap: number of test images that are train images too, see `overlap_of`.
-        unlabelled: further images to train on, without labels and classes.
         test_fraction: share of the images that are test images, where a split was made; None for data with one.
     """
 
@@ -58,8 +53,8 @@ class Splits:
     train: ImageSet
     test: ImageSet
     notes: tuple[str, ...] = field(default=())
-    unlabelled: ImageSet | None = None
-    overlap: int = 0
+    unlabelled: ImageSet | None = None  # further images to train on, without labels and classes
+    overlap: int = 0  # number of test images that are train images too, see `overlap_of`
     test_fraction: float | None = None
 
     @property

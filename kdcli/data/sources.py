@@ -42,16 +42,11 @@ Wanted = Callable[[str], bool]
 
 @dataclass
 class Source(ABC):
-    """Files by name, read once from front to back.
-
-    Attributes:
-        skipped: links and special files passed over so far.
-        done: how far `read` has come, of `total`, in `unit`.
-    """
+    """Files by name, read once from front to back."""
 
     path: Path
-    skipped: int = 0
-    done: int = 0
+    skipped: int = 0  # links and special files passed over so far
+    done: int = 0  # how far `read` has come, of `total`, in `unit`
     total: int = 0
     unit: str = "images"
 

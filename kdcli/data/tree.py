@@ -77,17 +77,11 @@ Places = dict[Place, int]
 
 @dataclass
 class Found:
-    """Contents of a source.
+    """Contents of a source."""
 
-    Attributes:
-        images: each place with the index of its image.
-        other: files that are not images.
-        broken: images that were skipped.
-    """
-
-    images: Places = field(default_factory=dict)
-    other: list[str] = field(default_factory=list)
-    broken: list[str] = field(default_factory=list)
+    images: Places = field(default_factory=dict)  # each place with the index of its image
+    other: list[str] = field(default_factory=list)  # files that are not images
+    broken: list[str] = field(default_factory=list)  # images that were skipped
 
 
 def load_tree(path: Path, request: Request) -> Splits:

@@ -32,17 +32,12 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Training:
-    """Data from which an adapter is made.
-
-    Attributes:
-        labels: int64 (N,), of all images of the data set; −1 without a label.
-        samples: int64, numbers of the images in the training split.
-    """
+    """Data from which an adapter is made."""
 
     student: Shapes
     teacher: Shapes
-    labels: npt.NDArray[np.int64]
-    samples: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]  # int64 (N,), of all images of the data set; −1 without a label
+    samples: npt.NDArray[np.int64]  # int64, numbers of the images in the training split
 
     @property
     def stages(self) -> list[tuple[Shape, Shape]]:
@@ -56,31 +51,26 @@ class Batch:
 
     Attributes:
         student_logits, teacher_logits: float32 (B, C); the teacher's are None without a teacher.
-        labels: int64 (B,); −1 without a label, which methods that need labels never get.
         samples: int64 (B,), the images' numbers in the data set, the counters of random numbers.
-        epoch: from 0.
         other_labels, shares: with mixup, labels (B,) of the images mixed in, and λ (B,), the weight of the own label.
         student_features, teacher_features: None unless a method needs features.
-        adapter: module that the method's `adapter` made.
-        done: completed share of the training, 0 … 1.
         gather: from a process's part of the batch to the whole, with gradients, for relations between images.
-        tau: temperature of this step.
     """
 
     student_logits: Tensor
     teacher_logits: Tensor | None
-    labels: Tensor
+    labels: Tensor  # int64 (B,); −1 without a label, which methods that need labels never get
     samples: npt.NDArray[np.int64]
-    epoch: int
+    epoch: int  # from 0
     seed: int
     other_labels: Tensor | None = None
     shares: Tensor | None = None
     student_features: Features | None = None
     teacher_features: Features | None = None
-    adapter: Any = None
-    done: float = 0.0
+    adapter: Any = None  # module that the method's `adapter` made
+    done: float = 0.0  # completed share of the training, 0 … 1
     gather: Callable[[Any], Any] = lambda values: values
-    tau: float = 1.0
+    tau: float = 1.0  # temperature of this step
 
     @property
     def targets(self) -> Tensor:

@@ -63,12 +63,11 @@ class Objective:
     """Weighted sum of terms that a run minimises; terms whose weight is always 0 are left out.
 
     Attributes:
-        terms: by the method's name, cross-entropy on the labels (`ce`) first.
         needs_teacher, needs_features, needs_labels, regresses, same_network, no_mixup: whether any method has it.
     """
 
     config: TrainConfig
-    terms: Mapping[str, Term]
+    terms: Mapping[str, Term]  # by the method's name, cross-entropy on the labels (`ce`) first
     needs_teacher: bool
     needs_features: bool
     needs_labels: bool

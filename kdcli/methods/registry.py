@@ -54,37 +54,30 @@ class Method:
     """A distillation loss, its default weights, and its requirements.
 
     Attributes:
-        loss: computes the unweighted term, a scalar, from a `Batch` and settings.
-        source: paper and equation.
         ce, weight: default weights of cross-entropy on the labels and of the method's own term.
-        warm_up: share of the training over which its own weight rises from 0.
         balance: computes (ce, weight) from settings, in place of the two.
-        tau: default temperature; None for a loss without one.
         features_only: the loss does not read the student's logits, and so leaves the last layer untrained.
-        regresses: the student's logits must take on the teacher's values, beyond their softmax.
-        same_network: the teacher is meant to be of the student's own network.
-        no_mixup: an image must have one class.
         adapter: makes a module that is trained along with the student and not exported.
         fields: its own settings as fields of `TrainConfig`: type and pydantic field.
         keywords: settings by the parameters of `loss`, `adapter` and `balance` that take them.
     """
 
     name: str
-    loss: Callable[..., Tensor]
+    loss: Callable[..., Tensor]  # computes the unweighted term, a scalar, from a `Batch` and settings
     summary: str = ""
-    source: str = ""
+    source: str = ""  # paper and equation
     ce: float = 0.0
     weight: float = 1.0
-    warm_up: float = 0.0
+    warm_up: float = 0.0  # share of the training over which its own weight rises from 0
     balance: Callable[..., tuple[float, float]] | None = None
-    tau: float | None = None
+    tau: float | None = None  # default temperature; None for a loss without one
     needs_teacher: bool = True
     needs_features: bool = False
     needs_labels: bool = False
     features_only: bool = False
-    regresses: bool = False
-    same_network: bool = False
-    no_mixup: bool = False
+    regresses: bool = False  # the student's logits must take on the teacher's values, beyond their softmax
+    same_network: bool = False  # the teacher is meant to be of the student's own network
+    no_mixup: bool = False  # an image must have one class
     adapter: Callable[..., nn.Module] | None = None
     fields: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     keywords: Mapping[str, str] = field(default_factory=dict)

@@ -28,27 +28,20 @@ class Checkpoint:
     """Content of a checkpoint file.
 
     Attributes:
-        arch: name in `kdcli.models.MODELS`.
-        arch_args: keyword arguments that build the network, plain JSON values.
-        state_dict: the network's parameters and buffers.
-        preprocess: `{"name", "args", "state"}`, see `kdcli.data.preprocess`.
-        classes: class names in the order of the logits.
-        input_size: `(H, W, C)` of the raw uint8 images.
         crop: share of the shorter side that images of another size are cropped to, see `data.decode.resize`.
         provenance: method, data, teacher, accuracy, source file: plain JSON values.
         training: optimizer, auxiliary modules, position and identity of an unfinished run; None in a finished model.
-        file_sha256: of the bytes that were read; empty if it was made here.
     """
 
-    arch: str
-    arch_args: dict[str, Any]
-    state_dict: dict[str, Tensor]
-    preprocess: dict[str, Any]
-    classes: tuple[str, ...]
-    input_size: tuple[int, int, int]
+    arch: str  # name in `kdcli.models.MODELS`
+    arch_args: dict[str, Any]  # keyword arguments that build the network, plain JSON values
+    state_dict: dict[str, Tensor]  # the network's parameters and buffers
+    preprocess: dict[str, Any]  # `{"name", "args", "state"}`, see `kdcli.data.preprocess`
+    classes: tuple[str, ...]  # class names in the order of the logits
+    input_size: tuple[int, int, int]  # `(H, W, C)` of the raw uint8 images
     provenance: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] | None = None
-    file_sha256: str = ""
+    file_sha256: str = ""  # of the bytes that were read; empty if it was made here
     crop: Annotated[float, Field(ge=0.25, le=1)] = 1.0
 
     __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True, extra="ignore")  # for `load`

@@ -16,15 +16,13 @@ class LayerSummary:
 
     Attributes:
         name, kind: path in the network, and the module's repr in one line.
-        output: shape of the output for one image.
-        parameters: trainable values; 0 if an earlier call counted them.
         macs: multiply-accumulates per image; 0 except in convolutions and linear layers. None if unknown.
     """
 
     name: str
     kind: str
-    output: tuple[int, ...]
-    parameters: int
+    output: tuple[int, ...]  # shape of the output for one image
+    parameters: int  # trainable values; 0 if an earlier call counted them
     macs: int | None
 
 

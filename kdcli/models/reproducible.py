@@ -15,16 +15,11 @@ _GOLDEN, _FIRST, _SECOND = -1640531527, 0x21F0AAAD, 0x735A2D97  # odd constants;
 
 @dataclass
 class DropoutKeys:
-    """Random keys of the current batch, shared by all dropout layers of a network.
-
-    Attributes:
-        stream: number of the network within a run (student, teacher).
-        keys: int32 (4, B), random bits of the batch's samples in this epoch.
-    """
+    """Random keys of the current batch, shared by all dropout layers of a network."""
 
     seed: int
-    stream: int = 0
-    keys: Tensor | None = None
+    stream: int = 0  # number of the network within a run (student, teacher)
+    keys: Tensor | None = None  # int32 (4, B), random bits of the batch's samples in this epoch
 
     def step(self, epoch: int, samples: npt.NDArray[np.int64], device: torch.device) -> None:
         """Set the keys of a batch: the same samples in the same epoch get the same masks."""

@@ -43,10 +43,7 @@ class Reproduction:
         verdict: `bit-identical`: all tensors of the student and all figures on test images are equal; `within
             tolerance`: test accuracies differ by at most `tolerance` points; `different`: by more.
         accuracy, accuracy_again: on test images, per cent.
-        interval: 95 % interval of the recorded accuracy, for the chance of the test sample.
         sha256, sha256_again: of the students' tensors.
-        tensors_differ: how many of `tensors` differ, at most by `largest_difference`.
-        circumstances: differences of machine and versions, a line each.
     """
 
     run: str
@@ -55,14 +52,14 @@ class Reproduction:
     tolerance: float
     accuracy: float
     accuracy_again: float
-    interval: tuple[float, float]
+    interval: tuple[float, float]  # 95 % interval of the recorded accuracy, for the chance of the test sample
     test_images: int
     sha256: str
     sha256_again: str
     tensors: int
-    tensors_differ: int
+    tensors_differ: int  # how many of `tensors` differ, at most by `largest_difference`
     largest_difference: float
-    circumstances: tuple[str, ...]
+    circumstances: tuple[str, ...]  # differences of machine and versions, a line each
 
     @property
     def holds(self) -> bool:

@@ -68,8 +68,6 @@ class Plan(Settings):
     """A comparison's settings; all but the folder are stored in `comparison.toml`.
 
     Attributes:
-        train: settings of all runs; its method and seed are not used.
-        common: None before the first start.
         inputs: SHA-256 of data, teacher, student and custom methods; empty before the first start.
     """
 
@@ -77,8 +75,8 @@ class Plan(Settings):
     methods: tuple[str, ...]
     seeds: tuple[Seed, ...]
     baseline: str
-    train: TrainConfig
-    common: CommonSettings | None = None
+    train: TrainConfig  # settings of all runs; its method and seed are not used
+    common: CommonSettings | None = None  # None before the first start
     inputs: dict[str, str] = Field(default_factory=dict)
 
     @property

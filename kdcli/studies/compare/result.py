@@ -21,9 +21,7 @@ class RunFigures(Record):
 
     Attributes:
         status: `missing` if it is neither finished nor failed, in an interrupted comparison.
-        teacher_passes: of this run alone; 0 with a warm cache.
         circumstances: versions, hardware and threads, on which the last bits depend.
-        resumed_with_differences: circumstances that changed when it was resumed.
     """
 
     run: str
@@ -34,23 +32,21 @@ class RunFigures(Record):
     test_accuracy: Percent | None = None
     val_accuracy: Percent | None = None
     agreement: Percent | None = None
-    teacher_passes: Count = 0
+    teacher_passes: Count = 0  # of this run alone; 0 with a warm cache
     seconds: NonNegative = 0.0
     circumstances: dict[str, str] = Field(default_factory=dict)
-    resumed_with_differences: tuple[str, ...] = ()
+    resumed_with_differences: tuple[str, ...] = ()  # circumstances that changed when it was resumed
 
 
 class Difference(Summary):
     """A method's test accuracy less the baseline's, seed by seed, in points; seeds with both runs finished.
 
     Attributes:
-        by_seed: (seed, difference) of each.
         p: None also where a run is missing.
-        p_holm: p adjusted for all comparisons of this table that have one.
     """
 
-    by_seed: list[tuple[Seed, Points]]
-    p_holm: Percent | None = None
+    by_seed: list[tuple[Seed, Points]]  # (seed, difference) of each
+    p_holm: Percent | None = None  # p adjusted for all comparisons of this table that have one
 
 
 class Standing(Record):
@@ -58,8 +54,6 @@ class Standing(Record):
 
     Attributes:
         count, failed: finished runs, and those that failed or are missing.
-        difference: None for the baseline itself, and where no seed has both runs.
-        verdict: `baseline`, `better`, `worse`, `inconclusive`, `one seed: no claim` or `no runs`.
     """
 
     method: str
@@ -70,18 +64,12 @@ class Standing(Record):
     test_deviation: Points | None
     test_interval: Interval | None
     val_mean: Percent | None
-    difference: Difference | None
-    verdict: str
+    difference: Difference | None  # None for the baseline itself, and where no seed has both runs
+    verdict: str  # `baseline`, `better`, `worse`, `inconclusive`, `one seed: no claim` or `no runs`
 
 
 class Comparison(Record):
-    """A `comparison.json`.
-
-    Attributes:
-        test_images: the step of an accuracy is 100 / test_images.
-        teacher_passes: over a data set, of all runs together.
-        comparisons: of methods with the baseline, without those of incomplete runs.
-    """
+    """A `comparison.json`."""
 
     schema_version: Literal[1] = 1
     kd_version: str
@@ -93,9 +81,9 @@ class Comparison(Record):
     seeds: list[Seed]
     baseline: str
     level: Percent
-    test_images: Count
-    comparisons: Count
-    teacher_passes: Count
+    test_images: Count  # the step of an accuracy is 100 / test_images
+    comparisons: Count  # of methods with the baseline, without those of incomplete runs
+    teacher_passes: Count  # over a data set, of all runs together
     standings: list[Standing]
     runs: list[RunFigures]
     notes: list[str]

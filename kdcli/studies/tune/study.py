@@ -36,22 +36,15 @@ _SECRET = re.compile(r"pass|pwd|secret|token|key", re.IGNORECASE)  # names of se
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial of a study.
-
-    Attributes:
-        state: `complete`, `pruned`, `failed`, `running` or `waiting`.
-        accuracy: mean validation accuracy, per cent; of a pruned trial the last one; else None.
-        accuracies: of each seed.
-        precision: what the runs were computed in.
-    """
+    """One trial of a study."""
 
     number: int
-    state: str
+    state: str  # `complete`, `pruned`, `failed`, `running` or `waiting`
     values: dict[str, Value]
-    accuracy: float | None
-    accuracies: tuple[float, ...] = ()
+    accuracy: float | None  # mean validation accuracy, per cent; of a pruned trial the last one; else None
+    accuracies: tuple[float, ...] = ()  # of each seed
     reason: str = ""
-    precision: str = ""
+    precision: str = ""  # what the runs were computed in
 
 
 def open_study(

@@ -19,18 +19,12 @@ _ENOUGH = 5  # finished trials, below which shares of the variance mean nothing
 
 @dataclass(frozen=True)
 class TuneResult:
-    """Result of a study.
-
-    Attributes:
-        storage: address of its database, without secrets.
-        trials: finished, running and waiting ones.
-        importance: each setting's share, largest first; empty for the reason in `why_not`.
-    """
+    """Result of a study."""
 
     settings: TuneConfig
-    storage: str
-    trials: tuple[Trial, ...]
-    importance: dict[str, float]
+    storage: str  # address of its database, without secrets
+    trials: tuple[Trial, ...]  # finished, running and waiting ones
+    importance: dict[str, float]  # each setting's share, largest first; empty for the reason in `why_not`
     why_not: str
     figures: tuple[Path, ...]
 
