@@ -2,6 +2,8 @@
 
 import re
 
+START = "Start with: kd demo"  # hint in a folder without data or models
+
 
 class KdError(Exception):
     """An error with a hint at its remedy; the command line prints both and exits with `exit_code`."""

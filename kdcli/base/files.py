@@ -221,7 +221,7 @@ def expand(path: str) -> Path:
         return Path(path)
 
 
-def recorded(path: Path, file: Path) -> Path:
+def recorded_path(path: Path, file: Path) -> Path:
     """A path that a file names: below the nearest of the folders the file is in, else below the working folder.
 
     The same place is spelled as the file does.

@@ -154,7 +154,7 @@ def _fail(error: KdError) -> NoReturn:
     from kdcli.cli import output
 
     if not error.hint:
-        error.hint = f"See {' '.join(filter(None, ('kd', _command())))} --help."
+        error.hint = f"See: {' '.join(filter(None, ('kd', _command())))} --help"
     output.settings.json |= "--json" in sys.argv  # not parsed yet where parsing failed
     output.error(error)
     sys.exit(error.exit_code)

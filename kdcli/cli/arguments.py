@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from kdcli.base import runs
-from kdcli.base.errors import KdError, UsageError
+from kdcli.base.errors import START, KdError, UsageError
 from kdcli.base.names import similar
 from kdcli.base.text import dims
+from kdcli.cli import output
 
 if TYPE_CHECKING:
     from kdcli.base.config import TestConfig, ValidateConfig
@@ -22,7 +23,7 @@ M = TypeVar("M", bound="Classifier | OnnxClassifier")
 
 
 def existing_model(path: Path) -> Path:
-    """The model file at `path`, or the `student.pt` of the run of this path or name.
+    """The model file at `path`, or the `student.pt` of the run of this path or name; `student.pt` alone: the newest.
 
     Raises:
         KdError: no such file; the hint lists the trained students, newest first.
@@ -38,8 +39,11 @@ def existing_model(path: Path) -> Path:
             raise problem
     students = [student for student in Path("runs").glob("*/student.pt") if student.is_file()]
     students.sort(key=lambda student: student.stat().st_mtime, reverse=True)
+    if path == Path("student.pt") and students:
+        output.note(f"no student.pt here: {students[0].as_posix()} of the newest run is used")
+        return students[0]
     names = ", ".join(shlex.quote(student.as_posix()) for student in students[:8])
-    known = f"Trained students: {names}." if names else "Train a student first: kd train."
+    known = f"Trained students: {names}." if names else START
     named = path.parent.name if path.name == "student.pt" else path.name
     near = similar(named, (student.parent.name for student in students))
     raise KdError(f"no such file: {path}", near or known)
@@ -54,7 +58,7 @@ def run_folder(path: Path) -> Path:
     found = runs.by_name(path)
     if not found.exists():
         names = (known.name for place in runs.PLACES for known in place.glob("*"))
-        hint = similar(path.name, names) or "Pass a folder inside runs/; kd runs lists them."
+        hint = similar(path.name, names) or "Pass a folder inside runs/, or list them: kd runs"
         raise KdError(f"no such run: {path}", hint)
     return found
 
@@ -69,7 +73,7 @@ def run_to_resume(name: str) -> Path:
         return run_folder(Path(name))
     interrupted = [run for run in runs.run_folders() if runs.state(run) == "interrupted"]
     if not interrupted:
-        raise KdError("no interrupted run in runs/", "kd runs lists the runs.")
+        raise KdError("no interrupted run in runs/", "List the runs: kd runs")
     return interrupted[-1]
 
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kdcli.base import units
-from kdcli.base.config import BenchConfig
+from kdcli.base.config import BenchConfig, shell_command
 from kdcli.base.errors import KdError
 from kdcli.base.files import sha256_file, write_text
 from kdcli.cli import output
 from kdcli.cli.arguments import check_output_files, existing_model
+from kdcli.cli.defaults import teacher_of
 from kdcli.cli.options import command, examples
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def bench(
     from kdcli import report
     from kdcli.base import plotting
     from kdcli.deploy.bench import bench as run_benchmark
-    from kdcli.deploy.bench import default_models, to_csv, to_markdown
+    from kdcli.deploy.bench import to_csv, to_markdown
 
     paths = _distinct(_models(model, config) if model else default_models(config))
     if config.plot is not None:
@@ -59,6 +60,21 @@ def bench(
             write_text(table, make_table(result))
             output.text(f"wrote {table.as_posix()}")
     _check(result, config)
+
+
+def default_models(config: BenchConfig) -> list[Path]:
+    """The teacher, every finished student and every export.
+
+    Raises:
+        KdError: there is no teacher, or nothing to compare it with.
+    """
+    teacher = teacher_of(config)
+    found = [*sorted(Path("runs").glob("*/student.pt")), *sorted(Path("exports").glob("*.onnx"))]
+    rest = [path for path in found if path.resolve() != teacher.resolve()]
+    if not rest:
+        train = shell_command("train", {"teacher": teacher})
+        raise KdError(f"nothing to compare {teacher} with", f"Train a student: {train}")
+    return [teacher, *rest]
 
 
 def _models(named: list[Path], config: BenchConfig) -> list[Path]:

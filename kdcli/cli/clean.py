@@ -36,7 +36,7 @@ def clean(
     named = [run_folder(path) for path in runs or ()]
     for run in named:
         if folders.state(run) == "running":
-            raise UsageError(f"{run} is in use: a process trains it", "kd runs lists the states of runs.")
+            raise UsageError(f"{run} is in use: a process trains it", "List the states of runs: kd runs")
     states = {} if named else {run: folders.state(run) for run in folders.all_runs()}
     finished = [run for run in states if states[run] == "finished"]
     found = {run: folders.saved_states(run) for run in (*named, *finished)}
@@ -53,7 +53,7 @@ def clean(
     if rows and not config.dry_run and not config.yes:
         question = f"delete {units.size(total)} of caches and saved states?"
         if not output.confirm(question):
-            raise UsageError("not confirmed, nothing deleted", "kd clean --yes deletes without a question.")
+            raise UsageError("not confirmed, nothing deleted", "Delete without a question: kd clean --yes")
     if not config.dry_run:
         for path in (path for paths in found.values() for path in paths):
             folders.delete(path)

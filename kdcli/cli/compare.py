@@ -15,6 +15,7 @@ from kdcli.base.errors import KdError, UsageError
 from kdcli.base.recipes import read_recipe
 from kdcli.cli import output
 from kdcli.cli.arguments import check_output_files, run_folder
+from kdcli.cli.defaults import with_defaults
 from kdcli.cli.options import Recipe, command, examples
 from kdcli.methods import TrainConfig
 
@@ -61,6 +62,9 @@ def compare(
             shared = read_recipe(recipe, {**train, "method": None})
             shared = {name: value for name, value in shared.items() if name not in {"name", *_PER_RUN}}
             train = {**shared, **train}
+        needs = any(part.needs_teacher for name in settings.method_names for part in methods.parse(name))
+        completed = with_defaults(make(TrainConfig, train), needs_teacher=needs)
+        train = {name: getattr(completed, name) for name in completed.model_fields_set}
     from kdcli import report
     from kdcli.engine.plan import load_data
     from kdcli.studies import compare as studies
@@ -78,7 +82,7 @@ def compare(
     if result.failed:
         raise KdError(
             f"{len(result.failed)} of {len(result.runs)} runs failed: {result.failed[0].reason}",
-            f"{plan.resume_command or 'The same command'} tries them again.",
+            f"Try them again: {plan.resume_command or 'the same command'}",
         )
     output.next_command(f"kd report {shlex.quote(plan.folder.as_posix())}")
 

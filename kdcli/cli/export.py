@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kdcli.base import units
-from kdcli.base.config import ExportConfig
+from kdcli.base.config import ExportConfig, shell_command
 from kdcli.cli import output
 from kdcli.cli.arguments import existing_model
 from kdcli.cli.options import command, examples
@@ -40,6 +40,19 @@ def export(
     result = write_onnx(source, config, on_event=output.on_event)
     output.json(asdict(result))
     _show(result)
+    output.next_command(shell_command("bench", {"teacher": _reference(source)}, result.path))
+
+
+def _reference(checkpoint: Path) -> Path:
+    """The teacher that the checkpoint records, if it is unchanged; else the checkpoint itself."""
+    from kdcli.base.files import is_unchanged
+    from kdcli.models.checkpoint import load
+    from kdcli.teacher import teachers_of
+
+    for teacher in teachers_of(load(checkpoint).provenance, checkpoint):
+        if not teacher.inputs.given and is_unchanged(teacher.path, teacher.sha256):
+            return teacher.path
+    return checkpoint
 
 
 def _show(result: ExportResult) -> None:
@@ -72,7 +85,6 @@ def _show(result: ExportResult) -> None:
         f"input: {inputs}, {'any N' if result.batch is None else f'N = {result.batch}'}",
         f"wrote {result.path.as_posix()} ({units.size(result.size_bytes)})",
     )
-    output.next_command("kd bench")
 
 
 def _show_trials(result: ExportResult) -> None:

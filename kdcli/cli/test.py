@@ -46,7 +46,7 @@ def test(
         )
     loaded, splits = data_for(loaded, model, config, output.on_event)
     teacher_logits = None
-    source, assumed = _teacher(config, loaded.provenance)
+    source, assumed = _teacher(config, loaded.provenance, model)
     if source is not None:
         size, threads = splits.test.input_size, config.threads
         teacher = Teacher.open(source, config.cache_dir, threads=threads, assumed=assumed, input_size=size)
@@ -98,12 +98,14 @@ def _show(title: str, result: Evaluation, classes: tuple[str, ...]) -> None:
     output.table(["class", "accuracy, %"], list(per_class))
 
 
-def _teacher(config: TestConfig, provenance: dict[str, Any]) -> tuple[Path | None, InputSettings]:
+def _teacher(
+    config: TestConfig, provenance: dict[str, Any], model: Path
+) -> tuple[Path | None, InputSettings]:
     """The teacher to compare with, --teacher or the recorded one, and its input as set or as recorded for it."""
     from kdcli.base.files import sha256_file
     from kdcli.teacher import teachers_of
 
-    recorded = teachers_of(provenance)
+    recorded = teachers_of(provenance, model)
     path = config.teacher or _recorded_teacher(recorded)
     if path is None or config.teacher_inputs.given or not path.is_file():
         return path, config.teacher_inputs

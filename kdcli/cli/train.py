@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,11 +10,12 @@ import typer
 
 from kdcli import methods
 from kdcli.base import files, units
-from kdcli.base.config import RUN, make
+from kdcli.base.config import RUN, make, shell_command
 from kdcli.base.errors import UsageError
 from kdcli.base.recipes import read_recipe
 from kdcli.cli import output
 from kdcli.cli.arguments import run_to_resume
+from kdcli.cli.defaults import with_defaults
 from kdcli.cli.options import Recipe, command, examples
 from kdcli.methods import TrainConfig
 
@@ -109,10 +109,14 @@ def _train(
     from kdcli.engine import fit_chain
     from kdcli.engine.plan import load_data
 
+    networks = (*config.assistant, *(() if config.student_file else (config.student,)))
+    drops = [models.accepts(network, "dropout") for network in networks]  # an error for an unknown name
+    if run is None:
+        config = with_defaults(config, needs_teacher=methods.objective(config).needs_teacher)
     if config.student_file is not None:
         reason = f"with --student {config.student_file}, which defines it"
         output.note_ignored(options, ("dropout", "preprocess", "width"), reason)
-    elif not any(models.accepts(network, "dropout") for network in (*config.assistant, config.student)):
+    elif not any(drops):
         output.note_ignored(options, ("dropout",), f"with --student {config.student}, which has none")
     world = runtime.launch(config.accelerator, config.devices)
     failed = True
@@ -163,4 +167,12 @@ def _show(results: tuple[RunResult, ...], data_label: str) -> None:
     for difference in result.resumed_with_differences:
         output.note(f"resumed with a difference: {difference}")
     output.text(f"wrote {result.run.student.as_posix()}")
-    output.next_command(f"kd export {shlex.quote(result.run.student.as_posix())}")
+    places = {
+        name: getattr(config, name)
+        for name in ("data_dir", "cache_dir")
+        if getattr(config, name) != TrainConfig.model_fields[name].default
+    }
+    if methods.objective(config).needs_teacher:
+        output.next_command(shell_command("export", places, result.run.student))
+    else:
+        output.next_command(shell_command("train", {"teacher": result.run.student, **places}))

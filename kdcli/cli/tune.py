@@ -13,6 +13,7 @@ from kdcli.base.config import make, option_flag, shell_command
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.recipes import read_recipe
 from kdcli.cli import output
+from kdcli.cli.defaults import with_defaults
 from kdcli.cli.options import Recipe, command, examples
 from kdcli.studies.tune import space as spaces
 from kdcli.studies.tune.space import SEARCH, TuneConfig
@@ -60,6 +61,10 @@ def tune(
     config = make(TuneConfig, {**shared, **options})
     methods.check_typed(config, options.get("method"), str(recipe))
     space = spaces.read_space(ranges, config.train)
+    needs = any(
+        part.needs_teacher for name in spaces.methods_of(space, config) for part in methods.parse(name)
+    )
+    config = with_defaults(config, needs_teacher=needs, tuned=tuned)
     for name in sorted(tuned & set(options)):
         raise UsageError(f"{option_flag(name)} is both set and tuned", "Leave one of them out.")
     if "method" not in tuned:

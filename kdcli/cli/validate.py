@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kdcli.base.config import ValidateConfig, shell_command
+from kdcli.base.config import DataSettings, ValidateConfig, shell_command
 from kdcli.base.errors import KdError, UsageError
 from kdcli.cli import output
 from kdcli.cli.arguments import data_for
+from kdcli.cli.defaults import teacher_of
 from kdcli.cli.options import command, examples
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from kdcli.caffe.opencv import Agreement
     from kdcli.data import ImageSet
 
+_REPEATED = {*DataSettings.model_fields, "teacher", "crop"} - {"image_size"}  # options of kd train too
 EPILOG = examples("kd validate --data cifar10", "kd validate --against weights/cifar10_nin.caffemodel")
 
 
@@ -33,10 +35,13 @@ def validate(config: ValidateConfig) -> None:
     from kdcli.models import Classifier
     from kdcli.teacher import assumptions
 
+    config = config.model_copy(update={"teacher": teacher_of(config)})
     runtime.set_threads(config.threads)
     teacher = load_model(config.teacher, config.threads, config)
-    if config.against is not None and not isinstance(teacher, Classifier):
-        raise UsageError("--against compares a .pt teacher", "Convert it with kd convert-caffe --to pt.")
+    target = config.teacher if isinstance(teacher, Classifier) else None
+    again = shell_command("convert-caffe", {"prototxt": config.prototxt, "output": target}, config.against)
+    if config.against is not None and target is None:
+        raise UsageError("--against compares a .pt teacher", f"Make one: {again}")
     teacher, splits = data_for(teacher, config.teacher, config, output.on_event)
     agreement = _compare(teacher, config, splits.test, output.on_event) if config.against else None
     result = evaluate(teacher, splits.test, task="validating", on_event=output.on_event)
@@ -69,9 +74,9 @@ def validate(config: ValidateConfig) -> None:
         raise KdError(
             f"{config.teacher} differs from {config.against}: logits differ by up to "
             f"{agreement.largest_difference:.3g}",
-            "Convert it again with kd convert-caffe; pass the same --prototxt to both commands.",
+            f"Convert it again: {again}",
         )
-    options = config.model_dump(include=given & {"data", "teacher", "crop"})
+    options = config.model_dump(include=given & _REPEATED)
     options |= {f"teacher_{name}": value for name, value in config.given.items() if name != "crop"}
     method = "noisy" if getattr(teacher, "gives", "logits") == "logits" else "kd"
     output.next_command(shell_command("train", {"method": method, **options}))

@@ -79,8 +79,8 @@ class Dataset:
         """What to do where a file is absent or damaged."""
         if self.name in catalog.DOWNLOADS:
             return (
-                f"Run kd download {self.name}, or use your own images: --data with a folder or archive that "
-                "holds train/<class>/* and test/<class>/*."
+                "Pass your own images, a folder or archive of class folders, with --data, or download it: "
+                f"kd download {self.name}"
             )
         return "Its files are not part of kd download."
 

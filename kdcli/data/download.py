@@ -263,4 +263,4 @@ def _wrong_hash(remote: RemoteFile, origin: str) -> KdError:
 
 
 def _from_hint(remote: RemoteFile) -> str:
-    return f"If you can get {remote.name} elsewhere: kd download … --from FILE|URL."
+    return f"If you have {remote.name} from elsewhere, pass it with --from FILE|URL."

@@ -9,7 +9,7 @@ from kdcli.base.config import DataSettings, ModelDataSettings
 from kdcli.base.config.settings import TEST_FRACTION
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import Note, OnEvent, Progress, ignore
-from kdcli.base.files import expand, recorded, regular_size
+from kdcli.base.files import expand, recorded_path, regular_size
 from kdcli.base.names import nearest
 from kdcli.base.units import size
 from kdcli.data.datasets import DATASETS, Request, discover
@@ -119,7 +119,7 @@ def recorded_source(model: Path, provenance: Mapping[str, Any]) -> dict[str, Any
     if not isinstance(found, Mapping) or not isinstance(spec := found.get("spec"), str) or not spec:
         return {}
     if spec not in DATASETS and "\0" not in spec:
-        spec = str(recorded(expand(spec), model))
+        spec = str(recorded_path(expand(spec), model))
     known = {name: found.get(name) for name, kind in _RECORDED.items() if type(found.get(name)) is kind}
     return {"data": spec, **known}
 
@@ -147,7 +147,7 @@ def source_for(
         "spec": spec,
         "skip_broken": skip_broken,
         "test_fraction": config.test_fraction or known.get("test_fraction"),
-        "data_dir": config.data_dir if "data_dir" in given else recorded(config.data_dir, model),
+        "data_dir": config.data_dir if "data_dir" in given else recorded_path(config.data_dir, model),
         "cache_dir": config.cache_dir,
     }
 

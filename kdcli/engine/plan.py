@@ -70,7 +70,10 @@ class RunPlan:
     @property
     def made_with(self) -> dict[str, Any]:
         """Values that must be equal for equal bits, beside `inputs`; complete once `config.precision` is settled."""
-        return identity.circumstances(self.environment) | identity.decisive_options(self.config)
+        options = identity.decisive_options(self.config)
+        for name in ("--teacher", "--data", "--unlabelled"):  # known by their content
+            options.pop(name)
+        return identity.circumstances(self.environment) | options
 
 
 def make_plan(

@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,10 @@ import tomli_w
 from kdcli import methods
 from kdcli.base.config import make
 from kdcli.base.errors import KdError, UsageError
-from kdcli.base.files import locked, publish, scratch_folder, write_json, write_text
+from kdcli.base.files import expand, locked, publish, recorded_path, scratch_folder, write_json, write_text
 from kdcli.base.recipes import read_recipe
 from kdcli.base.text import reason
+from kdcli.data.datasets import DATASETS
 from kdcli.methods import TrainConfig
 from kdcli.models.checkpoint import Checkpoint, save
 
@@ -183,7 +184,7 @@ class RunDir:
 
     def read_config(self) -> TrainConfig:
         """The run's settings, with its present name and location."""
-        values = read_recipe(str(self.config_file))
+        values = found_from(self.config_file, read_recipe(str(self.config_file)))
         return make(TrainConfig, {**values, "name": self.path.name, "runs_dir": self.path.parent})
 
     def read_chain(self) -> TrainConfig | None:
@@ -194,8 +195,27 @@ class RunDir:
         """
         if not self.chain_file.is_file():
             return None
-        values = read_recipe(str(self.chain_file))
+        values = found_from(self.chain_file, read_recipe(str(self.chain_file)))
         return make(TrainConfig, {**values, "runs_dir": self.path.parent})
+
+
+def found_from(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of kd train that a file records, with the paths of inputs as they are found from it."""
+
+    def found(value: Any) -> Any:
+        if not isinstance(value, str) or "\0" in value:
+            return value
+        path = recorded_path(expand(value), file)
+        return value if path == expand(value) else str(path)
+
+    paths = {name: found(values[name]) for name in ("unlabelled", "data_dir", "cache_dir") if name in values}
+    if str(values.get("data")) not in DATASETS:
+        paths["data"] = found(values.get("data"))
+    if str(values.get("student")).lower().endswith(".pt"):
+        paths["student"] = found(values["student"])
+    if isinstance(teachers := values.get("teacher"), list):
+        paths["teacher"] = [found(path) for path in teachers]
+    return {**values, **{name: path for name, path in paths.items() if path is not None}}
 
 
 def name_of(config: TrainConfig, number: int) -> str:

@@ -1,5 +1,6 @@
 """`Classifier`: a network joined with its preprocessing, and what is done with one."""
 
+import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -112,9 +113,10 @@ def load(path: Path) -> Classifier:
     """Read a checkpoint file into a `Classifier` in eval mode."""
     stored = checkpoint.load(path)
     if stored.training is not None:
+        run = shlex.quote(path.parent.as_posix())
         raise KdError(
             f"{path} is the state of a run, not a finished model",
-            f"Use {path.with_name('student.pt')}, or finish it: kd train --resume {path.parent}",
+            f"Use {path.with_name('student.pt')}, or finish it: kd train --resume {run}",
         )
     return from_checkpoint(stored, str(path))
 

@@ -129,7 +129,7 @@ def reliability(logits: Tensor, labels: Tensor) -> tuple[ConfidenceBin, ...]:
 
 def recorded_teacher(run: Run) -> tuple[Path | None, str]:
     """Path and SHA-256 of the teacher a run learned from; None for no teacher or several."""
-    found = teachers_of(run.provenance)
+    found = teachers_of(run.provenance, run.student)
     return found[0][:2] if len(found) == 1 else (None, "")
 
 

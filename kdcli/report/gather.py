@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kdcli.base.errors import KdError
+from kdcli.base.errors import START, KdError
 from kdcli.base.files import read_document
 from kdcli.engine.records import Metrics, RunResult, epoch_lines, read_result
 from kdcli.engine.run_dir import RunDir
@@ -59,7 +59,7 @@ def folders(named: Sequence[Path]) -> list[Path]:
     found = [path for path in Path("runs").glob("*") if path.is_dir() and not path.name.startswith(".")]
     found = found or [run for path in comparisons(()) for run in _runs_of(path)]
     if not found:
-        raise KdError("no runs in runs/", "kd train makes one; or pass run folders.")
+        raise KdError("no runs in runs/", START)
     return sorted(found)
 
 
@@ -87,7 +87,7 @@ def gather(paths: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
         more = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
         raise KdError(
             f"no finished run to report on: {name}: {why}{more}",
-            "kd train --resume finishes the newest.",
+            "Finish the newest: kd train --resume",
         )
     return runs, left_out
 

@@ -90,7 +90,7 @@ def read_finished(folder: Path, method: str = "") -> FinishedRun:
     run_dir = RunDir.existing(folder)
     config = run_dir.read_config()
     if not run_dir.result_file.is_file():
-        raise KdError(f"{folder} is not finished", f"{resume_command(folder, config.method)} finishes it.")
+        raise KdError(f"{folder} is not finished", f"Finish it: {resume_command(folder, config.method)}")
     methods.check_typed(config, method, str(folder))
     methods.parse(config.method)
     result = read_result(run_dir.result_file)
@@ -102,7 +102,7 @@ def read_finished(folder: Path, method: str = "") -> FinishedRun:
     if config.devices > 1 or circumstances.get("processes", "1") != "1":
         raise UsageError(
             f"{folder} had several processes, and kd reproduce has one",
-            f"kd train --config {shlex.quote(run_dir.config_file.as_posix())} repeats it with --devices.",
+            f"Repeat it with its processes: kd train --config {shlex.quote(run_dir.config_file.as_posix())}",
         )
     return FinishedRun(run_dir, config, checkpoint.load(run_dir.student), result, circumstances)
 

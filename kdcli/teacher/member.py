@@ -1,5 +1,6 @@
 """A model of a teacher, and its pass over a data set: the views that are not in its cache."""
 
+import shlex
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -264,7 +265,8 @@ class TeacherPass:
         logits = torch.cat(outputs)
         if not bool(torch.isfinite(logits).all()):
             raise KdError(
-                f"teacher {self.member.path} gives logits that are not finite", "kd validate tells more."
+                f"teacher {self.member.path} gives logits that are not finite",
+                f"Examine it: kd validate --teacher {shlex.quote(self.member.path.as_posix())}",
             )
         values: npt.NDArray[np.float32] = logits.numpy()
         return values

@@ -16,7 +16,7 @@ from torch import Tensor
 from kdcli.base.config import NO_ASSUMPTIONS, InputSettings, TeacherInputs, make
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import Note, OnEvent, ignore
-from kdcli.base.files import cache_folder, sha256_file
+from kdcli.base.files import cache_folder, recorded_path, sha256_file
 from kdcli.base.runtime import World
 from kdcli.data import ImageSet, augment, rows
 from kdcli.methods import Features
@@ -107,8 +107,7 @@ class Teacher:
             if not path.is_file():
                 raise explain(path) or KdError(
                     f"no teacher at {path}",
-                    "kd convert-caffe makes one from a Caffe network, kd train --method ce trains one; "
-                    "name it with --teacher.",
+                    "Pass another with --teacher.",
                 )
         hashes = world.broadcast([sha256_file(path) for path in files] if world.first else [])
         given = tuple(weights) or (1.0,) * len(files)
@@ -303,8 +302,8 @@ class RecordedTeacher(NamedTuple):
     inputs: InputSettings
 
 
-def teachers_of(provenance: Mapping[str, Any]) -> list[RecordedTeacher]:
-    """Each teacher in a student's provenance, which may be of any origin.
+def teachers_of(provenance: Mapping[str, Any], student: Path = Path()) -> list[RecordedTeacher]:
+    """Each teacher in a student's provenance, which may be of any origin; paths are found from the student's file.
 
     Empty without a teacher, or where the entry is malformed.
     """
@@ -314,7 +313,11 @@ def teachers_of(provenance: Mapping[str, Any]) -> list[RecordedTeacher]:
     several = recorded.get("teachers")
     entries = several if isinstance(several, list) else [recorded]
     return [
-        RecordedTeacher(Path(entry["path"]), str(entry.get("sha256")), _recorded_inputs(entry.get("inputs")))
+        RecordedTeacher(
+            recorded_path(Path(entry["path"]), student),
+            str(entry.get("sha256")),
+            _recorded_inputs(entry.get("inputs")),
+        )
         for entry in entries
         if isinstance(entry, Mapping) and isinstance(entry.get("path"), str) and "\0" not in entry["path"]
     ]

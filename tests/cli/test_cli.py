@@ -143,23 +143,23 @@ WRONG = [
     (["train", "--recipe", "none.toml"], 2, "none.toml", ""),
     (["train", "--resume", "runs/none"], 1, "no such run: runs/none", "kd runs"),
     (["train", "--resume", "runs/x", "--lr", "1"], 2, "--resume", ""),
-    (["train"], 1, "CIFAR-10 not found in data", "kd download"),
+    (["train", "--method", "ce"], 1, "CIFAR-10 not found in data", "kd download"),
     (["train", "--data", "mnist", "--method", "ce"], 1, "MNIST not found in data/mnist", "kd download mnist"),
-    (["train", "--data", "digits", *TINY], 1, "no teacher at weights/teacher.pt", "--teacher"),
-    (["train", "--data", "digitz"], 2, "digitz", "digits"),
+    (["train", "--data", "digits", *TINY], 1, "no teacher in weights/ or runs/", "kd demo"),
+    (["train", "--data", "digitz", "--method", "ce"], 2, "digitz", "digits"),
     (["train", "--data", "digits", *TINY, "--teacher", "text.pt"], 1, "text.pt is not a kd checkpoint", ""),
-    (["train", "--data", "text.pt"], 1, "text.pt", ""),
+    (["train", "--data", "text.pt", "--method", "ce"], 1, "text.pt", ""),
     (["train", "--method", "ce", "--data", "digits", "--student", "lenet"], 2, "too small", "convnet"),
-    (["test", "none.pt"], 1, "no such file: none.pt", "kd train"),
+    (["test", "none.pt"], 1, "no such file: none.pt", "kd demo"),
     (["test", "text.pt"], 1, "text.pt is not a kd checkpoint", ""),
     (["test", "text.onnx"], 1, "text.onnx", ""),
     (["test", "folder"], 1, "folder", ""),
     (["export", "student.pt"], 1, "no such file: student.pt", ""),
     (["export", "text.pt"], 1, "text.pt is not a kd checkpoint", ""),
-    (["bench"], 1, "no teacher at weights/teacher.pt", "--teacher"),
+    (["bench"], 1, "no teacher in weights/ or runs/", "kd demo"),
     (["bench", "none.onnx"], 1, "none.onnx", ""),
     (["bench", "text.onnx"], 1, "text.onnx", ""),
-    (["validate"], 1, "weights/teacher.pt", ""),
+    (["validate"], 1, "no teacher in weights/ or runs/", "kd demo"),
     (["convert-caffe", "none.caffemodel"], 1, "none.caffemodel", ""),
     (["convert-caffe", "text.pt"], 1, "text.pt", ""),
     (["convert-caffe", "text.npy"], 1, "text.npy", ""),
@@ -193,8 +193,8 @@ def test_missing_model_hint_lists_students(kd: Kd) -> None:
         Path(f"runs/{name}/student.pt").write_bytes(b"")
     Path("runs/moved").mkdir()
     Path("runs/moved/student.pt").symlink_to("nowhere.pt")
-    outcome = kd("export", "student.pt")
-    assert "no such file: student.pt" in outcome.err
+    outcome = kd("export", "other.pt")
+    assert "no such file: other.pt" in outcome.err
     assert outcome.code == 1
     assert "runs/alpha/student.pt" in outcome.err
     assert "'runs/beta run/student.pt'" in outcome.err

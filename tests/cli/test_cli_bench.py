@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from kdcli.base.config import BenchConfig, make
 from kdcli.base.errors import KdError, UsageError
 from kdcli.cli import bench, export
 from tests.helpers import command_line, digits_student
@@ -92,9 +93,9 @@ def test_bench_skips_unreadable_default_models(kd: Any, workplace: Path) -> None
 
 
 def test_bench_without_models(kd: Any, workplace: Path) -> None:
-    with pytest.raises(KdError, match="no teacher at weights/teacher") as caught:
+    with pytest.raises(KdError, match="no teacher in weights/ or runs/") as caught:
         kd("bench")
-    assert "--teacher" in caught.value.hint
+    assert caught.value.hint == "Start with: kd demo"
     digits_student(Path("weights/teacher.pt"))
     with pytest.raises(KdError, match="nothing to compare"):
         kd("bench")
@@ -136,3 +137,17 @@ def test_memory_csv_and_markdown(kd: Any, workplace: Path) -> None:
     Path("folder").mkdir()
     with pytest.raises(UsageError, match="is a folder"):
         kd(*words, "--csv", "folder")
+
+
+def test_default_models(workplace: Path) -> None:
+    teacher, run, export = Path("runs/t/student.pt"), Path("runs/a/student.pt"), Path("exports/a.onnx")
+    config = make(BenchConfig, {"teacher": teacher})
+    with pytest.raises(KdError, match="no such file: runs/t/student"):
+        bench.default_models(config)
+    for path in (teacher, run, export, Path("exports/notes.txt")):
+        if path is run:
+            with pytest.raises(KdError, match="nothing to compare"):
+                bench.default_models(config)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    assert bench.default_models(config) == [teacher, run, export]

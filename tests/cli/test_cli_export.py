@@ -29,7 +29,7 @@ def test_export_verifies_and_suggests_next_command(kd: Any, workplace: Path) -> 
     assert "verified on 256 train images of digits, batches 1, 2, 7" in done.stdout
     assert "top-1 class: 256 of 256 equal" in done.stdout
     assert "wrote exports/kd-1.onnx" in done.stdout
-    assert done.stdout.splitlines()[-1] == "next: kd bench"
+    assert done.stdout.splitlines()[-1] == "next: kd bench exports/kd-1.onnx --teacher runs/kd-1/student.pt"
     assert max(map(len, done.stdout.splitlines())) <= 80
     images = data.load("digits").test.images[:9]
     model = models.load(source)

@@ -75,7 +75,7 @@ def test_clean_deletes_caches_and_states_of_finished_runs_once_confirmed(
     assert (listed["folders"]["runs/done"], listed["folders"]["cache/teacher"]) == (1_100, 100_000)
     assert set(listed["folders"]) == {"runs/done", "cache/teacher", "cache/data"}
     refused = kd("clean")  # no terminal to ask on
-    assert (refused.code, "hint: kd clean --yes" in refused.err) == (2, True)
+    assert (refused.code, ": kd clean --yes" in refused.err) == (2, True)
     terminal = io.StringIO("n\n")
     monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(sys, "stdin", terminal)

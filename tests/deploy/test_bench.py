@@ -17,7 +17,7 @@ import torch
 
 from kdcli.base.config import BenchConfig
 from kdcli.base.errors import KdError
-from kdcli.deploy.bench import BenchResult, Row, bench, default_models, latency, to_csv, to_markdown
+from kdcli.deploy.bench import BenchResult, Row, bench, latency, to_csv, to_markdown
 from kdcli.deploy.bench.benchmark import candidates_of
 from kdcli.deploy.bench.footprint import measure_footprint
 from kdcli.deploy.bench.latency import Candidate, Runner, Timings, compare, measure, size_text
@@ -366,21 +366,6 @@ def test_accuracy_is_unknown_where_the_data_does_not_fit(tmp_path: Path) -> None
     assert any("takes 8×8×3 images, the data has 16×16×3" in note for note in row.notes)
     recorded = bench([teacher], config).rows[0]
     assert (recorded.accuracy, recorded.accuracy_source) == (61.5, "recorded")
-
-
-def test_default_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    teacher, run, export = Path("runs/t/student.pt"), Path("runs/a/student.pt"), Path("exports/a.onnx")
-    config = BenchConfig(teacher=teacher)
-    with pytest.raises(KdError, match="no teacher"):
-        default_models(config)
-    for path in (teacher, run, export, Path("exports/notes.txt")):
-        if path is run:
-            with pytest.raises(KdError, match="nothing to compare"):
-                default_models(config)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"")
-    assert default_models(config) == [teacher, run, export]
 
 
 def test_bench_without_models_is_an_error() -> None:

@@ -148,7 +148,7 @@ def test_read_finished_refuses_unfinished_and_damaged_runs(splits: Splits) -> No
     Path("runs/s/result.json").unlink()
     with pytest.raises(KdError, match="is not finished") as caught:
         read_finished(Path("runs/s"))
-    assert caught.value.hint.startswith("kd train --resume runs/s")
+    assert caught.value.hint == "Finish it: kd train --resume runs/s"
     config = Path("runs/t/config.toml")
     config.write_text(config.read_text().replace("devices = 1", "devices = 2"))
     with pytest.raises(UsageError, match="several processes"):

@@ -40,7 +40,7 @@ from kdcli.studies.tune.search import tune
 from kdcli.studies.tune.space import FIXED, Choice, Range, Space, TuneConfig, read_by, read_space
 from kdcli.studies.tune.study import draw, open_study, read_url, readable_errors
 from kdcli.studies.tune.summary import TuneResult, command_of
-from tests.helpers import ROOT, command_line, make_splits
+from tests.helpers import ROOT, command_line, digits_student, make_splits
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 PLAIN = {
@@ -895,6 +895,7 @@ def test_tune_recipe_drops_derived_settings(
     run = make(TrainConfig, {k: v for k, v in PLAIN.items() if k in TrainConfig.model_fields})
     made = engine.fit(run.model_copy(update={"epochs": 1}), splits).run
     assert engine.RunDir(made.path).read_config().views == 1
+    digits_student(Path("weights/teacher.pt"))
     seen: list[TuneConfig] = []
 
     def stop(wanted: TuneConfig, space: Space) -> None:

@@ -305,9 +305,9 @@ def option_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def shell_command(command: str, options: Mapping[str, Any]) -> str:
-    """`kd COMMAND` with options by field name, for a shell; None and False are left out, True is the flag alone."""
-    words = ["kd", command]
+def shell_command(command: str, options: Mapping[str, Any], *arguments: Path | None) -> str:
+    """`kd COMMAND` with arguments and options by field name; None and False are left out, True is the flag alone."""
+    words = ["kd", command, *(path.as_posix() for path in arguments if path is not None)]
     for name, value in options.items():
         for one in value if isinstance(value, list | tuple) else (value,):
             if one is None or one is False:

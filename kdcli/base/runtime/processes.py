@@ -141,7 +141,7 @@ class World:
                 raise
             raise KdError(
                 f"process {self.rank} of {self.size}: another process of this run has ended",
-                "See its error message, then continue the run with kd train --resume.",
+                "See its error message, then continue the run: kd train --resume",
             ) from error
 
     def close(self, *, failed: bool = False) -> None:

@@ -58,7 +58,7 @@ def bench(
         KdError: no models, or a file that cannot be read or run.
     """
     if not paths:
-        raise KdError("no models to measure", "Pass some: kd bench weights/teacher.pt runs/*/student.pt")
+        raise KdError("no models to measure", "Pass the paths of some.")
     names = _names(paths)
     threads = runtime.set_threads(config.threads)
     # 1. Load the models and the test images.
@@ -105,28 +105,6 @@ def _busy_notes(environment: Mapping[str, Any]) -> list[str]:
     if load is None or load <= _BUSY * cores:
         return []
     return [f"this machine is busy (load {load:.1f}, {cores} cores): times are too long"]
-
-
-def default_models(config: BenchConfig) -> list[Path]:
-    """The teacher, every finished student and every export; a file is listed once.
-
-    Raises:
-        KdError: there is no teacher, or nothing to compare it with.
-    """
-    found = [*sorted(Path("runs").glob("*/student.pt")), *sorted(Path("exports").glob("*.onnx"))]
-    if not config.teacher.is_file():
-        listed = f" Found: {', '.join(path.as_posix() for path in found[:5])}." if found else ""
-        raise KdError(
-            f"no teacher at {config.teacher}",
-            f"Pass it with --teacher, or pass the models: kd bench TEACHER STUDENT ….{listed}",
-        )
-    rest = [path for path in found if path.resolve() != config.teacher.resolve()]
-    if not rest:
-        raise KdError(
-            f"nothing to compare {config.teacher} with",
-            "kd train makes runs/*/student.pt, kd export makes exports/*.onnx.",
-        )
-    return [config.teacher, *rest]
 
 
 def _load_all(

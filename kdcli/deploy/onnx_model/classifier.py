@@ -210,7 +210,7 @@ class OnnxClassifier:
     @property
     def _input_hint(self) -> str:
         if not self.is_foreign:
-            return "Export it with kd export --with-preprocessing, or use the .pt file."
+            return "Export it with --with-preprocessing, or use the .pt file."
         flag = self.assumed.flag
         return (
             f"Set its input, (pixel · scale − mean) / std: as ImageNet's networks {flag('scale')} 1/255 "

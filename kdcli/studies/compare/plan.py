@@ -20,7 +20,7 @@ from kdcli.base.files import write_text
 from kdcli.base.recipes import read_recipe
 from kdcli.engine.identity import decisive_settings, differences
 from kdcli.engine.plan import resolve
-from kdcli.engine.run_dir import RunDir
+from kdcli.engine.run_dir import RunDir, found_from
 from kdcli.methods import TrainConfig
 from kdcli.teacher import Teacher
 
@@ -146,6 +146,8 @@ class Plan(Settings):
             raise KdError(f"{folder} is not a comparison", "Pass a folder that kd compare has made.")
         document = read_recipe(str(path))
         try:
+            if isinstance(document.get("train"), dict):
+                document["train"] = found_from(path, document["train"])
             plan = cls.model_validate({**document, "folder": folder})
         except ValidationError as error:
             first = error.errors()[0]
@@ -172,7 +174,7 @@ class Plan(Settings):
             resume = stored.resume_command or "the command that started it"
             raise UsageError(
                 f"{self.folder} was started with other settings: {changed[0]}",
-                f"Choose another --name; {resume} continues it as it is.",
+                f"Choose another --name, or continue it as it is: {resume}",
             )
         return stored.model_copy(update={"train": self.train})
 

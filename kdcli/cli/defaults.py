@@ -1,0 +1,117 @@
+"""What a command uses where no option says it: the teacher that is here, its data, a student for their size."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from kdcli import methods
+from kdcli.base import files, runs
+from kdcli.base.config import make
+from kdcli.base.config.settings import TeacherPath
+from kdcli.base.errors import START, KdError, UsageError
+from kdcli.cli import output
+from kdcli.cli.arguments import existing_model
+from kdcli.methods import TrainConfig
+
+if TYPE_CHECKING:
+    from kdcli.base.config import BenchConfig, ValidateConfig
+
+_LISTED = 8  # teachers in a hint
+_SMALL_STUDENT = "convnet-tiny"
+C = TypeVar("C", bound=TrainConfig)
+
+
+def teacher_of(config: BenchConfig | ValidateConfig) -> Path:
+    """The teacher as set, or else the one that is here."""
+    return existing_model(config.teacher) if "teacher" in config.model_fields_set else default_teacher()
+
+
+def default_teacher() -> Path:
+    """weights/teacher.pt, or else the only teacher in weights/ and among the runs of --method ce.
+
+    Raises:
+        KdError: there is none, or there are several: the hint repeats the command with each, the newest first.
+    """
+    if TeacherPath.is_file():
+        return TeacherPath
+    found = [run / "student.pt" for run in runs.run_folders() if _method(run) == methods.CE]
+    found += [path for path in Path("weights").glob("*") if path.suffix.lower() in (".pt", ".onnx")]
+    found = sorted(filter(Path.is_file, found), key=lambda path: path.stat().st_mtime, reverse=True)
+    if not found:
+        raise KdError("no teacher in weights/ or runs/", START)
+    if len(found) > 1:
+        choices = (
+            shlex.join(["kd", *sys.argv[1:], "--teacher", path.as_posix()]) for path in found[:_LISTED]
+        )
+        raise UsageError(f"{len(found)} teachers in weights/ and runs/", f"Choose one: {'; '.join(choices)}")
+    return found[0]
+
+
+def _method(run: Path) -> Any:
+    try:
+        return files.read_document(run / "config.toml").get("method")
+    except KdError:
+        return None
+
+
+def with_defaults(config: C, *, needs_teacher: bool, tuned: Collection[str] = ()) -> C:
+    """Settings of kd train, completed.
+
+    Args:
+        tuned: settings that a search sets.
+
+    Raises:
+        KdError: there is no teacher to use.
+    """
+    from kdcli.data.datasets import DATASETS
+
+    given = {*config.model_fields_set, *tuned}
+    made: dict[str, Any] = {}
+    side = config.image_size
+    if needs_teacher and "teacher" not in tuned:
+        typed = tuple(map(existing_model, config.teacher)) if "teacher" in given else ()
+        made["teacher"] = typed or (default_teacher(),)
+        known, size = _training_of(made["teacher"][0], config)
+        if "data" in given and config.data != known.get("data"):
+            known = {"test_fraction": known.get("test_fraction"), "image_size": size}
+        made |= {name: value for name, value in known.items() if name not in given}
+        side = side or size
+    name = made.get("data", config.data)
+    if side is None and name in DATASETS:
+        side = DATASETS[name].input_size[0]
+    if "student" not in given and side and _is_too_large(config.student, side):
+        output.note(
+            f"{config.student} is too large for {side}×{side} images: the student is {_SMALL_STUDENT}"
+        )
+        made["student"] = _SMALL_STUDENT
+    return make(type(config), {**{name: getattr(config, name) for name in config.model_fields_set}, **made})
+
+
+def _training_of(teacher: Path, config: TrainConfig) -> tuple[dict[str, Any], int | None]:
+    """Recorded settings of a teacher's data, and the side of its images; unknown for some files of other programs."""
+    from kdcli import data
+    from kdcli.deploy.load import load_model
+
+    try:
+        model = load_model(teacher, config.threads, config.teacher_inputs)
+    except KdError:  # reported where the teacher is run
+        return {}, None
+    height, width, _ = model.input_size
+    return data.recorded_source(teacher, model.provenance), height if height == width else None
+
+
+def _is_too_large(network: str, side: int) -> bool:
+    import torch
+
+    from kdcli import models
+
+    try:
+        with torch.device("meta"):
+            models.build(network, classes=2, input_size=(side, side, 3))
+    except UsageError:
+        return True
+    return False
