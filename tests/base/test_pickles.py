@@ -296,7 +296,7 @@ def test_a_lack_of_memory_is_an_error(tmp_path: Path, monkeypatch: pytest.Monkey
 
     path = tmp_path / "a.npy"
     path.write_bytes(pickle.dumps({}))
-    for owner, name in ((Path, "read_bytes"), (pickles.SafeUnpickler, "load")):
+    for owner, name in ((pickles, "read_bytes"), (pickles.SafeUnpickler, "load")):
         with monkeypatch.context() as patched, pytest.raises(KdError, match="more memory than is available"):
             patched.setattr(owner, name, full)
             load_npy(path)
