@@ -40,15 +40,7 @@ class ModelInfo:
 
 
 def info(model: str, config: InfoConfig) -> ModelInfo:
-    """Describe a model.
-
-    Args:
-        model: path of a checkpoint or an ONNX file, or a network's name: then a new network for the settings' classes
-            and image size.
-
-    Raises:
-        KdError: no such file or network, or not a model.
-    """
+    """Description of a file, or of a network by its name; a KdError if there is no such model."""
     path = Path(model)
     if model in models.names() and not path.is_file():
         return _network_info(model, config)

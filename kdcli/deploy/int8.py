@@ -87,11 +87,7 @@ class Quantiser:
     """Quantises one network by any recipe; calibrates once for each kind of ranges."""
 
     def __init__(self, model: onnx.ModelProto, batches: Batches) -> None:
-        """Prepare a float32 network, nodes named as `onnx_model.translate` names them.
-
-        Args:
-            batches: returns an iterator over the calibration inputs.
-        """
+        """Prepare a float32 network named by `onnx_model.translate`; `batches` iterates calibration inputs."""
         from onnxruntime.quantization.shape_inference import quant_pre_process
 
         self.batches = batches
@@ -201,7 +197,7 @@ class RecipeTrial:
 def search(
     quantiser: Quantiser, float_model: bytes, inputs: npt.NDArray[Any], reference: Tensor, on_event: OnEvent
 ) -> tuple[tuple[RecipeTrial, ...], onnx.ModelProto | None]:
-    """Try seven recipes, and take one by agreement and by speed measured here.
+    """Try seven recipes, and take one by agreement and by measured speed; no model if none is faster than float32.
 
     First the three kinds of ranges; then, with the one that agrees best, each other setting changed. Of those that
     are faster than float32 beyond chance, the fastest whose agreement is within one standard error of the best.
@@ -209,9 +205,6 @@ def search(
     Args:
         inputs: selection images as the model takes them; used for nothing else.
         reference: the float32 network's outputs for them (N, classes).
-
-    Returns:
-        All trials, and the quantised model; None where no recipe is faster than float32.
     """
     # 1. Quantise by each recipe, and measure its agreement.
     total = len(RANGES) + len(Recipe().variants())

@@ -43,15 +43,11 @@ def load_model(
     assumed: InputSettings = NO_ASSUMPTIONS,
     input_size: tuple[int, int, int] | None = None,
 ) -> Classifier | OnnxClassifier:
-    """A checkpoint (.pt) or an ONNX file as a model that gives logits for images.
+    """A checkpoint (.pt) or an ONNX file as a model that gives logits for images; a KdError if it is neither.
 
     Args:
-        assumed: what an ONNX file of another program leaves open.
+        assumed: what an ONNX file of another program leaves open; a UsageError for other files.
         input_size: (H, W, C) of the data, for sides that the file and `assumed` leave open.
-
-    Raises:
-        KdError: missing, unreadable, or neither.
-        UsageError: assumptions about a file that records its input.
     """
     if path.suffix.lower() == ".onnx":
         from kdcli.deploy.onnx_model import OnnxClassifier

@@ -41,10 +41,7 @@ def predict(
     """Classify image files in the order of `paths`, those of a folder or archive by name.
 
     Images are fitted to the model as in training: grey or colour, the middle square, its crop and size.
-
-    Raises:
-        KdError: no such file, not an image (with `skip_broken` a note), no images, or a model of unknown
-            preprocessing.
+    A KdError if there are no images, one is broken (with `skip_broken` a note), or the preprocessing is unknown.
     """
     for path in paths:
         if not path.exists():

@@ -64,10 +64,7 @@ def links(config: TrainConfig) -> tuple[TrainConfig, ...]:
 
 
 def resume_config(run: RunDir) -> TrainConfig:
-    """Settings to resume a run with: those of its chain if it is a link of one, else its own.
-
-    A renamed link counts as a run of its own.
-    """
+    """Settings to resume a run with: those of its chain if it is still a link of one, by its name, else its own."""
     own, chain = run.read_config(), run.read_chain()
     # a method may be code, and the caller has checked the run's own
     if chain is None or chain.method != own.method:
@@ -83,22 +80,14 @@ def fit_chain(
     world: World | None = None,
     on_event: OnEvent = ignore,
 ) -> tuple[RunResult, ...]:
-    """Train one student, or a chain of them, each from the one before.
+    """Train one student, or a chain of them, each from the one before; results in order.
 
     Existing links with the same settings are reused if finished and continued if not, so repeating the call
-    continues an interrupted chain.
+    continues an interrupted chain. All mistakes in settings are found before the first training. Errors are those of
+    `fit`; the hint of an `Interrupted` continues the whole chain.
 
     Args:
         resume: an interrupted run to continue; `config` is then its `resume_config`.
-        world: see `fit`.
-
-    Returns:
-        Results in order; the last is that of the student in `config`.
-
-    Raises:
-        UsageError: a network is unknown or the images are too small for it, or a link's name is taken by a run
-            with other settings; all checked before the first training.
-        KdError, Interrupted: as `fit`. The hint of the latter continues the whole chain.
     """
     chain = links(config)
     world = world or single_process(config)

@@ -24,11 +24,7 @@ _RESIDENT_SHARE = 0.25  # of a GPU's free memory that images may take for good
 
 @dataclass(frozen=True)
 class Minibatch:
-    """A process's part of a batch.
-
-    Attributes:
-        other_labels, shares: of mixup, (B,); None without.
-    """
+    """A process's part of a batch; of mixup with the labels and shares (B,) of what is mixed in."""
 
     samples: Int64  # numbers of the images, (B,)
     weight: float  # of its mean loss, see `runtime.World.share`
@@ -42,8 +38,7 @@ class Minibatch:
 class Feed:
     """Makes batches from an image set; on a GPU one batch ahead, in a thread of its own.
 
-    Args:
-        pool: samples that an augmentation may mix in.
+    `pool` are the samples that an augmentation may mix in.
     """
 
     def __init__(
@@ -98,11 +93,7 @@ class Feed:
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """Source of the teacher's logits and features; empty without a teacher.
-
-    Attributes:
-        stages: names of the teacher's submodules whose maps are read; empty for methods of logits.
-    """
+    """Source of the teacher's logits and, where `stages` names submodules, features; empty without a teacher."""
 
     device: torch.device  # of the logits
     views: Sequence[CachedLogits] = ()  # cached logits, cycled over the epochs
@@ -122,12 +113,7 @@ class TeacherOutputs:
 
 
 def make_teacher_outputs(plan: RunPlan, on_event: OnEvent, stop: StopFlag) -> TeacherOutputs:
-    """Compute the views that are not cached yet, or load the teacher that runs live.
-
-    Raises:
-        KdError: the teacher does not fit the data or the method.
-        Interrupted: stopped; complete views are kept.
-    """
+    """Compute the views that are not cached yet, or load the teacher that runs live; Interrupted if stopped."""
     config, teacher, device = plan.config, plan.teacher, plan.world.device
     if teacher is None:
         return TeacherOutputs(device)

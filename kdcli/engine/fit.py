@@ -89,11 +89,7 @@ def fit(
 
 
 def single_process(config: TrainConfig) -> World:
-    """The world of this process alone.
-
-    Raises:
-        UsageError: the settings name several devices.
-    """
+    """The world of this process alone; a UsageError if the settings name several devices."""
     if config.devices > 1:
         raise UsageError(
             f"--devices {config.devices}: without a `world` training runs in one process",

@@ -45,11 +45,7 @@ def input_hashes(
 
     Args:
         hashed: hashes of files that are not read again.
-        missing: hashes to use for files that cannot be read.
-
-    Raises:
-        KdError: a file cannot be read.
-        UsageError: unknown method.
+        missing: hashes to use for files that cannot be read, else a KdError.
     """
     found = {"train images": data.train.fingerprint, "test images": data.test.fingerprint}
     if data.unlabelled is not None:
@@ -126,11 +122,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def check_unchanged(known: Mapping[str, str | None], now: Mapping[str, str | None], owner: str) -> None:
-    """Raise KdError if an input differs from the recorded one, or is missing on one side.
-
-    Args:
-        owner: the run's folder, for the message.
-    """
+    """Raise KdError if an input of `owner`, a run's folder, changed since it was recorded, or is on one side only."""
     for name in {**known, **now}:
         if known.get(name) != now.get(name):
             raise KdError(

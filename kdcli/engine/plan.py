@@ -34,10 +34,8 @@ class RunPlan:
 
     Attributes:
         config: settings with `tau`, `views` and `batch_size` filled in; `derived` names those that were not set.
-        data: the data set; `train` are the images that are trained on, those without labels after the others.
-        train_samples, labelled_samples, val_samples: indices into `train` of the images that are trained on, of
-            those among them with a label, and of the validation split.
-        steps_per_epoch, steps: optimizer steps.
+        train: images that are trained on, those without labels after the others. `train_samples` are indices into
+            it, `labelled_samples` those among them with a label, `val_samples` those of the validation split.
     """
 
     config: TrainConfig
@@ -79,12 +77,7 @@ class RunPlan:
 def make_plan(
     config: TrainConfig, data: Splits, world: World, *, test: bool = True, chain: TrainConfig | None = None
 ) -> RunPlan:
-    """Derive a run's plan; no model is read.
-
-    Raises:
-        UsageError: settings that do not go together, or do not fit the data.
-        KdError: a file is missing.
-    """
+    """Derive a run's plan, without reading a model; a UsageError if settings and data do not go together."""
     # 1. Settings
     derived = tuple(name for name in _DERIVED if not getattr(config, name))
     config = resolve(config, data)
@@ -153,13 +146,7 @@ def resolve(config: TrainConfig, data: Splits | None = None) -> TrainConfig:
 
     `views`: all that there are, or, of endless ones, as many as a teacher can be run over. A run without a teacher
     gets a fresh view each epoch, and so does one whose teacher is live or sees plain images only: limiting the
-    baseline would flatter the others.
-
-    Args:
-        data: its data set, as far as known.
-
-    Raises:
-        UsageError: settings that do not go together, or do not fit the data.
+    baseline would flatter the others. `data` may be unknown. A UsageError if settings do not go together.
     """
     objective = methods.objective(config)
     _check_training(config, objective, data)
@@ -228,12 +215,7 @@ def _mixes(config: TrainConfig) -> bool:
 
 
 def load_data(config: TrainConfig, on_event: OnEvent = ignore) -> Splits:
-    """Training and test images; where the student is a file, in its input size and with its crop.
-
-    Raises:
-        KdError: the data cannot be read.
-        UsageError: the student's file does not exist.
-    """
+    """Training and test images; where the student is a file, in its input size and with its crop."""
     stored = config.student_file
     if stored is not None and not stored.is_file():
         raise UsageError(f"no such student: {stored}", "--student takes a network's name or a .pt file.")

@@ -76,12 +76,9 @@ def check_teacher(
 
 
 def warning_of(plain: float, views: float, steps: int) -> str | None:
-    """Warning where a teacher may cost more than it gives; None for the others.
+    """Warning where a teacher may cost more than it gives: accuracy on training images and on their views, per cent.
 
     Thresholds: `benchmarks/teacher_quality.py`, results in docs/methods.md.
-
-    Args:
-        plain, views: its accuracy on training images and on their views, per cent.
     """
     if plain < _WEAK:
         cause = f"the labels are right on all training images, the teacher on {plain:.1f} %"

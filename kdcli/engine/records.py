@@ -65,12 +65,7 @@ R = TypeVar("R", bound=Record)
 
 
 class Metrics(Record):
-    """A line of `metrics.jsonl`.
-
-    Attributes:
-        loss, terms: means over these images; `terms` unweighted, by name.
-        val_accuracy: in per cent, of an epoch; None without a validation split, and in a line of steps.
-    """
+    """A line of `metrics.jsonl`; `loss` and the unweighted `terms` are means over its images."""
 
     kind: Literal["step", "epoch"]  # `step`: the steps since the line before; `epoch`: a whole epoch
     epoch: Annotated[int, Field(ge=1, lt=2**31)]  # number of the epoch, from 1
@@ -90,7 +85,6 @@ class Evaluation(Record):
         accuracy_interval: 95 % Wilson interval: the chance of the test sample, not of the training run.
         per_class: accuracy of each class, in class order; None for a class without samples.
         confusion: the cells of the confusion matrix that are not 0: class, predicted class, number of images.
-        agreement, divergence, teacher_accuracy: None without a teacher to compare with.
     """
 
     count: Annotated[int, Field(ge=1, lt=2**53)]
@@ -128,11 +122,7 @@ class Unlabelled(Record):
 
 
 class TeacherCheck(Record):
-    """Figures of the teacher before training, on samples of the images; shares in per cent.
-
-    Attributes:
-        views_calibration_error, validation_calibration_error: expected calibration errors (Guo et al. 2017).
-    """
+    """Figures of the teacher before training, on samples of the images: shares and calibration errors in per cent."""
 
     images: Count  # number of training images in the sample
     views: Percent  # accuracy on the first views of these, as the student sees them
@@ -162,8 +152,7 @@ class RunResult(Record):
         test: figures on the test images; None for a trial of a search, which does not read them.
         test_fraction: share of the images that the test split took, where the data had none; else None.
         teacher_passes: runs of the teacher over a data set that this run had to make; 0 with a warm cache.
-        resumed_with_differences: what was different when the run was resumed, see `identity.differences`; empty if
-            it has the bits of an uninterrupted run.
+        resumed_with_differences: see `identity.differences`; empty if it has the bits of an uninterrupted run.
     """
 
     schema_version: Literal[2] = 2  # 1: the whole confusion matrix
@@ -187,11 +176,7 @@ class RunResult(Record):
 
     @property
     def evaluation(self) -> Evaluation:
-        """Figures on the test images.
-
-        Raises:
-            KdError: the run has not read them, as trials of kd tune.
-        """
+        """Figures on the test images; a KdError if the run has not read them, as trials of kd tune."""
         if self.test is None:
             raise KdError(f"{self.run.path} has no test figures", "Use a run of kd train or kd compare.")
         return self.test

@@ -42,19 +42,13 @@ class RunDir:
         filled: Sequence[str],
         chain: TrainConfig | None,
     ) -> RunDir:
-        """Create the folder, named by the user or by method, student and the next free number.
+        """Create the folder, named by the user (a UsageError if taken), or by method, student and a free number.
 
         It is renamed into place with settings and environment in it, so a killed run can always be resumed.
 
         Args:
-            config: the settings, resolved.
-            environment: values of `environment.json`.
             filled: names of settings that were derived from others.
             chain: settings of the chain of trainings that this run is a link of.
-
-        Raises:
-            UsageError: the name is taken.
-            KdError: the folder cannot be made.
         """
         made: RunDir | None = None
         try:
@@ -97,11 +91,7 @@ class RunDir:
 
     @classmethod
     def existing(cls, path: Path) -> RunDir:
-        """An existing run.
-
-        Raises:
-            KdError: the folder has no `config.toml`.
-        """
+        """An existing run; a KdError if the folder has no `config.toml`."""
         run = cls(path)
         if not run.config_file.is_file():
             raise KdError(f"not a run folder: {path}", "Pass a folder inside runs/.")
@@ -109,11 +99,7 @@ class RunDir:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other processes from training this run meanwhile; the end of this process ends it, however it ends.
-
-        Raises:
-            UsageError: another process trains it.
-        """
+        """Keep other processes from training this run (a UsageError there) until this process ends in any way."""
         holder = self.path / "lock.holder"
 
         def refuse() -> NoReturn:
@@ -155,13 +141,8 @@ class RunDir:
     def save_state(self, state: Checkpoint, keep: int, before: int | None) -> None:
         """Write last.pt; the previous one stays as last-<step>.pt, up to `keep` states in all.
 
-        A complete last.pt exists at every moment: the old one is linked to its second name first.
-
-        Args:
-            before: step of the present last.pt; None without a readable one.
-
-        Raises:
-            KdError: it cannot be written; the previous states are untouched.
+        A complete last.pt exists at every moment: the old one is linked to its second name first. `before`: its step;
+        None without a readable one.
         """
         if before is not None and keep > 1:
             with suppress(OSError):  # it exists, or the file system has no links: one state less
@@ -188,11 +169,7 @@ class RunDir:
         return make(TrainConfig, {**values, "name": self.path.name, "runs_dir": self.path.parent})
 
     def read_chain(self) -> TrainConfig | None:
-        """Settings of the chain that this run is a link of, with its present location; None if it is no link.
-
-        Raises:
-            UsageError: the file is damaged.
-        """
+        """Settings of the chain that this run is a link of, with its present location; None if it is no link."""
         if not self.chain_file.is_file():
             return None
         values = found_from(self.chain_file, read_recipe(str(self.chain_file)))

@@ -20,13 +20,7 @@ class State:
     """Position and sums of a run; a resume needs these, the weights, the adapters and the optimizer's state.
 
     Learning rate, order, views, noise and dropout are pure functions of seed, step, epoch and sample: no random
-    generator has to be restored.
-
-    Attributes:
-        sums: of the terms over the images of this epoch, a row for each process.
-        logged: the same sums, all processes together, at the last line of metrics; `logged_images` and
-            `logged_seconds` likewise.
-        marks: differences of settings or circumstances at a resume, which end bit-identity.
+    generator has to be restored. `logged…` are the values at the last line of metrics, all processes together.
     """
 
     epoch: int = 0  # the pass under way, from 0
@@ -95,11 +89,7 @@ class Recorder:
         return self._means(self.sums.tolist(), self.state.images)[0]
 
     def steps(self, rate: float) -> None:
-        """Write a line for the steps since the previous line.
-
-        Raises:
-            KdError: the loss is no longer finite.
-        """
+        """Write a line for the steps since the previous line; a KdError if the loss is not finite."""
         state, sums = self.state, self.total()
         before = state.logged or [0.0] * len(sums)
         fresh = [value - old for value, old in zip(sums, before, strict=True)]
@@ -107,11 +97,7 @@ class Recorder:
         state.logged, state.logged_images, state.logged_seconds = sums, state.images, state.seconds
 
     def epoch(self, rate: float, val_accuracy: float | None) -> float:
-        """Write the epoch's line, advance to the next epoch and return the mean loss.
-
-        Raises:
-            KdError: the loss is no longer finite.
-        """
+        """Write the epoch's line, go to the next epoch and return the mean loss; a KdError if it is not finite."""
         state = self.state
         loss = self._write("epoch", self.total(), state.images, state.epoch_seconds, rate, val_accuracy)
         state.epoch += 1

@@ -22,15 +22,10 @@ _WARM_UP, _START, _END = 0.3, 1 / 25, 1e-4  # of onecycle: share of steps, first
 
 
 def learning_rate(schedule: str, peak: float, step: int, steps: int) -> float:
-    """Learning rate of one step: a pure function of its number, so it has no state to save.
+    """Learning rate of one step of 0 … steps − 1: a pure function of its number, so it has no state to save.
 
     step: ÷10 at 80 % (the reference's recipe). cosine: half a cosine from the peak to 0 (Loshchilov & Hutter 2017).
     onecycle: cosine from peak/25 up to the peak over 30 %, then cosine to peak·1e-4 (Smith & Topin 2018).
-
-    Args:
-        schedule: one of these.
-        peak: the highest rate.
-        step: 0 … steps − 1.
     """
     share = step / max(1, steps - 1)
     if schedule == "step":
@@ -75,13 +70,10 @@ def make_optimizer(config: TrainConfig, *modules: nn.Module) -> torch.optim.Opti
 
 
 class Ema:
-    """Exponential moving average of a network's weights and batch-norm statistics.
+    """Exponential moving average of a network's weights and batch-norm statistics, in `values`.
 
     After step t (from 0) the average moves by 1 − min(decay, (1 + t)/(10 + t)) towards the weights: the first steps
     have less weight, as in TensorFlow's ExponentialMovingAverage. On several processes each computes the same.
-
-    Attributes:
-        values: the average, by name in the network's state_dict.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -146,13 +138,7 @@ class Step:
         done: float,
         teacher: tuple[Tensor | None, Features | None],
     ) -> Tensor:
-        """Update the student.
-
-        Args:
-            epoch: number of the pass, from 0.
-            rate: the step's learning rate.
-            done: share of the training that is done.
-            teacher: its logits (B, C) and features.
+        """Update the student in epoch `epoch` (from 0) at this learning rate, after the share `done` of the training.
 
         Returns:
             (1 + terms,): the loss and each unweighted term times the number of images it stands for, in the order

@@ -30,26 +30,16 @@ _CONSTANTS_VERSION = 1  # raise it when a preprocessing's fit gives other consta
 def make_student(
     config: TrainConfig, train: ImageSet, samples: Int64, device: torch.device, on_event: OnEvent
 ) -> Classifier:
-    """The network that `config.student` names, in training mode, with the classes of the data.
+    """The network that `config.student` names, in training mode; a KdError if its file does not fit the data.
 
-    Args:
-        samples: indices of the images on which a new network's preprocessing is measured.
-
-    Raises:
-        KdError: a file that cannot be read, or does not fit the data.
-        UsageError: no such network.
+    `samples` are indices of the images on which a new network's preprocessing is measured.
     """
     made = _fresh(config, train, samples, on_event) if config.student_file is None else _stored(config, train)
     return made.to(device).train()
 
 
 def check_student(config: TrainConfig, train: ImageSet) -> None:
-    """Check that `make_student` will succeed and that the wanted stages exist, without allocating weights.
-
-    Raises:
-        KdError: a file that cannot be read, or does not fit the data.
-        UsageError: no such network or stage, or images too small for it.
-    """
+    """Raise the errors of `make_student`, or UsageError for missing stages, without allocating weights."""
     height, width, channels = train.input_size
     with torch.random.fork_rng(devices=[]), torch.device("meta" if config.student_file is None else "cpu"):
         if config.student_file is None:

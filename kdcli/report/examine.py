@@ -110,9 +110,7 @@ def choose(sections: Sequence[Examined]) -> dict[str, Any]:
 def reliability(logits: Tensor, labels: Tensor) -> tuple[ConfidenceBin, ...]:
     """Accuracy over confidence in the bins of equal width of the calibration error (Guo et al. 2017).
 
-    Args:
-        logits: (N, C).
-        labels: (N,).
+    Args: logits (N, C), labels (N,).
     """
     confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
     correct = (predicted == labels).double()
@@ -148,11 +146,7 @@ class _Examiner:
             self.teachers = {self.sha256(config.teacher): config.teacher}
 
     def examine(self, run: Run) -> Examined:
-        """Evaluate one run.
-
-        Raises:
-            KdError: model or data cannot be read.
-        """
+        """Evaluate one run; a KdError if model or data cannot be read."""
         # 1. The student on the test images of its data
         source = data.source_for(run.student, run.provenance, self.config)
         model = models.load(run.student)
@@ -201,8 +195,7 @@ class _Examiner:
     def _teacher_of(self, run: Run) -> Path:
         """The teacher to compare with: --teacher, the run's own, or the only one that other runs learned from.
 
-        Raises:
-            KdError: there is none; the message is the reason.
+        The message of the KdError is the reason why there is none.
         """
         path, sha256 = recorded_teacher(run)
         if self.config.teacher is not None or path is None:

@@ -33,11 +33,7 @@ _MARKS = "osD^vPX"
 
 
 def curves(metrics_path: Path, target: Target) -> None:
-    """Draw a run's loss and validation accuracy by epoch from its `metrics.jsonl`.
-
-    Raises:
-        KdError: there is nothing to draw, or the figure cannot be written.
-    """
+    """Draw a run's loss and validation accuracy by epoch from its `metrics.jsonl`; a KdError if it has no epoch."""
     epochs = epoch_lines(metrics_path)
     if not epochs:
         raise KdError(f"{metrics_path} holds no finished epoch, so there is nothing to draw")
@@ -68,16 +64,7 @@ def curves(metrics_path: Path, target: Target) -> None:
 
 
 def confusion(matrix: Any, classes: Sequence[str], target: Target) -> None:
-    """Draw a confusion matrix; cells are shares of their row.
-
-    Args:
-        matrix: counts (classes, classes), row true, column predicted.
-        classes: names in the matrix's order.
-        target: `.png` or `.svg`.
-
-    Raises:
-        KdError: the figure cannot be written.
-    """
+    """Draw a confusion matrix of counts, row true, column predicted; cells are shares of their row."""
     from matplotlib.colors import PowerNorm
 
     counts = np.asarray(matrix, dtype=np.float64)
@@ -169,13 +156,7 @@ def reliability(student: Sequence[ConfidenceBin], teacher: Sequence[ConfidenceBi
 def pareto(rows: Sequence[Row], target: Target, size: tuple[float, float] = (7.2, 5.0)) -> None:
     """Draw accuracy over single-image latency; a disc's area is the size of the network, the line the Pareto front.
 
-    Args:
-        rows: benchmark rows; those without an accuracy are left out.
-        target: `.png` or `.svg`.
-        size: width and height in inches.
-
-    Raises:
-        KdError: no row has an accuracy, or the figure cannot be written.
+    Rows without an accuracy are left out; a KdError if no row has one. `size` is in inches.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -237,11 +218,7 @@ def _error_bars(axes: Axes, row: Row) -> None:
 
 
 def comparison(found: Comparison, target: Target, width: float = 8.4) -> None:
-    """Draw a comparison: each seed's accuracy, means with intervals, and differences to the baseline.
-
-    Raises:
-        KdError: no run is finished, or the figure cannot be written.
-    """
+    """Draw each seed's accuracy, means with intervals, and differences to the baseline; a KdError without a run."""
     rows = [row for row in found.standings if row.test_mean is not None]
     if not rows:
         raise KdError("no run of the comparison is finished, so there is nothing to draw")

@@ -43,10 +43,7 @@ class Run:
 
 def folders(named: Sequence[Path]) -> list[Path]:
     """Run folders: those named (a student.pt stands for its folder, a comparison for its runs), else all below
-    runs/, or, where there are none, those of all comparisons.
-
-    Raises:
-        KdError: there are none.
+    runs/, or, where there are none, those of all comparisons; a KdError if there are none.
     """
     found: list[Path] = []
     for path in named:
@@ -76,11 +73,7 @@ def _runs_of(comparison: Path) -> list[Path]:
 
 
 def gather(paths: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
-    """The finished runs among folders, and (name, reason) of those that are left out.
-
-    Raises:
-        KdError: none is finished.
-    """
+    """The finished runs among folders, and (name, reason) of the others; a KdError if none is finished."""
     runs, left_out = read_each(paths, read_run)
     if not runs:
         name, why = left_out[0]
@@ -105,11 +98,7 @@ def read_each(paths: Sequence[Path], read: Callable[[Path], T]) -> tuple[list[T]
 
 
 def read_run(folder: Path) -> Run:
-    """The files of a run.
-
-    Raises:
-        KdError: it is not finished, or its result or student cannot be read.
-    """
+    """The files of a run; a KdError if it is not finished, or its result or student cannot be read."""
     place = RunDir(folder)
     if not place.result_file.is_file():
         raise KdError("not finished (no result.json)" if place.config_file.is_file() else "not a run folder")

@@ -65,15 +65,12 @@ def make_report(
     speed: Speed | None = None,
     on_event: OnEvent = ignore,
 ) -> Report:
-    """Read runs, measure models, and make the page.
+    """Read runs, measure models, and make the page; a KdError if no run is finished.
 
     Args:
         others: further models to time beside the students, as exported files.
         comparisons: folders of kd compare, for a section each.
         speed: a benchmark that has been made already.
-
-    Raises:
-        KdError: no run is finished, or the file named by `config.bench` is no benchmark.
     """
     # 1. Records of the runs and comparisons; their models on test images
     runs, left_out = gather(folders)
@@ -321,11 +318,7 @@ def _thumbnail(pixels: npt.NDArray[np.uint8]) -> str:
 
 
 def data_uri(kind: str, write: Callable[[BytesIO], None]) -> str:
-    """The image that `write` writes. As an image it can run no scripts and load nothing.
-
-    Args:
-        kind: `png` or `svg+xml`.
-    """
+    """The `png` or `svg+xml` that `write` writes. As an image it can run no scripts and load nothing."""
     buffer = BytesIO()
     write(buffer)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -54,11 +54,7 @@ class _BenchFile(Record):
 
 
 def from_file(path: Path) -> Speed:
-    """Rows of what `kd bench --json > FILE` printed.
-
-    Raises:
-        KdError: it cannot be read, or has other content.
-    """
+    """Rows of what `kd bench --json > FILE` printed; a KdError if it has other content."""
     hint = "Make it with: kd bench --json > bench.json"
     try:
         content = read_record(_BenchFile, path)

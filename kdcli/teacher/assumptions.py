@@ -58,12 +58,8 @@ def check(
 ) -> None:
     """Note an assumption about a foreign model that fits labelled images clearly better than the one in use.
 
-    Args:
-        name: of the model, in messages.
-        strict: also measure models that kd made, and raise for a foreign one whose classes cannot be right.
-
-    Raises:
-        KdError: the model may be guessing, or is right more than twice as often under another assumption.
+    With `strict` also models that kd made are measured, and a foreign one that may be guessing, or is right more than
+    twice as often under another assumption, is a KdError.
     """
     foreign = is_foreign(model)
     found = measure(model, data, task, on_event) if foreign or strict else []

@@ -75,14 +75,9 @@ def weighted_mean(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def top_k_of(logits: npt.NDArray[np.float32], count: int, dtype: type[Any] = np.float16) -> npt.NDArray[Any]:
-    """The `count` largest logits, their classes, and the log-sum-exp of the rest.
+    """The `count` < classes largest logits of (N, classes), their classes, and the log-sum-exp of the rest.
 
-    Args:
-        logits: (N, classes), count < classes.
-        dtype: the logits are kept in.
-
-    Returns:
-        Structured (N,): `value` (K,), `class` (K,), `rest` float32.
+    Returns a structured array (N,): `value` (K,) of this type, `class` (K,), `rest` float32.
     """
     classes = logits.shape[1]
     top = np.argpartition(-logits, count - 1, axis=1)[:, :count]
@@ -128,11 +123,7 @@ class LogitCache:
         return stored if stored is not None and len(stored) == self.count else None
 
     def lock(self, view: int) -> FileLock:
-        """Lock for computing a view. The kernel frees it when its holder dies, however it dies.
-
-        Raises:
-            KdError: the cache folder cannot be written.
-        """
+        """Lock for computing a view. The kernel frees it when its holder dies, however it dies."""
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
         return FileLock(self.folder / f"view-{view:04d}.lock", timeout=0)
@@ -153,14 +144,7 @@ class LogitCache:
             np.save(handle, stored, allow_pickle=False)
 
     def finish(self, view: int, made_by: dict[str, Any]) -> None:
-        """Join the parts of a view to one file, list it in the manifest and remove the parts.
-
-        Args:
-            made_by: engine and precision, for the record.
-
-        Raises:
-            KdError: the disk is full.
-        """
+        """Join the parts of a view to one file, list it with its engine in the manifest, and remove the parts."""
         path, parts = self._path(view), [np.load(part, mmap_mode="r") for part in self._parts(view)]
         widest = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
         about = {

@@ -33,11 +33,8 @@ _POLL_S = 0.5  # between looks whether another run has finished a view
 def freeze(model: Classifier, dropout: float = 0.0) -> Classifier:
     """Put a classifier into eval mode without gradients.
 
-    Args:
-        dropout: above 0, the network's dropout layers stay on at this rate (Sau & Balasubramanian 2016).
-
-    Raises:
-        KdError: the network has no dropout layers.
+    With `dropout` above 0 the network's dropout layers stay on at this rate (Sau & Balasubramanian 2016); a KdError
+    without such layers.
     """
     model.eval().requires_grad_(False)
     layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
@@ -53,11 +50,7 @@ def freeze(model: Classifier, dropout: float = 0.0) -> Classifier:
 
 @dataclass
 class Member:
-    """A model of a teacher; its file is read when the model is first used, and must still have its SHA-256.
-
-    Attributes:
-        device, threads: where it runs; threads are those of onnxruntime, 0: all cores.
-    """
+    """A model of a teacher; its file is read when the model is first used, and must still have its SHA-256."""
 
     path: Path
     sha256: str  # of the file, which holds weights and preprocessing; outputs are cached under it
@@ -83,11 +76,7 @@ class Member:
         return self._model
 
     def load(self, dropout: float = 0.0) -> Any:
-        """Read the file, see `model` and `freeze`.
-
-        Raises:
-            KdError: it cannot be read, is another one than before, or has no dropout layers where they are asked for.
-        """
+        """Read the file, see `model` and `freeze`; a KdError if it is another one than before."""
         loaded = load_model(self.path, self.threads, self.assumed, self.input_size)
         if (loaded.file_sha256, names_sha256(self.path, self.assumed)) != (self.sha256, self.names_sha256):
             raise KdError(
@@ -103,8 +92,7 @@ class Member:
     def check(self, data: ImageSet, on_event: OnEvent, *, measured: bool) -> None:
         """Raise KdError unless the model takes these images and knows these classes; another crop is a note.
 
-        Args:
-            measured: also run it on a sample of the images, see `assumptions.check`.
+        With `measured` it is also run on a sample of the images, see `assumptions.check`.
         """
         self._model = model = in_order_of(self.model, data.classes)
         problem = incompatibility(model, data)
@@ -140,8 +128,7 @@ class Member:
 class TeacherPass:
     """Computes the missing views of a cache, together with the other processes of this run and with other runs.
 
-    Attributes:
-        make_view: number of a view and samples → images uint8 (B, H, W, C).
+    `make_view` makes images uint8 (B, H, W, C) from the number of a view and samples.
     """
 
     member: Member

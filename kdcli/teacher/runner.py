@@ -42,11 +42,7 @@ class Engine:
 
 
 def forward_of(model: Any, engine: Engine, threads: int = 0) -> Forward:
-    """A function from uint8 (B, H, W, C) to logits float32 (B, classes).
-
-    Raises:
-        KdError: the network cannot be translated to ONNX.
-    """
+    """A function from uint8 (B, H, W, C) to logits float32 (B, classes); a KdError if ONNX lacks an operation."""
     if engine.name == "file":
         return lambda images: model(images.cpu()).float()
     if engine.name == "onnxruntime":  # the network alone: its preprocessing stays in torch
@@ -81,12 +77,10 @@ def choose_engine(
     threads: int = 0,
     on_event: OnEvent,
 ) -> Engine:
-    """The fastest engine for a pass over `count` images whose top-1 classes agree with float32.
+    """The fastest engine for a pass over `count` images, of all views, whose top-1 classes agree with float32.
 
     Args:
-        model: a frozen classifier, or an ONNX model.
         take: the first n images, or all if there are fewer, uint8 (≤ n, H, W, C), on the teacher's device.
-        count: images of the pass: those of all views.
         precision: `auto`, `32` or `bf16`, which is taken without a check.
     """
     if not isinstance(model, Classifier):

@@ -36,8 +36,7 @@ _ONNX_VERSION = 3  # of the reading of ONNX files: what is taken from them witho
 class LiveTeacher:
     """Models that run on each batch as the student sees it; without gradient.
 
-    Attributes:
-        features_of: the only model with features: logits, maps of each stage, embedding; None without named stages.
+    `features_of` of the only model gives logits, maps of each stage, embedding; None without named stages.
     """
 
     forwards: tuple[Forward, ...]  # of each model, uint8 (B, H, W, C) → logits float32 (B, classes)
@@ -90,16 +89,12 @@ class Teacher:
         precision: str = "auto",
         top_k: int = 0,
     ) -> Teacher:
-        """Refer to checkpoints or ONNX files without reading models.
+        """Refer to checkpoints or ONNX files without reading models; a KdError if one is missing.
 
         Args:
             weights: of each file's logits, in any scale; by default equal.
             assumed: what ONNX files of other programs leave open; checkpoints record it.
             input_size: (H, W, C) of the data, for sides that such a file leaves open.
-
-        Raises:
-            KdError: a file is missing.
-            UsageError: assumptions about checkpoints alone.
         """
         world = world or World.alone()
         files = [paths] if isinstance(paths, Path) else list(paths)
@@ -163,12 +158,7 @@ class Teacher:
     def stages(self, images: Tensor, wanted: str = "") -> tuple[str, ...]:
         """Names of the submodules whose maps methods of features read, see `feature_extractor.find_stages`.
 
-        Args:
-            images: examples, uint8 (B, H, W, C).
-
-        Raises:
-            KdError: the teacher is not a checkpoint, and its maps cannot be read.
-            UsageError: it has no stages, or not the wanted ones.
+        `images` are examples, uint8 (B, H, W, C). A KdError if the teacher is no checkpoint.
         """
         [member] = self.members
         if not isinstance(member.model, Classifier):
@@ -185,15 +175,12 @@ class Teacher:
     def live(
         self, *, dropout: float = 0.0, seed: int = 0, precision: str = "32", stages: Sequence[str] = ()
     ) -> LiveTeacher:
-        """The models, to be run on each batch.
+        """The models, to be run on each batch; a KdError if dropout is asked of one without dropout layers.
 
         Args:
             dropout: above 0, the networks' dropout layers are on at this rate.
             precision: `bf16`, else float32.
             stages: names of the submodules whose maps are wanted.
-
-        Raises:
-            KdError: dropout is asked of a file without dropout layers.
         """
         forwards, dropout_keys = [], []
         for number, member in enumerate(self.members, 1):
@@ -223,7 +210,7 @@ class Teacher:
         stop: Callable[[], bool] = lambda: False,
         measured: bool = False,
     ) -> list[CachedLogits]:
-        """Logits for each view of a data set, from the cache, or computed and cached.
+        """Logits for each view of a data set, from the cache, or computed and cached; fewer views only if `stop()`.
 
         A cached file counts only if its SHA-256 is the one in the manifest. A pass is divided among the processes
         of this run, cached part by part, and shared with other runs that need the same views: each view is made by
@@ -233,9 +220,6 @@ class Teacher:
             pool: samples that an augmentation may mix in; by default all.
             measured: before it is run, measure each model on a sample, see `Member.check`.
             exact: cache float32 of all classes, for figures: float16 makes ties, which can change a top-1 class.
-
-        Returns:
-            One for each view. Empty, or fewer than `views`, only if `stop()` became true.
         """
         chosen = np.arange(len(data)) if pool is None else pool
 
@@ -303,10 +287,7 @@ class RecordedTeacher(NamedTuple):
 
 
 def teachers_of(provenance: Mapping[str, Any], student: Path = Path()) -> list[RecordedTeacher]:
-    """Each teacher in a student's provenance, which may be of any origin; paths are found from the student's file.
-
-    Empty without a teacher, or where the entry is malformed.
-    """
+    """Each teacher in a provenance of any origin, paths found from the student's file; empty if malformed."""
     recorded = provenance.get("teacher")
     if not isinstance(recorded, Mapping):
         return []

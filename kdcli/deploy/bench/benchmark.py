@@ -48,14 +48,11 @@ def bench(
     *,
     skip: bool = False,
 ) -> BenchResult:
-    """Measure models, `.pt` and `.onnx` files, against the first of them, the teacher.
+    """Measure models, `.pt` and `.onnx` files, against the first, the teacher; a KdError if one cannot be run.
 
     Args:
         images: data whose test split gives accuracy and agreement; by default what `config.data` names.
         skip: skip unreadable files with a note, except the teacher.
-
-    Raises:
-        KdError: no models, or a file that cannot be read or run.
     """
     if not paths:
         raise KdError("no models to measure", "Pass the paths of some.")

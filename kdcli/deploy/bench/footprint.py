@@ -34,10 +34,7 @@ def measure_footprint(
 ) -> Footprint:
     """Load and run a `.pt` file, or an ONNX file's content, in a fresh process; a RuntimeError if that fails.
 
-    Args:
-        shape: of one image as the network takes it.
-        batch: the largest batch.
-        dtype: NumPy's name of the input's type.
+    `shape` is that of one image as the network takes it, `batch` the largest batch, `dtype` of the input.
     """
     with tempfile.TemporaryDirectory(prefix="kd-bench-") as folder:
         path = Path(folder) / "model.onnx"

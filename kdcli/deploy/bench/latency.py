@@ -193,18 +193,12 @@ def size_text(ratio: float) -> str:
 
 
 def ratio_interval(sessions: Sequence[Floats]) -> tuple[float, float, float]:
-    """Bootstrap 95 % interval of a ratio.
+    """Bootstrap 95 % interval of a ratio: lower bound, ratio, upper bound; 0 and infinity around a single round.
 
     Rounds of one session share the models' place in memory and the state of the machine, so sessions are resampled,
-    not rounds. As there are few, the interval is the expanded percentile interval (Hesterberg, "What Teachers Should
-    Know About the Bootstrap", 2015), which is as wide as Student's t requires.
-
-    Args:
-        sessions: ratios of the rounds of each session, positive; of a single session, rounds are resampled.
-
-    Returns:
-        Lower bound, ratio (the exponential of the mean of the sessions' median log ratios), upper bound; 0 and
-        infinity around a single round.
+    not rounds (of a single session, rounds). As there are few, the interval is the expanded percentile interval
+    (Hesterberg, "What Teachers Should Know About the Bootstrap", 2015), which is as wide as Student's t requires.
+    The ratio is the exponential of the mean of the sessions' median log ratios.
     """
     logs = [np.log(np.asarray(ratios, np.float64)) for ratios in sessions]
     medians = np.array([np.median(ratios) for ratios in logs]) if len(logs) > 1 else logs[0]

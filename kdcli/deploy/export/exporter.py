@@ -47,13 +47,11 @@ def export(
 ) -> ExportResult:
     """Write a checkpoint as one ONNX file whose outputs are verified against the checkpoint.
 
+    No file is written where it differs or loses more than `max_drop`, a KdError, and an earlier one is unchanged.
+
     Args:
         images: data whose *train* images verify parity, calibrate int8 and choose its recipe; by default what
             `config` or the checkpoint's provenance names.
-
-    Raises:
-        KdError: the file cannot be written, differs from the checkpoint, or loses more than `max_drop`. No file is
-            written then, and an earlier one of that name is unchanged.
     """
     # 1. Check the output's name; load the checkpoint and the images.
     output = config.output

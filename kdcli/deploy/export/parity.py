@@ -46,6 +46,8 @@ def check_parity(
 ) -> tuple[Tensor, Parity]:
     """Run a file on real images at each optimisation level, and compare with the checkpoint's logits.
 
+    A KdError if a value is off by more than 1e-4 of the logits' scale, or a top-1 class differs beyond a tie.
+
     Args:
         module: the checkpoint's module that the file stands for.
         translated: the model as torch's exporter made it, to name the first layer that differs.
@@ -54,9 +56,6 @@ def check_parity(
 
     Returns:
         The file's logits or log-probabilities (N, classes), and the figures.
-
-    Raises:
-        KdError: a value is off by more than 1e-4 of the logits' scale, or a top-1 class differs beyond a tie.
     """
     probabilities = module.preprocess is not None
     expected = logits.double()
@@ -120,15 +119,10 @@ def run(runner: OnnxRunner, inputs: npt.NDArray[Any], batch: int, *, probabiliti
 def first_differing_layer(
     module: nn.Module, translated: onnx.ModelProto, content: bytes, inputs: npt.NDArray[Any], level: str
 ) -> str | None:
-    """Name the first layer whose output in the file differs from the checkpoint's.
+    """Name the first layer whose output in the file differs from the checkpoint's, such as `conv2`.
 
-    Args:
-        module: the checkpoint's module, from `inputs` to the file's output.
-        translated: the model as torch's exporter made it, with the module scopes of its nodes.
-
-    Returns:
-        `conv2`, or `features.0 and features.1` of layers that are one operation in the file; None where each layer
-        agrees, or its values cannot be read from the file.
+    `features.0 and features.1` are layers that are one operation in the file. None where all agree, or their values
+    cannot be read.
     """
     # 1. The output of each module without children, in the order they run.
     expected: dict[str, Tensor] = {}

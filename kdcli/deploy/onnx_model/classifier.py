@@ -65,7 +65,7 @@ class OnnxClassifier:
         *,
         external: bool = False,
     ) -> Self:
-        """Read a classifier.
+        """Read a classifier; a KdError if it is unreadable, beyond the limits of `read_model`, or no classifier.
 
         Args:
             path: any ONNX file with one image input, (N, C, H, W) or (N, H, W, C), uint8 or of a float type, with
@@ -74,10 +74,6 @@ class OnnxClassifier:
             assumed: what a file of another program leaves open; unread for a file of kd export.
             input_size: (H, W, C) of the images at hand, where file and `assumed` leave sides open.
             external: accept weights in other files of the same folder.
-
-        Raises:
-            KdError: unreadable, over 2 GiB, with loops, unbounded functions or weights in other files that are not
-                accepted, or not an image classifier.
         """
         # 1. The file, and what it and the user say about its input
         model, file_bytes, sha256 = read_model(path, external=external)
@@ -115,11 +111,7 @@ class OnnxClassifier:
         return replace(found, classes=classes, gives=form_of_outputs(model, runner.output, outputs))
 
     def _probe(self) -> npt.NDArray[Any]:
-        """Outputs (3, classes) for random images, one of them dark, one bright; selects the output that is read.
-
-        Raises:
-            KdError: it does not run, is no classifier, or answers for an image depend on others.
-        """
+        """Outputs (3, classes) for random images, one of them dark, one bright; selects the output that is read."""
         shape = (_PROBES, *self.input_size)
         random = torch.Generator().manual_seed(0)
         pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=random)
@@ -179,12 +171,9 @@ class OnnxClassifier:
         return self.dtype == np.uint8
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Raw images uint8 (B, H, W, C) → logits float32 (B, classes).
+        """Raw images uint8 (B, H, W, C) → logits float32 (B, classes); a KdError if its preprocessing is unknown.
 
         Of probabilities these are the logarithms, the logits up to a constant per image; of sigmoids the inverse.
-
-        Raises:
-            KdError: its preprocessing is unknown.
         """
         logits = torch.from_numpy(self.run(self.prepare(images)))
         if self.gives == "probabilities":

@@ -88,10 +88,9 @@ def input_form(
     assumed: InputSettings,
     data_size: _Size | None,
 ) -> InputForm:
-    """Type, layout and sides of the input, open ones from `assumed`, the metadata or the data, in this order.
+    """Type, layout and sides of the input; a KdError if they are not those of images, or unknown.
 
-    Raises:
-        KdError: no image input, or its layout or a side is not known.
+    Open sides are taken from `assumed`, the metadata or the data, in this order.
     """
     hint = (
         "kd runs files with one input: (N, C, H, W) or (N, H, W, C), uint8 or a float type. A network of vectors, as "
@@ -135,13 +134,10 @@ def image_input(model: onnx.ModelProto) -> onnx.ValueInfoProto | None:
 def _layout(
     path: Path, model: onnx.ModelProto, name: str, sides: list[int], assumed: InputSettings
 ) -> tuple[str, int]:
-    """NCHW or NHWC, and the channels that the network needs, 0 if unknown.
+    """NCHW or NHWC, and the channels that the network needs, 0 if unknown; a KdError if nothing decides.
 
     By what the user says, else by the end that alone has a number of channels, else by the network's operators, else
     by the images being square.
-
-    Raises:
-        KdError: none of them decides.
     """
     needed, channels = _needed_layout(model, name)
     second, last = sides[1] in CHANNELS, sides[3] in CHANNELS
@@ -254,14 +250,7 @@ def are_probabilities(outputs: npt.NDArray[Any]) -> bool:
 
 
 def choose_output(path: Path, values: Mapping[str, npt.NDArray[Any]], images: int) -> str:
-    """Name of the output of a classifier among several: (N, classes), by its name if there are more of them.
-
-    Args:
-        values: by name, for so many images.
-
-    Raises:
-        KdError: there is none, or nothing shows which it is.
-    """
+    """Name of the classifier's output (N, classes) among the values for so many images; of several by its name."""
     classes = {}  # classes by name of an output
     for name, value in values.items():
         sides = [side for side in value.shape[1:] if side != 1]
@@ -298,14 +287,9 @@ def choose_output(path: Path, values: Mapping[str, npt.NDArray[Any]], images: in
 def check_alone(
     path: Path, runner: OnnxRunner, images: npt.NDArray[Any], *, dynamic: bool
 ) -> npt.NDArray[Any]:
-    """Outputs (N, classes) of a batch, the same that each image has alone; sets `runner.batch` if only one runs.
+    """Outputs (N, classes) of three inputs, the same that each has alone; sets `runner.batch` if only one runs.
 
-    Args:
-        images: three different inputs.
-        dynamic: activations are quantised by the range of the batch: such a file is run singly.
-
-    Raises:
-        KdError: an image's output depends on the others of its batch.
+    `dynamic`: activations are quantised by the range of the batch: such a file is run singly.
     """
     alone = runner.run(images[:1])
     if runner.batch is None:

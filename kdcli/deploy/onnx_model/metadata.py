@@ -105,11 +105,7 @@ def add_quantisation(metadata: dict[str, str], quantisation: dict[str, Any]) -> 
 
 
 def recorded_crop(path: Path, metadata: dict[str, str]) -> float:
-    """The share of the shorter side that images are cropped to; 1 in a file of another program or an older kd.
-
-    Raises:
-        KdError: it is damaged.
-    """
+    """The share of the shorter side that images are cropped to; 1 where it is not recorded."""
     try:
         crop = float(metadata.get("kd.crop", 1))
         if not 0.25 <= crop <= 1:
@@ -120,11 +116,7 @@ def recorded_crop(path: Path, metadata: dict[str, str]) -> float:
 
 
 def parse_metadata(path: Path, metadata: dict[str, str]) -> tuple[dict[str, Any], Preprocess | None]:
-    """Provenance and preprocessing of a file of `kd export`.
-
-    Raises:
-        KdError: it is damaged, or of a newer version.
-    """
+    """Provenance and preprocessing of a file of `kd export`; a KdError if it is damaged, or of another version."""
     try:
         if metadata[FORMAT_KEY] != FORMAT:
             raise ValueError(f"{metadata[FORMAT_KEY][:40]} of another version of kd")
@@ -143,10 +135,8 @@ def class_names(
 ) -> tuple[tuple[str, ...], str]:
     """Names of the classes; and of a file of another program where they come from, empty if they are numbers.
 
-    They are those of `assumed`, of the metadata of any known exporter, or of a file beside the model.
-
-    Raises:
-        KdError: the names cannot be read, or are of another number than the classes.
+    They are those of `assumed`, of the metadata of any known exporter, or of a file beside the model; a KdError if
+    their number is not that of the classes.
     """
     if FORMAT_KEY in metadata:
         try:
@@ -219,11 +209,7 @@ def _invalid(path: Path, error: Exception) -> KdError:
 
 
 def with_declared(path: Path, metadata: Mapping[str, str], assumed: InputSettings) -> InputSettings:
-    """`assumed`, completed by the image metadata of the ONNX standard.
-
-    Raises:
-        KdError: a form of pixels that is not read and not overridden.
-    """
+    """`assumed`, completed by the image metadata of the ONNX standard; a KdError on a form that is not read."""
     declared: dict[str, str] = {}
     for key, forms, own in (
         ("Image.BitmapPixelFormat", _PIXEL_FORMATS, assumed.channel_order),
@@ -242,11 +228,7 @@ def with_declared(path: Path, metadata: Mapping[str, str], assumed: InputSetting
 
 
 def assumed_preprocess(path: Path, assumed: InputSettings, form: InputForm) -> Preprocess | None:
-    """Preprocessing of an input that is described; None if the scale of its values is not known, or it is uint8.
-
-    Raises:
-        UsageError: values for another number of channels, or for uint8 images.
-    """
+    """Preprocessing of an input that is described; None if the scale of its values is not known, or it is uint8."""
     if assumed.mean_std is None or (form.dtype == np.uint8 and assumed.mean_std == ((0.0,), (1.0,))):
         return None
     if form.dtype == np.uint8:

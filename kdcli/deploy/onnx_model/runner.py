@@ -21,18 +21,15 @@ LEVELS = {  # graph optimisation levels of onnxruntime, each a superset of the o
 class OnnxRunner:
     """An onnxruntime session for a model with one input.
 
-    Attributes:
-        input, output: names; by default the first output is read.
-        batch: images per call, fixed by the model or by what it can run; None: any number.
+    `batch` is the number of images per call, fixed by the model or by what it can run; None: any number.
     """
 
     def __init__(
         self, model: bytes, threads: int = 0, name: str = "model", *, level: str = "all", output: str = ""
     ) -> None:
-        """Create the session; a KdError if onnxruntime rejects the model.
+        """Create the session of a serialised model, which cannot read files; a KdError if onnxruntime rejects it.
 
         Args:
-            model: a serialised ModelProto; a model given as bytes cannot read files.
             threads: 0: all available cores.
             level: graph optimisation, a key of `LEVELS`.
             output: the one to read; by default the first.
@@ -63,14 +60,10 @@ class OnnxRunner:
         return output
 
     def run(self, inputs: npt.NDArray[Any], batch: int | None = None) -> npt.NDArray[Any]:
-        """The output (N, …) for inputs (N, …).
+        """The output (N, …) for inputs (N, …); a KdError if onnxruntime fails, or it has another number of rows.
 
-        Args:
-            batch: images per call; by default all at once. A batch fixed by the model takes precedence; the last
-                call is then padded with copies of the first image.
-
-        Raises:
-            KdError: onnxruntime fails, or the output has another number of rows than the input.
+        `batch`: images per call, by default all at once. A batch fixed by the model takes precedence; the last call
+        is then padded with copies of the first image.
         """
         count = len(inputs)
         step = self.batch or batch or count
