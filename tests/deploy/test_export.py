@@ -395,13 +395,11 @@ def test_external_weights_are_read_from_the_models_folder_only(
 
         return change
 
-    for location in ("../secret", str(secret), "..", "", ".", "a\\b"):
-        refused(entry("location", location), "not a plain file")
-    refused(entry("location", "nothing"), "No such file")
     path.with_name("link").symlink_to(secret)
-    refused(entry("location", "link"), "not a plain file")
+    for location in ("../secret", str(secret), "..", "", ".", "a\\b", "nothing", "link"):
+        refused(entry("location", location), "cannot be read")
     for key, value in (("offset", "-4"), ("offset", "99999999"), ("length", "4"), ("length", str(2**40))):
-        refused(entry(key, value), "does not hold")
+        refused(entry(key, value), "cannot be read")
     refused(entry("offset", "x"), "cannot be read")
 
 

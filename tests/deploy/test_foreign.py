@@ -71,7 +71,6 @@ KERNEL = np.zeros((2, 3, 1, 1), np.float32)
 TAIL = [node("GlobalAveragePool", ["c"], ["p"]), node("Flatten", ["p"], ["y"])]
 TRANSPOSED = [node("Transpose", ["x"], ["t"], perm=[0, 3, 1, 2]), node("Conv", ["t", "k"], ["c"]), *TAIL]
 SCALED = [node("Div", ["x", "s"], ["t"]), node("Conv", ["t", "k"], ["c"]), *TAIL]
-OF_LAST = [node("Sub", ["x", "mean"], ["t"]), node("ReduceMean", ["t", "axes"], ["y"], keepdims=0)]
 
 
 @pytest.mark.parametrize(
@@ -82,14 +81,12 @@ OF_LAST = [node("Sub", ["x", "mean"], ["t"]), node("ReduceMean", ["t", "axes"], 
         (SCALED, ["n", 3, "h", "w"], "NCHW"),
         (SCALED, [-1, -1, -1, -1], "NCHW"),
         (SCALED, ["n", 3, 3, 3], "NCHW"),
-        (OF_LAST, ["n", 4, 4, 3], "NHWC"),
-        (OF_LAST, ["n", "h", "w", "c"], "NHWC"),
     ],
 )
 def test_layout_is_what_the_sides_and_the_network_need(
     tmp_path: Path, nodes: list[onnx.NodeProto], sides: list[Any], layout: str
 ) -> None:
-    weights = {"k": KERNEL, "s": np.float32(255), "mean": np.ones(3, np.float32), "axes": np.array([1, 2])}
+    weights = {"k": KERNEL, "s": np.float32(255)}
     path = save(tmp_path / "m.onnx", nodes, weights, sides)
     found = OnnxClassifier.load(path, assumed=make(InputSettings, {"image_size": 12}))
     assert found.layout == layout
@@ -162,23 +159,6 @@ def test_sigmoids_are_inverted(tmp_path: Path, clipped: bool) -> None:
     found = OnnxClassifier.load(means(tmp_path / "m.onnx", tail))
     assert found.gives == "sigmoids"
     np.testing.assert_allclose(found(torch.from_numpy(IMAGES)).numpy(), logits(IMAGES), atol=1e-3)
-
-
-def test_pixel_format_of_the_metadata_is_applied(tmp_path: Path) -> None:
-    key = "Image.BitmapPixelFormat"
-    found = OnnxClassifier.load(means(tmp_path / "bgr.onnx", metadata={key: "Bgr8"}))
-    given = found(torch.from_numpy(IMAGES)).numpy()
-    np.testing.assert_allclose(given, logits(IMAGES[..., ::-1]), rtol=1e-4)
-    overruled = OnnxClassifier.load(found.path, assumed=make(InputSettings, {"channel_order": "rgb"}))
-    np.testing.assert_allclose(overruled(torch.from_numpy(IMAGES)).numpy(), logits(IMAGES), rtol=1e-4)
-    with pytest.raises(KdError, match="Bgra8"):
-        load_model(means(tmp_path / "bgra.onnx", metadata={key: "Bgra8"}))
-    for form, scaled in (("Normalized_0_1", IMAGES / 255), ("NominalRange_0_255", IMAGES)):
-        path = means(
-            tmp_path / "range.onnx", kind=TensorProto.FLOAT, metadata={"Image.NominalPixelRange": form}
-        )
-        given = load_model(path)(torch.from_numpy(IMAGES)).numpy()
-        np.testing.assert_allclose(given, logits(scaled), rtol=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])

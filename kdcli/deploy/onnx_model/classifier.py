@@ -24,8 +24,6 @@ from kdcli.deploy.onnx_model.metadata import (
     assumed_preprocess,
     class_names,
     parse_metadata,
-    recorded_crop,
-    with_declared,
 )
 from kdcli.deploy.onnx_model.reading import read_model
 from kdcli.deploy.onnx_model.runner import OnnxRunner
@@ -42,6 +40,7 @@ class OnnxClassifier:
     path: Path
     classes: tuple[str, ...]  # names in the order of the logits; numbers if none are known
     input_size: _Size  # (H, W, C) of the raw images
+    crop: float  # share of the shorter side that images of another size are cropped to, see `data.decode.resize`
     provenance: dict[str, Any]  # as kd export recorded it; else `class_names`, the names' source, if known
     metadata: dict[str, str]
     layout: str  # NCHW or NHWC
@@ -79,18 +78,19 @@ class OnnxClassifier:
         model, file_bytes, sha256 = read_model(path, external=external)
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         foreign = FORMAT_KEY not in metadata
-        assumed = with_declared(path, metadata, assumed) if foreign else NO_ASSUMPTIONS
+        assumed = assumed if foreign else NO_ASSUMPTIONS
         form = input_form(path, model, metadata, assumed, input_size)
         if not foreign:
-            provenance, preprocess = parse_metadata(path, metadata)
+            provenance, preprocess, crop = parse_metadata(path, metadata)
         else:
-            provenance, preprocess = {}, assumed_preprocess(path, assumed, form)
+            provenance, preprocess, crop = {}, assumed_preprocess(path, assumed, form), assumed.crop or 1.0
         # 2. Its output, on random images
         runner = OnnxRunner(model.SerializeToString(), threads, str(path))
         found = cls(
             path=path,
             classes=(),
             input_size=form.size,
+            crop=crop,
             provenance=provenance,
             metadata=metadata,
             layout=form.layout,
@@ -154,11 +154,6 @@ class OnnxClassifier:
         if not self.is_foreign:
             return "its preprocessing is too large to be in the file"
         return "no preprocessing recorded (mean, std, channel order)"
-
-    @property
-    def crop(self) -> float:
-        """Share of the shorter side that images of another size are cropped to, see `data.decode.resize`."""
-        return self.assumed.crop or recorded_crop(self.path, self.metadata)
 
     @property
     def is_foreign(self) -> bool:

@@ -27,43 +27,19 @@ _Size = tuple[int, int, int]
 _Dims = Mapping[str, tuple[int, ...]]
 
 # Operators of channels on the second side, with the input of their weights and the side of it that has the channels.
-_CHANNELS_SECOND: dict[str, tuple[int, int]] = {
+_CHANNELS_SECOND = {
     "Conv": (1, 1),
     "ConvInteger": (1, 1),
     "QLinearConv": (3, 1),
-    "ConvTranspose": (1, 0),
     "BatchNormalization": (1, 0),
-    "InstanceNormalization": (1, 0),
-    "PRelu": (1, 0),
-    **dict.fromkeys(("AveragePool", "MaxPool", "LpPool", "LRN"), (-1, 0)),
-    **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool", "DepthToSpace", "SpaceToDepth"), (-1, 0)),
 }
-_ELEMENTWISE = {"Add", "Sub", "Mul", "Div"}
-_KEEP_LAYOUT = _ELEMENTWISE | {
-    *(
-        "Cast",
-        "Clip",
-        "Concat",
-        "DequantizeLinear",
-        "DynamicQuantizeLinear",
-        "Gather",
-        "Identity",
-        "Neg",
-        "Pad",
-    ),
-    *("QuantizeLinear", "Relu", "Resize", "Slice", "Split", "Upsample"),
-}
+_KEEP_LAYOUT = re.compile(
+    "Add|Cast|Clip|Concat|Div|DynamicQuantizeLinear|DequantizeLinear|Gather|Identity|Mul|Neg|Pad|"
+    "QuantizeLinear|Relu|Resize|Slice|Split|Sub|Upsample"
+)
 # Operators that may follow a softmax or sigmoid without changing its values.
-_KEEP_VALUES = (
-    "Cast",
-    "Clip",
-    "DequantizeLinear",
-    "QuantizeLinear",
-    "Flatten",
-    "Identity",
-    "Reshape",
-    "Squeeze",
-    "Unsqueeze",
+_KEEP_VALUES = re.compile(
+    "Cast|Clip|DequantizeLinear|QuantizeLinear|Flatten|Identity|Reshape|Squeeze|Unsqueeze"
 )
 _NAMES_OF_OUTPUTS = tuple(map(re.compile, ("logit", "prob|softmax", "out|pred|class|label|score")))
 _SUM_TOLERANCE = 1e-3
@@ -78,7 +54,6 @@ class InputForm:
     layout: str  # NCHW or NHWC
     dtype: np.dtype[Any]
     size: _Size  # (H, W, C)
-    batch: int | None  # fixed number of images per call; None: any number
 
 
 def input_form(
@@ -121,7 +96,7 @@ def input_form(
         raise KdError(f"{path} takes images of {dims(size)} in {layout} order", limits)
     if batch > MAX_BATCH or batch * math.prod(size) > MAX_VALUES:
         raise KdError(f"{path} takes {batch} images at a time", f"The limit is {MAX_BATCH:,} small ones.")
-    return InputForm(layout, dtype, (height, width, channels), batch or None)
+    return InputForm(layout, dtype, (height, width, channels))
 
 
 def image_input(model: onnx.ModelProto) -> onnx.ValueInfoProto | None:
@@ -170,12 +145,12 @@ def _needed_layout(model: onnx.ModelProto, name: str) -> tuple[str | None, int]:
     while waiting and len(seen) < _MOST_STEPS:
         tensor, transposed = waiting.pop()
         for node in readers[tensor]:
-            layout, count = _needs(model, node, tensor, constants)
+            layout, count = _needs(node, tensor, constants)
             channels = channels or count
             if layout and not transposed:
                 layouts.add(layout)
             transposes = node.op_type == "Transpose"
-            if (not layout and node.op_type in _KEEP_LAYOUT) or (transposes and not transposed):
+            if (not layout and _KEEP_LAYOUT.fullmatch(node.op_type)) or (transposes and not transposed):
                 waiting += [
                     (output, transposed or transposes) for output in node.output if output not in seen
                 ]
@@ -183,9 +158,7 @@ def _needed_layout(model: onnx.ModelProto, name: str) -> tuple[str | None, int]:
     return (layouts.pop(), channels) if len(layouts) == 1 else (None, 0)
 
 
-def _needs(
-    model: onnx.ModelProto, node: onnx.NodeProto, tensor: str, constants: _Dims
-) -> tuple[str | None, int]:
+def _needs(node: onnx.NodeProto, tensor: str, constants: _Dims) -> tuple[str | None, int]:
     """The layout that an operator needs of one of its inputs, None if any, and the number of channels or 0."""
     attributes = {entry.name: entry for entry in node.attribute}
     if node.op_type == "Transpose" and "perm" in attributes:
@@ -196,32 +169,7 @@ def _needs(
         weight = constants.get(node.input[position], ()) if 0 <= position < len(node.input) else ()
         groups = attributes["group"].i if "group" in attributes and side == 1 else 1
         return "NCHW", weight[side] * groups if len(weight) > side else 0
-    if node.op_type in _ELEMENTWISE:
-        for other in node.input:
-            shape = constants.get(other, ())
-            if shape and shape[-1] in CHANNELS[1:] and math.prod(shape) == shape[-1]:
-                return "NHWC", shape[-1]
-            if len(shape) > 2 and shape[-3] in CHANNELS[1:] and math.prod(shape) == shape[-3]:
-                return "NCHW", shape[-3]
-    if node.op_type.startswith("Reduce"):
-        axes = _axes(model, node, attributes)
-        return ("NHWC" if axes == (1, 2) else "NCHW" if axes == (2, 3) else None), 0
     return None, 0
-
-
-def _axes(
-    model: onnx.ModelProto, node: onnx.NodeProto, attributes: Mapping[str, onnx.AttributeProto]
-) -> tuple[int, ...]:
-    """Axes of a reduction, from its attribute or its second input."""
-    if "axes" in attributes:
-        axes = list(attributes["axes"].ints)
-    else:
-        tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-        tensor = tensors.get(node.input[1]) if len(node.input) > 1 else None
-        if tensor is None or math.prod(tensor.dims) > 4:
-            return ()
-        axes = onnx.numpy_helper.to_array(tensor).flatten().tolist()
-    return tuple(sorted(int(axis) % 4 for axis in axes))
 
 
 def _recorded_size(metadata: Mapping[str, str]) -> _Size:
@@ -237,7 +185,7 @@ def form_of_outputs(model: onnx.ModelProto, output: str, values: npt.NDArray[Any
     producers = {name: node for node in model.graph.node for name in node.output}
     node = producers.get(output)
     for _ in range(len(producers)):  # bounded: a hostile graph may have cycles
-        if node is None or node.op_type not in _KEEP_VALUES or not node.input:
+        if node is None or not _KEEP_VALUES.fullmatch(node.op_type) or not node.input:
             break
         node = producers.get(node.input[0])
     return {"Softmax": "probabilities", "Sigmoid": "sigmoids"}.get(node.op_type if node else "", "logits")

@@ -27,12 +27,6 @@ FORMAT_KEY = "kd.format"
 _MOST_VALUES = 16_384  # of a preprocessing that is stored as text
 _MOST_TEXT = 1_000_000  # bytes of class names
 _NAME_KEYS = ("names", "id2label", "labels", "classes", "class_names")  # of metadata of exporters
-_PIXEL_FORMATS = {"Rgb8": {"channel_order": "rgb"}, "Bgr8": {"channel_order": "bgr"}, "Gray8": {}}
-_PIXEL_RANGES = {
-    "NominalRange_0_255": {"scale": "1"},
-    "Normalized_0_1": {"scale": "1/255"},
-    "Normalized_1_1": {"scale": "1/127.5", "mean": "1"},
-}
 _MEASURED = ("test_accuracy", "agreement")  # of the float32 network, in its provenance
 
 
@@ -104,30 +98,19 @@ def add_quantisation(metadata: dict[str, str], quantisation: dict[str, Any]) -> 
     return changed
 
 
-def recorded_crop(path: Path, metadata: dict[str, str]) -> float:
-    """The share of the shorter side that images are cropped to; 1 where it is not recorded."""
-    try:
-        crop = float(metadata.get("kd.crop", 1))
-        if not 0.25 <= crop <= 1:
-            raise ValueError(f"crop {crop}")
-    except ValueError as error:
-        raise _invalid(path, error) from error
-    return crop
-
-
-def parse_metadata(path: Path, metadata: dict[str, str]) -> tuple[dict[str, Any], Preprocess | None]:
-    """Provenance and preprocessing of a file of `kd export`; a KdError if it is damaged, or of another version."""
+def parse_metadata(path: Path, metadata: dict[str, str]) -> tuple[dict[str, Any], Preprocess | None, float]:
+    """Provenance, preprocessing and crop of a file of `kd export`; a KdError if damaged, or of another version."""
     try:
         if metadata[FORMAT_KEY] != FORMAT:
             raise ValueError(f"{metadata[FORMAT_KEY][:40]} of another version of kd")
         provenance = dict(parse_document(metadata["kd.provenance"]))
-        json.dumps(
-            provenance, ensure_ascii=False
-        ).encode()  # half of a surrogate pair cannot be written again
-        preprocess = decode_preprocess(metadata["kd.preprocess"])
+        json.dumps(provenance, ensure_ascii=False).encode()  # half of a surrogate pair is an error here
+        preprocess, crop = decode_preprocess(metadata["kd.preprocess"]), float(metadata["kd.crop"])
+        if not 0.25 <= crop <= 1:
+            raise ValueError(f"crop {crop}")
     except Exception as error:  # JSON of any form raises many kinds
         raise _invalid(path, error) from error
-    return provenance, preprocess
+    return provenance, preprocess, crop
 
 
 def class_names(
@@ -206,25 +189,6 @@ def _small_text(path: Path) -> str:
 
 def _invalid(path: Path, error: Exception) -> KdError:
     return KdError(f"{path} has invalid metadata: {first_line(error)}", "Export it again.")
-
-
-def with_declared(path: Path, metadata: Mapping[str, str], assumed: InputSettings) -> InputSettings:
-    """`assumed`, completed by the image metadata of the ONNX standard; a KdError on a form that is not read."""
-    declared: dict[str, str] = {}
-    for key, forms, own in (
-        ("Image.BitmapPixelFormat", _PIXEL_FORMATS, assumed.channel_order),
-        ("Image.NominalPixelRange", _PIXEL_RANGES, assumed.mean_std),
-    ):
-        form = metadata.get(key)
-        if own or form is None:
-            continue
-        if form not in forms:
-            raise KdError(
-                f"{path} takes pixels of {key} {form[:40]}, which kd does not make",
-                f"Set {', '.join(assumed.flag(name) for name in ('channel_order', 'scale', 'mean', 'std'))}.",
-            )
-        declared |= forms[form]
-    return assumed.model_copy(update=declared)
 
 
 def assumed_preprocess(path: Path, assumed: InputSettings, form: InputForm) -> Preprocess | None:

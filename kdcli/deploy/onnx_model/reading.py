@@ -2,13 +2,13 @@
 
 import hashlib
 import math
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import onnx
 from google.protobuf.message import Message
+from onnx.external_data_helper import load_external_data_for_tensor
 
 from kdcli.base.errors import KdError
 from kdcli.base.files import check_pointer
@@ -58,42 +58,30 @@ def read_model(path: Path, *, external: bool) -> tuple[onnx.ModelProto, int, str
 
 def _load_external(path: Path, tensors: list[onnx.TensorProto]) -> int:
     """Load tensors from regular files in the model's own folder; returns the total size of these files."""
-    sizes: dict[str, int] = {}
+    locations = set()
     total = path.stat().st_size
     for tensor in tensors:
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        location = entries.get("location", "")
-        source = path.parent / location
+        location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+        locations.add(location)
         try:
-            if "/" in location or "\\" in location or not stat.S_ISREG(source.lstat().st_mode):
-                raise ValueError("it is not a plain file in the same folder")
-            sizes[location] = source.stat().st_size
-            offset = int(entries.get("offset", 0))
-            length = int(entries.get("length", sizes[location] - offset))
+            load_external_data_for_tensor(tensor, str(path.parent))
             item = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-            if offset < 0 or offset + length > sizes[location] or length != math.prod(tensor.dims) * item:
+            if len(tensor.raw_data) != math.prod(tensor.dims) * item:
                 raise ValueError(f"it does not hold the {list(tensor.dims)} values of {tensor.name[:60]!r}")
-            total += length
+            total += len(tensor.raw_data)
             if total > MAX_BYTES:
                 raise ValueError("model and weights together have more than 2 GiB")
-            with source.open("rb") as handle:
-                handle.seek(offset)
-                tensor.raw_data = handle.read(length)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # onnx raises its own and Python's
             problem = f"{path} keeps weights in {location[:60]!r}, which cannot be read: {first_line(error)}"
             raise KdError(problem) from error
-        del tensor.external_data[:]
-        tensor.data_location = onnx.TensorProto.DEFAULT
-    return sum(sizes.values())
+    return sum((path.parent / location).stat().st_size for location in locations)
 
 
 def _check_work(path: Path, model: onnx.ModelProto) -> None:
     """Reject small files that expand without bound: loops, nested function calls, sparse weights."""
     for node in _messages(model, onnx.NodeProto):
         names = (node.op_type, node.domain, node.name, *node.input, *node.output)
-        if not all(
-            isinstance(name, str) for name in names
-        ):  # protobuf gives bytes that are not UTF-8 as bytes
+        if not all(isinstance(name, str) for name in names):  # protobuf gives bytes that are not UTF-8
             raise KdError(f"{path} is damaged: the names of an operator are not text")
         if node.op_type in LOOPS:
             raise KdError(f"{path} holds a {node.op_type}", "kd reads classifiers, which need no loops.")
