@@ -161,6 +161,23 @@ def test_sigmoids_are_inverted(tmp_path: Path, clipped: bool) -> None:
     np.testing.assert_allclose(found(torch.from_numpy(IMAGES)).numpy(), logits(IMAGES), atol=1e-3)
 
 
+def test_pixel_format_of_the_metadata_is_applied(tmp_path: Path) -> None:
+    key = "Image.BitmapPixelFormat"
+    found = OnnxClassifier.load(means(tmp_path / "bgr.onnx", metadata={key: "Bgr8"}))
+    given = found(torch.from_numpy(IMAGES)).numpy()
+    np.testing.assert_allclose(given, logits(IMAGES[..., ::-1]), rtol=1e-4)
+    overruled = OnnxClassifier.load(found.path, assumed=make(InputSettings, {"channel_order": "rgb"}))
+    np.testing.assert_allclose(overruled(torch.from_numpy(IMAGES)).numpy(), logits(IMAGES), rtol=1e-4)
+    with pytest.raises(KdError, match="Bgra8"):
+        load_model(means(tmp_path / "bgra.onnx", metadata={key: "Bgra8"}))
+    for form, scaled in (("Normalized_0_1", IMAGES / 255), ("NominalRange_0_255", IMAGES)):
+        path = means(
+            tmp_path / "range.onnx", kind=TensorProto.FLOAT, metadata={"Image.NominalPixelRange": form}
+        )
+        given = load_model(path)(torch.from_numpy(IMAGES)).numpy()
+        np.testing.assert_allclose(given, logits(scaled), rtol=1e-4)
+
+
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.FLOAT16])
 def test_input_as_the_user_describes_it(tmp_path: Path, layout: str, kind: int) -> None:

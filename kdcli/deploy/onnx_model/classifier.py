@@ -24,6 +24,7 @@ from kdcli.deploy.onnx_model.metadata import (
     assumed_preprocess,
     class_names,
     parse_metadata,
+    with_declared,
 )
 from kdcli.deploy.onnx_model.reading import read_model
 from kdcli.deploy.onnx_model.runner import OnnxRunner
@@ -78,7 +79,7 @@ class OnnxClassifier:
         model, file_bytes, sha256 = read_model(path, external=external)
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         foreign = FORMAT_KEY not in metadata
-        assumed = assumed if foreign else NO_ASSUMPTIONS
+        assumed = with_declared(path, metadata, assumed) if foreign else NO_ASSUMPTIONS
         form = input_form(path, model, metadata, assumed, input_size)
         if not foreign:
             provenance, preprocess, crop = parse_metadata(path, metadata)

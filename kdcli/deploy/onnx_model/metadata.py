@@ -27,6 +27,12 @@ FORMAT_KEY = "kd.format"
 _MOST_VALUES = 16_384  # of a preprocessing that is stored as text
 _MOST_TEXT = 1_000_000  # bytes of class names
 _NAME_KEYS = ("names", "id2label", "labels", "classes", "class_names")  # of metadata of exporters
+_PIXEL_FORMATS = {"Rgb8": {"channel_order": "rgb"}, "Bgr8": {"channel_order": "bgr"}, "Gray8": {}}
+_PIXEL_RANGES = {
+    "NominalRange_0_255": {"scale": "1"},
+    "Normalized_0_1": {"scale": "1/255"},
+    "Normalized_1_1": {"scale": "1/127.5", "mean": "1"},
+}
 _MEASURED = ("test_accuracy", "agreement")  # of the float32 network, in its provenance
 
 
@@ -189,6 +195,25 @@ def _small_text(path: Path) -> str:
 
 def _invalid(path: Path, error: Exception) -> KdError:
     return KdError(f"{path} has invalid metadata: {first_line(error)}", "Export it again.")
+
+
+def with_declared(path: Path, metadata: Mapping[str, str], assumed: InputSettings) -> InputSettings:
+    """`assumed`, completed by the image metadata of the ONNX standard; a KdError on a form that is not read."""
+    declared: dict[str, str] = {}
+    for key, forms, own in (
+        ("Image.BitmapPixelFormat", _PIXEL_FORMATS, assumed.channel_order),
+        ("Image.NominalPixelRange", _PIXEL_RANGES, assumed.mean_std),
+    ):
+        form = metadata.get(key)
+        if own or form is None:
+            continue
+        if form not in forms:
+            raise KdError(
+                f"{path} takes pixels of {key} {form[:40]}, which kd does not make",
+                f"Set {', '.join(assumed.flag(name) for name in ('channel_order', 'scale', 'mean', 'std'))}.",
+            )
+        declared |= forms[form]
+    return assumed.model_copy(update=declared)
 
 
 def assumed_preprocess(path: Path, assumed: InputSettings, form: InputForm) -> Preprocess | None:
