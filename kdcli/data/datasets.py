@@ -2,17 +2,19 @@
 
 A module registers a function that reads the files of a data set:
 
-    @dataset("mnist", label="MNIST", input_size=(28, 28, 1))
-    def read_mnist(paths: Mapping[str, Path]) -> Content: ...
+    @dataset("mine", label="Mine", input_size=(28, 28, 1), files=("mine/mine.npz",))
+    def read_mine(paths: Mapping[str, Path]) -> Content: ...
 """
 
 import importlib
 import pkgutil
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, TypeVar
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -82,7 +84,7 @@ class Dataset:
                 "Pass your own images, a folder or archive of class folders, with --data, or download it: "
                 f"kd download {self.name}"
             )
-        return "Its files are not part of kd download."
+        return f"Put {', '.join(self.files)} into the data folder (--data-dir)."
 
     def locate(self, path: Path) -> dict[str, Path]:
         """Paths of its files by file name, at the path of its archive or of a folder with its files; else empty.
@@ -90,7 +92,7 @@ class Dataset:
         Gzip'ed files may be unpacked.
         """
         if path.is_file():
-            return {path.name: path} if (path.name,) == self.files else {}
+            return {path.name: path} if [path.name] == [Path(file).name for file in self.files] else {}
         for folder in (path, path / (self.folder or self.name), path / "raw"):
             known = bool(self.members) and all((folder / name).is_file() for name in self.members)
             if self.folder is not None and folder.is_dir() and (known or folder.name == self.folder):
@@ -180,7 +182,14 @@ class Dataset:
             content = self.read(paths)
         except KdError as error:
             raise KdError(error.message, error.hint or self.hint) from error
-        except (OSError, EOFError, ValueError, LookupError) as error:  # as a library reports a damaged file
+        except (
+            OSError,
+            EOFError,
+            ValueError,
+            LookupError,
+            BadZipFile,
+            zlib.error,
+        ) as error:  # a damaged file
             raise KdError(f"{self.label} cannot be read: {first_line(error)}", self.hint) from error
         count = len(content.classes)
         for name, (images, labels) in (("train", content.train), ("test", content.test)):
@@ -212,6 +221,8 @@ def dataset(
 
     `files` are by default those of the entry `name` in `catalog.DOWNLOADS`; empty for a data set without files.
     """
+    if files is None and name not in catalog.DOWNLOADS:
+        raise ValueError(f"@dataset {name}: name its files, or add them to catalog.DOWNLOADS")
     if files is None:
         files = tuple(remote.name for remote in catalog.DOWNLOADS[name])
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 Int64 = npt.NDArray[np.int64]
 
 
-def split(labels: Int64, fraction: float) -> tuple[Int64, Int64]:
+def split_validation(labels: Int64, fraction: float) -> tuple[Int64, Int64]:
     """Indices of the training and of the validation samples, stratified by class.
 
     Every seed and method gets the same split, so that runs can be compared. Of each class at least one is a training
@@ -31,7 +31,7 @@ def split(labels: Int64, fraction: float) -> tuple[Int64, Int64]:
     return np.setdiff1d(samples, chosen), chosen
 
 
-def test_digests(digests: Iterable[bytes], fraction: float) -> set[bytes]:
+def digests_of_test_images(digests: Iterable[bytes], fraction: float) -> set[bytes]:
     """Those of a class's images, by SHA-256, that are test images: the ones below `fraction` of all possible values.
 
     Hence an image keeps its side when others are added, and copies of it share it. Of two or more different images

@@ -20,7 +20,7 @@ from kdcli.data.datasets import Request
 from kdcli.data.images import Splits
 from kdcli.data.pack import FALLBACK_SIZE, Cache, Packer, Selection
 from kdcli.data.sources import Source, open_source
-from kdcli.data.split import test_digests
+from kdcli.data.split import digests_of_test_images
 
 SPLIT_NAMES = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 BATCH_FILES = 64
@@ -280,11 +280,13 @@ def _found(source: Source, packer: Packer, request: Request) -> tuple[Found, Sou
         return found, source, False
     source = open_source(source.path)
     found = decode_all(source, keep, request.on_event, request.skip_broken, _in_a_folder)
-    found.images = _split(found, source, digests, request.test_fraction)
+    found.images = _split_off_test_images(found, source, digests, request.test_fraction)
     return found, source, True
 
 
-def _split(found: Found, source: Source, digests: dict[int, bytes], fraction: float) -> Places:
+def _split_off_test_images(
+    found: Found, source: Source, digests: dict[int, bytes], fraction: float
+) -> Places:
     """Images of class folders, in `train` and `test` by the SHA-256 of their pixels; empty without class folders.
 
     Classes are the folders below the deepest one that holds all images; images beside them are left out.
@@ -305,7 +307,7 @@ def _split(found: Found, source: Source, digests: dict[int, bytes], fraction: fl
         images = {place.name: found.images[place] for place in members if place in found.images}
         if not images:
             raise _all_broken(class_name, source, members[0].name)
-        test = test_digests((digests[index] for index in images.values()), fraction)
+        test = digests_of_test_images((digests[index] for index in images.values()), fraction)
         for name, index in images.items():
             made[Place(above, "test" if digests[index] in test else "train", class_name, name)] = index
     return made

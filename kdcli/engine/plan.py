@@ -16,7 +16,7 @@ from kdcli.base.errors import UsageError
 from kdcli.base.events import OnEvent, ignore
 from kdcli.base.runtime import World
 from kdcli.data import ImageSet, Splits, augment
-from kdcli.data.split import split
+from kdcli.data.split import split_validation
 from kdcli.engine import identity
 from kdcli.methods import Objective, TrainConfig
 from kdcli.teacher import Teacher
@@ -86,7 +86,7 @@ def make_plan(
         raise UsageError("--tensorboard: it is not installed", "pip install 'kdcli[tensorboard]'")
     # 2. Samples and steps: images without labels come after all others
     train = data.trained_on
-    labelled, validation = split(data.train.labels, config.val_fraction)
+    labelled, validation = split_validation(data.train.labels, config.val_fraction)
     samples = np.concatenate([labelled, np.arange(len(data.train), len(train))])
     config = config.model_copy(update={"batch_size": config.batch_size or batch_size_for(len(samples))})
     steps_per_epoch = -(-len(samples) // config.batch_size)

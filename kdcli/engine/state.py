@@ -17,7 +17,8 @@ from kdcli.methods import TrainConfig
 
 @dataclass
 class State:
-    """Position and sums of a run; a resume needs these, the weights, the adapters and the optimizer's state.
+    """Position and sums of a run; a resume needs these, the weights and their average,
+    the adapters and the optimizer's state.
 
     Learning rate, order, views, noise and dropout are pure functions of seed, step, epoch and sample: no random
     generator has to be restored. `logged…` are the values at the last line of metrics, all processes together.

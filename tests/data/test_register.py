@@ -11,7 +11,7 @@ import pytest
 
 from kdcli.base.errors import KdError, UsageError
 from kdcli.data import load, sets
-from kdcli.data.datasets import DATASETS, discover
+from kdcli.data.datasets import DATASETS, dataset, discover
 from kdcli.engine import fit
 from tests.helpers import config
 
@@ -75,6 +75,12 @@ def test_errors_name_the_registered_data_set(new_file: None, tmp_path: Path) -> 
 
 
 def test_a_damaged_file_is_one_error_line(new_file: None, tmp_path: Path, workplace: Path) -> None:
-    (tmp_path / "data/bars/labels.npy").write_bytes(b"no array")
-    with pytest.raises(KdError, match="Bars cannot be read"):
-        load("bars", data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")
+    for content in (b"no array", b"PK\3\4" + bytes(60)):  # the second begins like a .npz
+        (tmp_path / "data/bars/labels.npy").write_bytes(content)
+        with pytest.raises(KdError, match="Bars cannot be read"):
+            load("bars", data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")
+
+
+def test_a_data_set_names_its_files() -> None:
+    with pytest.raises(ValueError, match="@dataset new: name its files"):
+        dataset("new", label="New", input_size=(28, 28, 1))

@@ -29,7 +29,7 @@ from kdcli.cli import test as test_command
 from kdcli.cli import train as train_command
 from kdcli.cli import tune as tune_command
 from kdcli.data import Splits, rows, unlabelled
-from kdcli.data.split import split
+from kdcli.data.split import split_validation
 from kdcli.engine import RunDir, RunResult, fit
 from kdcli.engine.feed import Feed
 from kdcli.engine.plan import load_data
@@ -305,7 +305,7 @@ def test_all_of_them_and_no_validation_image_are_trained_on_and_mixed_in(
     monkeypatch.setattr(Feed, "make", spied)
     splits = loaded()
     result = fit(taught(augment="flip-mixup", epochs=1, val_fraction=0.3), splits)
-    training, validation = split(splits.train.labels, 0.3)
+    training, validation = split_validation(splits.train.labels, 0.3)
     assert len(validation) == 6
     expected = {*training.tolist(), *range(COUNTS["train"], COUNTS["train"] + MORE)}
     assert seen == set(pools[0].tolist()) == expected

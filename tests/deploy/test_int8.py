@@ -27,7 +27,7 @@ from kdcli.base.events import Event
 from kdcli.cli import bench
 from kdcli.cli import export as export_command
 from kdcli.data import Splits
-from kdcli.data.split import split
+from kdcli.data.split import split_validation
 from kdcli.deploy import int8
 from kdcli.deploy.export import ExportResult, export, job
 from kdcli.deploy.export.job import choose_samples, disjoint_indices
@@ -267,7 +267,7 @@ def test_samples_are_disjoint() -> None:
     assert sum(map(len, parts)) == 90
     assert min(map(len, parts)) >= 7
     recorded = {"data": {"val_fraction": 0.2, "fingerprint_train": splits.train.fingerprint}}
-    validation = set(split(splits.train.labels, 0.2)[1].tolist())
+    validation = set(split_validation(splits.train.labels, 0.2)[1].tolist())
     for provenance, held_out in ((recorded, validation), ({}, None), ({"data": {"val_fraction": 0.2}}, None)):
         config = ExportConfig(int8_recipe="auto", max_drop=1)
         chosen = choose_samples(provenance, splits.train, config)
@@ -291,7 +291,7 @@ def test_max_drop_prevents_writing(checkpoint: Path, monkeypatch: pytest.MonkeyP
     recorded = {"val_fraction": 0.5, "fingerprint_train": train.fingerprint}
     model.provenance = {**model.provenance, "data": recorded}
     model.save(checkpoint)
-    held_out = split(labels, 0.5)[1]
+    held_out = split_validation(labels, 0.5)[1]
     right = seen[held_out] == labels[held_out]
     result = run(checkpoint, splits, max_drop=0)
     assert result.drop.images == len(held_out)

@@ -22,7 +22,7 @@ from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Event, Note, Progress
 from kdcli.base.recipes import RECIPES, read_recipe
 from kdcli.data import ImageSet, Splits, incompatibility
-from kdcli.data.split import split
+from kdcli.data.split import split_validation
 from kdcli.engine import RunDir, RunResult, fit, read_metrics
 from kdcli.engine.plan import batch_size_for, resolve
 from kdcli.engine.step import Ema, learning_rate, make_optimizer
@@ -394,12 +394,12 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(workplace: Path, s
 
 def test_split_is_stratified_and_disjoint() -> None:
     labels = np.repeat(np.arange(5), [100, 50, 10, 2, 1])
-    train, validation = split(labels, 0.2)
+    train, validation = split_validation(labels, 0.2)
     assert sorted([*train, *validation]) == list(range(163))
     assert np.bincount(labels[validation], minlength=5).tolist() == [20, 10, 2, 1, 0]
-    train, validation = split(labels, 0.99)
+    train, validation = split_validation(labels, 0.99)
     assert (np.bincount(labels[train], minlength=5) >= 1).all()
-    assert split(labels, 0.0)[1].tolist() == []
+    assert split_validation(labels, 0.0)[1].tolist() == []
 
 
 def test_split_equals_a_plain_loop_over_the_classes() -> None:
@@ -411,7 +411,7 @@ def test_split_equals_a_plain_loop_over_the_classes() -> None:
     for label in np.unique(labels):
         members = [sample for sample in shuffled if labels[sample] == label]
         expected += members[: min(max(1, round(0.07 * len(members))), len(members) - 1)]
-    assert split(labels, 0.07)[1].tolist() == sorted(expected)
+    assert split_validation(labels, 0.07)[1].tolist() == sorted(expected)
 
 
 def test_default_number_of_views() -> None:
@@ -471,7 +471,7 @@ def test_split_and_batch_are_told_and_recorded_as_derived(workplace: Path) -> No
 )
 def test_each_class_of_two_or_more_images_is_validated(fraction: float, validated: list[int]) -> None:
     labels = np.repeat(np.arange(4), [1, 2, 10, 100])
-    assert np.bincount(labels[split(labels, fraction)[1]], minlength=4).tolist() == validated
+    assert np.bincount(labels[split_validation(labels, fraction)[1]], minlength=4).tolist() == validated
 
 
 def test_learning_rates() -> None:
@@ -666,7 +666,7 @@ def test_constants_of_a_preprocessing_are_measured_once(
     fit(config(**settings), make_splits(train=87))
     plain = fit(config(**{**settings, "preprocess": "mean-std"}), splits)
     assert len(fits) == 4
-    trained_on = splits.train.images[split(splits.train.labels, plain.config.val_fraction)[0]]
+    trained_on = splits.train.images[split_validation(splits.train.labels, plain.config.val_fraction)[0]]
     mean = models.load(plain.run.student).preprocess.mean
     np.testing.assert_allclose(mean, trained_on.mean(axis=(0, 1, 2)), rtol=1e-6)
     for path in Path("cache/preprocess").iterdir():

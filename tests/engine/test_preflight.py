@@ -11,7 +11,7 @@ import torch
 from kdcli import models
 from kdcli.base.events import Event, Note
 from kdcli.data import Splits, augment
-from kdcli.data.split import split
+from kdcli.data.split import split_validation
 from kdcli.engine import fit, read_result
 from kdcli.engine.preflight import warning_of
 from tests.helpers import config, make_splits
@@ -38,7 +38,7 @@ def test_figures_are_those_of_the_teachers_outputs(workplace: Path, splits: Spli
     )
     check = result.teacher
     assert check is not None and read_result(result.run.result_file).teacher == check
-    training, validation = split(splits.train.labels, 0.2)
+    training, validation = split_validation(splits.train.labels, 0.2)
     model, images, labels = models.load(teacher).eval(), splits.train.images, splits.train.labels
 
     def outputs(pixels: np.ndarray) -> np.ndarray:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@method("cosine", source="a test", ce=1.0, weight=2.0, needs=("features",), features_only=True)
-def cosine(
+@method("aligned", source="a test", ce=1.0, weight=2.0, needs=("features",), features_only=True)
+def aligned(
     batch: Batch, *, margin: Annotated[float, option("cosine that is near enough", ge=0, le=1)] = 0.5
 ) -> Tensor:
     """Match the directions of embeddings."""
@@ -71,23 +71,23 @@ def run(*words: str) -> str:
 def test_a_new_file_in_the_package_registers_a_method_with_its_options(workplace: Path) -> None:
     Path("plugins").mkdir()
     Path("plugins/directions.py").write_text(NEW_FILE)
-    values = {"method": "cosine", "cosine_margin": 0.75}
+    values = {"method": "aligned", "aligned_margin": 0.75}
     found = json.loads(run(SCRIPT, "package", json.dumps(values)).splitlines()[-1])
     assert not found["torch"]
-    assert list(found["terms"]) == ["ce", "cosine"]
-    assert found["loss"] == pytest.approx(found["terms"]["ce"] + 2 * found["terms"]["cosine"], rel=1e-5)
+    assert list(found["terms"]) == ["ce", "aligned"]
+    assert found["loss"] == pytest.approx(found["terms"]["ce"] + 2 * found["terms"]["aligned"], rel=1e-5)
     prefix = SCRIPT[: SCRIPT.index("from kdcli import methods")]
     shown = run(prefix + "\nsys.argv[1:] = ['train', '--help-all']\nmain()", "package")
-    assert "--cosine-margin" in shown
-    assert "cosine: cosine that is near enough. [default: 0.5]" in " ".join(shown.replace("│", " ").split())
-    assert "cosine match the directions of embeddings" in " ".join(shown.split())
+    assert "--aligned-margin" in shown
+    assert "aligned: cosine that is near enough. [default: 0.5]" in " ".join(shown.replace("│", " ").split())
+    assert "aligned match the directions of embeddings" in " ".join(shown.split())
 
 
 def test_the_same_file_is_a_custom_method_with_its_defaults(workplace: Path) -> None:
     Path("directions.py").write_text(NEW_FILE)
-    values = {"method": "directions:cosine"}
+    values = {"method": "directions:aligned"}
     found = json.loads(run(SCRIPT, "custom", json.dumps(values)).splitlines()[-1])
-    assert found["loss"] == pytest.approx(found["terms"]["ce"] + 2 * found["terms"]["cosine"], rel=1e-5)
+    assert found["loss"] == pytest.approx(found["terms"]["ce"] + 2 * found["terms"]["aligned"], rel=1e-5)
 
 
 def test_a_name_or_setting_is_defined_once(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,5 +96,5 @@ def test_a_name_or_setting_is_defined_once(workplace: Path, monkeypatch: pytest.
     monkeypatch.syspath_prepend(Path.cwd())
     for name in ("first", "second"):
         Path(f"twice/{name}.py").write_text(NEW_FILE)
-    with pytest.raises(ValueError, match="method or setting cosine is defined twice"):
+    with pytest.raises(ValueError, match="method or setting aligned is defined twice"):
         discover("twice")

@@ -16,7 +16,7 @@ from kdcli.base.config import ExportConfig
 from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent, Progress
 from kdcli.data import ImageSet
-from kdcli.data.split import split
+from kdcli.data.split import split_validation
 from kdcli.deploy import int8
 from kdcli.deploy.export.parity import BATCHES, Parity, check_parity, run
 from kdcli.deploy.int8 import Quantiser, Recipe, RecipeTrial
@@ -53,7 +53,7 @@ def choose_samples(provenance: dict[str, Any], train: ImageSet, config: ExportCo
     recorded = provenance.get("data", {})  # the data of the training that made the model
     same = isinstance(recorded, dict) and recorded.get("fingerprint_train") == train.fingerprint
     if same and recorded.get("val_fraction"):
-        pool, held_out = split(train.labels, recorded["val_fraction"])
+        pool, held_out = split_validation(train.labels, recorded["val_fraction"])
     elif config.max_drop is not None:
         count = min(_MOST_HELD_OUT, len(train) // 4)
         order = np.random.default_rng(1).permutation(len(train))

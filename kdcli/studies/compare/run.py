@@ -7,7 +7,7 @@ from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Event, Note, OnEvent, Progress, ignore
 from kdcli.base.text import reason
 from kdcli.data import Splits, rows
-from kdcli.data.split import split
+from kdcli.data.split import split_validation
 from kdcli.engine import fit
 from kdcli.engine.identity import check_unchanged, input_hashes
 from kdcli.engine.plan import batch_size_for, resolve
@@ -55,7 +55,7 @@ def _common_settings(plan: Plan, data: Splits, on_event: OnEvent) -> CommonSetti
     threads = runtime.set_threads(plan.train.threads)
     config, train = plan.runs[0].config, data.train
     precision: str = config.precision
-    samples, validation = split(train.labels, config.val_fraction)
+    samples, validation = split_validation(train.labels, config.val_fraction)
     batch_size = config.batch_size or batch_size_for(len(data.trained_on) - len(validation))
     if precision == "auto":
         device = torch.device(runtime.choose_device(config.accelerator))

@@ -17,7 +17,7 @@ from kdcli.base import files, runtime
 from kdcli.base.errors import Interrupted, KdError, UsageError, is_out_of_memory
 from kdcli.base.events import Epoch, Event, Note, OnEvent, Progress, ignore
 from kdcli.data import Splits
-from kdcli.data.split import split
+from kdcli.data.split import split_validation
 from kdcli.engine import fit
 from kdcli.engine.identity import decisive_settings, input_hashes
 from kdcli.engine.plan import resolve
@@ -55,7 +55,7 @@ def tune(config: TuneConfig, space: Space, data: Splits, *, on_event: OnEvent = 
         Interrupted: SIGINT or SIGTERM; the values of the current trial are queued again.
     """
     check(config, space)
-    if len(split(data.train.labels, config.val_fraction)[1]) == 0:
+    if len(split_validation(data.train.labels, config.val_fraction)[1]) == 0:
         raise UsageError(
             f"--val-fraction {config.val_fraction} keeps no image for validation",
             "Raise it, with two or more images of each class.",
