@@ -72,7 +72,7 @@ def cache_entries(cache_dir: Path) -> dict[Path, list[Path]]:
             for path in sorted(folder.glob("*"))
             if _is_own(path, r"[0-9a-f]{32}(\.pt)?") and not any(map(is_locked, path.glob("*.lock")))
         ]
-        for folder in (cache_dir / "data", cache_dir / "teacher", cache_dir / "preprocess")
+        for folder in (cache_dir / name for name in ("data", "teacher", "teacher-sample", "preprocess"))
     }
 
 
