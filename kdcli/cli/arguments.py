@@ -93,11 +93,7 @@ def data_for(
     from kdcli.teacher import assumptions
 
     splits = data.load(
-        **data.source_for(path, model.provenance, config),
-        image_size=config.image_size,
-        fit_to=model.input_size,
-        crop=model.crop,
-        on_event=on_event,
+        **data.source_for(path, model, config), image_size=config.image_size, on_event=on_event
     )
     model = in_order_of(model, splits.test.classes)
     if reason := data.incompatibility(model, splits.test):

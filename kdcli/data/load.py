@@ -124,31 +124,30 @@ def recorded_source(model: Path, provenance: Mapping[str, Any]) -> dict[str, Any
     return {"data": spec, **known}
 
 
-def source_for(
-    model: Path, provenance: Mapping[str, Any], config: DataSettings | ModelDataSettings
-) -> dict[str, Any]:
-    """The data to use with a model, as arguments of `load`: as set, or else as recorded when it was trained.
+def source_for(path: Path, model: Any, config: DataSettings | ModelDataSettings) -> dict[str, Any]:
+    """Arguments of `load` for the data of a model, read from this path: as set, else as recorded in it.
 
-    Raises:
-        KdError: nothing is recorded, or the recorded path does not exist.
+    The images are fitted to the model. A KdError if nothing is recorded, or the recorded path does not exist.
     """
-    known, given = recorded_source(model, provenance), config.model_fields_set
+    known, given = recorded_source(path, model.provenance), config.model_fields_set
     spec = config.data if "data" in given else None
     skip_broken = config.skip_broken or (spec is None and known.get("skip_broken", False))
     if spec is None:
         spec = known.get("data", config.data)
         if spec is None:
             raise KdError(
-                f"no data set recorded in {model}",
+                f"no data set recorded in {path}",
                 "Name it: --data cifar10, --data digits, or a folder or archive of images.",
             )
-        _check_recorded(spec, model)
+        _check_recorded(spec, path)
     return {
         "spec": spec,
         "skip_broken": skip_broken,
         "test_fraction": config.test_fraction or known.get("test_fraction"),
-        "data_dir": config.data_dir if "data_dir" in given else recorded_path(config.data_dir, model),
+        "data_dir": config.data_dir if "data_dir" in given else recorded_path(config.data_dir, path),
         "cache_dir": config.cache_dir,
+        "fit_to": model.input_size,
+        "crop": model.crop,
     }
 
 

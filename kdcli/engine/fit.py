@@ -132,10 +132,9 @@ def _build(plan: RunPlan, resume: RunDir | None, on_event: OnEvent, stop: StopFl
         for module in (student.network, *adapters.values()):
             use_global_batch_norm(module)
     # 6. The saved state
-    state, saved_step = State(), None
     ema = Ema(student.network, config.ema) if config.ema else None
-    if resume is not None:
-        state, saved_step = _restore(plan, run, saved, student.network, adapters, optimizer, ema, on_event)
+    parts = (student.network, adapters, optimizer, ema)
+    state, saved_step = (State(), None) if resume is None else _restore(plan, run, saved, *parts, on_event)
     # 7. Batches, step and records
     return Trainer(
         plan=plan,
@@ -244,10 +243,7 @@ def _make_adapters(
     config, device = plan.config, plan.world.device
     images = example_images(plan).to(device)
     prepared = student.prepare(images)
-    try:
-        stages = find_stages(student.network, prepared, config.student_stages)
-    except UsageError as error:
-        raise UsageError(f"student {config.student}: {error.message}", error.hint) from error
+    stages = find_stages(student.network, prepared, config.student_stages, f"student {config.student}")
     if config.student_stages and config.teacher_stages and len(stages) != len(outputs.stages):
         raise UsageError(
             f"--student-stages names {len(stages)} layers, --teacher-stages {len(outputs.stages)}",

@@ -28,11 +28,20 @@ from kdcli.models.checkpoint import Checkpoint, save
 PLACE = {"name", "runs_dir"}
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunDir:
     """Paths and files of one run."""
 
     path: Path
+
+    def __post_init__(self) -> None:
+        self.config_file = self.path / "config.toml"
+        self.chain_file = self.path / "chain.toml"
+        self.environment_file = self.path / "environment.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.last = self.path / "last.pt"
+        self.student = self.path / "student.pt"
+        self.result_file = self.path / "result.json"
 
     @classmethod
     def create(
@@ -117,22 +126,6 @@ class RunDir:
             finally:
                 holder.unlink(missing_ok=True)
 
-    @property
-    def config_file(self) -> Path:
-        return self.path / "config.toml"
-
-    @property
-    def chain_file(self) -> Path:
-        return self.path / "chain.toml"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def last(self) -> Path:
-        return self.path / "last.pt"
-
     def saved(self) -> list[Path]:
         """Existing saved states, newest first: last.pt, then last-<step>.pt."""
         older = sorted(self.path.glob("last-*.pt"), reverse=True)
@@ -150,18 +143,6 @@ class RunDir:
         save(self.last, state)
         for path in sorted(self.path.glob("last-*.pt"), reverse=True)[keep - 1 :]:
             path.unlink(missing_ok=True)
-
-    @property
-    def student(self) -> Path:
-        return self.path / "student.pt"
-
-    @property
-    def result_file(self) -> Path:
-        return self.path / "result.json"
-
-    @property
-    def environment_file(self) -> Path:
-        return self.path / "environment.json"
 
     def read_config(self) -> TrainConfig:
         """The run's settings, with its present name and location."""

@@ -48,7 +48,9 @@ class FeatureExtractor(nn.Module):
         return logits, maps, embedding.flatten(1)
 
 
-def find_stages(network: nn.Module, example: Tensor, wanted: str = "") -> tuple[str, ...]:
+def find_stages(
+    network: nn.Module, example: Tensor, wanted: str = "", owner: str = "the network"
+) -> tuple[str, ...]:
     """Names of the submodules whose outputs are the maps at the end of each stage, from input to output.
 
     In order of preference: the wanted ones; the network's attribute `stages`; the last maps of each size above 1×1.
@@ -71,7 +73,7 @@ def find_stages(network: nn.Module, example: Tensor, wanted: str = "") -> tuple[
         for name in names:
             if name not in maps:
                 raise UsageError(
-                    f"the network has no layer {name!r} that returns maps (B, C, H, W) once per pass",
+                    f"{owner} has no layer {name!r} that returns maps (B, C, H, W) once per pass",
                     f"It has {', '.join(list(maps)[:12])} …",
                 )
         return tuple(name for name in maps if name in names)
@@ -85,5 +87,5 @@ def find_stages(network: nn.Module, example: Tensor, wanted: str = "") -> tuple[
             last.pop((height, width), None)  # to the end of the order
             last[height, width] = name
     if not last:
-        raise UsageError("the network has no maps larger than 1×1, which methods that compare features need")
+        raise UsageError(f"{owner} has no maps larger than 1×1, which methods that compare features need")
     return tuple(last.values())

@@ -148,9 +148,8 @@ class _Examiner:
     def examine(self, run: Run) -> Examined:
         """Evaluate one run; a KdError if model or data cannot be read."""
         # 1. The student on the test images of its data
-        source = data.source_for(run.student, run.provenance, self.config)
         model = models.load(run.student)
-        splits = self.load(**source, fit_to=model.input_size, crop=model.crop)
+        splits = self.load(**data.source_for(run.student, model, self.config))
         test = splits.test
         if problem := data.incompatibility(model, test):
             raise KdError(f"the student {problem}")

@@ -166,11 +166,8 @@ class Teacher:
                 f"teacher {member.path} gives logits, but no features",
                 "Use a .pt teacher, or a method of logits.",
             )
-        try:
-            prepared = member.model.prepare(images.to(self.world.device))
-            return find_stages(member.model.network, prepared, wanted)
-        except UsageError as error:
-            raise UsageError(f"teacher {member.path}: {error.message}", error.hint) from error
+        prepared = member.model.prepare(images.to(self.world.device))
+        return find_stages(member.model.network, prepared, wanted, f"teacher {member.path}")
 
     def live(
         self, *, dropout: float = 0.0, seed: int = 0, precision: str = "32", stages: Sequence[str] = ()

@@ -122,7 +122,7 @@ def test_an_onnx_teacher_and_several_teachers_have_no_features(workplace: Path) 
         fit(config(method="kd+at", teacher=[teacher, teacher], student="convnet-tiny"), splits)
     with pytest.raises(UsageError, match=r"teacher .* no layer 'x'"):
         fit(config(method="at", teacher=teacher, student="convnet-tiny", teacher_stages="x"), splits)
-    with pytest.raises(UsageError, match=r"student convnet-tiny: .* no layer 'y'"):
+    with pytest.raises(UsageError, match=r"student convnet-tiny has no layer 'y'"):
         fit(config(method="at", teacher=teacher, student="convnet-tiny", student_stages="y"), splits)
     assert not list(Path("runs").glob("*at*"))
 

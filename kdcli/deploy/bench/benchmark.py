@@ -63,13 +63,7 @@ def bench(
     if not candidates:
         raise KdError("no model could be run", " ".join(notes))
     if images is None and config.data is not None:
-        teacher = loaded[paths[0]]
-        images = data.load(
-            **data.source_for(paths[0], teacher.provenance, config),
-            fit_to=teacher.input_size,
-            crop=teacher.crop,
-            on_event=on_event,
-        )
+        images = data.load(**data.source_for(paths[0], loaded[paths[0]], config), on_event=on_event)
     # 2. Accuracy, then times.
     accuracy = _measure_accuracy(loaded, names, images.test if images else None, on_event)
     timings = measure(candidates, config, on_event)

@@ -129,12 +129,7 @@ def _fitting_data(
 ) -> Splits:
     """The given data, else those that `config` or the provenance names; a KdError if the model cannot take them."""
     if given is None:
-        given = data.load(
-            **data.source_for(checkpoint, classifier.provenance, config),
-            fit_to=classifier.input_size,
-            crop=classifier.crop,
-            on_event=on_event,
-        )
+        given = data.load(**data.source_for(checkpoint, classifier, config), on_event=on_event)
     problem = data.incompatibility(classifier, given.train)
     if problem:
         raise KdError(f"the model {problem}", "Pass data that fits with --data.")
