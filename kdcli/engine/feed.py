@@ -35,27 +35,22 @@ class Minibatch:
     shares: Tensor | None = None
 
 
+@dataclass
 class Feed:
-    """Makes batches from an image set; on a GPU one batch ahead, in a thread of its own.
+    """Makes batches from an image set; on a GPU one batch ahead, in a thread of its own."""
 
-    `pool` are the samples that an augmentation may mix in.
-    """
+    data: ImageSet
+    augment_name: str
+    seed: int
+    pool: Int64  # samples that an augmentation may mix in
+    device: torch.device
 
-    def __init__(
-        self, data: ImageSet, augment_name: str, seed: int, pool: Int64, device: torch.device
-    ) -> None:
-        self.data = data
-        self.augment_name = augment_name
-        self.seed = seed
-        self.pool = pool
-        self.device = device
-        self.labels = torch.tensor(data.labels).to(device)
+    def __post_init__(self) -> None:
+        images, device = self.data.images, self.device
+        self.labels = torch.tensor(self.data.labels).to(device)
         self.resident: Tensor | None = None
-        if (
-            device.type == "cuda"
-            and data.images.nbytes < _RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
-        ):
-            self.resident = torch.from_numpy(rows.take(data.images, slice(None))).to(device)
+        if device.type == "cuda" and images.nbytes < _RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
+            self.resident = torch.from_numpy(rows.take(images, slice(None))).to(device)
 
     def batches(self, view: int, parts: Sequence[tuple[Int64, float, int]]) -> Iterator[Minibatch]:
         """The batches of one epoch in order; each part is samples, weight and count of `Minibatch`."""

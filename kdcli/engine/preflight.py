@@ -1,7 +1,7 @@
 """The teacher before the first step: how right it is on what the student will see."""
 
 import hashlib
-from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kdcli import models
 from kdcli.base import metrics
-from kdcli.base.errors import KdError
 from kdcli.base.events import Note, OnEvent
 from kdcli.base.files import cache_folder
 from kdcli.data import augment
@@ -104,17 +103,16 @@ def _plain_logits(plan: RunPlan, samples: Int64, on_event: OnEvent) -> Tensor:
         "samples": hashlib.sha256(samples.tobytes()).hexdigest(),
     }
     path = cache_folder(plan.config.cache_dir, "teacher-sample", recipe).with_suffix(".pt")
-    kept = checkpoint.load_plain(path)
-    if kept is not None:
-        return kept["logits"]
-    live = teacher.live()
-    logits = models.predict_logits(
-        lambda images: live(images.to(plan.world.device), 0, samples),
-        train.images,
-        samples,
-        task="teacher on a sample of plain images",
-        on_event=on_event,
-    )
-    with suppress(KdError):  # without a place to keep them, they are computed again
-        checkpoint.save_plain(path, {"logits": logits})
-    return logits
+
+    def run() -> dict[str, Tensor]:
+        live = partial(teacher.live(), epoch=0, samples=samples)
+        logits = models.predict_logits(
+            lambda images: live(images.to(plan.world.device)),
+            train.images,
+            samples,
+            task="teacher on a sample of plain images",
+            on_event=on_event,
+        )
+        return {"logits": logits}
+
+    return checkpoint.cached(path, run)["logits"]

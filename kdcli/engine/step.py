@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -102,31 +103,24 @@ class Ema:
                 self.values[name].copy_(kept)
 
 
+@dataclass
 class Step:
     """Forward, loss, backward and update, the same for one process and many."""
 
-    def __init__(
-        self,
-        plan: RunPlan,
-        student: Classifier,
-        adapters: Mapping[str, nn.Module],
-        stages: Sequence[str],
-        optimizer: torch.optim.Optimizer,
-        scale: OutputScale | None,
-        keys: DropoutKeys,
-    ) -> None:
-        self.config = config = plan.config
-        self.objective = plan.objective
-        self.world = plan.world
-        self.student = student
-        self.adapters = adapters
-        self.learning = [value for module in adapters.values() for value in module.parameters()]
-        self.stages = stages
-        self.optimizer = optimizer
-        self.scale = scale
-        self.keys = keys
-        network: nn.Module = FeatureExtractor(student.network, stages) if stages else student.network
-        if config.compile:
+    plan: RunPlan
+    student: Classifier
+    adapters: Mapping[str, nn.Module]
+    stages: Sequence[str]
+    optimizer: torch.optim.Optimizer
+    scale: OutputScale | None
+    keys: DropoutKeys
+
+    def __post_init__(self) -> None:
+        self.config, self.objective, self.world = self.plan.config, self.plan.objective, self.plan.world
+        self.learning = [value for module in self.adapters.values() for value in module.parameters()]
+        network: nn.Module = self.student.network
+        network = FeatureExtractor(network, self.stages) if self.stages else network
+        if self.config.compile:
             network = torch.compile(network)  # type: ignore[assignment]
         self.network: Callable[[Tensor], Any] = self.world.replicate(network)
 

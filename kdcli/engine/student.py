@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -86,13 +86,8 @@ def _fitted_preprocess(config: TrainConfig, train: ImageSet, samples: Int64, on_
         "samples": hashlib.sha256(samples.tobytes()).hexdigest(),
     }
     path = cache_folder(config.cache_dir, "preprocess", recipe).with_suffix(".pt")
-    spec = checkpoint.load_plain(path)
-    if spec is not None:
-        return preprocess.from_spec(spec)
-    made = preprocess.fit(config.preprocess, train.images, samples, on_event=on_event)
-    with suppress(KdError):  # without a place to keep it, it is measured again
-        checkpoint.save_plain(path, made.spec())
-    return made
+    fit = partial(preprocess.fit, config.preprocess, train.images, samples, on_event=on_event)
+    return preprocess.from_spec(checkpoint.cached(path, lambda: fit().spec()))
 
 
 def _stored(config: TrainConfig, train: ImageSet) -> Classifier:

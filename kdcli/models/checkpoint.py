@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -92,6 +94,16 @@ def load_plain(path: Path) -> dict[str, Any] | None:
         return _read(path)[0]
     except KdError:
         return None
+
+
+def cached(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A document of `save_plain`; without one it is made, and kept if the file can be written."""
+    document = load_plain(path)
+    if document is None:
+        document = make()
+        with suppress(KdError):
+            save_plain(path, document)
+    return document
 
 
 def load(path: Path) -> Checkpoint:

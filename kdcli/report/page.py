@@ -157,6 +157,7 @@ def _details(found: Examined) -> dict[str, Any]:
     count = len(run.classes)
     classes = _class_rows(run.classes, evaluation, teacher.evaluation if teacher else None)
     reliability = partial(figures.reliability, found.bins, teacher.bins if teacher else ())
+    confusion = partial(figures.confusion, evaluation.matrix(), run.classes)
     most_frequent, pair_count = pairs(evaluation.confusion)
     return {
         "section": found,
@@ -164,17 +165,13 @@ def _details(found: Examined) -> dict[str, Any]:
         "class_count": count,
         "max_difference": max((abs(row["difference"] or 0) for row in classes), default=0) or 1,
         "matrix": evaluation.matrix().tolist() if count <= MAX_TABLE else None,
-        "matrix_figure": _matrix_figure(found) if MAX_TABLE < count <= MAX_IMAGE else None,
+        "matrix_figure": data_uri("svg+xml", confusion) if MAX_TABLE < count <= MAX_IMAGE else None,
         "pairs": most_frequent,
         "pair_count": pair_count,
         "reliability": data_uri("svg+xml", reliability) if found.bins else None,
         "commands": _commands(found),
         "missing": _missing(found),
     }
-
-
-def _matrix_figure(found: Examined) -> str:
-    return data_uri("svg+xml", partial(figures.confusion, found.evaluation.matrix(), found.run.classes))
 
 
 def _class_rows(

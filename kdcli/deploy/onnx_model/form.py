@@ -82,7 +82,9 @@ def input_form(
         layout, channels = _layout(path, model, info.name, sides, assumed)
     batch, *size = sides if layout == "NHWC" else (sides[0], sides[2], sides[3], sides[1])
     side = assumed.image_size or 0
-    for known in ((side, side, channels), _recorded_size(metadata), data_size or (0, 0, 0)):
+    # ultralytics records `[224, 224]` or `224`
+    recorded = [int(word) for word in re.findall(r"\d{1,5}", metadata.get("imgsz", "")[:100])] or [0]
+    for known in ((side, side, channels), (recorded[0], recorded[-1], 0), data_size or (0, 0, 0)):
         size = [own or other for own, other in zip(size, known, strict=True)]
     height, width, channels = size
     if min(size) < 1:
@@ -170,12 +172,6 @@ def _needs(node: onnx.NodeProto, tensor: str, constants: _Dims) -> tuple[str | N
         groups = attributes["group"].i if "group" in attributes and side == 1 else 1
         return "NCHW", weight[side] * groups if len(weight) > side else 0
     return None, 0
-
-
-def _recorded_size(metadata: Mapping[str, str]) -> _Size:
-    """(H, W, 0) as ultralytics records it, `[224, 224]` or `224`; 0: unknown."""
-    numbers = [int(word) for word in re.findall(r"\d{1,5}", metadata.get("imgsz", "")[:100])]
-    return (numbers[0], numbers[-1], 0) if numbers else (0, 0, 0)
 
 
 def form_of_outputs(model: onnx.ModelProto, output: str, values: npt.NDArray[Any]) -> str:
