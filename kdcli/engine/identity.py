@@ -15,7 +15,6 @@ from kdcli.base.text import reason
 from kdcli.data import Splits
 from kdcli.engine.run_dir import PLACE
 from kdcli.methods import TrainConfig
-from kdcli.teacher import teachers_of
 
 # Settings of storage, and of hardware: threads and devices change bits, and are recorded among the circumstances.
 NEUTRAL = PLACE | {"cache_dir", "data_dir", "keep", "save_every", "tensorboard"}
@@ -51,7 +50,10 @@ def input_hashes(
     if data.unlabelled is not None:
         found["images without labels"] = data.unlabelled.fingerprint
     teachers = config.teacher if methods.objective(config).needs_teacher else ()
-    paths = {_teacher(number, len(teachers)): path for number, path in enumerate(teachers, 1)}
+    paths = {
+        f"teacher {number}" if len(teachers) > 1 else "teacher": path
+        for number, path in enumerate(teachers, 1)
+    }
     if config.student_file is not None:
         paths["student"] = config.student_file
     if teachers and config.teacher_class_names is not None:
@@ -63,31 +65,13 @@ def input_hashes(
             if name not in missing:
                 raise KdError(f"cannot read {path}: {reason(error)}", "Name a file that is there.") from error
             found[name] = missing[name]
-    return found | _code(methods.source_digests(config.method))
+    sources = methods.source_digests(config.method)  # as imported: the files may change meanwhile
+    return found | {f"code of {name}": sha256 for name, sha256 in sources.items()}
 
 
 def recorded_inputs(provenance: Mapping[str, Any]) -> dict[str, str]:
     """The same names and hashes from the provenance in a `student.pt`, of any origin."""
-    data = _mapping(provenance.get("data"))
-    teachers = teachers_of(provenance)
-    found = {
-        "train images": data.get("fingerprint_train"),
-        "test images": data.get("fingerprint_test"),
-        "images without labels": _mapping(data.get("unlabelled")).get("fingerprint"),
-        **{_teacher(number, len(teachers)): sha256 for number, (_, sha256, _) in enumerate(teachers, 1)},
-        "student": provenance.get("student_sha256"),
-        "class names": provenance.get("class_names_sha256"),
-        **_code(_mapping(provenance.get("method_sha256"))),
-    }
-    return {name: str(sha256) for name, sha256 in found.items() if sha256 is not None}
-
-
-def _teacher(number: int, count: int) -> str:
-    return f"teacher {number}" if count > 1 else "teacher"
-
-
-def _code(sources: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"code of {name}": sha256 for name, sha256 in sources.items()}
+    return {str(name): str(sha256) for name, sha256 in _mapping(provenance.get("inputs")).items()}
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -52,7 +52,6 @@ class RunPlan:
     teacher: Teacher | None  # None where no term reads one
     inputs: Mapping[str, str]  # SHA-256 of the run's inputs, see `identity.input_hashes`
     environment: Mapping[str, Any]  # values of `environment.json`
-    source_digests: Mapping[str, str]  # SHA-256 of the code of custom methods, by name
     world: World  # the processes that share the work
     test: bool  # whether the student is measured on the test images
     chain: TrainConfig | None  # settings of the chain of trainings that the run is a link of
@@ -120,7 +119,6 @@ def make_plan(
         teacher=teacher,
         inputs=identity.input_hashes(config, data, hashed=teacher.hashes if teacher else {}),
         environment={**runtime.environment(), **runtime.describe(world), "instructions": instructions},
-        source_digests=methods.source_digests(config.method),  # as imported: the files may change meanwhile
         world=world,
         test=test,
         chain=chain,

@@ -235,10 +235,8 @@ class Trainer:
         return {
             "kind": "student" if teacher else "model",
             "method": config.method,
-            "method_sha256": dict(plan.source_digests),
             "student": config.student,
-            "student_sha256": plan.inputs.get("student"),
-            "class_names_sha256": plan.inputs.get("class names"),
+            "inputs": dict(plan.inputs),
             "teacher": teacher.record() if teacher else None,
             "data": {
                 "spec": data.spec,

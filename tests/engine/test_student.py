@@ -95,7 +95,7 @@ def test_a_student_file_gives_weights_and_preprocessing(
     for name, value in before.network.named_parameters():
         assert torch.equal(value, after.network.get_parameter(name)), name
     assert "published" not in after.provenance
-    assert after.provenance["student_sha256"] is not None
+    assert after.provenance["inputs"]["student"] is not None
     again = fit(still(method="ce", student=str(result.run.student)), splits)
     assert again.run.path.name == "ce-ce-caffe-net-1-1"  # named by the run, not "student"
 
