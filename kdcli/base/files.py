@@ -152,10 +152,8 @@ def atomic_path(target: Path) -> Iterator[Path]:
 def locked(path: Path, on_wait: Callable[[], None]) -> Iterator[bool]:
     """Hold a lock between processes; yields whether it had to wait.
 
-    The lock file stays; the kernel releases the lock when its holder ends.
-
-    Args:
-        on_wait: called once before waiting for another process; raises an error to not wait.
+    The lock file stays; the kernel releases the lock when its holder ends. `on_wait` is called once before waiting
+    for another process; it raises an error to not wait.
     """
     from filelock import FileLock, Timeout
 

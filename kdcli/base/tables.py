@@ -25,11 +25,7 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 def markdown_text(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)
 ) -> str:
-    """A Markdown table, cells escaped.
-
-    Args:
-        left: numbers of the columns set flush left; the others are figures, flush right.
-    """
+    """A Markdown table, cells escaped; the columns numbered in `left` are set flush left, the others flush right."""
     ruler = [":--" if number in left else "--:" for number in range(len(columns))]
     lines = [list(map(markdown_cell, columns)), ruler, *(list(map(markdown_cell, row)) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -32,8 +32,7 @@ _FITTED = ("gcn-zca", "mean-std", "mean-image")  # kinds of preprocessing that a
 class Transform:
     """`(x − mean) · scale`, as a data layer declares it; means in the network's channel order.
 
-    Attributes:
-        mean_file: name of a mean image that is subtracted; `mean_image` is its content where it was found.
+    `mean_file` names a mean image that is subtracted; `mean_image` is its content where it was found.
     """
 
     scale: float = 1.0

@@ -25,8 +25,7 @@ M = TypeVar("M", bound="Classifier | OnnxClassifier")
 def existing_model(path: Path) -> Path:
     """The model file at `path`, or the `student.pt` of the run of this path or name; `student.pt` alone: the newest.
 
-    Raises:
-        KdError: no such file; the hint lists the trained students, newest first.
+    The hint of the KdError lists the trained students, newest first.
     """
     found = runs.by_name(path)
     for file in (found, found / "student.pt"):
@@ -50,11 +49,7 @@ def existing_model(path: Path) -> Path:
 
 
 def run_folder(path: Path) -> Path:
-    """The run or comparison at `path` or of this name.
-
-    Raises:
-        KdError: there is none.
-    """
+    """The run or comparison at `path` or of this name; a KdError if there is none."""
     found = runs.by_name(path)
     if not found.exists():
         names = (known.name for place in runs.PLACES for known in place.glob("*"))
@@ -64,11 +59,7 @@ def run_folder(path: Path) -> Path:
 
 
 def run_to_resume(name: str) -> Path:
-    """The run of a path or name; without one, the newest interrupted run.
-
-    Raises:
-        KdError: there is none.
-    """
+    """The run of a path or name; without one, the newest interrupted run; a KdError if there is none."""
     if name:
         return run_folder(Path(name))
     interrupted = [run for run in runs.run_folders() if runs.state(run) == "interrupted"]
@@ -83,11 +74,7 @@ def data_for(
     config: TestConfig | ValidateConfig,
     on_event: OnEvent,
 ) -> tuple[M, Splits]:
-    """The data as set or recorded, with images as the model takes them, and the model in the data's order of classes.
-
-    Raises:
-        KdError: classes or image sizes do not match, or the data cannot be read.
-    """
+    """The data as set or recorded, images as the model takes them, and the model in the data's order of classes."""
     from kdcli import data
     from kdcli.deploy.load import in_order_of
     from kdcli.teacher import assumptions

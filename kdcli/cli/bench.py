@@ -63,11 +63,7 @@ def bench(
 
 
 def default_models(config: BenchConfig) -> list[Path]:
-    """The teacher, every finished student and every export.
-
-    Raises:
-        KdError: there is no teacher, or nothing to compare it with.
-    """
+    """The teacher, every finished student and every export; a KdError if there is nothing to compare."""
     teacher = teacher_of(config)
     found = [*sorted(Path("runs").glob("*/student.pt")), *sorted(Path("exports").glob("*.onnx"))]
     rest = [path for path in found if path.resolve() != teacher.resolve()]

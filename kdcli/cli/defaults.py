@@ -33,8 +33,7 @@ def teacher_of(config: BenchConfig | ValidateConfig) -> Path:
 def default_teacher() -> Path:
     """weights/teacher.pt, or else the only teacher in weights/ and among the runs of --method ce.
 
-    Raises:
-        KdError: there is none, or there are several: the hint repeats the command with each, the newest first.
+    Of several, the hint of the KdError repeats the command with each, the newest first.
     """
     if TeacherPath.is_file():
         return TeacherPath
@@ -59,14 +58,7 @@ def _method(run: Path) -> Any:
 
 
 def with_defaults(config: C, *, needs_teacher: bool, tuned: Collection[str] = ()) -> C:
-    """Settings of kd train, completed.
-
-    Args:
-        tuned: settings that a search sets.
-
-    Raises:
-        KdError: there is no teacher to use.
-    """
+    """Settings of kd train, completed; `tuned` are those that a search sets. A KdError without a teacher."""
     from kdcli.data.datasets import DATASETS
 
     given = {*config.model_fields_set, *tuned}

@@ -53,11 +53,7 @@ def demo(config: DemoConfig) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Create the folder, or remove the output of an earlier demo from it.
-
-    Raises:
-        UsageError: the folder has other content.
-    """
+    """Create the folder, or remove the output of an earlier demo; a UsageError if it has other content."""
     marker = folder / "kd-demo.txt"
     if folder.exists() and not marker.is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists and is not the folder of a demo", "Pass another folder with -o.")

@@ -133,12 +133,7 @@ def _list(files: Files) -> None:
 
 
 def _sources(what: str, remotes: list[RemoteFile], source: str | None) -> dict[str, str | None]:
-    """Source of each file, None for its mirrors; without files that the folder of --from does not have.
-
-    Raises:
-        UsageError: --from is one address for several files.
-        KdError: --from is a folder or file with none of the files, or does not exist.
-    """
+    """Source of each file, None for its mirrors; without files that the folder of --from does not have."""
     from kdcli.data import download as downloads
 
     if source is None:

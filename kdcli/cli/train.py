@@ -65,11 +65,7 @@ def train(
 
 
 def _resumed(name: str, options: dict[str, Any], *, alone: bool) -> tuple[RunDir, TrainConfig]:
-    """The run to continue, and its settings.
-
-    Raises:
-        UsageError: it is not `alone` on the command line, or an input file is missing.
-    """
+    """The run to continue, and its settings; a UsageError unless it is `alone` on the command line."""
     from kdcli.engine import RunDir, resume_config
 
     if not alone:

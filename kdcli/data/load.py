@@ -38,7 +38,7 @@ def load(
     unlabelled: Path | None = None,
     on_event: OnEvent = ignore,
 ) -> Splits:
-    """A data set: named, a folder or an archive.
+    """A data set: named, a folder or an archive; a KdError if it is missing or damaged, or its layout is unknown.
 
     Args:
         spec: a name in `DATASETS`, or a folder or archive, see `load_tree`.
@@ -52,11 +52,6 @@ def load(
         skip_broken: leave out broken images, with a note, instead of an error.
         test_fraction: share of test images where the data has no split.
         unlabelled: a folder or archive of further images to train on; see `add_unlabelled`.
-        on_event: receives progress while images are decoded, and the notes of the result.
-
-    Raises:
-        UsageError: neither a name nor a path, or a crop without a size.
-        KdError: the data is missing or damaged, or its layout is unknown.
     """
     on_event(Progress("reading the data", 0, 0))
     if image_size is None and fit_to is not None and fit_to[0] == fit_to[1]:

@@ -60,11 +60,7 @@ class Source(ABC):
 
 
 def open_source(path: Path) -> Source:
-    """The source for a folder or archive; archives are recognised by content, not by suffix.
-
-    Raises:
-        KdError: neither a folder nor an archive.
-    """
+    """The source for a folder or archive, recognised by content, not by suffix; a KdError for other files."""
     if path.is_dir():
         return FolderSource(path)
     if not path.is_file():
@@ -101,11 +97,7 @@ def _archive_errors(path: Path) -> Iterator[None]:
 
 
 def _clean_name(name: str, path: Path) -> str:
-    """A member's name without "." parts.
-
-    Raises:
-        KdError: absolute, or climbs with "..".
-    """
+    """A member's name without "." parts; a KdError if it is absolute, or climbs with ".."."""
     name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")  # two stay two
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if name.startswith("/") or ".." in parts or (parts and parts[0][1:2] == ":"):
@@ -316,12 +308,9 @@ class _ForwardStream(io.RawIOBase):
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def finish(self) -> None:
-        """Check that the archive ended as archives do, and read on, so that a compressed one checks its sums.
+        """Raise ReadError unless the last block read is empty; read on, so that a compressed archive checks its sums.
 
         tarfile takes a damaged or truncated header for the end, without an error.
-
-        Raises:
-            ReadError: the last block read is not empty.
         """
         if len(self._last) != tarfile.BLOCKSIZE or self._last.strip(b"\0"):
             raise tarfile.ReadError("damaged or cut short")

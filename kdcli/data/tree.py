@@ -88,10 +88,7 @@ def load_tree(path: Path, request: Request) -> Splits:
     """A data set from a folder or archive; decoded once, then read from the cache.
 
     Images that already have the requested size are stored as if no size were requested, so that one cache entry
-    serves both.
-
-    Raises:
-        KdError: not an archive, no such layout, a broken image; with `skip_broken` a class that is left empty.
+    serves both. A KdError for another layout, a broken image, or with `skip_broken` a class that is left empty.
     """
     source = open_source(path)
     content, size, channels = source.key(), request.image_size, request.channels or 3
@@ -148,9 +145,6 @@ def decode_all(
     Args:
         keep: called from any thread with each image's index, name and pixels (H, W, 3).
         place: where a file belongs by its name; None for a file to ignore.
-
-    Raises:
-        KdError: a broken image, without `skip_broken`.
     """
     found = Found()
     broken: dict[int, str] = {}
@@ -216,11 +210,7 @@ def _batches(
 
 
 def _layout(found: Found, source: Source) -> tuple[dict[str, Places], tuple[str, ...], list[str]]:
-    """Images of the parts `train` and `test`, class names, and notes for the user.
-
-    Raises:
-        KdError: no such layout, or a class that is left empty.
-    """
+    """Images of the parts `train` and `test`, class names, and notes for the user; a KdError if there are none."""
     path = source.path
     filled = {(place.split, place.class_name) for place in found.images}
     for name in found.broken:
@@ -290,9 +280,6 @@ def _split_off_test_images(
     """Images of class folders, in `train` and `test` by the SHA-256 of their pixels; empty without class folders.
 
     Classes are the folders below the deepest one that holds all images; images beside them are left out.
-
-    Raises:
-        KdError: all images of a class are broken.
     """
     places = [*found.images, *filter(None, map(_in_a_folder, found.broken))]
     above = posixpath.commonpath(place.class_name for place in places) if places else ""

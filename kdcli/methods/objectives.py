@@ -62,8 +62,7 @@ class Term:
 class Objective:
     """Weighted sum of terms that a run minimises; terms whose weight is always 0 are left out.
 
-    Attributes:
-        needs_teacher, needs_features, needs_labels, regresses, same_network, no_mixup: whether any method has it.
+    The flags, such as `needs_teacher`, are those of any method in it.
     """
 
     config: TrainConfig

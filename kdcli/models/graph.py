@@ -55,9 +55,7 @@ OPS: dict[str, Callable[..., nn.Module]] = {
 class GraphNet(nn.Module):
     """Nodes in the order they run; each is a submodule under its name.
 
-    Attributes:
-        shapes: node name → output shape for one image.
-        head: the output node, if it is linear, see `models.final_linear`.
+    `shapes` are output shapes for one image by node name; `head` the output node if linear (`models.final_linear`).
     """
 
     def __init__(

@@ -12,11 +12,9 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One call of a layer.
+    """One call of a layer: path in the network, the module's repr in one line, shape and work.
 
-    Attributes:
-        name, kind: path in the network, and the module's repr in one line.
-        macs: multiply-accumulates per image; 0 except in convolutions and linear layers. None if unknown.
+    `macs` are multiply-accumulates per image; 0 except in convolutions and linear layers. None if unknown.
     """
 
     name: str

@@ -36,14 +36,11 @@ IDENTICAL, WITHIN, DIFFERENT = "bit-identical", "within tolerance", "different"
 
 @dataclass(frozen=True)
 class Reproduction:
-    """Comparison of a run with its repetition.
+    """Comparison of a run with its repetition: test accuracies in per cent, SHA-256 of the students' tensors.
 
     Attributes:
-        run, again: their folders.
         verdict: `bit-identical`: all tensors of the student and all figures on test images are equal; `within
             tolerance`: test accuracies differ by at most `tolerance` points; `different`: by more.
-        accuracy, accuracy_again: on test images, per cent.
-        sha256, sha256_again: of the students' tensors.
     """
 
     run: str
@@ -83,9 +80,7 @@ class FinishedRun:
 def read_finished(folder: Path, method: str = "") -> FinishedRun:
     """A run to repeat; `method` is the custom method as typed.
 
-    Raises:
-        KdError: it is not finished, or its files cannot be read.
-        UsageError: it had several processes, or is a trial of a search.
+    A KdError if it is not finished, a UsageError if it had several processes or is a trial of a search.
     """
     run_dir = RunDir.existing(folder)
     config = run_dir.read_config()

@@ -68,13 +68,9 @@ def keep_freed_memory() -> None:
 def choose_precision(
     wanted: str, network: nn.Module, example: Tensor, classes: int
 ) -> tuple[str, dict[str, float]]:
-    """Resolve `auto` to `32` or `bf16` by timing training steps of a copy of the network.
+    """Resolve `auto` to `32` or `bf16` by timing training steps of a copy of the network; with the step times in ms.
 
-    Args:
-        example: a prepared batch (B, C, H, W), on the network's device.
-
-    Returns:
-        The precision, and the measured step times in ms (empty if nothing was measured).
+    `example` is a prepared batch (B, C, H, W), on the network's device. No times if nothing was measured.
     """
     if wanted != "auto":
         return wanted, {}

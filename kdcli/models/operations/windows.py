@@ -88,10 +88,9 @@ def pool(
     pad: Sequence[int] = (0, 0),
     round_up: bool = True,
 ) -> nn.Module:
-    """Maximum or average of each window. Padding counts in the divisor of an average, an overhang does not.
+    """Maximum or average of each window; without `kernel` of all of it.
 
-    Args:
-        kernel: None is global pooling.
+    Padding counts in the divisor of an average, an overhang does not.
     """
     check_maps(shape)
     channels, *sides = shape

@@ -67,8 +67,7 @@ class CommonSettings(Settings, strict=True):
 class Plan(Settings):
     """A comparison's settings; all but the folder are stored in `comparison.toml`.
 
-    Attributes:
-        inputs: SHA-256 of data, teacher, student and custom methods; empty before the first start.
+    `inputs` are SHA-256 of data, teacher, student and custom methods; empty before the first start.
     """
 
     folder: Path

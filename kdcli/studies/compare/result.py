@@ -17,11 +17,9 @@ from kdcli.studies.compare.stats import INCONCLUSIVE, LEVEL, Interval, Points, S
 
 
 class RunFigures(Record):
-    """One run.
+    """One run; `missing` if it is neither finished nor failed, in an interrupted comparison.
 
-    Attributes:
-        status: `missing` if it is neither finished nor failed, in an interrupted comparison.
-        circumstances: versions, hardware and threads, on which the last bits depend.
+    `circumstances` are versions, hardware and threads, on which the last bits depend.
     """
 
     run: str
@@ -39,22 +37,14 @@ class RunFigures(Record):
 
 
 class Difference(Summary):
-    """A method's test accuracy less the baseline's, seed by seed, in points; seeds with both runs finished.
-
-    Attributes:
-        p: None also where a run is missing.
-    """
+    """A method's test accuracy less the baseline's, seed by seed, in points; seeds with both runs finished."""
 
     by_seed: list[tuple[Seed, Points]]  # (seed, difference) of each
     p_holm: Percent | None = None  # p adjusted for all comparisons of this table that have one
 
 
 class Standing(Record):
-    """A method over its seeds; accuracies in per cent.
-
-    Attributes:
-        count, failed: finished runs, and those that failed or are missing.
-    """
+    """A method over its seeds, finished and failed or missing; accuracies in per cent."""
 
     method: str
     is_baseline: bool

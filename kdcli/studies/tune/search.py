@@ -49,10 +49,7 @@ _INPUTS = ("data", "unlabelled", "teacher", "student")
 def tune(config: TuneConfig, space: Space, data: Splits, *, on_event: OnEvent = ignore) -> TuneResult:
     """Train the missing trials of a study, alongside other processes that do the same. Test images are not read.
 
-    Raises:
-        UsageError: settings that do not go together, or other ones than the study was started with.
-        KdError: the storage cannot be used, or a trial could not start.
-        Interrupted: SIGINT or SIGTERM; the values of the current trial are queued again.
+    A UsageError if the study was started with other settings. If Interrupted, the current values are queued again.
     """
     check(config, space)
     if len(split_validation(data.train.labels, config.val_fraction)[1]) == 0:
