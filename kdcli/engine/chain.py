@@ -10,14 +10,8 @@ from kdcli.base.errors import Interrupted, UsageError
 from kdcli.base.events import Event, Note, OnEvent, Progress, ignore
 from kdcli.base.runtime import StopFlag, World
 from kdcli.data import Splits
+from kdcli.engine import identity
 from kdcli.engine.fit import fit, single_process
-from kdcli.engine.identity import (
-    check_unchanged,
-    decisive_options,
-    differences,
-    input_hashes,
-    recorded_inputs,
-)
 from kdcli.engine.records import RunResult, read_result
 from kdcli.engine.run_dir import RunDir, name_of, resume_command
 from kdcli.engine.student import check_student
@@ -152,9 +146,11 @@ def _finished_links(config: TrainConfig, data: Splits) -> tuple[TrainConfig, int
                 f"Choose another --name, or remove {shlex.quote(_run(link).path.as_posix())}.",
             )
     for link in chain[:done]:
-        recorded = recorded_inputs(checkpoint.load(_run(link).student).provenance)
+        recorded = identity.recorded_inputs(checkpoint.load(_run(link).student).provenance)
         # a teacher's file that is missing now is not needed any more: its student is trained
-        check_unchanged(recorded, input_hashes(link, data, missing=recorded), _run(link).path.as_posix())
+        identity.check_unchanged(
+            recorded, identity.input_hashes(link, data, missing=recorded), _run(link).path.as_posix()
+        )
     return config, done
 
 
@@ -165,7 +161,7 @@ def _is_begun(link: TrainConfig, config: TrainConfig) -> bool:
     if chain is None or chain.name != config.name:
         RunDir.check_free(link)
         return False
-    if changed := differences(decisive_options(chain), decisive_options(config)):
+    if changed := identity.differences(identity.decisive_options(chain), identity.decisive_options(config)):
         raise UsageError(
             f"run {link.name} in {link.runs_dir} is of a chain with other settings: {changed[0]}",
             f"Choose another --name, or continue that chain: {resume_command(run.path, chain.method)}",

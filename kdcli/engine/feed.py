@@ -153,7 +153,7 @@ def make_teacher_outputs(plan: RunPlan, on_event: OnEvent, stop: StopFlag) -> Te
     return TeacherOutputs(device, views)
 
 
-def warn_of_other_networks(plan: RunPlan, arch: str, on_event: OnEvent) -> None:
+def note_other_networks(plan: RunPlan, arch: str, on_event: OnEvent) -> None:
     """Note each teacher of another network than the student's `arch`, where the method is meant for one network."""
     if plan.teacher is None or not plan.objective.same_network:
         return

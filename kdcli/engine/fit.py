@@ -15,13 +15,7 @@ from kdcli.base.events import Note, OnEvent, Progress, ignore
 from kdcli.base.runtime import StopFlag, World
 from kdcli.base.text import reason
 from kdcli.data import Splits, rows
-from kdcli.engine.feed import (
-    Feed,
-    TeacherOutputs,
-    example_images,
-    make_teacher_outputs,
-    warn_of_other_networks,
-)
+from kdcli.engine.feed import Feed, TeacherOutputs, example_images, make_teacher_outputs, note_other_networks
 from kdcli.engine.identity import check_unchanged, differences
 from kdcli.engine.plan import RunPlan, make_plan
 from kdcli.engine.preflight import check_teacher
@@ -114,7 +108,7 @@ def _build(plan: RunPlan, resume: RunDir | None, on_event: OnEvent, stop: StopFl
     feed = Feed(plan.train, config.augment, config.augment_seed, plan.train_samples, world.device)
     outputs = make_teacher_outputs(plan, on_event, stop)
     teacher = world.broadcast(check_teacher(plan, outputs, feed, on_event) if world.first else None)
-    warn_of_other_networks(plan, student.arch, on_event)
+    note_other_networks(plan, student.arch, on_event)
     # 3. Adapters, optimizer, output scale of a regressing student whose last layer is linear
     stages, adapters = _make_adapters(plan, student, outputs)
     optimizer = make_optimizer(config, student.network, *adapters.values())

@@ -16,15 +16,7 @@ from kdcli.base import files
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Note, OnEvent, ignore
 from kdcli.data import Splits
-from kdcli.engine import RunDir, RunResult, fit, read_result
-from kdcli.engine.identity import (
-    check_unchanged,
-    decisive_settings,
-    differences,
-    input_hashes,
-    recorded_circumstances,
-    recorded_inputs,
-)
+from kdcli.engine import RunDir, RunResult, fit, identity, read_result
 from kdcli.engine.plan import load_data
 from kdcli.engine.run_dir import resume_command
 from kdcli.methods import TrainConfig
@@ -93,7 +85,7 @@ def read_finished(folder: Path, method: str = "") -> FinishedRun:
         raise UsageError(
             f"{folder} is a trial of kd tune, without figures on test images", "Pass another run."
         )
-    circumstances = recorded_circumstances(run_dir.environment_file)
+    circumstances = identity.recorded_circumstances(run_dir.environment_file)
     if config.devices > 1 or circumstances.get("processes", "1") != "1":
         raise UsageError(
             f"{folder} had several processes, and kd reproduce has one",
@@ -105,9 +97,12 @@ def read_finished(folder: Path, method: str = "") -> FinishedRun:
 def check_inputs(found: FinishedRun, on_event: OnEvent = ignore) -> Splits:
     """The run's data; KdError if it, the teacher, the student's file or a custom method is missing or has changed."""
     data = load_data(found.config, on_event)
-    recorded, current = recorded_inputs(found.student.provenance), input_hashes(found.config, data)
+    recorded, current = (
+        identity.recorded_inputs(found.student.provenance),
+        identity.input_hashes(found.config, data),
+    )
     try:
-        check_unchanged(recorded, current, str(found.run_dir.path))
+        identity.check_unchanged(recorded, current, str(found.run_dir.path))
     except KdError as error:
         raise KdError(error.message, "Restore it, or train anew with kd train.") from error
     return data
@@ -161,17 +156,17 @@ def _compare(found: FinishedRun, other: FinishedRun, tolerance: float) -> Reprod
         tensors=len(tensors),
         tensors_differ=differing,
         largest_difference=largest,
-        circumstances=tuple(differences(found.circumstances, other.circumstances)),
+        circumstances=tuple(identity.differences(found.circumstances, other.circumstances)),
     )
 
 
 def _repetition(found: FinishedRun) -> RunDir:
     """The folder `<run>-reproduced-N` of an interrupted repetition, else the first that does not exist."""
-    path, own = found.run_dir.path, decisive_settings(found.config)
+    path, own = found.run_dir.path, identity.decisive_settings(found.config)
     folders = (path.parent / f"{path.resolve().name}-reproduced-{number}" for number in itertools.count(1))
     for again in map(RunDir, folders):
         stopped = again.config_file.is_file() and not again.result_file.exists()
-        if not again.path.exists() or (stopped and decisive_settings(again.read_config()) == own):
+        if not again.path.exists() or (stopped and identity.decisive_settings(again.read_config()) == own):
             break
     return again
 

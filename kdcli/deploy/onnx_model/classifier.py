@@ -13,12 +13,7 @@ from torch import Tensor
 from kdcli.base.config import NO_ASSUMPTIONS, InputSettings
 from kdcli.base.errors import KdError
 from kdcli.data.preprocess import Preprocess
-from kdcli.deploy.onnx_model.form import (
-    check_alone,
-    choose_output,
-    form_of_outputs,
-    input_form,
-)
+from kdcli.deploy.onnx_model.form import check_alone, choose_output, form_of_outputs, input_form
 from kdcli.deploy.onnx_model.metadata import (
     FORMAT_KEY,
     assumed_preprocess,
