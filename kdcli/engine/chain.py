@@ -148,9 +148,8 @@ def _finished_links(config: TrainConfig, data: Splits) -> tuple[TrainConfig, int
     for link in chain[:done]:
         recorded = identity.recorded_inputs(checkpoint.load(_run(link).student).provenance)
         # a teacher's file that is missing now is not needed any more: its student is trained
-        identity.check_unchanged(
-            recorded, identity.input_hashes(link, data, missing=recorded), _run(link).path.as_posix()
-        )
+        current = identity.input_hashes(link, data, missing=recorded)
+        identity.check_unchanged(recorded, current, _run(link).path.as_posix())
     return config, done
 
 

@@ -97,10 +97,8 @@ def read_finished(folder: Path, method: str = "") -> FinishedRun:
 def check_inputs(found: FinishedRun, on_event: OnEvent = ignore) -> Splits:
     """The run's data; KdError if it, the teacher, the student's file or a custom method is missing or has changed."""
     data = load_data(found.config, on_event)
-    recorded, current = (
-        identity.recorded_inputs(found.student.provenance),
-        identity.input_hashes(found.config, data),
-    )
+    recorded = identity.recorded_inputs(found.student.provenance)
+    current = identity.input_hashes(found.config, data)
     try:
         identity.check_unchanged(recorded, current, str(found.run_dir.path))
     except KdError as error:
