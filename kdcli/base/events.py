@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,10 @@ class Progress:
     values: Mapping[str, float] = field(default_factory=dict)  # metrics to show beside the progress bar
     group: str = ""  # events of one group share a progress bar; by default the task's name
     left_s: float = math.inf  # seconds after which it ends in any case
+
+    def under(self, title: str) -> Self:
+        """The same progress with a title before its task and group."""
+        return replace(self, task=f"{title}: {self.task}", group=f"{title}: {self.group or self.task}")
 
 
 @dataclass(frozen=True)

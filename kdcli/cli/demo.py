@@ -6,7 +6,6 @@ import contextlib
 import shlex
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,8 +113,7 @@ def _titled(title: str, on_event: OnEvent) -> OnEvent:
 
     def forward(event: Event) -> None:
         if isinstance(event, Progress):
-            group = f"{title}: {event.group or event.task}"
-            on_event(replace(event, task=f"{title}: {event.task}", group=group))
+            on_event(event.under(title))
 
     return forward
 

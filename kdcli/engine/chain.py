@@ -1,13 +1,12 @@
 """Chains of trainings: over assistants, each the teacher of the next network, and over generations of one student."""
 
 import shlex
-from dataclasses import replace
 
 from kdcli import methods
 from kdcli.base import runtime
 from kdcli.base.config import TeacherInputSettings
 from kdcli.base.errors import Interrupted, UsageError
-from kdcli.base.events import Event, Note, OnEvent, Progress, ignore
+from kdcli.base.events import Note, OnEvent, Progress, ignore
 from kdcli.base.runtime import StopFlag, World
 from kdcli.data import Splits
 from kdcli.engine import identity
@@ -185,11 +184,4 @@ def _interrupted(chain: tuple[TrainConfig, ...], message: str, stopped: Interrup
 
 def _with_title(title: str, on_event: OnEvent) -> OnEvent:
     """Prefix the task of each progress bar with its link."""
-
-    def forward(event: Event) -> None:
-        if isinstance(event, Progress):
-            task, group = (f"{title}: {text}" for text in (event.task, event.group or event.task))
-            event = replace(event, task=task, group=group)
-        on_event(event)
-
-    return forward
+    return lambda event: on_event(event.under(title) if isinstance(event, Progress) else event)

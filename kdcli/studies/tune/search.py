@@ -5,7 +5,6 @@ import math
 import shutil
 import time
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import optuna
@@ -221,8 +220,7 @@ class _Search:
             if isinstance(event, Note):
                 self.note(event.text)
             elif isinstance(event, Progress):
-                group = f"{title}: {event.group or event.task}"
-                self.on_event(replace(event, task=f"{title}: {event.task}", group=group))
+                self.on_event(event.under(title))
             else:
                 judge(event)
 
