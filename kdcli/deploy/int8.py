@@ -201,10 +201,7 @@ def search(
 
     First the three kinds of ranges; then, with the one that agrees best, each other setting changed. Of those that
     are faster than float32 beyond chance, the fastest whose agreement is within one standard error of the best.
-
-    Args:
-        inputs: selection images as the model takes them; used for nothing else.
-        reference: the float32 network's outputs for them (N, classes).
+    `inputs` are the selection images, used for nothing else; `reference` float32's outputs for them (N, classes).
     """
     # 1. Quantise by each recipe, and measure its agreement.
     total = len(RANGES) + len(Recipe().variants())
@@ -269,10 +266,7 @@ def measure_seconds(models: Sequence[bytes], inputs: npt.NDArray[Any], on_event:
 
 
 def choose(trials: Sequence[RecipeTrial], images: int) -> int | None:
-    """Index of the trial to take; None where none is faster than float32.
-
-    Of equally fast ones the first, so that near ties do not depend on the noise of a timing.
-    """
+    """Index of the trial to take, of equally fast ones the first; None where none is faster than float32."""
     faster = [
         (index, trial.agreement, trial.speedup)
         for index, trial in enumerate(trials)

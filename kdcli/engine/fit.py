@@ -178,7 +178,7 @@ def _restore(
 ) -> tuple[State, int | None]:
     """Load the newest saved state into network, adapters, optimizer and average, and cut the metrics after it.
 
-    Returns the position, at the start if no state was ever saved, and the step of `last.pt` if that is readable.
+    Returns the position, and the step of `last.pt` if that is readable.
     """
     state, saved_step = State(), None
     if newest is not None:

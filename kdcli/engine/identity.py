@@ -42,9 +42,7 @@ def input_hashes(
 ) -> dict[str, str]:
     """SHA-256 of a run's inputs, by name: images, teachers, student's file, code of custom methods.
 
-    Args:
-        hashed: hashes of files that are not read again.
-        missing: hashes to use for files that cannot be read, else a KdError.
+    Files in `hashed` are not read again; `missing` are hashes for files that cannot be read, else a KdError.
     """
     found = {"train images": data.train.fingerprint, "test images": data.test.fingerprint}
     if data.unlabelled is not None:

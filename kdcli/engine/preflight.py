@@ -29,10 +29,7 @@ _WORSE_ON_VIEWS = 3.0  # points
 def check_teacher(
     plan: RunPlan, outputs: TeacherOutputs, feed: Feed, on_event: OnEvent
 ) -> TeacherCheck | None:
-    """Measure the teacher on training views, on the same images plain, and on the validation split; None without one.
-
-    Of a mixed image the label with the larger share counts.
-    """
+    """Measure the teacher on training views, on the same images plain, and on validation images; None without one."""
     if plan.teacher is None:
         return None
     # 1. Samples

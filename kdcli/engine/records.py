@@ -225,11 +225,10 @@ def evaluate(
     *,
     teacher_logits: Tensor | None = None,
     task: str = "evaluating",
-    batch_size: int = 64,
     on_event: OnEvent = ignore,
 ) -> Evaluation:
     """Run a model (in eval mode, from uint8 (B, H, W, C) to logits) over a data set and measure it."""
-    logits = models.predict_logits(model, data.images, batch_size=batch_size, task=task, on_event=on_event)
+    logits = models.predict_logits(model, data.images, task=task, on_event=on_event)
     return measure(logits, torch.tensor(data.labels), teacher_logits)
 
 

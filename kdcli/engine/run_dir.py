@@ -53,11 +53,8 @@ class RunDir:
     ) -> RunDir:
         """Create the folder, named by the user (a UsageError if taken), or by method, student and a free number.
 
-        It is renamed into place with settings and environment in it, so a killed run can always be resumed.
-
-        Args:
-            filled: names of settings that were derived from others.
-            chain: settings of the chain of trainings that this run is a link of.
+        It is renamed into place with settings and environment in it, so a killed run can always be resumed. `filled`:
+        settings that were derived from others; `chain`: those of the chain that this run is a link of.
         """
         made: RunDir | None = None
         try:

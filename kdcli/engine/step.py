@@ -134,9 +134,8 @@ class Step:
     ) -> Tensor:
         """Update the student in epoch `epoch` (from 0) at this learning rate, after the share `done` of the training.
 
-        Returns:
-            (1 + terms,): the loss and each unweighted term times the number of images it stands for, in the order
-            of the weights. On the device, without synchronising.
+        Returns (1 + terms,): the loss and each unweighted term times the number of images it stands for, in the order
+        of the weights. On the device, without synchronising.
         """
         config, world = self.config, self.world
         self.keys.step(epoch, batch.samples, world.device)

@@ -30,11 +30,7 @@ _AGREE_STEPS = 8
 
 @dataclass
 class Trainer:
-    """The training loop of one run, with its parts.
-
-    Attributes:
-        val_accuracy: on the validation split, per cent; None before the first epoch's end, and without a split.
-    """
+    """The training loop of one run, with its parts."""
 
     plan: RunPlan  # the plan, with the precision settled
     run: RunDir
@@ -52,7 +48,7 @@ class Trainer:
     saved_step: int | None  # step of the present `last.pt`; None without one
     on_event: OnEvent
     stop: StopFlag
-    val_accuracy: float | None = None
+    val_accuracy: float | None = None  # on the validation split, per cent; None without, or before the first
 
     def __post_init__(self) -> None:
         self.config = self.plan.config

@@ -108,10 +108,7 @@ def choose(sections: Sequence[Examined]) -> dict[str, Any]:
 
 
 def reliability(logits: Tensor, labels: Tensor) -> tuple[ConfidenceBin, ...]:
-    """Accuracy over confidence in the bins of equal width of the calibration error (Guo et al. 2017).
-
-    Args: logits (N, C), labels (N,).
-    """
+    """Accuracy over confidence in the equally wide bins of the calibration error (Guo et al. 2017); logits (N, C)."""
     confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
     correct = (predicted == labels).double()
     index = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
@@ -192,10 +189,7 @@ class _Examiner:
             self.on_event(event)
 
     def _teacher_of(self, run: Run) -> Path:
-        """The teacher to compare with: --teacher, the run's own, or the only one that other runs learned from.
-
-        The message of the KdError is the reason why there is none.
-        """
+        """The teacher to compare with: --teacher, the run's own, or the only one that other runs learned from."""
         path, sha256 = recorded_teacher(run)
         if self.config.teacher is not None or path is None:
             if len(self.teachers) != 1:

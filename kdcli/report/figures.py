@@ -119,10 +119,7 @@ def epochs(runs: Sequence[Run], target: Target) -> None:
 
 
 def reliability(student: Sequence[ConfidenceBin], teacher: Sequence[ConfidenceBin], target: Target) -> None:
-    """Draw accuracy over confidence of a student and, if known, its teacher, with 95 % Wilson intervals.
-
-    Bins of few images have hollow marks.
-    """
+    """Draw accuracy over confidence of a student and its teacher, 95 % Wilson intervals; hollow marks: few images."""
     with drawn_to(target, 4.4, 3.7) as figure:
         axes = figure.add_subplot()
         axes.plot([0, 100], [0, 100], color=INK, linewidth=0.9, linestyle=(0, (1, 2)), label="calibrated")

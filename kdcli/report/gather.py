@@ -22,12 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run.
-
-    Attributes:
-        classes, provenance: from student.pt.
-        config, environment: (setting, value), nested names joined by spaces.
-    """
+    """One finished run; classes and provenance are from student.pt, config and environment (setting, value)."""
 
     folder: Path
     student: Path  # path of its checkpoint

@@ -118,10 +118,7 @@ def _teacher_of_ratios(examined: Sequence[Examined], config: ReportConfig) -> Pa
 
 
 def deployed(rows: Sequence[Row], examined: Sequence[Examined]) -> list[Row]:
-    """One row for each model: onnxruntime's, the engine for deployment, else the first.
-
-    Accuracies measured for this page replace those recorded in files.
-    """
+    """One row for each model: onnxruntime's, else the first; accuracies of this page replace recorded ones."""
     measured: dict[Path, Evaluation] = {}
     for found in examined:
         if not found.unmeasured:

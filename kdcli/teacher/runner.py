@@ -79,9 +79,8 @@ def choose_engine(
 ) -> Engine:
     """The fastest engine for a pass over `count` images, of all views, whose top-1 classes agree with float32.
 
-    Args:
-        take: the first n images, or all if there are fewer, uint8 (≤ n, H, W, C), on the teacher's device.
-        precision: `auto`, `32` or `bf16`, which is taken without a check.
+    `take` gives the first n images, or all if there are fewer, uint8 (≤ n, H, W, C), on the teacher's device;
+    `precision` is `auto`, `32` or `bf16`, which is taken without a check.
     """
     if not isinstance(model, Classifier):
         return Engine("file")

@@ -174,10 +174,7 @@ class Teacher:
     ) -> LiveTeacher:
         """The models, to be run on each batch; a KdError if dropout is asked of one without dropout layers.
 
-        Args:
-            dropout: above 0, the networks' dropout layers are on at this rate.
-            precision: `bf16`, else float32.
-            stages: names of the submodules whose maps are wanted.
+        `dropout`: rate of the networks' dropout layers; `precision`: `bf16`, else float32; `stages`: maps to be read.
         """
         forwards, dropout_keys = [], []
         for number, member in enumerate(self.members, 1):

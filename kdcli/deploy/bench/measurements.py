@@ -60,10 +60,7 @@ class Row:
 
 
 def rows_within(rows: Sequence[Row], budget_ms: float | None, max_drop: float | None) -> list[Row]:
-    """Rows, fastest first, without the teacher's, of at most this latency and loss of accuracy in points.
-
-    A row of unknown accuracy is not within a limit on the loss.
-    """
+    """Rows but the teacher's, fastest first, of at most this latency and known loss of accuracy in points."""
     teacher = next(row for row in rows if row.is_teacher)
 
     def accuracy(row: Row) -> float:

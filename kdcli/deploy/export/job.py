@@ -45,10 +45,7 @@ class Samples:
 
 
 def choose_samples(provenance: dict[str, Any], train: ImageSet, config: ExportConfig) -> Samples:
-    """Choose images, the same for the same counts; a KdError if there are too few.
-
-    The validation split, where known, serves `--max-drop` alone.
-    """
+    """Choose images, the same for the same counts; the validation split, where known, serves `--max-drop` alone."""
     pool, held_out, name = np.arange(len(train)), np.arange(0), "validation split"
     recorded = provenance.get("data", {})  # the data of the training that made the model
     same = isinstance(recorded, dict) and recorded.get("fingerprint_train") == train.fingerprint
@@ -74,10 +71,9 @@ def choose_samples(provenance: dict[str, Any], train: ImageSet, config: ExportCo
 def disjoint_indices(
     available: int, parity: int, calibration: int, selection: int = 0
 ) -> tuple[_Indices, _Indices, _Indices]:
-    """Three disjoint random parts of `range(available)`, the same for the same counts.
+    """Three sorted, disjoint random parts of `range(available)`, the same for the same counts.
 
-    Returns:
-        Sorted indices (≤ parity,), (≤ calibration,), (≤ selection,). If there are too few, all shrink in proportion.
+    If there are too few, all shrink in proportion.
     """
     wanted = parity + calibration + selection
     if wanted > available:
@@ -143,10 +139,7 @@ class ExportJob:
         return torch.from_numpy(np.asarray(self.train.labels[indices]))
 
     def verify(self, model: onnx.ModelProto, metadata: dict[str, str]) -> tuple[bytes, Tensor, Parity]:
-        """The float32 file, its outputs for the parity images, and the comparison.
-
-        A file with a fixed batch is verified beside the one with any batch that it was made from.
-        """
+        """The float32 file, its outputs for the parity images, and the comparison."""
         inputs, logits = self.inputs(self.samples.parity), self.logits(self.samples.parity)
         module = ExportedModule(self.classifier, with_preprocessing=self.config.with_preprocessing)
         content, batch = file_bytes(model, metadata), self.config.batch

@@ -44,18 +44,11 @@ def check_parity(
     logits: Tensor,
     batches: tuple[int, ...],
 ) -> tuple[Tensor, Parity]:
-    """Run a file on real images at each optimisation level, and compare with the checkpoint's logits.
+    """Run a file on real images at each optimisation level, and compare with the checkpoint's logits (N, classes).
 
-    A KdError if a value is off by more than 1e-4 of the logits' scale, or a top-1 class differs beyond a tie.
-
-    Args:
-        module: the checkpoint's module that the file stands for.
-        translated: the model as torch's exporter made it, to name the first layer that differs.
-        logits: the checkpoint's, float32 (N, classes).
-        batches: batch sizes; all images are run at the largest, some at the others.
-
-    Returns:
-        The file's logits or log-probabilities (N, classes), and the figures.
+    A KdError if a value is off by more than 1e-4 of the logits' scale, or a top-1 class differs beyond a tie. All
+    images are run at the largest batch size, some at the others. `translated`, as torch's exporter made it, serves
+    to name the first layer that differs. Returns the file's logits or log-probabilities (N, classes), and figures.
     """
     probabilities = module.preprocess is not None
     expected = logits.double()

@@ -19,20 +19,14 @@ LEVELS = {  # graph optimisation levels of onnxruntime, each a superset of the o
 
 
 class OnnxRunner:
-    """An onnxruntime session for a model with one input.
-
-    `batch` is the number of images per call, fixed by the model or by what it can run; None: any number.
-    """
+    """An onnxruntime session for a model with one input; `batch`: images per call, if only that number runs."""
 
     def __init__(
         self, model: bytes, threads: int = 0, name: str = "model", *, level: str = "all", output: str = ""
     ) -> None:
         """Create the session of a serialised model, which cannot read files; a KdError if onnxruntime rejects it.
 
-        Args:
-            threads: 0: all available cores.
-            level: graph optimisation, a key of `LEVELS`.
-            output: the one to read; by default the first.
+        `threads` 0: all available cores; `level`: graph optimisation, of `LEVELS`; `output`: by default the first.
         """
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or available_cores()

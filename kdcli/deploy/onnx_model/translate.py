@@ -85,10 +85,7 @@ def fix_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
 
 
 def file_bytes(model: onnx.ModelProto, metadata: dict[str, str]) -> bytes:
-    """Content of the ONNX file, without stack traces, paths and inferable shapes; a KdError if it is invalid.
-
-    The bytes are the same for the same model and metadata.
-    """
+    """Content of the ONNX file, without stack traces, paths and inferable shapes; a KdError if it is invalid."""
     finished = copy.deepcopy(model)
     finished.producer_name, finished.producer_version = "kd", __version__
     finished.ClearField("doc_string")
