@@ -239,15 +239,11 @@ def _inputs(model: Any) -> Iterator[tuple[str, dict[str, str], Any]]:
             continue
         state = [torch.tensor(values * (channels // len(values))) for values in (mean, std)]  # in RGB order
         for each in (order, other) if channels == 3 else (order,):
-            named = {name: _turned(value) if each == "bgr" else value for name, value in options.items()}
+            turn = -1 if each == "bgr" else 1
+            named = {name: ",".join(value.split(",")[::turn]) for name, value in options.items()}
             words = text if each == order else f"{text}, channels {each}"
             setting = named if each == order else {"channel_order": each, **named}
             yield words, setting, _with_preprocess(model, MeanStd(state[0], state[1], each))
-
-
-def _turned(numbers: str) -> str:
-    """Numbers joined by commas, in the reverse order."""
-    return ",".join(reversed(numbers.split(",")))
 
 
 def _with_preprocess(model: Any, preprocess: Preprocess) -> Callable[[Tensor], Tensor]:

@@ -73,7 +73,9 @@ def bench(
     rows = [compare(index, rows, timings).extend(**accuracy[row.path]) for index, row in enumerate(rows)]
     if not config.no_memory:
         rows = _add_footprints(rows, candidates, on_event)
-    notes += _busy_notes(environment)
+    load, cores = environment["load_average_1min"], environment["cpu"]["cores"]
+    if load is not None and load > _BUSY * cores:
+        notes.append(f"this machine is busy (load {load:.1f}, {cores} cores): times are too long")
     limits = config.budget_ms, config.max_drop
     within = [(row.name, row.engine) for row in rows_within(rows, *limits)]
     return BenchResult(
@@ -89,13 +91,6 @@ def bench(
         notes=tuple(notes),
         within_limits=None if limits == (None, None) else tuple(within),
     )
-
-
-def _busy_notes(environment: Mapping[str, Any]) -> list[str]:
-    load, cores = environment["load_average_1min"], environment["cpu"]["cores"]
-    if load is None or load <= _BUSY * cores:
-        return []
-    return [f"this machine is busy (load {load:.1f}, {cores} cores): times are too long"]
 
 
 def _load_all(

@@ -166,19 +166,14 @@ def compare(index: int, rows: Sequence[Row], timings: Timings) -> Row:
         note = f"the teacher was not run on {row.engine}: no speed ratio"
         return row.extend(verdict=size, worse=bigger, notes=[note])
     if row.is_teacher:
-        return row.extend(speedup=1.0, speedup_interval=(1.0, 1.0), throughput_ratio=1.0, verdict="teacher")
+        return row.extend(speedup=1.0, speedup_interval=(1.0, 1.0), verdict="teacher")
     low, ratio, high = ratio_interval(timings.ratios(teacher, index))
     speed = verdict(low, ratio, high)
-    throughput_ratio = ratio
-    if timings.batches:
-        seconds = timings.batches[max(timings.batches)]
-        throughput_ratio = float(np.median(seconds[:, teacher] / seconds[:, index]))
     text = "no difference in speed" if speed == "no difference" else f"{max(ratio, 1 / ratio):,.3g}× {speed}"
     return row.extend(
         speedup=ratio,
         speedup_interval=(low, high),
         speed=speed,
-        throughput_ratio=throughput_ratio,
         verdict=f"{text}, {size}",
         worse=bigger or speed == "slower",
     )

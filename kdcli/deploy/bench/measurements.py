@@ -41,7 +41,6 @@ class Row:
     speedup: float | None = None  # teacher's latency ÷ its own; None without a teacher on this engine
     speedup_interval: tuple[float, float] | None = None  # 95 %
     speed: str | None = None  # faster, slower or no difference; None as above
-    throughput_ratio: float | None = None  # images per second ÷ the teacher's, at the largest batch
     size_ratio: float | None = None  # teacher's network bytes ÷ its own; above 1 is smaller
     accuracy: float | None = None  # per cent of test images
     accuracy_interval: tuple[float, float] | None = None  # 95 %, where it was measured
