@@ -7,7 +7,7 @@ import typer
 
 from kdcli.base import runs as folders
 from kdcli.base import units
-from kdcli.base.config import CleanConfig
+from kdcli.base.config import CleanConfig, shell_command
 from kdcli.base.errors import UsageError
 from kdcli.cli import output
 from kdcli.cli.arguments import run_folder
@@ -53,7 +53,9 @@ def clean(
     if rows and not config.dry_run and not config.yes:
         question = f"delete {units.size(total)} of caches and saved states?"
         if not output.confirm(question):
-            raise UsageError("not confirmed, nothing deleted", "Delete without a question: kd clean --yes")
+            typed = config.model_dump(include=config.model_fields_set)
+            again = shell_command("clean", {**typed, "yes": True}, *named)
+            raise UsageError("not confirmed, nothing deleted", f"Delete without a question: {again}")
     if not config.dry_run:
         for path in (path for paths in found.values() for path in paths):
             folders.delete(path)

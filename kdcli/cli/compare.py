@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +9,7 @@ import typer
 
 from kdcli import methods
 from kdcli.base import files
-from kdcli.base.config import RUN, CompareConfig, make
+from kdcli.base.config import RUN, CompareConfig, make, shell_command
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.recipes import read_recipe
 from kdcli.cli import output
@@ -62,8 +61,10 @@ def compare(
             shared = read_recipe(recipe, {**train, "method": None})
             shared = {name: value for name, value in shared.items() if name not in {"name", *_PER_RUN}}
             train = {**shared, **train}
-        needs = any(part.needs_teacher for name in settings.method_names for part in methods.parse(name))
-        completed = with_defaults(make(TrainConfig, train), needs_teacher=needs)
+        given = make(TrainConfig, train)
+        parts = (part for name in settings.method_names for part in methods.parse(name))
+        needs = given.kd_weight != 0 and any(part.needs_teacher for part in parts)
+        completed = with_defaults(given, needs_teacher=needs)
         train = {name: getattr(completed, name) for name in completed.model_fields_set}
     from kdcli import report
     from kdcli.engine.plan import load_data
@@ -84,7 +85,7 @@ def compare(
             f"{len(result.failed)} of {len(result.runs)} runs failed: {result.failed[0].reason}",
             f"Try them again: {plan.resume_command or 'the same command'}",
         )
-    output.next_command(f"kd report {shlex.quote(plan.folder.as_posix())}")
+    output.next_command(shell_command("report", {}, plan.folder))
 
 
 def _show(result: Comparison, plan: Plan) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+import importlib.util
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdcli.base import units
-from kdcli.base.config import ConvertConfig, ExportConfig, make, shell_command
+from kdcli.base.config import ConvertConfig, DataSettings, ExportConfig, make, shell_command
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.text import dims
 from kdcli.cli import output
@@ -63,10 +63,11 @@ def convert_caffe(
         on_event=output.on_event,
     )
     classifier = conversion.classifier
-    if splits is not None and data.incompatibility(classifier, splits.train) is None:
+    suited = splits.train if splits and not data.incompatibility(classifier, splits.train) else None
+    if suited is not None:
         name = classifier.provenance["name"]
-        assumptions.note_order(name, classifier, splits.train, output.on_event)
-        assumptions.check(name, classifier, splits.train, output.on_event, task="trying alternatives")
+        assumptions.note_order(name, classifier, suited, output.on_event)
+        assumptions.check(name, classifier, suited, output.on_event, task="trying alternatives")
     # 3. Check against OpenCV's reading of the same files, then write.
     images = opencv.check_images(classifier.input_size, train_images)
     agreement = None
@@ -84,11 +85,10 @@ def convert_caffe(
         classifier.save(target)
     output.json(_to_json(model, target, conversion, agreement))
     _show(conversion, target, agreement)
-    output.next_command(
-        f"kd bench {shlex.quote(target.as_posix())}"
-        if to_onnx
-        else _validate(model, target, source.kind, config)
-    )
+    if suited is None or to_onnx:
+        output.next_command(shell_command("bench" if to_onnx else "info", {}, target))
+    else:
+        output.next_command(_validate(model, target, source.kind, config))
 
 
 def _require_agreement(agreement: Agreement, model: Path) -> None:
@@ -101,13 +101,12 @@ def _require_agreement(agreement: Agreement, model: Path) -> None:
 
 def _validate(model: Path, target: Path, kind: str, config: ConvertConfig) -> str:
     """Command that measures the converted teacher."""
-    typed = config.model_fields_set
-    options = {
-        "teacher": target if "output" in typed else None,
-        "data": config.data if "data" in typed else None,
-    }
-    against = {"against": model, "prototxt": config.prototxt} if kind == "caffe" else {}
-    return shell_command("validate", {**options, **against})
+    given = config.model_fields_set
+    options = config.model_dump(include=given & DataSettings.model_fields.keys() - {"image_size"})
+    options["teacher"] = target if "output" in given else None
+    if kind == "caffe" and importlib.util.find_spec("cv2"):
+        options |= {"against": model, "prototxt": config.prototxt}
+    return shell_command("validate", options)
 
 
 def _target(model: Path, config: ConvertConfig) -> tuple[Path, bool]:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import typer
 
 from kdcli.base import units
-from kdcli.base.config import DownloadConfig
+from kdcli.base.config import DownloadConfig, shell_command
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import expand
 from kdcli.base.names import nearest
@@ -20,7 +20,7 @@ from kdcli.data.catalog import DOWNLOADS, RemoteFile
 
 ALL = "all"
 Files = list[tuple[RemoteFile, Path, str | None]]  # with target, and source or None for the file's mirrors
-_TEACHERS = {"nin": "cifar10_nin.caffemodel", "seed-weights": "teacher.npy"}
+_TEACHERS = ("cifar10_nin.caffemodel", "teacher.npy")
 _STATE = {
     "present": "there",
     "partial": "{kept} there",
@@ -63,11 +63,13 @@ def download(
         _list(files)
         return
     _fetch(files)
-    name = "nin" if "nin" in names else names[0]
-    if name in _TEACHERS:
-        output.next_command(f"kd convert-caffe {(config.weights_dir / _TEACHERS[name]).as_posix()}")
-    else:
-        output.next_command(f"kd train --method ce --data {name}")
+    data_dir = config.model_dump(include=config.model_fields_set & {"data_dir"})
+    here = {target.name for _, target, _ in files}
+    caffe = [config.weights_dir / file for file in _TEACHERS if file in here]
+    if caffe:
+        output.next_command(shell_command("convert-caffe", data_dir, caffe[0]))
+    elif len(files) == len(remotes):
+        output.next_command(shell_command("train", {"method": "ce", "data": what, **data_dir}))
 
 
 def _fetch(files: Files) -> None:

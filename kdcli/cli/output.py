@@ -86,7 +86,13 @@ def confirm(question: str) -> bool:
     activity.bars.stop()
     if settings.json or not sys.stdin.isatty():
         return False
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except BaseException as stop:  # Ctrl-C, or the end of the input
+        _stderr.print()
+        if isinstance(stop, EOFError):
+            return False
+        raise
 
 
 def note(message: str, style: str = "dim") -> None:

@@ -153,12 +153,15 @@ def _show(results: tuple[RunResult, ...], data_label: str) -> None:
         )
     if result.val_accuracy is not None:
         output.text(f"accuracy on the validation split {result.val_accuracy:.2f} %")
-    passes = f"on {result.teacher_passes} set{'s' * (result.teacher_passes != 1)} of images"
-    if methods.objective(config).needs_teacher and cache_mode(config) == "off":
-        passes = "in every step"
+    needs_teacher, passes = methods.objective(config).needs_teacher, result.teacher_passes
+    teacher = f", teacher evaluated on {passes} set{'s' * (passes != 1)} of images" if passes else ""
+    if needs_teacher and cache_mode(config) == "off":
+        teacher = ", teacher evaluated in every step"
+    elif needs_teacher and not passes:
+        teacher = ", teacher outputs from the cache"
     output.text(
         f"{units.count(result.parameters)} parameters, {result.images_per_s:,.0f} images/s, "
-        f"{output.clock(result.seconds)} of training, teacher evaluated {passes}"
+        f"{output.clock(result.seconds)} of training{teacher}"
     )
     for difference in result.resumed_with_differences:
         output.note(f"resumed with a difference: {difference}")
@@ -168,7 +171,7 @@ def _show(results: tuple[RunResult, ...], data_label: str) -> None:
         for name in ("data_dir", "cache_dir")
         if getattr(config, name) != TrainConfig.model_fields[name].default
     }
-    if methods.objective(config).needs_teacher:
+    if needs_teacher:
         output.next_command(shell_command("export", places, result.run.student))
     else:
         output.next_command(shell_command("train", {"teacher": result.run.student, **places}))

@@ -75,7 +75,7 @@ def gather(paths: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
         more = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
         raise KdError(
             f"no finished run to report on: {name}: {why}{more}",
-            "Finish the newest: kd train --resume",
+            "List the runs: kd runs",
         )
     return runs, left_out
 

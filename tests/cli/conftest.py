@@ -61,6 +61,7 @@ def follow(kd: Kd, monkeypatch: pytest.MonkeyPatch) -> Callable[[Outcome], Outco
     short = {
         "train": ["--epochs", "1", "--threads", "1"],
         "bench": ["--rounds", "3", "--max-seconds", "1", "--no-memory", "--batch", "1"],
+        "report": ["--no-bench", "--no-images"],
         "download": ["--dry-run"],
     }
 
@@ -70,9 +71,12 @@ def follow(kd: Kd, monkeypatch: pytest.MonkeyPatch) -> Callable[[Outcome], Outco
             place, _, rest = command.rpartition("&& ")
             if place:
                 monkeypatch.chdir(shlex.split(place)[1])
+            rest, _, target = rest.partition(" > ")
             words = shlex.split(rest)[1:]
-            outcome = kd(*words, *short.get(words[0], []))
+            outcome = kd(*words, *([] if "--resume" in words else short.get(words[0], [])))
             assert outcome.code == 0, (command, outcome)
+            if target:
+                Path(target).write_text(outcome.out)
         return outcome
 
     return run

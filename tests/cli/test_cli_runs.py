@@ -80,6 +80,8 @@ def test_clean_deletes_caches_and_states_of_finished_runs_once_confirmed(
     monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(sys, "stdin", terminal)
     assert "[y/N]" in kd("clean").out
+    ended = kd("clean")  # no more input
+    assert (ended.code, "\nerror: not confirmed" in ended.err) == (2, True)
     with files.locked(Path("runs/cut/lock"), lambda: None):
         assert list(json.loads(kd("clean", "--dry-run", "--json").out)["folders"]) == ["runs/done"]
         assert kd("clean", "cut", "--yes").code == 2

@@ -14,7 +14,7 @@ from PIL import Image
 from kdcli import models
 from kdcli.cli import demo
 from tests.cli.helpers import Kd, Outcome, printed_commands
-from tests.helpers import digits_student
+from tests.helpers import ROOT, digits_student
 
 Follow = Callable[[Outcome], Outcome]
 SHORT = ("--epochs", "1", "--threads", "1")
@@ -68,6 +68,19 @@ def test_three_commands_from_pictures_to_a_verified_file(kd: Kd, follow: Follow)
             assert Path(json.loads(found.out)["teacher"]).samefile(place / "runs/ce-lenet-1/student.pt")
             assert json.loads(found.out)["test"]["count"] == results[1]["test"]["count"]
         assert kd("reproduce", "../runs/kd-lenet-1").code == 0
+
+
+@pytest.mark.slow
+def test_lines_of_the_readme_for_own_pictures(kd: Kd, follow: Follow) -> None:
+    save_pictures(Path("photos"), 10)
+    Image.new("RGB", (40, 30), "red").save("new.jpg")
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Your own pictures\n")[2]
+    lines = section.split("```")[1].splitlines()[1:]
+    assert len(lines) == 5
+    for line in lines:
+        outcome = follow(Outcome(0, f"next: {line.partition('  #')[0]}", ""))
+        assert "hint:" not in outcome.err
+    assert "kd-resnet8-1-images.onnx: " in outcome.out and "ratios to ce-resnet56-1" in outcome.out
 
 
 @pytest.mark.parametrize("line", CARD, ids=" ".join)
@@ -131,7 +144,9 @@ def test_the_only_teacher_is_used_and_several_are_listed(kd: Kd, follow: Follow)
 def test_settings_that_are_typed_are_not_those_of_the_teacher(kd: Kd) -> None:
     make_run("t")
     made = kd("train", *SHORT, "--student", "convnet-small", "--name", "a", "--method", "logits")
-    assert made.code == 0 and "--student" not in made.err
+    assert made.code == 0 and "--student" not in made.err and "teacher evaluated on " in made.out
+    again = kd("train", *SHORT, "--student", "convnet-small", "--name", "b", "--method", "logits")
+    assert "teacher outputs from the cache" in again.out
     stored = models.load(Path("runs/a/student.pt"))
     assert stored.arch == "convnet-small" and stored.provenance["data"]["spec"] == "digits"
     other = kd("train", *SHORT, "--data", "mnist", "--method", "logits")

@@ -88,6 +88,8 @@ def test_info_of_a_checkpoint(run: Any, model: models.Classifier) -> None:
     for words in ("ant, bee [31m, [red]cat, dog", "data label", "toy", f"{PARAMETERS:,}", "16×16×3"):
         assert words in " ".join(out.stdout.split()), words
     assert "published" not in out.stdout
+    lines = out.stdout.splitlines()  # the summary, an empty line, the layers
+    assert lines[0].split() == ["model", "m.pt"] and lines[lines.index("") + 1].startswith("layer")
     assert "\x1b" not in out.stdout  # a class name does not steer the terminal
 
 

@@ -63,7 +63,7 @@ class ConvertConfig(DataSettings, PixelSettings):
 class ValidateConfig(DataSettings, InputSettings):
     """`kd validate`."""
 
-    teacher: Path = setting(TeacherPath, "Converted teacher.", "Check")
+    teacher: Path = setting(TeacherPath, "Teacher; if absent, the only one there is.", "Check")
     against: Path | None = setting(
         None, "Original caffemodel: compare logits with OpenCV's Caffe importer.", "Check"
     )
@@ -159,7 +159,9 @@ class BenchConfig(ModelDataSettings, InputSettings):
     max_drop: MaxDrop = setting(
         None, "Exit 1 unless a model (within --budget-ms) loses at most this many points.", "Check"
     )
-    teacher: Path = setting(TeacherPath, "Reference model of all ratios.", "Measure")
+    teacher: Path = setting(
+        TeacherPath, "Reference of all ratios; if absent, the only teacher there is.", "Measure"
+    )
     data: str | None = setting(
         None, "Data set whose test images measure accuracy and agreement.", DATA, metavar="NAME|PATH"
     )

@@ -83,7 +83,10 @@ class TrainSettings(DataSettings, TeacherInputSettings):
         metavar="NETWORK",
     )
     teacher: tuple[Path, ...] = setting(
-        (TeacherPath,), "Teacher: .pt or ONNX file; repeat to average several.", METHOD, metavar="FILE"
+        (TeacherPath,),
+        "Teacher: .pt or ONNX file; repeat to average several; if absent, the only one there is.",
+        METHOD,
+        metavar="FILE",
     )
     teacher_weight: tuple[float, ...] = rare(
         (), "Weight of each teacher in the mean logits; by default equal.", METHOD, metavar="WEIGHT"
