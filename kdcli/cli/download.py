@@ -20,7 +20,7 @@ from kdcli.data.catalog import DOWNLOADS, RemoteFile
 
 ALL = "all"
 Files = list[tuple[RemoteFile, Path, str | None]]  # with target, and source or None for the file's mirrors
-_TEACHERS = ("cifar10_nin.caffemodel", "teacher.npy")
+_TEACHERS = {"nin": "cifar10_nin.caffemodel", "seed-weights": "teacher.npy"}
 _STATE = {
     "present": "there",
     "partial": "{kept} there",
@@ -64,12 +64,12 @@ def download(
         return
     _fetch(files)
     data_dir = config.model_dump(include=config.model_fields_set & {"data_dir"})
-    here = {target.name for _, target, _ in files}
-    caffe = [config.weights_dir / file for file in _TEACHERS if file in here]
+    whole = [name for name in names if all(remote.name in sources for remote in DOWNLOADS[name])]
+    caffe = [config.weights_dir / file for name, file in _TEACHERS.items() if name in whole]
     if caffe:
         output.next_command(shell_command("convert-caffe", data_dir, caffe[0]))
-    elif len(files) == len(remotes):
-        output.next_command(shell_command("train", {"method": "ce", "data": what, **data_dir}))
+    elif whole:
+        output.next_command(shell_command("train", {"method": "ce", "data": whole[0], **data_dir}))
 
 
 def _fetch(files: Files) -> None:
