@@ -160,7 +160,7 @@ def _show(result: BenchResult, details: bool) -> None:
     _table(rows, _MAIN if tested else _MAIN[:-1], marked=0)
     for row in files:
         if not row.is_teacher:
-            output.text(_verdict(row, result.rows[0]))
+            output.text(_sentence(row, result.rows[0]))
     output.text("", *result.notes, *(f"{row.name}: {note}" for row in rows for note in row.notes))
     if any(row.accuracy_source == "recorded" for row in rows):
         output.text("* recorded in the file when it was trained; --data measures it")
@@ -178,7 +178,7 @@ def _of_each_file(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if any(row is one for one in chosen)]
 
 
-def _verdict(row: Row, teacher: Row) -> str:
+def _sentence(row: Row, teacher: Row) -> str:
     """`kd: 3.65× faster (3.41–3.80), 150× smaller, accuracy 0.83 points lower`."""
     speed, comma, rest = row.verdict.partition(",")
     if row.speedup_interval and row.speed in ("faster", "slower"):

@@ -235,7 +235,8 @@ def comparison(found: Comparison, target: Target, width: float = 8.4) -> None:
         left.set_xlabel("test accuracy, %")
         right.set_xlabel(f"points more than {shown(found.baseline)}, same seed")
         for panel in (left, right):
-            _fit_points(panel)
+            if panel.collections:  # the baseline alone has no differences
+                _fit_points(panel)
             panel.grid(color=GRID, linewidth=0.6, axis="x")
             panel.tick_params(axis="y", length=0)
 

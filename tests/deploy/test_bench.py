@@ -186,7 +186,7 @@ def test_verdict_needs_an_interval_without_1_and_a_ratio_of_2_per_cent() -> None
         (0.985, 0.99, 0.995): "no difference",
         (1, 1, 1): "no difference",
     }.items():
-        assert latency.verdict(low, ratio, high) == expected
+        assert latency.speed_verdict(low, ratio, high) == expected
 
 
 def test_ratio_interval_equals_scipys_bootstrap() -> None:

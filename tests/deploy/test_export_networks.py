@@ -40,7 +40,7 @@ FORMS: dict[str, dict[str, Any]] = {
 def make(arch: str, folder: Path) -> Classifier:
     if arch == "graph":
         return converted(write(folder, net(small(), v1=False))).classifier.eval()
-    return classifier(arch)
+    return classifier(arch, side=32 if arch == "cifarnet" else 16)
 
 
 def write_all(folder: Path, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Path]:

@@ -168,7 +168,7 @@ def compare(index: int, rows: Sequence[Row], timings: Timings) -> Row:
     if row.is_teacher:
         return row.extend(speedup=1.0, speedup_interval=(1.0, 1.0), verdict="teacher")
     low, ratio, high = ratio_interval(timings.ratios(teacher, index))
-    speed = verdict(low, ratio, high)
+    speed = speed_verdict(low, ratio, high)
     text = "no difference in speed" if speed == "no difference" else f"{max(ratio, 1 / ratio):,.3g}× {speed}"
     return row.extend(
         speedup=ratio,
@@ -207,7 +207,7 @@ def ratio_interval(sessions: Sequence[Floats]) -> tuple[float, float, float]:
     return float(np.exp(min(low, middle))), float(np.exp(middle)), float(np.exp(max(high, middle)))
 
 
-def verdict(low: float, ratio: float, high: float) -> str:
+def speed_verdict(low: float, ratio: float, high: float) -> str:
     """`faster`, `slower` or `no difference`: the interval must exclude 1, and the ratio be 2 % away from it."""
     if low > 1 and ratio >= _SMALLEST:
         return "faster"
