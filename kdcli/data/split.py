@@ -1,6 +1,5 @@
 """Split of the train images into training and validation samples, and of unsplit images into train and test."""
 
-from bisect import bisect
 from collections.abc import Iterable
 
 import numpy as np
@@ -32,11 +31,10 @@ def split_validation(labels: Int64, fraction: float) -> tuple[Int64, Int64]:
 
 
 def digests_of_test_images(digests: Iterable[bytes], fraction: float) -> set[bytes]:
-    """Those of a class's images, by SHA-256, that are test images: the ones below `fraction` of all possible values.
+    """Those of a class's images, by SHA-256, that are test images: the share `fraction` with the smallest values.
 
-    Hence an image keeps its side when others are added, and copies of it share it. Of two or more different images
-    at least one is a test image, and one is not.
+    Copies of an image are on its side. Of two or more different images at least one is a test image, and one is not.
     """
     ordered = sorted(set(digests))
-    count = bisect(ordered, int(fraction * 2**64).to_bytes(8, "big"))
+    count = round(fraction * len(ordered))
     return set(ordered[: min(max(count, 1), len(ordered) - 1)])
