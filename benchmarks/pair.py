@@ -20,7 +20,7 @@ from torchvision import transforms
 from kdcli import models
 from kdcli.data import ImageSet, Splits, preprocess
 from kdcli.data.images import fingerprint_of
-from kdcli.data.split import split
+from kdcli.data.split import split_validation
 from kdcli.methods.losses import logits as losses
 from kdcli.models import Classifier
 
@@ -84,7 +84,7 @@ class Pair:
     @cached_property
     def rows(self) -> tuple[Int64, Int64]:
         """Numbers of the images trained on and validated on: those that kd itself chooses."""
-        return split(self.splits.train.labels, self.val_fraction)
+        return split_validation(self.splits.train.labels, self.val_fraction)
 
     @cached_property
     def mean_std(self) -> tuple[Tensor, Tensor]:
