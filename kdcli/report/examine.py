@@ -90,7 +90,7 @@ def examine(runs: Sequence[Run], config: ReportConfig, on_event: OnEvent) -> lis
 def choose(sections: Sequence[Examined]) -> dict[str, Any]:
     """Template values of the student with the highest validation accuracy: test data selects nothing.
 
-    None is chosen where the next one is within a standard error of the binomial distribution.
+    None is chosen where the next one is within a standard error of the difference of two binomial shares.
     """
     results = [section.run.result for section in sections]
     known = [
@@ -102,7 +102,7 @@ def choose(sections: Sequence[Examined]) -> dict[str, Any]:
     if len(known) < 2:
         return {"best": known[0][2] if known else None, "undecided": None}
     (first, images, best), (second, _, _) = known[:2]
-    error = math.sqrt(first * (100 - first) / max(images, 1))
+    error = math.sqrt((first * (100 - first) + second * (100 - second)) / max(images, 1))
     decided = first - second > error
     return {"best": best if decided else None, "undecided": None if decided else (images, known[:2])}
 
