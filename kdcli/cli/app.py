@@ -161,7 +161,7 @@ def _fail(error: KdError) -> NoReturn:
 
 
 def _command() -> str:
-    """The name of the command on the command line, or nothing."""
+    """Name of the command on the command line; empty without one."""
     return next((word for word in sys.argv[1:] if word in COMMANDS), "")
 
 

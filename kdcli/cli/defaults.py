@@ -1,4 +1,4 @@
-"""What a command uses where no option says it: the teacher that is here, its data, a student for their size."""
+"""Defaults of options that are not given: teacher, data set, and student."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ C = TypeVar("C", bound=TrainConfig)
 
 
 def teacher_of(config: BenchConfig | ValidateConfig) -> Path:
-    """The teacher as set, or else the one that is here."""
+    """The teacher as set, or else `default_teacher`."""
     return existing_model(config.teacher) if "teacher" in config.model_fields_set else default_teacher()
 
 

@@ -179,14 +179,14 @@ def _one_line(message: str) -> str:
 
 
 class _Bars(Progress):
-    """Leaves room for the ^C that a terminal shows: on a line of its own, it would leave a torn bar behind."""
+    """Progress bars three columns narrower than the terminal: an echoed ^C does not wrap the line."""
 
     def get_renderables(self) -> Iterator[Constrain]:
         yield Constrain(self.make_tasks_table(self.tasks), _stderr.width - 3)
 
 
 class Activity:
-    """What a command does at the moment, on stderr: a spinner and a bar on a terminal, else a line now and then."""
+    """Progress of the running command on stderr: spinner and bar on a terminal, else periodic lines."""
 
     def __init__(self) -> None:
         columns = (

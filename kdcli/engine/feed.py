@@ -37,7 +37,7 @@ class Minibatch:
 
 @dataclass
 class Feed:
-    """Makes batches from an image set; on a GPU one batch ahead, in a thread of its own."""
+    """Batches of an image set; on a GPU prefetched by one batch in a background thread."""
 
     data: ImageSet
     augment_name: str

@@ -1,4 +1,4 @@
-"""The teacher before the first step: how right it is on what the student will see."""
+"""Accuracy and calibration of the teacher, measured before training."""
 
 import hashlib
 from functools import partial

@@ -53,8 +53,7 @@ _KINDS = {
     ),
     "module": (
         "a pickled PyTorch module, which is code",
-        "kd runs no code from a file. If you trust it, in Python: network = torch.load({file!r}, weights_only=False) "
-        "or the module in it, then " + _EXPORT,
+        "kd runs no code from a file. In the program that defines the network: " + _EXPORT,
     ),
 }  # fmt: skip
 

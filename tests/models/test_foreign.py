@@ -55,7 +55,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "module in a dictionary": (saved({"model": network(), "ema": None}), "a pickled PyTorch module", "runs no code"),
     "legacy": (saved(WEIGHTS, _use_new_zipfile_serialization=False), "a state_dict", "load_state_dict"),
     "legacy module": (
-        saved(network(), _use_new_zipfile_serialization=False), "a pickled PyTorch module", "weights_only=False",
+        saved(network(), _use_new_zipfile_serialization=False), "a pickled PyTorch module", "program that defines",
     ),
     "TorchScript": (script, "a TorchScript program", "torch.jit.load"),
     "safetensors": (
