@@ -8,7 +8,7 @@ from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import read_document
 from kdcli.base.names import nearest
 
-# `seed` is the reference's own.
+# seed: the reference's own. teacher: a network of one's own from labels, after airbench94 (see `models.cifarnet`).
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "seed": {
@@ -21,6 +21,16 @@ RECIPES: dict[str, dict[str, Any]] = {
         "preprocess": "mean-image",
         "teacher_dropout": 0.5,
         "dropout": 0.5,
+    },
+    "teacher": {
+        "method": "ce",
+        "student": "cifarnet",
+        "optimizer": "sgd",
+        "lr": 0.26,
+        "weight_decay": 0.00133,
+        "epochs": 24,
+        "augment": "flip-crop",
+        "ema": 0.995,
     },
 }
 
