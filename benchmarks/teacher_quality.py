@@ -106,7 +106,7 @@ def main() -> None:
                 cell = {
                     "teacher": name, "augment": augment, "epochs": epochs, "ce": sum(base) / len(base),
                     "difference": difference.mean, "interval": difference.interval, "verdict": verdict(difference),
-                    "check": check.to_json(),
+                    "check": check.to_dict(),
                 }  # fmt: skip
                 cells.append(cell)
                 low, high = difference.interval or (0.0, 0.0)

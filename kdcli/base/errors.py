@@ -14,6 +14,8 @@ class KdError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint:
+            self.add_note(f"hint: {hint}")  # below the message in a traceback
 
 
 class UsageError(KdError):

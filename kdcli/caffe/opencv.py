@@ -54,7 +54,7 @@ class Agreement:
         found = f"{self.largest_difference:.2g} on {self.images} images (limit {self.tolerance:.0e})"
         return f"{found}: {'pass' if self.holds else 'fail'}"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "tolerance": self.tolerance, "holds": self.holds}
 
 

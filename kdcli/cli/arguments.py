@@ -73,13 +73,14 @@ def data_for(
     path: Path,
     config: TestConfig | ValidateConfig,
     on_event: OnEvent,
+    splits: Splits | None = None,
 ) -> tuple[M, Splits]:
-    """The data as set or recorded, images as the model takes them, and the model in the data's order of classes."""
+    """The model in the data's order of classes; the data as set or recorded, as the model takes them, or `splits`."""
     from kdcli import data
     from kdcli.deploy.load import in_order_of
     from kdcli.teacher import assumptions
 
-    splits = data.load(
+    splits = splits or data.load(
         **data.source_for(path, model, config), image_size=config.image_size, on_event=on_event
     )
     model = in_order_of(model, splits.test.classes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,12 +44,12 @@ def bench(
     from kdcli.deploy.bench import bench as run_benchmark
     from kdcli.deploy.bench import to_csv, to_markdown
 
-    paths = _distinct(_models(model, config) if model else default_models(config))
+    paths = distinct(_models(model, config) if model else default_models(config))
     if config.plot is not None:
         plotting.check_target(config.plot)
     check_output_files(config.csv, config.markdown)
     result = run_benchmark(paths, config, on_event=output.on_event, skip=not model)
-    output.json(asdict(result))
+    output.json(result.to_dict())
     _show(result, config.details)
     if config.plot is not None:
         report.pareto(result.rows, config.plot)
@@ -82,7 +81,7 @@ def _models(named: list[Path], config: BenchConfig) -> list[Path]:
     return paths
 
 
-def _distinct(paths: list[Path]) -> list[Path]:
+def distinct(paths: list[Path]) -> list[Path]:
     """The first of files with the same content; ONNX files may hold their weights in files of their folder."""
     first: dict[tuple[str, Path | None], Path] = {}
     for path in paths:

@@ -19,10 +19,11 @@ from kdcli.cli.options import Recipe, command, examples
 from kdcli.methods import TrainConfig
 
 if TYPE_CHECKING:
+    from kdcli.data import Splits
     from kdcli.studies.compare import Comparison, Plan
 
 _PER_RUN = {"method", "seed", "runs_dir", "devices"}
-_CHAIN = {"assistant", "generations"}  # a comparison trains single students
+WITHOUT = _PER_RUN | {"assistant", "generations"}  # settings of kd train; a comparison trains single students
 _WITH_RESUME = {"csv", "markdown"}
 EPILOG = examples(
     "kd compare --methods ce,logits,kd --seeds 5 --data digits --epochs 20",
@@ -30,7 +31,7 @@ EPILOG = examples(
 )
 
 
-@command(CompareConfig, TrainConfig, without=_PER_RUN | _CHAIN)
+@command(CompareConfig, TrainConfig, without=WITHOUT)
 def compare(
     *,
     recipe: Recipe = None,
@@ -49,7 +50,31 @@ def compare(
     train = {name: value for name, value in options.items() if name not in own}
     settings = make(CompareConfig, own)
     check_output_files(settings.csv, settings.markdown)
-    if resume is not None and (recipe is not None or set(options) - _WITH_RESUME):
+    result, plan = run_comparison(settings, train, recipe, resume)
+    from kdcli.studies.compare.result import to_csv, to_markdown
+
+    for path, make_table in ((settings.csv, to_csv), (settings.markdown, to_markdown)):
+        if path is not None:
+            files.write_text(path, make_table(result))
+    output.json(result.to_dict())
+    _show(result, plan)
+    if result.failed:
+        raise KdError(
+            f"{len(result.failed)} of {len(result.runs)} runs failed: {result.failed[0].reason}",
+            f"Try them again: {plan.resume_command or 'the same command'}",
+        )
+    output.next_command(shell_command("report", {}, plan.folder))
+
+
+def run_comparison(
+    settings: CompareConfig,
+    train: dict[str, Any],
+    recipe: str | None = None,
+    resume: Path | None = None,
+    splits: Splits | None = None,
+) -> tuple[Comparison, Plan]:
+    """Start or continue a comparison, with options of kd train; `splits` are its data where they are loaded."""
+    if resume is not None and (recipe is not None or {*settings.model_fields_set, *train} - _WITH_RESUME):
         raise UsageError(
             "--resume continues a comparison as it was started; only --csv and --markdown go with it",
             "Leave the other options out, or start a new comparison.",
@@ -69,23 +94,13 @@ def compare(
     from kdcli import report
     from kdcli.engine.plan import load_data
     from kdcli.studies import compare as studies
-    from kdcli.studies.compare.result import to_csv, to_markdown
 
     plan = studies.make_plan(settings, train) if resume is None else studies.Plan.load(run_folder(resume))
-    result = studies.compare(plan, load_data(plan.train, output.on_event), on_event=output.on_event)
+    splits = splits or load_data(plan.train, output.on_event)
+    result = studies.compare(plan, splits, on_event=output.on_event)
     if any(row.count for row in result.standings):
         report.comparison(result, plan.folder / "figure.svg")
-    for path, make_table in ((settings.csv, to_csv), (settings.markdown, to_markdown)):
-        if path is not None:
-            files.write_text(path, make_table(result))
-    output.json(result.to_json())
-    _show(result, plan)
-    if result.failed:
-        raise KdError(
-            f"{len(result.failed)} of {len(result.runs)} runs failed: {result.failed[0].reason}",
-            f"Try them again: {plan.resume_command or 'the same command'}",
-        )
-    output.next_command(shell_command("report", {}, plan.folder))
+    return result, plan
 
 
 def _show(result: Comparison, plan: Plan) -> None:

@@ -188,7 +188,7 @@ def _to_json(
     return {
         "model": str(model),
         "output": str(target),
-        "check": None if agreement is None else agreement.to_json(),
+        "check": None if agreement is None else agreement.to_dict(),
         "arch": classifier.arch,
         "classes": list(classifier.classes),
         "input_size": list(classifier.input_size),

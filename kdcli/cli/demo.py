@@ -124,7 +124,7 @@ def _show(folder: Path, results: list[RunResult], best: RunResult, rows: list[Ro
             "folder": folder.as_posix(),
             "seconds": seconds,
             "best": best.config.method,
-            "runs": [result.to_json() for result in results],
+            "runs": [result.to_dict() for result in results],
             "rows": [vars(row) for row in rows],
         }
     )

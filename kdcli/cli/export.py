@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,7 +37,7 @@ def export(
     from kdcli.deploy.export import export as write_onnx
 
     result = write_onnx(source, config, on_event=output.on_event)
-    output.json(asdict(result))
+    output.json(result.to_dict())
     _show(result)
     output.next_command(shell_command("bench", {"teacher": _reference(source)}, result.path))
 

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,11 @@ class OutputSettings:
 
 settings = OutputSettings()
 _stderr = Console(stderr=True, highlight=False, emoji=False)
+
+
+def _draws() -> bool:
+    """Whether bars are drawn: on a terminal, and in a notebook that has widgets."""
+    return _stderr.is_interactive or (_stderr.is_jupyter and find_spec("ipywidgets") is not None)
 
 
 def _stdout(**options: Any) -> Console:
@@ -205,9 +211,12 @@ class Activity:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Show it from now on, also while the main thread imports libraries; acknowledge signals."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals are the main thread's
+            return
         self.group = ""
         self._set("loading libraries")
-        self.bars.disable = not _stderr.is_interactive or settings.quiet or settings.follower
+        self.bars.disable = not _draws() or settings.quiet or settings.follower
         inbox, outbox = socket.socketpair()
         outbox.setblocking(False)
         before = signal.set_wakeup_fd(outbox.fileno(), warn_on_full_buffer=False)
@@ -236,7 +245,7 @@ class Activity:
                     self.bars.live.stop()
                     note("stopping after this step; another Ctrl-C ends it at once", "bold")
                     inbox.settimeout(None)
-                elif not _stderr.is_interactive:
+                elif not _draws():
                     note(self.line())
                     inbox.settimeout(LINE_S)
                 continue

@@ -33,7 +33,7 @@ def reproduce(
     found = studies.read_finished(run_folder(run), config.method)
     data = studies.check_inputs(found, output.on_event)
     result = studies.reproduce(found, data, config.tolerance, output.on_event)
-    output.json(result.to_json())
+    output.json(result.to_dict())
     _show(result)
     if not result.holds:
         raise KdError(

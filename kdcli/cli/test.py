@@ -15,7 +15,10 @@ from kdcli.cli.options import command, examples
 
 if TYPE_CHECKING:
     from kdcli.base.config import InputSettings
+    from kdcli.data import Splits
+    from kdcli.deploy.onnx_model import OnnxClassifier
     from kdcli.engine import Evaluation
+    from kdcli.models import Classifier
     from kdcli.teacher import RecordedTeacher
 
 _MOST_DRAWN = 1_000  # classes of a figure
@@ -32,8 +35,6 @@ def test(
     from kdcli import data, report
     from kdcli.base import plotting, runtime
     from kdcli.deploy.load import load_model
-    from kdcli.engine import evaluate
-    from kdcli.teacher import Teacher, assumptions
 
     if config.plot is not None:
         plotting.check_target(config.plot)
@@ -44,19 +45,7 @@ def test(
             f"--plot: {len(loaded.classes):,} classes are too many for a figure, which has {_MOST_DRAWN:,} at most",
             "Leave it out; --json has the counts of all confusions.",
         )
-    loaded, splits = data_for(loaded, model, config, output.on_event)
-    teacher_logits = None
-    source, assumed = _teacher(config, loaded.provenance, model)
-    if source is not None:
-        size, threads = splits.test.input_size, config.threads
-        teacher = Teacher.open(source, config.cache_dir, threads=threads, assumed=assumed, input_size=size)
-        task = "teacher on test images"
-        [cache] = teacher.logits(splits.test, exact=True, task=task, on_event=output.on_event)
-        teacher_logits = cache.logits()
-    result = evaluate(
-        loaded, splits.test, teacher_logits=teacher_logits, task="testing", on_event=output.on_event
-    )
-    assumptions.check(model.name, loaded, splits.test, output.on_event, task="trying alternatives")
+    result, splits, source = measure(loaded, model, config)
     warning = data.overlap_warning(splits.overlap, result.count)
     classes = splits.test.classes
     output.json(
@@ -66,7 +55,7 @@ def test(
             "data": splits.label,
             "classes": list(classes),
             "teacher": str(source) if source else None,
-            "test": result.to_json(),
+            "test": result.to_dict(),
             "test_in_train": splits.overlap,
             "warning": warning,
         }
@@ -77,6 +66,29 @@ def test(
     if config.plot is not None:
         report.confusion(result.matrix(), classes, config.plot)
         output.text(f"wrote {config.plot}")
+
+
+def measure(
+    model: Classifier | OnnxClassifier, path: Path, config: TestConfig, splits: Splits | None = None
+) -> tuple[Evaluation, Splits, Path | None]:
+    """Figures on test images, of `splits` or as set or recorded; the data; the teacher that was compared with."""
+    from kdcli.engine import evaluate
+    from kdcli.teacher import Teacher, assumptions
+
+    model, splits = data_for(model, path, config, output.on_event, splits)
+    teacher_logits = None
+    source, assumed = _teacher(config, model.provenance, path)
+    if source is not None:
+        size, threads = splits.test.input_size, config.threads
+        teacher = Teacher.open(source, config.cache_dir, threads=threads, assumed=assumed, input_size=size)
+        task = "teacher on test images"
+        [cache] = teacher.logits(splits.test, exact=True, task=task, on_event=output.on_event)
+        teacher_logits = cache.logits()
+    result = evaluate(
+        model, splits.test, teacher_logits=teacher_logits, task="testing", on_event=output.on_event
+    )
+    assumptions.check(path.name, model, splits.test, output.on_event, task="trying alternatives")
+    return result, splits, source
 
 
 def _show(title: str, result: Evaluation, classes: tuple[str, ...]) -> None:

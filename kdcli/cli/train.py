@@ -20,6 +20,7 @@ from kdcli.cli.options import Recipe, command, examples
 from kdcli.methods import TrainConfig
 
 if TYPE_CHECKING:
+    from kdcli.data import Splits
     from kdcli.engine import RunDir, RunResult
 
 _METHODS = " · ".join(f"[bold]{name}[/bold] {entry.summary}" for name, entry in methods.METHODS.items())
@@ -48,6 +49,21 @@ def train(
 
     Teacher logits are computed once per augmented copy ("view") of the data and cached: later runs reuse them.
     """
+    results, data_label = run_training(options, recipe, resume)
+    if results:  # rank 0
+        _show(results, data_label)
+
+
+def run_training(
+    options: dict[str, Any],
+    recipe: str | None = None,
+    resume: str | None = None,
+    splits: Splits | None = None,
+) -> tuple[tuple[RunResult, ...], str]:
+    """Results of the run, or of each run of a chain (none if this process is not rank 0), and the data's label.
+
+    `splits` are the data where they are loaded already; `options` name them.
+    """
     if resume is not None:
         run, config = _resumed(resume, options, alone=recipe is None and not set(options) - {"method"})
     else:
@@ -59,9 +75,7 @@ def train(
         output.note_ignored(options, unread, f"with --method {config.method}")
     if config.unlabelled is not None:
         methods.objective(config).check(unlabelled=True)
-    results, data_label = _train(config, run, options)
-    if results:  # rank 0
-        _show(results, data_label)
+    return _train(config, run, options, splits)
 
 
 def _resumed(name: str, options: dict[str, Any], *, alone: bool) -> tuple[RunDir, TrainConfig]:
@@ -97,10 +111,9 @@ def _is_follower(config: TrainConfig) -> bool:
 
 
 def _train(
-    config: TrainConfig, run: RunDir | None, options: dict[str, Any]
+    config: TrainConfig, run: RunDir | None, options: dict[str, Any], splits: Splits | None
 ) -> tuple[tuple[RunResult, ...], str]:
-    """Results of the run, or of each run of a chain (none if this process is not rank 0), and the data's label."""
-    from kdcli import models
+    from kdcli import models, report
     from kdcli.base import runtime
     from kdcli.engine import fit_chain
     from kdcli.engine.plan import load_data
@@ -118,23 +131,23 @@ def _train(
     failed = True
     try:
         with world.first_alone():
-            splits = load_data(config, output.on_event)
+            splits = splits or load_data(config, output.on_event)
         results = fit_chain(config, splits, resume=run, world=world, on_event=output.on_event)
         failed = False
     finally:
         world.close(failed=failed)
-    return (results if world.first else ()), splits.label
+    results = results if world.first else ()
+    for each in results:
+        report.curves(each.run.metrics_file, each.run.path / "curves.svg")
+    return results, splits.label
 
 
 def _show(results: tuple[RunResult, ...], data_label: str) -> None:
-    from kdcli import report
     from kdcli.engine.plan import cache_mode
 
-    for each in results:
-        report.curves(each.run.metrics_file, each.run.path / "curves.svg")
     *before, result = results
-    chain = {"chain": [each.to_json() for each in before]} if before else {}
-    output.json({**result.to_json(), **chain})
+    chain = {"chain": [each.to_dict() for each in before]} if before else {}
+    output.json({**result.to_dict(), **chain})
     for each in before:
         output.text(
             f"{each.run.path.name}: {each.config.student}, test accuracy {each.evaluation.accuracy:.2f} %, "

@@ -100,7 +100,7 @@ def _show(result: TuneResult, config: TuneConfig, again: str) -> None:
             f"no trial of {config.study_name} is finished{f': {reasons[0]}' if reasons else ''}",
             "Choose other ranges and another --study." if reasons else f"Continue: {again}",
         )
-    output.json(result.to_json())
+    output.json(result.to_dict())
     names = list(dict.fromkeys(name for trial in result.trials for name in trial.values))
     finished = [trial for trial in result.trials if trial.state == "complete"]
     finished.sort(key=lambda trial: (-(trial.accuracy or 0.0), trial.number))

@@ -57,8 +57,8 @@ def validate(config: ValidateConfig) -> None:
             "data": splits.label,
             "published": published or None,
             "measured_before": measured,
-            "test": result.to_json(),
-            "against": agreement and {"file": str(config.against), **agreement.to_json()},
+            "test": result.to_dict(),
+            "against": agreement and {"file": str(config.against), **agreement.to_dict()},
         }
     )
     interval = output.interval(result.accuracy_interval)

@@ -24,8 +24,8 @@ class ImageSet:
         images: uint8 (N, H, W, C), RGB or grey: an array, a read-only memory map, or two of these joined.
     """
 
-    images: rows.Images
-    labels: npt.NDArray[np.int64]  # int64 (N,), in 0 … len(classes) − 1, or `NO_LABEL`
+    images: rows.Images = field(repr=False)
+    labels: npt.NDArray[np.int64] = field(repr=False)  # int64 (N,), in 0 … len(classes) − 1, or `NO_LABEL`
     classes: tuple[str, ...]
     fingerprint: str  # SHA-256 of the content (see `fingerprint_of`)
     crop: float = 1.0  # share of the original images' shorter side that these show, see `decode.resize`
@@ -56,6 +56,7 @@ class Splits:
     unlabelled: ImageSet | None = None  # further images to train on, without labels and classes
     overlap: int = 0  # number of test images that are train images too, see `overlap_of`
     test_fraction: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)  # of kd train, where they are known
 
     @property
     def trained_on(self) -> ImageSet:

@@ -13,6 +13,7 @@ import torch
 from kdcli.base.config import PredictConfig
 from kdcli.base.errors import KdError
 from kdcli.base.events import Note, OnEvent, Progress, ignore
+from kdcli.base.results import Result
 from kdcli.data import decode
 from kdcli.data.sources import MAX_MEMBER_BYTES, open_source
 from kdcli.data.tree import is_ignored
@@ -23,7 +24,7 @@ _BATCH = 64
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(Result):
     """Most probable classes of one image."""
 
     image: str  # its path; within an archive, archive and member

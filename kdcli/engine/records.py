@@ -33,6 +33,7 @@ from kdcli.base import metrics
 from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent, ignore
 from kdcli.base.files import MAX_JSON_BYTES, read_bytes, write_text
+from kdcli.base.results import Result
 from kdcli.base.text import reason
 from kdcli.data import ImageSet, overlap_warning
 from kdcli.engine.run_dir import RunDir
@@ -51,13 +52,12 @@ Folder = Annotated[
 ]
 
 
-class Record(BaseModel):
+class Record(Result, BaseModel):
     """Base of the schemas: values of exact types, frozen."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
-    def to_json(self) -> dict[str, Any]:
-        """Values for `json.dumps`."""
+    def to_dict(self) -> dict[str, Any]:
         return self.model_dump()
 
 
@@ -265,7 +265,7 @@ def epoch_lines(path: Path) -> list[Metrics]:
 def append_metrics(path: Path, line: Metrics) -> None:
     """Add a line and flush it to the disk, so that no saved state is newer than the metrics."""
     with path.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(line.to_json()) + "\n")
+        handle.write(json.dumps(line.to_dict()) + "\n")
         handle.flush()
         os.fsync(handle.fileno())
 
@@ -274,7 +274,7 @@ def cut_metrics(path: Path, step: int, epoch: int) -> None:
     """Drop what a resumed run will do again: lines beyond a step, and of epochs that were not finished."""
     lines = read_metrics(path) if path.exists() else []
     kept = [line for line in lines if line.step <= step and (line.kind == "step" or line.epoch <= epoch)]
-    write_text(path, "".join(json.dumps(line.to_json()) + "\n" for line in kept))
+    write_text(path, "".join(json.dumps(line.to_dict()) + "\n" for line in kept))
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -73,7 +73,7 @@ class Trainer:
         self.student.provenance = self._provenance(result)
         if self.world.first:
             self.student.save(self.run.student)
-            write_json(self.run.result_file, result.to_json())
+            write_json(self.run.result_file, result.to_dict())
         self.world.barrier()
         return result
 
@@ -245,7 +245,7 @@ class Trainer:
                 "skip_broken": config.skip_broken,
                 "fingerprint_train": data.train.fingerprint,
                 "fingerprint_test": data.test.fingerprint,
-                "unlabelled": result.unlabelled.to_json() if result.unlabelled else None,
+                "unlabelled": result.unlabelled.to_dict() if result.unlabelled else None,
             },
             "seed": config.seed,
             "epochs": config.epochs,

@@ -54,7 +54,7 @@ class Reproduction:
     def holds(self) -> bool:
         return self.verdict != DIFFERENT
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "holds": self.holds}
 
 

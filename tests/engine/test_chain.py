@@ -137,7 +137,7 @@ def test_a_finished_chain_is_not_trained_again(
     assert notes_of(told).count("it is not trained again") == 4
     for result in results:
         written = json.loads(result.run.result_file.read_text())
-        assert {"schema_version": 2, **json.loads(json.dumps(result.to_json()))} == written
+        assert {"schema_version": 2, **json.loads(json.dumps(result.to_dict()))} == written
         assert [line.epoch for line in result.history] == [1, 2]
     assert isinstance(results[-1].evaluation.confusion[0], tuple)
 

@@ -58,7 +58,7 @@ def line(kind: str, epoch: int, step: int, **changes: Any) -> Metrics:
 
 
 def test_a_result_is_read_as_it_was_written(result: RunResult, tmp_path: Path) -> None:
-    write_json(result.run.result_file, result.to_json())
+    write_json(result.run.result_file, result.to_dict())
     assert read_result(result.run.result_file) == result
     result.run.path.rename(tmp_path / "moved")
     assert read_result(tmp_path / "moved/result.json").run == RunDir(tmp_path / "moved")
@@ -88,7 +88,7 @@ def test_a_result_is_read_as_it_was_written(result: RunResult, tmp_path: Path) -
 )
 def test_a_wrong_result_is_one_line(result: RunResult, change: Callable[[str], str], message: str) -> None:
     result = result.model_copy(update={"test": result.evaluation.model_copy(update={"accuracy": 75.0})})
-    write_json(result.run.result_file, result.to_json())
+    write_json(result.run.result_file, result.to_dict())
     path = result.run.result_file
     path.write_text(change(path.read_text()), encoding="utf-8")
     with pytest.raises(KdError, match=message) as caught:
@@ -107,7 +107,7 @@ def test_figures_of_many_classes_are_small(result: RunResult) -> None:
     cells = {(true, predicted): count for true, predicted, count in test.confusion}
     assert cells == {(label, label): 1 for label in range(600) if label != 7} | {(7, 5_999): 1}
     written = result.model_copy(update={"test": test})
-    write_json(result.run.result_file, written.to_json())
+    write_json(result.run.result_file, written.to_dict())
     assert result.run.result_file.stat().st_size < 300_000
     assert read_result(result.run.result_file) == written
 
@@ -138,7 +138,7 @@ def test_only_a_last_half_line_is_left_out(tmp_path: Path) -> None:
     assert read_metrics(path) == lines
     assert epoch_lines(path) == lines[2:]
     with path.open("a") as handle:
-        handle.write("\n" + json.dumps(lines[0].to_json()) + "\n")
+        handle.write("\n" + json.dumps(lines[0].to_dict()) + "\n")
     with pytest.raises(KdError, match=r"metrics\.jsonl: line 4: Invalid JSON"):
         read_metrics(path)
 

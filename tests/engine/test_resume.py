@@ -40,7 +40,7 @@ def state_of(run: RunDir) -> dict[str, Any]:
         "student": checkpoint.digest(checkpoint.load(run.student).state_dict),
         "state": digest_without_clocks([stored.state_dict, stored.training]),
         "metrics": [
-            {key: value for key, value in line.to_json().items() if key not in ("seconds", "images_per_s")}
+            {key: value for key, value in line.to_dict().items() if key not in ("seconds", "images_per_s")}
             for line in read_metrics(run.metrics_file)
         ],
         "test": result["test"],

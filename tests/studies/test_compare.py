@@ -77,7 +77,7 @@ def students(plan: Plan) -> dict[str, str]:
 
 
 def without_clock(found: Comparison) -> dict[str, Any]:
-    document = found.to_json()
+    document = found.to_dict()
     for run in document["runs"]:
         run["seconds"] = run["run"] = None
     return {
@@ -113,7 +113,7 @@ def test_compare_pairs_runs_by_seed(splits: Splits) -> None:
     assert other.verdict == "inconclusive"
     # two views and the test images, once for all runs of all seeds
     assert found.teacher_passes == 3
-    assert json.loads(plan.result_file.read_text()) == json.loads(json.dumps(found.to_json()))
+    assert json.loads(plan.result_file.read_text()) == json.loads(json.dumps(found.to_dict()))
     for run in plan.runs:
         stored = run.run_dir.read_config()
         assert (stored.threads, stored.precision, stored.view_seed) == (1, "32", 0)

@@ -329,7 +329,7 @@ def test_fit_without_test_emits_epochs_and_no_test_figures(workplace: Path, spli
     assert [(e.epoch, e.epochs, e.loss, e.val_accuracy) for e in epochs] == [
         (line.epoch, 2, line.loss, line.val_accuracy) for line in lines
     ]
-    assert result.test is None and result.to_json()["test"] is None
+    assert result.test is None and result.to_dict()["test"] is None
     with pytest.raises(KdError, match="no test figures"):
         result.evaluation  # noqa: B018
 

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from kdcli.base.results import Result, Table
 from kdcli.base.tables import csv_text, markdown_cell, markdown_text
 from kdcli.deploy.bench.footprint import Footprint
 
-_MARKDOWN = (
+_COLUMNS = (
     "model, engine, network (MB), one image (ms), speed-up and 95 % interval, verdict, images/s, peak memory (MB), "
     "accuracy (%)"
 )
@@ -76,7 +77,7 @@ def rows_within(rows: Sequence[Row], budget_ms: float | None, max_drop: float | 
 
 
 @dataclass(frozen=True)
-class BenchResult:
+class BenchResult(Result):
     """All rows and the conditions of the measurement."""
 
     rows: tuple[Row, ...]  # the teacher's first
@@ -91,6 +92,9 @@ class BenchResult:
     notes: tuple[str, ...] = ()
     within_limits: tuple[tuple[str, str], ...] | None = None  # (name, engine); None without limits
 
+    def table(self) -> Table:
+        return _COLUMNS.split(", "), [_cells(row) for row in self.rows]
+
 
 def to_csv(result: BenchResult) -> str:
     """All figures, one line per model and engine; column names include units."""
@@ -99,7 +103,7 @@ def to_csv(result: BenchResult) -> str:
 
 def to_markdown(result: BenchResult) -> str:
     """The main figures as a table, and the conditions of the measurement."""
-    table = markdown_text(_MARKDOWN.split(", "), [_cells(row) for row in result.rows], left=(0, 1, 5))
+    table = markdown_text(*result.table(), left=(0, 1, 5))
     cpu = markdown_cell(str(result.environment["cpu"]["model"]))
     notes = (
         f"{cpu}, {result.threads} threads. One image: median of {result.rows[0].latency_n:,} calls in "

@@ -12,6 +12,7 @@ from kdcli.base.config import ExportConfig
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import OnEvent, Progress, ignore
 from kdcli.base.files import atomic_path
+from kdcli.base.results import Result
 from kdcli.data import ImageSet, Splits
 from kdcli.data.decode import Pixels
 from kdcli.deploy.export.job import AccuracyDrop, ExportJob, Quantisation, choose_samples
@@ -25,7 +26,7 @@ EXPORTS_DIR = Path("exports")
 
 
 @dataclass(frozen=True)
-class ExportResult:
+class ExportResult(Result):
     """The file and its measurements."""
 
     path: Path

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from kdcli import __version__
 from kdcli.base.config.settings import Seed
+from kdcli.base.results import Table
 from kdcli.base.tables import csv_text, markdown_cell, markdown_text
 from kdcli.data import overlap_warning
 from kdcli.engine import read_result
@@ -81,6 +82,18 @@ class Comparison(Record):
     @property
     def failed(self) -> list[RunFigures]:
         return [run for run in self.runs if run.status != "finished"]
+
+    def table(self) -> Table:
+        columns = [
+            "method",
+            "runs",
+            "test accuracy, %: mean ± sd",
+            f"difference to {self.baseline}, points",
+            "95 % interval",
+            "p (Holm)",
+            "verdict",
+        ]
+        return columns, [[row.method, *cells(row)] for row in self.standings]
 
     def accuracies(self, method: str) -> dict[int, float]:
         """Test accuracy of the finished runs of a method, by seed."""
@@ -235,16 +248,7 @@ def to_csv(result: Comparison) -> str:
 
 def to_markdown(result: Comparison) -> str:
     """The table of differences, and a line about its runs."""
-    columns = [
-        "method",
-        "runs",
-        "test accuracy, %: mean ± sd",
-        f"difference to {result.baseline}, points",
-        "95 % interval",
-        "p (Holm)",
-        "verdict",
-    ]
-    rows = [[row.method, *cells(row)] for row in result.standings]
+    columns, rows = result.table()
     table = markdown_text(columns, rows, left=(0, len(columns) - 1))
     notes = [
         f"{result.test_images:,} test images of {result.data}; student {result.student}, "

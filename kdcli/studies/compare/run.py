@@ -29,7 +29,7 @@ def compare(plan: Plan, data: Splits, *, on_event: OnEvent = ignore) -> Comparis
             with runtime.stop_on_signals() as stop:
                 failures = _train(plan, data, stop, on_event)
             result = conclude(plan, failures, data.label, len(data.test), data.overlap)
-            files.write_json(plan.result_file, result.to_json())
+            files.write_json(plan.result_file, result.to_dict())
     except OSError as error:
         raise KdError(f"cannot write {plan.folder}: {reason(error)}", "Choose another --out.") from error
     return result

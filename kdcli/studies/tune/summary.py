@@ -50,7 +50,7 @@ class TuneResult:
     def count(self, state: str) -> int:
         return sum(trial.state == state for trial in self.trials)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {
             "study": self.settings.study_name,
             "folder": self.settings.folder.as_posix(),

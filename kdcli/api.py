@@ -1,0 +1,347 @@
+"""The operations of the command line as functions.
+
+Settings are keyword arguments: `--batch-size 64` is `batch_size=64`, with the same default and bounds. Errors are
+`KdError`, with a `hint`. Progress and notes go to stderr, and to none with `kd.output.quiet = True`. Results print
+as tables, in a notebook too; `to_dict()` gives their values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from kdcli import methods as known_methods
+from kdcli.base import config as configs
+from kdcli.base import runtime
+from kdcli.base.config import DataSettings, ModelDataSettings, make
+from kdcli.base.errors import KdError, UsageError
+from kdcli.base.names import nearest
+from kdcli.base.results import Result
+from kdcli.cli import output as screen
+from kdcli.cli.arguments import check_image_size, existing_model
+from kdcli.cli.bench import default_models, distinct
+from kdcli.cli.compare import WITHOUT, run_comparison
+from kdcli.cli.test import measure
+from kdcli.cli.train import run_training
+from kdcli.data import Splits
+from kdcli.deploy import bench as benchmarks
+from kdcli.deploy import export as exports
+from kdcli.deploy import load as loading
+from kdcli.deploy import predict as predictions
+from kdcli.deploy.onnx_model import OnnxClassifier
+from kdcli.engine import Evaluation, RunResult, plan
+from kdcli.methods import TrainConfig
+from kdcli.models import Classifier, checkpoint
+from kdcli.studies.compare import Comparison
+
+Model = str | Path | Classifier | OnnxClassifier
+Teachers = Model | Sequence[Model]
+Student = str | Path | Classifier
+Data = str | Path | Splits
+P = ParamSpec("P")
+R = TypeVar("R")
+C = TypeVar("C", bound=ModelDataSettings)
+_OF_DATA = (*DataSettings.model_fields, "crop", "grey", "unlabelled")
+_PRINTED = ("plot", "csv", "markdown", "details")  # options of output alone
+output = screen.settings  # `quiet`
+_MODELS = Path("cache/models")  # checkpoints of models in memory
+
+
+@dataclass(frozen=True)
+class Run(Result):
+    """A finished training."""
+
+    student: Path  # its checkpoint
+    teacher: Path | None  # file of the first teacher; None without one
+    result: RunResult  # figures and settings
+    chain: tuple[RunResult, ...] = ()  # the trainings before it, of assistants and earlier generations
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.result.to_dict()
+
+
+def _drawn(function: Callable[P, R]) -> Callable[P, R]:
+    """Draw the progress of a call as the command line does."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with screen.activity.running():
+            return function(*args, **kwargs)
+
+    return call
+
+
+@_drawn
+def load_data(data: str | Path, **settings: Any) -> Splits:
+    """Read training and test images.
+
+    Args:
+        data: name of a data set, folder or archive of class folders, as `--data`.
+        **settings: `image_size`, `grey`, `crop`, `test_fraction`, `skip_broken`, `unlabelled`, `data_dir`,
+            `cache_dir`: options of `kd train`.
+
+    Returns:
+        Splits `train` and `test`: `images` uint8 (N, H, W, C), RGB or grey; `labels` int64 (N,); `classes`, their
+        names. Images may be a memory map.
+    """
+    _check_known(settings, _OF_DATA)
+    config = make(TrainConfig, {**settings, "data": str(data)})
+    return replace(
+        plan.load_data(config, screen.on_event), settings={name: getattr(config, name) for name in _OF_DATA}
+    )
+
+
+@_drawn
+def load_model(model: str | Path, *, threads: int = 0, **settings: Any) -> Classifier | OnnxClassifier:
+    """Read a checkpoint or an ONNX file.
+
+    Args:
+        model: path, or name of a run.
+        threads: CPU threads of onnxruntime; 0: all available cores.
+        **settings: what an ONNX file of another program leaves open: `scale`, `mean`, `std`, `channel_order`,
+            `layout`, `class_names`, `crop`, `image_size`.
+
+    Returns:
+        A model from raw images, a uint8 tensor (B, H, W, C) with values 0–255, to logits float32 (B, classes); with
+        `classes`, names in the order of the logits, and `input_size`, (H, W, C).
+    """
+    return loading.load_model(existing_model(Path(model)), threads, make(configs.InputSettings, settings))
+
+
+@_drawn
+def distill(
+    teacher: Teachers | None = None,
+    student: Student | None = None,
+    data: Data | None = None,
+    *,
+    recipe: str | None = None,
+    resume: str | Path | None = None,
+    **settings: Any,
+) -> Run:
+    """Train a student as `kd train`; measured once on the test images, at the end.
+
+    Args:
+        teacher: model or path; several are averaged. None: the only one in `weights/` and `runs/`.
+        student: name of a network, or a model whose weights it starts from.
+        data: from `load_data`, or as its argument. None: what the teacher was trained on.
+        recipe: name or TOML file of a preset, which the settings override.
+        resume: an interrupted run to continue, by name or folder; without other arguments.
+        **settings: options of `kd train`, such as `method="kd"`, `epochs=30`, `batch_size=128`, `tau=4.0`.
+
+    Returns:
+        The run: paths `student` and `teacher`; `result`, with accuracies in per cent.
+
+    Raises:
+        Interrupted: Ctrl-C; the hint continues the run, as does `resume`.
+    """
+    splits, values = _of_training(teacher, student, data, settings)
+    if values.get("devices", 1) != 1:
+        raise UsageError("devices: from Python a run has one process", "For several: kd train --devices N")
+    results, _ = run_training(values, recipe, None if resume is None else str(resume), splits)
+    *before, result = results
+    reads = known_methods.objective(result.config).needs_teacher
+    return Run(result.run.student, result.config.teacher[0] if reads else None, result, tuple(before))
+
+
+@_drawn
+def evaluate(
+    model: Model, data: Data | None = None, *, teacher: Model | None = None, **settings: Any
+) -> Evaluation:
+    """Measure a model on test images as `kd test`.
+
+    Args:
+        model: model, path, or name of a run.
+        data: from `load_data`, or as its argument. None: what the model was trained on.
+        teacher: model to compare with. None: the recorded one, if its file is unchanged.
+        **settings: options of `kd test`.
+
+    Returns:
+        Accuracy with its 95 % interval, by class, and agreement with the teacher, in per cent; cross-entropy in nats.
+    """
+    if teacher is not None:
+        settings["teacher"] = _path(teacher)
+    config, splits = _of_model(configs.TestConfig, data, settings)
+    loaded, path = _loaded(model, config, config.threads)
+    return measure(loaded, path, config, splits)[0]
+
+
+@_drawn
+def export(
+    model: str | Path | Classifier,
+    output: str | Path | None = None,
+    *,
+    int8: bool | str = False,
+    data: Data | None = None,
+    **settings: Any,
+) -> exports.ExportResult:
+    """Write a model as one ONNX file, verified on training images, as `kd export`.
+
+    Args:
+        model: model, checkpoint, or name of a run.
+        output: file; None: `exports/NAME.onnx`.
+        int8: True quantises by the default recipe; a text is a recipe, or `auto`: the best of several, or float32
+            where int8 is not faster here.
+        data: from `load_data`, or as its argument. None: what the model was trained on.
+        **settings: options of `kd export`, such as `with_preprocessing=True`, `max_drop=0.5` (points).
+
+    Returns:
+        Path and size (bytes) of the file, largest difference of its outputs, cost of int8.
+
+    Raises:
+        KdError: the outputs differ, or the loss of accuracy is above `max_drop`; no file is written.
+    """
+    settings |= {"int8_recipe": int8} if isinstance(int8, str) else {"int8": int8}
+    config, splits = _of_model(
+        configs.ExportConfig, data, settings | ({} if output is None else {"output": output})
+    )
+    return exports.export(_path(model), config, splits, screen.on_event)
+
+
+@_drawn
+def bench(
+    models: Iterable[Model] = (), *, data: Data | None = None, **settings: Any
+) -> benchmarks.BenchResult:
+    """Measure models against the first as `kd bench`, on this CPU.
+
+    Args:
+        models: models, paths or names of runs, the teacher first; by default all there are.
+        data: from `load_data`, or as its argument; its test images give accuracy. None: the recorded accuracy.
+        **settings: options of `kd bench`, such as `rounds=100`, `batch=(1, 64)`, `engine="onnxruntime"`.
+
+    Returns:
+        A row for each model and engine: latency of one image in ms, images per second, sizes in bytes, ratios to
+        the teacher with 95 % intervals, accuracy in per cent.
+    """
+    if isinstance(sizes := settings.get("batch"), list | tuple):
+        settings["batch"] = ",".join(map(str, sizes))
+    config, splits = _of_model(configs.BenchConfig, data, settings)
+    paths = [_path(model) for model in models]
+    return benchmarks.bench(
+        distinct(paths or default_models(config)), config, splits, screen.on_event, skip=not paths
+    )
+
+
+@_drawn
+def predict(
+    model: Model, images: str | Path | Iterable[str | Path], **settings: Any
+) -> list[predictions.Prediction]:
+    """Classify image files as `kd predict`.
+
+    Args:
+        model: model, path, or name of a run.
+        images: image files, folders or archives of them.
+        **settings: options of `kd predict`, such as `top_k=1`.
+
+    Returns:
+        For each image its path, the most probable `classes`, and their `probabilities` in 0–1.
+    """
+    config = make(configs.PredictConfig, settings)
+    loaded, path = _loaded(model, config, config.threads)
+    check_image_size(path, loaded.input_size, config.image_size)
+    files = [images] if isinstance(images, str | Path) else images
+    return list(predictions.predict(loaded, list(map(Path, files)), config, on_event=screen.on_event))
+
+
+@_drawn
+def compare(
+    methods: str | Sequence[str] = (),
+    *,
+    teacher: Teachers | None = None,
+    student: Student | None = None,
+    data: Data | None = None,
+    seeds: int | Sequence[int] | None = None,
+    recipe: str | None = None,
+    resume: str | Path | None = None,
+    **settings: Any,
+) -> Comparison:
+    """Train with several methods and seeds, and test whether one is better, as `kd compare`.
+
+    Args:
+        methods: names, by default `ce` and `kd`.
+        teacher, student, data, recipe: as in `distill`.
+        seeds: number of seeds, or their list.
+        resume: a comparison to continue, by name or folder; without other arguments.
+        **settings: options of `kd compare`.
+
+    Returns:
+        For each method mean and deviation of test accuracies in per cent, the difference from the baseline in
+        points with its 95 % interval, and a verdict; `failed` lists runs that did not finish.
+    """
+    _check_known(settings, {*configs.CompareConfig.model_fields, *TrainConfig.model_fields} - WITHOUT)
+    splits, train = _of_training(teacher, student, data, settings)
+    own = {name: train.pop(name) for name in set(train) & set(configs.CompareConfig.model_fields)}
+    if methods:
+        own["methods"] = methods if isinstance(methods, str) else ",".join(methods)
+    if seeds is not None:
+        own["seeds"] = seeds if isinstance(seeds, int) else "".join(f"{seed}," for seed in seeds)
+    config = make(configs.CompareConfig, own)
+    return run_comparison(config, train, recipe, None if resume is None else Path(resume), splits)[0]
+
+
+def _check_known(given: Iterable[str], known: Iterable[str]) -> None:
+    known = set(known) - set(_PRINTED)
+    for name in sorted(set(given) - known):
+        hint = "Only the command line has it." if name in _PRINTED else nearest(name, sorted(known))
+        raise UsageError(f"unknown setting: {name}", hint)
+
+
+def _of_training(
+    teacher: Teachers | None, student: Student | None, data: Data | None, settings: dict[str, Any]
+) -> tuple[Splits | None, dict[str, Any]]:
+    """The data where they are loaded, and the options of kd train; the data's are those they were loaded with."""
+    values = dict(settings)
+    if teacher is not None:
+        several: Sequence[Any] = teacher if isinstance(teacher, list | tuple) else [teacher]
+        values["teacher"] = tuple(map(_path, several))
+    if student is not None:
+        values["student"] = str(_path(student) if isinstance(student, Classifier) else student)
+    if not isinstance(data, Splits):
+        return None, values if data is None else {**values, "data": str(data)}
+    for name in sorted(set(_OF_DATA) & set(settings)):
+        raise UsageError(f"{name} is a setting of the data, which are loaded", f"Pass {name} to load_data.")
+    return data, {**values, "data": data.spec, **data.settings}
+
+
+def _of_model(kind: type[C], data: Data | None, settings: dict[str, Any]) -> tuple[C, Splits | None]:
+    """Settings of a command that evaluates a model, and the data where they are loaded."""
+    _check_known(settings, kind.model_fields)
+    if not isinstance(data, Splits):
+        return make(kind, settings if data is None else {**settings, "data": str(data)}), None
+    places = {name: data.settings[name] for name in ("data_dir", "cache_dir") if name in data.settings}
+    return make(kind, {**places, **settings}), data
+
+
+def _loaded(
+    model: Model, config: configs.InputSettings, threads: int
+) -> tuple[Classifier | OnnxClassifier, Path]:
+    """A model in evaluation mode, and its path or name."""
+    runtime.set_threads(threads)
+    if isinstance(model, str | Path):
+        path = existing_model(Path(model))
+        return loading.load_model(path, threads, config), path
+    for name in config.given:
+        raise UsageError(f"{name} is a setting of the model, which is loaded", f"Pass {name} to load_model.")
+    return (model, model.path) if isinstance(model, OnnxClassifier) else (model.eval(), Path(model.arch))
+
+
+def _path(model: Model) -> Path:
+    """The file of a model; a checkpoint in memory is written to `cache/models/`, under a hash of its content."""
+    if isinstance(model, str | Path):
+        return existing_model(Path(model))
+    if isinstance(model, OnnxClassifier):
+        if model.is_foreign and model.assumed.given:
+            hint = "Pass its path, and the settings of its input beside it."
+            raise UsageError(
+                f"{model.path} is read again here, without {', '.join(model.assumed.given)}", hint
+            )
+        return model.path
+    stored = model.to_checkpoint()
+    name = re.sub(r"[^\w.-]", "_", stored.arch)
+    path = _MODELS / f"{name}-{checkpoint.digest(vars(stored))[:32]}.pt"
+    if not path.is_file():
+        checkpoint.save(path, stored)
+    return path

@@ -1,0 +1,56 @@
+"""Results of operations: as plain values, and as a table of text or HTML."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from html import escape
+from typing import Any, cast
+
+from kdcli.base.text import printable
+
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # columns and rows
+_MOST_VALUES = 10  # of a sequence that is listed
+
+
+class Result:
+    """Base of results: `to_dict`, a table for `print`, the same for a notebook."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by name, for `json.dumps(…, default=str)`."""
+        return asdict(cast(Any, self))
+
+    def table(self) -> Table:
+        """Columns and rows; by default a row for each value."""
+        return ("", type(self).__name__), list(_rows(self.to_dict()))
+
+    def __str__(self) -> str:
+        columns, rows = self.table()
+        widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+        lines = (map(str.ljust, map(printable, cells), widths) for cells in (columns, *rows))
+        return "\n".join("  ".join(line).rstrip() for line in lines)
+
+    def _repr_html_(self) -> str:
+        columns, rows = self.table()
+        lines = [_line("th", columns), *(_line("td", cells) for cells in rows)]
+        return f"<table>{''.join(lines)}</table>"
+
+
+def _line(tag: str, cells: Sequence[str]) -> str:
+    return f"<tr>{''.join(f'<{tag}>{escape(printable(cell))}</{tag}>' for cell in cells)}</tr>"
+
+
+def _rows(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """A name and a text for each value, those of dictionaries as `name.key`; long sequences as their length."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _rows(part, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        plain = len(value) <= _MOST_VALUES and not any(
+            isinstance(part, dict | list | tuple) for part in value
+        )
+        yield name, ", ".join(map(_text, value)) or "—" if plain else f"{len(value)} values"
+    else:
+        yield name, _text(value)
+
+
+def _text(value: Any) -> str:
+    return "—" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

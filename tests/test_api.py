@@ -1,0 +1,176 @@
+"""The functions of `import kdcli as kd` beside the commands of the same name."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+import kdcli as kd
+from kdcli.api import Run
+from kdcli.base.errors import UsageError
+from kdcli.base.results import Result
+from kdcli.cli import compare as compare_command
+from kdcli.cli import export as export_command
+from kdcli.cli import output
+from kdcli.cli import test as test_command
+from kdcli.cli import train as train_command
+from kdcli.data import Splits
+from tests.helpers import ROOT, command_line, digest, digits_student, image_folder
+
+SHORT: dict[str, Any] = {"epochs": 1, "batch_size": 16, "precision": "32", "threads": 1}
+WORDS = ("--epochs", "1", "--batch-size", "16", "--precision", "32", "--threads", "1")
+
+
+@pytest.fixture
+def photos(workplace: Path) -> Splits:
+    """Images of 12×12 of three classes, loaded at another size than their own."""
+    image_folder(Path("photos"))
+    return kd.load_data("photos", image_size=12)
+
+
+@pytest.fixture
+def run(photos: Splits) -> Run:
+    teacher = kd.distill(method="ce", student="convnet-small", data=photos, name="teacher", **SHORT)
+    assert teacher.teacher is None and teacher.student == Path("runs/teacher/student.pt")
+    return kd.distill(teacher.student, "convnet-tiny", photos, tau=2.0, **SHORT)
+
+
+def test_import_loads_no_library() -> None:
+    code = "import sys, kdcli; print(len({'torch', 'numpy', 'pydantic', 'rich', 'typer'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout == "0\n"
+    assert not hasattr(kd, "absent") and kd.distill.__doc__
+
+
+def test_training_and_figures_are_those_of_the_commands(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = command_line(monkeypatch, train_command, test_command, export_command)
+    words = ("--data", "photos", "--image-size", "12", "--tau", "2", *WORDS)
+    call("train", "--teacher", str(run.teacher), "--student", "convnet-tiny", *words)
+    again = Path("runs/kd-convnet-tiny-2/student.pt")
+    assert (run.student, run.teacher) == (
+        Path("runs/kd-convnet-tiny-1/student.pt"),
+        Path("runs/teacher/student.pt"),
+    )
+    assert digest(again) == digest(run.student)
+    # figures: of a path and of a model in memory, with the recorded teacher and data
+    document = json.loads(call("test", str(again), "--json", "--threads", "1").stdout)["test"]
+    model = kd.load_model(run.student)
+    for each in (run.student, "kd-convnet-tiny-1", model):
+        found = kd.evaluate(each, "photos", teacher=run.teacher, threads=1)
+        assert json.loads(json.dumps(found.to_dict())) == document
+    assert found.accuracy == run.result.evaluation.accuracy
+    # the file of kd export
+    exported = kd.export(run.student, "x.onnx", parity_images=7)
+    assert exported.path == Path("x.onnx") and exported.quantisation is None
+    call("export", str(run.student), "-o", "y.onnx", "--parity-images", "7")
+    assert Path("x.onnx").read_bytes() == Path("y.onnx").read_bytes()
+
+
+def test_models_in_memory_stand_for_their_content(run: Run, photos: Splits) -> None:
+    model: Any = kd.load_model(run.student)
+    with torch.no_grad():
+        model.network.fc.bias.copy_(torch.tensor([0.0, 1e3, 0.0]))  # always the second class
+    images = torch.from_numpy(photos.test.images[:4].copy())
+    assert model(images).argmax(dim=1).tolist() == [1, 1, 1, 1]
+    shares = kd.evaluate(model, photos).per_class
+    assert shares == (0, 100, 0)
+    kd.export(model, "changed.onnx", data=photos, parity_images=7)
+    Image.new("RGB", (40, 30)).save("new.png")
+    for each in (model, "changed.onnx", kd.load_model("changed.onnx")):
+        [found] = kd.predict(each, "new.png", top_k=1)
+        assert found.classes == ("class-1",)
+    result = kd.bench(
+        [run.student, model, kd.load_model("changed.onnx")],
+        data=photos, rounds=3, max_seconds=1, no_memory=True, batch=(1, 2), engine="onnxruntime", threads=1,
+    )  # fmt: skip
+    assert [row.accuracy for row in result.rows][1:] == [pytest.approx(100 / 3)] * 2
+    assert result.batches == (1, 2) and result.rows[0].path == run.student
+    # as a teacher and as the start of a student; the same content is one file
+    again = kd.distill([model, run.student], model, photos, teacher_weight=(1, 3), **SHORT)
+    [file] = Path("cache/models").iterdir()
+    assert again.teacher == file and again.result.config.student_file == file
+
+
+def test_comparison_has_the_runs_of_the_command(photos: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = {"student": "convnet-tiny", "data": photos}
+    found = kd.compare(["ce", "ls"], seeds=[3], out="here", **common, **SHORT)
+    assert [(each.method, each.seed) for each in found.runs] == [("ce", 3), ("ls", 3)]
+    call = command_line(monkeypatch, compare_command)
+    words = ("--methods", "ce,ls", "--seeds", "3,", "--student", "convnet-tiny", "--out", "there")
+    call(*words, "--data", "photos", "--image-size", "12", *WORDS)
+    [file] = Path().glob("there/*/comparison.json")
+    written = json.loads(file.read_text())
+    assert [row["test_mean"] for row in written["standings"]] == [row.test_mean for row in found.standings]
+    assert (file.parent.parent.parent / "here" / file.parent.name / "figure.svg").is_file()
+    assert kd.compare(resume=file.parent).standings == found.standings
+
+
+def test_errors_have_a_hint_and_leave_nothing(workplace: Path) -> None:
+    digits = kd.load_data("digits")
+    before = sorted(workplace.rglob("*"))
+    cases: list[tuple[Any, str, str]] = [
+        (lambda: kd.load_data("digits", epochs=3), "unknown setting: epochs", "image_size"),
+        (lambda: kd.load_data("absent"), "no dataset or path: absent", "digits"),
+        (lambda: kd.distill(data=digits, method="ce", image_size=9), "image_size is a setting", "load_data"),
+        (lambda: kd.distill(data=digits, method="ce", epoch=9), "unknown setting: epoch", "epochs"),
+        (lambda: kd.distill("absent.pt", data=digits), "no such file: absent.pt", "kd demo"),
+        (lambda: kd.distill(data=digits, method="ce", devices=2), "one process", "kd train --devices"),
+        (lambda: kd.bench(plot="x.svg"), "unknown setting: plot", "command line"),
+        (lambda: kd.compare("ce", seed=3), "unknown setting: seed", "seeds"),
+        (lambda: kd.export("absent.pt", int8="small"), "int8", "See --help"),
+    ]
+    for call, message, hint in cases:
+        with pytest.raises(kd.KdError) as caught:
+            call()
+        assert message in caught.value.message and hint in caught.value.hint
+        assert f"hint: {caught.value.hint}" in "".join(traceback.format_exception(caught.value))
+    digits_student(Path("student.pt"))
+    model = kd.load_model("student.pt")
+    with pytest.raises(UsageError, match="scale is a setting of the model"):
+        kd.predict(model, "x.png", scale="1/255")
+    assert sorted(workplace.rglob("*")) == sorted([*before, workplace / "student.pt"])
+
+
+def test_results_are_tables_of_their_values(run: Run) -> None:
+    [accuracy] = re.findall(r"^test\.accuracy +(\S+)$", str(run), re.MULTILINE)
+    assert float(accuracy) == pytest.approx(run.result.evaluation.accuracy, rel=1e-3)
+    assert json.loads(json.dumps(run.to_dict()))["student"] == "convnet-tiny"
+
+    class Odd(Result):
+        def to_dict(self) -> dict[str, Any]:
+            return {"name": "<b>\x1b[1m", "inner": {"shares": (0.5, None), "many": list(range(99))}}
+
+    assert str(Odd()).splitlines()[1:] == [
+        "name          <b> [1m",
+        "inner.shares  0.5, —",
+        "inner.many    99 values",
+    ]
+    assert "<td>&lt;b&gt; [1m</td>" in Odd()._repr_html_()
+
+
+def test_bars_in_notebooks_need_widgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "_stderr", Console(stderr=True, force_jupyter=True))
+    monkeypatch.setattr(output, "find_spec", lambda name: None)
+    assert not output._draws()
+    monkeypatch.setattr(output, "find_spec", lambda name: name == "ipywidgets")
+    assert output._draws()
+
+
+def test_functions_run_in_other_threads(workplace: Path) -> None:
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(kd.load_data("digits")))
+    thread.start()
+    thread.join()
+    assert np.shape(found[0].test.images)[1:] == (8, 8, 1)

@@ -1,0 +1,112 @@
+"""What the pages show is run, or at least parsed."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdcli.methods import Batch, Features
+from kdcli.methods.registry import ATTRIBUTE
+from tests.cli.conftest import check_options
+from tests.cli.test_first_steps import save_pictures
+from tests.helpers import ROOT
+
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    )
+
+
+def execute(code: str, variables: dict[str, Any]) -> None:
+    """Run a cell; its last expression is shown as a notebook does."""
+    *body, last = ast.parse(code).body
+    if not isinstance(last, ast.Expr):
+        body.append(last)
+    exec(compile(ast.Module(body, []), "cell", "exec"), variables)
+    if isinstance(last, ast.Expr):
+        shown = eval(compile(ast.Expression(last.value), "cell", "eval"), variables)
+        assert "<table>" in getattr(shown, "_repr_html_", lambda: "<table>")()
+
+
+def test_all_python_is_known() -> None:
+    """Pieces of Python by page: each is run by a test here, in test_readme or in test_custom_methods."""
+    found = {page.name: len(blocks(page, "python")) for page in PAGES}
+    expected = {"README.md": 2, "methods.md": 2, "python.md": 5}
+    assert {name: count for name, count in found.items() if count} == expected
+
+
+def test_commands_have_known_options() -> None:
+    text = "\n".join(block for page in PAGES for block in blocks(page, "sh")).replace("\\\n", " ")
+    commands = [line.partition(" #")[0].strip() for line in text.splitlines() if line.startswith("kd ")]
+    assert len(commands) > 30
+    for command in commands:
+        check_options(command)
+
+
+def test_method_of_the_page_about_methods() -> None:
+    code = blocks(ROOT / "docs" / "methods.md", "python")[1]
+    variables: dict[str, Any] = {}
+    exec(
+        "from typing import Annotated\nfrom kdcli.methods import *\nfrom torch import Tensor\n" + code,
+        variables,
+    )
+    described = getattr(variables["aligned"], ATTRIBUTE)
+    assert described.needs_features and list(described.fields) == ["aligned_margin"]
+    student, teacher = (
+        Features((), torch.tensor(rows)) for rows in ([[2.0, 0.0], [0.0, 3.0]], [[1.0, 0.0], [4.0, 0.0]])
+    )
+    numbers = torch.zeros(2).long()
+    batch = Batch(
+        torch.zeros(2, 2),
+        None,
+        numbers,
+        numbers.numpy(),
+        0,
+        0,
+        student_features=student,
+        teacher_features=teacher,
+    )
+    assert float(described.loss(batch, margin=1.0)) == 0.5  # cosines 1 and 0
+
+
+@pytest.mark.slow
+def test_page_about_python(workplace: Path) -> None:
+    variables: dict[str, Any] = {}
+    for code in blocks(ROOT / "docs" / "python.md", "python"):
+        execute(code, variables)
+
+
+@pytest.mark.slow
+def test_python_of_the_readme(workplace: Path) -> None:
+    save_pictures(Path("photos"), 40)
+    [code] = [block for block in blocks(ROOT / "README.md", "python") if "kdcli" in block]
+    for long, short in (
+        ('"resnet56"', '"convnet-tiny", epochs=1'),
+        ('"mobilenetv2-half"', '"convnet-tiny"'),
+        ("epochs=30", "epochs=1"),
+        ("data=photos))", "data=photos, rounds=3, max_seconds=1, no_memory=True))"),
+    ):
+        assert code.count(long) == 1
+        code = code.replace(long, short)
+    execute(code, {})
+    assert Path("student.onnx").is_file()
+
+
+@pytest.mark.slow
+def test_notebook(workplace: Path) -> None:
+    notebook = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    variables: dict[str, Any] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"] and cell["execution_count"] is None
+            execute("".join(cell["source"]), variables)
+    assert variables["run"].result.test.accuracy > 85
