@@ -6,10 +6,12 @@ import time
 
 import numpy as np
 import torch
-from pair import BATCH, LAMDA, LEARNING_RATE, TAU, Int64, Pair, Timing, tell
+from pair import BATCH, LAMDA, LEARNING_RATE, TAU, Int64, Pair, Timing
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+
+from kdcli import models
 
 
 def loader_of(pair: Pair, rows: Int64, workers: int, *, flip: bool) -> DataLoader[tuple[Tensor, Tensor]]:
@@ -34,7 +36,7 @@ class NaiveLoop:
         self.pair = pair
         self.teacher = pair.teacher
         self.student = pair.student()
-        self.optimizer = torch.optim.Adam(self.student.parameters(), LEARNING_RATE)
+        self.optimizer: torch.optim.Optimizer = torch.optim.Adam(self.student.parameters(), LEARNING_RATE)
         self.loader = loader_of(pair, rows, workers, flip=True)
 
     def loss_of(self, pixels: Tensor, labels: Tensor) -> Tensor:
@@ -47,7 +49,7 @@ class NaiveLoop:
         )
         return LAMDA * F.cross_entropy(logits, labels) + (1 - LAMDA) * TAU**2 * soft
 
-    def epoch(self, schedule: torch.optim.lr_scheduler.LRScheduler | None = None) -> Timing:
+    def round(self) -> Timing:
         """One pass over the loader."""
         self.student.train()
         images, running = 0, 0.0
@@ -57,8 +59,6 @@ class NaiveLoop:
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.step()
-            if schedule is not None:
-                schedule.step()
             running += loss.item()
             images += len(labels)
         seconds = time.perf_counter() - started
@@ -71,37 +71,21 @@ class NaiveLoop:
         self.loss_of(pixels, labels).backward()  # type: ignore[no-untyped-call]
         self.optimizer.zero_grad()
 
-    def round(self) -> Timing:
-        return self.epoch()
 
-    def accuracy(self, rows: Int64) -> float:
-        """Per cent of the named train images that the student gets right."""
-        self.student.eval()
-        right = 0
-        with torch.inference_mode():
-            for pixels, labels in DataLoader(self.pair.dataset(rows, flip=False), BATCH):
-                right += int((self.student(pixels).argmax(dim=1) == labels).sum())
-        return 100 * right / len(rows)
+class LabelLoop(NaiveLoop):
+    """The same loop training a network from labels alone, by SGD."""
 
-    def train_to(self, percent: float, epochs: int) -> list[tuple[float, float]]:
-        """Train by kd's recipe until the validation images are right often enough.
+    key = "labels"
+    label = "naive loop, teacher's training"
+    note = "labels"
 
-        Returns:
-            For each epoch the seconds of training so far, evaluation not counted, and the accuracy.
-        """
-        rate = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer,
-            LEARNING_RATE,
-            total_steps=epochs * len(self.loader),
-            final_div_factor=400,  # of the first rate, the peak / 25: it ends at the peak · 1e-4, as kd does
-            cycle_momentum=False,  # on by default, and it would move Adam's β₁
-        )
-        curve: list[tuple[float, float]] = []
-        seconds = 0.0
-        for number in range(1, epochs + 1):
-            seconds += self.epoch(rate).seconds
-            curve.append((seconds, self.accuracy(self.pair.rows[1])))
-            tell(f"naive loop, epoch {number}/{epochs}: {curve[-1][1]:.2f} % after {seconds:.1f} s")
-            if curve[-1][1] >= percent:
-                break
-        return curve
+    def __init__(self, pair: Pair, rows: Int64, workers: int, network: str) -> None:
+        super().__init__(pair, rows, workers)
+        train = pair.splits.train
+        self.student = models.build(network, classes=len(train.classes), input_size=train.input_size)
+        weights = [value for value in self.student.parameters() if value.requires_grad]
+        self.optimizer = torch.optim.SGD(weights, 1e-3, momentum=0.9, nesterov=True)
+
+    def loss_of(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of a batch as the loader gives it."""
+        return F.cross_entropy(self.student(pixels), labels)

@@ -31,7 +31,6 @@ from kd_loop import BareStep, KdLoop, matmul_peak, set_threads, training_flops
 from naive_loop import NaiveLoop
 from pair import BATCH, Pair, Side, cut, spread, tell
 from throughput_table import Measured, summary, table
-from to_accuracy import kd_to, line_of, naive_to
 from torchdistill_loop import TorchdistillLoop, reason_against
 
 from kdcli import data
@@ -92,8 +91,6 @@ def _measure_all(args: argparse.Namespace, splits: Splits, scratch: Path, report
     if args.profile:
         set_threads(args.threads)
         print(BareStep(pair, precision=report.get("precision", args.precision)).profile(), flush=True)
-    if args.to_accuracy is not None:
-        _to_accuracy(args, _pair(splits, args.accuracy_images, args), chosen, scratch, report)
 
 
 def _pair(splits: Splits, images: int, args: argparse.Namespace) -> Pair:
@@ -101,29 +98,6 @@ def _pair(splits: Splits, images: int, args: argparse.Namespace) -> Pair:
     train = cut(splits.train, images) if images else splits.train
     shortened = Splits(splits.spec, splits.label, train, cut(splits.test, TEST_IMAGES))
     return Pair(shortened, args.teacher, args.val_fraction)
-
-
-def _to_accuracy(
-    args: argparse.Namespace, pair: Pair, chosen: Sequence[str], scratch: Path, report: dict[str, Any]
-) -> None:
-    found: dict[str, Any] = {
-        "percent": args.to_accuracy,
-        "epochs": args.epochs,
-        "trained_on": len(pair.rows[0]),
-        "validated_on": len(pair.rows[1]),
-    }
-    report["to_accuracy"] = found
-    set_threads(args.threads)
-    if "a" in chosen:
-        tell(f"a, {args.epochs} epochs")
-        loop = KdLoop(pair, scratch, threads=args.threads, precision=args.precision)
-        found["a"] = kd_to(args.to_accuracy, loop, args.cache_dir, args.epochs)
-        print(line_of("a", found["a"], args.to_accuracy), flush=True)
-    if "c" in chosen:
-        set_threads(args.threads)
-        naive = NaiveLoop(pair, pair.rows[0], args.workers)
-        found["c"] = naive_to(args.to_accuracy, naive, args.epochs)
-        print(line_of("c", found["c"], args.to_accuracy), flush=True)
 
 
 def _available(wanted: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -240,7 +214,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--data", required=True, help="as for kd train")
     add("--teacher", type=Path, required=True, help="a checkpoint (.pt)")
     add("--sides", type=_sides, default=list(SIDES), help="by default all: " + ",".join(SIDES))
-    add("--rounds", type=int, default=5, help="0: no rounds, only what else is asked for")
+    add("--rounds", type=int, default=5, help="0: none, only --profile")
     add("--images", type=int, default=5120, help="train images of the fast sides, validation included")
     add("--slow-images", type=int, default=1280, help="images a round of c and d1")
     add("--val-fraction", type=float, default=0.05)
@@ -258,16 +232,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default="auto",
         help="of a and b; auto: what kd chooses in a, and 32 without a",
     )
-    add("--cache-dir", type=Path, default=Path("cache"), help="packed images, and outputs for --to-accuracy")
+    add("--cache-dir", type=Path, default=Path("cache"), help="packed images")
     add("--profile", action="store_true", help="the bare step's costliest operators")
-    add("--to-accuracy", type=float, metavar="PERCENT", help="also train a and c until this accuracy")
-    add("--accuracy-images", type=int, default=0, help="train images of --to-accuracy; 0: all")
-    add("--epochs", type=int, default=15, help="of --to-accuracy")
     add("--json", type=Path, help="write every number to this file")
-    args = parser.parse_args(arguments)
-    if args.to_accuracy is not None and args.val_fraction <= 0:
-        parser.error("--to-accuracy needs a --val-fraction above 0")
-    return args
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

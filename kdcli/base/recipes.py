@@ -9,6 +9,7 @@ from kdcli.base.files import read_document
 from kdcli.base.names import nearest
 
 # seed: the reference's own. teacher: a network of one's own from labels, after airbench94 (see `models.cifarnet`).
+# patient: long training on many views, soft targets before labels (Beyer et al., arXiv:2106.05237).
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "seed": {
@@ -31,6 +32,17 @@ RECIPES: dict[str, dict[str, Any]] = {
         "epochs": 24,
         "augment": "flip-crop",
         "ema": 0.995,
+    },
+    "patient": {
+        "optimizer": "adamw",
+        "lr": 2e-3,
+        "weight_decay": 0.02,
+        "dropout": 0.2,
+        "epochs": 40,
+        "augment": "flip-crop",
+        "views": 10,
+        "tau": 4.0,
+        "lamda": 0.1,
     },
 }
 

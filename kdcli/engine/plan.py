@@ -159,7 +159,7 @@ def resolve(config: TrainConfig, data: Splits | None = None) -> TrainConfig:
             f"--views {config.views}: augment {config.augment} has {distinct} distinct view(s)", "Use fewer."
         )
     if config.views:
-        return config
+        return config.model_copy(update={"views": min(config.views, config.epochs)})
     views = distinct or (min(_CACHED_VIEWS, config.epochs) if mode == "views" else config.epochs)
     return config.model_copy(update={"views": min(views, config.epochs)})
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from kdcli import models
+from kdcli import data, models
 from kdcli.base.events import Event, Note
 from kdcli.data import Splits, augment
 from kdcli.data.split import split_validation
 from kdcli.engine import fit, read_result
 from kdcli.engine.preflight import warning_of
+from kdcli.engine.records import TeacherCheck
 from tests.helpers import config, make_splits
 
 
@@ -95,3 +96,51 @@ def test_warnings(plain: float, views: float, steps: int, words: tuple[str, ...]
     found = warning_of(plain, views, steps)
     assert (found is None) == (words is None)
     assert all(word in (found or "") for word in words or ())
+
+
+@pytest.fixture(scope="module")
+def digits() -> Splits:
+    return data.load("digits")
+
+
+@pytest.fixture(scope="module")
+def digits_teacher(digits: Splits, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs_dir = tmp_path_factory.mktemp("runs")
+    settings = config(method="ce", student="convnet-small", epochs=5, name="t", runs_dir=runs_dir)
+    return fit(settings, digits).run.student
+
+
+def check_of(teacher: Path, splits: Splits) -> TeacherCheck:
+    """One epoch of 680 steps, so that these are enough."""
+    check = fit(
+        config(teacher=teacher, epochs=1, batch_size=2, name="s", teacher_cache="off"), splits
+    ).teacher
+    assert check is not None
+    return check
+
+
+def test_no_warning_with_a_good_teacher(workplace: Path, digits: Splits, digits_teacher: Path) -> None:
+    check = check_of(digits_teacher, digits)
+    assert check.plain > 95 and check.warning is None
+
+
+def test_warning_with_a_teacher_of_other_classes(
+    workplace: Path, digits: Splits, digits_teacher: Path
+) -> None:
+    """The rows of the last layer are moved by three: the names are right, the outputs are not."""
+    model = models.load(digits_teacher)
+    layer = models.final_linear(model.network)
+    assert layer is not None
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight.roll(3, 0))
+        layer.bias.copy_(layer.bias.roll(3, 0))
+    model.save(Path("shuffled.pt"))
+    check = check_of(Path("shuffled.pt"), digits)
+    assert check.plain < 10 and "labels alone" in (check.warning or "")
+
+
+def test_warning_with_a_teacher_of_few_images(workplace: Path, digits: Splits) -> None:
+    """One image of each class: 99 % of the training images are kept for validation."""
+    few = config(method="ce", student="convnet-small", epochs=20, batch_size=4, val_fraction=0.99, name="t")
+    check = check_of(fit(few, digits).run.student, digits)
+    assert 20 < check.plain < 93 and "a better teacher" in (check.warning or "")
