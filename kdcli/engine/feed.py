@@ -24,7 +24,7 @@ _RESIDENT_SHARE = 0.25  # of a GPU's free memory that images may take for good
 
 @dataclass(frozen=True)
 class Minibatch:
-    """A process's part of a batch; of mixup with the labels and shares (B,) of what is mixed in."""
+    """A process's part of a batch; of mixed images with the labels and shares (B,) of what is mixed in."""
 
     samples: Int64  # numbers of the images, (B,)
     weight: float  # of its mean loss, see `runtime.World.share`
@@ -69,7 +69,8 @@ class Feed:
         """One batch."""
         images = augment.make_view(self.augment_name, self._take, self.seed, view, samples, self.pool)
         labels = self.labels[torch.from_numpy(samples).to(self.device)]
-        mixed = augment.mixing(self.augment_name, self.seed, view, samples, self.pool)
+        size = (images.shape[1], images.shape[2])
+        mixed = augment.mixing(self.augment_name, self.seed, view, samples, self.pool, size)
         if mixed is None:
             return Minibatch(samples, weight, count, images, labels)
         others = self.labels[torch.from_numpy(mixed.partners).to(self.device)]

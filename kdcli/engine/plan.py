@@ -175,8 +175,8 @@ def _check_training(config: TrainConfig, objective: Objective, data: Splits | No
     objective.check(unlabelled=unlabelled)
     if _mixes(config) and objective.no_mixup:
         raise UsageError(
-            f"method {config.method} needs one class per image, and mixup images have two",
-            "Leave mixup out of --augment.",
+            f"method {config.method} needs one class per image, and mixed images have two",
+            "Leave mixup and cutmix out of --augment.",
         )
 
 
@@ -203,13 +203,13 @@ def _check_teacher(config: TrainConfig, objective: Objective, mode: str, data: S
         )
     if mode == "fixed" and _mixes(config):
         raise UsageError(
-            "--teacher-cache fixed does not go with mixup: the teacher has not seen the mixtures",
+            "--teacher-cache fixed does not go with mixup and cutmix: the teacher has not seen the mixtures",
             "Use --teacher-cache views or off.",
         )
 
 
 def _mixes(config: TrainConfig) -> bool:
-    return augment.MIXUP_NAME in config.augment.split("-")
+    return augment.mixes(config.augment)
 
 
 def load_data(config: TrainConfig, on_event: OnEvent = ignore) -> Splits:

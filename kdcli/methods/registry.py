@@ -77,7 +77,7 @@ class Method:
     features_only: bool = False
     regresses: bool = False  # the student's logits must take on the teacher's values, beyond their softmax
     same_network: bool = False  # the teacher is meant to be of the student's own network
-    no_mixup: bool = False  # an image must have one class
+    no_mixup: bool = False  # an image must have one class: neither mixup nor cutmix
     adapter: Callable[..., nn.Module] | None = None
     fields: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     keywords: Mapping[str, str] = field(default_factory=dict)

@@ -250,7 +250,7 @@ class Teacher:
         exact: bool,
     ) -> LogitCache:
         onnx = {"version": _ONNX_VERSION, "class_names": member.names_sha256}
-        mixes = augment.mixing(augment_name, 0, 0, pool[:1], pool) is not None
+        mixes = augment.mixes(augment_name)
         recipe = {
             "cache_version": _CACHE_VERSION,
             "teacher": member.sha256,

@@ -624,7 +624,7 @@ def test_a_compiled_step_trains_and_leaves_an_ordinary_checkpoint(
     assert "C++" in caught.value.hint
 
 
-@pytest.mark.parametrize("wrong", ["flop", "flip-flip", "", "flip-none", "none-crop", "flip,crop"])
+@pytest.mark.parametrize("wrong", ["flop", "flip-flip", "", "flip-none", "none-crop", "flip,crop", "flip--crop", "resized", "mixup-cutmix"])
 def test_unknown_augmentations_are_refused(wrong: str) -> None:
     with pytest.raises(UsageError, match="--augment"):
         config(augment=wrong)
@@ -632,6 +632,7 @@ def test_unknown_augmentations_are_refused(wrong: str) -> None:
 
 def test_steps_of_an_augmentation_have_one_order() -> None:
     assert config(augment="mixup-crop-flip").augment == "flip-crop-mixup"
+    assert config(augment="cutmix-resized-crop-flip").augment == "flip-resized-crop-cutmix"
 
 
 def test_a_missing_accelerator_is_refused(workplace: Path, splits: Splits) -> None:

@@ -73,7 +73,7 @@ def test_of_mixed_images_the_label_with_the_larger_share_counts(workplace: Path,
         pixels = augment.make_view(
             "mixup", lambda n: torch.from_numpy(splits.train.images[n]), 0, view, samples, samples
         )
-        mixed = augment.mixing("mixup", 0, view, samples, samples)
+        mixed = augment.mixing("mixup", 0, view, samples, samples, (1, 1))
         assert mixed is not None
         labels = splits.train.labels[np.where(mixed.shares < 0.5, mixed.partners, samples)]
         with torch.inference_mode():

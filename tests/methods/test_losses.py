@@ -428,5 +428,5 @@ def test_contrast_does_not_go_with_mixup() -> None:
 
     resolve(config_of("crd", augment="flip-crop"))
     resolve(config_of("at", augment="flip-mixup"))
-    with pytest.raises(UsageError, match="mixup images have two"):
+    with pytest.raises(UsageError, match="mixed images have two"):
         resolve(config_of("kd+crd", augment="flip-mixup"))

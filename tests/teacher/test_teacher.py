@@ -293,7 +293,7 @@ def test_the_teacher_sees_images_mixed_by_mixup(workplace: Path, monkeypatch: py
 def test_images_kept_for_validation_are_not_mixed_in(workplace: Path) -> None:
     samples = np.arange(1000)
     pool = np.arange(0, 1000, 7)
-    mixed = augment.mixing("mixup", 3, 1, samples, pool)
+    mixed = augment.mixing("mixup", 3, 1, samples, pool, (1, 1))
     assert mixed is not None
     assert set(mixed.partners.tolist()) == set(pool.tolist())
     make_teacher(Path("t.pt"))

@@ -34,4 +34,4 @@ from kdcli.base.config.settings import (
     option_flag,
     shell_command,
 )
-from kdcli.base.config.train import AUGMENT_STEPS, Ramp, TrainSettings
+from kdcli.base.config.train import AUGMENT_STEPS, Ramp, TrainSettings, augment_steps

@@ -28,8 +28,15 @@ from kdcli.base.config.settings import (
 from kdcli.base.text import printable
 
 Temperature = Annotated[float | None, Field(gt=0, le=1000)]
-AUGMENT_STEPS = ("flip", "crop", "cutout", "mixup")
+AUGMENT_STEPS = (
+    "flip", "crop", "resized-crop", "randaugment", "jitter", "cutout", "mixup", "cutmix",
+)  # fmt: skip
 _SAVE_EVERY = re.compile(r"(\d{1,9}) ?(epochs?|steps?|min|)")
+
+
+def augment_steps(name: str) -> list[str]:
+    """`flip-resized-crop` → [flip, resized-crop]."""
+    return re.findall("resized-crop|[^-]+", name)
 
 
 @dataclass(frozen=True)
@@ -149,7 +156,8 @@ class TrainSettings(DataSettings, TeacherInputSettings):
     grey: bool = rare(False, "Convert colour images to grey, one channel.", DATA)
     augment: str = setting(
         "none",
-        "Augmentation: any of flip, crop, cutout and mixup, joined by hyphens.",
+        "Augmentation, joined by hyphens: flip, crop, cutout, mixup or cutmix; for photographs resized-crop, "
+        "randaugment, jitter.",
         DATA,
         metavar="none|flip|flip-crop|…",
     )
@@ -248,10 +256,14 @@ class TrainSettings(DataSettings, TeacherInputSettings):
     @field_validator("augment")
     @classmethod
     def _augment_of_known_steps(cls, value: str) -> str:
-        steps = value.split("-")
-        if value != "none" and (len(set(steps)) < len(steps) or not set(steps) <= set(AUGMENT_STEPS)):
-            raise ValueError(f"must be none, or some of {', '.join(AUGMENT_STEPS)} joined by hyphens")
-        return value if value == "none" else "-".join(step for step in AUGMENT_STEPS if step in steps)
+        if value == "none":
+            return value
+        steps = augment_steps(value)
+        ordered = [step for step in AUGMENT_STEPS if step in steps]
+        if "-".join(steps) != value or sorted(steps) != sorted(ordered) or {"mixup", "cutmix"} <= set(steps):
+            known = f"{', '.join(AUGMENT_STEPS[:-1])} or {AUGMENT_STEPS[-1]}"
+            raise ValueError(f"must be none, or some of {known}, each once, joined by hyphens")
+        return "-".join(ordered)
 
     @field_validator("save_every", mode="before")
     @classmethod
