@@ -32,7 +32,7 @@ app = typer.Typer(
 
 # in the order of --help; each is a module here with a function of its name and an EPILOG
 COMMANDS = (
-    "demo", "download", "convert-caffe", "validate", "train", "compare", "reproduce",
+    "demo", "download", "data", "convert-caffe", "validate", "train", "compare", "reproduce",
     "tune", "test", "export", "info", "predict", "bench", "report", "runs", "clean",
 )  # fmt: skip
 

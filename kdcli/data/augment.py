@@ -189,9 +189,7 @@ def _randaugment_operations(height: int, width: int) -> tuple[Callable[[Tensor, 
         lambda image, strength: image,
         lambda image, strength: F.affine(image, 0.0, [0, 0], 1.0, [shear(strength), 0.0], center=[0.0, 0.0]),
         lambda image, strength: F.affine(image, 0.0, [0, 0], 1.0, [0.0, shear(strength)], center=[0.0, 0.0]),
-        lambda image, strength: F.affine(
-            image, 0.0, [int(150 / 331 * width * strength), 0], 1.0, [0.0, 0.0]
-        ),
+        lambda image, strength: F.affine(image, 0.0, [int(150 / 331 * width * strength), 0], 1.0, [0.0, 0.0]),
         lambda image, strength: F.affine(
             image, 0.0, [0, int(150 / 331 * height * strength)], 1.0, [0.0, 0.0]
         ),

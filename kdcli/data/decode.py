@@ -29,6 +29,16 @@ _large_images = threading.Lock()  # one at a time is decoded and used, of all th
 _START_OF_SCAN = b"\xff\xda"  # the only place of these bytes in compressed data; metadata may add some
 
 Pixels = npt.NDArray[np.uint8]
+_KINDS = {
+    "1": "grey",
+    "L": "grey",
+    "LA": "grey",
+    "I": "16-bit",
+    "I;16": "16-bit",
+    "I;16B": "16-bit",
+    "P": "palette",
+}
+_ORIENTATION = 0x0112  # EXIF's tag
 _EXIF_KEYS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 
 
@@ -49,12 +59,14 @@ def decode(data: bytes, name: str) -> Pixels:
 
 
 @contextmanager
-def decoded(data: bytes, name: str) -> Iterator[Pixels]:
+def decoded(data: bytes, name: str, kinds: list[str] | None = None) -> Iterator[Pixels]:
     """Pixels uint8 (H, W, 3) of an image file, upright by its EXIF orientation, for use in a block.
 
     Transparent pixels are laid on white; of an animation and of several pages the first is taken; grey becomes three
     equal channels, and 16-bit grey is scaled to 8 bits. Blocks with images of more than `LARGE_PIXELS` wait for each
     other. KdError names a file that is broken, not one of `FORMATS`, or of more than `MAX_PIXELS`.
+
+    To `kinds` is added what was converted: `grey`, `palette`, `RGBA`, `CMYK`, `16-bit`, `turned by EXIF`.
     """
     with _errors(name, data):
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -74,6 +86,10 @@ def decoded(data: bytes, name: str) -> Iterator[Pixels]:
                 _fit_transparency(image, bits=data[24])
             turned = any(key in image.info for key in _EXIF_KEYS)
             upright = ImageOps.exif_transpose(image) if turned else image
+            if kinds is not None and image.mode != "RGB":
+                kinds.append(_KINDS.get(image.mode, image.mode))
+            if kinds is not None and turned and image.getexif().get(_ORIENTATION, 1) != 1:
+                kinds.append("turned by EXIF")
             pixels = np.array(_to_rgb(upright), dtype=np.uint8)
         del image, upright
         yield pixels

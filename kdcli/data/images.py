@@ -28,6 +28,7 @@ class ImageSet:
     labels: npt.NDArray[np.int64] = field(repr=False)  # int64 (N,), in 0 … len(classes) − 1, or `NO_LABEL`
     classes: tuple[str, ...]
     fingerprint: str  # SHA-256 of the content (see `fingerprint_of`)
+    validation: int = 0  # number of its last images, which are the data's own validation split
     crop: float = 1.0  # share of the original images' shorter side that these show, see `decode.resize`
 
     def __len__(self) -> int:
@@ -70,6 +71,7 @@ class Splits:
             images=rows.Joined(train.images, unlabelled.images),
             labels=np.concatenate([train.labels, unlabelled.labels]),
             fingerprint=digest.hexdigest(),
+            validation=0,
         )
 
 

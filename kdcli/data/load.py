@@ -41,7 +41,7 @@ def load(
     """A data set: named, a folder or an archive; a KdError if it is missing or damaged, or its layout is unknown.
 
     Args:
-        spec: a name in `DATASETS`, or a folder or archive, see `load_tree`.
+        spec: a name in `DATASETS`, or a folder, archive or table, see `load_tree`.
         data_dir: folder of the files of named data sets.
         cache_dir: folder of the cache of decoded images.
         image_size: pixels per side; None keeps the images' own size if they share one, else 32.
@@ -67,7 +67,7 @@ def load(
     if spec in DATASETS:
         splits = DATASETS[spec](request)
     elif not spec or "\0" in spec or not path.exists():
-        hint = nearest(spec, DATASETS, ", or the path of a folder or archive of images")
+        hint = nearest(spec, DATASETS, ", or the path of a folder, archive or table of images")
         raise UsageError(f"no dataset or path: {spec or '(empty)'}", hint)
     else:
         splits = _load_path(path, request)

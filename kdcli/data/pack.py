@@ -23,7 +23,7 @@ from kdcli.data import rows
 from kdcli.data.decode import Pixels, resize, with_channels
 from kdcli.data.images import ImageSet, Splits, fingerprint_of, overlap_of
 
-FORMAT_VERSION = 4  # raise it when packing or decoding gives other pixels
+FORMAT_VERSION = 5  # raise it when packing or decoding gives other pixels
 FALLBACK_SIZE = 32
 _BLOCK = 64 << 20  # bytes of pixels with a SHA-256 of their own
 _verified: set[tuple[object, ...]] = set()  # entries, by place and state of their files
@@ -125,7 +125,8 @@ class Cache:
             for name, fingerprint in meta["fingerprints"].items():
                 images = np.load(self.folder / f"{name}-images.npy", mmap_mode="r", allow_pickle=False)
                 labels = np.load(self.folder / f"{name}-labels.npy", allow_pickle=False)
-                parts[name] = ImageSet(images, labels, classes, fingerprint)
+                validation = meta["validation"] if name == "train" else 0
+                parts[name] = ImageSet(images, labels, classes, fingerprint, validation)
             state = (self.folder.resolve(), *map(_state, sorted(self.folder.iterdir())))
             if state not in _verified and sums != _sums(self.folder, meta, self._on_event):
                 raise ValueError("other content")
@@ -164,6 +165,7 @@ class Cache:
         label: str,
         notes: list[str],
         test_fraction: float | None = None,
+        validation: int = 0,
     ) -> Packed:
         """Write the selected parts of what was packed as this entry; KdError if it cannot be read back."""
         workspace, images = packer.folder, packer.images()
@@ -186,6 +188,7 @@ class Cache:
             "classes": classes,
             "notes": notes,
             "test_fraction": test_fraction,
+            "validation": validation,
             "fingerprints": fingerprints,
             "overlap": overlap_of(written["train"], written["test"]) if "test" in written else 0,
         }

@@ -17,13 +17,13 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import IO, cast
 
 from kdcli.base.errors import KdError
-from kdcli.base.files import check_pointer, sha256_file
+from kdcli.base.files import check_pointer, open_regular, sha256_file
 from kdcli.base.text import first_line, reason
 
 MAX_MEMBER_BYTES = 256 << 20
@@ -36,6 +36,10 @@ MAX_HEADERS_BYTES = 1 << 20  # all of them before one member
 MAX_EXPANSION = 100  # of an archive, beyond a floor that any honest small one stays below
 EXPANSION_FLOOR = 512 << 20
 _DIGITS = re.compile(rb"[0-9]{300}")  # tarfile's patterns take quadratic time on them
+LAYOUT_HINT = (
+    "It must hold class folders: train/<class>/*, test/<class>/* and perhaps val/<class>/*, which also stands in for "
+    "test, or <class>/* without a split."
+)
 
 Wanted = Callable[[str], bool]
 
@@ -45,7 +49,9 @@ class Source(ABC):
     """Files by name, read once from front to back."""
 
     path: Path
-    skipped: int = 0  # links and special files passed over so far
+    skipped: list[str] = field(default_factory=list)  # links and special files passed over so far
+    folders: list[str] = field(default_factory=list)  # of a folder tree, "" for its own
+    layout_hint: str = LAYOUT_HINT
     done: int = 0  # how far `read` has come, of `total`, in `unit`
     total: int = 0
     unit: str = "images"
@@ -126,6 +132,16 @@ def _check_count(count: int, path: Path) -> None:
         raise KdError(f"{path} holds more than {MAX_FILES:,} files", "Split it.")
 
 
+def content(file: Path, name: str, path: Path) -> bytes:
+    """Bytes of the regular file `name` of a source; a KdError if it cannot be read."""
+    try:
+        with open_regular(file) as handle:
+            _check_size(os.fstat(handle.fileno()).st_size, name, path)
+            return handle.read(MAX_MEMBER_BYTES + 1)
+    except OSError as error:
+        raise KdError(f"cannot read {file}: {reason(error)}") from error
+
+
 @dataclass
 class FolderSource(Source):
     """A folder tree; links to files and folders are followed, each folder once."""
@@ -145,9 +161,10 @@ class FolderSource(Source):
             folder, prefix = pending.pop()
             status = folder.stat()
             if (status.st_dev, status.st_ino) in seen:  # a link back up, or to the same folder
-                self.skipped += 1
+                self.skipped.append(prefix.rstrip("/"))
                 continue
             seen.add((status.st_dev, status.st_ino))
+            self.folders.append(prefix.rstrip("/"))
             with os.scandir(folder) as entries:
                 for entry in entries:
                     count += 1
@@ -155,7 +172,7 @@ class FolderSource(Source):
                     try:
                         info = entry.stat()
                     except OSError:  # a dangling link
-                        self.skipped += 1
+                        self.skipped.append(prefix + entry.name)
                         continue
                     if stat.S_ISDIR(info.st_mode):
                         pending.append((Path(entry.path), f"{prefix}{entry.name}/"))
@@ -174,13 +191,7 @@ class FolderSource(Source):
         chosen = [name for name, _, _ in self._files if wanted(name)]
         self.done, self.total = 0, len(chosen)
         for name in chosen:
-            try:
-                with (self.path / name).open("rb") as handle:
-                    _check_size(os.fstat(handle.fileno()).st_size, name, self.path)
-                    data = handle.read(MAX_MEMBER_BYTES + 1)
-            except OSError as error:
-                raise KdError(f"cannot read {self.path / name}: {reason(error)}") from error
-            yield name, data
+            yield name, content(self.path / name, name, self.path)
             self.done += 1
 
 
@@ -212,7 +223,7 @@ class ZipSource(Source):
             if info.filename.endswith("/"):  # is_dir() fails on an empty name
                 continue
             if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
-                self.skipped += 1
+                self.skipped.append(info.filename)
                 continue
             yield _clean_name(info.filename.replace("\\", "/"), self.path), info
 
@@ -244,7 +255,7 @@ class TarSource(Source):
             if member.isdir():
                 continue
             if not member.isreg() or member.issparse():
-                self.skipped += 1
+                self.skipped.append(member.name)
                 continue
             name = _clean_name(member.name, self.path)
             if not wanted(name):

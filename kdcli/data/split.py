@@ -6,16 +6,19 @@ import numpy as np
 import numpy.typing as npt
 
 Int64 = npt.NDArray[np.int64]
+SPLIT_NAMES = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 
 
-def split_validation(labels: Int64, fraction: float) -> tuple[Int64, Int64]:
-    """Indices of the training and of the validation samples, stratified by class.
+def split_validation(labels: Int64, fraction: float, own: int = 0) -> tuple[Int64, Int64]:
+    """Indices of the training and of the validation samples: the last `own`, or else a share stratified by class.
 
     Every seed and method gets the same split, so that runs can be compared. Of each class at least one is a training
     sample, and of each class of two or more one is a validation sample, unless the fraction is 0.
     """
     from kdcli.data import augment
 
+    if own:
+        return np.arange(len(labels) - own), np.arange(len(labels) - own, len(labels))
     least = 1 if fraction > 0 else 0
     samples = np.arange(len(labels))
     shuffled = augment.order(0, augment.SPLIT, samples)

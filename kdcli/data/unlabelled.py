@@ -11,8 +11,8 @@ from kdcli.data import decode, rows
 from kdcli.data.datasets import Request
 from kdcli.data.images import NO_LABEL, Splits, pixel_hashes
 from kdcli.data.pack import Cache, Packed
+from kdcli.data.read_images import Place, decode_all, is_ignored, skipped_notes
 from kdcli.data.sources import Source, open_source
-from kdcli.data.tree import Place, decode_all, is_ignored, skipped_notes
 
 _PART = "unlabelled"
 _CHUNK = 1024  # images hashed at a time
@@ -55,7 +55,7 @@ def _pack(source: Source, splits: Splits, cache: Cache, request: Request) -> Pac
         found = decode_all(source, keep, request.on_event, request.skip_broken, place_of)
         indices = [index for _, index in sorted((place.name, index) for place, index in found.images.items())]
         if not indices:
-            more = f": all are broken, as {found.broken[0]}" if found.broken else ""
+            more = f": all are broken, as {next(iter(found.broken)).name}" if found.broken else ""
             raise KdError(f"no images in {source.path}{more}", decode.FORMATS_READ)
         # 2. Leave out the data's own images.
         test, train = (set(pixel_hashes(part.images)) for part in (splits.test, splits.train))

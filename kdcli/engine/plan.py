@@ -85,7 +85,7 @@ def make_plan(
         raise UsageError("--tensorboard: it is not installed", "pip install 'kdcli[tensorboard]'")
     # 2. Samples and steps: images without labels come after all others
     train = data.trained_on
-    labelled, validation = split_validation(data.train.labels, config.val_fraction)
+    labelled, validation = split_validation(data.train.labels, config.val_fraction, data.train.validation)
     samples = np.concatenate([labelled, np.arange(len(data.train), len(train))])
     config = config.model_copy(update={"batch_size": config.batch_size or batch_size_for(len(samples))})
     steps_per_epoch = -(-len(samples) // config.batch_size)
@@ -173,7 +173,7 @@ def _check_training(config: TrainConfig, objective: Objective, data: Splits | No
         )
     unlabelled = config.unlabelled is not None or (data is not None and data.unlabelled is not None)
     objective.check(unlabelled=unlabelled)
-    if _mixes(config) and objective.no_mixup:
+    if augment.mixes(config.augment) and objective.no_mixup:
         raise UsageError(
             f"method {config.method} needs one class per image, and mixed images have two",
             "Leave mixup and cutmix out of --augment.",
@@ -201,15 +201,11 @@ def _check_teacher(config: TrainConfig, objective: Objective, mode: str, data: S
             f"method {config.method} reads features, and those of several teachers have no mean",
             "Name one --teacher, or use a method of logits.",
         )
-    if mode == "fixed" and _mixes(config):
+    if mode == "fixed" and augment.mixes(config.augment):
         raise UsageError(
             "--teacher-cache fixed does not go with mixup and cutmix: the teacher has not seen the mixtures",
             "Use --teacher-cache views or off.",
         )
-
-
-def _mixes(config: TrainConfig) -> bool:
-    return augment.mixes(config.augment)
 
 
 def load_data(config: TrainConfig, on_event: OnEvent = ignore) -> Splits:

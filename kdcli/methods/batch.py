@@ -52,7 +52,7 @@ class Batch:
     Attributes:
         student_logits, teacher_logits: float32 (B, C); the teacher's are None without a teacher.
         samples: int64 (B,), the images' numbers in the data set, the counters of random numbers.
-        other_labels, shares: with mixup or cutmix, labels (B,) of the images mixed in, and λ (B,), the weight of the own label.
+        other_labels, shares: with mixup or cutmix, the partners' labels (B,), and λ (B,), the own label's weight.
         student_features, teacher_features: None unless a method needs features.
         gather: from a process's part of the batch to the whole, with gradients, for relations between images.
     """

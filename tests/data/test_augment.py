@@ -43,7 +43,9 @@ def images(count: int = 12, size: int = 9) -> torch.Tensor:
 PHOTOGRAPHS = "flip-resized-crop-randaugment-jitter"
 
 
-@pytest.mark.parametrize("name", ["none", "flip", "flip-crop", "flip-crop-cutout", "crop", "cutout", PHOTOGRAPHS])
+@pytest.mark.parametrize(
+    "name", ["none", "flip", "flip-crop", "flip-crop-cutout", "crop", "cutout", PHOTOGRAPHS]
+)
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**63 - 1), view=st.integers(0, 1000), shuffle=st.integers(0, 10**6))
 def test_a_view_depends_on_seed_view_and_sample_alone(name: str, seed: int, view: int, shuffle: int) -> None:
@@ -171,7 +173,7 @@ def test_resized_crop_has_the_shapes_of_torchvision(monkeypatch: pytest.MonkeyPa
         part = pictures[index, top : top + h, left : left + w].permute(2, 0, 1)
         exact = F.resize(part, [40, 41], antialias=True).permute(1, 2, 0)
         assert (out[index].int() - exact.int()).abs().max() <= 1
-    top, left, h, w = np.array(boxes)[:, :4].T
+    top, left, h, w = np.array([box[:4] for box in boxes]).T
     assert (top >= 0).all() and (left >= 0).all() and (top + h <= 40).all() and (left + w <= 41).all()
     assert (w / h).min() > 0.7 and (w / h).max() < 1.43  # 3:4 … 4:3, in whole pixels
     area = h * w / (40 * 41)
@@ -190,7 +192,11 @@ def test_randaugment_has_the_operations_of_torchvision() -> None:
         value = 0.0 if values is None else float(values[9])
         for sign in (1, -1):
             expected = theirs._apply_image_or_video_transform(
-                picture, name, sign * value if signed else value, interpolation=v2.InterpolationMode.NEAREST, fill={torch.Tensor: None}
+                picture,
+                name,
+                sign * value if signed else value,
+                interpolation=v2.InterpolationMode.NEAREST,
+                fill={torch.Tensor: None},
             )
             difference = (operation(picture, sign * 9 / 30).int() - expected.int()).abs()
             assert difference.max() <= 1 and (difference > 0).float().mean() < 0.02, name
@@ -234,4 +240,4 @@ def test_cutmix_puts_a_box_of_the_partner_into_the_image() -> None:
             assert torch.equal(found[index, top:bottom, left:right], other[top:bottom, left:right])
             assert mixed.shares[index] == pytest.approx(1 - (bottom - top) * (right - left) / 420)
     shares = augment.mixing("cutmix", 1, 0, np.arange(5000), pool, (20, 21)).shares
-    assert 0 <= shares.min() < 0.1 and shares.max() == 1 and 0.55 < shares.mean() < 0.75
+    assert 0 <= shares.min() < 0.3 and shares.max() == 1 and 0.55 < shares.mean() < 0.75

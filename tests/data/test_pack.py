@@ -19,7 +19,7 @@ from PIL import Image
 
 from kdcli.base.errors import UsageError
 from kdcli.base.events import Event, Note, Progress
-from kdcli.data import decode, load, pack, tree
+from kdcli.data import decode, load, pack, read_images
 from kdcli.data.images import Splits
 from tests.data.helpers import WRITERS, png, small_tree, write_folder, write_tar
 from tests.helpers import ROOT, disk_calls
@@ -245,10 +245,10 @@ def test_a_full_disk_is_one_error(tmp_path: Path) -> None:
 
 def test_batches_in_flight_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading waits for decoding, so that an archive is never held in memory whole."""
-    monkeypatch.setattr(tree, "BATCH_FILES", 1)
+    monkeypatch.setattr(read_images, "BATCH_FILES", 1)
     read_ahead: list[int] = []
     state = {"read": 0, "decoded": 0}
-    real, real_batches = decode.decoded, tree._batches
+    real, real_batches = decode.decoded, read_images._batches
 
     def slow(*args: Any) -> Any:
         time.sleep(0.002)
@@ -262,7 +262,7 @@ def test_batches_in_flight_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             yield batch
 
     monkeypatch.setattr(decode, "decoded", slow)
-    monkeypatch.setattr(tree, "_batches", counted)
+    monkeypatch.setattr(read_images, "_batches", counted)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     files = {
         f"{split}/{label}/{n}.png": png() for split in ("train", "test") for label in "ab" for n in range(25)

@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kdcli.base import runtime
 from kdcli.base.errors import KdError
 from kdcli.base.events import Event, Note
 from kdcli.data import load
 from kdcli.data.images import Splits, fingerprint_of
+from kdcli.data.split import split_validation
+from kdcli.engine.plan import make_plan
 from tests.data.helpers import WRITERS, Files, png, small_tree, write_folder, write_tar, write_zip
+from tests.helpers import config
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -67,6 +71,20 @@ def test_folders_of_one_meaning_are_joined_and_no_image_is_lost(
         assert set(values[part.labels == 0].tolist()) == expected and len(part) == 4
 
 
+def test_the_validation_split_of_the_data_is_used(tmp_path: Path, read: Callable[..., Splits]) -> None:
+    files = {**small_tree(), "val/zebra/1.png": png((7, 0, 0)), "valid/ape house/1.png": png((6, 0, 0))}
+    path = write_folder(tmp_path / "set", files)
+    for _ in range(2):  # packed, and from the cache
+        splits = read(path)
+        assert splits.train.images[:, 0, 0, 0].tolist() == [1, 2, 3, 6, 7]
+        assert splits.test.images[:, 0, 0, 0].tolist() == [4, 5] and splits.train.validation == 2
+        training, validation = split_validation(splits.train.labels, 0.4, splits.train.validation)
+        assert (training.tolist(), validation.tolist()) == ([0, 1, 2], [3, 4])
+        assert splits.notes == ("2 validation images by the data's own split: --val-fraction has no effect.",)
+    plan = make_plan(config(method="ce"), splits, runtime.World.alone())
+    assert plan.val_samples.tolist() == [3, 4] and plan.train_samples.tolist() == [0, 1, 2]
+
+
 def test_names_in_another_encoding_stay_different(tmp_path: Path, read: Callable[..., Splits]) -> None:
     """`é` and `è` in Latin-1, which tarfile gives as surrogates; neither is UTF-8."""
     files = {f"train/zebra/{byte}.png": png((value, 0, 0)) for byte, value in (("\udce9", 8), ("\udce8", 9))}
@@ -83,7 +101,10 @@ def test_images_are_known_by_content_whatever_their_name(tmp_path: Path, read: C
     files |= {"train/zebra/e.tif": png((9, 0, 0), format="TIFF"), "train/zebra/f.txt": b"text"}
     splits = read(write_folder(tmp_path / "set", files))
     assert splits.train.images[:, 0, 0, 0].tolist() == [1, 2, 3, 7, 8, 9]
-    assert splits.notes == ("Skipped 1 files that are not images (train/zebra/f.txt).",)
+    assert splits.notes == (
+        "Skipped 1 files that are not images (train/zebra/f.txt).",
+        "Images that are not plain RGB: 1 palette.",
+    )
 
 
 def test_a_class_may_be_called_train(tmp_path: Path, read: Callable[..., Splits]) -> None:
@@ -161,8 +182,8 @@ def test_layout_errors(tmp_path: Path, read: Callable[..., Splits]) -> None:
         for label in "xy"
     }
     cases: dict[str, Files] = {
-        "no train images: no folder": {"zebra/a.png": png()},
-        "has no train images": {"train/zebra/a.txt": b"x"},
+        "has no train images": {"zebra/a.png": png()},
+        "tar has no train images": {"train/zebra/a.txt": b"x"},
         "no train images": without(small_tree(), "train"),
         "no test images": without(small_tree(), "test"),
         "only one class: zebra": without(small_tree(), "train/ape", "test/ape"),

@@ -624,7 +624,10 @@ def test_a_compiled_step_trains_and_leaves_an_ordinary_checkpoint(
     assert "C++" in caught.value.hint
 
 
-@pytest.mark.parametrize("wrong", ["flop", "flip-flip", "", "flip-none", "none-crop", "flip,crop", "flip--crop", "resized", "mixup-cutmix"])
+@pytest.mark.parametrize(
+    "wrong",
+    ["flop", "flip-flip", "", "flip-none", "none-crop", "flip,crop", "flip--crop", "resized", "mixup-cutmix"],
+)
 def test_unknown_augmentations_are_refused(wrong: str) -> None:
     with pytest.raises(UsageError, match="--augment"):
         config(augment=wrong)

@@ -8,6 +8,7 @@ from kdcli.base.config.commands import (
     CleanConfig,
     CompareConfig,
     ConvertConfig,
+    DataConfig,
     DemoConfig,
     DownloadConfig,
     ExportConfig,

@@ -60,6 +60,12 @@ class ConvertConfig(DataSettings, PixelSettings):
         return self
 
 
+class DataConfig(Settings):
+    """`kd data`."""
+
+    skip_broken: SkipBroken = False
+
+
 class ValidateConfig(DataSettings, InputSettings):
     """`kd validate`."""
 

@@ -65,8 +65,8 @@ class Settings(BaseModel):
 DataSpec = Annotated[
     str,
     option(
-        f"{', '.join(DATA_SETS)}, or a folder or archive of class folders, or with train/<class>/* and "
-        "test/<class>/*; by default what the teacher was trained on, else cifar10.",
+        f"{', '.join(DATA_SETS)}, or a folder, archive or table of your images (docs/data.md); by default what the "
+        "teacher was trained on, else cifar10.",
         DATA,
         metavar="NAME|PATH",
     ),

@@ -156,10 +156,9 @@ class TrainSettings(DataSettings, TeacherInputSettings):
     grey: bool = rare(False, "Convert colour images to grey, one channel.", DATA)
     augment: str = setting(
         "none",
-        "Augmentation, joined by hyphens: flip, crop, cutout, mixup or cutmix; for photographs resized-crop, "
-        "randaugment, jitter.",
+        "Steps joined by hyphens: flip, crop, cutout, mixup, cutmix; for photos resized-crop, randaugment, jitter.",
         DATA,
-        metavar="none|flip|flip-crop|…",
+        metavar="none|flip-crop|…",
     )
     unlabelled: Path | None = rare(
         None,
@@ -260,7 +259,8 @@ class TrainSettings(DataSettings, TeacherInputSettings):
             return value
         steps = augment_steps(value)
         ordered = [step for step in AUGMENT_STEPS if step in steps]
-        if "-".join(steps) != value or sorted(steps) != sorted(ordered) or {"mixup", "cutmix"} <= set(steps):
+        once = len(steps) == len(ordered) > 0 and not {"mixup", "cutmix"} <= set(steps)
+        if "-".join(steps) != value or not once:
             known = f"{', '.join(AUGMENT_STEPS[:-1])} or {AUGMENT_STEPS[-1]}"
             raise ValueError(f"must be none, or some of {known}, each once, joined by hyphens")
         return "-".join(ordered)

@@ -49,8 +49,8 @@ def choose_samples(provenance: dict[str, Any], train: ImageSet, config: ExportCo
     pool, held_out, name = np.arange(len(train)), np.arange(0), "validation split"
     recorded = provenance.get("data", {})  # the data of the training that made the model
     same = isinstance(recorded, dict) and recorded.get("fingerprint_train") == train.fingerprint
-    if same and recorded.get("val_fraction"):
-        pool, held_out = split_validation(train.labels, recorded["val_fraction"])
+    if same and (recorded.get("val_fraction") or train.validation):
+        pool, held_out = split_validation(train.labels, recorded.get("val_fraction") or 0, train.validation)
     elif config.max_drop is not None:
         count = min(_MOST_HELD_OUT, len(train) // 4)
         order = np.random.default_rng(1).permutation(len(train))

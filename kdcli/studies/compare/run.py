@@ -55,7 +55,7 @@ def _common_settings(plan: Plan, data: Splits, on_event: OnEvent) -> CommonSetti
     threads = runtime.set_threads(plan.train.threads)
     config, train = plan.runs[0].config, data.train
     precision: str = config.precision
-    samples, validation = split_validation(train.labels, config.val_fraction)
+    samples, validation = split_validation(train.labels, config.val_fraction, train.validation)
     batch_size = config.batch_size or batch_size_for(len(data.trained_on) - len(validation))
     if precision == "auto":
         device = torch.device(runtime.choose_device(config.accelerator))

@@ -51,7 +51,7 @@ def tune(config: TuneConfig, space: Space, data: Splits, *, on_event: OnEvent = 
     A UsageError if the study was started with other settings. If Interrupted, the current values are queued again.
     """
     check(config, space)
-    if len(split_validation(data.train.labels, config.val_fraction)[1]) == 0:
+    if len(split_validation(data.train.labels, config.val_fraction, data.train.validation)[1]) == 0:
         raise UsageError(
             f"--val-fraction {config.val_fraction} keeps no image for validation",
             "Raise it, with two or more images of each class.",

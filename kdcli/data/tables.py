@@ -1,0 +1,188 @@
+"""Labelled images in tables: a CSV file, Parquet files, or a folder written by Hugging Face `datasets`."""
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kdcli.base.errors import KdError, UsageError
+from kdcli.base.files import read_document, regular_size, sha256_file
+from kdcli.base.text import first_line
+from kdcli.data.sources import FolderSource, Source, Wanted, content
+from kdcli.data.split import SPLIT_NAMES
+
+LABELS = ("label", "labels", "fine_label")  # names of the column of labels, the first that is there
+TABLE_HINT = (
+    "A table has the columns path (or, in Parquet, image), label and perhaps split: train, test, val; "
+    "paths are relative to its folder."
+)
+_BATCH_ROWS = 64
+
+
+class Row(NamedTuple):
+    """An image and its label."""
+
+    name: str
+    split: str  # train, test or val; "" without a split
+    label: str
+    image: Path | bytes
+
+
+@dataclass
+class TableSource(Source):
+    """Images that a table lists: files, or bytes in the table itself."""
+
+    layout_hint: str = TABLE_HINT
+    rows: Callable[[], Iterator[Row]] = lambda: iter(())
+    labels: dict[str, tuple[str, str]] = field(
+        default_factory=dict
+    )  # split and label of each image read so far
+
+    def key(self) -> str:
+        """SHA-256 of the table, and of sizes and change times of the files it lists."""
+        table = FolderSource(self.path).key() if self.path.is_dir() else sha256_file(self.path)
+        digest = hashlib.sha256(table.encode())
+        for row in self.rows():
+            if isinstance(row.image, bytes):  # part of the table
+                break
+            if regular_size(row.image) < 0:
+                raise KdError(f"{self.path} lists {row.name}, and there is no such file", TABLE_HINT)
+            status = row.image.stat()
+            changed_ns = max(status.st_mtime_ns, status.st_ctime_ns)
+            digest.update(f"{row.image}\0{status.st_size}\0{changed_ns}\0".encode("utf-8", "surrogateescape"))
+            self.total += 1
+        return digest.hexdigest()
+
+    def read(self, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
+        """Images in the order of the rows."""
+        for row in self.rows():
+            if row.name in self.labels:
+                raise KdError(f"{self.path} lists {row.name} twice", "Remove one of its rows.")
+            self.labels[row.name] = (row.split, row.label)
+            yield (
+                row.name,
+                row.image if isinstance(row.image, bytes) else content(row.image, row.name, self.path),
+            )
+            self.done += 1
+
+
+def table_source(path: Path) -> TableSource | None:
+    """The source for a table or a folder of tables, by suffix or content; None for anything else."""
+    if path.suffix.lower() == ".csv" and path.is_file():
+        return TableSource(path, rows=lambda: _csv_rows(path))
+    files: list[tuple[str, Path]] = []
+    if path.suffix.lower() == ".parquet" and path.is_file():
+        files = [("", path)]
+    elif (path / "dataset_dict.json").is_file():
+        for split in map(str, read_document(path / "dataset_dict.json").get("splits", [])):
+            files += [(split, file) for file in sorted((path / split).glob("*.arrow"))]
+    elif (path / "state.json").is_file():
+        files = [("", file) for file in sorted(path.glob("*.arrow"))]
+    elif path.is_dir():
+        found = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
+        files = [(_split_in_name(file), file) for file in found]
+    if not files:
+        return None
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            f"{path} is read by pyarrow, which is not installed", "pip install 'kdcli[hf]'"
+        ) from error
+    return TableSource(path, rows=lambda: _arrow_rows(path, files))
+
+
+def _split_in_name(file: Path) -> str:
+    """`train-00000-of-00001.parquet` → train; empty without a split."""
+    found = re.match("[a-z]*", file.stem.lower())
+    return found[0] if found and found[0] in SPLIT_NAMES else ""
+
+
+@contextmanager
+def _errors(file: Path) -> Iterator[None]:
+    """Turn what the readers raise on damaged or hostile files into a KdError."""
+    try:
+        yield
+    except KdError:
+        raise
+    except Exception as error:  # what the readers raise on hostile bytes is not a closed set
+        raise KdError(f"cannot read {file}: {first_line(error)}", TABLE_HINT) from error
+
+
+def _row(table: Path, where: str, split: Any, label: Any, image: Any) -> Row:
+    """A row; a KdError for values that are missing or unknown. A path is relative to the folder of `table`."""
+    stored, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, image)
+    if label is None or not str(label).strip() or not (stored or path) or "\0" in str(path):
+        raise KdError(f"{table}, {where}: no {'image' if label else 'label'}", TABLE_HINT)
+    part = SPLIT_NAMES.get(str(split).strip().lower()) if split is not None else ""
+    if part is None:
+        raise KdError(f"{table}, {where}: unknown split {str(split)!r}", f"Known: {', '.join(SPLIT_NAMES)}.")
+    if isinstance(stored, bytes):
+        return Row(where, part, str(label).strip(), stored)
+    return Row(str(path), part, str(label).strip(), table.parent / str(path))
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    with _errors(path), path.open(encoding="utf-8-sig", newline="") as handle:
+        lines = csv.DictReader(handle)
+        columns = {name.strip().lower(): name for name in lines.fieldnames or ()}
+        for wanted in ("path", "label"):
+            if wanted not in columns:
+                raise KdError(f"{path} has no column {wanted} in its first line", TABLE_HINT)
+        split = columns.get("split")
+        for cells in lines:
+            values = cells[columns["label"]], cells[columns["path"]]
+            yield _row(path, f"line {lines.line_num}", split and (cells[split] or ""), *values)
+
+
+def _arrow_rows(path: Path, files: list[tuple[str, Path]]) -> Iterator[Row]:
+    """Rows of Parquet and Arrow files, each with the split that its name or folder gives, or its column `split`."""
+    for split, file in files:
+        count = 0
+        with _errors(file):
+            for schema, batch in _record_batches(file):
+                image, label, names = _columns(schema, file)
+                splits = [split or None] * len(batch)
+                if "split" in schema.names:
+                    splits = batch.column("split").to_pylist()
+                values = zip(
+                    splits, batch.column(label).to_pylist(), batch.column(image).to_pylist(), strict=True
+                )
+                for part, value, cell in values:
+                    text = value if names is None or value is None else names[value] if value >= 0 else None
+                    yield _row(file, f"{split}/{file.name} row {count}".lstrip("/"), part, text, cell)
+                    count += 1
+
+
+def _record_batches(file: Path) -> Iterator[tuple[Any, Any]]:
+    """Schema and rows of a Parquet file, or of a stream as `datasets` writes it."""
+    import pyarrow
+    from pyarrow import parquet
+
+    if file.suffix.lower() == ".parquet":
+        with parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(_BATCH_ROWS):
+                yield table.schema_arrow, batch
+    else:
+        with pyarrow.memory_map(str(file)) as memory, pyarrow.ipc.open_stream(memory) as stream:
+            for batch in stream:
+                for start in range(0, len(batch), _BATCH_ROWS):
+                    yield stream.schema, batch.slice(start, _BATCH_ROWS)
+
+
+def _columns(schema: Any, file: Path) -> tuple[str, str, list[str] | None]:
+    """Names of the columns of images and labels, and the names of the classes where labels are their numbers."""
+    features = (
+        json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    )
+    marked = [name for name, feature in features.items() if feature.get("_type") == "Image"]
+    image = next((name for name in (*marked, "image", "img", "path") if name in schema.names), None)
+    label = next((name for name in LABELS if name in schema.names), None)
+    if image is None or label is None:
+        raise KdError(f"{file} has no column of {'labels' if image else 'images'}", TABLE_HINT)
+    return image, label, features.get(label, {}).get("names")
