@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from torch import nn
 
 import kdcli as kd
 from kdcli.api import Run
@@ -27,6 +28,7 @@ from kdcli.cli import output
 from kdcli.cli import test as test_command
 from kdcli.cli import train as train_command
 from kdcli.data import Splits
+from kdcli.models import checkpoint, registry
 from tests.helpers import ROOT, command_line, digest, digits_student, image_folder
 
 SHORT: dict[str, Any] = {"epochs": 1, "batch_size": 16, "precision": "32", "threads": 1}
@@ -101,6 +103,87 @@ def test_models_in_memory_stand_for_their_content(run: Run, photos: Splits) -> N
     again = kd.distill([model, run.student], model, photos, teacher_weight=(1, 3), **SHORT)
     [file] = Path("cache/models").iterdir()
     assert again.teacher == file and again.result.config.student_file == file
+
+
+class Brightness(nn.Module):
+    """Classes by the mean pixel m, nearest of 60, 120 and 180: logits (2·m·c − c²)/200, perfect on `image_folder`."""
+
+    def __init__(self, unit: float = 1.0) -> None:
+        super().__init__()
+        self.unit = unit  # of the pixels, and not among the weights
+        self.fc = nn.Linear(1, 3)
+        centres = torch.tensor([60.0, 120.0, 180.0])
+        self.fc.weight.data, self.fc.bias.data = centres[:, None] / 100, -(centres**2) / 200
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.fc(pixels.mean(dim=(1, 2, 3))[:, None] * self.unit)
+
+
+class Small(nn.Module):
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+        self.out = nn.Linear(400, classes)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.out(self.layers(pixels))
+
+
+@pytest.fixture
+def networks(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The networks of this process, restored afterwards."""
+    monkeypatch.setattr(registry, "MODELS", dict(registry.MODELS))
+    return registry.MODELS
+
+
+def test_modules_teach_and_learn(photos: Splits, networks: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    student = Small()
+    before = checkpoint.digest(dict(student.state_dict()))
+    run = kd.distill(Brightness(), student, photos, **SHORT)
+    assert run.result.teacher is not None and run.result.teacher.plain == 100
+    assert run.result.teacher_passes > 0 and checkpoint.digest(dict(student.state_dict())) == before
+    images = torch.from_numpy(photos.test.images[:9].copy())
+    planes = images.permute(0, 3, 1, 2).float()
+    assert torch.equal(kd.load_model(run.teacher)(images), Brightness()(planes))
+    # the same again, with pixels of another unit, is another teacher; the same is found in the cache
+    assert kd.distill(Brightness(), "convnet-tiny", photos, **SHORT).result.teacher_passes == 0
+    scaled = kd.distill(Brightness(255), "convnet-tiny", photos, teacher_scale="1/255", **SHORT)
+    assert scaled.teacher != run.teacher and scaled.result.teacher_passes > 0
+    # the student is a model as any other, in this process and, with its module, in others
+    learned: Any = kd.load_model(run.student)
+    assert isinstance(learned.network, Small) and learned.arch.startswith("Small-")
+    assert kd.evaluate(run.student).accuracy == run.result.evaluation.accuracy
+    assert kd.export(run.student, "small.onnx", parity_images=7).parity.same_top1 == 7
+    del networks[learned.arch]
+    with pytest.raises(kd.KdError, match=f"unknown network: {learned.arch}"):
+        kd.load_model(run.student)
+    kd.load_model(Small(), data=photos)
+    assert torch.equal(kd.load_model(run.student)(images), learned(images))
+
+
+def test_module_takes_pixels_as_set(photos: Splits, networks: dict[str, Any]) -> None:
+    module = Small()
+    model = kd.load_model(
+        module, data=photos, scale="1/255", mean=(0.5, 0.4, 0.3), std=0.25, channel_order="bgr"
+    )
+    images = torch.from_numpy(photos.test.images[:4].copy())
+    mean = torch.tensor([0.5, 0.4, 0.3])[:, None, None]
+    expected = module.eval()((images.permute(0, 3, 1, 2).float().flip(1) / 255 - mean) / 0.25)
+    torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
+    cases: list[tuple[Any, str]] = [
+        (lambda: kd.load_model(Small()), "a module needs data"),
+        (lambda: kd.distill(Brightness(), "convnet-tiny", "photos"), "a module needs data"),
+        (lambda: kd.load_model(Small(7), data=photos), "Small gives 2×7 for 2 images of 3 classes"),
+        (
+            lambda: kd.distill(student=nn.Linear(5, 3), data=photos, method="ce"),
+            "Linear fails on images of 12×12×3",
+        ),
+    ]
+    for call, message in cases:
+        with pytest.raises(kd.KdError, match=message) as caught:
+            call()
+        assert caught.value.hint
 
 
 def test_comparison_has_the_runs_of_the_command(photos: Splits, monkeypatch: pytest.MonkeyPatch) -> None:

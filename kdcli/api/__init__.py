@@ -7,22 +7,34 @@ as tables, in a notebook too; `to_dict()` gives their values.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from torch import nn
+
 from kdcli import methods as known_methods
+from kdcli.api.arguments import (
+    OF_DATA,
+    Data,
+    Model,
+    Student,
+    Teachers,
+    check_known,
+    loaded,
+    of_model,
+    of_training,
+    path_of,
+)
 from kdcli.base import config as configs
 from kdcli.base import runtime
-from kdcli.base.config import DataSettings, ModelDataSettings, make
+from kdcli.base.config import InputSettings, make
 from kdcli.base.errors import KdError, UsageError
-from kdcli.base.names import nearest
 from kdcli.base.results import Result
 from kdcli.cli import output as screen
-from kdcli.cli.arguments import check_image_size, existing_model
+from kdcli.cli.arguments import check_image_size
 from kdcli.cli.bench import default_models, distinct
 from kdcli.cli.compare import WITHOUT, run_comparison
 from kdcli.cli.test import measure
@@ -30,25 +42,16 @@ from kdcli.cli.train import run_training
 from kdcli.data import Splits
 from kdcli.deploy import bench as benchmarks
 from kdcli.deploy import export as exports
-from kdcli.deploy import load as loading
 from kdcli.deploy import predict as predictions
 from kdcli.deploy.onnx_model import OnnxClassifier
 from kdcli.engine import Evaluation, RunResult, plan
 from kdcli.methods import TrainConfig
-from kdcli.models import Classifier, checkpoint
+from kdcli.models import Classifier
 from kdcli.studies.compare import Comparison
 
-Model = str | Path | Classifier | OnnxClassifier
-Teachers = Model | Sequence[Model]
-Student = str | Path | Classifier
-Data = str | Path | Splits
 P = ParamSpec("P")
 R = TypeVar("R")
-C = TypeVar("C", bound=ModelDataSettings)
-_OF_DATA = (*DataSettings.model_fields, "crop", "grey", "unlabelled")
-_PRINTED = ("plot", "csv", "markdown", "details")  # options of output alone
 output = screen.settings  # `quiet`
-_MODELS = Path("cache/models")  # checkpoints of models in memory
 
 
 @dataclass(frozen=True)
@@ -88,28 +91,32 @@ def load_data(data: str | Path, **settings: Any) -> Splits:
         Splits `train` and `test`: `images` uint8 (N, H, W, C), RGB or grey; `labels` int64 (N,); `classes`, their
         names. Images may be a memory map.
     """
-    _check_known(settings, _OF_DATA)
+    check_known(settings, OF_DATA)
     config = make(TrainConfig, {**settings, "data": str(data)})
     return replace(
-        plan.load_data(config, screen.on_event), settings={name: getattr(config, name) for name in _OF_DATA}
+        plan.load_data(config, screen.on_event), settings={name: getattr(config, name) for name in OF_DATA}
     )
 
 
 @_drawn
-def load_model(model: str | Path, *, threads: int = 0, **settings: Any) -> Classifier | OnnxClassifier:
-    """Read a checkpoint or an ONNX file.
+def load_model(
+    model: str | Path | nn.Module, *, data: Splits | None = None, threads: int = 0, **settings: Any
+) -> Classifier | OnnxClassifier:
+    """Read a checkpoint or an ONNX file, or join a module with its preprocessing.
 
     Args:
-        model: path, or name of a run.
+        model: path, name of a run, or a module from float32 (B, C, H, W) to logits (B, classes).
+        data: from `load_data`: classes and images of a module.
         threads: CPU threads of onnxruntime; 0: all available cores.
-        **settings: what an ONNX file of another program leaves open: `scale`, `mean`, `std`, `channel_order`,
-            `layout`, `class_names`, `crop`, `image_size`.
+        **settings: what a module, or an ONNX file of another program, leaves open: `scale`, `mean`, `std`, by which
+            its input is (pixel 0–255 · scale − mean) / std; `channel_order`; of a file also `layout`,
+            `class_names`, `crop`, `image_size`.
 
     Returns:
         A model from raw images, a uint8 tensor (B, H, W, C) with values 0–255, to logits float32 (B, classes); with
         `classes`, names in the order of the logits, and `input_size`, (H, W, C).
     """
-    return loading.load_model(existing_model(Path(model)), threads, make(configs.InputSettings, settings))
+    return loaded(model, make(InputSettings, settings), threads, data)[0]
 
 
 @_drawn
@@ -125,8 +132,10 @@ def distill(
     """Train a student as `kd train`; measured once on the test images, at the end.
 
     Args:
-        teacher: model or path; several are averaged. None: the only one in `weights/` and `runs/`.
-        student: name of a network, or a model whose weights it starts from.
+        teacher: model or path; several are averaged. None: the only one in `weights/` and `runs/`. A module takes
+            pixels as set by `teacher_scale`, `teacher_mean`, `teacher_std`, `teacher_channel_order`.
+        student: name of a network, or a model whose weights it starts from. A module takes pixels as set by
+            `preprocess`.
         data: from `load_data`, or as its argument. None: what the teacher was trained on.
         recipe: name or TOML file of a preset, which the settings override.
         resume: an interrupted run to continue, by name or folder; without other arguments.
@@ -138,7 +147,7 @@ def distill(
     Raises:
         Interrupted: Ctrl-C; the hint continues the run, as does `resume`.
     """
-    splits, values = _of_training(teacher, student, data, settings)
+    splits, values = of_training(teacher, student, data, settings)
     if values.get("devices", 1) != 1:
         raise UsageError("devices: from Python a run has one process", "For several: kd train --devices N")
     results, _ = run_training(values, recipe, None if resume is None else str(resume), splits)
@@ -163,15 +172,16 @@ def evaluate(
         Accuracy with its 95 % interval, by class, and agreement with the teacher, in per cent; cross-entropy in nats.
     """
     if teacher is not None:
-        settings["teacher"] = _path(teacher)
-    config, splits = _of_model(configs.TestConfig, data, settings)
-    loaded, path = _loaded(model, config, config.threads)
-    return measure(loaded, path, config, splits)[0]
+        settings["teacher"] = path_of(teacher, data)
+    config, splits = of_model(configs.TestConfig, data, settings)
+    runtime.set_threads(config.threads)
+    made, path = loaded(model, config, config.threads, data)
+    return measure(made, path, config, splits)[0]
 
 
 @_drawn
 def export(
-    model: str | Path | Classifier,
+    model: str | Path | nn.Module,
     output: str | Path | None = None,
     *,
     int8: bool | str = False,
@@ -195,10 +205,10 @@ def export(
         KdError: the outputs differ, or the loss of accuracy is above `max_drop`; no file is written.
     """
     settings |= {"int8_recipe": int8} if isinstance(int8, str) else {"int8": int8}
-    config, splits = _of_model(
+    config, splits = of_model(
         configs.ExportConfig, data, settings | ({} if output is None else {"output": output})
     )
-    return exports.export(_path(model), config, splits, screen.on_event)
+    return exports.export(path_of(model, data), config, splits, screen.on_event)
 
 
 @_drawn
@@ -218,8 +228,8 @@ def bench(
     """
     if isinstance(sizes := settings.get("batch"), list | tuple):
         settings["batch"] = ",".join(map(str, sizes))
-    config, splits = _of_model(configs.BenchConfig, data, settings)
-    paths = [_path(model) for model in models]
+    config, splits = of_model(configs.BenchConfig, data, settings)
+    paths = [path_of(model, data) for model in models]
     return benchmarks.bench(
         distinct(paths or default_models(config)), config, splits, screen.on_event, skip=not paths
     )
@@ -240,10 +250,11 @@ def predict(
         For each image its path, the most probable `classes`, and their `probabilities` in 0–1.
     """
     config = make(configs.PredictConfig, settings)
-    loaded, path = _loaded(model, config, config.threads)
-    check_image_size(path, loaded.input_size, config.image_size)
+    runtime.set_threads(config.threads)
+    made, path = loaded(model, config, config.threads)
+    check_image_size(path, made.input_size, config.image_size)
     files = [images] if isinstance(images, str | Path) else images
-    return list(predictions.predict(loaded, list(map(Path, files)), config, on_event=screen.on_event))
+    return list(predictions.predict(made, list(map(Path, files)), config, on_event=screen.on_event))
 
 
 @_drawn
@@ -271,8 +282,8 @@ def compare(
         For each method mean and deviation of test accuracies in per cent, the difference from the baseline in
         points with its 95 % interval, and a verdict; `failed` lists runs that did not finish.
     """
-    _check_known(settings, {*configs.CompareConfig.model_fields, *TrainConfig.model_fields} - WITHOUT)
-    splits, train = _of_training(teacher, student, data, settings)
+    check_known(settings, {*configs.CompareConfig.model_fields, *TrainConfig.model_fields} - WITHOUT)
+    splits, train = of_training(teacher, student, data, settings)
     own = {name: train.pop(name) for name in set(train) & set(configs.CompareConfig.model_fields)}
     if methods:
         own["methods"] = methods if isinstance(methods, str) else ",".join(methods)
@@ -280,68 +291,3 @@ def compare(
         own["seeds"] = seeds if isinstance(seeds, int) else "".join(f"{seed}," for seed in seeds)
     config = make(configs.CompareConfig, own)
     return run_comparison(config, train, recipe, None if resume is None else Path(resume), splits)[0]
-
-
-def _check_known(given: Iterable[str], known: Iterable[str]) -> None:
-    known = set(known) - set(_PRINTED)
-    for name in sorted(set(given) - known):
-        hint = "Only the command line has it." if name in _PRINTED else nearest(name, sorted(known))
-        raise UsageError(f"unknown setting: {name}", hint)
-
-
-def _of_training(
-    teacher: Teachers | None, student: Student | None, data: Data | None, settings: dict[str, Any]
-) -> tuple[Splits | None, dict[str, Any]]:
-    """The data where they are loaded, and the options of kd train; the data's are those they were loaded with."""
-    values = dict(settings)
-    if teacher is not None:
-        several: Sequence[Any] = teacher if isinstance(teacher, list | tuple) else [teacher]
-        values["teacher"] = tuple(map(_path, several))
-    if student is not None:
-        values["student"] = str(_path(student) if isinstance(student, Classifier) else student)
-    if not isinstance(data, Splits):
-        return None, values if data is None else {**values, "data": str(data)}
-    for name in sorted(set(_OF_DATA) & set(settings)):
-        raise UsageError(f"{name} is a setting of the data, which are loaded", f"Pass {name} to load_data.")
-    return data, {**values, "data": data.spec, **data.settings}
-
-
-def _of_model(kind: type[C], data: Data | None, settings: dict[str, Any]) -> tuple[C, Splits | None]:
-    """Settings of a command that evaluates a model, and the data where they are loaded."""
-    _check_known(settings, kind.model_fields)
-    if not isinstance(data, Splits):
-        return make(kind, settings if data is None else {**settings, "data": str(data)}), None
-    places = {name: data.settings[name] for name in ("data_dir", "cache_dir") if name in data.settings}
-    return make(kind, {**places, **settings}), data
-
-
-def _loaded(
-    model: Model, config: configs.InputSettings, threads: int
-) -> tuple[Classifier | OnnxClassifier, Path]:
-    """A model in evaluation mode, and its path or name."""
-    runtime.set_threads(threads)
-    if isinstance(model, str | Path):
-        path = existing_model(Path(model))
-        return loading.load_model(path, threads, config), path
-    for name in config.given:
-        raise UsageError(f"{name} is a setting of the model, which is loaded", f"Pass {name} to load_model.")
-    return (model, model.path) if isinstance(model, OnnxClassifier) else (model.eval(), Path(model.arch))
-
-
-def _path(model: Model) -> Path:
-    """The file of a model; a checkpoint in memory is written to `cache/models/`, under a hash of its content."""
-    if isinstance(model, str | Path):
-        return existing_model(Path(model))
-    if isinstance(model, OnnxClassifier):
-        if model.is_foreign and model.assumed.given:
-            hint = "Pass its path, and the settings of its input beside it."
-            raise UsageError(
-                f"{model.path} is read again here, without {', '.join(model.assumed.given)}", hint
-            )
-        return model.path
-    stored = model.to_checkpoint()
-    name = re.sub(r"[^\w.-]", "_", stored.arch)
-    path = _MODELS / f"{name}-{checkpoint.digest(vars(stored))[:32]}.pt"
-    if not path.is_file():
-        checkpoint.save(path, stored)
-    return path

@@ -1,0 +1,121 @@
+"""Arguments of the functions: models as files or in memory, data, settings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from kdcli.base.config import (
+    NO_ASSUMPTIONS,
+    DataSettings,
+    InputSettings,
+    ModelDataSettings,
+    TeacherInputSettings,
+    make,
+)
+from kdcli.base.errors import UsageError
+from kdcli.base.names import nearest
+from kdcli.cli.arguments import existing_model
+from kdcli.data import Splits
+from kdcli.deploy import load as loading
+from kdcli.deploy.onnx_model import OnnxClassifier
+from kdcli.models import Classifier, checkpoint, own
+
+Model = str | Path | nn.Module | OnnxClassifier
+Teachers = Model | Sequence[Model]
+Student = str | Path | nn.Module
+Data = str | Path | Splits
+C = TypeVar("C", bound=ModelDataSettings)
+OF_DATA = (*DataSettings.model_fields, "crop", "grey", "unlabelled")
+_PRINTED = ("plot", "csv", "markdown", "details")  # options of output alone
+_FOLDER = Path("cache/models")  # of checkpoints of models in memory
+
+
+def check_known(given: Iterable[str], known: Iterable[str]) -> None:
+    known = set(known) - set(_PRINTED)
+    for name in sorted(set(given) - known):
+        hint = "Only the command line has it." if name in _PRINTED else nearest(name, sorted(known))
+        raise UsageError(f"unknown setting: {name}", hint)
+
+
+def of_training(
+    teacher: Teachers | None, student: Student | None, data: Data | None, settings: dict[str, Any]
+) -> tuple[Splits | None, dict[str, Any]]:
+    """The data where they are loaded, and the options of kd train; the data's are those they were loaded with."""
+    values = dict(settings)
+    if teacher is not None:
+        several: Sequence[Any] = teacher if isinstance(teacher, list | tuple) else [teacher]
+        inputs = NO_ASSUMPTIONS
+        if any(map(_is_bare, several)):
+            named = set(values) & set(TeacherInputSettings.model_fields)
+            inputs = make(TeacherInputSettings, {name: values.pop(name) for name in named}).teacher_inputs
+        values["teacher"] = tuple(path_of(each, data, inputs) for each in several)
+    if isinstance(student, nn.Module):
+        values["student"] = _classifier(student, data).arch if _is_bare(student) else str(path_of(student))
+    elif student is not None:
+        values["student"] = str(student)
+    if not isinstance(data, Splits):
+        return None, values if data is None else {**values, "data": str(data)}
+    for name in sorted(set(OF_DATA) & set(settings)):
+        raise UsageError(f"{name} is a setting of the data, which are loaded", f"Pass {name} to load_data.")
+    return data, {**values, "data": data.spec, **data.settings}
+
+
+def of_model(kind: type[C], data: Data | None, settings: dict[str, Any]) -> tuple[C, Splits | None]:
+    """Settings of a command that evaluates a model, and the data where they are loaded."""
+    check_known(settings, kind.model_fields)
+    if not isinstance(data, Splits):
+        return make(kind, settings if data is None else {**settings, "data": str(data)}), None
+    places = {name: data.settings[name] for name in ("data_dir", "cache_dir") if name in data.settings}
+    return make(kind, {**places, **settings}), data
+
+
+def _is_bare(model: Any) -> bool:
+    """Whether a model is a module without preprocessing."""
+    return isinstance(model, nn.Module) and not isinstance(model, Classifier)
+
+
+def _classifier(module: nn.Module, data: Data | None, inputs: InputSettings = NO_ASSUMPTIONS) -> Classifier:
+    if not isinstance(data, Splits):
+        hint = "Pass data=kd.load_data(…), or the model that kd.load_model(module, data=…) returns."
+        raise UsageError("a module needs data, whose classes and images are its own", hint)
+    return own.classifier(module, data, inputs)
+
+
+def loaded(
+    model: Model, config: InputSettings, threads: int = 0, data: Data | None = None
+) -> tuple[Classifier | OnnxClassifier, Path]:
+    """A model in evaluation mode, and its path or name."""
+    if isinstance(model, str | Path):
+        path = existing_model(Path(model))
+        return loading.load_model(path, threads, config), path
+    if not isinstance(model, Classifier | OnnxClassifier):
+        made = _classifier(model, data, config)
+        return made, Path(made.arch)
+    for name in config.given:
+        raise UsageError(f"{name} is a setting of the model, which is loaded", f"Pass {name} to load_model.")
+    return (model, model.path) if isinstance(model, OnnxClassifier) else (model.eval(), Path(model.arch))
+
+
+def path_of(model: Model, data: Data | None = None, inputs: InputSettings = NO_ASSUMPTIONS) -> Path:
+    """The file of a model; a checkpoint in memory is written to `cache/models/`, under a hash of its content."""
+    if isinstance(model, str | Path):
+        return existing_model(Path(model))
+    if isinstance(model, OnnxClassifier):
+        if model.is_foreign and model.assumed.given:
+            hint = "Pass its path, and the settings of its input beside it."
+            raise UsageError(
+                f"{model.path} is read again here, without {', '.join(model.assumed.given)}", hint
+            )
+        return model.path
+    made = model if isinstance(model, Classifier) else _classifier(model, data, inputs)
+    stored = made.to_checkpoint()
+    name = re.sub(r"[^\w.-]", "_", stored.arch)
+    path = _FOLDER / f"{name}-{checkpoint.digest(vars(stored))[:32]}.pt"
+    if not path.is_file():
+        checkpoint.save(path, stored)
+    return path
