@@ -33,9 +33,8 @@ def check_teacher(
     if plan.teacher is None:
         return None
     # 1. Samples
-    order = augment.order(0, augment.SPLIT, plan.labelled_samples)
-    training = np.sort(order[: _SAMPLE if outputs.views else _LIVE_SAMPLE])
-    validation = plan.val_samples[:_SAMPLE]
+    training = _sample(plan.labelled_samples, _SAMPLE if outputs.views else _LIVE_SAMPLE)
+    validation = _sample(plan.val_samples, _SAMPLE)
     # 2. Plain images
     plain = _plain_logits(plan, np.concatenate([training, validation]), on_event)
     labels = torch.from_numpy(plan.train.labels)
@@ -69,6 +68,11 @@ def check_teacher(
     if check.warning:
         on_event(Note(check.warning))
     return check
+
+
+def _sample(samples: Int64, count: int) -> Int64:
+    """At most `count` of the samples, at random: they may be sorted by class."""
+    return np.sort(augment.order(0, augment.SPLIT, samples)[:count])
 
 
 def warning_of(plain: float, views: float, steps: int) -> str | None:

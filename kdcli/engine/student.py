@@ -72,7 +72,8 @@ def _fresh(config: TrainConfig, train: ImageSet, samples: Int64, on_event: OnEve
         crop=train.crop,
     )
     if hasattr(network, "fit"):
-        images = torch.from_numpy(rows.take(train.images, samples[:_FITTED_IMAGES]))
+        spaced = samples[:: -(-len(samples) // _FITTED_IMAGES)]  # images may be sorted by class
+        images = torch.from_numpy(rows.take(train.images, spaced))
         network.fit(student.prepare(images))  # type: ignore[operator]
     return student
 

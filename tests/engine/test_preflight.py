@@ -12,7 +12,7 @@ from kdcli import data, models
 from kdcli.base.events import Event, Note
 from kdcli.data import Splits, augment
 from kdcli.data.split import split_validation
-from kdcli.engine import fit, read_result
+from kdcli.engine import fit, preflight, read_result
 from kdcli.engine.preflight import warning_of
 from kdcli.engine.records import TeacherCheck
 from tests.helpers import config, make_splits
@@ -57,6 +57,13 @@ def test_figures_are_those_of_the_teachers_outputs(workplace: Path, splits: Spli
     )
     texts = [event.text for event in notes if isinstance(event, Note)]
     assert check.summary in texts and check.warning in texts  # one epoch is few steps
+
+
+def test_samples_are_of_all_classes() -> None:
+    """A hundred images of each of ten classes, sorted by class."""
+    found = preflight._sample(np.arange(1000, dtype=np.int64), 200)
+    assert len(found) == 200 and np.bincount(found // 100).min() >= 5
+    assert np.array_equal(preflight._sample(np.arange(7, 12, dtype=np.int64), 200), np.arange(7, 12))
 
 
 def test_a_run_without_a_teacher_has_no_figures_of_one(workplace: Path, splits: Splits) -> None:

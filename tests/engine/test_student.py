@@ -15,11 +15,11 @@ from torch import nn
 from kdcli import models
 from kdcli.base.config import ConvertConfig, ExportConfig, make
 from kdcli.base.errors import Interrupted, KdError, UsageError
-from kdcli.base.events import Event, Note
+from kdcli.base.events import Event, Note, ignore
 from kdcli.cli import test, train
 from kdcli.data import Splits
 from kdcli.deploy import export
-from kdcli.engine import RunDir, fit, read_metrics
+from kdcli.engine import RunDir, fit, read_metrics, student
 from kdcli.engine.plan import load_data
 from kdcli.engine.student import OutputScale
 from kdcli.methods import TrainConfig
@@ -247,3 +247,16 @@ def test_a_student_file_on_the_command_line(
     assert made.input_size == (12, 12, 1)
     run_dir = RunDir.existing(Path("runs/a"))
     assert run_dir.read_config().student == "convnet-tiny"
+
+
+def test_a_network_is_fitted_on_images_of_the_whole_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten of thirty images, every third: data sets may be sorted by class."""
+    monkeypatch.setattr(student, "_FITTED_IMAGES", 10)
+    splits = make_splits(train=30, size=(18, 18, 3))
+    settings = config(student="cifarnet", width=0.125)
+    found = student.make_student(
+        settings, splits.train, np.arange(30, dtype=np.int64), torch.device("cpu"), ignore
+    )
+    expected = models.build("cifarnet", classes=3, input_size=(18, 18, 3), width=0.125)
+    expected.fit(found.prepare(torch.from_numpy(splits.train.images[::3].copy())))  # type: ignore[operator]
+    assert torch.equal(found.network.whiten.weight, expected.whiten.weight)  # type: ignore[union-attr]
