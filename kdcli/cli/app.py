@@ -32,12 +32,18 @@ app = typer.Typer(
 
 # in the order of --help; each is a module here with a function of its name and an EPILOG
 COMMANDS = (
-    "demo", "download", "data", "convert-caffe", "validate", "train", "compare", "reproduce",
+    "demo", "download", "data", "convert-caffe", "validate", "teacher-logits", "train", "compare", "reproduce",
     "tune", "test", "export", "info", "predict", "bench", "report", "runs", "clean",
 )  # fmt: skip
 
 
-CONTINUED = ("download", "compare", "reproduce", "tune")  # from their finished parts, by the same command
+CONTINUED = (
+    "download",
+    "teacher-logits",
+    "compare",
+    "reproduce",
+    "tune",
+)  # from their finished parts, by the same command
 
 
 class Stopped(BaseException):

@@ -23,12 +23,12 @@ M = TypeVar("M", bound="Classifier | OnnxClassifier")
 
 
 def existing_model(path: Path) -> Path:
-    """The model file at `path`, or the `student.pt` of the run of this path or name; `student.pt` alone: the newest.
+    """The file at `path`, the `student.pt` of a run or the `pack.json` of a pack; `student.pt` alone: the newest.
 
     The hint of the KdError lists the trained students, newest first.
     """
     found = runs.by_name(path)
-    for file in (found, found / "student.pt"):
+    for file in (found, found / "student.pt", found / "pack.json"):
         if file.is_file():
             return file
     if found.is_dir():
@@ -77,13 +77,13 @@ def data_for(
 ) -> tuple[M, Splits]:
     """The model in the data's order of classes; the data as set or recorded, as the model takes them, or `splits`."""
     from kdcli import data
-    from kdcli.deploy.load import in_order_of
+    from kdcli.deploy.load import with_classes
     from kdcli.teacher import assumptions
 
     splits = splits or data.load(
         **data.source_for(path, model, config), image_size=config.image_size, on_event=on_event
     )
-    model = in_order_of(model, splits.test.classes)
+    model = with_classes(model, splits.test.classes, config.class_map)
     if reason := data.incompatibility(model, splits.test):
         raise KdError(f"{path} {reason}", "Pass the data of this model with --data.")
     assumptions.note_order(str(path), model, splits.test, on_event)

@@ -26,7 +26,7 @@ EPILOG = examples(
 )
 
 
-@command(BenchConfig)
+@command(BenchConfig, without={"class_map"})
 def bench(
     model: Annotated[
         list[Path] | None,

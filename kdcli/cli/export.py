@@ -45,11 +45,13 @@ def export(
 def _reference(checkpoint: Path) -> Path:
     """The teacher that the checkpoint records, if it is unchanged; else the checkpoint itself."""
     from kdcli.base.files import is_unchanged
+    from kdcli.deploy.load import is_stored
     from kdcli.models.checkpoint import load
     from kdcli.teacher import teachers_of
 
     for teacher in teachers_of(load(checkpoint).provenance, checkpoint):
-        if not teacher.inputs.given and is_unchanged(teacher.path, teacher.sha256):
+        a_model = not teacher.inputs.given and not is_stored(teacher.path)
+        if a_model and is_unchanged(teacher.path, teacher.sha256):
             return teacher.path
     return checkpoint
 

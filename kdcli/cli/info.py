@@ -27,7 +27,7 @@ _MAX_CLASSES = 20
 EPILOG = examples("kd info exports/kd-lenet-1.onnx", "kd info lenet --classes 100 --image-size 64")
 
 
-@command(InfoConfig)
+@command(InfoConfig, without={"class_map"})
 def info(
     model_or_network: Annotated[
         str,

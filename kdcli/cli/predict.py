@@ -16,7 +16,7 @@ EPILOG = examples(
 )
 
 
-@command(PredictConfig)
+@command(PredictConfig, without={"class_map"})
 def predict(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Run, checkpoint (.pt) or ONNX file.")],
     images: Annotated[

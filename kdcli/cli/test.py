@@ -25,7 +25,7 @@ _MOST_DRAWN = 1_000  # classes of a figure
 EPILOG = examples("kd test kd-lenet-1 --plot confusion.png", "kd test exports/kd-lenet-1.onnx --json")
 
 
-@command(TestConfig)
+@command(TestConfig, without={"class_map"})
 def test(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Run, checkpoint (.pt) or ONNX file.")],
     config: TestConfig,
@@ -79,11 +79,14 @@ def measure(
     teacher_logits = None
     source, assumed = _teacher(config, model.provenance, path)
     if source is not None:
-        size, threads = splits.test.input_size, config.threads
-        teacher = Teacher.open(source, config.cache_dir, threads=threads, assumed=assumed, input_size=size)
-        task = "teacher on test images"
-        [cache] = teacher.logits(splits.test, exact=True, task=task, on_event=output.on_event)
-        teacher_logits = cache.logits()
+        test, threads = splits.test, config.threads
+        teacher = Teacher.open(source, config.cache_dir, threads=threads, assumed=assumed, data=test)
+        if missing := teacher.missing(test):
+            output.note(f"agreement with the teacher is not measured: {missing}")
+        else:
+            task = "teacher on test images"
+            [cache] = teacher.logits(test, exact=True, task=task, on_event=output.on_event)
+            teacher_logits = cache.logits()
     result = evaluate(
         model, splits.test, teacher_logits=teacher_logits, task="testing", on_event=output.on_event
     )

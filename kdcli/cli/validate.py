@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from kdcli.base.config import DataSettings, ValidateConfig, shell_command
@@ -14,7 +15,7 @@ from kdcli.cli.options import command, examples
 if TYPE_CHECKING:
     from kdcli.base.events import OnEvent
     from kdcli.caffe.opencv import Agreement
-    from kdcli.data import ImageSet
+    from kdcli.data import ImageSet, Splits
 
 _REPEATED = {*DataSettings.model_fields, "teacher", "crop"} - {"image_size"}  # options of kd train too
 EPILOG = examples("kd validate --data cifar10", "kd validate --against weights/cifar10_nin.caffemodel")
@@ -43,6 +44,9 @@ def validate(config: ValidateConfig) -> None:
     if config.against is not None and target is None:
         raise UsageError("--against compares a .pt teacher", f"Make one: {again}")
     teacher, splits = data_for(teacher, config.teacher, config, output.on_event)
+    if config.probe:
+        _probe(teacher, config, splits)
+        return
     agreement = _compare(teacher, config, splits.test, output.on_event) if config.against else None
     result = evaluate(teacher, splits.test, task="validating", on_event=output.on_event)
     assumptions.check(str(config.teacher), teacher, splits.test, output.on_event, task="trying alternatives")
@@ -76,10 +80,40 @@ def validate(config: ValidateConfig) -> None:
             f"{agreement.largest_difference:.3g}",
             f"Convert it again: {again}",
         )
-    options = config.model_dump(include=given & _REPEATED)
-    options |= {f"teacher_{name}": value for name, value in config.given.items() if name != "crop"}
     method = "noisy" if getattr(teacher, "gives", "logits") == "logits" else "kd"
-    output.next_command(shell_command("train", {"method": method, **options}))
+    output.next_command(_training(config, method, config.given))
+
+
+def _training(config: ValidateConfig, method: str, inputs: dict[str, Any]) -> str:
+    """The command that trains from this teacher, with these settings of its input."""
+    options = config.model_dump(include=config.model_fields_set & _REPEATED)
+    options |= {f"teacher_{name}": value for name, value in inputs.items() if name != "crop"}
+    return shell_command("train", {"method": method, **options})
+
+
+def _probe(teacher: Any, config: ValidateConfig, splits: Splits) -> None:
+    """Measure likely forms of the teacher's input, and print what sets the best."""
+    from kdcli.teacher import assumptions
+
+    found = assumptions.probe(
+        str(config.teacher), teacher, splits.test, "trying likely inputs", output.on_event
+    )
+    best = found[0]
+    output.json({"teacher": config.teacher, "data": splits.label, "inputs": list(map(asdict, found))})
+    output.table(
+        [
+            f"input of {config.teacher}, on {best.count} images of {splits.label}",
+            "accuracy, %",
+            "95 % interval",
+        ],
+        [[each.text or "as set", f"{each.accuracy:.1f}", output.interval(each.interval)] for each in found],
+    )
+    if best.text:
+        output.text(assumptions.advice(teacher, splits.test, best))
+    if not best.by_text:
+        replaced = ("scale", "mean", "std") if "scale" in best.options else ()
+        kept = {name: value for name, value in config.given.items() if name not in replaced}
+        output.next_command(_training(config, "kd", {**kept, **best.options}))
 
 
 def _compare(teacher: Any, config: ValidateConfig, data: ImageSet, on_event: OnEvent) -> Agreement:

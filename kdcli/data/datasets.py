@@ -26,7 +26,7 @@ from kdcli.base.text import first_line, reason
 from kdcli.data import catalog, sets
 from kdcli.data.decode import Pixels, resize, with_channels
 from kdcli.data.images import ImageSet, Splits, fingerprint_of, overlap_of
-from kdcli.data.pack import Cache
+from kdcli.data.pack import Cache, Selection
 from kdcli.data.sources import FolderSource
 
 EVENT_IMAGES = 2048
@@ -156,8 +156,8 @@ class Dataset:
                 if index % EVENT_IMAGES == 0:
                     request.on_event(Progress("packing", index, count))
             selections = {
-                "train": (np.arange(boundary), content.train.labels),
-                "test": (np.arange(boundary, count), content.test.labels),
+                "train": Selection(np.arange(boundary), content.train.labels),
+                "test": Selection(np.arange(boundary, count), content.test.labels),
             }
             packed = cache.store(packer, selections, classes=content.classes, label=self.label, notes=notes)
         return packed.splits(request.spec)

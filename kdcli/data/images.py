@@ -30,6 +30,7 @@ class ImageSet:
     fingerprint: str  # SHA-256 of the content (see `fingerprint_of`)
     validation: int = 0  # number of its last images, which are the data's own validation split
     crop: float = 1.0  # share of the original images' shorter side that these show, see `decode.resize`
+    name_bytes: npt.NDArray[np.uint8] | None = None  # UTF-8 of `names`, each with a NUL at its end
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -39,6 +40,12 @@ class ImageSet:
         """(H, W, C)."""
         _, height, width, channels = self.images.shape
         return height, width, channels
+
+    @property
+    def names(self) -> list[str]:
+        """Path of each image's file below the data's folder; empty where images are no files."""
+        content = b"" if self.name_bytes is None else self.name_bytes.tobytes()
+        return content.decode("utf-8", "surrogateescape").split("\0")[:-1]
 
 
 @dataclass(frozen=True)
@@ -66,12 +73,14 @@ class Splits:
         if unlabelled is None:
             return train
         digest = hashlib.sha256(f"{train.fingerprint} {unlabelled.fingerprint}".encode())
+        names = [part.name_bytes for part in (train, unlabelled) if part.name_bytes is not None]
         return replace(
             train,
             images=rows.Joined(train.images, unlabelled.images),
             labels=np.concatenate([train.labels, unlabelled.labels]),
             fingerprint=digest.hexdigest(),
             validation=0,
+            name_bytes=np.concatenate(names) if len(names) == 2 else None,
         )
 
 

@@ -5,12 +5,12 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +28,13 @@ FALLBACK_SIZE = 32
 _BLOCK = 64 << 20  # bytes of pixels with a SHA-256 of their own
 _verified: set[tuple[object, ...]] = set()  # entries, by place and state of their files
 
-# One part of a data set: indices (N,) of packed images, and their labels (N,).
-Selection = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+
+class Selection(NamedTuple):
+    """One part of a data set: indices (N,) of packed images, their labels (N,), and paths of their files, if any."""
+
+    indices: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    names: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,9 @@ class Cache:
                 labels = np.load(self.folder / f"{name}-labels.npy", allow_pickle=False)
                 validation = meta["validation"] if name == "train" else 0
                 parts[name] = ImageSet(images, labels, classes, fingerprint, validation)
+                if (names := self.folder / f"{name}-names.npy").is_file():
+                    name_bytes = np.load(names, mmap_mode="r", allow_pickle=False)
+                    parts[name] = replace(parts[name], name_bytes=name_bytes)
             state = (self.folder.resolve(), *map(_state, sorted(self.folder.iterdir())))
             if state not in _verified and sums != _sums(self.folder, meta, self._on_event):
                 raise ValueError("other content")
@@ -170,7 +178,7 @@ class Cache:
         """Write the selected parts of what was packed as this entry; KdError if it cannot be read back."""
         workspace, images = packer.folder, packer.images()
         fingerprints, written = {}, {}
-        for name, (indices, labels) in selections.items():
+        for name, (indices, labels, names) in selections.items():
             path = workspace / f"{name}-images.npy"
             shape = (len(indices), *images.shape[1:])
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -179,6 +187,9 @@ class Cache:
                 for start in range(0, len(indices), 1024):
                     handle.write(rows.take(images, indices[start : start + 1024]).data)
             np.save(workspace / f"{name}-labels.npy", labels, allow_pickle=False)
+            if names:
+                content = "".join(f"{each}\0" for each in names).encode("utf-8", "surrogateescape")
+                np.save(workspace / f"{name}-names.npy", np.frombuffer(content, np.uint8), allow_pickle=False)
             written[name] = np.load(path, mmap_mode="r", allow_pickle=False)
             fingerprints[name] = fingerprint_of(written[name], labels, classes)
         for scratch in workspace.glob("pixels-*"):

@@ -227,7 +227,7 @@ def _split_off_test_images(
 
 
 def _selection(classes: tuple[str, ...], *parts: Places) -> Selection:
-    """Indices and labels of the images of one part after another, by class and then by name, however they came in."""
+    """Indices, labels and names of one part after another, by class and then by name, whatever order they came in."""
     label_of = {name: label for label, name in enumerate(classes)}
     rows = [
         row
@@ -235,4 +235,4 @@ def _selection(classes: tuple[str, ...], *parts: Places) -> Selection:
         for row in sorted((label_of[place.class_name], place.name, index) for place, index in places.items())
     ]
     indices, labels = (np.array([row[part] for row in rows], dtype=np.int64) for part in (2, 0))
-    return indices, labels
+    return Selection(indices, labels, [name for _, name, _ in rows])

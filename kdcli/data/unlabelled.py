@@ -10,7 +10,7 @@ from kdcli.base.events import Progress
 from kdcli.data import decode, rows
 from kdcli.data.datasets import Request
 from kdcli.data.images import NO_LABEL, Splits, pixel_hashes
-from kdcli.data.pack import Cache, Packed
+from kdcli.data.pack import Cache, Packed, Selection
 from kdcli.data.read_images import Place, decode_all, is_ignored, skipped_notes
 from kdcli.data.sources import Source, open_source
 
@@ -80,5 +80,7 @@ def _pack(source: Source, splits: Splits, cache: Cache, request: Request) -> Pac
             if count:
                 notes.append(f"Left out {count:,} images in {where} that are among the {split} images.")
         notes += [f"{where}: {note}" for note in skipped_notes(found, source)]
-        selection = (np.array(kept, dtype=np.int64), np.full(len(kept), NO_LABEL, np.int64))
+        name_of = {index: place.name for place, index in found.images.items()}
+        labels, names = np.full(len(kept), NO_LABEL, np.int64), [name_of[index] for index in kept]
+        selection = Selection(np.array(kept, dtype=np.int64), labels, names)
         return cache.store(packer, {_PART: selection}, classes=(), label=where, notes=notes)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kdcli import models
 from kdcli.base.config import NO_ASSUMPTIONS, InputSettings
-from kdcli.base.errors import UsageError
+from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import sha256_file
-from kdcli.models import Classifier
+from kdcli.data.images import knows_names
+from kdcli.models import Classifier, class_map
 
 if TYPE_CHECKING:  # importing onnxruntime takes a third of a second
     from kdcli.deploy.onnx_model import OnnxClassifier
@@ -26,15 +28,28 @@ def name_files(path: Path, assumed: InputSettings) -> list[Path]:
 
 
 def names_sha256(path: Path, assumed: InputSettings) -> list[str]:
-    """SHA-256 of these files."""
-    return [sha256_file(file) for file in name_files(path, assumed) if file.is_file()]
+    """SHA-256 of these files, and of a class map."""
+    files = name_files(path, assumed) if path.suffix.lower() == ".onnx" else []
+    files += [assumed.class_map] if assumed.class_map else []
+    return [sha256_file(file) for file in files if file.is_file()]
 
 
-def in_order_of(model: M, classes: tuple[str, ...]) -> M:
-    """A model whose outputs are in this order of classes; as it is if it has other classes or is a checkpoint."""
-    if isinstance(model, Classifier) or model.classes == classes or sorted(model.classes) != sorted(classes):
+def is_stored(path: Path) -> bool:
+    """Whether a teacher's file holds outputs instead of a model, see `teacher.stored`."""
+    return path.suffix.lower() in (".csv", ".json")
+
+
+def with_classes(model: M, classes: tuple[str, ...], file: Path | None = None) -> M:
+    """A model of these classes, matched by a class map or by name; as it is where its own do not match."""
+    if model.class_map is not None or (not file and (model.classes == classes or not knows_names(model))):
         return model
-    return replace(model, classes=classes, order=tuple(map(model.classes.index, classes)))
+    if (found := class_map.find(model.classes, classes, file)) is None:
+        return model
+    if not isinstance(model, Classifier):
+        return replace(model, classes=classes, class_map=found)
+    mapped = copy.copy(model)  # of the same network
+    mapped.classes, mapped.class_map = classes, found
+    return mapped
 
 
 def load_model(
@@ -49,6 +64,11 @@ def load_model(
         assumed: what an ONNX file of another program leaves open; a UsageError for other files.
         input_size: (H, W, C) of the data, for sides that the file and `assumed` leave open.
     """
+    if is_stored(path):
+        raise KdError(
+            f"{path} holds outputs for certain images, and no model",
+            "Train with it by --teacher, with a method of logits and no --teacher-dropout or --teacher-cache off.",
+        )
     if path.suffix.lower() == ".onnx":
         from kdcli.deploy.onnx_model import OnnxClassifier
 
@@ -56,9 +76,8 @@ def load_model(
         foreign = model.is_foreign
     else:
         model, foreign = models.load(path), False
-    if assumed.given and not foreign:
+    if assumed.described and not foreign:
         raise UsageError(
-            f"{path} records its own input and classes",
-            f"Leave out {', '.join(map(assumed.flag, assumed.given))}.",
+            f"{path} records its own input and classes", f"Leave out {', '.join(assumed.described)}."
         )
     return model

@@ -54,8 +54,9 @@ def input_hashes(
     }
     if config.student_file is not None:
         paths["student"] = config.student_file
-    if teachers and config.teacher_class_names is not None:
-        paths["class names"] = config.teacher_class_names
+    for name in ("class_names", "class_map") if teachers else ():
+        if (path := getattr(config.teacher_inputs, name)) is not None:
+            paths[name.replace("_", " ")] = path
     for name, path in paths.items():
         try:
             found[name] = hashed.get(path) or files.sha256_file(path)

@@ -99,7 +99,7 @@ def make_plan(
             threads=config.threads or torch.get_num_threads(),
             world=world,
             assumed=config.teacher_inputs,
-            input_size=data.train.input_size,
+            data=data.train,
             precision=config.teacher_precision,
             top_k=config.cache_top_k,
         )

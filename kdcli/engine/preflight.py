@@ -99,13 +99,17 @@ def _plain_logits(plan: RunPlan, samples: Int64, on_event: OnEvent) -> Tensor:
     teacher, train = plan.teacher, plan.train
     assert teacher is not None
     recipe = {
-        "teacher": [(member.sha256, member.weight, member.assumed.given) for member in teacher.members],
+        "teacher": [
+            (each.sha256, each.weight, each.assumed.given, each.names_sha256) for each in teacher.members
+        ],
         "data": train.fingerprint,
         "samples": hashlib.sha256(samples.tobytes()).hexdigest(),
     }
     path = cache_folder(plan.config.cache_dir, "teacher-sample", recipe).with_suffix(".pt")
 
     def run() -> dict[str, Tensor]:
+        if teacher.has_stored:
+            return {"logits": teacher.logits(train, on_event=on_event)[0].logits(samples)}
         live = partial(teacher.live(), epoch=0, samples=samples)
         logits = models.predict_logits(
             lambda images: live(images.to(plan.world.device)),

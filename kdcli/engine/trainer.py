@@ -81,7 +81,7 @@ class Trainer:
         """Figures on the test images, which are read here and nowhere else."""
         plan, test = self.plan, self.plan.data.test
         teacher_logits = None
-        if plan.teacher is not None:
+        if plan.teacher is not None and not plan.teacher.missing(test):
             cached = plan.teacher.logits(
                 test,
                 exact=True,

@@ -17,6 +17,7 @@ from kdcli.data import rows
 from kdcli.data.preprocess import Preprocess, from_spec
 from kdcli.models import checkpoint, registry
 from kdcli.models.checkpoint import Checkpoint
+from kdcli.models.class_map import ClassMap
 
 _COMMON = ("arch", "arch_args", "classes", "input_size", "provenance", "crop")  # of Classifier and Checkpoint
 
@@ -29,7 +30,10 @@ class Classifier(nn.Module):
         preprocess: raw pixels (B, C, H, W) in 0–255 → the network's input.
         arch, arch_args, classes, input_size, crop, provenance: as in `Checkpoint`.
         file_sha256: of the file that it was read from; empty without one.
+        class_map: from the network's outputs to `classes`; None where these are its outputs.
     """
+
+    class_map: ClassMap | None = None
 
     def __init__(
         self,
@@ -57,7 +61,11 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Raw images uint8 (B, H, W, C) → logits (B, classes)."""
-        return self.network(self.prepare(images))
+        return self.to_classes(self.network(self.prepare(images)))
+
+    def to_classes(self, outputs: Tensor) -> Tensor:
+        """Logits of the network's outputs (B, outputs) → those of the classes (B, classes)."""
+        return outputs if self.class_map is None else self.class_map(outputs)
 
     def prepare(self, images: Tensor) -> Tensor:
         """Raw images uint8 (B, H, W, C) → the network's input float32 (B, C, H, W).

@@ -213,7 +213,7 @@ class _Examiner:
                 self.config.cache_dir,
                 threads=self.config.threads,
                 assumed=self.inputs.get(key[0], NO_ASSUMPTIONS),
-                input_size=test.input_size,
+                data=test,
             )
             cached = teacher.logits(test, exact=True, task="teacher on test images", on_event=self._progress)
             logits, labels = cached[0].logits(), torch.tensor(test.labels)

@@ -33,6 +33,12 @@ _SCALES = (
     ("pixels 0–1", {"scale": "1/255"}, (0.0,), (255.0,)),
     ("pixels −1–1", {"scale": "1/127.5", "mean": "1"}, (127.5,), (127.5,)),
     (
+        "pixels 0–255 less ImageNet's mean",
+        {"scale": "1", "mean": "123.675,116.28,103.53"},
+        (123.675, 116.28, 103.53),
+        (1.0,),
+    ),
+    (
         "ImageNet's mean and deviation",
         {"scale": "1/255", "mean": "0.485,0.456,0.406", "std": "0.229,0.224,0.225"},
         (123.675, 116.28, 103.53),
@@ -74,19 +80,40 @@ def check(
         f"{name} is right on {now.accuracy:.1f} % of {now.count} labelled images "
         f"({low:.1f}–{high:.1f} %; chance is {100 / classes:.1f} %)"
     )
-    advice = _advice(model, data, best) if clear else _causes(model)
+    remedy = advice(model, data, best) if clear else _causes(model)
     if strict and foreign and (guesses or best.interval[0] > 2 * high):
-        raise KdError(text, advice)
+        raise KdError(text, remedy)
     if clear:
-        on_event(Note(f"{text}. {advice}"))
+        on_event(Note(f"{text}. {remedy}"))
     elif guesses:
         on_event(
-            Note(f"{text}: it may be guessing. {advice if foreign else 'A student learns little from it.'}")
+            Note(f"{text}: it may be guessing. {remedy if foreign else 'A student learns little from it.'}")
         )
 
 
+def probe(name: str, model: Any, data: ImageSet, task: str, on_event: OnEvent) -> list[Assumption]:
+    """Likely forms of the input of another program's ONNX file, the best first; a KdError if all may be guessing."""
+    found = measure(model, data, task, on_event) if _is_settable(model) else []
+    if not found:
+        raise KdError(
+            f"{name} records its own input" if len(data) else "there are no labelled images",
+            "--probe is for ONNX files of other programs, on labelled images.",
+        )
+    found.sort(key=lambda each: -each.accuracy)
+    best = found[0]
+    if is_near_chance(best.interval, len(data.classes)):
+        raise KdError(
+            f"{name} may be guessing with each likely input: at best {best.accuracy:.1f} % of {best.count} images "
+            f"are right, with {best.text or 'its own'}",
+            f"Likely causes: another order of classes ({_flag(model)('class_names')}), or other data.",
+        )
+    return found
+
+
 def note_order(name: str, model: Any, data: ImageSet, on_event: OnEvent) -> None:
-    """Note the order of classes that is assumed for a model without names, where another one is usual."""
+    """Note how classes were matched, or the order assumed for a model without names where another one is usual."""
+    if model.class_map is not None:
+        on_event(Note(f"{name}: {model.class_map.text}"))
     if is_foreign(model) and _order_is_assumed(model):
         by_text = sorted(data.classes)
         if list(data.classes) != by_text:
@@ -108,7 +135,7 @@ def _listed(names: Any) -> str:
     return shown + (", …" if len(names) > _SHOWN else "")
 
 
-def _advice(model: Any, data: ImageSet, best: Assumption) -> str:
+def advice(model: Any, data: ImageSet, best: Assumption) -> str:
     """What to set for an assumption."""
     flag, settable = _flag(model), _is_settable(model)
     words = [f"{flag(option)} {value}" for option, value in best.options.items()]
@@ -225,16 +252,21 @@ def _orders(model: Any, data: ImageSet) -> Iterator[tuple[str, npt.NDArray[np.in
 
 
 def _inputs(model: Any) -> Iterator[tuple[str, dict[str, str], Any]]:
-    """Forms of a foreign model's input: description, options, and a function from uint8 (B, H, W, C) to logits."""
-    yield "", {}, model
+    """Forms of a foreign model's input: description, options, and a function from uint8 (B, H, W, C) to logits.
+
+    First the one in use, unless its preprocessing is unknown.
+    """
     channels = model.input_size[2]
     preprocess: Preprocess | None = model.preprocess
+    unknown = getattr(model, "why_not_runnable", None) is not None
+    if not unknown:
+        yield "", {}, model
     declared = preprocess or getattr(model, "assumed", None)
     order = getattr(declared, "channel_order", None) or "rgb"
     other = "rgb" if order == "bgr" else "bgr"
-    if channels == 3:  # exact also with means, which are in the network's order
+    if channels == 3 and not unknown:  # exact also with means, which are in the network's order
         yield f"channels {other}", {"channel_order": other}, lambda images: model(images.flip(-1))
-    for text, options, mean, std in _SCALES if preprocess is not None else ():
+    for text, options, mean, std in _SCALES if preprocess is not None or unknown else ():
         if len(mean) not in (1, channels):
             continue
         state = [torch.tensor(values * (channels // len(values))) for values in (mean, std)]  # in RGB order
@@ -250,5 +282,9 @@ def _with_preprocess(model: Any, preprocess: Preprocess) -> Callable[[Tensor], T
     if not isinstance(model, Classifier):
         other: Callable[[Tensor], Tensor] = replace(model, preprocess=preprocess)
         return other
-    network = model.network
-    return lambda images: network(preprocess.to(images.device)(images.permute(0, 3, 1, 2).float()))
+
+    def run(images: Tensor) -> Tensor:
+        prepared = preprocess.to(images.device)(images.permute(0, 3, 1, 2).float())
+        return model.to_classes(model.network(prepared))
+
+    return run

@@ -113,14 +113,16 @@ class LogitCache:
 
     def find(self, view: int) -> npt.NDArray[Any] | None:
         """A complete, undamaged view as a memory map: its SHA-256 is the one in the manifest."""
-        path = self._path(view)
+        path = self.path(view)
         try:
             if sha256_file(path) != self._manifest()["views"].get(path.name):
                 return None
         except OSError:
             return None
         stored = _load(path)
-        return stored if stored is not None and len(stored) == self.count else None
+        if stored is None or len(stored) != self.count or stored.shape[1:] not in ((), (self.classes,)):
+            return None
+        return stored
 
     def lock(self, view: int) -> FileLock:
         """Lock for computing a view. The kernel frees it when its holder dies, however it dies."""
@@ -145,7 +147,7 @@ class LogitCache:
 
     def finish(self, view: int, made_by: dict[str, Any]) -> None:
         """Join the parts of a view to one file, list it with its engine in the manifest, and remove the parts."""
-        path, parts = self._path(view), [np.load(part, mmap_mode="r") for part in self._parts(view)]
+        path, parts = self.path(view), [np.load(part, mmap_mode="r") for part in self._parts(view)]
         widest = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)
         about = {
             "descr": np.lib.format.dtype_to_descr(widest),
@@ -172,7 +174,7 @@ class LogitCache:
             manifest |= {name: value for name, value in stored.items() if isinstance(value, dict)}
         return manifest
 
-    def _path(self, view: int) -> Path:
+    def path(self, view: int) -> Path:
         return self.folder / f"view-{view:04d}.npy"
 
     def _parts(self, view: int) -> list[Path]:

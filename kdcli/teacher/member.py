@@ -20,8 +20,9 @@ from kdcli.base.errors import KdError
 from kdcli.base.events import Note, OnEvent, Progress
 from kdcli.base.runtime import World
 from kdcli.data import ImageSet, incompatibility, other_classes
-from kdcli.deploy.load import in_order_of, load_model, names_sha256
+from kdcli.deploy.load import load_model, names_sha256, with_classes
 from kdcli.models import Classifier
+from kdcli.models.class_map import HINT
 from kdcli.teacher import assumptions
 from kdcli.teacher import cache as caches
 from kdcli.teacher.cache import LogitCache
@@ -57,15 +58,15 @@ class Member:
     weight: float  # of its logits in the teacher's mean; all weights sum to 1
     device: torch.device
     threads: int
-    assumed: InputSettings = NO_ASSUMPTIONS  # what an ONNX file of another program leaves open
-    input_size: tuple[int, int, int] | None = None  # (H, W, C) of the data, for sides that it leaves open
+    assumed: InputSettings = NO_ASSUMPTIONS  # class map, and what an ONNX file of another program leaves open
+    data: ImageSet | None = None  # whose classes it gives, and whose sides it takes where its own are open
     views_computed: int = 0  # number of views of data sets that it was run over
     _model: Any = field(default=None, repr=False)
     _noted: bool = False
 
     @cached_property
     def names_sha256(self) -> list[str]:
-        """Of the files that its class names may be read from: they decide the order of its outputs."""
+        """Of the files that its class names may be read from, and of a class map: they decide on its outputs."""
         return names_sha256(self.path, self.assumed)
 
     @property
@@ -77,24 +78,31 @@ class Member:
 
     def load(self, dropout: float = 0.0) -> Any:
         """Read the file, see `model` and `freeze`; a KdError if it is another one than before."""
-        loaded = load_model(self.path, self.threads, self.assumed, self.input_size)
-        if (loaded.file_sha256, names_sha256(self.path, self.assumed)) != (self.sha256, self.names_sha256):
-            raise KdError(
-                f"teacher {self.path} or its list of classes was replaced while it was in use",
-                "Put the earlier file back to continue a run; a new run takes the file that is there.",
-            )
+        size = None if self.data is None else self.data.input_size
+        loaded = load_model(self.path, self.threads, self.assumed, size)
+        self.check_unchanged(loaded.file_sha256)
+        if self.data is not None:
+            loaded = with_classes(loaded, self.data.classes, self.assumed.class_map)
         if isinstance(loaded, Classifier):
             return freeze(loaded, dropout).to(self.device)
         if dropout > 0:
             raise KdError("--teacher-dropout needs a .pt teacher", "Other files have no dropout layers.")
         return loaded
 
+    def check_unchanged(self, sha256: str) -> None:
+        """Raise KdError unless the file, now with this SHA-256, and those of its classes are the same as before."""
+        if (sha256, names_sha256(self.path, self.assumed)) != (self.sha256, self.names_sha256):
+            raise KdError(
+                f"teacher {self.path} or its list of classes was replaced while it was in use",
+                "Put the earlier file back to continue a run; a new run takes the file that is there.",
+            )
+
     def check(self, data: ImageSet, on_event: OnEvent, *, measured: bool) -> None:
         """Raise KdError unless the model takes these images and knows these classes; another crop is a note.
 
         With `measured` it is also run on a sample of the images, see `assumptions.check`.
         """
-        self._model = model = in_order_of(self.model, data.classes)
+        self._model = model = with_classes(self.model, data.classes, self.assumed.class_map)
         problem = incompatibility(model, data)
         if problem is None:
             if model.crop != data.crop and not getattr(model, "is_foreign", False):
@@ -111,8 +119,10 @@ class Member:
                 task = "teacher on a sample"
                 assumptions.check(f"teacher {self.path}", model, data, on_event, task=task, strict=True)
             return
-        flags = []
-        if other_classes(model, data) is None:  # only the images' shape is wrong
+        flags, hint = [], "Teacher and data must belong together."
+        if other_classes(model, data) is not None:
+            hint = HINT
+        else:  # only the images' shape is wrong
             height, width, channels = model.input_size
             flags += ["--grey"] if (channels, data.input_size[2]) == (1, 3) else []
             resizable = height == width and (height, width) != data.input_size[:2]
@@ -120,7 +130,7 @@ class Member:
             flags += [f"--image-size {height}"] if resizable and same_channels else []
         raise KdError(
             f"teacher {self.path} {problem}",
-            f"Try {' '.join(flags)}." if flags else "Teacher and data must belong together.",
+            f"Try {' '.join(flags)}." if flags else hint,
         )
 
 

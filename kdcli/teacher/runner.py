@@ -51,10 +51,12 @@ def forward_of(model: Any, engine: Engine, threads: int = 0) -> Forward:
 
         translated = to_onnx(model, opset=18, with_preprocessing=False)
         runner = OnnxRunner(translated.SerializeToString(), threads, "the teacher")
-        return lambda images: torch.from_numpy(runner.call(model.prepare(images).contiguous().numpy()))
-
+        call = runner.call
+        return lambda images: model.to_classes(
+            torch.from_numpy(call(model.prepare(images).contiguous().numpy()))
+        )
     run = run_in_torch(model, model.network, engine.precision)
-    return lambda images: run(images).float()
+    return lambda images: model.to_classes(run(images).float())
 
 
 def run_in_torch(model: Classifier, network: nn.Module, precision: str) -> Callable[[Tensor], Any]:

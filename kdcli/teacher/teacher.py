@@ -19,6 +19,7 @@ from kdcli.base.events import Note, OnEvent, ignore
 from kdcli.base.files import cache_folder, recorded_path, sha256_file
 from kdcli.base.runtime import World
 from kdcli.data import ImageSet, augment, rows
+from kdcli.deploy.load import is_stored
 from kdcli.methods import Features
 from kdcli.models import Classifier
 from kdcli.models.feature_extractor import FeatureExtractor, find_stages
@@ -27,6 +28,7 @@ from kdcli.models.reproducible import DropoutKeys, use_sample_dropout
 from kdcli.teacher.cache import CachedLogits, LogitCache, weighted_mean
 from kdcli.teacher.member import Member, TeacherPass
 from kdcli.teacher.runner import Engine, Forward, forward_of, run_in_torch
+from kdcli.teacher.stored import only_probabilities, stored_views
 
 _CACHE_VERSION = 3
 _ONNX_VERSION = 3  # of the reading of ONNX files: what is taken from them without being told
@@ -85,7 +87,7 @@ class Teacher:
         threads: int = 0,
         world: World | None = None,
         assumed: InputSettings = NO_ASSUMPTIONS,
-        input_size: tuple[int, int, int] | None = None,
+        data: ImageSet | None = None,
         precision: str = "auto",
         top_k: int = 0,
     ) -> Teacher:
@@ -93,8 +95,8 @@ class Teacher:
 
         Args:
             weights: of each file's logits, in any scale; by default equal.
-            assumed: what ONNX files of other programs leave open; checkpoints record it.
-            input_size: (H, W, C) of the data, for sides that such a file leaves open.
+            assumed: a class map; and what ONNX files of other programs leave open, and checkpoints record.
+            data: images that the models are for: their classes, and the sides that such a file leaves open.
         """
         world = world or World.alone()
         files = [paths] if isinstance(paths, Path) else list(paths)
@@ -104,10 +106,14 @@ class Teacher:
                     f"no teacher at {path}",
                     "Pass another with --teacher.",
                 )
+        if len(set(map(is_stored, files))) > 1:
+            raise UsageError(
+                "--teacher names stored outputs and models", "Make packs of these: kd teacher-logits"
+            )
         hashes = world.broadcast([sha256_file(path) for path in files] if world.first else [])
         given = tuple(weights) or (1.0,) * len(files)
-        if assumed.given and not any(map(_is_onnx, files)):
-            flags = ", ".join(map(assumed.flag, assumed.given))
+        if assumed.described and not any(map(_is_onnx, files)):
+            flags = ", ".join(assumed.described)
             raise UsageError(f"{files[0]} records its own input and classes", f"Leave out {flags}.")
         members = tuple(
             Member(
@@ -116,8 +122,8 @@ class Teacher:
                 weight / sum(given),
                 world.device,
                 threads,
-                assumed if _is_onnx(path) else NO_ASSUMPTIONS,
-                input_size,
+                assumed if _is_onnx(path) else type(assumed)(class_map=assumed.class_map),
+                data,
             )
             for path, sha256, weight in zip(files, hashes, given, strict=True)
         )
@@ -139,8 +145,27 @@ class Teacher:
 
     @property
     def gives_probabilities(self) -> bool:
-        """Whether a member is an ONNX file with a softmax, whose logits are known only up to a shift, or sigmoids."""
+        """Whether a member is an ONNX file with a softmax, whose logits are known only up to a shift, or sigmoids.
+
+        Also for stored outputs of such a file, and for the largest logits alone.
+        """
+        if self.has_stored:
+            return any(only_probabilities(each.path) for each in self.members)
         return any(_is_onnx(each.path) and each.model.gives != "logits" for each in self.members)
+
+    @property
+    def has_stored(self) -> bool:
+        """Whether the members are stored outputs, which are not there for other images."""
+        return is_stored(self.members[0].path)
+
+    def missing(self, data: ImageSet) -> str:
+        """Why stored outputs are not of these plain images; empty where they are, or a model can be run."""
+        try:
+            if self.has_stored:
+                self.logits(data)
+        except KdError as error:
+            return error.message
+        return ""
 
     def record(self) -> dict[str, Any]:
         """Entry in a student's provenance, see `teachers_of`."""
@@ -185,10 +210,16 @@ class Teacher:
                 use_sample_dropout(model, dropout_keys[-1])
             engine = Engine("torch", precision) if isinstance(model, Classifier) else Engine("file")
             forwards.append(forward_of(model, engine))
-        features_of = None
         if stages:
-            features_of = run_in_torch(model, FeatureExtractor(model.network, stages), precision)
-        return LiveTeacher(tuple(forwards), self.weights, tuple(dropout_keys), features_of)
+            extract = run_in_torch(model, FeatureExtractor(model.network, stages), precision)
+
+            def features_of(images: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+                logits, maps, embedding = extract(images)
+                return model.to_classes(logits), maps, embedding
+
+        return LiveTeacher(
+            tuple(forwards), self.weights, tuple(dropout_keys), features_of if stages else None
+        )
 
     def logits(
         self,
@@ -227,7 +258,10 @@ class Teacher:
         for number, member in enumerate(self.members, 1):
             member_task = f"{task} ({number} of {len(self.members)})" if len(self.members) > 1 else task
             precision = "32" if exact else self.precision
-            cache = self._cache(member, data, augment_name, seed, chosen, exact)
+            cache = self.cache(member, data, augment_name, seed, chosen, exact=exact)
+            if self.has_stored:
+                found.append(stored_views(member, cache, data, views))
+                continue
             common = (member_task, on_event, stop, measured)
             work = TeacherPass(member, self.world, precision, cache, data, views, make_view, *common)
             found.append(work.run())
@@ -240,7 +274,7 @@ class Teacher:
             return []
         return [CachedLogits(stored, self.weights, cache.classes) for stored in zip(*found, strict=False)]
 
-    def _cache(
+    def cache(
         self,
         member: Member,
         data: ImageSet,
@@ -249,12 +283,14 @@ class Teacher:
         pool: npt.NDArray[np.int64],
         exact: bool,
     ) -> LogitCache:
+        """The place of a member's logits for views of a data set."""
         onnx = {"version": _ONNX_VERSION, "class_names": member.names_sha256}
         mixes = augment.mixes(augment_name)
         recipe = {
             "cache_version": _CACHE_VERSION,
             "teacher": member.sha256,
             **({"onnx": {**member.assumed.given, **onnx}} if _is_onnx(member.path) else {}),
+            **({"class_map": member.names_sha256} if member.assumed.class_map else {}),
             "data": data.fingerprint,
             "augment": augment_name,
             "seed": 0 if augment_name == "none" else seed,
@@ -291,18 +327,22 @@ def teachers_of(provenance: Mapping[str, Any], student: Path = Path()) -> list[R
         RecordedTeacher(
             recorded_path(Path(entry["path"]), student),
             str(entry.get("sha256")),
-            _recorded_inputs(entry.get("inputs")),
+            _recorded_inputs(entry.get("inputs"), student),
         )
         for entry in entries
         if isinstance(entry, Mapping) and isinstance(entry.get("path"), str) and "\0" not in entry["path"]
     ]
 
 
-def _recorded_inputs(values: Any) -> InputSettings:
+def _recorded_inputs(values: Any, student: Path) -> InputSettings:
     try:
-        return make(TeacherInputs, values if isinstance(values, Mapping) else {})
+        found = make(TeacherInputs, values if isinstance(values, Mapping) else {})
     except UsageError:
         return NO_ASSUMPTIONS
+    files = {name: getattr(found, name) for name in ("class_names", "class_map")}
+    return found.model_copy(
+        update={name: recorded_path(path, student) for name, path in files.items() if path}
+    )
 
 
 def _is_onnx(path: Path) -> bool:

@@ -140,7 +140,8 @@ def test_damaged_entries_are_rebuilt(damage: str, tmp_path: Path, read: Callable
         f"the packed images in {entry} are damaged and are packed anew"
     ]
     assert sorted(p.name for p in _entry(tmp_path / "cache").iterdir()) == [
-        "meta.json", "test-images.npy", "test-labels.npy", "train-images.npy", "train-labels.npy",
+        "meta.json", "test-images.npy", "test-labels.npy", "test-names.npy", "train-images.npy", "train-labels.npy",
+        "train-names.npy",
     ]  # fmt: skip
 
 
@@ -174,7 +175,7 @@ def test_a_pack_is_on_the_disk_before_it_has_its_name(
     entry = _entry(tmp_path / "cache")
     named = calls.index(("rename", entry.name))
     synced = {name for call, name in calls[:named] if call == "sync"}
-    assert {file.name for file in entry.iterdir()} <= synced and len(list(entry.iterdir())) == 5
+    assert {file.name for file in entry.iterdir()} <= synced and len(list(entry.iterdir())) == 7
     assert calls[named - 1][0] == "sync" and calls[named - 1][1].startswith(".kd-")  # the scratch folder
     assert calls[named + 1 :] == [("sync", "data")]
 

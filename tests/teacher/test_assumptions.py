@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from kdcli.base.config import InputSettings, TeacherInputs, make
 from kdcli.base.errors import KdError
 from kdcli.base.events import Event, Note
 from kdcli.cli import test as test_command
+from kdcli.cli import validate
 from kdcli.data import ImageSet, Splits
 from kdcli.data.images import NO_LABEL, fingerprint_of
 from kdcli.data.preprocess import Preprocess
-from kdcli.deploy.load import in_order_of, load_model
+from kdcli.deploy.load import load_model, with_classes
 from kdcli.engine import fit
 from kdcli.engine.identity import input_hashes, recorded_inputs
 from kdcli.models import Classifier
@@ -214,28 +216,52 @@ def test_the_sample_is_spread_over_classes() -> None:
 def test_outputs_of_known_names_are_put_in_the_order_of_the_data(workplace: Path) -> None:
     by_text = [TWELVE.index(name) for name in sorted(TWELVE)]
     write_teacher(Path("t.onnx"), by_text)
-    model = in_order_of(load_model(Path("t.onnx")), TWELVE)
+    model = with_classes(load_model(Path("t.onnx")), TWELVE)
     assert model.classes == tuple(map(str, range(12)))  # names that are not known stay
     from dataclasses import replace
 
-    named = in_order_of(replace(load_model(Path("t.onnx")), classes=tuple(sorted(TWELVE))), TWELVE)
+    named = with_classes(replace(load_model(Path("t.onnx")), classes=tuple(sorted(TWELVE))), TWELVE)
     data = colours(TWELVE)
     assert named.classes == TWELVE
     assert models.predict_logits(named, data.images).argmax(1).tolist() == data.labels.tolist()
 
 
-def test_kd_test_shows_the_names_of_the_data(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def save_colours(names: Sequence[str], count: int = 24) -> None:
     for split, seed in (("train", 0), ("test", 1)):
-        data = colours(TWELVE, 24, seed)
+        data = colours(names, count, seed)
         for number, (image, label) in enumerate(zip(data.images, data.labels, strict=True)):
-            place = Path("data") / split / TWELVE[label]
+            place = Path("data") / split / names[label]
             place.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.asarray(image)).save(place / f"{number}.png")
+
+
+def test_kd_test_shows_the_names_of_the_data(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_colours(TWELVE)
     write_teacher(Path("t.onnx"), range(12))
     result = command_line(monkeypatch, test_command)("t.onnx", "--data", "data")
     rows = [line.split() for line in result.output.splitlines()]
     assert [row[0] for row in rows if len(row) == 2 and row[1] == "100.00"] == list(TWELVE)
     assert "t.onnx names no classes" in result.output
+
+
+def test_likely_inputs_are_tried_by_probe(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_colours([f"{number:02d}" for number in range(12)], 60)
+    call = command_line(monkeypatch, validate)
+    write_teacher(Path("t.onnx"), range(12), channels=(2, 1, 0), scale=1 / 255)
+    words = ("--teacher", "t.onnx", "--data", "data")
+    with pytest.raises(KdError, match="no preprocessing recorded") as caught:
+        call(*words)
+    assert caught.value.hint.endswith("kd validate --teacher t.onnx --probe")
+    printed = call(*words, "--probe").output
+    assert "add --channel-order bgr --scale 1/255" in printed
+    assert "next: kd train --method kd --data data --teacher t.onnx" in printed
+    assert "--teacher-channel-order bgr --teacher-scale 1/255" in printed
+    first, *others = json.loads(call(*words, "--probe", "--json").output)["inputs"]
+    assert (first["accuracy"], first["options"]) == (100, {"channel_order": "bgr", "scale": "1/255"})
+    assert all(each["accuracy"] < 100 for each in others)
+    write_teacher(Path("t.onnx"), [0] * 12, scale=1 / 255)
+    with pytest.raises(KdError, match="may be guessing with each likely input"):
+        call(*words, "--probe")
 
 
 BY_TEXT = [TWELVE.index(name) for name in sorted(TWELVE)]

@@ -13,6 +13,7 @@ from kdcli.base.config.commands import (
     DownloadConfig,
     ExportConfig,
     InfoConfig,
+    LogitsConfig,
     PredictConfig,
     ReportConfig,
     ReproduceConfig,

@@ -75,6 +75,11 @@ class ValidateConfig(DataSettings, InputSettings):
     )
     prototxt: Path | None = setting(None, "Prototxt of --against, if not recorded in it.", "Check")
     images: int = setting(256, "Test images for the comparison with --against.", "Check", ge=1)
+    probe: bool = setting(
+        False,
+        "Try likely channel orders, scales and means of an ONNX file's input on labelled images.",
+        "Check",
+    )
     threads: Threads = 0
 
 
@@ -86,6 +91,13 @@ class TestConfig(ModelDataSettings, InputSettings, TeacherInputSettings):
     )
     plot: Path | None = setting(None, "Plot the confusion matrix (.png or .svg).", "Check")
     threads: Threads = 0
+
+
+class LogitsConfig(Settings):
+    """`kd teacher-logits`, beside `TrainSettings`."""
+
+    top_k: int = setting(0, "Only the K largest logits of each image; 0: all.", "Output", ge=0, le=65535)
+    output: Path = setting(Path("pack"), "Folder to write.", "Output", "-o")
 
 
 class ExportConfig(ModelDataSettings):

@@ -194,6 +194,7 @@ ClassNames = Annotated[
     Path | None,
     rare_option("Class names in output order: one per line, or JSON.", INPUT, metavar="FILE"),
 ]
+_class_map = partial(rare_option, "CSV of teacher class, data class; else by name.", INPUT, metavar="FILE")
 
 
 class PixelSettings(Settings):
@@ -251,6 +252,7 @@ class InputSettings(PixelSettings):
     layout: Layout = None
     channel_order: ChannelOrder = None
     class_names: ClassNames = None
+    class_map: Annotated[Path | None, _class_map()] = None
     crop: Annotated[
         float | None,
         rare_option("Centre-crop ratio, such as 0.875 for 224 of 256.", INPUT, ge=0.25, le=1),
@@ -265,6 +267,11 @@ class InputSettings(PixelSettings):
         """The assumptions that were made, as JSON values; the size of the images is that of the data."""
         names = set(InputSettings.model_fields) - {"image_size"}
         return self.model_dump(mode="json", include=names, exclude_none=True)
+
+    @property
+    def described(self) -> list[str]:
+        """The options given for what an ONNX file of another program leaves open."""
+        return [self.flag(name) for name in self.given if name != "class_map"]
 
 
 NO_ASSUMPTIONS = InputSettings()
@@ -285,6 +292,7 @@ class TeacherInputSettings(Settings):
     teacher_mean: Mean = None
     teacher_std: Std = None
     teacher_class_names: ClassNames = None
+    teacher_class_map: Annotated[Path | None, _class_map("--class-map")] = None
 
     @model_validator(mode="after")
     def _of_a_teacher(self) -> Self:

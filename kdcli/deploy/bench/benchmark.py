@@ -27,7 +27,7 @@ from kdcli.data import ImageSet, Splits, incompatibility
 from kdcli.deploy.bench.footprint import measure_footprint
 from kdcli.deploy.bench.latency import Candidate, Runner, compare, measure
 from kdcli.deploy.bench.measurements import BenchResult, Row, rows_within
-from kdcli.deploy.load import in_order_of
+from kdcli.deploy.load import with_classes
 from kdcli.deploy.onnx_model import OnnxClassifier, OnnxRunner, count_model
 from kdcli.deploy.onnx_model.translate import to_onnx
 from kdcli.models import Classifier
@@ -241,7 +241,7 @@ def _measure_accuracy(
     found: dict[Path, dict[str, Any]] = {path: {} for path in loaded}
     teacher_logits: Tensor | None = None
     for index, (path, each) in enumerate(loaded.items()):
-        model = each if test is None else in_order_of(each, test.classes)
+        model = each if test is None else with_classes(each, test.classes)
         if test is None:
             value = model.provenance.get("test_accuracy")
             if isinstance(value, float):

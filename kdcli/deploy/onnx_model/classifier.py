@@ -1,5 +1,6 @@
 """ONNX files of unknown origin as classifiers."""
 
+import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +24,7 @@ from kdcli.deploy.onnx_model.metadata import (
 )
 from kdcli.deploy.onnx_model.reading import read_model
 from kdcli.deploy.onnx_model.runner import OnnxRunner
+from kdcli.models.class_map import ClassMap
 
 _LEAST_SIGMOID = 1e-7  # and that far from 1: float32 rounds others to 1
 _PROBES = 3  # random images that a file is run on when it is read
@@ -48,7 +50,7 @@ class OnnxClassifier:
     file_bytes: int  # of the file and of external files with its weights
     assumed: InputSettings  # what the file and the user say about its input
     file_sha256: str  # of the file, as it was read
-    order: tuple[int, ...] | None = None  # of its outputs, where `classes` are in another order than these
+    class_map: ClassMap | None = None  # from its outputs to `classes`; None where these are its outputs
 
     @classmethod
     def load(
@@ -171,7 +173,7 @@ class OnnxClassifier:
             logits = logits.clamp_min(torch.finfo(torch.float32).tiny).log()
         elif self.gives == "sigmoids":
             logits = logits.double().logit(_LEAST_SIGMOID).float()
-        return logits if self.order is None else logits[:, list(self.order)]
+        return logits if self.class_map is None else self.class_map(logits)
 
     def prepare(self, images: Tensor) -> npt.NDArray[Any]:
         """Raw images uint8 (B, H, W, C) → the network's input."""
@@ -195,7 +197,8 @@ class OnnxClassifier:
         return (
             f"Set its input, (pixel · scale − mean) / std: as ImageNet's networks {flag('scale')} 1/255 "
             f"{flag('mean')} 0.485,0.456,0.406 {flag('std')} 0.229,0.224,0.225; 0–1 pixels: {flag('scale')} 1/255; "
-            f"raw pixels: {flag('scale')} 1."
+            f"raw pixels: {flag('scale')} 1. Try these on labelled images: "
+            f"kd validate --teacher {shlex.quote(self.path.as_posix())} --probe"
         )
 
     def to_layout(self, images: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -1,0 +1,45 @@
+"""`kd teacher-logits`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kdcli.base import units
+from kdcli.base.config import DataSettings, LogitsConfig, TeacherInputSettings, make, shell_command
+from kdcli.cli import output
+from kdcli.cli.defaults import with_defaults
+from kdcli.cli.options import command, examples
+from kdcli.methods import TrainConfig
+
+_TAKEN = {
+    *DataSettings.model_fields, *TeacherInputSettings.model_fields, "teacher", "teacher_precision", "augment",
+    "views", "view_seed", "unlabelled", "crop", "grey", "val_fraction", "accelerator", "threads",
+} - {"cache_dir"}  # fmt: skip
+EPILOG = examples(
+    "kd teacher-logits --teacher big.onnx --data photos --augment flip -o pack",
+    "kd teacher-logits --data photos --top-k 20",
+)
+
+
+@command(LogitsConfig, TrainConfig, without=set(TrainConfig.model_fields) - _TAKEN)
+def teacher_logits(**options: Any) -> None:
+    """Write a teacher's outputs to a folder, from which kd train learns without the teacher.
+
+    These are its logits for each view of the training images, for these plain, and for the test images.
+    """
+    own = make(
+        LogitsConfig, {name: options.pop(name) for name in LogitsConfig.model_fields if name in options}
+    )
+    config = make(TrainConfig, {**options, "cache_top_k": own.top_k})
+    config = with_defaults(config, needs_teacher=True, tuned={"student"})
+    from kdcli.engine.packing import pack_logits
+    from kdcli.engine.plan import load_data
+
+    splits = load_data(config, output.on_event)
+    made_with = pack_logits(config, splits, own.output, output.on_event)
+    size = sum(file.stat().st_size for file in own.output.rglob("*.*"))
+    output.json({"pack": own.output, "bytes": size, "made_with": made_with})
+    output.text(
+        f"wrote {own.output}: {made_with['views']} views of {len(splits.trained_on):,} images, {units.size(size)}"
+    )
+    output.next_command(shell_command("train", {"teacher": own.output, **made_with}))

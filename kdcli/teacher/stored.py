@@ -1,0 +1,90 @@
+"""Teachers that are stored outputs: packs of logits from `kd teacher-logits`, and CSV files of probabilities."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from kdcli.base.config import shell_command
+from kdcli.base.errors import KdError
+from kdcli.base.files import read_document, sha256_file
+from kdcli.base.text import printable
+from kdcli.data import ImageSet
+from kdcli.teacher.cache import LogitCache
+from kdcli.teacher.member import Member
+from kdcli.teacher.probabilities import logits_of
+
+FORMAT = "kd-logits-1"
+_AGAIN = "Copy the pack again, or make it again: kd teacher-logits --help"
+# Entries of a cache's recipe that must agree, and what sets them
+_MUST_AGREE = {
+    "data": "images, labels or names of classes",
+    "augment": "--augment",
+    "seed": "--view-seed",
+    "mixed_in": "--val-fraction",
+}
+
+
+def only_probabilities(path: Path) -> bool:
+    """Whether logits are known only up to a shift, or only the largest."""
+    return _is_csv(path) or bool(_read(path).get("only_probabilities"))
+
+
+def stored_views(member: Member, needed: LogitCache, data: ImageSet, views: int) -> list[npt.NDArray[Any]]:
+    """Outputs for each view, as in `CachedLogits.stored`; a KdError if they are of other images or views.
+
+    `needed` is where the logits of a model would be.
+    """
+    path, recipe = member.path, needed.recipe
+    member.check_unchanged(sha256_file(path))
+    if not _is_csv(path):
+        try:
+            return _views_of_pack(path, needed, views)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise KdError(f"{path} is damaged", _AGAIN) from error
+    if recipe["augment"] != "none":
+        raise KdError(
+            f"{path} has outputs of plain images, not of --augment {recipe['augment']}",
+            "Use --augment none, or --teacher-cache fixed.",
+        )
+    return [logits_of(path, member.sha256, data, member.assumed.class_map)]
+
+
+def _views_of_pack(path: Path, needed: LogitCache, views: int) -> list[npt.NDArray[Any]]:
+    pack, document = path.parent, _read(path)
+    by_sum = {sha256_file(file): file for file in pack.glob("teacher/*/manifest.json")}
+    files = [by_sum[sha256] for sha256 in document["manifests"]]  # that of the views of training images first
+    manifests = {file.parent: read_document(file) for file in files}
+    agreed = {
+        folder: [found["recipe"][key] == needed.recipe[key] for key in _MUST_AGREE]
+        for folder, found in manifests.items()
+    }
+    best = max(agreed, key=lambda folder: [*agreed[folder], False].index(False))
+    recipe, count = manifests[best]["recipe"], len(manifests[best]["views"])
+    hint = printable(f"Train with its settings: {shell_command('train', document['made_with'])[9:]}")
+    for key, what in _MUST_AGREE.items():
+        if recipe[key] != needed.recipe[key]:
+            known = key in ("augment", "seed")
+            values = printable(f": {recipe[key]} there, {needed.recipe[key]} here") if known else ""
+            raise KdError(f"{pack} was made with other {what}{values}", hint)
+    if count < views:
+        raise KdError(f"{pack} was made with other --views: {count} there, {views} here", hint)
+    cache = LogitCache(best, recipe, needed.count, needed.classes)
+    found = [(view, cache.find(view)) for view in range(views)]
+    for view, stored in found:
+        if stored is None:
+            raise KdError(f"{cache.path(view)} is missing or damaged", _AGAIN)
+    return [stored for _, stored in found if stored is not None]
+
+
+def _is_csv(path: Path) -> bool:
+    return path.suffix.lower() == ".csv"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    document = read_document(path)
+    if document.get("format") != FORMAT:
+        raise KdError(f"{path} is no pack of logits", "Make one: kd teacher-logits --help")
+    return document

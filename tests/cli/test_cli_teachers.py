@@ -1,0 +1,42 @@
+"""Commands with teachers of other classes, and with stored outputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.cli.helpers import Kd
+from tests.helpers import digits_student
+
+
+def test_commands_with_a_class_map(kd: Kd) -> None:
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    digits_student(Path("t.pt"), classes=tuple(words))
+    Path("map.csv").write_text("".join(f"{word},{number}\n" for number, word in enumerate(words)))
+    teacher = ("--teacher", "t.pt", "--data", "digits", "--threads", "1")
+    refused = kd("validate", *teacher)
+    assert (refused.code, "has a class 'zero' where the data has '0'" in refused.err) == (1, True)
+    validated = kd("validate", *teacher, "--class-map", "map.csv")
+    assert validated.code == 0
+    assert "--teacher-class-map map.csv" in validated.out
+    train = ("train", *teacher, "--student", "convnet-tiny", "--epochs", "1", "--class-map", "map.csv")
+    trained = kd(*train, "--json")
+    assert trained.code == 0, trained
+    tested = kd("test", "kd-convnet-tiny-1", "--json", "--threads", "1")
+    assert json.loads(tested.out)["test"]["agreement"] == json.loads(trained.out)["test"]["agreement"]
+
+
+def test_commands_with_a_pack(kd: Kd) -> None:
+    digits_student(Path("t.pt"))
+    words = ("--data", "digits", "--augment", "flip", "--threads", "1")
+    made = kd("teacher-logits", "--teacher", "t.pt", *words, "-o", "my pack")
+    assert made.code == 0, made
+    assert "next: kd train --teacher 'my pack' --data digits" in made.out
+    Path("t.pt").unlink()
+    train = ("--student", "convnet-tiny", "--epochs", "1", "--json")
+    trained = kd("train", "--teacher", "my pack", *words, *train)
+    assert trained.code == 0, trained
+    tested = kd("test", "kd-convnet-tiny-1", "--threads", "1", "--json")
+    assert json.loads(tested.out)["test"]["agreement"] == json.loads(trained.out)["test"]["agreement"]
+    refused = kd("train", "--teacher", "my pack", *train, "--data", "digits", "--augment", "flip-crop")
+    assert (refused.code, refused.err.count("error:")) == (1, 1)
