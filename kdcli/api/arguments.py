@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from kdcli.base import code
 from kdcli.base.config import (
     NO_ASSUMPTIONS,
     DataSettings,
@@ -53,10 +54,11 @@ def of_training(
         if any(map(_is_bare, several)):
             named = set(values) & set(TeacherInputSettings.model_fields)
             inputs = make(TeacherInputSettings, {name: values.pop(name) for name in named}).teacher_inputs
-        values["teacher"] = tuple(path_of(each, data, inputs) for each in several)
+        values["teacher"] = tuple(_teacher(each, data, inputs) for each in several)
     if isinstance(student, nn.Module):
         values["student"] = _classifier(student, data).arch if _is_bare(student) else str(path_of(student))
     elif student is not None:
+        code.allow(str(student))
         values["student"] = str(student)
     if not isinstance(data, Splits):
         return None, values if data is None else {**values, "data": str(data)}
@@ -99,6 +101,14 @@ def loaded(
     for name in config.given:
         raise UsageError(f"{name} is a setting of the model, which is loaded", f"Pass {name} to load_model.")
     return (model, model.path) if isinstance(model, OnnxClassifier) else (model.eval(), Path(model.arch))
+
+
+def _teacher(model: Model, data: Data | None, inputs: InputSettings) -> Path:
+    """The file of a model in memory; a path or a network's name as it is, for kd train to look up."""
+    if not isinstance(model, str | Path):
+        return path_of(model, data, inputs)
+    code.allow(str(model))
+    return Path(model)
 
 
 def path_of(model: Model, data: Data | None = None, inputs: InputSettings = NO_ASSUMPTIONS) -> Path:

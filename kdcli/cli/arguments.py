@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from kdcli.base import runs
+from kdcli.base import code, runs
 from kdcli.base.errors import START, KdError, UsageError
 from kdcli.base.names import similar
 from kdcli.base.text import dims
@@ -25,8 +25,14 @@ M = TypeVar("M", bound="Classifier | OnnxClassifier")
 def existing_model(path: Path) -> Path:
     """The file at `path`, the `student.pt` of a run or the `pack.json` of a pack; `student.pt` alone: the newest.
 
+    A network outside kd with its weights, as `torchvision:NAME:FILE`, is kept as a file in weights/.
+
     The hint of the KdError lists the trained students, newest first.
     """
+    if code.is_network(str(path)) and not path.exists():
+        from kdcli.deploy.pretrained import import_model
+
+        return import_model(str(path), on_event=output.on_event)
     found = runs.by_name(path)
     for file in (found, found / "student.pt", found / "pack.json"):
         if file.is_file():

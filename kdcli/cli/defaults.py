@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kdcli import methods
-from kdcli.base import files, runs
-from kdcli.base.config import make
+from kdcli.base import code, files, runs
+from kdcli.base.config import TeacherInputSettings, make
 from kdcli.base.config.settings import TeacherPath
 from kdcli.base.errors import START, KdError, UsageError
 from kdcli.cli import output
@@ -65,9 +65,8 @@ def with_defaults(config: C, *, needs_teacher: bool, tuned: Collection[str] = ()
     made: dict[str, Any] = {}
     side = config.image_size
     if needs_teacher and "teacher" not in tuned:
-        typed = tuple(map(existing_model, config.teacher)) if "teacher" in given else ()
-        made["teacher"] = typed or (default_teacher(),)
-        known, size = _training_of(made["teacher"][0], config)
+        made |= _typed_teachers(config) if "teacher" in given else {"teacher": (default_teacher(),)}
+        known, size = _training_of(made["teacher"][0], config.model_copy(update=made))
         if "data" in given and config.data != known.get("data"):
             known = {"test_fraction": known.get("test_fraction"), "image_size": size}
         made |= {name: value for name, value in known.items() if name not in given}
@@ -83,9 +82,32 @@ def with_defaults(config: C, *, needs_teacher: bool, tuned: Collection[str] = ()
     return make(type(config), {**{name: getattr(config, name) for name in config.model_fields_set}, **made})
 
 
+def _typed_teachers(config: TrainConfig) -> dict[str, Any]:
+    """Teachers as files: networks outside kd become checkpoints, which record what is set for them."""
+    from kdcli.deploy.pretrained import import_model
+
+    files, found = list(config.teacher_weights), list[Path]()
+    is_outside = [code.is_network(str(path)) and not path.exists() for path in config.teacher]
+    for path, outside in zip(config.teacher, is_outside, strict=True):
+        if outside:
+            spec = f"{path}:{files.pop(0)}" if files and str(path).count(":") == 1 else str(path)
+            common = (config.teacher_args, config.teacher_inputs, config.image_size)
+            found.append(import_model(spec, *common, output.on_event))
+        else:
+            found.append(existing_model(path))
+    if files or (config.teacher_args and not any(is_outside)):
+        raise UsageError(
+            "--teacher-weights and --teacher-args are of a network outside kd",
+            "Name it: --teacher torchvision:NAME, timm:NAME, or a function as package.module:function.",
+        )
+    settings = {*TeacherInputSettings.model_fields} - {"teacher_class_map"} if all(is_outside) else ()
+    return {"teacher": tuple(found), "teacher_weights": (), "teacher_args": (), **dict.fromkeys(settings)}
+
+
 def _training_of(teacher: Path, config: TrainConfig) -> tuple[dict[str, Any], int | None]:
     """Recorded settings of a teacher's data, and the side of its images; unknown for some files of other programs."""
     from kdcli import data
+    from kdcli.data.datasets import DATASETS
     from kdcli.deploy.load import load_model
 
     try:
@@ -93,7 +115,8 @@ def _training_of(teacher: Path, config: TrainConfig) -> tuple[dict[str, Any], in
     except KdError:  # reported where the teacher is run
         return {}, None
     height, width, _ = model.input_size
-    return data.recorded_source(teacher, model.provenance), height if height == width else None
+    needed = not getattr(model, "any_size", False) or config.data not in DATASETS
+    return data.recorded_source(teacher, model.provenance), height if needed and height == width else None
 
 
 def _is_too_large(network: str, side: int) -> bool:

@@ -40,8 +40,8 @@ def info(
     from kdcli.deploy.info import info as describe
 
     model, path = model_or_network, Path(model_or_network)
-    if path.is_file() or model not in models.names():
-        if path.parent == Path() and not path.suffix and not runs.by_name(path).exists():
+    if path.is_file() or not models.is_network(model):
+        if path.parent == Path() and not path.suffix and ":" not in model and not runs.by_name(path).exists():
             raise UsageError(f"no file and no network: {model}", nearest(model, models.names()))
         model = str(existing_model(path))
         output.note_ignored(config.model_fields_set, ("classes", "grey"), "with a file, which records it")

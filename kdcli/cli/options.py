@@ -12,7 +12,7 @@ import typer
 from pydantic.fields import FieldInfo
 from rich.markup import escape
 
-from kdcli.base import runs
+from kdcli.base import code, runs
 from kdcli.base.config import DATA, METHOD, OPTIMISER, RUN, Settings, make, option_flag
 from kdcli.base.config.settings import INPUT, OF_METHODS
 from kdcli.base.names import DATA_SETS, NETWORKS
@@ -122,6 +122,8 @@ def command(
             output.settings.follower = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) != "0"
             arguments = {name: values.pop(name) for name in own}
             options = {name: value for name, value in values.items() if value is not None}
+            for value in (*arguments.values(), *options.values()):
+                code.allow(*map(str, value if isinstance(value, list) else [value]))
             if "config" in signature.parameters:
                 options = {"config": make(settings[0], options)}
             with output.activity.running():

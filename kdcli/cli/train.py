@@ -97,7 +97,7 @@ def _resumed(name: str, options: dict[str, Any], *, alone: bool) -> tuple[RunDir
         )
     teachers = config.teacher if methods.objective(config).needs_teacher else ()
     data = Path(config.data) if Path(config.data).parent != Path() else None
-    for path in (*teachers, config.student_file, config.unlabelled, data):
+    for path in (*teachers, config.student_file, config.student_weights, config.unlabelled, data):
         if path is not None and not files.expand(str(path)).exists():
             hint = "Resume from the folder where the run was started."
             raise UsageError(f"{path} of {run.path} not found", hint)
@@ -124,9 +124,9 @@ def _train(
         config = with_defaults(config, needs_teacher=methods.objective(config).needs_teacher)
     if config.student_file is not None:
         reason = f"with --student {config.student_file}, which defines it"
-        output.note_ignored(options, ("dropout", "preprocess", "width"), reason)
+        output.note_ignored(options, ("dropout", "preprocess", "width", "student_weights"), reason)
     elif not any(drops):
-        output.note_ignored(options, ("dropout",), f"with --student {config.student}, which has none")
+        output.note_ignored(options, ("dropout",), f"with --student {config.student}, which takes none")
     world = runtime.launch(config.accelerator, config.devices)
     failed = True
     try:

@@ -142,7 +142,8 @@ def other_classes(model: Description, data: ImageSet) -> str | None:
 def incompatibility(model: Description, data: ImageSet) -> str | None:
     """Reason why a model does not fit a data set; None if it fits. See `other_classes`."""
     size = model.input_size
-    if size != data.input_size:
+    first = 2 if getattr(model, "any_size", False) else 0  # of the sides that count
+    if size[first:] != data.input_size[first:]:
         return (
             other_classes(model, data) or f"takes {dims(size)} images, the data has {dims(data.input_size)}"
         )

@@ -22,6 +22,8 @@ Int64 = npt.NDArray[np.int64]
 _CHUNK = 4096
 # Squared pixels of so many images add up to less than 2²⁴: float32 holds the sum exactly, and is fast.
 _EXACT = 256
+_MOST_SIDE = 4096
+_INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "nearest-exact")
 
 
 def _chunks(images: rows.Images, samples: Int64) -> Iterator[npt.NDArray[np.uint8]]:
@@ -49,6 +51,7 @@ class Preprocess(nn.Module):
     """Base: transform in RGB order, then reverse the channels if the network was trained with `bgr`."""
 
     name: ClassVar[str] = "none"
+    resizes: ClassVar[bool] = False  # whether it takes images of any size
 
     def __init__(self, channel_order: str = "rgb") -> None:
         super().__init__()
@@ -64,6 +67,10 @@ class Preprocess(nn.Module):
         """Raw pixels (B, C, H, W) in 0–255 RGB → the network's input."""
         prepared = self.transform(pixels)
         return prepared.flip(1) if self.channel_order == "bgr" else prepared
+
+    def output_size(self, size: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(H, W, C) of the network's input, from that of the raw images."""
+        return size
 
     @classmethod
     def fit(cls, images: rows.Images, samples: Int64, channel_order: str, on_event: OnEvent) -> Preprocess:
@@ -112,6 +119,51 @@ class MeanStd(Preprocess):
     def fit(cls, images: rows.Images, samples: Int64, channel_order: str, on_event: OnEvent) -> Preprocess:
         mean, std = _moments(images, samples)
         return cls(torch.from_numpy(mean), torch.from_numpy(np.maximum(std, 1e-3)), channel_order)
+
+
+class Photo(MeanStd):
+    """Resize to a square of `side`, crop its centre to `crop`, then as `MeanStd`: torchvision's and timm's presets.
+
+    Images of `side` are cropped alone; both 0: images are taken as they are. Resized pixels are rounded to whole
+    numbers, as those of 8-bit images.
+    """
+
+    name = "photo"
+    resizes = True
+
+    def __init__(
+        self,
+        mean: Tensor,
+        std: Tensor,
+        side: int,
+        crop: int,
+        interpolation: str = "bilinear",
+        antialias: bool = True,
+        channel_order: str = "rgb",
+    ) -> None:
+        super().__init__(mean, std, channel_order)
+        if not min(side, 1) <= crop <= side <= _MOST_SIDE or interpolation not in _INTERPOLATIONS:
+            raise ValueError(f"resize to {side}, crop to {crop}, {interpolation}")
+        self.side, self.crop, self.interpolation, self.antialias = side, crop, interpolation, antialias
+
+    def transform(self, pixels: Tensor) -> Tensor:
+        if self.side == 0:
+            return super().transform(pixels)
+        if pixels.shape[2:] != (self.side, self.side):
+            smooth = self.interpolation in ("bilinear", "bicubic")
+            options = {"align_corners": False, "antialias": self.antialias} if smooth else {}
+            size = (self.side, self.side)
+            resized = nn.functional.interpolate(pixels, size, mode=self.interpolation, **options)
+            pixels = resized.round().clamp(0, 255)
+        edge = round((self.side - self.crop) / 2)
+        return super().transform(pixels[:, :, edge : edge + self.crop, edge : edge + self.crop])
+
+    def output_size(self, size: tuple[int, int, int]) -> tuple[int, int, int]:
+        return (self.crop, self.crop, size[2]) if self.crop else size
+
+    def args(self) -> dict[str, Any]:
+        names = ("side", "crop", "interpolation", "antialias")
+        return {**{name: getattr(self, name) for name in names}, **super().args()}
 
 
 class MeanImage(Preprocess):
@@ -205,7 +257,7 @@ def contrast_normalise(flat: Tensor, scale: float = GcnZca.scale) -> Tensor:
 
 
 PREPROCESSES: dict[str, type[Preprocess]] = {
-    kind.name: kind for kind in (MeanStd, MeanImage, GcnZca, ScaleShift, Preprocess)
+    kind.name: kind for kind in (MeanStd, MeanImage, GcnZca, ScaleShift, Photo, Preprocess)
 }
 
 

@@ -42,7 +42,7 @@ class ModelInfo:
 def info(model: str, config: InfoConfig) -> ModelInfo:
     """Description of a file, or of a network by its name; a KdError if there is no such model."""
     path = Path(model)
-    if model in models.names() and not path.is_file():
+    if models.is_network(model) and not path.is_file():
         return _network_info(model, config)
     loaded = load_model(path, assumed=config)
     if isinstance(loaded, OnnxClassifier):
@@ -52,7 +52,7 @@ def info(model: str, config: InfoConfig) -> ModelInfo:
         precision = counts.precision
     else:
         kind, arch, gives, size = "checkpoint", loaded.arch, "logits", path.stat().st_size
-        parameters, macs, layers = _measures(loaded.network, loaded.input_size)
+        parameters, macs, layers = _measures(loaded.network, loaded.network_size)
         precision = "fp32"
     return ModelInfo(
         kind=kind,

@@ -41,6 +41,7 @@ def links(config: TrainConfig) -> tuple[TrainConfig, ...]:
             "student": student,
             "seed": (config.seed + seed_offset) % _SEEDS,
             "student_stages": config.student_stages if student == config.student else "",
+            "student_weights": config.student_weights if student == config.student else None,
         }
         if suffix:
             changes["name"] = config.name + suffix

@@ -12,6 +12,7 @@ from kdcli import models
 from kdcli.base import runtime
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import Note, OnEvent, Progress, ignore
+from kdcli.base.names import NETWORKS
 from kdcli.base.runtime import StopFlag, World
 from kdcli.base.text import reason
 from kdcli.data import Splits, rows
@@ -120,7 +121,7 @@ def _build(plan: RunPlan, resume: RunDir | None, on_event: OnEvent, stop: StopFl
     # 4. Precision and the run's folder
     plan, run = _open_run(plan, student) if resume is None else (plan, resume)
     # 5. Layers that train the same however a batch is divided, and wherever a run was stopped
-    keys = DropoutKeys(config.seed)
+    keys = DropoutKeys(config.seed, reseeds=student.arch not in NETWORKS)
     use_sample_dropout(student.network, keys)
     if world.size > 1:
         for module in (student.network, *adapters.values()):

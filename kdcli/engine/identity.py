@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from kdcli import methods
+from kdcli import methods, models
 from kdcli.base import files
 from kdcli.base.errors import KdError
 from kdcli.base.text import reason
@@ -54,6 +54,8 @@ def input_hashes(
     }
     if config.student_file is not None:
         paths["student"] = config.student_file
+    if config.student_weights is not None:
+        paths["student weights"] = config.student_weights
     for name in ("class_names", "class_map") if teachers else ():
         if (path := getattr(config.teacher_inputs, name)) is not None:
             paths[name.replace("_", " ")] = path
@@ -64,7 +66,8 @@ def input_hashes(
             if name not in missing:
                 raise KdError(f"cannot read {path}: {reason(error)}", "Name a file that is there.") from error
             found[name] = missing[name]
-    sources = methods.source_digests(config.method)  # as imported: the files may change meanwhile
+    # as imported: the files may change meanwhile
+    sources = methods.source_digests(config.method) | models.source_digests(config.student)
     return found | {f"code of {name}": sha256 for name, sha256 in sources.items()}
 
 

@@ -214,6 +214,8 @@ def load_data(config: TrainConfig, on_event: OnEvent = ignore) -> Splits:
     if stored is not None and not stored.is_file():
         raise UsageError(f"no such student: {stored}", "--student takes a network's name or a .pt file.")
     model = None if stored is None else models.load(stored)
+    if config.student_weights is not None and not config.student_weights.is_file():
+        raise UsageError(f"no such file: {config.student_weights}", "--student-weights takes a state_dict.")
     return data_sets.load(
         config.data,
         data_dir=config.data_dir,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 
 from kdcli import data, methods, models
 from kdcli.base.errors import KdError, UsageError
-from kdcli.base.events import OnEvent
+from kdcli.base.events import Note, OnEvent
 from kdcli.base.files import cache_folder
 from kdcli.data import ImageSet, preprocess, rows
 from kdcli.data.preprocess import Preprocess
 from kdcli.methods import TrainConfig
-from kdcli.models import Classifier, checkpoint
+from kdcli.models import Classifier, checkpoint, weights
 from kdcli.models.feature_extractor import find_stages
 from kdcli.teacher import CachedLogits
 
@@ -71,11 +72,22 @@ def _fresh(config: TrainConfig, train: ImageSet, samples: Int64, on_event: OnEve
         input_size=train.input_size,
         crop=train.crop,
     )
-    if hasattr(network, "fit"):
+    if config.student_weights is not None:
+        _start_from(network, config.student_weights, on_event)
+    elif hasattr(network, "fit"):
         spaced = samples[:: -(-len(samples) // _FITTED_IMAGES)]  # images may be sorted by class
         images = torch.from_numpy(rows.take(train.images, spaced))
         network.fit(student.prepare(images))  # type: ignore[operator]
     return student
+
+
+def _start_from(network: nn.Module, path: Path, on_event: OnEvent) -> None:
+    """Load a state_dict; a last layer for other classes stays as it is, with a note."""
+    found, head = weights.match(network, weights.read(path), f"--student-weights {path}")
+    network.load_state_dict({name: found[name] for name in found if name not in head}, strict=False)
+    if head:
+        count = len(found[head[0]])
+        on_event(Note(f"{path} is of {count} classes: the last layer is new ({', '.join(head)})"))
 
 
 def _fitted_preprocess(config: TrainConfig, train: ImageSet, samples: Int64, on_event: OnEvent) -> Preprocess:

@@ -5,16 +5,11 @@ A custom method is code, and kd runs code only if it is named on the command lin
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import re
-import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdcli.base import code
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.text import first_line
 from kdcli.methods.batch import Batch
@@ -25,7 +20,6 @@ if TYPE_CHECKING:
 
     from kdcli.methods.settings import TrainConfig
 
-_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _HINT = "It is package.module:function; the function takes a kdcli.methods.Batch and returns a scalar tensor."
 
 
@@ -35,20 +29,13 @@ def is_custom(name: str) -> bool:
 
 
 def load(name: str) -> Method:
-    """Import a function, searching the current folder last, and make a method of it; UsageError if it is none."""
-    if _NAME.fullmatch(name) is None:
-        raise UsageError(f"--method {name} does not name a function", _HINT)
-    module_name, function_name = name.split(":")
+    """Import a function and make a method of it; UsageError if it is none."""
+    module_name, _, function_name = name.partition(":")
     if function_name in METHODS:
         raise UsageError(
             f"--method {name}: kd has a method {function_name}", "Give the function another name."
         )
-    try:
-        function = getattr(_import(module_name), function_name)
-    except (Exception, SystemExit) as error:  # anything that the module's code raises
-        raise UsageError(f"--method {name} cannot be imported: {first_line(error)}", _HINT) from error
-    if not callable(function):
-        raise UsageError(f"--method {name} is no function", _HINT)
+    function = code.load(name, f"--method {name}", _HINT)
     entry: Method = getattr(function, ATTRIBUTE, Method(function_name, function, summary_of(function)))
     return replace(
         entry,
@@ -61,29 +48,12 @@ def load(name: str) -> Method:
     )
 
 
-def _import(module: str) -> Any:
-    """Import a module with the current folder last in Python's path, so that a file there shadows no other module."""
-    here = str(Path.cwd())
-    sys.path.append(here)
-    importlib.invalidate_caches()  # the file may be younger than Python's listing of the folder
-    try:
-        return importlib.import_module(module)
-    finally:
-        with suppress(ValueError):  # the module's code may have removed it
-            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(here)]
-
-
 def source_digests(name: str) -> dict[str, str]:
-    """SHA-256 of the modules of the custom methods among those joined by `+`, which are imported.
-
-    Of a module without a file (it is part of Python) it is the digest of nothing.
-    """
+    """SHA-256 of the modules of the custom methods among those joined by `+`, which are imported."""
     found = {}
     for part in filter(is_custom, name.split("+")):
         load(part)
-        path = getattr(sys.modules[part.partition(":")[0]], "__file__", None)
-        source = b"" if path is None else Path(path).read_bytes()
-        found[part] = hashlib.sha256(source).hexdigest()
+        found[part] = code.digest(part)
     return found
 
 

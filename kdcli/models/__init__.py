@@ -8,4 +8,4 @@ from kdcli.models.classifier import (
     parameter_count,
     predict_logits,
 )
-from kdcli.models.registry import MODELS, accepts, build, names, register
+from kdcli.models.registry import MODELS, accepts, build, is_network, names, register, source_digests

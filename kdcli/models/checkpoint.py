@@ -135,7 +135,7 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
         document = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if not isinstance(document, dict):
             raise KdError(f"{path} is not a kd checkpoint", OTHER_FILES)
-        _check_extent(path, len(content), document)
+        check_extent(path, len(content), document)
         recorded = document.pop("sha256", None)
         if recorded is not None and recorded != digest(document):
             raise KdError(
@@ -152,7 +152,7 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
         ) from error
 
 
-def _check_extent(path: Path, size: int, document: Any) -> None:
+def check_extent(path: Path, size: int, document: Any) -> None:
     """Raise KdError if a document is far larger than its file of `size` bytes.
 
     A few bytes can be laid out as a tensor of terabytes, or as nested lists whose parts are shared.

@@ -18,7 +18,7 @@ class CifarNet(ConvClassifier):
     the bias of the whitening is trained throughout. `width` multiplies the channels of the groups: 64, 256, 256.
     """
 
-    stages = ("group1", "group2", "group3")
+    stage_names = ("group1", "group2", "group3")
     # of --optimizer sgd: biases of batch norm learn 64 times faster; `fc` as if a layer of scale 1/9 came after it
     lr_factors: ClassVar = {"norm1.bias": 64.0, "norm2.bias": 64.0, "fc.weight": _OUTPUT_SCALE**2}
 

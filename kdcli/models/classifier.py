@@ -74,6 +74,16 @@ class Classifier(nn.Module):
         """
         return self.preprocess(images.permute(0, 3, 1, 2).float())
 
+    @property
+    def any_size(self) -> bool:
+        """Whether it takes images of any size."""
+        return self.preprocess.resizes
+
+    @property
+    def network_size(self) -> tuple[int, int, int]:
+        """(H, W, C) of the network's input."""
+        return self.preprocess.output_size(self.input_size)
+
     def to_checkpoint(self, training: dict[str, Any] | None = None) -> Checkpoint:
         return Checkpoint(
             **{name: getattr(self, name) for name in _COMMON},
@@ -102,7 +112,8 @@ def from_checkpoint(stored: Checkpoint, source: str = "checkpoint") -> Classifie
 
 def _build(stored: Checkpoint) -> Classifier:
     about: dict[str, Any] = {name: getattr(stored, name) for name in (*_COMMON, "file_sha256")}
-    size: dict[str, Any] = {"classes": len(stored.classes), "input_size": stored.input_size}
+    prepared = from_spec(stored.preprocess).output_size(stored.input_size)
+    size: dict[str, Any] = {"classes": len(stored.classes), "input_size": prepared}
     build = partial(registry.build, stored.arch, **size, **stored.arch_args)
     with torch.random.fork_rng(devices=[]):  # the initial weights are discarded
         with torch.device("meta"), torch.no_grad():  # names, shapes and a pass, before memory is allocated
@@ -130,9 +141,13 @@ def load(path: Path) -> Classifier:
 
 
 def final_linear(network: nn.Module) -> nn.Linear | None:
-    """The linear layer that gives the logits, by the attribute `head`; None if another follows it (in NIN a ReLU)."""
-    name = getattr(network, "head", None)
-    return None if name is None else cast(nn.Linear, network.get_submodule(name))
+    """The linear layer that gives the logits, by the attribute `head_name`; None if it has no bias.
+
+    None also if another layer follows, as a ReLU in NIN.
+    """
+    name = getattr(network, "head_name", None)
+    layer = None if name is None else cast(nn.Linear, network.get_submodule(name))
+    return None if layer is None or layer.bias is None else layer
 
 
 def parameter_count(module: nn.Module) -> int:

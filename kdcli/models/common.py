@@ -13,7 +13,7 @@ _MAX_WIDTH = 64
 class ConvClassifier(nn.Module):
     """Convolutions, global average, one linear layer `fc`."""
 
-    head = "fc"
+    head_name = "fc"
     fc: nn.Linear
 
     def maps(self, pixels: Tensor) -> Tensor:

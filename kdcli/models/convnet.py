@@ -10,8 +10,8 @@ from kdcli.models.common import ConvClassifier, check_size, conv_norm, scaled
 class ConvNet(ConvClassifier):
     """Stages of 3×3 convolution, batch norm, ReLU; max-pool 2 between stages; global average; linear.
 
-    `width` multiplies `widths`, rounded to whole numbers of at least 1. The maps of `stages` are before pooling; the
-    last are (B, widths[-1], H/2^(stages−1), W/2^(stages−1)).
+    `width` multiplies `widths`, rounded to whole numbers of at least 1. The maps of `stage_names` are before pooling;
+    the last are (B, widths[-1], H/2^(stages−1), W/2^(stages−1)).
     """
 
     def __init__(
@@ -28,6 +28,6 @@ class ConvNet(ConvClassifier):
             layers += conv_norm(channels, scaled(count, width), 3)
             ends.append(f"features.{len(layers) - 1}")
             channels = scaled(count, width)
-        self.stages = tuple(ends)
+        self.stage_names = tuple(ends)
         self.features = nn.Sequential(*layers)
         self.fc = nn.Linear(channels, classes)

@@ -23,7 +23,7 @@ class FeatureExtractor(nn.Module):
         self.network = network
         self.stages = tuple(stages)
         self._features: dict[str, Tensor] = {}
-        self._head: str | None = getattr(network, "head", None)
+        self._head: str | None = getattr(network, "head_name", None)
         self._hooks = [
             network.get_submodule(name).register_forward_hook(partial(self._store, name))
             for name in (*self.stages, *([] if self._head is None else [self._head]))
@@ -53,8 +53,8 @@ def find_stages(
 ) -> tuple[str, ...]:
     """Names of the submodules whose outputs are the maps at the end of each stage, from input to output.
 
-    In order of preference: the wanted ones; the network's attribute `stages`; the last maps of each size above 1×1.
-    Of the last, maps with one channel per class are skipped where there are others of their size: they are logits.
+    In order of preference: the wanted ones; the network's attribute `stage_names`; the last maps of each size above
+    1×1. Of the last, maps with one channel per class, which are logits, are skipped where others have their size.
 
     Args:
         example: a prepared batch (B, C, H, W).
@@ -77,7 +77,7 @@ def find_stages(
                     f"It has {', '.join(list(maps)[:12])} …",
                 )
         return tuple(name for name in maps if name in names)
-    own = getattr(network, "stages", None)
+    own = getattr(network, "stage_names", None)
     if own:
         return tuple(own)
     last: dict[tuple[int, int], str] = {}

@@ -55,7 +55,8 @@ OPS: dict[str, Callable[..., nn.Module]] = {
 class GraphNet(nn.Module):
     """Nodes in the order they run; each is a submodule under its name.
 
-    `shapes` are output shapes for one image by node name; `head` the output node if linear (`models.final_linear`).
+    `shapes` are output shapes for one image by node name; `head_name` the output node if linear, see
+    `models.final_linear`.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class GraphNet(nn.Module):
         self._unused = self._unused_after()
         last = self._modules.get(output)
         if isinstance(last, nn.Linear) and last.bias is not None and self.shapes[output] == (classes,):
-            self.head = output
+            self.head_name = output
 
     def _add(self, node: dict[str, Any]) -> None:
         name, kind, args = str(node["name"]), str(node["op"]), dict(node.get("args", {}))
@@ -147,6 +148,6 @@ class GraphNet(nn.Module):
 def safe_name(name: str) -> str:
     """A name that torch accepts for a submodule: dots and slashes become underscores."""
     cleaned = re.sub(r"[^\w-]", "_", name) or "layer"
-    if cleaned in (INPUT, "head", "shapes") or cleaned.startswith("_") or hasattr(_MODULE, cleaned):
+    if cleaned in (INPUT, "head_name", "shapes") or cleaned.startswith("_") or hasattr(_MODULE, cleaned):
         cleaned = f"layer_{cleaned.lstrip('_')}"
     return cleaned

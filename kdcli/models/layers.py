@@ -46,7 +46,7 @@ def summarize_layers(network: nn.Module, prepared: Tensor) -> list[LayerSummary]
     seen: set[int] = set()
 
     def record(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if any(module.children()):
+        if any(module.children()) or not isinstance(output, Tensor):
             return
         new = [value for value in module.parameters() if id(value) not in seen]
         seen.update(map(id, new))

@@ -16,8 +16,8 @@ class LeNet(nn.Module):
     multiplies them, rounded to whole numbers of at least 1.
     """
 
-    head = "ip2"
-    stages: tuple[str, ...] = ("pool1", "pool2")
+    head_name = "ip2"
+    stage_names: tuple[str, ...] = ("pool1", "pool2")
 
     def __init__(
         self,

@@ -47,11 +47,11 @@ class MobileNetV2(ConvClassifier):
     """A 3×3 convolution of stride 2, seven groups of inverted residuals, a 1×1 convolution, global average, linear.
 
     Each count of channels is multiplied by `width`, rounded to the nearest multiple of 4, at least 4. The maps of
-    `stages` are those before the image is halved and the last: linear, no ReLU follows. The average is over maps
+    `stage_names` are those before the image is halved and the last: linear, no ReLU follows. The average is over maps
     (B, 1280, H/16, W/16), rounded up.
     """
 
-    stages: tuple[str, ...] = ("blocks.1", "blocks.2", "blocks.4", "blocks.6")
+    stage_names: tuple[str, ...] = ("blocks.1", "blocks.2", "blocks.4", "blocks.6")
 
     def __init__(self, classes: int, input_size: tuple[int, int, int], width: float = 1.0) -> None:
         super().__init__()

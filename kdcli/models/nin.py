@@ -13,7 +13,7 @@ WIDTHS = (192, 160, 96, 192, 192, 192, 192, 192)  # conv1 cccp1 cccp2 conv2 cccp
 class _Trunk(nn.Module):
     """Everything up to cccp5: (B, C, H, W) → (B, widths[7], H/4, W/4). ReLU after every convolution."""
 
-    stages: tuple[str, ...] = ("pool1", "pool2", "relu_cccp5")
+    stage_names: tuple[str, ...] = ("pool1", "pool2", "relu_cccp5")
 
     def __init__(
         self, input_size: tuple[int, int, int], widths: Sequence[int], dropout: float, width: float
@@ -75,7 +75,7 @@ class NIN(_Trunk):
 class NINFc(_Trunk):
     """The reference's variant: ip1 (`hidden` outputs), ReLU, ip2 in place of cccp6 and pool3; `width` as in NIN."""
 
-    head = "ip2"
+    head_name = "ip2"
 
     def __init__(
         self,

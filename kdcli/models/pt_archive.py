@@ -88,6 +88,7 @@ class _TensorlessUnpickler(SafeUnpickler):
     dispatch: ClassVar[Any] = {
         **SafeUnpickler.dispatch,
         pickle.BINPERSID[0]: pickle._Unpickler.dispatch[pickle.BINPERSID[0]],
+        pickle.BUILD[0]: lambda self: self.build(),
     }
 
     def __init__(self, data: bytes, sizes: Mapping[str, int]) -> None:
@@ -101,6 +102,13 @@ class _TensorlessUnpickler(SafeUnpickler):
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
             return lambda *_: None
         return super().find_class(module, name)
+
+    def build(self) -> None:
+        """BUILD: drop the attributes of a dictionary, as `_metadata` of a state_dict; none of another object."""
+        if type(self.stack[-2]) is dict:
+            self.stack.pop()
+        else:
+            super().build()
 
     def persistent_load(self, pid: Any) -> None:
         """Check a reference to a storage: ("storage", type, record, device, number of values)."""

@@ -1,10 +1,10 @@
-"""Networks by name.
+"""Networks by name; those of other packages are in `external`.
 
 Adding a network: a class in a new file, and a row in `MODELS` or `@register("name")` above the class. It is called
 with `classes`, `input_size` and the arguments of its row. Optional arguments are `width`, a multiplier of the channel
-counts, and `dropout`. Two class attributes serve the methods that compare features: `stages`, the submodules whose
-outputs are the maps (B, C, H, W) at the end of each stage, in order; and `head`, the linear layer at the end, which
-reads vectors (B, D). Optional are `lr_factors`, factors of --optimizer sgd's learning rate by the end of a
+counts, and `dropout`. Two class attributes serve the methods that compare features: `stage_names`, the submodules
+whose outputs are the maps (B, C, H, W) at the end of each stage, in order; and `head_name`, the linear layer at the
+end, which reads vectors (B, D). Optional are `lr_factors`, factors of --optimizer sgd's learning rate by the end of a
 parameter's name, and `fit`, called with prepared training images (N, C, H, W) before training.
 """
 
@@ -15,8 +15,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from kdcli.base import code
 from kdcli.base.errors import UsageError
 from kdcli.base.names import nearest
+from kdcli.models import external
 from kdcli.models.cifarnet import CifarNet
 from kdcli.models.convnet import ConvNet
 from kdcli.models.graph import GraphNet
@@ -71,15 +73,30 @@ def build(arch: str, *, classes: int, input_size: tuple[int, int, int], **arch_a
     """
     row = _row(arch)
     try:
-        network: nn.Module = row.func(classes=classes, input_size=input_size, **row.keywords, **arch_args)
+        sizes: dict[str, Any] = {"classes": classes, "input_size": input_size}
+        network: nn.Module = row.func(*row.args, **sizes, **row.keywords, **arch_args)
     except TypeError as error:
         raise UsageError(f"network {arch} does not take these arguments: {error}") from error
     return network
 
 
 def names() -> tuple[str, ...]:
-    """Names that `--student` takes. `graph`, a network described by its checkpoint, is none of them."""
+    """Names that `--student` takes, beside `source:name`; not `graph`, a network described by its checkpoint."""
     return tuple(name for name in MODELS if name != "graph")
+
+
+def is_network(name: str) -> bool:
+    """Whether a text names a network, without weights."""
+    return name in names() or (code.is_network(name) and name.count(":") == 1)
+
+
+def source_digests(arch: str) -> dict[str, str]:
+    """SHA-256 of the module, which is imported, of a user's function; empty for other networks."""
+    if not code.is_name(arch) or arch.partition(":")[0] in code.SOURCES:
+        return {}
+    _row(arch)  # a UsageError if it is not allowed
+    code.load(arch, f"network {arch}", "")
+    return {arch: code.digest(arch)}
 
 
 def accepts(arch: str, argument: str) -> bool:
@@ -87,9 +104,12 @@ def accepts(arch: str, argument: str) -> bool:
 
 
 def _row(arch: str) -> partial[Any]:
-    if arch not in MODELS:
+    row = MODELS.get(arch) or external.row(arch)
+    if row is None:
         raise UsageError(
             f"unknown network: {arch}",
-            nearest(arch, names(), "; kd train also takes a checkpoint (.pt)"),
+            nearest(
+                arch, names(), "; kd train also takes torchvision:NAME, timm:NAME and a checkpoint (.pt)"
+            ),
         )
-    return MODELS[arch]
+    return row

@@ -1,12 +1,14 @@
 """Dropout and batch norm that give equal results for any division of a batch among processes, and after a resume."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from kdcli.base.errors import UsageError
 from kdcli.base.runtime import sum_over_processes
 from kdcli.data import augment
 
@@ -19,12 +21,15 @@ class DropoutKeys:
 
     seed: int
     stream: int = 0  # number of the network within a run (student, teacher)
+    reseeds: bool = False  # torch's own generator too, for layers of other programs that draw from it
     keys: Tensor | None = None  # int32 (4, B), random bits of the batch's samples in this epoch
 
     def step(self, epoch: int, samples: npt.NDArray[np.int64], device: torch.device) -> None:
         """Set the keys of a batch: the same samples in the same epoch get the same masks."""
         random = augment.random_bits(self.seed, augment.DROPOUT, epoch, samples, block=self.stream)
         self.keys = torch.from_numpy(random.view(np.int32)).to(device)
+        if self.reseeds:
+            torch.manual_seed(int(random[0, 0]))
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -32,6 +37,10 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ ((x >> 16) & 0xFFFF)) * _FIRST
     x = (x ^ ((x >> 15) & 0x1FFFF)) * _SECOND
     return x ^ ((x >> 15) & 0x1FFFF)
+
+
+# Axes along which the mask of a layer varies, if not all; by name, as torchvision is imported only where it is used
+_AXES = {"Dropout2d": 2, "StochasticDepth": 1}
 
 
 class SampleDropout(nn.Dropout):
@@ -43,6 +52,7 @@ class SampleDropout(nn.Dropout):
 
     keys: DropoutKeys
     number: int  # of the layer in its network
+    axes: int | None  # see `_AXES`
 
     def forward(self, values: Tensor) -> Tensor:
         """(B, …) → the same, each value 0 with probability p, else divided by 1 − p."""
@@ -51,20 +61,25 @@ class SampleDropout(nn.Dropout):
         keys = self.keys.keys
         if keys is None or keys.shape[1] != len(values):
             raise RuntimeError("DropoutKeys.step was not called for this batch")
-        element = torch.arange(values[0].numel(), dtype=torch.int32, device=values.device)  # (E,)
+        shape = torch.Size([*values.shape[: self.axes], *[1] * values.dim()][: values.dim()])
+        element = torch.arange(shape[1:].numel(), dtype=torch.int32, device=values.device)  # (E,)
         first = _mix(keys[self.number % 4] + self.number // 4)[:, None]
         second = keys[(self.number + 1) % 4][:, None]
         noise = _mix(_mix(first + element * _GOLDEN) ^ second)  # (B, E), each int32 as likely
         kept = noise >= round(self.p * 2.0**32) - 2**31
-        return values * (kept.reshape(values.shape).to(values.dtype) / (1 - self.p))
+        return values * (kept.reshape(shape).to(values.dtype) / (1 - self.p))
 
 
 def use_sample_dropout(network: nn.Module, keys: DropoutKeys) -> None:
-    """Turn each `nn.Dropout` of a network into a `SampleDropout` with these keys."""
-    layers = [module for module in network.modules() if isinstance(module, nn.Dropout)]
+    """Turn each dropout layer of a network, and torchvision's stochastic depth, into a `SampleDropout`."""
+    layers: list[Any] = [
+        module
+        for module in network.modules()
+        if isinstance(module, nn.Dropout) or type(module).__name__ in _AXES
+    ]
     for number, layer in enumerate(layers):
+        layer.axes = _AXES.get(type(layer).__name__)
         layer.__class__ = SampleDropout
-        assert isinstance(layer, SampleDropout)
         layer.keys, layer.number = keys, number
 
 
@@ -106,7 +121,14 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def use_global_batch_norm(network: nn.Module) -> None:
-    """Turn each `nn.BatchNorm1d` and `nn.BatchNorm2d` of a network into its global form, over all processes."""
+    """Turn each `nn.BatchNorm1d` and `nn.BatchNorm2d` of a network into its global form, over all processes.
+
+    A UsageError for a subclass of these, as in many networks of timm: it does more.
+    """
     for module in network.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-            module.__class__ = GlobalBatchNorm  # type: ignore[assignment]
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            module.__class__ = GlobalBatchNorm
+        elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            raise UsageError(
+                f"--devices: {type(module).__name__} of this network sees one process", "Use --devices 1."
+            )

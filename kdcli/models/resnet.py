@@ -39,7 +39,7 @@ class ResNet(ConvClassifier):
     `width`, rounded to whole numbers of at least 1.
     """
 
-    stages: tuple[str, ...] = ("layer1", "layer2", "layer3")
+    stage_names: tuple[str, ...] = ("layer1", "layer2", "layer3")
 
     def __init__(
         self,
@@ -94,10 +94,10 @@ class WideResNet(ConvClassifier):
     """A 3×3 convolution, three stages of blocks, batch norm, ReLU, global average, linear.
 
     `depth` is 6 · blocks of a stage + 4. The stages have 16, 32 and 64 times `factor` channels, each count times
-    `width`, rounded to whole numbers of at least 1. The maps of `stages` are sums that no ReLU follows.
+    `width`, rounded to whole numbers of at least 1. The maps of `stage_names` are sums that no ReLU follows.
     """
 
-    stages: tuple[str, ...] = ("block1", "block2", "block3")
+    stage_names: tuple[str, ...] = ("block1", "block2", "block3")
 
     def __init__(
         self, classes: int, input_size: tuple[int, int, int], depth: int, factor: int, width: float = 1.0

@@ -56,7 +56,7 @@ class ShuffleNetV1(ConvClassifier):
     A stage has at least 12 more than its input, since its first unit computes the difference.
     """
 
-    stages: tuple[str, ...] = ("layer1", "layer2", "layer3")
+    stage_names: tuple[str, ...] = ("layer1", "layer2", "layer3")
 
     def __init__(self, classes: int, input_size: tuple[int, int, int], width: float = 1.0) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class ShuffleNetV2(ConvClassifier):
     Each count of channels is multiplied by `width`, rounded to an even number (units split them), at least 2.
     """
 
-    stages: tuple[str, ...] = ("layer1", "layer2", "layer3")
+    stage_names: tuple[str, ...] = ("layer1", "layer2", "layer3")
 
     def __init__(self, classes: int, input_size: tuple[int, int, int], width: float = 1.0) -> None:
         super().__init__()

@@ -12,11 +12,11 @@ class VGG(ConvClassifier):
     """Five blocks of 3×3 `convolutions` (with bias), batch norm, ReLU; global average; linear.
 
     Max-pool 2 follows the first three blocks, and the fourth where the images have 64×64 or more. The maps of
-    `stages` are those before pooling; the last are (B, 512, H/8, W/8), from 64×64 on (B, 512, H/16, W/16). `width`
-    multiplies each count of channels, rounded to whole numbers of at least 1.
+    `stage_names` are those before pooling; the last are (B, 512, H/8, W/8), from 64×64 on (B, 512, H/16, W/16).
+    `width` multiplies each count of channels, rounded to whole numbers of at least 1.
     """
 
-    stages: tuple[str, ...] = ("block0", "block1", "block2", "block3", "block4")
+    stage_names: tuple[str, ...] = ("block0", "block1", "block2", "block3", "block4")
 
     def __init__(
         self, classes: int, input_size: tuple[int, int, int], convolutions: int, width: float = 1.0

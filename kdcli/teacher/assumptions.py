@@ -14,19 +14,20 @@ from torch import Tensor
 
 from kdcli import models
 from kdcli.base import metrics
-from kdcli.base.config import option_flag
+from kdcli.base.config import TeacherInputs, option_flag
 from kdcli.base.errors import KdError
 from kdcli.base.events import Note, OnEvent
 from kdcli.data import ImageSet, augment
 from kdcli.data.catalog import KNOWN_WEIGHTS
 from kdcli.data.images import NO_LABEL, knows_names
-from kdcli.data.preprocess import MeanStd, Preprocess
+from kdcli.data.preprocess import MeanStd, Photo, Preprocess
 from kdcli.models import Classifier
 
 _SAMPLE = 512
 _FIRST = 128  # images after which an alternative that is no better is given up
 _SHOWN = 6  # class names in a message
 _TYPED = 30  # class names in a command
+_PRETRAINED = "pretrained"
 # Common scales of a network's input: description, options, mean and deviation in units of 0–255
 _SCALES = (
     ("pixels 0–255", {"scale": "1"}, (0.0,), (1.0,)),
@@ -167,11 +168,16 @@ def _causes(model: Any) -> str:
 
 def _is_settable(model: Any) -> bool:
     """Whether options of a command set the model's input and classes: those of other files are recorded in them."""
-    return bool(getattr(model, "is_foreign", False))
+    return bool(getattr(model, "is_foreign", False)) or _is_pretrained(model)
+
+
+def _is_pretrained(model: Any) -> bool:
+    """Whether it was made from a network and weights that were named as teacher, see `deploy.pretrained`."""
+    return bool(model.provenance.get("kind") == _PRETRAINED)
 
 
 def _flag(model: Any) -> Callable[[str], str]:
-    assumed = getattr(model, "assumed", None)
+    assumed = TeacherInputs() if _is_pretrained(model) else getattr(model, "assumed", None)
     return option_flag if assumed is None else assumed.flag
 
 
@@ -200,7 +206,7 @@ def is_near_chance(interval: tuple[float, float], classes: int) -> bool:
 def is_foreign(model: Any) -> bool:
     """Whether the model's input and classes may rest on assumptions: not made by kd, nor weights that it knows."""
     weights = model.provenance.get("weights_sha256")
-    converted = str(model.provenance.get("kind")).startswith("caffe")
+    converted = str(model.provenance.get("kind")).startswith(("caffe", _PRETRAINED))
     return getattr(model, "is_foreign", False) or (converted and str(weights) not in KNOWN_WEIGHTS)
 
 
@@ -264,6 +270,7 @@ def _inputs(model: Any) -> Iterator[tuple[str, dict[str, str], Any]]:
     declared = preprocess or getattr(model, "assumed", None)
     order = getattr(declared, "channel_order", None) or "rgb"
     other = "rgb" if order == "bgr" else "bgr"
+    kind, args = (Photo, preprocess.args()) if isinstance(preprocess, Photo) else (MeanStd, {})
     if channels == 3 and not unknown:  # exact also with means, which are in the network's order
         yield f"channels {other}", {"channel_order": other}, lambda images: model(images.flip(-1))
     for text, options, mean, std in _SCALES if preprocess is not None or unknown else ():
@@ -275,7 +282,11 @@ def _inputs(model: Any) -> Iterator[tuple[str, dict[str, str], Any]]:
             named = {name: ",".join(value.split(",")[::turn]) for name, value in options.items()}
             words = text if each == order else f"{text}, channels {each}"
             setting = named if each == order else {"channel_order": each, **named}
-            yield words, setting, _with_preprocess(model, MeanStd(state[0], state[1], each))
+            yield (
+                words,
+                setting,
+                _with_preprocess(model, kind(state[0], state[1], **{**args, "channel_order": each})),
+            )
 
 
 def _with_preprocess(model: Any, preprocess: Preprocess) -> Callable[[Tensor], Tensor]:

@@ -84,6 +84,8 @@ class Member:
         if self.data is not None:
             loaded = with_classes(loaded, self.data.classes, self.assumed.class_map)
         if isinstance(loaded, Classifier):
+            if loaded.any_size:
+                loaded.input_size = size or loaded.input_size
             return freeze(loaded, dropout).to(self.device)
         if dropout > 0:
             raise KdError("--teacher-dropout needs a .pt teacher", "Other files have no dropout layers.")

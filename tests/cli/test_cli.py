@@ -54,7 +54,7 @@ def test_help_lists_defaults_methods_and_networks(kd: Kd) -> None:
 def test_help_of_train_fits_three_screens_without_rare_options(
     kd: Kd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TERMINAL_WIDTH", "100")
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 100)
     short = kd("train", "--help").out
     assert len(short.splitlines()) <= 120
     listed = set(re.findall(r"--[a-z-]+", short))
@@ -426,7 +426,7 @@ def test_settings_have_help_texts() -> None:
 
 def test_ignored_options_are_noted(kd: Kd) -> None:
     outcome = kd("train", *QUICK, "--dropout", "0.3", "--tau", "2", "--method", "ce")
-    assert "--dropout has no effect with --student convnet-tiny, which has none" in outcome.err
+    assert "--dropout has no effect with --student convnet-tiny, which takes none" in outcome.err
     assert "--tau has no effect with --method ce" in outcome.err
     assert "accuracy on the validation split" in outcome.out
     assert "--images has no effect without --against" in kd("validate", "--images", "3").err

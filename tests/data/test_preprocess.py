@@ -55,7 +55,7 @@ def test_a_constant_image_does_not_divide_by_zero() -> None:
     assert np.isfinite(prepared(fitted, grey)).all()
 
 
-@pytest.mark.parametrize("name", [name for name in PREPROCESSES if name != "scale-shift"])
+@pytest.mark.parametrize("name", [name for name in PREPROCESSES if name not in ("scale-shift", "photo")])
 @pytest.mark.parametrize("order", ["rgb", "bgr"])
 def test_round_trip_and_channel_order(name: str, order: str) -> None:
     raw = images()

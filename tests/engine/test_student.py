@@ -147,7 +147,7 @@ def test_regression_starts_with_the_logits_of_the_student_file(workplace: Path) 
 def test_unfolding_undoes_folding() -> None:
     network = nn.Sequential()
     network.add_module("out", nn.Linear(4, 3))
-    network.head = "out"  # type: ignore[assignment]
+    network.head_name = "out"  # type: ignore[assignment]
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     output = OutputScale(torch.tensor([3.0, -2.0, 10.0]), 7.0)
     wanted = network(x)

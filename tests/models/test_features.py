@@ -17,7 +17,7 @@ from tests.helpers import config, make_splits
 
 
 class Plain(nn.Module):
-    """Neither `stages` nor `head`: two sizes of maps, one module used twice, one that gives no maps."""
+    """Neither `stage_names` nor `head_name`: two sizes of maps, one module used twice, one that gives no maps."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -167,7 +167,7 @@ def test_width_rounds_to_the_multiple_of_a_family() -> None:
 
 
 def layers(network: nn.Module) -> list[Any]:
-    return [network.get_submodule(name) for name in network.stages]
+    return [network.get_submodule(name) for name in network.stage_names]
 
 
 @pytest.mark.parametrize("name", SMALLEST)
@@ -210,13 +210,13 @@ def test_width_multiplies_the_widths_of_older_networks() -> None:
 def test_each_stage_is_called_once_and_gives_its_maps(name: str) -> None:
     network = shapes_alone(name)
     seen: list[tuple[str, tuple[int, ...]]] = []
-    for stage in network.stages:
+    for stage in network.stage_names:
         network.get_submodule(stage).register_forward_hook(
             lambda module, args, output, stage=stage: seen.append((stage, tuple(output.shape)))
         )
     network(torch.empty(2, 3, 32, 32, device="meta"))
     expected = [(2, channels, side, side) for channels, side in STAGES[name]]
-    assert seen == list(zip(network.stages, expected, strict=True))
+    assert seen == list(zip(network.stage_names, expected, strict=True))
 
 
 def test_every_network_defines_its_stages() -> None:

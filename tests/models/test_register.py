@@ -25,7 +25,7 @@ from kdcli.models import register
 class Perceptron(nn.Module):
     """One hidden layer."""
 
-    head = "last"
+    head_name = "last"
 
     def __init__(self, classes: int, input_size: tuple[int, int, int], hidden: int, width: float = 1.0) -> None:
         super().__init__()

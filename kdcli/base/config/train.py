@@ -84,16 +84,32 @@ class TrainSettings(DataSettings, TeacherInputSettings):
     )
     student: str = setting(
         "lenet",
-        "Network: lenet, nin, cifarnet, convnet-small, resnet20, wrn-16-2, vgg8, mobilenetv2-half, … (all: "
+        "Network: lenet, nin, resnet20, wrn-16-2, mobilenetv2-half, torchvision:NAME, timm:NAME, … (all: "
         "docs/networks.md); or a checkpoint (.pt) to start from.",
         METHOD,
         metavar="NETWORK",
     )
-    teacher: tuple[Path, ...] = setting(
-        (TeacherPath,),
-        "Teacher: .pt or ONNX file; repeat to average several; if absent, the only one there is.",
+    student_weights: Path | None = rare(
+        None,
+        "Weights that the student's network starts from: a state_dict (.pt, .pth, .safetensors).",
         METHOD,
         metavar="FILE",
+    )
+    teacher: tuple[Path, ...] = setting(
+        (TeacherPath,),
+        "Teacher: .pt or ONNX file, torchvision:NAME, timm:NAME, … (docs/teachers.md); repeat to average several; if "
+        "absent, the only one there is.",
+        METHOD,
+        metavar="FILE",
+    )
+    teacher_weights: tuple[Path, ...] = rare(
+        (),
+        "Weights of a teacher named as a network: a state_dict (.pt, .pth, .safetensors); by default published ones.",
+        METHOD,
+        metavar="FILE",
+    )
+    teacher_args: tuple[str, ...] = rare(
+        (), "Arguments of a teacher's package.module:function. Repeatable.", METHOD, metavar="KEY=VALUE"
     )
     teacher_weight: tuple[float, ...] = rare(
         (), "Weight of each teacher in the mean logits; by default equal.", METHOD, metavar="WEIGHT"
@@ -300,7 +316,7 @@ class TrainSettings(DataSettings, TeacherInputSettings):
         """The network's name, or that of its file; for a run's student.pt that of the run."""
         path = self.student_file
         if path is None:
-            return self.student
+            return self.student.rpartition(":")[2]
         own = path.resolve()
         name = printable(own.parent.name if own.stem == "student" else own.stem)
         return re.sub(r'[\\:*?"<>|\n]', "_", name) or "student"

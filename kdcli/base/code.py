@@ -1,0 +1,70 @@
+"""Functions of the user, named as package.module:function. They are code: a file that names one does not run it."""
+
+import hashlib
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from kdcli.base.errors import UsageError
+from kdcli.base.text import first_line
+
+SOURCES = ("torchvision", "timm")  # see `models.external`
+ALLOWED = "KD_NETWORKS"  # environment variable: functions that make networks and may be run, joined by commas
+_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def is_network(text: str) -> bool:
+    """Whether a text names a network outside kd, as `torchvision:NAME` or a function, with or without `:WEIGHTS`."""
+    return ":" in text and (text.partition(":")[0] in SOURCES or is_name(":".join(text.split(":")[:2])))
+
+
+def allow(*texts: str) -> None:
+    """Allow the functions among names of networks, in this process and those it starts."""
+    names = [":".join(text.split(":")[:2]) for text in texts]
+    if named := list(filter(is_name, names)):
+        os.environ[ALLOWED] = ",".join(dict.fromkeys([*allowed(), *named]))
+
+
+def allowed() -> list[str]:
+    return [name for name in os.environ.get(ALLOWED, "").split(",") if name]
+
+
+def is_name(text: str) -> bool:
+    return _NAME.fullmatch(text) is not None
+
+
+def load(name: str, owner: str, hint: str) -> Callable[..., Any]:
+    """Import a function, searching the current folder last; a UsageError, whose subject is `owner`, if it is none."""
+    if not is_name(name):
+        raise UsageError(f"{owner} does not name a function", hint)
+    module, function = name.split(":")
+    try:
+        found = getattr(_import(module), function)
+    except (Exception, SystemExit) as error:  # anything that the module's code raises
+        raise UsageError(f"{owner} cannot be imported: {first_line(error)}", hint) from error
+    if not callable(found):
+        raise UsageError(f"{owner} is no function", hint)
+    return found
+
+
+def _import(module: str) -> Any:
+    """Import a module with the current folder last in Python's path, so that a file there shadows no other module."""
+    here = str(Path.cwd())
+    sys.path.append(here)
+    importlib.invalidate_caches()  # the file may be younger than Python's listing of the folder
+    try:
+        return importlib.import_module(module)
+    finally:
+        with suppress(ValueError):  # the module's code may have removed it
+            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(here)]
+
+
+def digest(name: str) -> str:
+    """SHA-256 of the module of an imported function; of one without a file (it is part of Python) that of nothing."""
+    path = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+    return hashlib.sha256(b"" if path is None else Path(path).read_bytes()).hexdigest()

@@ -1,0 +1,120 @@
+"""A network outside kd with its published preprocessing and weights, or those of a file, as a checkpoint of kd."""
+
+import ast
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcli import models
+from kdcli.base.config import NO_ASSUMPTIONS, InputSettings
+from kdcli.base.errors import KdError, UsageError, is_out_of_memory
+from kdcli.base.events import Note, OnEvent, ignore
+from kdcli.base.files import sha256_file
+from kdcli.base.text import dims, first_line
+from kdcli.data.preprocess import MeanStd, Photo
+from kdcli.models import Classifier, checkpoint, external, weights
+from kdcli.models.checkpoint import Checkpoint
+
+FOLDER = Path("weights")
+_SIDE = 32  # of images for a network that names no size
+
+
+def import_model(
+    spec: str,
+    args: Sequence[str] = (),
+    assumed: InputSettings = NO_ASSUMPTIONS,
+    image_size: int | None = None,
+    on_event: OnEvent = ignore,
+) -> Path:
+    """The file in weights/, named by its content, of `load_pretrained`; it is written unless it is there."""
+    model = load_pretrained(spec, args, assumed, image_size)
+    stored = model.to_checkpoint()
+    content = [value for name, value in vars(stored).items() if name not in ("provenance", "file_sha256")]
+    path = FOLDER / f"{model.arch.rpartition(':')[2]}-{checkpoint.digest(content)[:8]}.pt"
+    if not path.is_file():
+        model.save(path)
+    size, count = dims(model.network_size), len(model.classes)
+    on_event(
+        Note(f"{spec} is {path.as_posix()}: {count:,} classes, {size}, {model.provenance['preprocessing']}")
+    )
+    return path
+
+
+def load_pretrained(
+    spec: str,
+    args: Sequence[str] = (),
+    assumed: InputSettings = NO_ASSUMPTIONS,
+    image_size: int | None = None,
+) -> Classifier:
+    """The classifier `source:name[:weights]`: weights are a file, or named by the source, which by default has some.
+
+    The size of the last layer gives the number of classes; ImageNet's have their names. A KdError for weights that
+    do not fit, and without network access for those of a source.
+
+    Args:
+        args: `key=value` for a function of the user.
+        assumed: scale, mean, deviation, order of channels and names of classes, where the published ones do not hold.
+        image_size: of images that a network without a published size takes.
+    """
+    source, name, of = (*spec.split(":", 2), "")[:3]
+    arch, file = f"{source}:{name}", Path(of) if Path(of).suffix else None
+    state = None if file is None else weights.read(file)
+    sha256 = "" if file is None else sha256_file(file)
+    arguments = dict(map(_argument, args))
+    known = external.published(arch, "" if file else of, sha256, arguments)
+    arguments = {
+        key: arguments[key] for key in arguments if key not in ("classes", "input_size")
+    }  # as measured
+    side = known.preprocess.side or image_size or _SIDE
+    preprocess = _adjusted(known.preprocess, assumed)
+    with torch.device("meta" if source in external.SOURCES else "cpu"), torch.random.fork_rng(devices=[]):
+        size = preprocess.output_size((side, side, 3))
+        draft: Any = models.build(arch, classes=0, input_size=size, **arguments)
+    if state is None:
+        state = _published_weights(spec, known)
+    found, head = weights.match(draft, state, spec)
+    count = len(found[head[0]]) if head else draft.class_count
+    classes, provenance = tuple(map(str, range(count))), {"kind": "pretrained", "name": spec}
+    if assumed.class_names is not None:
+        from kdcli.deploy.onnx_model.metadata import class_names
+
+        classes, provenance["class_names"] = class_names(Path(spec), {}, count, assumed)
+    elif count == len(external.imagenet_classes()):
+        classes, provenance["class_names"] = external.imagenet_classes(), "ImageNet"
+    provenance |= {"preprocessing": known.label, **({"weights_sha256": sha256} if sha256 else {})}
+    stored = Checkpoint(arch, arguments, found, preprocess.spec(), classes, (side, side, 3), provenance)
+    return models.from_checkpoint(stored, spec)
+
+
+def _published_weights(spec: str, known: external.Published) -> dict[str, torch.Tensor]:
+    try:
+        return dict(known.weights())
+    except Exception as error:  # of the network, of the file's hash, of the package's reader
+        if is_out_of_memory(error):
+            raise
+        raise KdError(
+            f"the weights of {spec} cannot be fetched: {first_line(error)}",
+            "Name a file: --teacher-weights FILE",
+        ) from error
+
+
+def _adjusted(photo: Photo, assumed: InputSettings) -> Photo:
+    """The preprocessing with scale, mean, deviation and channel order as assumed."""
+    order = assumed.channel_order or photo.channel_order
+    given: Any = photo
+    if assumed.mean_std is not None:
+        given = MeanStd.described(assumed.mean_std, 3, order)
+    return Photo(given.mean, given.std, **{**photo.args(), "channel_order": order})
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    """`key=value`: a number, True, False, None or another literal of Python, else a text."""
+    key, found, value = text.partition("=")
+    if not found or not key.isidentifier():
+        raise UsageError(f"--teacher-args {text}: must be KEY=VALUE")
+    with suppress(ValueError, SyntaxError):
+        return key, ast.literal_eval(value)
+    return key, value

@@ -1,0 +1,216 @@
+"""Networks that kd does not define: torchvision's, timm's, and those that a function of the user makes.
+
+Each is named `source:name`. Adding a source: a function that builds a network and one that returns what is published
+with it, in `SOURCES`, and its name in `base.code.SOURCES`. A file may name a network of a source, never a function.
+"""
+
+import contextlib
+import inspect
+import io
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kdcli.base import code
+from kdcli.base.errors import KdError, UsageError, is_out_of_memory
+from kdcli.base.names import similar
+from kdcli.base.text import dims, first_line
+from kdcli.data.preprocess import Photo
+from kdcli.models.layers import run_with_hooks
+
+_AUXILIARY = ("googlenet", "inception_v3")  # their output in training is no tensor
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of pixels in 0–1
+_CROP_SHARE = 0.875  # of timm's descriptions without one
+_FACTORY = "It is package.module:function; the function returns a torch.nn.Module that gives logits."
+
+
+class Published(NamedTuple):
+    """What is published with a network: preprocessing, its origin, and weights, read when they are called for."""
+
+    preprocess: Photo
+    label: str
+    weights: Callable[[], Mapping[str, Tensor]]
+
+
+def row(arch: str) -> partial[Any] | None:
+    """The row of a network in the form of `registry.MODELS`; None if the name is not of this kind.
+
+    A UsageError for a user's function that is not allowed, see `code.allow`.
+    """
+    source, _, name = arch.partition(":")
+    if source in SOURCES:
+        return partial(_examined, SOURCES[source][0], arch, name)
+    if not code.is_name(arch):
+        return None
+    if arch not in code.allowed():
+        raise UsageError(
+            f"network {arch} is code, which runs only if you name it",
+            f"If it is yours: export {code.ALLOWED}={arch}",
+        )
+    return partial(_examined, _factory, arch, arch)
+
+
+def published(arch: str, weights: str, sha256: str, args: Mapping[str, Any]) -> Published:
+    """What is published with a network: `weights` by name, or those of a file with this SHA-256, else the default.
+
+    A function's network describes itself by an attribute `pretrained_cfg`, a dictionary as timm's.
+    """
+    source, _, name = arch.partition(":")
+    if source in SOURCES:
+        return SOURCES[source][1](name, weights, sha256)
+    row(arch)  # whether it is allowed
+    network = _factory(arch, 0, (0, 0, 3), **args)
+    return Published(*_photo(getattr(network, "pretrained_cfg", {})), network.state_dict)
+
+
+def imagenet_classes() -> tuple[str, ...]:
+    """Names of ImageNet's 1,000 classes in the usual order."""
+    from torchvision.models import ResNet18_Weights
+
+    return tuple(ResNet18_Weights.DEFAULT.meta["categories"])
+
+
+def _examined(
+    make: Callable[..., nn.Module],
+    arch: str,
+    name: str,
+    *,
+    classes: int,
+    input_size: tuple[int, int, int],
+    **args: Any,
+) -> nn.Module:
+    """Build a network, run it once, and find the linear layer that gives its logits.
+
+    0 `classes` are the network's own number. The result has `head_name`, see `registry`, and `class_count`.
+    """
+    network = make(name, classes, input_size, **args)
+    if not isinstance(network, nn.Module):
+        raise UsageError(f"network {arch} is a {type(network).__name__}, no torch.nn.Module", _FACTORY)
+    linear: list[tuple[str, Tensor]] = []
+
+    def record(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(module, nn.Linear):
+            linear.append((name, output))
+
+    height, width, channels = input_size
+    try:
+        logits = run_with_hooks(network, torch.zeros(2, channels, height, width), record)
+    except Exception as error:  # torch raises many kinds
+        if is_out_of_memory(error):
+            raise
+        raise UsageError(
+            f"network {arch} does not take {dims(input_size)} images: {first_line(error)}",
+            "Use another --image-size, or another network.",
+        ) from error
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else ()
+    if len(shape) != 2 or shape[1] != (classes or shape[1]):
+        wanted = f"logits (2, {classes or 'classes'})"
+        raise UsageError(f"network {arch} gives {shape} for 2 images instead of {wanted}", _FACTORY)
+    about: Any = network
+    about.head_name = next((name for name, output in linear if output is logits), None)
+    about.class_count = logits.shape[1]
+    return network
+
+
+def _torchvision_with(name: str) -> Any:
+    """`torchvision.models`, which has a classifier of this name."""
+    from torchvision import models as zoo
+
+    known = sorted({*zoo.list_models(module=zoo)} - {*_AUXILIARY})
+    if name not in known:
+        hint = similar(name, known) or f"It has {', '.join(known)}."
+        raise UsageError(f"torchvision has no classifier {name}", hint)
+    return zoo
+
+
+def _torchvision(name: str, classes: int, input_size: tuple[int, int, int]) -> nn.Module:
+    made: nn.Module = _torchvision_with(name).get_model(name, weights=None, **_count(classes))
+    return made
+
+
+def _of_torchvision(name: str, weights: str, sha256: str) -> Published:
+    entries: Any = _torchvision_with(name).get_model_weights(name)
+    if weights and weights not in entries.__members__:
+        hint = f"It has {', '.join(entries.__members__)}; or name a file."
+        raise UsageError(f"torchvision:{name} has no weights {weights}", hint)
+    by_file = (
+        each for each in entries if each.url.endswith(f"-{sha256[:8]}.pth")
+    )  # part of each file's name
+    entry = entries[weights] if weights else next(by_file, entries.DEFAULT)
+    preset = entry.transforms()
+    [side], [crop] = preset.resize_size, preset.crop_size
+    mean, std = (255 * torch.tensor(values) for values in (preset.mean, preset.std))
+    photo = Photo(mean, std, max(side, crop), crop, preset.interpolation.value, bool(preset.antialias))
+    read = partial(
+        entry.get_state_dict, map_location="cpu", progress=False, check_hash=True, weights_only=True
+    )
+    return Published(photo, f"preprocessing of {entry}", read)
+
+
+def _timm_with(name: str) -> Any:
+    """The package timm, which has a network of this name: no file, and no repository on a hub."""
+    try:
+        import timm  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        raise UsageError("timm is not installed", "pip install 'kdcli[timm]'") from error
+    arch, _, tag = name.partition(".")
+    if not timm.is_model(name) or (tag and name not in timm.list_models(arch, include_tags=True)):
+        raise UsageError(f"timm has no network {name}", similar(name, timm.list_models()))
+    return timm
+
+
+def _timm(name: str, classes: int, input_size: tuple[int, int, int]) -> nn.Module:
+    made: nn.Module = _timm_with(name).create_model(name, in_chans=input_size[2], **_count(classes))
+    return made
+
+
+def _of_timm(name: str, weights: str, sha256: str) -> Published:
+    timm = _timm_with(name)
+    if weights:
+        raise UsageError(f"timm:{name}: weights are named {name}.{weights} there", "Or name a file.")
+    cfg = timm.get_pretrained_cfg(name)
+    read = partial(timm.create_model, name, pretrained=True)
+    return Published(*_photo({} if cfg is None else vars(cfg)), lambda: read().state_dict())
+
+
+def _factory(name: str, classes: int, input_size: tuple[int, int, int], /, **args: Any) -> nn.Module:
+    """The network that a user's function makes, with those of these values that its signature names."""
+    function = code.load(name, f"network {name}", _FACTORY)
+    known = {"classes": classes, "num_classes": classes, "input_size": input_size} if classes else {}
+    named = inspect.signature(function).parameters
+    try:
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
+            made: nn.Module = function(**{**{key: known[key] for key in known if key in named}, **args})
+    except Exception as error:
+        raise KdError(
+            f"network {name} cannot be made: {type(error).__name__}: {first_line(error)}",
+            "--debug shows where.",
+        ) from error
+    return made
+
+
+def _photo(cfg: Mapping[str, Any]) -> tuple[Photo, str]:
+    """The preprocessing of timm's `pretrained_cfg`, and its origin; without a size, images are taken as they are."""
+    crop = (cfg.get("input_size") or (0,))[-1]
+    side = math.floor(crop / (cfg.get("crop_pct") or _CROP_SHARE))
+    mean, std = (
+        255 * torch.tensor(cfg.get(key) or values)
+        for key, values in zip(("mean", "std"), _IMAGENET, strict=True)
+    )
+    label = "preprocessing of its pretrained_cfg" if cfg else "ImageNet's mean and deviation"
+    return Photo(mean, std, max(side, crop), crop, cfg.get("interpolation") or "bilinear"), label
+
+
+def _count(classes: int) -> dict[str, int]:
+    return {"num_classes": classes} if classes else {}
+
+
+SOURCES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Published]]] = {
+    "torchvision": (_torchvision, _of_torchvision),
+    "timm": (_timm, _of_timm),
+}

@@ -1,0 +1,94 @@
+"""Weights of other programs: a state_dict in a .pt, .pth or .safetensors file. Nothing in it is executed."""
+
+import io
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdcli.base.errors import KdError, UsageError
+from kdcli.base.text import dims, first_line
+from kdcli.models.checkpoint import check_extent
+from kdcli.models.pt_archive import check_archive
+
+_PLACES = ("state_dict", "model_state_dict", "model", "ema")  # of a state_dict in a training's checkpoint
+_WRAPPERS = re.compile(
+    r"^((module|_orig_mod)\.)+"
+)  # names that nn.DataParallel and torch.compile put before others
+_LISTED = 6  # differences in a message
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a state_dict by name; a KdError for other files."""
+    if not path.is_file():
+        raise UsageError(f"no such file: {path}", "Name a .pt, .pth or .safetensors file with a state_dict.")
+    try:
+        document = _read(path)
+    except ImportError as error:
+        raise UsageError(f"{path}: safetensors is not installed", "pip install safetensors") from error
+    except KdError:
+        raise
+    except Exception as error:  # readers raise whatever the bytes provoke
+        raise KdError(
+            f"{path} cannot be read safely: {first_line(error)}",
+            "Save network.state_dict() alone, with torch.save.",
+        ) from error
+    while isinstance(document, dict):
+        inner = next((document[key] for key in _PLACES if isinstance(document.get(key), dict)), None)
+        if inner is None:
+            break
+        document = inner
+    values = document.items() if isinstance(document, dict) else ()
+    found = {str(name): value.detach() for name, value in values if isinstance(value, Tensor)}
+    if not found:
+        raise KdError(
+            f"{path} holds no weights", "Save network.state_dict() with torch.save, or as safetensors."
+        )
+    return found
+
+
+def _read(path: Path) -> Any:
+    if path.suffix.lower() == ".safetensors":
+        from safetensors.torch import load_file  # type: ignore[import-not-found, unused-ignore]
+
+        return load_file(path)
+    content = path.read_bytes()
+    if zipfile.is_zipfile(io.BytesIO(content)):  # else of a torch before 1.6
+        check_archive(path, content)
+    document = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    check_extent(path, len(content), document)
+    return document
+
+
+def match(
+    network: nn.Module, state: Mapping[str, Tensor], owner: str
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The values of a state_dict under the network's names, and the names of a last layer for other classes.
+
+    Prefixes of wrappers are removed; counters of batch norm may be missing. A KdError lists all other differences.
+    """
+    own = network.state_dict()
+    found = {name if name in own else _WRAPPERS.sub("", name): value for name, value in state.items()}
+    found.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
+    for name in own:
+        if name.endswith("num_batches_tracked"):
+            found.setdefault(name, torch.tensor(0))
+    other = [name for name in own if name in found and found[name].shape != own[name].shape]
+    is_head = len({found[name].shape[:1] for name in other}) == 1 and all(
+        found[name].shape[1:] == own[name].shape[1:] for name in other
+    )
+    differences = [f"{name} is missing" for name in own if name not in found]
+    differences += [f"{name} is unknown" for name in found if name not in own]
+    if not is_head:
+        differences += [f"{name} is {dims(found[name].shape)}, not {dims(own[name].shape)}" for name in other]
+    if differences:
+        more = len(differences) - _LISTED
+        listed = "; ".join(differences[:_LISTED]) + (f"; and {more} more" if more > 0 else "")
+        raise KdError(
+            f"{owner} does not fit the network: {listed}", "Name the network that the weights are of."
+        )
+    return found, tuple(other)

