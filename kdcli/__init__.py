@@ -14,7 +14,7 @@ if TYPE_CHECKING:
         load_model,
         output,
         predict,
-    )
+    )  # fmt: skip
 
 __version__ = "0.1.0"
 __all__ = (

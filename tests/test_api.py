@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -20,7 +21,8 @@ from torch import nn
 
 import kdcli as kd
 from kdcli.api import Run
-from kdcli.base.errors import UsageError
+from kdcli.base.config import make
+from kdcli.base.errors import Interrupted, UsageError
 from kdcli.base.results import Result
 from kdcli.cli import compare as compare_command
 from kdcli.cli import export as export_command
@@ -28,8 +30,10 @@ from kdcli.cli import output
 from kdcli.cli import test as test_command
 from kdcli.cli import train as train_command
 from kdcli.data import Splits
+from kdcli.engine import fit
+from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint, registry
-from tests.helpers import ROOT, command_line, digest, digits_student, image_folder
+from tests.helpers import ROOT, StopAfter, command_line, digest, digits_student, image_folder
 
 SHORT: dict[str, Any] = {"epochs": 1, "batch_size": 16, "precision": "32", "threads": 1}
 WORDS = ("--epochs", "1", "--batch-size", "16", "--precision", "32", "--threads", "1")
@@ -200,6 +204,16 @@ def test_comparison_has_the_runs_of_the_command(photos: Splits, monkeypatch: pyt
     assert kd.compare(resume=file.parent).standings == found.standings
 
 
+def test_interrupted_run_is_resumed(photos: Splits) -> None:
+    values = {**SHORT, "student": "convnet-tiny", "method": "ce", "epochs": 2}
+    settings = make(TrainConfig, {**photos.settings, **values, "name": "cut"})
+    with pytest.raises(Interrupted):
+        fit(settings, photos, on_event=StopAfter(64, signal.SIGINT))
+    again = kd.distill(resume="cut")
+    whole = kd.distill(data=photos, name="whole", **values)
+    assert again.result.run.path == Path("runs/cut") and digest(again.student) == digest(whole.student)
+
+
 def test_errors_have_a_hint_and_leave_nothing(workplace: Path) -> None:
     digits = kd.load_data("digits")
     before = sorted(workplace.rglob("*"))
@@ -211,6 +225,7 @@ def test_errors_have_a_hint_and_leave_nothing(workplace: Path) -> None:
         (lambda: kd.distill("absent.pt", data=digits), "no such file: absent.pt", "kd demo"),
         (lambda: kd.distill(data=digits, method="ce", devices=2), "one process", "kd train --devices"),
         (lambda: kd.bench(plot="x.svg"), "unknown setting: plot", "command line"),
+        (lambda: kd.bench([digits_student(Path("student.pt"))], teacher="x.pt"), "first model", "first"),
         (lambda: kd.compare("ce", seed=3), "unknown setting: seed", "seeds"),
         (lambda: kd.export("absent.pt", int8="small"), "int8", "See --help"),
     ]
@@ -219,7 +234,6 @@ def test_errors_have_a_hint_and_leave_nothing(workplace: Path) -> None:
             call()
         assert message in caught.value.message and hint in caught.value.hint
         assert f"hint: {caught.value.hint}" in "".join(traceback.format_exception(caught.value))
-    digits_student(Path("student.pt"))
     model = kd.load_model("student.pt")
     with pytest.raises(UsageError, match="scale is a setting of the model"):
         kd.predict(model, "x.png", scale="1/255")

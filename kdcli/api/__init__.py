@@ -16,18 +16,8 @@ from typing import Any, ParamSpec, TypeVar
 from torch import nn
 
 from kdcli import methods as known_methods
-from kdcli.api.arguments import (
-    OF_DATA,
-    Data,
-    Model,
-    Student,
-    Teachers,
-    check_known,
-    loaded,
-    of_model,
-    of_training,
-    path_of,
-)
+from kdcli.api import arguments
+from kdcli.api.arguments import Data, Model, Student, Teachers
 from kdcli.base import config as configs
 from kdcli.base import runtime
 from kdcli.base.config import InputSettings, make
@@ -91,10 +81,11 @@ def load_data(data: str | Path, **settings: Any) -> Splits:
         Splits `train` and `test`: `images` uint8 (N, H, W, C), RGB or grey; `labels` int64 (N,); `classes`, their
         names. Images may be a memory map.
     """
-    check_known(settings, OF_DATA)
+    arguments.check_known(settings, arguments.OF_DATA)
     config = make(TrainConfig, {**settings, "data": str(data)})
     return replace(
-        plan.load_data(config, screen.on_event), settings={name: getattr(config, name) for name in OF_DATA}
+        plan.load_data(config, screen.on_event),
+        settings={name: getattr(config, name) for name in arguments.OF_DATA},
     )
 
 
@@ -116,7 +107,7 @@ def load_model(
         A model from raw images, a uint8 tensor (B, H, W, C) with values 0–255, to logits float32 (B, classes); with
         `classes`, names in the order of the logits, and `input_size`, (H, W, C).
     """
-    return loaded(model, make(InputSettings, settings), threads, data)[0]
+    return arguments.loaded(model, make(InputSettings, settings), threads, data)[0]
 
 
 @_drawn
@@ -147,7 +138,7 @@ def distill(
     Raises:
         Interrupted: Ctrl-C; the hint continues the run, as does `resume`.
     """
-    splits, values = of_training(teacher, student, data, settings)
+    splits, values = arguments.of_training(teacher, student, data, settings)
     if values.get("devices", 1) != 1:
         raise UsageError("devices: from Python a run has one process", "For several: kd train --devices N")
     results, _ = run_training(values, recipe, None if resume is None else str(resume), splits)
@@ -172,10 +163,10 @@ def evaluate(
         Accuracy with its 95 % interval, by class, and agreement with the teacher, in per cent; cross-entropy in nats.
     """
     if teacher is not None:
-        settings["teacher"] = path_of(teacher, data)
-    config, splits = of_model(configs.TestConfig, data, settings)
+        settings["teacher"] = arguments.path_of(teacher, data)
+    config, splits = arguments.of_model(configs.TestConfig, data, settings)
     runtime.set_threads(config.threads)
-    made, path = loaded(model, config, config.threads, data)
+    made, path = arguments.loaded(model, config, config.threads, data)
     return measure(made, path, config, splits)[0]
 
 
@@ -205,10 +196,10 @@ def export(
         KdError: the outputs differ, or the loss of accuracy is above `max_drop`; no file is written.
     """
     settings |= {"int8_recipe": int8} if isinstance(int8, str) else {"int8": int8}
-    config, splits = of_model(
-        configs.ExportConfig, data, settings | ({} if output is None else {"output": output})
-    )
-    return exports.export(path_of(model, data), config, splits, screen.on_event)
+    if output is not None:
+        settings["output"] = output
+    config, splits = arguments.of_model(configs.ExportConfig, data, settings)
+    return exports.export(arguments.path_of(model, data), config, splits, screen.on_event)
 
 
 @_drawn
@@ -228,11 +219,12 @@ def bench(
     """
     if isinstance(sizes := settings.get("batch"), list | tuple):
         settings["batch"] = ",".join(map(str, sizes))
-    config, splits = of_model(configs.BenchConfig, data, settings)
-    paths = [path_of(model, data) for model in models]
-    return benchmarks.bench(
-        distinct(paths or default_models(config)), config, splits, screen.on_event, skip=not paths
-    )
+    config, splits = arguments.of_model(configs.BenchConfig, data, settings)
+    paths = [arguments.path_of(model, data) for model in models]
+    if paths and "teacher" in settings:
+        raise UsageError("teacher: the first model is the reference", "Name it first.")
+    files = distinct(paths or default_models(config))
+    return benchmarks.bench(files, config, splits, screen.on_event, skip=not paths)
 
 
 @_drawn
@@ -251,7 +243,7 @@ def predict(
     """
     config = make(configs.PredictConfig, settings)
     runtime.set_threads(config.threads)
-    made, path = loaded(model, config, config.threads)
+    made, path = arguments.loaded(model, config, config.threads)
     check_image_size(path, made.input_size, config.image_size)
     files = [images] if isinstance(images, str | Path) else images
     return list(predictions.predict(made, list(map(Path, files)), config, on_event=screen.on_event))
@@ -282,8 +274,10 @@ def compare(
         For each method mean and deviation of test accuracies in per cent, the difference from the baseline in
         points with its 95 % interval, and a verdict; `failed` lists runs that did not finish.
     """
-    check_known(settings, {*configs.CompareConfig.model_fields, *TrainConfig.model_fields} - WITHOUT)
-    splits, train = of_training(teacher, student, data, settings)
+    arguments.check_known(
+        settings, {*configs.CompareConfig.model_fields, *TrainConfig.model_fields} - WITHOUT
+    )
+    splits, train = arguments.of_training(teacher, student, data, settings)
     own = {name: train.pop(name) for name in set(train) & set(configs.CompareConfig.model_fields)}
     if methods:
         own["methods"] = methods if isinstance(methods, str) else ",".join(methods)
