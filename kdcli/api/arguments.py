@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,8 +22,9 @@ from kdcli.base.names import nearest
 from kdcli.cli.arguments import existing_model
 from kdcli.data import Splits
 from kdcli.deploy import load as loading
+from kdcli.deploy import pretrained
 from kdcli.deploy.onnx_model import OnnxClassifier
-from kdcli.models import Classifier, checkpoint, own
+from kdcli.models import Classifier
 
 Model = str | Path | nn.Module | OnnxClassifier
 Teachers = Model | Sequence[Model]
@@ -54,12 +54,13 @@ def of_training(
         if any(map(_is_bare, several)):
             named = set(values) & set(TeacherInputSettings.model_fields)
             inputs = make(TeacherInputSettings, {name: values.pop(name) for name in named}).teacher_inputs
-        values["teacher"] = tuple(_teacher(each, data, inputs) for each in several)
+        values["teacher"] = tuple(
+            typed(each) if isinstance(each, str | Path) else path_of(each, data, inputs) for each in several
+        )
     if isinstance(student, nn.Module):
         values["student"] = _classifier(student, data).arch if _is_bare(student) else str(path_of(student))
     elif student is not None:
-        code.allow(str(student))
-        values["student"] = str(student)
+        values["student"] = str(typed(student))
     if not isinstance(data, Splits):
         return None, values if data is None else {**values, "data": str(data)}
     for name in sorted(set(OF_DATA) & set(settings)):
@@ -85,7 +86,7 @@ def _classifier(module: nn.Module, data: Data | None, inputs: InputSettings = NO
     if not isinstance(data, Splits):
         hint = "Pass data=kd.load_data(…), or the model that kd.load_model(module, data=…) returns."
         raise UsageError("a module needs data, whose classes and images are its own", hint)
-    return own.classifier(module, data, inputs)
+    return pretrained.of_module(module, data, inputs)
 
 
 def loaded(
@@ -93,7 +94,7 @@ def loaded(
 ) -> tuple[Classifier | OnnxClassifier, Path]:
     """A model in evaluation mode, and its path or name."""
     if isinstance(model, str | Path):
-        path = existing_model(Path(model))
+        path = existing_model(typed(model))
         return loading.load_model(path, threads, config), path
     if not isinstance(model, Classifier | OnnxClassifier):
         made = _classifier(model, data, config)
@@ -103,10 +104,8 @@ def loaded(
     return (model, model.path) if isinstance(model, OnnxClassifier) else (model.eval(), Path(model.arch))
 
 
-def _teacher(model: Model, data: Data | None, inputs: InputSettings) -> Path:
-    """The file of a model in memory; a path or a network's name as it is, for kd train to look up."""
-    if not isinstance(model, str | Path):
-        return path_of(model, data, inputs)
+def typed(model: str | Path) -> Path:
+    """A model's path or name; a user's function that it names may run."""
     code.allow(str(model))
     return Path(model)
 
@@ -114,7 +113,7 @@ def _teacher(model: Model, data: Data | None, inputs: InputSettings) -> Path:
 def path_of(model: Model, data: Data | None = None, inputs: InputSettings = NO_ASSUMPTIONS) -> Path:
     """The file of a model; a checkpoint in memory is written to `cache/models/`, under a hash of its content."""
     if isinstance(model, str | Path):
-        return existing_model(Path(model))
+        return existing_model(typed(model))
     if isinstance(model, OnnxClassifier):
         if model.is_foreign and model.assumed.given:
             hint = "Pass its path, and the settings of its input beside it."
@@ -123,9 +122,4 @@ def path_of(model: Model, data: Data | None = None, inputs: InputSettings = NO_A
             )
         return model.path
     made = model if isinstance(model, Classifier) else _classifier(model, data, inputs)
-    stored = made.to_checkpoint()
-    name = re.sub(r"[^\w.-]", "_", stored.arch)
-    path = _FOLDER / f"{name}-{checkpoint.digest(vars(stored))[:32]}.pt"
-    if not path.is_file():
-        checkpoint.save(path, stored)
-    return path
+    return pretrained.keep(made, _FOLDER)

@@ -13,7 +13,7 @@ from typing import Any
 from kdcli.base.errors import UsageError
 from kdcli.base.text import first_line
 
-SOURCES = ("torchvision", "timm")  # see `models.external`
+SOURCES = ("torchvision", "timm", "module")  # see `models.external`
 ALLOWED = "KD_NETWORKS"  # environment variable: functions that make networks and may be run, joined by commas
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 

@@ -6,7 +6,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
 from kdcli import models
 from kdcli.base.config import NO_ASSUMPTIONS, InputSettings
@@ -14,7 +16,8 @@ from kdcli.base.errors import KdError, UsageError, is_out_of_memory
 from kdcli.base.events import Note, OnEvent, ignore
 from kdcli.base.files import sha256_file
 from kdcli.base.text import dims, first_line
-from kdcli.data.preprocess import MeanStd, Photo
+from kdcli.data import Splits
+from kdcli.data.preprocess import MeanStd, Photo, Preprocess
 from kdcli.models import Classifier, checkpoint, external, weights
 from kdcli.models.checkpoint import Checkpoint
 
@@ -31,16 +34,43 @@ def import_model(
 ) -> Path:
     """The file in weights/, named by its content, of `load_pretrained`; it is written unless it is there."""
     model = load_pretrained(spec, args, assumed, image_size)
-    stored = model.to_checkpoint()
-    content = [value for name, value in vars(stored).items() if name not in ("provenance", "file_sha256")]
-    path = FOLDER / f"{model.arch.rpartition(':')[2]}-{checkpoint.digest(content)[:8]}.pt"
-    if not path.is_file():
-        model.save(path)
+    path = keep(model, FOLDER)
     size, count = dims(model.network_size), len(model.classes)
     on_event(
         Note(f"{spec} is {path.as_posix()}: {count:,} classes, {size}, {model.provenance['preprocessing']}")
     )
     return path
+
+
+def keep(model: Classifier, folder: Path) -> Path:
+    """A model's file in a folder, named by its content; it is written unless it is there."""
+    left_out = ("provenance", "file_sha256")
+    content = [value for name, value in vars(model.to_checkpoint()).items() if name not in left_out]
+    content.append(model.provenance.get("outputs", ""))
+    path = folder / f"{model.arch.rpartition(':')[2]}-{checkpoint.digest(content)[:8]}.pt"
+    if not path.is_file():
+        model.save(path)
+    return path
+
+
+def of_module(network: nn.Module, data: Splits, assumed: InputSettings) -> Classifier:
+    """A copy of a user's module as a classifier of a data set's images and classes, see `external.own`.
+
+    Its input is (pixel 0–255 · scale − mean) / std, as assumed.
+    """
+    arch, train = external.own(network), data.train
+    made = models.build(arch, classes=len(train.classes), input_size=train.input_size)
+    order, scaling = assumed.channel_order or "rgb", assumed.mean_std
+    preprocess = MeanStd.described(scaling, train.input_size[2], order) if scaling else Preprocess(order)
+    settings = {name: value for name, value in data.settings.items() if isinstance(value, str | int | float)}
+    model = Classifier(
+        made, preprocess, arch=arch, arch_args={}, classes=train.classes, input_size=train.input_size,
+        crop=train.crop, provenance={"kind": "pretrained", "name": arch, "data": {"spec": data.spec, **settings}},
+    ).eval()  # fmt: skip
+    # its code and attributes are not among the weights: they show in its outputs
+    images = np.random.default_rng(0).integers(0, 256, (2, *train.input_size), dtype=np.uint8)
+    model.provenance["outputs"] = checkpoint.digest(models.predict_logits(model, images))
+    return model
 
 
 def load_pretrained(

@@ -1,10 +1,11 @@
-"""Networks that kd does not define: torchvision's, timm's, and those that a function of the user makes.
+"""Networks that kd does not define: torchvision's, timm's, the user's modules, and those that a function makes.
 
 Each is named `source:name`. Adding a source: a function that builds a network and one that returns what is published
 with it, in `SOURCES`, and its name in `base.code.SOURCES`. A file may name a network of a source, never a function.
 """
 
 import contextlib
+import copy
 import inspect
 import io
 import math
@@ -21,10 +22,12 @@ from kdcli.base.errors import KdError, UsageError, is_out_of_memory
 from kdcli.base.names import similar
 from kdcli.base.text import dims, first_line
 from kdcli.data.preprocess import Photo
+from kdcli.models.checkpoint import digest
 from kdcli.models.layers import run_with_hooks
 
 _AUXILIARY = ("googlenet", "inception_v3")  # their output in training is no tensor
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of pixels in 0–1
+_OWN: dict[str, nn.Module] = {}  # the user's modules
 _CROP_SHARE = 0.875  # of timm's descriptions without one
 _FACTORY = "It is package.module:function; the function returns a torch.nn.Module that gives logits."
 
@@ -110,7 +113,9 @@ def _examined(
     shape = tuple(logits.shape) if isinstance(logits, Tensor) else ()
     if len(shape) != 2 or shape[1] != (classes or shape[1]):
         wanted = f"logits (2, {classes or 'classes'})"
-        raise UsageError(f"network {arch} gives {shape} for 2 images instead of {wanted}", _FACTORY)
+        raise UsageError(
+            f"network {arch} gives {shape} for 2 images instead of {wanted}", "Replace its last layer."
+        )
     about: Any = network
     about.head_name = next((name for name, output in linear if output is logits), None)
     about.class_count = logits.shape[1]
@@ -178,6 +183,27 @@ def _of_timm(name: str, weights: str, sha256: str) -> Published:
     return Published(*_photo({} if cfg is None else vars(cfg)), lambda: read().state_dict())
 
 
+def own(network: nn.Module) -> str:
+    """Keep a copy of a user's module in this process, under a name made of its class, layers and shapes."""
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    name = f"{type(network).__name__}-{digest([repr(network), shapes])[:8]}"
+    _OWN[name] = copy.deepcopy(network).cpu()
+    return f"module:{name}"
+
+
+def _module(name: str, classes: int, input_size: tuple[int, int, int]) -> nn.Module:
+    if name not in _OWN:
+        raise UsageError(
+            f"the module {name} is not known to this process",
+            "From Python, first: kd.load_model(module, data=…)",
+        )
+    return copy.deepcopy(_OWN[name]).to(torch.get_default_device())
+
+
+def _of_module(name: str, weights: str, sha256: str) -> Published:
+    return Published(*_photo({}), _module(name, 0, (0, 0, 0)).state_dict)
+
+
 def _factory(name: str, classes: int, input_size: tuple[int, int, int], /, **args: Any) -> nn.Module:
     """The network that a user's function makes, with those of these values that its signature names."""
     function = code.load(name, f"network {name}", _FACTORY)
@@ -213,4 +239,5 @@ def _count(classes: int) -> dict[str, int]:
 SOURCES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Published]]] = {
     "torchvision": (_torchvision, _of_torchvision),
     "timm": (_timm, _of_timm),
+    "module": (_module, _of_module),
 }
