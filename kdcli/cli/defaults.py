@@ -108,8 +108,11 @@ def _training_of(teacher: Path, config: TrainConfig) -> tuple[dict[str, Any], in
     """Recorded settings of a teacher's data, and the side of its images; unknown for some files of other programs."""
     from kdcli import data
     from kdcli.data.datasets import DATASETS
-    from kdcli.deploy.load import load_model
+    from kdcli.deploy.load import is_stored, load_model
+    from kdcli.teacher.stored import made_with
 
+    if is_stored(teacher):
+        return made_with(teacher), None
     try:
         model = load_model(teacher, config.threads, config.teacher_inputs)
     except KdError:  # reported where the teacher is run

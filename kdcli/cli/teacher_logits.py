@@ -12,8 +12,8 @@ from kdcli.cli.options import command, examples
 from kdcli.methods import TrainConfig
 
 _TAKEN = {
-    *DataSettings.model_fields, *TeacherInputSettings.model_fields, "teacher", "teacher_precision", "augment",
-    "views", "view_seed", "unlabelled", "crop", "grey", "val_fraction", "accelerator", "threads",
+    *DataSettings.model_fields, *TeacherInputSettings.model_fields, "teacher", "teacher_weights", "teacher_args",
+    "teacher_precision", "augment", "views", "view_seed", "unlabelled", "crop", "grey", "val_fraction", "accelerator", "threads",
 } - {"cache_dir"}  # fmt: skip
 EPILOG = examples(
     "kd teacher-logits --teacher big.onnx --data photos --augment flip -o pack",
@@ -42,4 +42,4 @@ def teacher_logits(**options: Any) -> None:
     output.text(
         f"wrote {own.output}: {made_with['views']} views of {len(splits.trained_on):,} images, {units.size(size)}"
     )
-    output.next_command(shell_command("train", {"teacher": own.output, **made_with}))
+    output.next_command(shell_command("train", {"teacher": own.output}))

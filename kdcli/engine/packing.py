@@ -14,12 +14,7 @@ from kdcli.engine.feed import make_teacher_outputs
 from kdcli.engine.fit import single_process
 from kdcli.engine.plan import make_plan
 from kdcli.methods import TrainConfig
-from kdcli.teacher.stored import FORMAT
-
-_MADE_WITH = {
-    "data", "image_size", "crop", "grey", "skip_broken", "test_fraction", "unlabelled", "val_fraction", "augment",
-    "views",
-}  # fmt: skip
+from kdcli.teacher.stored import FORMAT, MADE_WITH
 
 
 def pack_logits(
@@ -56,7 +51,8 @@ def pack_logits(
         for each in passes
     ]
     caches.append(teacher.cache(member, data.test, "none", 0, np.arange(len(data.test)), exact=True))
-    made_with = config.model_dump(mode="json", include=_MADE_WITH) | {"view_seed": config.augment_seed}
+    made_with = config.model_dump(mode="json", include=MADE_WITH, exclude_none=True)
+    made_with["view_seed"] = config.augment_seed
     document = {
         "format": FORMAT,
         "teacher": {"file": member.path.name, "sha256": member.sha256},

@@ -17,6 +17,10 @@ from kdcli.teacher.member import Member
 from kdcli.teacher.probabilities import logits_of
 
 FORMAT = "kd-logits-1"
+MADE_WITH = {
+    "data", "image_size", "crop", "grey", "skip_broken", "test_fraction", "unlabelled", "val_fraction", "augment",
+    "views", "view_seed",
+}  # fmt: skip
 _AGAIN = "Copy the pack again, or make it again: kd teacher-logits --help"
 # Entries of a cache's recipe that must agree, and what sets them
 _MUST_AGREE = {
@@ -30,6 +34,13 @@ _MUST_AGREE = {
 def only_probabilities(path: Path) -> bool:
     """Whether logits are known only up to a shift, or only the largest."""
     return _is_csv(path) or bool(_read(path).get("only_probabilities"))
+
+
+def made_with(path: Path) -> dict[str, Any]:
+    """The settings of kd train that a pack is for; empty for a CSV file."""
+    values = {} if _is_csv(path) else _read(path).get("made_with")
+    known = values if isinstance(values, dict) else {}
+    return {name: value for name, value in known.items() if name in MADE_WITH}
 
 
 def stored_views(member: Member, needed: LogitCache, data: ImageSet, views: int) -> list[npt.NDArray[Any]]:
@@ -63,7 +74,7 @@ def _views_of_pack(path: Path, needed: LogitCache, views: int) -> list[npt.NDArr
     }
     best = max(agreed, key=lambda folder: [*agreed[folder], False].index(False))
     recipe, count = manifests[best]["recipe"], len(manifests[best]["views"])
-    hint = printable(f"Train with its settings: {shell_command('train', document['made_with'])[9:]}")
+    hint = printable(f"Train with its settings: {shell_command('train', made_with(path))[9:]}")
     for key, what in _MUST_AGREE.items():
         if recipe[key] != needed.recipe[key]:
             known = key in ("augment", "seed")
