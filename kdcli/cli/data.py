@@ -62,7 +62,7 @@ def data(
             shown.append(f"… {len(names) - _MAX_NAMES:,} more")
         facts += [[problem if number == 0 else "", name] for number, name in enumerate(shown)]
     output.text()
-    output.table(["", ""], facts, left=2)
+    output.table(*([facts[0], facts[1:]] if facts else [["no images"], []]), left=2)
     if refusal is not None:
         raise refusal
 

@@ -55,7 +55,7 @@ def survey(path: Path, skip_broken: bool, on_event: OnEvent) -> Survey:
     ordered = sorted((sizes[index] for index in found.images.values()), key=lambda size: size[0] * size[1])
     named = {"smallest": 0, "median": len(ordered) // 2, "largest": -1} if ordered else {}
     return Survey(
-        {split: dict(sorted(classes.items())) for split, classes in counts.items()},
+        {split: dict(sorted(counts[split].items())) for split in ("train", "val", "test") if split in counts},
         {name: ordered[number] for name, number in named.items()},
         dict(Counter(found.kinds)),
         {problem: names for problem, names in _problems(found, source, sizes).items() if names},
