@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kdcli.base.errors import KdError, UsageError
-from kdcli.base.files import read_document, regular_size, sha256_file
+from kdcli.base.files import regular_size, sha256_file
 from kdcli.base.text import first_line
 from kdcli.data.sources import FolderSource, Source, Wanted, content
 from kdcli.data.split import SPLIT_NAMES
@@ -50,7 +50,7 @@ class TableSource(Source):
         for row in self.rows():
             if isinstance(row.image, bytes):  # part of the table
                 break
-            if regular_size(row.image) < 0:
+            if "\0" in row.name or regular_size(row.image) < 0:
                 raise KdError(f"{self.path} lists {row.name}, and there is no such file", TABLE_HINT)
             status = row.image.stat()
             changed_ns = max(status.st_mtime_ns, status.st_ctime_ns)
@@ -79,13 +79,12 @@ def table_source(path: Path) -> TableSource | None:
     if path.suffix.lower() == ".parquet" and path.is_file():
         files = [("", path)]
     elif (path / "dataset_dict.json").is_file():
-        for split in map(str, read_document(path / "dataset_dict.json").get("splits", [])):
-            files += [(split, file) for file in sorted((path / split).glob("*.arrow"))]
+        files = [(file.parent.name, file) for file in sorted(path.glob("*/*.arrow"))]
     elif (path / "state.json").is_file():
         files = [("", file) for file in sorted(path.glob("*.arrow"))]
-    elif path.is_dir():
+    elif path.is_dir():  # train-00000-of-00001.parquet
         found = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
-        files = [(_split_in_name(file), file) for file in found]
+        files = [(SPLIT_NAMES.get(re.split("[^a-z]", file.stem)[0], ""), file) for file in found]
     if not files:
         return None
     try:
@@ -95,12 +94,6 @@ def table_source(path: Path) -> TableSource | None:
             f"{path} is read by pyarrow, which is not installed", "pip install 'kdcli[hf]'"
         ) from error
     return TableSource(path, rows=lambda: _arrow_rows(path, files))
-
-
-def _split_in_name(file: Path) -> str:
-    """`train-00000-of-00001.parquet` → train; empty without a split."""
-    found = re.match("[a-z]*", file.stem.lower())
-    return found[0] if found and found[0] in SPLIT_NAMES else ""
 
 
 @contextmanager
@@ -117,8 +110,9 @@ def _errors(file: Path) -> Iterator[None]:
 def _row(table: Path, where: str, split: Any, label: Any, image: Any) -> Row:
     """A row; a KdError for values that are missing or unknown. A path is relative to the folder of `table`."""
     stored, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, image)
-    if label is None or not str(label).strip() or not (stored or path) or "\0" in str(path):
-        raise KdError(f"{table}, {where}: no {'image' if label else 'label'}", TABLE_HINT)
+    missing = "label" if label is None or not str(label).strip() else "" if stored or path else "image"
+    if missing:
+        raise KdError(f"{table}, {where}: no {missing}", TABLE_HINT)
     part = SPLIT_NAMES.get(str(split).strip().lower()) if split is not None else ""
     if part is None:
         raise KdError(f"{table}, {where}: unknown split {str(split)!r}", f"Known: {', '.join(SPLIT_NAMES)}.")
