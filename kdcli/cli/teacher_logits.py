@@ -13,7 +13,8 @@ from kdcli.methods import TrainConfig
 
 _TAKEN = {
     *DataSettings.model_fields, *TeacherInputSettings.model_fields, "teacher", "teacher_weights", "teacher_args",
-    "teacher_precision", "augment", "views", "view_seed", "unlabelled", "crop", "grey", "val_fraction", "accelerator", "threads",
+    "teacher_precision", "augment", "views", "view_seed", "unlabelled", "crop", "grey",
+    "val_fraction", "accelerator", "threads",
 } - {"cache_dir"}  # fmt: skip
 EPILOG = examples(
     "kd teacher-logits --teacher big.onnx --data photos --augment flip -o pack",
