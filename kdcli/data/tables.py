@@ -1,6 +1,5 @@
 """Labelled images in tables: a CSV file, Parquet files, or a folder written by Hugging Face `datasets`."""
 
-import csv
 import hashlib
 import json
 import re
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import regular_size, sha256_file
+from kdcli.base.tables import csv_lines
 from kdcli.base.text import first_line
 from kdcli.data.sources import FolderSource, Source, Wanted, content
 from kdcli.data.split import SPLIT_NAMES
@@ -112,26 +112,23 @@ def _row(table: Path, where: str, split: Any, label: Any, image: Any) -> Row:
     stored, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, image)
     missing = "label" if label is None or not str(label).strip() else "" if stored or path else "image"
     if missing:
-        raise KdError(f"{table}, {where}: no {missing}", TABLE_HINT)
+        raise KdError(f"{where}: no {missing}", TABLE_HINT)
     part = SPLIT_NAMES.get(str(split).strip().lower()) if split is not None else ""
     if part is None:
-        raise KdError(f"{table}, {where}: unknown split {str(split)!r}", f"Known: {', '.join(SPLIT_NAMES)}.")
+        raise KdError(f"{where}: unknown split {str(split)!r}", f"Known: {', '.join(SPLIT_NAMES)}.")
     if isinstance(stored, bytes):
         return Row(where, part, str(label).strip(), stored)
     return Row(str(path), part, str(label).strip(), table.parent / str(path))
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    with _errors(path), path.open(encoding="utf-8-sig", newline="") as handle:
-        lines = csv.DictReader(handle)
-        columns = {name.strip().lower(): name for name in lines.fieldnames or ()}
-        for wanted in ("path", "label"):
-            if wanted not in columns:
-                raise KdError(f"{path} has no column {wanted} in its first line", TABLE_HINT)
-        split = columns.get("split")
-        for cells in lines:
-            values = cells[columns["label"]], cells[columns["path"]]
-            yield _row(path, f"line {lines.line_num}", split and (cells[split] or ""), *values)
+    lines = csv_lines(path, TABLE_HINT)
+    names = [name.lower() for name in next(lines, ("", []))[1]]
+    if absent := {"path", "label"}.difference(names):
+        raise KdError(f"{path} has no column {min(absent)} in its first line", TABLE_HINT)
+    for where, cells in lines:
+        found = dict.fromkeys(names, "") | dict(zip(names, cells, strict=False))
+        yield _row(path, where, found.get("split"), found["label"], found["path"])
 
 
 def _arrow_rows(path: Path, files: list[tuple[str, Path]]) -> Iterator[Row]:
