@@ -217,7 +217,7 @@ def test_unreadable_sources_are_one_error_line(place: Path) -> None:
         loaded(path="text")
     assert "Give a folder" in caught.value.hint
     Path("empty").mkdir()
-    with pytest.raises(KdError, match=r"no images in empty$"):
+    with pytest.raises(KdError, match=r"no images in empty\n"):
         loaded(path="empty")
     with pytest.raises(KdError, match="all 12 images in toy/test are among those of toy"):
         loaded(path="toy/test")
