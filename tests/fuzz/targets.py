@@ -12,7 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import torch
+from pyarrow import parquet
 
 from kdcli.base import pickles
 from kdcli.base.errors import KdError
@@ -69,6 +71,8 @@ TARGETS: dict[str, Target] = {
     "prototxt": of_file(read_prototxt, "x.prototxt"),
     "onnx": of_file(lambda path: OnnxClassifier.load(path, threads=1), "x.onnx"),
     "image": of_bytes(lambda data: decode.decode(data, "x")),
+    "csv": of_file(_load, "x.csv"),
+    "parquet": of_file(_load, "x.parquet"),
 }
 
 
@@ -107,6 +111,17 @@ def seeds(name: str) -> list[bytes]:
     if name == "onnx":
         return [models.network().SerializeToString()]
     small = images.Image.new("RGB", (8, 8), (9, 8, 7))
+    if name == "csv":
+        return [b"path,label,split\n1.png,a,train\n2.png,b,test\n"]
+    if name == "parquet":
+        columns = {
+            "image": [images.saved(small, "PNG")] * 4,
+            "label": list("aabb"),
+            "split": ["train", "test"] * 2,
+        }
+        stream = io.BytesIO()
+        parquet.write_table(pyarrow.table(columns), stream)
+        return [stream.getvalue()]
     return [images.saved(small, kind) for kind in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")] + [
         images.saved(small.convert("P"), "PNG"), images.saved(small, "JPEG", progressive=True)
     ]  # fmt: skip

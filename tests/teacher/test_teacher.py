@@ -280,9 +280,12 @@ def test_teacher_cache_modes(workplace: Path, monkeypatch: pytest.MonkeyPatch, m
     assert (pictures[2] == pictures[0]) == (mode == "views")  # two views are cycled; else each is fresh
 
 
-def test_the_teacher_sees_images_mixed_by_mixup(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["flip-mixup", "flip-cutmix", "resized-crop-randaugment-jitter"])
+def test_the_teacher_sees_the_views_of_the_student(
+    name: str, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_teacher(Path("t.pt"))
-    for _, _, images, targets in targets_seen(monkeypatch, augment="flip-mixup", epochs=2, ce_weight=1.0):
+    for _, _, images, targets in targets_seen(monkeypatch, augment=name, epochs=2, ce_weight=1.0):
         with torch.inference_mode():
             torch.testing.assert_close(targets, model(images), rtol=2e-3, atol=2e-3)
     with pytest.raises(UsageError, match="does not go with mixup"):
