@@ -21,6 +21,7 @@ from torch import nn
 
 import kdcli as kd
 from kdcli.api import Run
+from kdcli.api.arguments import path_of
 from kdcli.base.config import make
 from kdcli.base.errors import Interrupted, UsageError
 from kdcli.base.results import Result
@@ -143,7 +144,8 @@ def test_modules_teach_and_learn(photos: Splits, monkeypatch: pytest.MonkeyPatch
     images = torch.from_numpy(photos.test.images[:9].copy())
     planes = images.permute(0, 3, 1, 2).float()
     assert torch.equal(kd.load_model(run.teacher)(images), Brightness()(planes))
-    # the same again, with pixels of another unit, is another teacher; the same is found in the cache
+    # other code with the same weights is another teacher, the same is found in the cache
+    assert path_of(Brightness(), photos) == run.teacher != path_of(Brightness(1.5), photos)
     assert kd.distill(Brightness(), "convnet-tiny", photos, **SHORT).result.teacher_passes == 0
     scaled = kd.distill(Brightness(255), "convnet-tiny", photos, teacher_scale="1/255", **SHORT)
     assert scaled.teacher != run.teacher and scaled.result.teacher_passes > 0
@@ -226,6 +228,11 @@ def test_errors_have_a_hint_and_leave_nothing(workplace: Path) -> None:
         (lambda: kd.distill(data=digits, method="ce", devices=2), "one process", "kd train --devices"),
         (lambda: kd.bench(plot="x.svg"), "unknown setting: plot", "command line"),
         (lambda: kd.bench([digits_student(Path("student.pt"))], teacher="x.pt"), "first model", "first"),
+        (
+            lambda: kd.predict("absent.pt", "x.png", class_map="x.csv"),
+            "unknown setting: class_map",
+            "class_names",
+        ),
         (lambda: kd.compare("ce", seed=3), "unknown setting: seed", "seeds"),
         (lambda: kd.export("absent.pt", int8="small"), "int8", "See --help"),
     ]

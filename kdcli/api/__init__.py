@@ -73,7 +73,7 @@ def load_data(data: str | Path, **settings: Any) -> Splits:
     """Read training and test images.
 
     Args:
-        data: name of a data set, folder or archive of class folders, as `--data`.
+        data: name of a data set, or a folder, archive or table of images, as `--data`.
         **settings: `image_size`, `grey`, `crop`, `test_fraction`, `skip_broken`, `unlabelled`, `data_dir`,
             `cache_dir`: options of `kd train`.
 
@@ -107,6 +107,7 @@ def load_model(
         A model from raw images, a uint8 tensor (B, H, W, C) with values 0–255, to logits float32 (B, classes); with
         `classes`, names in the order of the logits, and `input_size`, (H, W, C).
     """
+    arguments.check_known(settings, InputSettings.model_fields)
     return arguments.loaded(model, make(InputSettings, settings), threads, data)[0]
 
 
@@ -241,6 +242,7 @@ def predict(
     Returns:
         For each image its path, the most probable `classes`, and their `probabilities` in 0–1.
     """
+    arguments.check_known(settings, configs.PredictConfig.model_fields)
     config = make(configs.PredictConfig, settings)
     runtime.set_threads(config.threads)
     made, path = arguments.loaded(model, config, config.threads)

@@ -32,12 +32,13 @@ Student = str | Path | nn.Module
 Data = str | Path | Splits
 C = TypeVar("C", bound=ModelDataSettings)
 OF_DATA = (*DataSettings.model_fields, "crop", "grey", "unlabelled")
-_PRINTED = ("plot", "csv", "markdown", "details")  # options of output alone
+_PRINTED = {"plot", "csv", "markdown", "details"}  # options of output alone
 _FOLDER = Path("cache/models")  # of checkpoints of models in memory
 
 
 def check_known(given: Iterable[str], known: Iterable[str]) -> None:
-    known = set(known) - set(_PRINTED)
+    """Raise UsageError for a setting that is not among these; a class map is one of teachers, `teacher_class_map`."""
+    known = set(known) - _PRINTED - {"class_map"}
     for name in sorted(set(given) - known):
         hint = "Only the command line has it." if name in _PRINTED else nearest(name, sorted(known))
         raise UsageError(f"unknown setting: {name}", hint)
@@ -52,7 +53,7 @@ def of_training(
         several: Sequence[Any] = teacher if isinstance(teacher, list | tuple) else [teacher]
         inputs = NO_ASSUMPTIONS
         if any(map(_is_bare, several)):
-            named = set(values) & set(TeacherInputSettings.model_fields)
+            named = set(values) & set(TeacherInputSettings.model_fields) - {"teacher_class_map"}
             inputs = make(TeacherInputSettings, {name: values.pop(name) for name in named}).teacher_inputs
         values["teacher"] = tuple(
             typed(each) if isinstance(each, str | Path) else path_of(each, data, inputs) for each in several
