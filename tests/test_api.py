@@ -71,6 +71,7 @@ def test_training_and_figures_are_those_of_the_commands(run: Run, monkeypatch: p
         Path("runs/teacher/student.pt"),
     )
     assert digest(again) == digest(run.student)
+    assert run.result.config.image_size == 12  # of the data that were loaded before
     # figures: of a path and of a model in memory, with the recorded teacher and data
     document = json.loads(call("test", str(again), "--json", "--threads", "1").stdout)["test"]
     model = kd.load_model(run.student)
