@@ -206,7 +206,8 @@ def _of_module(name: str, weights: str, sha256: str) -> Published:
 
 def _factory(name: str, classes: int, input_size: tuple[int, int, int], /, **args: Any) -> nn.Module:
     """The network that a user's function makes, with those of these values that its signature names."""
-    function = code.load(name, f"network {name}", _FACTORY)
+    hint = similar(name.partition(":")[0], code.SOURCES) or _FACTORY
+    function = code.load(name, f"network {name}", hint)
     known = {"classes": classes, "num_classes": classes, "input_size": input_size} if classes else {}
     named = inspect.signature(function).parameters
     try:
