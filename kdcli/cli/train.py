@@ -119,14 +119,16 @@ def _train(
     from kdcli.engine.plan import load_data
 
     networks = (*config.assistant, *(() if config.student_file else (config.student,)))
-    drops = [models.accepts(network, "dropout") for network in networks]  # an error for an unknown name
+    missing = [  # an error for an unknown name
+        name for name in ("dropout", "width") if not any([models.accepts(each, name) for each in networks])
+    ]
     if run is None:
         config = with_defaults(config, needs_teacher=methods.objective(config).needs_teacher)
     if config.student_file is not None:
         reason = f"with --student {config.student_file}, which defines it"
         output.note_ignored(options, ("dropout", "preprocess", "width", "student_weights"), reason)
-    elif not any(drops):
-        output.note_ignored(options, ("dropout",), f"with --student {config.student}, which takes none")
+    else:
+        output.note_ignored(options, missing, f"with --student {config.student}, which takes none")
     world = runtime.launch(config.accelerator, config.devices)
     failed = True
     try:

@@ -95,9 +95,8 @@ def load_pretrained(
     sha256 = "" if file is None else sha256_file(file)
     arguments = dict(map(_argument, args))
     known = external.published(arch, "" if file else of, sha256, arguments)
-    arguments = {
-        key: arguments[key] for key in arguments if key not in ("classes", "input_size")
-    }  # as measured
+    for measured in ("classes", "input_size"):
+        arguments.pop(measured, None)
     side = known.preprocess.side or image_size or _SIDE
     preprocess = _adjusted(known.preprocess, assumed)
     with torch.device("meta" if source in external.SOURCES else "cpu"), torch.random.fork_rng(devices=[]):
@@ -127,7 +126,7 @@ def _published_weights(spec: str, known: external.Published) -> dict[str, torch.
             raise
         raise KdError(
             f"the weights of {spec} cannot be fetched: {first_line(error)}",
-            "Name a file: --teacher-weights FILE",
+            f"Name a file behind the network: {':'.join(spec.split(':')[:2])}:FILE.pth",
         ) from error
 
 

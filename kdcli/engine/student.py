@@ -112,6 +112,7 @@ def _stored(config: TrainConfig, train: ImageSet) -> Classifier:
     if reason:
         raise KdError(f"student {path} {reason}", "Student and data must belong together; see --data.")
     stored.classes, stored.provenance, stored.crop = train.classes, {}, train.crop
+    stored.input_size = train.input_size  # another one where it resizes images itself
     return stored
 
 

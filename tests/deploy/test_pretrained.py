@@ -56,9 +56,10 @@ def test_logits_of_torchvision(name: str, side: int, workplace: Path) -> None:
     )
     images = photographs(side)
     with torch.inference_mode():
-        expected = network(zoo.get_model_weights(name).DEFAULT.transforms()(images.permute(0, 3, 1, 2)))
+        prepared = zoo.get_model_weights(name).DEFAULT.transforms()(images.permute(0, 3, 1, 2))
         teacher = load_pretrained(f"torchvision:{name}:w.pth")
-        assert_equal_logits(teacher(images), expected)
+        torch.testing.assert_close(teacher.prepare(images), prepared, rtol=0, atol=1e-5)
+        assert_equal_logits(teacher(images), network(prepared))
     path = import_model(f"torchvision:{name}:w.pth")
     assert path == import_model(f"torchvision:{name}:w.pth")
     with torch.inference_mode():

@@ -19,6 +19,7 @@ from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Event, Note
 from kdcli.deploy.export import export
 from kdcli.deploy.info import info
+from kdcli.deploy.pretrained import import_model
 from kdcli.engine import RunDir, fit
 from kdcli.models import checkpoint, weights
 from kdcli.models.checkpoint import Checkpoint
@@ -133,6 +134,14 @@ def test_torchvision_network_is_described_by_name() -> None:
     assert shown.parameters == 11_689_512  # torchvision's own figure
     assert round(shown.macs / 1e9, 2) == 1.81  # type: ignore[operator]
     assert shown.layers[-1].name == "fc"
+
+
+def test_stored_network_that_resizes_trains_at_another_size(workplace: Path) -> None:
+    torch.save(zoo.squeezenet1_1(num_classes=3).state_dict(), "s.pth")
+    file = import_model("torchvision:squeezenet1_1:s.pth")
+    settings = config(method="ce", student=str(file), epochs=1, batch_size=4, val_fraction=0)
+    student = models.load(fit(settings, make_splits(train=4, test=3, size=(40, 40, 3))).run.student)
+    assert (student.input_size, student.network_size) == ((40, 40, 3), (224, 224, 3))
 
 
 @pytest.mark.parametrize(
