@@ -271,6 +271,9 @@ def test_bars_in_notebooks_need_widgets(monkeypatch: pytest.MonkeyPatch) -> None
     assert not output._draws()
     monkeypatch.setattr(output, "find_spec", lambda name: name == "ipywidgets")
     assert output._draws()
+    monkeypatch.setattr(output.activity.bars.live, "ipy_widget", object())  # of an earlier call, closed
+    with output.activity.running():
+        assert output.activity.bars.live.ipy_widget is None
 
 
 def test_functions_run_in_other_threads(workplace: Path) -> None:

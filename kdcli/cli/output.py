@@ -217,6 +217,7 @@ class Activity:
         self.group = ""
         self._set("loading libraries")
         self.bars.disable = not _draws() or settings.quiet or settings.follower
+        self.bars.live.ipy_widget = None  # of a notebook: that of the last call is closed
         inbox, outbox = socket.socketpair()
         outbox.setblocking(False)
         before = signal.set_wakeup_fd(outbox.fileno(), warn_on_full_buffer=False)
