@@ -119,16 +119,17 @@ def _train(
     from kdcli.engine.plan import load_data
 
     networks = (*config.assistant, *(() if config.student_file else (config.student,)))
-    missing = [  # an error for an unknown name
-        name for name in ("dropout", "width") if not any([models.accepts(each, name) for each in networks])
-    ]
+    # an error for an unknown name
+    takes = {name: [models.accepts(each, name) for each in networks] for name in ("dropout", "width")}
     if run is None:
         config = with_defaults(config, needs_teacher=methods.objective(config).needs_teacher)
     if config.student_file is not None:
         reason = f"with --student {config.student_file}, which defines it"
-        output.note_ignored(options, ("dropout", "preprocess", "width", "student_weights"), reason)
+        unread = ("dropout", "preprocess", "width", "student_weights", "student_size")
+        output.note_ignored(options, unread, reason)
     else:
-        output.note_ignored(options, missing, f"with --student {config.student}, which takes none")
+        ignored = [name for name in takes if not any(takes[name])]
+        output.note_ignored(options, ignored, f"with --student {config.student}, which takes none")
     world = runtime.launch(config.accelerator, config.devices)
     failed = True
     try:

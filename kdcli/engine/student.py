@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,15 +42,17 @@ def make_student(
 
 def check_student(config: TrainConfig, train: ImageSet) -> None:
     """Raise the errors of `make_student`, or UsageError for missing stages, without allocating weights."""
-    height, width, channels = train.input_size
     with torch.random.fork_rng(devices=[]), torch.device("meta" if config.student_file is None else "cpu"):
         if config.student_file is None:
-            network = models.build(config.student, classes=len(train.classes), input_size=train.input_size)
+            size = _network_size(config, train)
+            network = models.build(config.student, classes=len(train.classes), input_size=size)
         else:
-            network = _stored(config, train).network
+            stored = _stored(config, train)
+            network, size = stored.network, stored.network_size
         method = methods.objective(config)
         if not method.needs_features:
             return
+        height, width, channels = size
         stages = find_stages(network, torch.zeros(2, channels, height, width), config.student_stages)
         hint = method.settings.get("hint_stage", 0)
         if hint > len(stages):
@@ -60,9 +63,8 @@ def _fresh(config: TrainConfig, train: ImageSet, samples: Int64, on_event: OnEve
     wanted = {"dropout": config.dropout} | ({"width": config.width} if config.width != 1 else {})
     arguments = {name: value for name, value in wanted.items() if models.accepts(config.student, name)}
     torch.manual_seed(config.seed)
-    network = models.build(
-        config.student, classes=len(train.classes), input_size=train.input_size, **arguments
-    )
+    size = _network_size(config, train)
+    network = models.build(config.student, classes=len(train.classes), input_size=size, **arguments)
     student = Classifier(
         network.to(memory_format=torch.channels_last),
         _fitted_preprocess(config, train, samples, on_event),
@@ -79,6 +81,12 @@ def _fresh(config: TrainConfig, train: ImageSet, samples: Int64, on_event: OnEve
         images = torch.from_numpy(rows.take(train.images, spaced))
         network.fit(student.prepare(images))  # type: ignore[operator]
     return student
+
+
+def _network_size(config: TrainConfig, train: ImageSet) -> tuple[int, int, int]:
+    """(H, W, C) of a new network's input."""
+    side = config.student_size
+    return (side, side, train.input_size[2]) if side else train.input_size
 
 
 def _start_from(network: nn.Module, path: Path, on_event: OnEvent) -> None:
@@ -100,7 +108,9 @@ def _fitted_preprocess(config: TrainConfig, train: ImageSet, samples: Int64, on_
     }
     path = cache_folder(config.cache_dir, "preprocess", recipe).with_suffix(".pt")
     fit = partial(preprocess.fit, config.preprocess, train.images, samples, on_event=on_event)
-    return preprocess.from_spec(checkpoint.cached(path, lambda: fit().spec()))
+    fitted: Any = preprocess.from_spec(checkpoint.cached(path, lambda: fit().spec()))
+    side = config.student_size
+    return preprocess.Photo(fitted.mean, fitted.std, side, side) if side else fitted
 
 
 def _stored(config: TrainConfig, train: ImageSet) -> Classifier:

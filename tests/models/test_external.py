@@ -7,10 +7,12 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torchvision import models as zoo
+from torchvision.transforms.functional import resize
 
 from kdcli import models
 from kdcli.base import code
@@ -134,6 +136,24 @@ def test_torchvision_network_is_described_by_name() -> None:
     assert shown.parameters == 11_689_512  # torchvision's own figure
     assert round(shown.macs / 1e9, 2) == 1.81  # type: ignore[operator]
     assert shown.layers[-1].name == "fc"
+
+
+def test_student_that_resizes_larger_images(workplace: Path) -> None:
+    splits = make_splits(train=8, test=4, size=(40, 40, 3))
+    settings = config(method="ce", student_size=16, epochs=1, batch_size=4, val_fraction=0)
+    student = models.load(fit(settings, splits).run.student)
+    assert (student.input_size, student.network_size) == ((40, 40, 3), (16, 16, 3))
+    pixels = torch.from_numpy(splits.test.images.copy()).permute(0, 3, 1, 2)
+    small = resize(pixels, [16, 16], antialias=True).float()
+    mean, std = (
+        torch.from_numpy(measure(splits.train.images, axis=(0, 1, 2))) for measure in (np.mean, np.std)
+    )
+    expected = (small - mean[:, None, None]) / std[:, None, None]
+    torch.testing.assert_close(
+        student.prepare(pixels.permute(0, 2, 3, 1)), expected.float(), rtol=0, atol=1e-4
+    )
+    with pytest.raises(UsageError, match="--student-size: it goes with --preprocess mean-std"):
+        config(student_size=16, preprocess="none")
 
 
 def test_stored_network_that_resizes_trains_at_another_size(workplace: Path) -> None:

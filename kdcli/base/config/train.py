@@ -189,6 +189,14 @@ class TrainSettings(DataSettings, TeacherInputSettings):
     preprocess: Literal["mean-std", "mean-image", "gcn-zca", "none"] = rare(
         "mean-std", "Preprocessing of the student's input.", DATA
     )
+    student_size: int | None = rare(
+        None,
+        "Side to which the student resizes the images by itself, so that a teacher sees larger ones; by default "
+        "--image-size.",
+        DATA,
+        ge=1,
+        le=1024,
+    )
     val_fraction: Share = setting(
         0.05, "Share of training images kept for validation, at least one of each class; 0: none.", DATA
     )
@@ -252,6 +260,8 @@ class TrainSettings(DataSettings, TeacherInputSettings):
         file = next((name for name in self.assistant if name.lower().endswith(".pt")), None)
         if file is not None:
             raise ValueError(f"--assistant {file}: an assistant is trained anew; name a network")
+        if self.student_size and self.preprocess != "mean-std":
+            raise ValueError("--student-size: it goes with --preprocess mean-std")
         _ = self.weights
         return self
 
