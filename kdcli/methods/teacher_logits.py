@@ -29,7 +29,7 @@ def noisy_logits(
     ] = 0.5,
     sigma: Annotated[
         float, option("standard deviation of the relative noise", rare=False, ge=0, le=100)
-    ] = 0.9,
+    ] = 0.1,
     scope: Annotated[
         Literal["sample", "logit"],
         option("one draw for all logits of a sample, or one for each", name="noise_scope"),
