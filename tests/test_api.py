@@ -44,7 +44,9 @@ WORDS = ("--epochs", "1", "--batch-size", "16", "--precision", "32", "--threads"
 def photos(workplace: Path) -> Splits:
     """Images of 12×12 of three classes, loaded at another size than their own."""
     image_folder(Path("photos"))
-    return kd.load_data("photos", image_size=12)
+    found = kd.load_data("photos", image_size=12)
+    assert "array" not in repr(found)
+    return found
 
 
 @pytest.fixture
@@ -155,6 +157,9 @@ def test_modules_teach_and_learn(photos: Splits, monkeypatch: pytest.MonkeyPatch
     assert isinstance(learned.network, Small) and learned.arch.startswith("module:Small-")
     assert kd.evaluate(run.student).accuracy == run.result.evaluation.accuracy
     assert kd.export(run.student, "small.onnx", parity_images=7).parity.same_top1 == 7
+    limits = {"rounds": 3, "max_seconds": 1, "batch": 1, "engine": "torch", "threads": 1}
+    [row, _] = kd.bench([run.teacher, "small.onnx"], data=photos, **limits).rows
+    assert row.accuracy == 100 and row.footprint is None and "not known to this process" in row.notes[-1]
     monkeypatch.setattr(external, "_OWN", {})
     with pytest.raises(kd.KdError, match=r"the module Small-.* is not known to this process") as caught:
         kd.load_model(run.student)

@@ -30,7 +30,9 @@ class ImageSet:
     fingerprint: str  # SHA-256 of the content (see `fingerprint_of`)
     validation: int = 0  # number of its last images, which are the data's own validation split
     crop: float = 1.0  # share of the original images' shorter side that these show, see `decode.resize`
-    name_bytes: npt.NDArray[np.uint8] | None = None  # UTF-8 of `names`, each with a NUL at its end
+    name_bytes: npt.NDArray[np.uint8] | None = field(
+        default=None, repr=False
+    )  # UTF-8 of `names`, each with a NUL
 
     def __len__(self) -> int:
         return len(self.labels)

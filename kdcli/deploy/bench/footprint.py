@@ -52,8 +52,8 @@ def measure_footprint(
         except subprocess.TimeoutExpired as error:
             raise RuntimeError(f"it took more than {_LIMIT_S} s") from error
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise RuntimeError(lines[-1][:200])
+        lines = [line for line in done.stderr.strip().splitlines() if not line.startswith("hint: ")]
+        raise RuntimeError([f"exit code {done.returncode}", *lines][-1][:200])
     return Footprint(**json.loads(done.stdout))
 
 
