@@ -69,16 +69,16 @@ def test_logits_of_torchvision(name: str, side: int, workplace: Path) -> None:
 def test_files_of_torchvision_are_known_by_name_of_their_hash(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """resnet50's first weights were made with another resize than its second."""
-    network = zoo.resnet50()
+    """MobileNetV2's first weights were made with another resize than its second."""
+    network = zoo.mobilenet_v2()
     torch.save(network.state_dict(), "w.pth")
-    monkeypatch.setattr("kdcli.deploy.pretrained.sha256_file", lambda path: "0676ba61" + "0" * 56)
-    teacher = load_pretrained("torchvision:resnet50:w.pth")
+    monkeypatch.setattr("kdcli.deploy.pretrained.sha256_file", lambda path: "b0353104" + "0" * 56)
+    teacher = load_pretrained("torchvision:mobilenet_v2:w.pth")
     assert (teacher.preprocess.args()["side"], teacher.input_size) == (256, (256, 256, 3))
     assert teacher.classes[:2] == ("tench", "goldfish")
     monkeypatch.undo()
     monkeypatch.chdir(workplace)
-    assert load_pretrained("torchvision:resnet50:w.pth").preprocess.args()["side"] == 232
+    assert load_pretrained("torchvision:mobilenet_v2:w.pth").preprocess.args()["side"] == 232
 
 
 @pytest.mark.parametrize(
