@@ -186,23 +186,14 @@ def _of_timm(name: str, weights: str, sha256: str) -> Published:
 def own(network: nn.Module) -> str:
     """Keep a copy of a user's module in this process; its name is made of class, layers, shapes and attributes."""
     shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    own_names = [vars(part).keys() - vars(nn.Module()).keys() for part in network.modules()]
     plain = [
-        {
-            key: vars(part)[key]
-            for key in vars(part).keys() - vars(nn.Module()).keys()
-            if _is_plain(vars(part)[key])
-        }
-        for part in network.modules()
+        {key: value for key in names if isinstance(value := getattr(part, key), int | float | str | None)}
+        for part, names in zip(network.modules(), own_names, strict=True)
     ]
     name = f"{type(network).__name__}-{digest([repr(network), shapes, plain])[:8]}"
     _OWN[name] = copy.deepcopy(network).cpu()
     return f"module:{name}"
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _module(name: str, classes: int, input_size: tuple[int, int, int]) -> nn.Module:
