@@ -123,12 +123,14 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 def use_global_batch_norm(network: nn.Module) -> None:
     """Turn each `nn.BatchNorm1d` and `nn.BatchNorm2d` of a network into its global form, over all processes.
 
-    A UsageError for a subclass of these, as in many networks of timm: it does more.
+    A UsageError for another program's subclass of these, as in many networks of timm: it does more.
     """
     for module in network.modules():
-        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
-            module.__class__ = GlobalBatchNorm
-        elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        if not isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            continue
+        if type(module).__module__.startswith(("torch.", "kdcli.")):
+            module.__class__ = GlobalBatchNorm  # type: ignore[assignment]
+        else:
             raise UsageError(
                 f"--devices: {type(module).__name__} of this network sees one process", "Use --devices 1."
             )
