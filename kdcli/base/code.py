@@ -1,4 +1,4 @@
-"""Functions of the user, named as package.module:function. They are code: a file that names one does not run it."""
+"""User functions `package.module:function`: imported only if the user names them, never because a file does."""
 
 import hashlib
 import importlib
@@ -19,7 +19,7 @@ _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 def is_network(text: str) -> bool:
-    """Whether a text names a network outside kd, as `torchvision:NAME` or a function, with or without `:WEIGHTS`."""
+    """Whether a text names an external network: `torchvision:NAME` or a factory, with or without `:WEIGHTS`."""
     return ":" in text and (text.partition(":")[0] in SOURCES or is_name(":".join(text.split(":")[:2])))
 
 
@@ -39,7 +39,7 @@ def is_name(text: str) -> bool:
 
 
 def load(name: str, owner: str, hint: str) -> Callable[..., Any]:
-    """Import a function, searching the current folder last; a UsageError, whose subject is `owner`, if it is none."""
+    """Import a function, searching the current folder last; a UsageError about `owner` if that fails."""
     if not is_name(name):
         raise UsageError(f"{owner} does not name a function", hint)
     module, function = name.split(":")

@@ -8,8 +8,8 @@ from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import read_document
 from kdcli.base.names import nearest
 
-# seed: the reference's own. teacher: a network of one's own from labels, after airbench94 (see `models.cifarnet`).
-# patient: long training on many views, soft targets before labels (Beyer et al., arXiv:2106.05237).
+# seed: settings of the reference code. teacher: CifarNet trained on labels with SGD (airbench94, arXiv:2404.00498).
+# patient: long schedule, cached augmented views, mostly soft targets (Beyer et al., arXiv:2106.05237).
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "seed": {

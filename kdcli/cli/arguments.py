@@ -25,7 +25,7 @@ M = TypeVar("M", bound="Classifier | OnnxClassifier")
 def existing_model(path: Path) -> Path:
     """The file at `path`, the `student.pt` of a run or the `pack.json` of a pack; `student.pt` alone: the newest.
 
-    A network outside kd with its weights, as `torchvision:NAME:FILE`, is kept as a file in weights/.
+    An external network with its weights, such as `torchvision:NAME:FILE`, is saved as a checkpoint in weights/.
 
     The hint of the KdError lists the trained students, newest first.
     """

@@ -83,7 +83,7 @@ def with_defaults(config: C, *, needs_teacher: bool, tuned: Collection[str] = ()
 
 
 def _typed_teachers(config: TrainConfig) -> dict[str, Any]:
-    """Teachers as files: networks outside kd become checkpoints, which record what is set for them."""
+    """Teachers as files: external networks become checkpoints, which record their settings."""
     from kdcli.deploy.pretrained import import_model
 
     files, found = list(config.teacher_weights), list[Path]()
@@ -97,7 +97,7 @@ def _typed_teachers(config: TrainConfig) -> dict[str, Any]:
             found.append(existing_model(path))
     if files or (config.teacher_args and not any(is_outside)):
         raise UsageError(
-            "--teacher-weights and --teacher-args are of a network outside kd",
+            "--teacher-weights and --teacher-args are for an external network",
             "Name it: --teacher torchvision:NAME, timm:NAME, or a function as package.module:function.",
         )
     settings = {*TeacherInputSettings.model_fields} - {"teacher_class_map"} if all(is_outside) else ()

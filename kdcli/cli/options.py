@@ -26,8 +26,8 @@ Recipe = Annotated[
     typer.Option(
         "--recipe",
         "--config",
-        help="Preset of kd train settings, overridden by explicit options; teacher: a teacher from labels; "
-        "patient: a student on many views; seed: the settings of the reference code.",
+        help="Preset of kd train settings, overridden by explicit options; teacher: a teacher trained on "
+        "labels; patient: distillation with a long schedule; seed: the settings of the reference code.",
         metavar="|".join([*RECIPES, "FILE.toml"]),
         rich_help_panel=METHOD,
     ),

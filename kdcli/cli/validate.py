@@ -92,7 +92,7 @@ def _training(config: ValidateConfig, method: str, inputs: dict[str, Any]) -> st
 
 
 def _probe(teacher: Any, config: ValidateConfig, splits: Splits) -> None:
-    """Measure likely forms of the teacher's input, and print what sets the best."""
+    """Measure candidate input formats of the teacher and print the options of the best."""
     from kdcli.teacher import assumptions
 
     found = assumptions.probe(

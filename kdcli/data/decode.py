@@ -66,7 +66,7 @@ def decoded(data: bytes, name: str, kinds: list[str] | None = None) -> Iterator[
     equal channels, and 16-bit grey is scaled to 8 bits. Blocks with images of more than `LARGE_PIXELS` wait for each
     other. KdError names a file that is broken, not one of `FORMATS`, or of more than `MAX_PIXELS`.
 
-    To `kinds` is added what was converted: `grey`, `palette`, `RGBA`, `CMYK`, `16-bit`, `turned by EXIF`.
+    Conversions are appended to `kinds`: `grey`, `palette`, `RGBA`, `CMYK`, `16-bit`, `turned by EXIF`.
     """
     with _errors(name, data):
         image = Image.open(io.BytesIO(data), formats=FORMATS)

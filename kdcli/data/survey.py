@@ -21,7 +21,7 @@ Size = tuple[int, int]  # (H, W)
 
 @dataclass(frozen=True)
 class Survey:
-    """What `kd data` shows."""
+    """Contents and problems of a data set, for `kd data`."""
 
     counts: dict[str, dict[str, int]]  # images of each class, by split and class
     sizes: dict[str, Size]  # smallest, median and largest image by its number of pixels

@@ -1,4 +1,4 @@
-"""A network outside kd with its published preprocessing and weights, or those of a file, as a checkpoint of kd."""
+"""External networks as kd checkpoints: published preprocessing and weights, or weights from a file."""
 
 import ast
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def import_model(
     image_size: int | None = None,
     on_event: OnEvent = ignore,
 ) -> Path:
-    """The file in weights/, named by its content, of `load_pretrained`; it is written unless it is there."""
+    """Save the classifier of `load_pretrained` in weights/, named by its content; return the path."""
     model = load_pretrained(spec, args, assumed, image_size)
     path = keep(model, FOLDER)
     size, count = dims(model.network_size), len(model.classes)
@@ -43,7 +43,7 @@ def import_model(
 
 
 def keep(model: Classifier, folder: Path) -> Path:
-    """A model's file in a folder, named by its content; it is written unless it is there."""
+    """Save a model in a folder, named by its content; return the path."""
     left_out = ("provenance", "file_sha256")
     content = [value for name, value in vars(model.to_checkpoint()).items() if name not in left_out]
     content.append(model.provenance.get("outputs", ""))

@@ -1,7 +1,7 @@
-"""Networks that kd does not define: torchvision's, timm's, the user's modules, and those that a function makes.
+"""External networks: torchvision, timm, modules passed from Python, and factories `package.module:function`.
 
-Each is named `source:name`. Adding a source: a function that builds a network and one that returns what is published
-with it, in `SOURCES`, and its name in `base.code.SOURCES`. A file may name a network of a source, never a function.
+Adding a source `source:name`: a function that builds a network and one that returns its `Published`, in `SOURCES`,
+and its name in `base.code.SOURCES`. Files may name networks of a source; factories are named by the user only.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ _FACTORY = "It is package.module:function; the function returns a torch.nn.Modul
 
 
 class Published(NamedTuple):
-    """What is published with a network: preprocessing, its origin, and weights, read when they are called for."""
+    """Published preprocessing and weights of a network; `weights()` reads them."""
 
     preprocess: Photo
     label: str
@@ -59,7 +59,7 @@ def row(arch: str) -> partial[Any] | None:
 
 
 def published(arch: str, weights: str, sha256: str, args: Mapping[str, Any]) -> Published:
-    """What is published with a network: `weights` by name, or those of a file with this SHA-256, else the default.
+    """Published preprocessing and weights: `weights` by name, or by the SHA-256 of a weights file, else the default.
 
     A function's network describes itself by an attribute `pretrained_cfg`, a dictionary as timm's.
     """

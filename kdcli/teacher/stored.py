@@ -22,7 +22,7 @@ MADE_WITH = {
     "views", "view_seed",
 }  # fmt: skip
 _AGAIN = "Copy the pack again, or make it again: kd teacher-logits --help"
-# Entries of a cache's recipe that must agree, and what sets them
+# Entries of a cache's recipe that must agree, and the options that set them
 _MUST_AGREE = {
     "data": "images, labels or names of classes",
     "augment": "--augment",

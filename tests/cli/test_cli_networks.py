@@ -1,4 +1,4 @@
-"""Networks outside kd on the command line: as teachers and students, and what a recipe may not name."""
+"""External networks on the command line: as teachers and students, and what a recipe may not name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks outside kd as teachers: the logits of their own framework, preprocessing included."""
+"""External networks as teachers: the logits of their own framework, preprocessing included."""
 
 from __future__ import annotations
 

@@ -270,7 +270,7 @@ class InputSettings(PixelSettings):
 
     @property
     def described(self) -> list[str]:
-        """The options given for what an ONNX file of another program leaves open."""
+        """Options given for unrecorded properties of an ONNX file of another program."""
         return [self.flag(name) for name in self.given if name != "class_map"]
 
 
