@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, cast
 
@@ -92,14 +92,14 @@ def _unreadable(path: Path, detail: str = "") -> KdError:
 
 
 @contextmanager
-def _archive_errors(path: Path) -> Iterator[None]:
-    """Turn what the readers of tar and zip raise on damaged or hostile files into a KdError."""
+def reader_errors(as_error: Callable[[str], KdError]) -> Iterator[None]:
+    """Turn exceptions of a file reader into `as_error(detail)`: on hostile bytes their types are not a closed set."""
     try:
         yield
     except KdError:
         raise
-    except Exception as error:  # what the readers raise on hostile bytes is not a closed set
-        raise _unreadable(path, first_line(error)) from error
+    except Exception as error:
+        raise as_error(first_line(error)) from error
 
 
 def _clean_name(name: str, path: Path) -> str:
@@ -201,7 +201,7 @@ class ZipSource(Source):
 
     def read(self, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
         """Members in the order of the archive."""
-        with _archive_errors(self.path), zipfile.ZipFile(self.path) as archive:
+        with reader_errors(partial(_unreadable, self.path)), zipfile.ZipFile(self.path) as archive:
             _check_count(len(archive.infolist()), self.path)
             chosen = [(name, info) for name, info in self._members(archive) if wanted(name)]
             _check_expansion(sum(info.file_size for _, info in chosen), self.path)
@@ -235,7 +235,7 @@ class TarSource(Source):
     def read(self, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
         """Members in the order of the archive."""
         self.total = self.path.stat().st_size
-        with _archive_errors(self.path), self.path.open("rb") as raw:
+        with reader_errors(partial(_unreadable, self.path)), self.path.open("rb") as raw:
             stream = _ForwardStream(_decompressed(raw), self.path)
             with tarfile.open(fileobj=stream, mode="r:") as archive:
                 for name, data in self._members(archive, stream, wanted):

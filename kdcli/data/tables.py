@@ -4,16 +4,15 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import regular_size, sha256_file
 from kdcli.base.tables import csv_lines
-from kdcli.base.text import first_line
-from kdcli.data.sources import FolderSource, Source, Wanted, content
+from kdcli.data.sources import FolderSource, Source, Wanted, content, reader_errors
 from kdcli.data.split import SPLIT_NAMES
 
 LABELS = ("label", "labels", "fine_label")  # names of the column of labels, the first that is there
@@ -96,15 +95,8 @@ def table_source(path: Path) -> TableSource | None:
     return TableSource(path, rows=lambda: _arrow_rows(path, files))
 
 
-@contextmanager
-def _errors(file: Path) -> Iterator[None]:
-    """Turn what the readers raise on damaged or hostile files into a KdError."""
-    try:
-        yield
-    except KdError:
-        raise
-    except Exception as error:  # what the readers raise on hostile bytes is not a closed set
-        raise KdError(f"cannot read {file}: {first_line(error)}", TABLE_HINT) from error
+def _unreadable(file: Path, detail: str) -> KdError:
+    return KdError(f"cannot read {file}: {detail}", TABLE_HINT)
 
 
 def _row(table: Path, where: str, split: Any, label: Any, image: Any) -> Row:
@@ -135,7 +127,7 @@ def _arrow_rows(path: Path, files: list[tuple[str, Path]]) -> Iterator[Row]:
     """Rows of Parquet and Arrow files, each with the split that its name or folder gives, or its column `split`."""
     for split, file in files:
         count = 0
-        with _errors(file):
+        with reader_errors(partial(_unreadable, file)):
             for schema, batch in _record_batches(file):
                 image, label, names = _columns(schema, file)
                 splits = [split or None] * len(batch)
