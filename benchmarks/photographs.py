@@ -1,5 +1,4 @@
-"""Photographs to an int8 student, from an empty folder: minutes of the commands, and images/s of their parts beside a
-plain torchvision loop.
+"""Photographs to an int8 student: minutes of the commands, and images/s of their parts beside a plain torchvision loop.
 
     python benchmarks/photographs.py photos [--teacher-weights r18.pth]
 
@@ -14,8 +13,8 @@ plain torchvision loop.
 
 Networks, augmentation, optimiser and batch size are the same; the plain loop is float32 with as many workers as
 threads. kd's views are crops of the packed 96 pixels, the loader's of the whole photograph. Without --teacher-weights
-the teacher is a ResNet-18 of random weights whose last layer is fitted to the training photographs: its figures are of
-speed alone.
+the teacher is a ResNet-18 of random weights whose last layer is fitted to the training photographs: accuracies then
+mean nothing.
 """
 
 from __future__ import annotations
