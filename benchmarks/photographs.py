@@ -1,9 +1,9 @@
-"""Photographs to an int8 student: minutes of the commands, and images/s of their parts beside a plain torchvision loop.
+"""Photographs to an int8 student: minutes of the commands, and images/s of their parts beside a torchvision loop.
 
     python benchmarks/photographs.py photos [--teacher-weights r18.pth]
 
-`photos` are class folders, with a split or without; the script uses all of them without one. The commands are kd train
-(packing, the teacher over each view, training, test) and kd export --int8. Then, in interleaved rounds:
+`photos` are class folders; a split in them is ignored. The commands, from an empty folder, are kd train (packing, the
+teacher over each view, training, test) and kd export --int8. Then, in interleaved rounds:
 
     kd      kd's training loop, the teacher's outputs cached
     pack    kd decodes and resizes the photographs; once for all runs

@@ -1,4 +1,4 @@
-"""Minutes from raw images to a student of given validation accuracies, by kd and by loops with the teacher in each step.
+"""Minutes from raw images to a student of given accuracy, by kd and by loops with the teacher in each step.
 
     kd train --recipe teacher --data cifar10-jpeg.tar.xz --name teacher
     kd train --recipe patient --teacher runs/teacher/student.pt --name patient
@@ -6,9 +6,9 @@
 
 kd: the seconds that the two runs recorded, the student's until an epoch ends at that accuracy, and the teacher's
 passes, by the times of the cached views. The loops are not run to the end: the epochs of the two runs times the
-seconds of an epoch, from images/s in interleaved rounds. The teacher's training is counted on all sides, torchdistill's
-teacher is the naive loop's; packing, validation and tests are counted on none. The loops flip, but do not crop, which
-is in their favour.
+seconds of an epoch, from images/s in interleaved rounds. The teacher's training is counted on all sides,
+torchdistill's teacher is the naive loop's; packing, validation and tests are counted on none. The loops flip, but
+do not crop, which is in their favour.
 """
 
 from __future__ import annotations
