@@ -18,9 +18,7 @@ Loader = DataLoader[tuple[Tensor, Tensor]]
 
 def loader_of(dataset: Any, workers: int, batch_size: int = BATCH) -> Loader:
     """The usual loader. Workers stay alive between rounds, so that no round pays for their start."""
-    return DataLoader(
-        dataset, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0
-    )
+    return DataLoader(dataset, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
 
 
 class NaiveLoop:

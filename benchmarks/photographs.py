@@ -187,7 +187,9 @@ def _parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("photos", type=Path, help="class folders of photographs")
-    parser.add_argument("--teacher-weights", type=Path, help="a state_dict of ResNet-18 (.pth) of these classes")
+    parser.add_argument(
+        "--teacher-weights", type=Path, help="a state_dict of ResNet-18 (.pth) of these classes"
+    )
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)

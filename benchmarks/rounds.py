@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -140,7 +141,9 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
         lines.append(f"{start} | {row['images_a_round']:,} | {speed} | {ratio} | {row['note']} |")
         if "images_per_s_whole_call" in row:
             whole = shown(row["images_per_s_whole_call"])
-            lines.append(f"{start}, whole call | {row['images_a_round']:,} | {whole} | | with start-up and test |")
+            lines.append(
+                f"{start}, whole call | {row['images_a_round']:,} | {whole} | | with start-up and test |"
+            )
     return lines
 
 
@@ -168,7 +171,7 @@ def pass_rates(cache_dir: Path, teacher: Path, augment: str) -> tuple[int, list[
         if (recipe["teacher"], recipe["augment"]) == (sha256, augment) and len(views) > 1:
             count = len(np.load(views[0], mmap_mode="r"))
             times = sorted(view.stat().st_mtime for view in views)
-            return count, [count / (end - begin) for begin, end in zip(times, times[1:], strict=False)]
+            return count, [count / (end - begin) for begin, end in pairwise(times)]
     sys.exit(f"error: no two cached views of {teacher} with --augment {augment} in {cache_dir}")
 
 

@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 from naive_loop import LabelLoop, NaiveLoop, loader_of
-from pair import Pair, cut, new_network, spread
+from pair import Pair, cut, new_network
 from rounds import Side, log, machine, measure, pass_rates, shown, spread_of
 from torchdistill_loop import TorchdistillLoop, reason_against
 
@@ -79,9 +79,7 @@ def main() -> None:
         minutes = {"kd": (teacher.seconds + pass_s + line.seconds) / 60}
         taught = trained_images(student) / student.epochs * line.epoch
         for key in loops:
-            seconds = (
-                trained_images(teacher) / found["labels"]["median"] + taught / found[key]["median"]
-            )
+            seconds = trained_images(teacher) / found["labels"]["median"] + taught / found[key]["median"]
             minutes[key] = seconds / 60
         rows.append({"percent": percent, "epoch": line.epoch, "minutes": minutes})
         cells = (f"{minutes[key]:.0f} ({minutes[key] / minutes['kd']:.1f}×)" for key in loops)
