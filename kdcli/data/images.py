@@ -117,6 +117,8 @@ class Description(Protocol):
     @property
     def input_size(self) -> tuple[int, int, int]: ...
     @property
+    def any_size(self) -> bool: ...
+    @property
     def provenance(self) -> Mapping[str, Any]: ...
 
 
@@ -142,14 +144,14 @@ def other_classes(model: Description, data: ImageSet) -> str | None:
 
 
 def incompatibility(model: Description, data: ImageSet) -> str | None:
-    """Reason why a model does not fit a data set; None if it fits. See `other_classes`."""
-    size = model.input_size
-    first = 2 if getattr(model, "any_size", False) else 0  # of the sides that count
-    if size[first:] != data.input_size[first:]:
-        return (
-            other_classes(model, data) or f"takes {dims(size)} images, the data has {dims(data.input_size)}"
-        )
-    return other_classes(model, data)
+    """Reason why a model does not fit a data set; None if it fits. See `other_classes`.
+
+    A model of any size takes grey images as RGB.
+    """
+    size, given = model.input_size, data.input_size
+    fits = given[2] in (1, size[2]) if model.any_size else given == size
+    problem = None if fits else f"takes {dims(size)} images, the data has {dims(given)}"
+    return other_classes(model, data) or problem
 
 
 def fingerprint_of(images: rows.Images, labels: npt.NDArray[np.int64], classes: tuple[str, ...]) -> str:

@@ -23,7 +23,7 @@ _CHUNK = 4096
 # Squared pixels of so many images add up to less than 2²⁴: float32 holds the sum exactly, and is fast.
 _EXACT = 256
 _MOST_SIDE = 4096
-_INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "nearest-exact")
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "nearest-exact")
 
 
 def _chunks(images: rows.Images, samples: Int64) -> Iterator[npt.NDArray[np.uint8]]:
@@ -122,9 +122,9 @@ class MeanStd(Preprocess):
 
 
 class Photo(MeanStd):
-    """Resize to a square of `side`, crop its centre to `crop`, then as `MeanStd`: torchvision's and timm's presets.
+    """Resize the shorter side to `side`, crop a square of `crop`, then as `MeanStd`: presets of torchvision and timm.
 
-    Images of `side` are cropped alone; both 0: images are taken as they are. Resized pixels are rounded to whole
+    A shorter side of `side` is not resized; both 0: images are taken as they are. Resized pixels are rounded to whole
     numbers, as those of 8-bit images.
     """
 
@@ -142,24 +142,26 @@ class Photo(MeanStd):
         channel_order: str = "rgb",
     ) -> None:
         super().__init__(mean, std, channel_order)
-        if not min(side, 1) <= crop <= side <= _MOST_SIDE or interpolation not in _INTERPOLATIONS:
+        if not min(side, 1) <= crop <= side <= _MOST_SIDE or interpolation not in INTERPOLATIONS:
             raise ValueError(f"resize to {side}, crop to {crop}, {interpolation}")
         self.side, self.crop, self.interpolation, self.antialias = side, crop, interpolation, antialias
 
     def transform(self, pixels: Tensor) -> Tensor:
         if self.side == 0:
             return super().transform(pixels)
-        if pixels.shape[2:] != (self.side, self.side):
+        shorter = min(pixels.shape[2:])
+        if shorter != self.side:
             smooth = self.interpolation in ("bilinear", "bicubic")
             options = {"align_corners": False, "antialias": self.antialias} if smooth else {}
-            size = (self.side, self.side)
+            size = [self.side * edge // shorter for edge in pixels.shape[2:]]
             resized = nn.functional.interpolate(pixels, size, mode=self.interpolation, **options)
             pixels = resized.round().clamp(0, 255)
-        edge = round((self.side - self.crop) / 2)
-        return super().transform(pixels[:, :, edge : edge + self.crop, edge : edge + self.crop])
+        top, left = (round((edge - self.crop) / 2) for edge in pixels.shape[2:])
+        return super().transform(pixels[:, :, top : top + self.crop, left : left + self.crop])
 
     def output_size(self, size: tuple[int, int, int]) -> tuple[int, int, int]:
-        return (self.crop, self.crop, size[2]) if self.crop else size
+        height, width, channels = size
+        return self.crop or height, self.crop or width, max(channels, self.mean.numel())  # grey becomes RGB
 
     def args(self) -> dict[str, Any]:
         names = ("side", "crop", "interpolation", "antialias")

@@ -21,7 +21,7 @@ from kdcli.base import code
 from kdcli.base.errors import KdError, UsageError, is_out_of_memory
 from kdcli.base.names import similar
 from kdcli.base.text import dims, first_line
-from kdcli.data.preprocess import Photo
+from kdcli.data.preprocess import INTERPOLATIONS, Photo
 from kdcli.models.checkpoint import digest
 from kdcli.models.layers import run_with_hooks
 
@@ -135,6 +135,8 @@ def _torchvision_with(name: str) -> Any:
 
 def _torchvision(name: str, classes: int, input_size: tuple[int, int, int]) -> nn.Module:
     made: nn.Module = _torchvision_with(name).get_model(name, weights=None, **_count(classes))
+    if input_size[2] == 1:  # grey images as RGB
+        made.register_forward_pre_hook(lambda module, inputs: inputs[0].expand(-1, 3, -1, -1))
     return made
 
 
@@ -235,7 +237,10 @@ def _photo(cfg: Mapping[str, Any]) -> tuple[Photo, str]:
         for key, values in zip(("mean", "std"), _IMAGENET, strict=True)
     )
     label = "preprocessing of its pretrained_cfg" if cfg else "ImageNet's mean and deviation"
-    return Photo(mean, std, max(side, crop), crop, cfg.get("interpolation") or "bilinear"), label
+    wanted = interpolation = cfg.get("interpolation") or "bilinear"
+    if wanted not in INTERPOLATIONS:  # timm's `lanczos` and `random`
+        interpolation, label = "bicubic", f"{label}, with bicubic for {wanted}"
+    return Photo(mean, std, max(side, crop), crop, interpolation), label
 
 
 def _count(classes: int) -> dict[str, int]:

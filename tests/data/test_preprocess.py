@@ -6,10 +6,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from torchvision.transforms._presets import ImageClassification
+from torchvision.transforms.functional import InterpolationMode
 
 from kdcli.base.errors import KdError, UsageError
 from kdcli.data import preprocess
-from kdcli.data.preprocess import PREPROCESSES
+from kdcli.data.preprocess import PREPROCESSES, Photo
 
 
 def images(count: int = 60, size: int = 5) -> npt.NDArray[np.uint8]:
@@ -53,6 +55,29 @@ def test_a_constant_image_does_not_divide_by_zero() -> None:
     fitted = preprocess.fit("gcn-zca", images())
     grey = np.full((1, 5, 5, 3), 77, np.uint8)
     assert np.isfinite(prepared(fitted, grey)).all()
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "interpolation"),
+    [
+        (50, 75, "bilinear"),
+        (77, 41, "bicubic"),
+        (20, 23, "nearest"),
+        (32, 60, "bilinear"),
+        (45, 45, "bicubic"),
+    ],
+)
+def test_photo_is_a_preset_of_torchvision(height: int, width: int, interpolation: str) -> None:
+    """The shorter side becomes 32; grey images are taken as RGB."""
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, height, width), np.uint8))
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    kind = InterpolationMode(interpolation)
+    preset = ImageClassification(crop_size=27, resize_size=32, mean=mean, std=std, interpolation=kind)
+    photo = Photo(255 * torch.tensor(mean), 255 * torch.tensor(std), 32, 27, interpolation)
+    torch.testing.assert_close(photo(pixels.float()), preset(pixels), rtol=0, atol=1e-5)
+    assert photo.output_size((height, width, 1)) == (27, 27, 3)
+    grey = pixels[:, :1]
+    torch.testing.assert_close(photo(grey.float()), preset(grey.expand(-1, 3, -1, -1)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in PREPROCESSES if name not in ("scale-shift", "photo")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,7 +12,7 @@ import torch
 from kdcli import models
 from kdcli.base.config import ExportConfig
 from kdcli.data import ImageSet, Splits
-from kdcli.data.preprocess import fit
+from kdcli.data.preprocess import Photo, fit
 from kdcli.deploy.export import ExportResult, export
 from kdcli.deploy.onnx_model.translate import to_onnx
 from kdcli.models import Classifier
@@ -61,12 +62,21 @@ def classifier(arch: str, preprocess: str = "mean-std", order: str = "rgb", side
     ).eval()
 
 
+def resizing_classifier() -> Classifier:
+    """A network of 16×16 in the middle of images that are resized to 20, by default of 30×30."""
+    model = classifier("convnet-tiny")
+    constants: Any = model.preprocess
+    model.preprocess = Photo(constants.mean, constants.std, 20, 16, "bicubic")
+    model.input_size = (30, 30, 3)
+    return model
+
+
 def exported(folder: Path, model: Classifier, **settings: object) -> ExportResult:
     checkpoint = folder / "model.pt"
     model.save(checkpoint)
     config = ExportConfig.model_validate({"output": folder / "model.onnx", "parity_images": 30, **settings})
     splits = SPLITS if model.input_size[0] == 16 else random_splits(model.input_size[0])
-    return export(checkpoint, config, splits)
+    return export(models.load(checkpoint), config, splits)
 
 
 _TRANSLATIONS: dict[tuple[object, ...], onnx.ModelProto] = {}

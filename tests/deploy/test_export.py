@@ -13,8 +13,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from PIL import Image
 
-from kdcli.base.config import ExportConfig
+from kdcli.base.config import ExportConfig, PredictConfig
 from kdcli.base.errors import KdError, UsageError
 from kdcli.data.preprocess import PREPROCESSES, MeanImage, fit
 from kdcli.deploy.export import ExportResult, default_output, export, exporter, job, parity
@@ -22,8 +23,9 @@ from kdcli.deploy.export.job import disjoint_indices
 from kdcli.deploy.onnx_model import OnnxClassifier, OnnxRunner, count_model
 from kdcli.deploy.onnx_model.metadata import decode_preprocess, encode_preprocess
 from kdcli.deploy.onnx_model.translate import ExportedModule, file_bytes
-from kdcli.models import Classifier
-from tests.deploy.helpers import CLASSES, SPLITS, classifier, exported, random_splits
+from kdcli.deploy.predict import predict
+from kdcli.models import Classifier, load
+from tests.deploy.helpers import CLASSES, SPLITS, classifier, exported, random_splits, resizing_classifier
 
 
 def test_logits_equal_a_forward_pass_by_hand(plain: tuple[Classifier, ExportResult]) -> None:
@@ -105,6 +107,23 @@ def test_metadata_of_an_export(plain: tuple[Classifier, ExportResult]) -> None:
     images = torch.from_numpy(SPLITS.test.images)
     with torch.inference_mode():
         assert torch.allclose(loaded(images), model(images), atol=1e-5)
+
+
+def test_file_of_a_model_that_resizes_takes_the_same_images(tmp_path: Path) -> None:
+    model = resizing_classifier()
+    loaded = OnnxClassifier.load(exported(tmp_path, model).path)
+    assert (loaded.input_size, loaded.input_shape, loaded.any_size) == ((30, 30, 3), (3, 16, 16), True)
+    random = np.random.default_rng(0)
+    for shape in ((30, 30, 3), (16, 16, 3), (41, 57, 3), (23, 20, 1)):
+        images = torch.from_numpy(random.integers(0, 256, (3, *shape), np.uint8))
+        with torch.inference_mode():
+            torch.testing.assert_close(loaded(images), model(images), rtol=0, atol=1e-5)
+    Image.fromarray(random.integers(0, 256, (64, 48, 3), np.uint8)).save(tmp_path / "photo.png")
+    found, expected = (
+        list(predict(each, [tmp_path / "photo.png"], PredictConfig())) for each in (loaded, model)
+    )
+    assert found[0].classes == expected[0].classes
+    assert found[0].probabilities == pytest.approx(expected[0].probabilities, abs=1e-6)
 
 
 @pytest.mark.parametrize("after", ["Identity", "Flatten", "Identity Flatten Identity"])
@@ -333,15 +352,15 @@ def test_export_errors(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"\.onnx"):
         exported(tmp_path, model, output=tmp_path / "model.pt")
     with pytest.raises(KdError, match="takes 16×16×3"):
-        export(tmp_path / "model.pt", ExportConfig(output=tmp_path / "m.onnx"), random_splits(8))
+        export(load(tmp_path / "model.pt"), ExportConfig(output=tmp_path / "m.onnx"), random_splits(8))
     model.provenance = {}
     model.save(tmp_path / "model.pt")
     with pytest.raises(KdError, match="no data set recorded in") as caught:
-        export(tmp_path / "model.pt", ExportConfig(output=tmp_path / "m.onnx"))
+        export(load(tmp_path / "model.pt"), ExportConfig(output=tmp_path / "m.onnx"))
     assert "--data" in caught.value.hint
     few = replace(SPLITS, train=random_splits(count=3).train)
     with pytest.raises(KdError, match="at least 8"):
-        export(tmp_path / "model.pt", ExportConfig(output=tmp_path / "m.onnx"), few)
+        export(load(tmp_path / "model.pt"), ExportConfig(output=tmp_path / "m.onnx"), few)
     assert not (tmp_path / "m.onnx").exists()
 
 
@@ -411,6 +430,8 @@ def test_damaged_metadata_is_an_error(tmp_path: Path, plain: tuple[Classifier, E
         ("kd.provenance", '{"a": ' * 900 + "1" + "}" * 900),
         ("kd.provenance", "3"),
         ("kd.classes", "[]"),
+        ("kd.input_size", "16"),
+        ("kd.input_size", "[16, 17, 3]"),
     ):
         model = onnx.load(plain[1].path)
         for entry in model.metadata_props:

@@ -120,9 +120,14 @@ def make(classes=4, gain=1.0):
 def test_function_of_the_user_as_teacher(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(code.ALLOWED, "teaching_networks:make,plain_networks:make")
     cfg = {"input_size": (3, 64, 64), "crop_pct": 0.8, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    cfg |= {"interpolation": "lanczos"}  # which torch does not have
     Path("teaching_networks.py").write_text(FACTORY.replace("{described}", repr(cfg)))
     teacher = load_pretrained("teaching_networks:make", ["gain=3.0", "classes=5"])
     assert (teacher.input_size, teacher.network_size, len(teacher.classes)) == ((80, 80, 3), (64, 64, 3), 5)
+    assert teacher.preprocess.args()["interpolation"] == "bicubic"
+    assert (
+        teacher.provenance["preprocessing"] == "preprocessing of its pretrained_cfg, with bicubic for lanczos"
+    )
     images = photographs(80)
     pixels = images.permute(0, 3, 1, 2)[:, :, 8:72, 8:72] / 255
     import teaching_networks  # type: ignore[import-not-found]

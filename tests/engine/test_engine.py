@@ -367,7 +367,7 @@ def test_only_a_model_without_names_fits_any_names(splits: Splits) -> None:
     numbered = replace(words, classes=("0", "1", "2"))
 
     def fits(classes: tuple[str, ...], images: ImageSet, /, **provenance: object) -> bool:
-        model = SimpleNamespace(classes=classes, input_size=(8, 8, 1), provenance=provenance)
+        model = SimpleNamespace(classes=classes, input_size=(8, 8, 1), any_size=False, provenance=provenance)
         return incompatibility(model, images) is None
 
     assert fits(("0", "1", "2"), words)

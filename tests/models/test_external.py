@@ -19,6 +19,7 @@ from kdcli.base import code
 from kdcli.base.config import ExportConfig, InfoConfig
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Event, Note
+from kdcli.data import incompatibility
 from kdcli.deploy.export import export
 from kdcli.deploy.info import info
 from kdcli.deploy.pretrained import import_model
@@ -88,12 +89,13 @@ def test_student_of_torchvision_resumes_exactly(name: str, monkeypatch: pytest.M
     ],
 )
 def test_student_of_torchvision_is_exported(name: str) -> None:
-    splits = make_splits(train=40, test=12, size=(32, 32, 3))
+    channels = 1 if name == "squeezenet1_1" else 3
+    splits = make_splits(train=40, test=12, size=(32, 32, channels))
     result = fit(config(method="ce", student=f"torchvision:{name}", epochs=1, batch_size=8), splits)
-    settings = {"parity_images": 12, "calibration_images": 8}
-    plain = export(result.run.student, ExportConfig(**settings), splits)
+    settings, student = {"parity_images": 12, "calibration_images": 8}, models.load(result.run.student)
+    plain = export(student, ExportConfig(**settings), splits)
     assert plain.path.is_file() and plain.parity.images == 12
-    assert export(result.run.student, ExportConfig(int8_recipe="auto", **settings), splits).trials
+    assert export(student, ExportConfig(int8_recipe="auto", **settings), splits).trials
 
 
 def test_features_of_a_torchvision_student(workplace: Path) -> None:
@@ -162,6 +164,22 @@ def test_stored_network_that_resizes_trains_at_another_size(workplace: Path) -> 
     settings = config(method="ce", student=str(file), epochs=1, batch_size=4, val_fraction=0)
     student = models.load(fit(settings, make_splits(train=4, test=3, size=(40, 40, 3))).run.student)
     assert (student.input_size, student.network_size) == ((40, 40, 3), (224, 224, 3))
+
+
+def test_grey_images_are_taken_as_rgb(workplace: Path) -> None:
+    grey = models.build("torchvision:squeezenet1_1", classes=3, input_size=(32, 32, 1)).eval()
+    colour = zoo.squeezenet1_1(num_classes=3).eval()
+    colour.load_state_dict(grey.state_dict())
+    pixels = torch.rand(2, 1, 32, 32)
+    with torch.inference_mode():
+        assert torch.equal(grey(pixels), colour(pixels.expand(-1, 3, -1, -1)))
+    torch.save(colour.state_dict(), "s.pth")
+    teacher, data = (
+        models.load(import_model("torchvision:squeezenet1_1:s.pth")),
+        make_splits(size=(40, 40, 1)),
+    )
+    assert incompatibility(teacher, data.test) is None
+    assert teacher(torch.from_numpy(data.test.images[:2])).shape == (2, 3)
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from kdcli.base.config import NO_ASSUMPTIONS, InputSettings
 from kdcli.base.errors import KdError
+from kdcli.base.text import dims
 from kdcli.data.preprocess import Preprocess
 from kdcli.deploy.onnx_model.form import check_alone, choose_output, form_of_outputs, input_form
 from kdcli.deploy.onnx_model.metadata import (
     FORMAT_KEY,
     assumed_preprocess,
     class_names,
+    invalid,
     parse_metadata,
     with_declared,
 )
@@ -78,39 +80,39 @@ class OnnxClassifier:
         foreign = FORMAT_KEY not in metadata
         assumed = with_declared(path, metadata, assumed) if foreign else NO_ASSUMPTIONS
         form = input_form(path, model, metadata, assumed, input_size)
-        if not foreign:
-            provenance, preprocess, crop = parse_metadata(path, metadata)
+        if foreign:
+            about: dict[str, Any] = {"provenance": {}, "crop": assumed.crop or 1.0, "input_size": form.size}
+            about["preprocess"] = assumed_preprocess(path, assumed, form)
         else:
-            provenance, preprocess, crop = {}, assumed_preprocess(path, assumed, form), assumed.crop or 1.0
+            about = parse_metadata(path, metadata)
         # 2. Its output, on random images
         runner = OnnxRunner(model.SerializeToString(), threads, str(path))
         found = cls(
             path=path,
             classes=(),
-            input_size=form.size,
-            crop=crop,
-            provenance=provenance,
             metadata=metadata,
             layout=form.layout,
             dtype=form.dtype,
-            preprocess=preprocess,
             gives="logits",
             runner=runner,
             model=model,
             file_bytes=file_bytes,
             assumed=assumed,
             file_sha256=sha256,
+            **about,
         )
+        if found.network_size != form.size:
+            raise invalid(path, ValueError(f"images of {dims(found.input_size)}"))
         outputs = found._probe()
         # 3. Its classes
         classes, source = class_names(path, metadata, outputs.shape[1], assumed)
         if source:
-            provenance["class_names"] = source
+            found.provenance["class_names"] = source
         return replace(found, classes=classes, gives=form_of_outputs(model, runner.output, outputs))
 
     def _probe(self) -> npt.NDArray[Any]:
         """Outputs (3, classes) for random images, one of them dark, one bright; selects the output that is read."""
-        shape = (_PROBES, *self.input_size)
+        shape = (_PROBES, *self.network_size)
         random = torch.Generator().manual_seed(0)
         pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=random)
         pixels[1] //= 4
@@ -119,10 +121,7 @@ class OnnxClassifier:
             unknown = self.why_not_runnable is not None
             inputs = self.to_layout((pixels / 255).numpy()) if unknown else self.prepare(pixels)
         except RuntimeError as error:  # torch, on constants of other sides than the image's
-            raise KdError(
-                f"{self.path} has invalid metadata: its preprocessing does not fit its input",
-                "Export it again.",
-            ) from error
+            raise invalid(self.path, error) from error
         runner = self.runner
         if self.is_foreign:
             count = runner.batch or 1
@@ -139,9 +138,21 @@ class OnnxClassifier:
         return self.runner.batch
 
     @property
+    def any_size(self) -> bool:
+        """Whether it takes images of any size."""
+        return self.preprocess is not None and self.preprocess.resizes and not self.takes_pixels
+
+    @property
+    def network_size(self) -> _Size:
+        """(H, W, C) of its input."""
+        if self.preprocess is None or self.takes_pixels:
+            return self.input_size
+        return self.preprocess.output_size(self.input_size)
+
+    @property
     def input_shape(self) -> tuple[int, int, int]:
         """Sides of one image in its input: (C, H, W) or (H, W, C)."""
-        height, width, channels = self.input_size
+        height, width, channels = self.network_size
         return (height, width, channels) if self.layout == "NHWC" else (channels, height, width)
 
     @property

@@ -19,7 +19,7 @@ from kdcli.base.files import parse_document, read_bytes
 from kdcli.base.text import first_line, reason
 from kdcli.data.preprocess import MeanStd, Preprocess, from_spec
 from kdcli.deploy.load import name_files
-from kdcli.deploy.onnx_model.form import InputForm
+from kdcli.deploy.onnx_model.form import MAX_SIDE, InputForm
 from kdcli.models import Classifier
 
 FORMAT = "kd-onnx-1"
@@ -84,7 +84,7 @@ def make_metadata(classifier: Classifier, *, with_preprocessing: bool) -> dict[s
         "kd.crop": repr(classifier.crop),
         "kd.layout": "uint8 NHWC RGB" if with_preprocessing else "float32 NCHW, preprocessed",
         "kd.output": "probabilities" if with_preprocessing else "logits",
-        "kd.checkpoint_sha256": classifier.file_sha256,
+        "kd.checkpoint_sha256": classifier.file_sha256 or None,
     }
     return {key: str(value) for key, value in values.items() if value is not None}
 
@@ -104,8 +104,8 @@ def add_quantisation(metadata: dict[str, str], quantisation: dict[str, Any]) -> 
     return changed
 
 
-def parse_metadata(path: Path, metadata: dict[str, str]) -> tuple[dict[str, Any], Preprocess | None, float]:
-    """Provenance, preprocessing and crop of a file of `kd export`; a KdError if damaged, or of another version."""
+def parse_metadata(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """Fields of `OnnxClassifier` in a file of `kd export`; a KdError if damaged, or of another version."""
     try:
         if metadata[FORMAT_KEY] != FORMAT:
             raise ValueError(f"{metadata[FORMAT_KEY][:40]} of another version of kd")
@@ -114,9 +114,12 @@ def parse_metadata(path: Path, metadata: dict[str, str]) -> tuple[dict[str, Any]
         preprocess, crop = decode_preprocess(metadata["kd.preprocess"]), float(metadata["kd.crop"])
         if not 0.25 <= crop <= 1:
             raise ValueError(f"crop {crop}")
+        sides = parse_document(metadata["kd.input_size"])
+        height, width, channels = (min(max(1, int(side)), MAX_SIDE) for side in sides)
     except Exception as error:  # JSON of any form raises many kinds
-        raise _invalid(path, error) from error
-    return provenance, preprocess, crop
+        raise invalid(path, error) from error
+    size = height, width, channels
+    return {"provenance": provenance, "preprocess": preprocess, "crop": crop, "input_size": size}
 
 
 def class_names(
@@ -133,7 +136,7 @@ def class_names(
             if len(names) != count:
                 raise ValueError(f"{len(names)} class names for {count} outputs")
         except Exception as error:
-            raise _invalid(path, error) from error
+            raise invalid(path, error) from error
         return names, ""
     listed = assumed.class_names
     keys = () if listed else _NAME_KEYS
@@ -193,7 +196,7 @@ def _small_text(path: Path) -> str:
         raise KdError(f"class names in {path} cannot be read: {why}") from error
 
 
-def _invalid(path: Path, error: Exception) -> KdError:
+def invalid(path: Path, error: Exception) -> KdError:
     return KdError(f"{path} has invalid metadata: {first_line(error)}", "Export it again.")
 
 
