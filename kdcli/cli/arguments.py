@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kdcli.base import code, runs
 from kdcli.base.errors import START, KdError, UsageError
@@ -22,17 +22,22 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound="Classifier | OnnxClassifier")
 
 
-def existing_model(path: Path) -> Path:
+def is_external(path: Path) -> bool:
+    """Whether this names an external network, such as `torchvision:NAME:FILE`."""
+    return code.is_network(str(path)) and not path.exists()
+
+
+def existing_model(path: Path, **settings: Any) -> Path:
     """The file at `path`, the `student.pt` of a run or the `pack.json` of a pack; `student.pt` alone: the newest.
 
-    An external network with its weights, such as `torchvision:NAME:FILE`, is saved as a checkpoint in weights/.
+    An external network is saved as a checkpoint in weights/, see `pretrained.import_model` for its settings.
 
     The hint of the KdError lists the trained students, newest first.
     """
-    if code.is_network(str(path)) and not path.exists():
+    if is_external(path):
         from kdcli.deploy.pretrained import import_model
 
-        return import_model(str(path), on_event=output.on_event)
+        return import_model(str(path), on_event=output.on_event, **settings)
     found = runs.by_name(path)
     for file in (found, found / "student.pt", found / "pack.json"):
         if file.is_file():
@@ -75,11 +80,7 @@ def run_to_resume(name: str) -> Path:
 
 
 def data_for(
-    model: M,
-    path: Path,
-    config: TestConfig | ValidateConfig,
-    on_event: OnEvent,
-    splits: Splits | None = None,
+    model: M, config: TestConfig | ValidateConfig, on_event: OnEvent, splits: Splits | None = None
 ) -> tuple[M, Splits]:
     """The model in the data's order of classes; the data as set or recorded, as the model takes them, or `splits`."""
     from kdcli import data
@@ -87,12 +88,12 @@ def data_for(
     from kdcli.teacher import assumptions
 
     splits = splits or data.load(
-        **data.source_for(path, model, config), image_size=config.image_size, on_event=on_event
+        **data.source_for(model, config), image_size=config.image_size, on_event=on_event
     )
     model = with_classes(model, splits.test.classes, config.class_map)
     if reason := data.incompatibility(model, splits.test):
-        raise KdError(f"{path} {reason}", "Pass the data of this model with --data.")
-    assumptions.note_order(str(path), model, splits.test, on_event)
+        raise KdError(f"{model.path} {reason}", "Pass the data of this model with --data.")
+    assumptions.note_order(str(model.path), model, splits.test, on_event)
     return model, splits
 
 

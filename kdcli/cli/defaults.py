@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kdcli import methods
-from kdcli.base import code, files, runs
+from kdcli.base import files, runs
 from kdcli.base.config import TeacherInputSettings, make
 from kdcli.base.config.settings import TeacherPath
 from kdcli.base.errors import START, KdError, UsageError
 from kdcli.cli import output
-from kdcli.cli.arguments import existing_model
+from kdcli.cli.arguments import existing_model, is_external
 from kdcli.methods import TrainConfig
 
 if TYPE_CHECKING:
@@ -67,8 +67,6 @@ def with_defaults(config: C, *, needs_teacher: bool, tuned: Collection[str] = ()
     if needs_teacher and "teacher" not in tuned:
         made |= _typed_teachers(config) if "teacher" in given else {"teacher": (default_teacher(),)}
         known, size = _training_of(made["teacher"][0], config.model_copy(update=made))
-        if "data" in given and config.data != known.get("data"):
-            known = {"test_fraction": known.get("test_fraction"), "image_size": size}
         made |= {name: value for name, value in known.items() if name not in given}
         side = side or size
     name = made.get("data", config.data)
@@ -84,28 +82,30 @@ def with_defaults(config: C, *, needs_teacher: bool, tuned: Collection[str] = ()
 
 def _typed_teachers(config: TrainConfig) -> dict[str, Any]:
     """Teachers as files: external networks become checkpoints, which record their settings."""
-    from kdcli.deploy.pretrained import import_model
-
-    files, found = list(config.teacher_weights), list[Path]()
-    is_outside = [code.is_network(str(path)) and not path.exists() for path in config.teacher]
-    for path, outside in zip(config.teacher, is_outside, strict=True):
-        if outside:
-            spec = f"{path}:{files.pop(0)}" if files and str(path).count(":") == 1 else str(path)
-            common = (config.teacher_args, config.teacher_inputs, config.image_size)
-            found.append(import_model(spec, *common, output.on_event))
-        else:
-            found.append(existing_model(path))
-    if files or (config.teacher_args and not any(is_outside)):
+    settings = {
+        "args": config.teacher_args,
+        "assumed": config.teacher_inputs,
+        "image_size": config.image_size,
+    }
+    weights, found = list(config.teacher_weights), list[Path]()
+    external = [is_external(path) for path in config.teacher]
+    for path, bare in zip(config.teacher, external, strict=True):
+        named = weights and bare and str(path).count(":") == 1
+        found.append(existing_model(Path(f"{path}:{weights.pop(0)}") if named else path, **settings))
+    if weights or (config.teacher_args and not any(external)):
         raise UsageError(
             "--teacher-weights and --teacher-args are for an external network",
             "Name it: --teacher torchvision:NAME, timm:NAME, or a function as package.module:function.",
         )
-    settings = {*TeacherInputSettings.model_fields} - {"teacher_class_map"} if all(is_outside) else ()
-    return {"teacher": tuple(found), "teacher_weights": (), "teacher_args": (), **dict.fromkeys(settings)}
+    recorded = {*TeacherInputSettings.model_fields} - {"teacher_class_map"} if all(external) else ()
+    return {"teacher": tuple(found), "teacher_weights": (), "teacher_args": (), **dict.fromkeys(recorded)}
 
 
 def _training_of(teacher: Path, config: TrainConfig) -> tuple[dict[str, Any], int | None]:
-    """Recorded settings of a teacher's data, and the side of its images; unknown for some files of other programs."""
+    """Recorded settings of a teacher's data, and the side of its images; unknown for some files of other programs.
+
+    For other data its split and its size; a pack, whose images are those of the run at any path, has all.
+    """
     from kdcli import data
     from kdcli.data.datasets import DATASETS
     from kdcli.deploy.load import is_stored, load_model
@@ -118,8 +118,11 @@ def _training_of(teacher: Path, config: TrainConfig) -> tuple[dict[str, Any], in
     except KdError:  # reported where the teacher is run
         return {}, None
     height, width, _ = model.input_size
-    needed = not getattr(model, "any_size", False) or config.data not in DATASETS
-    return data.recorded_source(teacher, model.provenance), height if needed and height == width else None
+    needed = not model.any_size or config.data not in DATASETS
+    side, known = height if needed and height == width else None, data.recorded_source(model)
+    if "data" in config.model_fields_set and config.data != known.get("data"):
+        known = {"test_fraction": known.get("test_fraction"), "image_size": side}
+    return known, side
 
 
 def _is_too_large(network: str, side: int) -> bool:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from tests.cli.helpers import Kd
-from tests.helpers import digits_student
+from tests.helpers import digits_student, image_folder
 
 
 def test_commands_with_a_class_map(kd: Kd) -> None:
@@ -40,3 +40,15 @@ def test_commands_with_a_pack(kd: Kd) -> None:
     assert json.loads(tested.out)["test"]["agreement"] == json.loads(trained.out)["test"]["agreement"]
     refused = kd("train", "--teacher", "my pack", *train, "--data", "digits", "--augment", "flip-crop")
     assert (refused.code, refused.err.count("error:")) == (1, 1)
+
+
+def test_a_pack_serves_the_same_images_at_any_path(kd: Kd) -> None:
+    image_folder(Path("photos"))
+    words = ("--epochs", "1", "--threads", "1", "--student", "convnet-tiny")
+    made = kd("train", "--method", "ce", "--data", "photos", "--image-size", "8", *words, "--name", "t")
+    assert made.code == 0, made
+    made = kd("teacher-logits", "--teacher", "t", "--augment", "flip", "--view-seed", "3", "--threads", "1")
+    assert made.code == 0, made
+    Path("photos").rename("elsewhere")
+    trained = kd("train", "--teacher", "pack", "--data", "elsewhere", *words)
+    assert trained.code == 0, trained
