@@ -21,7 +21,7 @@ from torch import nn
 
 import kdcli as kd
 from kdcli.api import Run
-from kdcli.api.arguments import path_of
+from kdcli.api.arguments import path_of, several
 from kdcli.base.config import make
 from kdcli.base.errors import Interrupted, UsageError
 from kdcli.base.results import Result
@@ -179,6 +179,7 @@ def test_module_takes_pixels_as_set(photos: Splits) -> None:
     torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
     cases: list[tuple[Any, str]] = [
         (lambda: kd.load_model(Small()), "a module needs data"),
+        (lambda: kd.predict(Small(), "x.png"), "a module needs data"),
         (lambda: kd.distill(Brightness(), "convnet-tiny", "photos"), "a module needs data"),
         (
             lambda: kd.load_model(Small(7), data=photos),
@@ -193,9 +194,22 @@ def test_module_takes_pixels_as_set(photos: Splits) -> None:
         with pytest.raises(kd.KdError, match=message) as caught:
             call()
         assert caught.value.hint
+        assert ("kd.load_model(module, data=kd.load_data(…))" in caught.value.hint) == (
+            "needs data" in message
+        )
     with pytest.raises(kd.KdError, match=r"is right on 33\.\d %") as caught:
         kd.distill(Brightness(255), "convnet-tiny", photos, **SHORT)
     assert "--teacher-scale 1/255" in caught.value.hint
+
+
+def test_one_model_is_a_list_of_one(workplace: Path) -> None:
+    file = digits_student(Path("student.pt"))
+    [row] = kd.bench(
+        str(file), rounds=3, max_seconds=1, no_memory=True, batch=1, engine="torch", threads=1
+    ).rows
+    assert row.path == file
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))  # which itself can be iterated over
+    assert several(module) == [module] and several((module, file)) == [module, file]
 
 
 def test_comparison_has_the_runs_of_the_command(photos: Splits, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,11 +8,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from kdcli.data import ImageSet
 from kdcli.methods import Batch, Features
 from kdcli.methods.registry import ATTRIBUTE
+from kdcli.models import class_map
+from kdcli.teacher.probabilities import logits_of
 from tests.cli.conftest import check_options
 from tests.cli.test_first_steps import save_pictures
 from tests.helpers import ROOT
@@ -85,20 +90,44 @@ def test_page_about_python(workplace: Path) -> None:
         execute(code, variables)
 
 
+def brightness() -> nn.Module:
+    """Classes of `save_pictures` by the mean pixel m, nearest of 30, 110 and 190: logits (2·m·c − c²)/200."""
+    module = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
+    centres = torch.tensor([30.0, 110.0, 190.0])
+    with torch.no_grad():
+        module[2].weight.copy_((centres / 300)[:, None])
+        module[2].bias.copy_(-(centres**2) / 200)
+    return module
+
+
 @pytest.mark.slow
 def test_python_of_the_readme(workplace: Path) -> None:
     save_pictures(Path("photos"), 40)
     [code] = [block for block in blocks(ROOT / "README.md", "python") if "kdcli" in block]
     for long, short in (
-        ('"resnet56"', '"convnet-tiny", epochs=1'),
         ('"mobilenetv2-half"', '"convnet-tiny"'),
         ("epochs=30", "epochs=1"),
         ("data=photos))", "data=photos, rounds=3, max_seconds=1, no_memory=True))"),
     ):
         assert code.count(long) == 1
         code = code.replace(long, short)
-    execute(code, {})
-    assert Path("student.onnx").is_file()
+    variables: dict[str, Any] = {"my_module": brightness()}
+    execute(code, variables)
+    assert variables["run"].result.teacher.plain == 100 and Path("student.onnx").is_file()
+
+
+def test_tables_of_the_page_about_teachers(workplace: Path) -> None:
+    classes, probabilities = blocks(ROOT / "docs" / "teachers.md", "csv")
+    Path("map.csv").write_text(classes)
+    found = class_map.find(("tabby", "tiger cat", "beagle", "pug"), ("cat", "dog"), Path("map.csv"))
+    assert found is not None and found.groups == ((0, 1), (2,))
+    Path("probs.csv").write_text(probabilities)
+    names = np.frombuffer(b"train/cat/1.jpg\0train/dog/2.jpg\0", np.uint8)
+    images, labels = np.zeros((2, 4, 4, 3), np.uint8), np.arange(2)
+    data = ImageSet(images, labels, ("cat", "dog"), "x", name_bytes=names)
+    np.testing.assert_allclose(
+        np.exp(logits_of(Path("probs.csv"), "", data, None)), [[0.93, 0.07], [0.1, 0.9]]
+    )
 
 
 @pytest.mark.slow

@@ -16,8 +16,9 @@ from typing import Any, ParamSpec, TypeVar
 from torch import nn
 
 from kdcli import methods as known_methods
+from kdcli import models
 from kdcli.api import arguments
-from kdcli.api.arguments import Data, Model, Student, Teachers
+from kdcli.api.arguments import Data, Model, Models, Student
 from kdcli.base import config as configs
 from kdcli.base import runtime
 from kdcli.base.config import InputSettings, make
@@ -108,12 +109,12 @@ def load_model(
         `classes`, names in the order of the logits, and `input_size`, (H, W, C).
     """
     arguments.check_known(settings, InputSettings.model_fields)
-    return arguments.loaded(model, make(InputSettings, settings), threads, data)[0]
+    return arguments.loaded(model, make(InputSettings, settings), threads, data)
 
 
 @_drawn
 def distill(
-    teacher: Teachers | None = None,
+    teacher: Models | None = None,
     student: Student | None = None,
     data: Data | None = None,
     *,
@@ -167,8 +168,7 @@ def evaluate(
         settings["teacher"] = arguments.path_of(teacher, data)
     config, splits = arguments.of_model(configs.TestConfig, data, settings)
     runtime.set_threads(config.threads)
-    made, path = arguments.loaded(model, config, config.threads, data)
-    return measure(made, path, config, splits)[0]
+    return measure(arguments.loaded(model, config, config.threads, data), config, splits)[0]
 
 
 @_drawn
@@ -200,17 +200,16 @@ def export(
     if output is not None:
         settings["output"] = output
     config, splits = arguments.of_model(configs.ExportConfig, data, settings)
-    return exports.export(arguments.path_of(model, data), config, splits, screen.on_event)
+    made = models.load(arguments.path_of(model, data))
+    return exports.export(made, config, splits, screen.on_event)
 
 
 @_drawn
-def bench(
-    models: Iterable[Model] = (), *, data: Data | None = None, **settings: Any
-) -> benchmarks.BenchResult:
+def bench(models: Models = (), *, data: Data | None = None, **settings: Any) -> benchmarks.BenchResult:
     """Measure models against the first as `kd bench`, on this CPU.
 
     Args:
-        models: models, paths or names of runs, the teacher first; by default all there are.
+        models: one, or several, paths or names of runs among them, the teacher first; by default all there are.
         data: from `load_data`, or as its argument; its test images give accuracy. None: the recorded accuracy.
         **settings: options of `kd bench`, such as `rounds=100`, `batch=(1, 64)`, `engine="onnxruntime"`.
 
@@ -221,7 +220,7 @@ def bench(
     if isinstance(sizes := settings.get("batch"), list | tuple):
         settings["batch"] = ",".join(map(str, sizes))
     config, splits = arguments.of_model(configs.BenchConfig, data, settings)
-    paths = [arguments.path_of(model, data) for model in models]
+    paths = [arguments.path_of(model, data) for model in arguments.several(models)]
     if paths and "teacher" in settings:
         raise UsageError("teacher: the first model is the reference", "Name it first.")
     files = distinct(paths or default_models(config))
@@ -245,8 +244,8 @@ def predict(
     arguments.check_known(settings, configs.PredictConfig.model_fields)
     config = make(configs.PredictConfig, settings)
     runtime.set_threads(config.threads)
-    made, path = arguments.loaded(model, config, config.threads)
-    check_image_size(path, made.input_size, config.image_size)
+    made = arguments.loaded(model, config, config.threads)
+    check_image_size(made.path, made.input_size, config.image_size)
     files = [images] if isinstance(images, str | Path) else images
     return list(predictions.predict(made, list(map(Path, files)), config, on_event=screen.on_event))
 
@@ -255,7 +254,7 @@ def predict(
 def compare(
     methods: str | Sequence[str] = (),
     *,
-    teacher: Teachers | None = None,
+    teacher: Models | None = None,
     student: Student | None = None,
     data: Data | None = None,
     seeds: int | Sequence[int] | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ from kdcli.deploy.onnx_model import OnnxClassifier
 from kdcli.models import Classifier
 
 Model = str | Path | nn.Module | OnnxClassifier
-Teachers = Model | Sequence[Model]
+Models = Model | Iterable[Model]
 Student = str | Path | nn.Module
 Data = str | Path | Splits
 C = TypeVar("C", bound=ModelDataSettings)
@@ -45,18 +45,17 @@ def check_known(given: Iterable[str], known: Iterable[str]) -> None:
 
 
 def of_training(
-    teacher: Teachers | None, student: Student | None, data: Data | None, settings: dict[str, Any]
+    teacher: Models | None, student: Student | None, data: Data | None, settings: dict[str, Any]
 ) -> tuple[Splits | None, dict[str, Any]]:
     """The data where they are loaded, and the options of kd train; the data's are those they were loaded with."""
     values = dict(settings)
     if teacher is not None:
-        several: Sequence[Any] = teacher if isinstance(teacher, list | tuple) else [teacher]
-        inputs = NO_ASSUMPTIONS
-        if any(map(_is_bare, several)):
+        teachers, inputs = several(teacher), NO_ASSUMPTIONS
+        if any(map(_is_bare, teachers)):
             named = set(values) & set(TeacherInputSettings.model_fields) - {"teacher_class_map"}
             inputs = make(TeacherInputSettings, {name: values.pop(name) for name in named}).teacher_inputs
         values["teacher"] = tuple(
-            typed(each) if isinstance(each, str | Path) else path_of(each, data, inputs) for each in several
+            typed(each) if isinstance(each, str | Path) else path_of(each, data, inputs) for each in teachers
         )
     if isinstance(student, nn.Module):
         values["student"] = _classifier(student, data).arch if _is_bare(student) else str(path_of(student))
@@ -67,6 +66,11 @@ def of_training(
     for name in sorted(set(OF_DATA) & set(settings)):
         raise UsageError(f"{name} is a setting of the data, which are loaded", f"Pass {name} to load_data.")
     return data, {**values, "data": data.spec, **data.settings}
+
+
+def several(models: Models) -> list[Model]:
+    """A list of models, or of the one."""
+    return [models] if isinstance(models, Model) else list(models)
 
 
 def of_model(kind: type[C], data: Data | None, settings: dict[str, Any]) -> tuple[C, Splits | None]:
@@ -85,24 +89,22 @@ def _is_bare(model: Any) -> bool:
 
 def _classifier(module: nn.Module, data: Data | None, inputs: InputSettings = NO_ASSUMPTIONS) -> Classifier:
     if not isinstance(data, Splits):
-        hint = "Pass data=kd.load_data(…), or the model that kd.load_model(module, data=…) returns."
+        hint = "Pass the model that kd.load_model(module, data=kd.load_data(…)) returns."
         raise UsageError("a module needs data, whose classes and images are its own", hint)
     return pretrained.of_module(module, data, inputs)
 
 
 def loaded(
     model: Model, config: InputSettings, threads: int = 0, data: Data | None = None
-) -> tuple[Classifier | OnnxClassifier, Path]:
-    """A model in evaluation mode, and its path or name."""
+) -> Classifier | OnnxClassifier:
+    """A model in evaluation mode."""
     if isinstance(model, str | Path):
-        path = existing_model(typed(model))
-        return loading.load_model(path, threads, config), path
+        return loading.load_model(existing_model(typed(model)), threads, config)
     if not isinstance(model, Classifier | OnnxClassifier):
-        made = _classifier(model, data, config)
-        return made, Path(made.arch)
+        return _classifier(model, data, config)
     for name in config.given:
         raise UsageError(f"{name} is a setting of the model, which is loaded", f"Pass {name} to load_model.")
-    return (model, model.path) if isinstance(model, OnnxClassifier) else (model.eval(), Path(model.arch))
+    return model if isinstance(model, OnnxClassifier) else model.eval()
 
 
 def typed(model: str | Path) -> Path:

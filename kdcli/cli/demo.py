@@ -63,7 +63,7 @@ def _clear(folder: Path) -> None:
 
 def _run(config: DemoConfig, on_event: OnEvent) -> tuple[list[RunResult], RunResult, list[Row]]:
     """Results of the teacher and the students, the best student's, and benchmark rows."""
-    from kdcli import data, report
+    from kdcli import data, models, report
     from kdcli.deploy.bench import bench
     from kdcli.deploy.export import export
     from kdcli.engine import fit
@@ -89,7 +89,9 @@ def _run(config: DemoConfig, on_event: OnEvent) -> tuple[list[RunResult], RunRes
     exports = []
     for name, int8 in ((best.config.method, False), (f"{best.config.method}-int8", True)):
         settings = make(ExportConfig, {"output": Path(f"exports/{name}.onnx"), "int8": int8})
-        exported = export(best.run.student, settings, splits, on_event=_titled("3/4 export", on_event))
+        exported = export(
+            models.load(best.run.student), settings, splits, on_event=_titled("3/4 export", on_event)
+        )
         exports.append(exported.path)
     # 4. Measure all models and write the report.
     measured = bench(

@@ -15,6 +15,7 @@ from kdcli.cli.options import command, examples
 
 if TYPE_CHECKING:
     from kdcli.deploy.export import ExportResult
+    from kdcli.models import Classifier
 
 EPILOG = examples(
     "kd export kd-lenet-1",
@@ -33,27 +34,27 @@ def export(
     """
     if not config.recipe:
         output.note_ignored(config.model_fields_set, ("calibration_images",), "without --int8")
-    source = existing_model(checkpoint)
+    checkpoint = existing_model(checkpoint)
+    from kdcli import models
     from kdcli.deploy.export import export as write_onnx
 
-    result = write_onnx(source, config, on_event=output.on_event)
+    model = models.load(checkpoint)
+    result = write_onnx(model, config, on_event=output.on_event)
     output.json(result.to_dict())
     _show(result)
-    output.next_command(shell_command("bench", {"teacher": _reference(source)}, result.path))
+    output.next_command(shell_command("bench", {"teacher": _reference(model)}, result.path))
 
 
-def _reference(checkpoint: Path) -> Path:
-    """The teacher that the checkpoint records, if it is unchanged; else the checkpoint itself."""
+def _reference(model: Classifier) -> Path:
+    """The teacher that the model records, if it is unchanged; else its own file."""
     from kdcli.base.files import is_unchanged
-    from kdcli.deploy.load import is_stored
-    from kdcli.models.checkpoint import load
-    from kdcli.teacher import teachers_of
+    from kdcli.deploy.load import is_stored, teachers_of
 
-    for teacher in teachers_of(load(checkpoint).provenance, checkpoint):
+    for teacher in teachers_of(model.provenance, model.path):
         a_model = not teacher.inputs.given and not is_stored(teacher.path)
         if a_model and is_unchanged(teacher.path, teacher.sha256):
             return teacher.path
-    return checkpoint
+    return model.path
 
 
 def _show(result: ExportResult) -> None:

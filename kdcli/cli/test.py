@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,10 +16,10 @@ from kdcli.cli.options import command, examples
 if TYPE_CHECKING:
     from kdcli.base.config import InputSettings
     from kdcli.data import Splits
+    from kdcli.deploy.load import RecordedTeacher
     from kdcli.deploy.onnx_model import OnnxClassifier
     from kdcli.engine import Evaluation
     from kdcli.models import Classifier
-    from kdcli.teacher import RecordedTeacher
 
 _MOST_DRAWN = 1_000  # classes of a figure
 EPILOG = examples("kd test kd-lenet-1 --plot confusion.png", "kd test exports/kd-lenet-1.onnx --json")
@@ -45,7 +45,7 @@ def test(
             f"--plot: {len(loaded.classes):,} classes are too many for a figure, which has {_MOST_DRAWN:,} at most",
             "Leave it out; --json has the counts of all confusions.",
         )
-    result, splits, source = measure(loaded, model, config)
+    result, splits, source = measure(loaded, config)
     warning = data.overlap_warning(splits.overlap, result.count)
     classes = splits.test.classes
     output.json(
@@ -69,15 +69,15 @@ def test(
 
 
 def measure(
-    model: Classifier | OnnxClassifier, path: Path, config: TestConfig, splits: Splits | None = None
+    model: Classifier | OnnxClassifier, config: TestConfig, splits: Splits | None = None
 ) -> tuple[Evaluation, Splits, Path | None]:
     """Figures on test images, of `splits` or as set or recorded; the data; the teacher that was compared with."""
     from kdcli.engine import evaluate
     from kdcli.teacher import Teacher, assumptions
 
-    model, splits = data_for(model, path, config, output.on_event, splits)
+    model, splits = data_for(model, config, output.on_event, splits)
     teacher_logits = None
-    source, assumed = _teacher(config, model.provenance, path)
+    source, assumed = _teacher(config, model)
     if source is not None:
         test, threads = splits.test, config.threads
         teacher = Teacher.open(source, config.cache_dir, threads=threads, assumed=assumed, data=test)
@@ -90,7 +90,7 @@ def measure(
     result = evaluate(
         model, splits.test, teacher_logits=teacher_logits, task="testing", on_event=output.on_event
     )
-    assumptions.check(path.name, model, splits.test, output.on_event, task="trying alternatives")
+    assumptions.check(model.path.name, model, splits.test, output.on_event, task="trying alternatives")
     return result, splits, source
 
 
@@ -113,14 +113,12 @@ def _show(title: str, result: Evaluation, classes: tuple[str, ...]) -> None:
     output.table(["class", "accuracy, %"], list(per_class))
 
 
-def _teacher(
-    config: TestConfig, provenance: dict[str, Any], model: Path
-) -> tuple[Path | None, InputSettings]:
+def _teacher(config: TestConfig, student: Classifier | OnnxClassifier) -> tuple[Path | None, InputSettings]:
     """The teacher to compare with, --teacher or the recorded one, and its input as set or as recorded for it."""
     from kdcli.base.files import sha256_file
-    from kdcli.teacher import teachers_of
+    from kdcli.deploy.load import teachers_of
 
-    recorded = teachers_of(provenance, model)
+    recorded = teachers_of(student.provenance, student.path)
     path = config.teacher or _recorded_teacher(recorded)
     if path is None or config.teacher_inputs.given or not path.is_file():
         return path, config.teacher_inputs

@@ -43,7 +43,7 @@ def validate(config: ValidateConfig) -> None:
     again = shell_command("convert-caffe", {"prototxt": config.prototxt, "output": target}, config.against)
     if config.against is not None and target is None:
         raise UsageError("--against compares a .pt teacher", f"Make one: {again}")
-    teacher, splits = data_for(teacher, config.teacher, config, output.on_event)
+    teacher, splits = data_for(teacher, config, output.on_event)
     if config.probe:
         _probe(teacher, config, splits)
         return
@@ -80,7 +80,7 @@ def validate(config: ValidateConfig) -> None:
             f"{agreement.largest_difference:.3g}",
             f"Convert it again: {again}",
         )
-    method = "noisy" if getattr(teacher, "gives", "logits") == "logits" else "kd"
+    method = "noisy" if teacher.gives == "logits" else "kd"
     output.next_command(_training(config, method, config.given))
 
 

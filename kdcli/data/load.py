@@ -108,38 +108,38 @@ def _load_path(path: Path, request: Request) -> Splits:
     return replace(splits, notes=(*splits.notes, note))
 
 
-def recorded_source(model: Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
+def recorded_source(model: Any) -> dict[str, Any]:
     """The settings of data that are recorded in a model's file, which may be of any origin; empty without any."""
-    found = provenance.get("data")
+    found = model.provenance.get("data")
     if not isinstance(found, Mapping) or not isinstance(spec := found.get("spec"), str) or not spec:
         return {}
     if spec not in DATASETS and "\0" not in spec:
-        spec = str(recorded_path(expand(spec), model))
+        spec = str(recorded_path(expand(spec), model.path))
     known = {name: found.get(name) for name, kind in _RECORDED.items() if type(found.get(name)) is kind}
     return {"data": spec, **known}
 
 
-def source_for(path: Path, model: Any, config: DataSettings | ModelDataSettings) -> dict[str, Any]:
-    """Arguments of `load` for the data of a model, read from this path: as set, else as recorded in it.
+def source_for(model: Any, config: DataSettings | ModelDataSettings) -> dict[str, Any]:
+    """Arguments of `load` for the data of a model: as set, else as recorded in its file.
 
     The images are fitted to the model. A KdError if nothing is recorded, or the recorded path does not exist.
     """
-    known, given = recorded_source(path, model.provenance), config.model_fields_set
+    known, given = recorded_source(model), config.model_fields_set
     spec = config.data if "data" in given else None
     skip_broken = config.skip_broken or (spec is None and known.get("skip_broken", False))
     if spec is None:
         spec = known.get("data", config.data)
         if spec is None:
             raise KdError(
-                f"no data set recorded in {path}",
+                f"no data set recorded in {model.path}",
                 "Name it: --data cifar10, --data digits, or a folder or archive of images.",
             )
-        _check_recorded(spec, path)
+        _check_recorded(spec, model.path)
     return {
         "spec": spec,
         "skip_broken": skip_broken,
         "test_fraction": config.test_fraction or known.get("test_fraction"),
-        "data_dir": config.data_dir if "data_dir" in given else recorded_path(config.data_dir, path),
+        "data_dir": config.data_dir if "data_dir" in given else recorded_path(config.data_dir, model.path),
         "cache_dir": config.cache_dir,
         "fit_to": model.input_size,
         "crop": model.crop,

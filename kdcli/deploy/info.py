@@ -47,11 +47,11 @@ def info(model: str, config: InfoConfig) -> ModelInfo:
     loaded = load_model(path, assumed=config)
     if isinstance(loaded, OnnxClassifier):
         counts = count_model(loaded.model, loaded.input_shape)
-        kind, arch, gives, size = "onnx", loaded.metadata.get("kd.arch"), loaded.gives, loaded.file_bytes
+        kind, arch, size = "onnx", loaded.metadata.get("kd.arch"), loaded.file_bytes
         parameters, macs, layers = counts.parameters, counts.macs, counts.nodes
         precision = counts.precision
     else:
-        kind, arch, gives, size = "checkpoint", loaded.arch, "logits", path.stat().st_size
+        kind, arch, size = "checkpoint", loaded.arch, path.stat().st_size
         parameters, macs, layers = _measures(loaded.network, loaded.network_size)
         precision = "fp32"
     return ModelInfo(
@@ -59,7 +59,7 @@ def info(model: str, config: InfoConfig) -> ModelInfo:
         arch=arch,
         input_size=loaded.input_size,
         crop=loaded.crop,
-        gives=gives,
+        gives=loaded.gives,
         classes=loaded.classes,
         precision=precision,
         parameters=parameters,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from kdcli import models
-from kdcli.base.config import NO_ASSUMPTIONS, InputSettings
+from kdcli.base.config import NO_ASSUMPTIONS, InputSettings, TeacherInputs, make
 from kdcli.base.errors import KdError, UsageError
-from kdcli.base.files import sha256_file
+from kdcli.base.files import recorded_path, sha256_file
 from kdcli.data.images import knows_names
 from kdcli.models import Classifier, class_map
 
@@ -57,12 +58,15 @@ def load_model(
     threads: int = 0,
     assumed: InputSettings = NO_ASSUMPTIONS,
     input_size: tuple[int, int, int] | None = None,
+    *,
+    several: bool = False,
 ) -> Classifier | OnnxClassifier:
     """A checkpoint (.pt) or an ONNX file as a model that gives logits for images; a KdError if it is neither.
 
     Args:
         assumed: what an ONNX file of another program leaves open; a UsageError for other files.
         input_size: (H, W, C) of the data, for sides that the file and `assumed` leave open.
+        several: it is measured beside others: `assumed` may be for these, and its weights may be in files beside it.
     """
     if is_stored(path):
         raise KdError(
@@ -72,12 +76,50 @@ def load_model(
     if path.suffix.lower() == ".onnx":
         from kdcli.deploy.onnx_model import OnnxClassifier
 
-        model: Classifier | OnnxClassifier = OnnxClassifier.load(path, threads, assumed, input_size)
-        foreign = model.is_foreign
+        model: Classifier | OnnxClassifier = OnnxClassifier.load(
+            path, threads, assumed, input_size, external=several
+        )
     else:
-        model, foreign = models.load(path), False
-    if assumed.described and not foreign:
+        model = models.load(path)
+    if assumed.described and not model.is_foreign and not several:
         raise UsageError(
             f"{path} records its own input and classes", f"Leave out {', '.join(assumed.described)}."
         )
     return model
+
+
+class RecordedTeacher(NamedTuple):
+    """A teacher in a student's provenance."""
+
+    path: Path
+    sha256: str
+    inputs: InputSettings
+
+
+def teachers_of(provenance: Mapping[str, Any], student: Path = Path()) -> list[RecordedTeacher]:
+    """Each teacher in a provenance of any origin, paths found from the student's file; empty if malformed."""
+    recorded = provenance.get("teacher")
+    if not isinstance(recorded, Mapping):
+        return []
+    several = recorded.get("teachers")
+    entries = several if isinstance(several, list) else [recorded]
+    return [
+        RecordedTeacher(
+            recorded_path(Path(entry["path"]), student),
+            str(entry.get("sha256")),
+            _recorded_inputs(entry.get("inputs"), student),
+        )
+        for entry in entries
+        if isinstance(entry, Mapping) and isinstance(entry.get("path"), str) and "\0" not in entry["path"]
+    ]
+
+
+def _recorded_inputs(values: Any, student: Path) -> InputSettings:
+    try:
+        found = make(TeacherInputs, values if isinstance(values, Mapping) else {})
+    except UsageError:
+        return NO_ASSUMPTIONS
+    files = {name: getattr(found, name) for name in ("class_names", "class_map")}
+    return found.model_copy(
+        update={name: recorded_path(path, student) for name, path in files.items() if path}
+    )

@@ -30,10 +30,13 @@ class Classifier(nn.Module):
         preprocess: raw pixels (B, C, H, W) in 0–255 → the network's input.
         arch, arch_args, classes, input_size, crop, provenance: as in `Checkpoint`.
         file_sha256: of the file that it was read from; empty without one.
+        path: the file that it was read from; without one the network's name.
         class_map: from the network's outputs to `classes`; None where these are its outputs.
     """
 
     class_map: ClassMap | None = None
+    # as of an ONNX file, see `deploy.onnx_model.OnnxClassifier`
+    gives, is_foreign, why_not_runnable = "logits", False, None
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class Classifier(nn.Module):
         self.crop = crop
         self.provenance = dict(provenance or {})
         self.file_sha256 = file_sha256
+        self.path = Path(arch)
 
     def forward(self, images: Tensor) -> Tensor:
         """Raw images uint8 (B, H, W, C) → logits (B, classes)."""
@@ -137,7 +141,9 @@ def load(path: Path) -> Classifier:
             f"{path} is the state of a run, not a finished model",
             f"Use {path.with_name('student.pt')}, or finish it: kd train --resume {run}",
         )
-    return from_checkpoint(stored, str(path))
+    found = from_checkpoint(stored, str(path))
+    found.path = path
+    return found
 
 
 def final_linear(network: nn.Module) -> nn.Linear | None:

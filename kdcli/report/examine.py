@@ -19,9 +19,10 @@ from kdcli.base.events import Event, OnEvent, Progress
 from kdcli.base.files import is_unchanged, regular_size, sha256_file
 from kdcli.data import ImageSet, rows
 from kdcli.deploy.bench import Row
+from kdcli.deploy.load import teachers_of
 from kdcli.engine.records import Evaluation, measure
 from kdcli.report.gather import Run
-from kdcli.teacher import Teacher, teachers_of
+from kdcli.teacher import Teacher
 
 BINS = 15  # as in metrics.calibration_error
 
@@ -146,7 +147,7 @@ class _Examiner:
         """Evaluate one run; a KdError if model or data cannot be read."""
         # 1. The student on the test images of its data
         model = models.load(run.student)
-        splits = self.load(**data.source_for(run.student, model, self.config))
+        splits = self.load(**data.source_for(model, self.config))
         test = splits.test
         if problem := data.incompatibility(model, test):
             raise KdError(f"the student {problem}")

@@ -2,4 +2,4 @@
 
 from kdcli.teacher.cache import CachedLogits
 from kdcli.teacher.member import freeze
-from kdcli.teacher.teacher import LiveTeacher, RecordedTeacher, Teacher, teachers_of
+from kdcli.teacher.teacher import LiveTeacher, Teacher

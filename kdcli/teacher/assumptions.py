@@ -168,7 +168,7 @@ def _causes(model: Any) -> str:
 
 def _is_settable(model: Any) -> bool:
     """Whether options of a command set the model's input and classes: those of other files are recorded in them."""
-    return bool(getattr(model, "is_foreign", False)) or _is_pretrained(model)
+    return bool(model.is_foreign) or _is_pretrained(model)
 
 
 def _is_pretrained(model: Any) -> bool:
@@ -207,7 +207,7 @@ def is_foreign(model: Any) -> bool:
     """Whether the model's input and classes may rest on assumptions: not made by kd, nor weights that it knows."""
     weights = model.provenance.get("weights_sha256")
     converted = str(model.provenance.get("kind")).startswith(("caffe", _PRETRAINED))
-    return getattr(model, "is_foreign", False) or (converted and str(weights) not in KNOWN_WEIGHTS)
+    return model.is_foreign or (converted and str(weights) not in KNOWN_WEIGHTS)
 
 
 def measure(model: Any, data: ImageSet, task: str, on_event: OnEvent) -> list[Assumption]:
@@ -264,7 +264,7 @@ def _inputs(model: Any) -> Iterator[tuple[str, dict[str, str], Any]]:
     """
     channels = model.input_size[2]
     preprocess: Preprocess | None = model.preprocess
-    unknown = getattr(model, "why_not_runnable", None) is not None
+    unknown = model.why_not_runnable is not None
     if not unknown:
         yield "", {}, model
     declared = preprocess or getattr(model, "assumed", None)

@@ -107,7 +107,7 @@ class Member:
         self._model = model = with_classes(self.model, data.classes, self.assumed.class_map)
         problem = incompatibility(model, data)
         if problem is None:
-            if model.crop != data.crop and not getattr(model, "is_foreign", False):
+            if model.crop != data.crop and not model.is_foreign:
                 on_event(
                     Note(
                         f"teacher {self.path} is recorded with --crop {model.crop:.4g}, these images are cropped "

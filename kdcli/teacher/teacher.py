@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kdcli.base.config import NO_ASSUMPTIONS, InputSettings, TeacherInputs, make
+from kdcli.base.config import NO_ASSUMPTIONS, InputSettings
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import Note, OnEvent, ignore
-from kdcli.base.files import cache_folder, recorded_path, sha256_file
+from kdcli.base.files import cache_folder, sha256_file
 from kdcli.base.runtime import World
 from kdcli.data import ImageSet, augment, rows
 from kdcli.deploy.load import is_stored
@@ -30,7 +30,7 @@ from kdcli.teacher.member import Member, TeacherPass
 from kdcli.teacher.runner import Engine, Forward, forward_of, run_in_torch
 from kdcli.teacher.stored import only_probabilities, stored_views
 
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 _ONNX_VERSION = 3  # of the reading of ONNX files: what is taken from them without being told
 
 
@@ -168,7 +168,7 @@ class Teacher:
         return ""
 
     def record(self) -> dict[str, Any]:
-        """Entry in a student's provenance, see `teachers_of`."""
+        """Entry in a student's provenance, see `deploy.load.teachers_of`."""
         entries: list[dict[str, Any]] = []
         for member in self.members:
             entry: dict[str, Any] = {"path": member.path.as_posix(), "sha256": member.sha256}
@@ -306,43 +306,6 @@ class Teacher:
             exact=exact,
             top_k=0 if exact else self.top_k,
         )
-
-
-class RecordedTeacher(NamedTuple):
-    """A teacher in a student's provenance."""
-
-    path: Path
-    sha256: str
-    inputs: InputSettings
-
-
-def teachers_of(provenance: Mapping[str, Any], student: Path = Path()) -> list[RecordedTeacher]:
-    """Each teacher in a provenance of any origin, paths found from the student's file; empty if malformed."""
-    recorded = provenance.get("teacher")
-    if not isinstance(recorded, Mapping):
-        return []
-    several = recorded.get("teachers")
-    entries = several if isinstance(several, list) else [recorded]
-    return [
-        RecordedTeacher(
-            recorded_path(Path(entry["path"]), student),
-            str(entry.get("sha256")),
-            _recorded_inputs(entry.get("inputs"), student),
-        )
-        for entry in entries
-        if isinstance(entry, Mapping) and isinstance(entry.get("path"), str) and "\0" not in entry["path"]
-    ]
-
-
-def _recorded_inputs(values: Any, student: Path) -> InputSettings:
-    try:
-        found = make(TeacherInputs, values if isinstance(values, Mapping) else {})
-    except UsageError:
-        return NO_ASSUMPTIONS
-    files = {name: getattr(found, name) for name in ("class_names", "class_map")}
-    return found.model_copy(
-        update={name: recorded_path(path, student) for name, path in files.items() if path}
-    )
 
 
 def _is_onnx(path: Path) -> bool:

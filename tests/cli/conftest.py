@@ -60,6 +60,8 @@ def follow(kd: Kd, monkeypatch: pytest.MonkeyPatch) -> Callable[[Outcome], Outco
     """Run the commands that a command printed, as printed, except for shorter trainings and measurements."""
     short = {
         "train": ["--epochs", "1", "--threads", "1"],
+        "compare": ["--epochs", "1", "--threads", "1", "--seeds", "2"],
+        "tune": ["--epochs", "1", "--threads", "1", "--trials", "2"],
         "bench": ["--rounds", "3", "--max-seconds", "1", "--no-memory", "--batch", "1"],
         "report": ["--no-bench", "--no-images"],
         "download": ["--dry-run"],

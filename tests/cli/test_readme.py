@@ -50,9 +50,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
             input_size=train.input_size,
             crop={3: 0.875, 1: 1.0}[channels],
         ).eval()
-        model.save(folder / "model.pt")
         config = ExportConfig(output=folder / "model.onnx", with_preprocessing=True)
-        files[channels] = export(folder / "model.pt", config, Splits("", "", train, train)).path
+        files[channels] = export(model, config, Splits("", "", train, train)).path
     return files
 
 

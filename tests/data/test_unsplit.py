@@ -95,7 +95,7 @@ def test_the_split_of_a_model_is_used_with_it(tmp_path: Path) -> None:
     photos = write_folder(tmp_path / "photos", class_folders())
     split = write_folder(tmp_path / "split", small_tree())
     recorded = {"data": {"spec": str(photos), "test_fraction": 0.5, "skip_broken": True}}
-    model = SimpleNamespace(provenance=recorded, input_size=(8, 8, 3), crop=1.0)
+    model = SimpleNamespace(path=tmp_path / "m.pt", provenance=recorded, input_size=(8, 8, 3), crop=1.0)
     for options, fraction in (
         ({}, 0.5),
         ({"data": str(photos)}, 0.5),
@@ -103,6 +103,6 @@ def test_the_split_of_a_model_is_used_with_it(tmp_path: Path) -> None:
         ({"data": str(split)}, None),
     ):
         config = make(ExportConfig, {"cache_dir": tmp_path / "cache", **options})
-        source = data.source_for(tmp_path / "m.pt", model, config)
+        source = data.source_for(model, config)
         assert data.load(**source).test_fraction == fraction
         assert source["skip_broken"] == ("data" not in options)

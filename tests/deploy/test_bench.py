@@ -8,6 +8,7 @@ import json
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,8 +16,11 @@ import pytest
 import scipy.stats
 import torch
 
+from kdcli import data
 from kdcli.base.config import BenchConfig
 from kdcli.base.errors import KdError
+from kdcli.base.files import sha256_file
+from kdcli.data import Splits
 from kdcli.deploy.bench import BenchResult, Row, bench, latency, to_csv, to_markdown
 from kdcli.deploy.bench.benchmark import candidates_of
 from kdcli.deploy.bench.footprint import measure_footprint
@@ -26,7 +30,7 @@ from kdcli.deploy.export import ExportResult
 from kdcli.deploy.onnx_model import OnnxClassifier, OnnxRunner
 from kdcli.models import Classifier, build
 from kdcli.models.layers import count_macs
-from tests.deploy.helpers import SPLITS, classifier, exported
+from tests.deploy.helpers import SPLITS, classifier, exported, random_splits, resizing_classifier
 
 
 @pytest.fixture(scope="module")
@@ -366,6 +370,50 @@ def test_accuracy_is_unknown_where_the_data_does_not_fit(tmp_path: Path) -> None
     assert any("takes 8×8×3 images, the data has 16×16×3" in note for note in row.notes)
     recorded = bench([teacher], config).rows[0]
     assert (recorded.accuracy, recorded.accuracy_source) == (61.5, "recorded")
+
+
+QUICK = {"rounds": 3, "batch": "1", "engine": "torch", "threads": 1, "no_memory": True}
+
+
+def test_images_have_the_size_of_the_models_that_do_not_resize(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / f"{name}.pt" for name in ("teacher", "small", "smaller")]
+    for path, model in zip(
+        paths,
+        (resizing_classifier(), *(classifier("convnet-tiny", side=side) for side in (12, 8))),
+        strict=True,
+    ):
+        model.save(path)
+    asked = []
+
+    def load(**given: Any) -> Splits:
+        asked.append(given["fit_to"])
+        return random_splits(asked[-1][0])
+
+    monkeypatch.setattr(data, "load", load)
+    rows = bench(paths, BenchConfig(**QUICK, data="x")).rows
+    assert [row.accuracy is not None for row in rows] == [True, True, False]
+    assert rows[1].agreement is not None and "takes 8×8×3 images" in rows[2].notes[0]
+    bench(paths[:1], BenchConfig(**QUICK, data="x"))
+    assert asked == [(12, 12, 3), (30, 30, 3)]
+
+
+def test_class_map_of_a_students_teacher(tmp_path: Path) -> None:
+    teacher, student = classifier("convnet-tiny"), classifier("convnet-tiny")
+    teacher.classes = tuple("abcde")
+    teacher.save(tmp_path / "teacher.pt")
+    (tmp_path / "map.csv").write_text("".join(map("{},{}\n".format, teacher.classes, student.classes)))
+    inputs = {"class_map": str(tmp_path / "map.csv")}
+    entry = {"path": "teacher.pt", "sha256": sha256_file(tmp_path / "teacher.pt"), "inputs": inputs}
+    student.provenance["teacher"] = entry
+    student.save(tmp_path / "student.pt")
+    paths = [tmp_path / "teacher.pt", tmp_path / "student.pt"]
+    first, second = bench(paths, BenchConfig(**QUICK), SPLITS).rows
+    assert first.accuracy is not None and second.agreement == 100  # the same weights
+    (tmp_path / "map.csv").unlink()
+    first, second = bench(paths, BenchConfig(**QUICK), SPLITS).rows
+    assert "accuracy not measured: " in first.notes[0] and second.accuracy is not None
 
 
 def test_bench_without_models_is_an_error() -> None:

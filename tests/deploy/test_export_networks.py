@@ -174,5 +174,5 @@ def test_export_is_reproducible(form: str, tmp_path: Path, monkeypatch: pytest.M
     files = []
     for name in ("a.onnx", "b.onnx"):
         config = ExportConfig(output=tmp_path / name, parity_images=30, **FORMS[form])
-        files.append(export(tmp_path / "model.pt", config, SPLITS).path.read_bytes())
+        files.append(export(models.load(tmp_path / "model.pt"), config, SPLITS).path.read_bytes())
     assert files[0] == files[1]

@@ -20,6 +20,7 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
+from kdcli import models
 from kdcli.base.config import ExportConfig, make
 from kdcli.base.config.commands import INT8_DEFAULT, INT8_RECIPE
 from kdcli.base.errors import KdError, UsageError
@@ -186,7 +187,7 @@ def run(checkpoint: Path, splits: Splits = SPLITS, **settings: Any) -> Any:
         "calibration_images": 20,
         **settings,
     }
-    return export(checkpoint, ExportConfig.model_validate(given), splits)
+    return export(models.load(checkpoint), ExportConfig.model_validate(given), splits)
 
 
 @pytest.mark.parametrize("factor", [0.5, 3.0])
@@ -211,7 +212,7 @@ def test_auto_keeps_float32_where_int8_is_not_faster(
         assert result.path.read_bytes() == plain
         assert not any(one.chosen for one in result.trials)
         monkeypatch.setattr(int8, "search", lambda *given: ((), None))
-        named = export(checkpoint, ExportConfig(int8_recipe="auto", parity_images=20), SPLITS)
+        named = export(models.load(checkpoint), ExportConfig(int8_recipe="auto", parity_images=20), SPLITS)
         assert named.path == Path("exports/model.onnx")  # no int8 in its name
     else:
         [taken] = [one for one in result.trials if one.chosen]
@@ -340,6 +341,6 @@ def test_batch_is_fixed_in_the_file(checkpoint: Path) -> None:
         assert value.type.tensor_type.shape.dim[0].dim_value == 3
     assert result.parity.batches == (3,)
     assert result.parity.images == 20
-    named = export(checkpoint, ExportConfig(batch=3, parity_images=20), SPLITS)
+    named = export(models.load(checkpoint), ExportConfig(batch=3, parity_images=20), SPLITS)
     assert named.path == Path("exports/model-batch3.onnx")
     assert replace(result, path=named.path).batch == 3

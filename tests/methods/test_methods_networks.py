@@ -158,7 +158,7 @@ def test_a_student_of_each_method_is_exported_alone(workplace: Path, method: str
     settings = {"method": method, "teacher": teacher, "student": "convnet-tiny", "crd_negatives": 5}
     student = fit(config(**settings, epochs=1, val_fraction=0.0, name="s"), small).run.student
 
-    made = export(student, make(ExportConfig, {"output": Path("s.onnx")}), small)
+    made = export(models.load(student), make(ExportConfig, {"output": Path("s.onnx")}), small)
 
     assert made.path == Path("s.onnx")
     held = sum(

@@ -115,7 +115,11 @@ def test_an_onnx_teacher_and_several_teachers_have_no_features(workplace: Path) 
 
     splits = make_splits(size=(16, 16, 3))
     teacher = fit(config(method="ce", student="convnet-small", epochs=1, name="t"), splits).run.student
-    export(teacher, make(ExportConfig, {"output": Path("t.onnx"), "with_preprocessing": True}), splits)
+    export(
+        models.load(teacher),
+        make(ExportConfig, {"output": Path("t.onnx"), "with_preprocessing": True}),
+        splits,
+    )
     with pytest.raises(KdError, match="gives logits, but no features"):
         fit(config(method="at", teacher=Path("t.onnx"), student="convnet-tiny"), splits)
     with pytest.raises(UsageError, match="those of several teachers have no mean"):

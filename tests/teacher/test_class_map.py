@@ -13,12 +13,13 @@ import torch
 from kdcli.base.config import TeacherInputs
 from kdcli.base.errors import KdError
 from kdcli.base.events import Event, Note
+from kdcli.deploy.load import teachers_of
 from kdcli.deploy.onnx_model.translate import to_onnx
 from kdcli.engine import fit
 from kdcli.engine.identity import input_hashes, recorded_inputs
 from kdcli.models import checkpoint
 from kdcli.models.class_map import ClassMap, find
-from kdcli.teacher import Teacher, teachers_of
+from kdcli.teacher import Teacher
 from tests.helpers import config, image_set, make_splits
 from tests.teacher.test_teacher import expected_of, make_teacher
 

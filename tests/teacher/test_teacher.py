@@ -23,10 +23,11 @@ from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import Event, Note, Progress
 from kdcli.data import ImageSet, augment
 from kdcli.data.preprocess import MeanStd
+from kdcli.deploy.load import teachers_of
 from kdcli.engine import fit
 from kdcli.engine.plan import resolve
 from kdcli.models import Classifier, checkpoint
-from kdcli.teacher import CachedLogits, Teacher, runner, teachers_of
+from kdcli.teacher import CachedLogits, Teacher, runner
 from kdcli.teacher.cache import top_k_of
 from kdcli.teacher.runner import Engine, choose_engine
 from tests.helpers import ROOT, config, disk_calls, image_set, make_splits, slow

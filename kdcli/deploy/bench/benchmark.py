@@ -7,6 +7,7 @@ start-up are measured in a process for each model.
 """
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from kdcli.data import ImageSet, Splits, incompatibility
 from kdcli.deploy.bench.footprint import measure_footprint
 from kdcli.deploy.bench.latency import Candidate, Runner, compare, measure
 from kdcli.deploy.bench.measurements import BenchResult, Row, rows_within
-from kdcli.deploy.load import with_classes
+from kdcli.deploy.load import load_model, teachers_of, with_classes
 from kdcli.deploy.onnx_model import OnnxClassifier, OnnxRunner, count_model
 from kdcli.deploy.onnx_model.translate import to_onnx
 from kdcli.models import Classifier
@@ -63,7 +64,7 @@ def bench(
     if not candidates:
         raise KdError("no model could be run", " ".join(notes))
     if images is None and config.data is not None:
-        images = data.load(**data.source_for(paths[0], loaded[paths[0]], config), on_event=on_event)
+        images = data.load(**data.source_for(_sized(loaded), config), on_event=on_event)
     # 2. Accuracy, then times.
     accuracy = _measure_accuracy(loaded, names, images.test if images else None, on_event)
     timings = measure(candidates, config, on_event)
@@ -100,31 +101,30 @@ def _load_all(
     loaded: dict[Path, Model] = {}
     candidates: list[Candidate] = []
     notes: list[str] = []
-    size: tuple[int, int, int] | None = None  # the teacher's, for ONNX files that leave it open
     for index, (path, name) in enumerate(names.items()):
         on_event(Progress("preparing", index, len(names), "models"))
         try:
-            model: Model = (
-                OnnxClassifier.load(path, threads, config, size, external=True)
-                if path.suffix.lower() == ".onnx"
-                else models.load(path)
-            )
+            size = _sized(loaded).input_size if loaded else None  # for ONNX files that leave it open
+            model = load_model(path, threads, config, size, several=True)
             found, problems = candidates_of(path, name, model, config, threads, is_teacher=index == 0)
         except KdError as error:
             if not skip or index == 0:
                 raise
             notes.append(f"left out: {error.message}")
             continue
-        size = size or model.input_size
         loaded[path] = model
         candidates += found
         notes += problems
-    foreign = [model for model in loaded.values() if isinstance(model, OnnxClassifier) and model.is_foreign]
-    if config.given and not foreign:
+    if config.given and not any(model.is_foreign for model in loaded.values()):
         flags = ", ".join(map(config.flag, config.given))
         raise UsageError("all models record their own input and classes", f"Leave out {flags}.")
     on_event(Progress("preparing", len(names), len(names), "models"))
     return loaded, candidates, notes
+
+
+def _sized(loaded: Mapping[Path, Model]) -> Model:
+    """The model whose size the images get: the first that does not resize them itself, else that of the largest."""
+    return min(loaded.values(), key=lambda each: -each.input_size[0] if each.any_size else -math.inf)
 
 
 def candidates_of(
@@ -234,23 +234,34 @@ def _ort_candidate(
     return Candidate(row, load, partial(measure_footprint, content, ORT, threads, *form))
 
 
+def _fitted(model: Model, test: ImageSet, class_map: Path | None) -> Model:
+    """The model of the data's classes; a KdError if it does not take the data."""
+    if model.why_not_runnable:
+        raise KdError(model.why_not_runnable)
+    fitted = with_classes(model, test.classes, class_map)
+    if mismatch := incompatibility(fitted, test):
+        raise KdError(f"it {mismatch}")
+    return fitted
+
+
 def _measure_accuracy(
     loaded: Mapping[Path, Model], names: Mapping[Path, str], test: ImageSet | None, on_event: OnEvent
 ) -> dict[Path, dict[str, Any]]:
     """Values of `Row` for each file: measured, recorded in the file without test images, or a note."""
     found: dict[Path, dict[str, Any]] = {path: {} for path in loaded}
     teacher_logits: Tensor | None = None
+    recorded = (each for model in loaded.values() for each in teachers_of(model.provenance, model.path))
+    maps = {each.sha256: each.inputs.class_map for each in recorded}  # of teachers, in their students' files
     for index, (path, each) in enumerate(loaded.items()):
-        model = each if test is None else with_classes(each, test.classes)
         if test is None:
-            value = model.provenance.get("test_accuracy")
+            value = each.provenance.get("test_accuracy")
             if isinstance(value, float):
                 found[path] = {"accuracy": value, "accuracy_source": "recorded"}
             continue
-        problem = model.why_not_runnable if isinstance(model, OnnxClassifier) else None
-        mismatch = incompatibility(model, test)
-        if problem := problem or (mismatch and f"it {mismatch}"):
-            found[path] = {"notes": (f"accuracy not measured: {problem}",)}
+        try:
+            model = _fitted(each, test, maps.get(each.file_sha256))
+        except KdError as error:
+            found[path] = {"notes": (f"accuracy not measured: {error.message}",)}
             continue
         logits = models.predict_logits(model, test.images, task=f"testing {names[path]}", on_event=on_event)
         labels = torch.from_numpy(np.asarray(test.labels))

@@ -1,13 +1,12 @@
 """Checkpoint → ONNX file: translate, verify, quantise, measure, write."""
 
 import hashlib
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from kdcli import data, models
+from kdcli import data
 from kdcli.base.config import ExportConfig
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import OnEvent, Progress, ignore
@@ -44,22 +43,21 @@ class ExportResult(Result):
 
 
 def export(
-    checkpoint: Path, config: ExportConfig, images: Splits | None = None, on_event: OnEvent = ignore
+    classifier: Classifier, config: ExportConfig, images: Splits | None = None, on_event: OnEvent = ignore
 ) -> ExportResult:
-    """Write a checkpoint as one ONNX file whose outputs are verified against the checkpoint.
+    """Write a classifier in eval mode as one ONNX file whose outputs are verified against it.
 
     No file is written where it differs or loses more than `max_drop`, a KdError, and an earlier one is unchanged.
 
     Args:
         images: data whose *train* images verify parity, calibrate int8 and choose its recipe; by default what
-            `config` or the checkpoint's provenance names.
+            `config` or the classifier's provenance names.
     """
-    # 1. Check the output's name; load the checkpoint and the images.
+    # 1. Check the output's name; load the images.
     output = config.output
     if output is not None and (output.suffix.lower() != ".onnx" or output.is_dir()):
         raise UsageError(f"--output {output}: must be a file name that ends in .onnx")
-    classifier = models.load(checkpoint).eval()
-    images = _fitting_data(classifier, checkpoint, config, images, on_event)
+    images = _fitting_data(classifier, config, images, on_event)
     samples = choose_samples(classifier.provenance, images.train, config)
     job = ExportJob(classifier, images.train, samples, config, on_event)
 
@@ -80,7 +78,7 @@ def export(
 
     # 4. Measure the loss of accuracy, and write.
     drop = None if config.max_drop is None else job.measure_drop(content, config.max_drop)
-    output = output or default_output(checkpoint, config, int8=quantisation is not None)
+    output = output or default_output(classifier.path, config, int8=quantisation is not None)
     with atomic_path(output) as temporary:
         temporary.write_bytes(content)
     on_event(Progress("exporting", 3, 3, "steps"))
@@ -88,7 +86,7 @@ def export(
         path=output,
         size_bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
-        checkpoint=checkpoint,
+        checkpoint=classifier.path,
         opset=config.opset,
         with_preprocessing=raw,
         data_label=images.label,
@@ -103,13 +101,10 @@ def export(
 def export_classifier(
     classifier: Classifier, config: ExportConfig, images: Pixels, label: str, on_event: OnEvent = ignore
 ) -> ExportResult:
-    """`export` of a classifier in memory, verified on images uint8 (N, H, W, C); `label` is their name."""
+    """`export`, verified on images uint8 (N, H, W, C); `label` is their name."""
     labels = np.zeros(len(images), np.int64)
     split = ImageSet(images, labels, classifier.classes, fingerprint="")
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = Path(folder) / "classifier.pt"
-        classifier.save(checkpoint)
-        return export(checkpoint, config, Splits(label, label, split, split), on_event)
+    return export(classifier, config, Splits(label, label, split, split), on_event)
 
 
 def default_output(checkpoint: Path, config: ExportConfig, *, int8: bool = False) -> Path:
@@ -126,11 +121,11 @@ def default_output(checkpoint: Path, config: ExportConfig, *, int8: bool = False
 
 
 def _fitting_data(
-    classifier: Classifier, checkpoint: Path, config: ExportConfig, given: Splits | None, on_event: OnEvent
+    classifier: Classifier, config: ExportConfig, given: Splits | None, on_event: OnEvent
 ) -> Splits:
     """The given data, else those that `config` or the provenance names; a KdError if the model cannot take them."""
     if given is None:
-        given = data.load(**data.source_for(checkpoint, classifier, config), on_event=on_event)
+        given = data.load(**data.source_for(classifier, config), on_event=on_event)
     problem = data.incompatibility(classifier, given.train)
     if problem:
         raise KdError(f"the model {problem}", "Pass data that fits with --data.")

@@ -25,7 +25,6 @@ from kdcli.methods import TrainConfig
 from kdcli.teacher import Teacher
 
 PER_RUN = {"method", "seed", "name", "runs_dir"}
-_FREE = PER_RUN | {"weight"}
 _MAX_NAME = 80
 
 
@@ -166,33 +165,27 @@ class Plan(Settings):
         return plan
 
     def as_started(self) -> Plan:
-        """This comparison with what its folder records; UsageError if it was started with other settings.
-
-        Methods may be added: Holm's p covers all. Seeds may not, as verdicts would depend on when to stop adding.
-        """
+        """This comparison with what its folder records; UsageError if it was started with other settings."""
         if not self.file.exists():
             return self
         stored = Plan.load(self.folder, self.methods)
-        before, now = stored._fixed(), self._fixed()
-        if set(stored.methods) <= set(self.methods):
-            now["methods"] = before["methods"]
-        if changed := differences(before, now):
+        if changed := differences(stored._fixed(), self._fixed()):
             resume = stored.resume_command or "the command that started it"
             raise UsageError(
                 f"{self.folder} was started with other settings: {changed[0]}",
                 f"Choose another --name, or continue it as it is: {resume}",
             )
-        return stored.model_copy(update={"train": self.train, "methods": self.methods})
+        return stored.model_copy(update={"train": self.train})
 
     def _fixed(self) -> dict[str, Any]:
-        """Settings that cannot change once it has started; weights are compared run by run."""
+        """Settings that cannot change once it has started."""
         return {
             "methods": ",".join(self.methods),
             "seeds": ",".join(map(str, self.seeds)),
             "baseline": self.baseline,
             "threads": self.train.threads,
             "accelerator": self.train.accelerator,
-            **{name: value for name, value in decisive_settings(self.train).items() if name not in _FREE},
+            **{name: value for name, value in decisive_settings(self.train).items() if name not in PER_RUN},
         }
 
 
