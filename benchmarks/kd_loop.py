@@ -1,4 +1,4 @@
-"""kd's own side: its training loop, the bare step inside it, and what the machine could do at best."""
+"""kd's sides: its training loop, and the bare step inside it; with the arithmetic and the machine's peak."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import time
 from pathlib import Path
 
 import torch
-from pair import BATCH, LAMDA, LEARNING_RATE, SEED, STUDENT, TAU, Pair, Timing, kd_loss
+from pair import BATCH, LAMDA, LEARNING_RATE, SEED, TAU, Pair, kd_loss
+from rounds import Timing
 from torch import Tensor, nn
 
-from kdcli.base import runtime
-from kdcli.base.events import OnEvent, ignore
-from kdcli.engine import RunResult, fit
+from kdcli.base.config import make
+from kdcli.data import Splits
+from kdcli.engine import fit
 from kdcli.methods import TrainConfig
 from kdcli.models.layers import count_macs
 
@@ -20,8 +21,33 @@ _MATMUL_SIZES = (512, 1024, 2048)
 _MATMUL_SECONDS = 0.15  # at least, for each size
 
 
+def config_of(pair: Pair, scratch: Path, *, threads: int, precision: str) -> TrainConfig:
+    """`kd train --method kd --augment flip` for one epoch, on the CPU as the other sides are."""
+    return make(
+        TrainConfig,
+        {
+            "data": pair.splits.spec,
+            "cache_dir": scratch / "cache",
+            "student": pair.network,
+            "teacher": pair.teacher_path,
+            "tau": TAU,
+            "lamda": LAMDA,
+            "augment": "flip",
+            "val_fraction": pair.val_fraction,
+            "epochs": 1,
+            "batch_size": BATCH,
+            "lr": LEARNING_RATE,
+            "seed": SEED,
+            "precision": precision,
+            "threads": threads,
+            "accelerator": "cpu",
+            "runs_dir": scratch / "runs",
+        },
+    )
+
+
 class KdLoop:
-    """One epoch through `kdcli.engine.fit`, the teacher's logits in the cache.
+    """A run through `kdcli.engine.fit`, the teacher's logits in the cache.
 
     `seconds` are those behind `RunResult.images_per_s`, the run's own count; `wall_s` is the whole call: start-up,
     validation, checkpoints and the test besides.
@@ -30,53 +56,25 @@ class KdLoop:
     key = "a"
     label = "kd, its own loop"
     note = "teacher outputs cached"
+    keeps_memory = True
 
-    def __init__(self, pair: Pair, scratch: Path, *, threads: int, precision: str) -> None:
-        self.pair = pair
-        self.scratch = scratch
-        self.threads = threads
-        self.precision = precision
-
-    def train(self, cache_dir: Path, *, epochs: int, on_event: OnEvent = ignore) -> RunResult:
-        """One run of `kd train --method kd --augment flip`."""
-        config = TrainConfig.model_validate(  # on the CPU, whatever else there is: so are the other sides
-            {
-                "data": self.pair.splits.spec,
-                "cache_dir": cache_dir,
-                "method": "kd",
-                "student": STUDENT,
-                "teacher": self.pair.teacher_path,
-                "tau": TAU,
-                "lamda": LAMDA,
-                "augment": "flip",
-                "val_fraction": self.pair.val_fraction,
-                "epochs": epochs,
-                "batch_size": BATCH,
-                "lr": LEARNING_RATE,
-                "seed": SEED,
-                "precision": self.precision,
-                "threads": self.threads,
-                "accelerator": "cpu",
-                "runs_dir": self.scratch / "runs",
-            }
-        )
-        return fit(config, self.pair.splits, on_event=on_event)
+    def __init__(self, config: TrainConfig, splits: Splits) -> None:
+        self.config, self.splits = config, splits
 
     def warm_up(self) -> None:
         """Fill the teacher cache, and settle the precision for all rounds."""
-        result = self.train(self.scratch / "cache", epochs=1)
-        self.precision = result.config.precision
+        result = fit(self.config, self.splits)
+        self.config = self.config.model_copy(update={"precision": result.config.precision})
         shutil.rmtree(result.run.path)
 
     def round(self) -> Timing:
         started = time.perf_counter()
-        result = self.train(self.scratch / "cache", epochs=1)
+        result = fit(self.config, self.splits)
         wall = time.perf_counter() - started
         shutil.rmtree(result.run.path)
         if result.teacher_passes:
             raise RuntimeError("the teacher cache should have been warm")
-        images = len(self.pair.rows[0])
-        return Timing(images, images / result.images_per_s, wall)
+        return Timing(round(result.images_per_s * result.seconds), result.seconds, wall)
 
 
 class BareStep:
@@ -85,17 +83,19 @@ class BareStep:
     Channels-last, the precision of (a), fused Adam. The targets are random numbers of a teacher's size.
     """
 
-    key = "b"
-    label = "bare student step"
     note = "tensors made beforehand"
+    keeps_memory = True
 
-    def __init__(self, pair: Pair, *, precision: str) -> None:
+    def __init__(self, pair: Pair, *, precision: str, compiled: bool = False) -> None:
+        self.key = "e" if compiled else "b"
+        self.label = "bare student step, compiled" if compiled else "bare student step"
         rows = pair.rows[0]
         train = pair.splits.train
         self.steps = max(1, len(rows) // BATCH)
         self.precision = precision
         self.network = pair.student().to(memory_format=torch.channels_last)
         self.optimizer = torch.optim.Adam(self.network.parameters(), LEARNING_RATE, fused=True)
+        self.forward = torch.compile(self.network) if compiled else self.network
         random = torch.Generator().manual_seed(SEED)
         mean, std = (part[:, None, None] for part in pair.mean_std)
         self.batches: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -110,7 +110,7 @@ class BareStep:
         pixels, targets, labels = self.batches[number % len(self.batches)]
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = self.network(pixels)
+            logits = self.forward(pixels)
         kd_loss(logits.float(), targets, labels).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         return len(labels)
@@ -137,8 +137,8 @@ class BareStep:
 def training_flops(pair: Pair) -> int:
     """Floating point operations to train the student on one image.
 
-    Forward 2 a multiply-accumulate, backward twice that, less the first layer's gradient for its input, which nobody
-    asks for. Convolutions and linear layers only.
+    Forward 2 a multiply-accumulate, backward twice that, less the gradient for the first layer's input, which is not
+    computed. Convolutions and linear layers only.
     """
     network = pair.student()
     height, width, channels = pair.splits.train.input_size
@@ -148,7 +148,7 @@ def training_flops(pair: Pair) -> int:
 
 
 def matmul_peak(dtype: torch.dtype) -> float:
-    """GFLOP/s of the fastest of several square matrix products: what torch gets out of this machine."""
+    """GFLOP/s of the fastest of several square matrix products in torch."""
     best = 0.0
     for size in _MATMUL_SIZES:
         left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
@@ -161,9 +161,3 @@ def matmul_peak(dtype: torch.dtype) -> float:
             best = max(best, 2 * size**3 / (time.perf_counter() - started) / 1e9)
             repeats += 1
     return best
-
-
-def set_threads(threads: int) -> int:
-    """The same number of threads for every side, whatever the one before has left; returns it."""
-    runtime.set_threads(threads)
-    return torch.get_num_threads()

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 import torch
-from pair import BATCH, LAMDA, LEARNING_RATE, TAU, Int64, Pair, Timing
-from torch import Tensor
+from pair import BATCH, LAMDA, LEARNING_RATE, TAU
+from rounds import Timing
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from kdcli import models
+Loader = DataLoader[tuple[Tensor, Tensor]]
 
 
-def loader_of(pair: Pair, rows: Int64, workers: int, *, flip: bool) -> DataLoader[tuple[Tensor, Tensor]]:
+def loader_of(dataset: Any, workers: int, batch_size: int = BATCH) -> Loader:
     """The usual loader. Workers stay alive between rounds, so that no round pays for their start."""
-    return DataLoader(
-        pair.dataset(rows, flip=flip),  # type: ignore[arg-type]  # the collation makes tensors of labels
-        BATCH,
-        shuffle=True,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-    )
+    return DataLoader(dataset, batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
 
 
 class NaiveLoop:
@@ -30,14 +26,12 @@ class NaiveLoop:
 
     key = "c"
     label = "naive loop"
-    note = "teacher in the loop"
+    note = "teacher in each step"
+    keeps_memory = False
 
-    def __init__(self, pair: Pair, rows: Int64, workers: int) -> None:
-        self.pair = pair
-        self.teacher = pair.teacher
-        self.student = pair.student()
-        self.optimizer: torch.optim.Optimizer = torch.optim.Adam(self.student.parameters(), LEARNING_RATE)
-        self.loader = loader_of(pair, rows, workers, flip=True)
+    def __init__(self, teacher: nn.Module, student: nn.Module, loader: Loader) -> None:
+        self.teacher, self.student, self.loader = teacher, student, loader
+        self.optimizer: torch.optim.Optimizer = torch.optim.Adam(student.parameters(), LEARNING_RATE)
 
     def loss_of(self, pixels: Tensor, labels: Tensor) -> Tensor:
         """λ·CE + (1 − λ)·τ²·KL of a batch as the loader gives it."""
@@ -76,14 +70,12 @@ class LabelLoop(NaiveLoop):
     """The same loop training a network from labels alone, by SGD."""
 
     key = "labels"
-    label = "naive loop, teacher's training"
+    label = "naive loop, the teacher's training"
     note = "labels"
 
-    def __init__(self, pair: Pair, rows: Int64, workers: int, network: str) -> None:
-        super().__init__(pair, rows, workers)
-        train = pair.splits.train
-        self.student = models.build(network, classes=len(train.classes), input_size=train.input_size)
-        weights = [value for value in self.student.parameters() if value.requires_grad]
+    def __init__(self, network: nn.Module, loader: Loader) -> None:
+        super().__init__(nn.Identity(), network, loader)
+        weights = [value for value in network.parameters() if value.requires_grad]
         self.optimizer = torch.optim.SGD(weights, 1e-3, momentum=0.9, nesterov=True)
 
     def loss_of(self, pixels: Tensor, labels: Tensor) -> Tensor:

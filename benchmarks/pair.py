@@ -1,13 +1,12 @@
-"""What all sides of the benchmark share: teacher, student, images, recipe, and how a round is told."""
+"""Teacher, student, images and recipe of a comparison on small images, the same for all sides."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,60 +25,23 @@ from kdcli.models import Classifier
 
 Int64 = npt.NDArray[np.int64]
 TAU, LAMDA, BATCH, LEARNING_RATE, SEED = 3.0, 0.3, 256, 1e-3, 0
-STUDENT = "lenet"
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One round of one side.
-
-    Attributes:
-        images: trained on.
-        seconds: of training.
-        wall_s: of the whole call, where that is more than the training.
-    """
-
-    images: int
-    seconds: float
-    wall_s: float | None = None
-
-    @property
-    def images_per_s(self) -> float:
-        return self.images / self.seconds
-
-
-class Side(Protocol):
-    """One way to train the student.
-
-    Attributes:
-        key: what `--sides` calls it.
-        label, note: for the table.
-    """
-
-    key: str
-    label: str
-    note: str
-
-    def warm_up(self) -> None:
-        """Everything a round should find done: caches filled, kernels chosen."""
-
-    def round(self) -> Timing:
-        """One measurement."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """NIN → LeNet on one data set.
+    """A teacher and a student on one data set.
 
     Attributes:
         splits: train images cut down to what is measured, and a few test images.
         teacher_path: the checkpoint.
+        network: name of the student's network.
         val_fraction: share of the train images that is not trained on.
     """
 
     splits: Splits
     teacher_path: Path
-    val_fraction: float
+    network: str = "lenet"
+    val_fraction: float = 0.05
 
     @cached_property
     def rows(self) -> tuple[Int64, Int64]:
@@ -99,12 +61,8 @@ class Pair:
         return TeacherOnLoader(models.load(self.teacher_path), *self.mean_std)
 
     def student(self) -> nn.Module:
-        """A fresh student, float32 NCHW; the same weights at every call, those that kd starts from."""
-        train = self.splits.train
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(SEED)
-            network = models.build(STUDENT, classes=len(train.classes), input_size=train.input_size)
-        return network.train()
+        """A new student, float32 NCHW; the same weights at every call, those that kd starts from."""
+        return new_network(self.network, self.splits.train)
 
     def transform(self, *, flip: bool) -> Callable[[Image.Image], Tensor]:
         """The usual torchvision pipeline."""
@@ -116,7 +74,7 @@ class Pair:
         return composed
 
     def dataset(self, rows: Int64, *, flip: bool) -> PilImages:
-        """The named train images, as a `Dataset` of the usual kind."""
+        """The train images of these rows, as a `Dataset` of the usual kind."""
         train = self.splits.train
         return PilImages(train.images[rows], train.labels[rows], self.transform(flip=flip))
 
@@ -137,11 +95,19 @@ class Pair:
         return float(kd_loss(logits, targets, torch.from_numpy(labels)))
 
 
+def new_network(name: str, train: ImageSet) -> nn.Module:
+    """A network with initial weights of a fixed seed, for the classes and the size of these images."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        network = models.build(name, classes=len(train.classes), input_size=train.input_size)
+    return network.train()
+
+
 class TeacherOnLoader(nn.Module):
-    """A teacher that takes what the student's loader gives.
+    """A frozen teacher on the tensors of the student's loader.
 
     Its own preprocessing starts from raw pixels, so the loader's normalisation is undone: one multiply and one add,
-    less than handing every image over twice.
+    less than loading every image twice.
     """
 
     def __init__(self, teacher: Classifier, mean: Tensor, std: Tensor) -> None:
@@ -193,8 +159,3 @@ def cut(data: ImageSet, count: int) -> ImageSet:
     rows = spread(len(data), count)
     images, labels = np.array(data.images[rows]), data.labels[rows]
     return ImageSet(images, labels, data.classes, fingerprint_of(images, labels, data.classes))
-
-
-def tell(text: str) -> None:
-    """To stderr: stdout is for the tables."""
-    print(text, file=sys.stderr, flush=True)

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pair import BATCH, LAMDA, LEARNING_RATE, TAU, Int64, Pair, Timing
+from pair import BATCH, LAMDA, LEARNING_RATE, TAU, Int64, Pair
+from rounds import Timing
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
@@ -44,6 +45,8 @@ def reason_against(key: str) -> str | None:
 
 class TorchdistillLoop:
     """One epoch in a `DistillationBox`."""
+
+    keeps_memory = False
 
     def __init__(self, key: str, pair: Pair, rows: Int64, workers: int, scratch: Path) -> None:
         self.key = key

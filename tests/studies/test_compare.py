@@ -209,6 +209,18 @@ def test_compare_refuses_changed_settings_and_inputs(splits: Splits) -> None:
         planned(seeds="1", epochs=1).runs[1].is_started()
 
 
+def test_compare_takes_more_methods_later(splits: Splits) -> None:
+    compare(planned("grown", compared="ce,ls", seeds="2", epochs=1), splits)
+    grown = planned("grown", compared="ce,logits,ls", seeds="2", epochs=1, weight=("logits=0.5",))
+    at_once = planned("at-once", compared="ce,logits,ls", seeds="2", epochs=1, weight=("logits=0.5",))
+    assert [run.is_finished() for run in grown.runs] == [True, False, True] * 2
+    assert without_clock(compare(grown, splits)) == without_clock(compare(at_once, splits))
+    assert students(grown) == students(at_once)
+    assert Plan.load(grown.folder).methods == ("ce", "logits", "ls")
+    with pytest.raises(UsageError, match="methods was ce,logits,ls, is ce,ls"):
+        compare(planned("grown", compared="ce,ls", seeds="2", epochs=1), splits)
+
+
 def test_compare_stops_when_its_teacher_is_replaced_between_runs(splits: Splits) -> None:
     first = Path("comparisons/c/runs/ce-seed0/student.pt")
 

@@ -25,6 +25,7 @@ from kdcli.methods import TrainConfig
 from kdcli.teacher import Teacher
 
 PER_RUN = {"method", "seed", "name", "runs_dir"}
+_FREE = PER_RUN | {"weight"}
 _MAX_NAME = 80
 
 
@@ -165,27 +166,33 @@ class Plan(Settings):
         return plan
 
     def as_started(self) -> Plan:
-        """This comparison with what its folder records; UsageError if it was started with other settings."""
+        """This comparison with what its folder records; UsageError if it was started with other settings.
+
+        Methods may be added: Holm's p covers all. Seeds may not, as verdicts would depend on when to stop adding.
+        """
         if not self.file.exists():
             return self
         stored = Plan.load(self.folder, self.methods)
-        if changed := differences(stored._fixed(), self._fixed()):
+        before, now = stored._fixed(), self._fixed()
+        if set(stored.methods) <= set(self.methods):
+            now["methods"] = before["methods"]
+        if changed := differences(before, now):
             resume = stored.resume_command or "the command that started it"
             raise UsageError(
                 f"{self.folder} was started with other settings: {changed[0]}",
                 f"Choose another --name, or continue it as it is: {resume}",
             )
-        return stored.model_copy(update={"train": self.train})
+        return stored.model_copy(update={"train": self.train, "methods": self.methods})
 
     def _fixed(self) -> dict[str, Any]:
-        """Settings that cannot change once it has started."""
+        """Settings that cannot change once it has started; weights are compared run by run."""
         return {
             "methods": ",".join(self.methods),
             "seeds": ",".join(map(str, self.seeds)),
             "baseline": self.baseline,
             "threads": self.train.threads,
             "accelerator": self.train.accelerator,
-            **{name: value for name, value in decisive_settings(self.train).items() if name not in PER_RUN},
+            **{name: value for name, value in decisive_settings(self.train).items() if name not in _FREE},
         }
 
 

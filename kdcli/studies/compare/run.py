@@ -42,11 +42,10 @@ def _start(plan: Plan, data: Splits, on_event: OnEvent) -> Plan:
         resolve(config, data)
         check_student(config, data.train)
     inputs = {name: sha256 for config in plan.each for name, sha256 in input_hashes(config, data).items()}
-    if not plan.inputs:
-        common = _common_settings(plan, data, on_event)
-        plan = plan.model_copy(update={"inputs": inputs, "common": common})
-        plan.save()
-    check_unchanged(plan.inputs, inputs, str(plan.folder))
+    check_unchanged(plan.inputs, {name: inputs.get(name) for name in plan.inputs}, str(plan.folder))
+    common = plan.common or _common_settings(plan, data, on_event)
+    plan = plan.model_copy(update={"inputs": inputs, "common": common})
+    plan.save()
     return plan
 
 
