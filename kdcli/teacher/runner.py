@@ -15,7 +15,7 @@ from kdcli.base.timing import interleaved
 from kdcli.models import Classifier
 
 _MEASURED_FROM_S = 15.0  # shorter passes run without measurements
-_TRANSLATED_FROM_S = 60.0  # shorter passes are not worth a translation to ONNX, which takes some seconds
+_LONG_S = 60.0  # shorter passes on a CPU: no translation to ONNX, no runs at several batch sizes
 _LEAST_AGREEMENT = 99.9  # per cent equal top-1 with float32
 _SAMPLE = 1024  # images on which agreement is checked
 _BATCHES = {"cpu": (32, 64, 128, 256), "other": (256, 1024, 4096)}
@@ -100,7 +100,7 @@ def choose_engine(
             return plain if device == "cpu" else replace(plain, batch_size=_BATCHES["other"][0])
         # 2. Time the engines
         others = [Engine("torch", "bf16")] if precision == "auto" else []
-        others += [Engine("onnxruntime")] if device == "cpu" and expected_s >= _TRANSLATED_FROM_S else []
+        others += [Engine("onnxruntime")] if device == "cpu" and expected_s >= _LONG_S else []
         for engine in others:
             with suppress(KdError):  # not every network can be translated
                 forwards[engine] = forward_of(model, engine, threads)
@@ -109,6 +109,8 @@ def choose_engine(
         chosen = _fastest_exact(forwards, times, take)
         # 4. Time batch sizes
         sizes = _BATCHES.get(device, _BATCHES["other"])
+        if device == "cpu" and expected_s < _LONG_S:
+            sizes = (BATCH,)
         batches = [take(size) for size in sizes]
         times = _fastest_times([forwards[chosen]] * len(sizes), batches)
         rates = [len(batch) / seconds for batch, seconds in zip(batches, times, strict=True)]

@@ -345,10 +345,10 @@ def test_the_fastest_engine_with_the_same_classes_is_chosen(
     def take(count: int) -> torch.Tensor:
         return torch.from_numpy(images.images[:count])
 
-    def engine(costs: dict[str, float], precision: str = "auto") -> Engine:
+    def engine(costs: dict[str, float], precision: str = "auto", count: int = 90) -> Engine:
         with monkeypatch.context() as patch:
             SimulatedClock(patch, costs)
-            return choose_engine(model, take, count=90, precision=precision, on_event=lambda event: None)
+            return choose_engine(model, take, count=count, precision=precision, on_event=lambda event: None)
 
     chosen = engine({**COSTS, "torch bf16": 9.0})
     assert (chosen.name, chosen.precision, chosen.batch_size) == (
@@ -365,6 +365,8 @@ def test_the_fastest_engine_with_the_same_classes_is_chosen(
     agreement = 100 * float((plain.argmax(1) == half.argmax(1)).double().mean())
     assert (bf16.precision == "bf16") == (agreement >= 99.9)
     assert engine(COSTS, "bf16") == Engine("torch", "bf16")
+    short = engine(COSTS, "32", count=40)  # 50 s
+    assert (short.name, short.batch_size) == ("torch", 64)
 
 
 @pytest.mark.slow
