@@ -23,7 +23,7 @@ from kdcli.data import rows
 from kdcli.data.decode import Pixels, resize, with_channels
 from kdcli.data.images import ImageSet, Splits, fingerprint_of, overlap_of
 
-FORMAT_VERSION = 5  # raise it when packing or decoding gives other pixels
+FORMAT_VERSION = 6  # raise it when packing gives other pixels, or images other splits
 FALLBACK_SIZE = 32
 _BLOCK = 64 << 20  # bytes of pixels with a SHA-256 of their own
 _verified: set[tuple[object, ...]] = set()  # entries, by place and state of their files

@@ -15,7 +15,7 @@ import stat
 import tarfile
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -52,6 +52,7 @@ class Source(ABC):
     skipped: list[str] = field(default_factory=list)  # links and special files passed over so far
     folders: list[str] = field(default_factory=list)  # of a folder tree, "" for its own
     layout_hint: str = LAYOUT_HINT
+    classes: Sequence[str] = ()  # in the order that the source states, if it does
     done: int = 0  # how far `read` has come, of `total`, in `unit`
     total: int = 0
     unit: str = "images"

@@ -1,12 +1,25 @@
 """Split of the train images into training and validation samples, and of unsplit images into train and test."""
 
+import re
+from bisect import bisect
 from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 
 Int64 = npt.NDArray[np.int64]
-SPLIT_NAMES = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
+SPLIT_NAMES = {
+    "train": "train", "training": "train",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+    "val": "val", "valid": "val", "validation": "val", "dev": "val",
+}  # fmt: skip
+_BESIDE = {"", "data", "image", "images", "img", "imgs", "seg", "set", "split"}  # other words of such a name
+
+
+def split_of(name: str) -> str | None:
+    """The split by a usual name of one, in any case, also as in `seg_train` or `Test-Set`; None for other names."""
+    words = set(re.split("[-_ ]", name.lower())) - _BESIDE
+    return SPLIT_NAMES.get(words.pop()) if len(words) == 1 else None
 
 
 def split_validation(labels: Int64, fraction: float, own: int = 0) -> tuple[Int64, Int64]:
@@ -34,10 +47,12 @@ def split_validation(labels: Int64, fraction: float, own: int = 0) -> tuple[Int6
 
 
 def digests_of_test_images(digests: Iterable[bytes], fraction: float) -> set[bytes]:
-    """Those of a class's images, by SHA-256, that are test images: the share `fraction` with the smallest values.
+    """Those of a class's images, by SHA-256, that are test images: below `fraction` of the range of the values.
 
-    Copies of an image are on its side. Of two or more different images at least one is a test image, and one is not.
+    So further images move none, and copies of an image are on its side. One exception: where this puts all of two or
+    more different images on one side, the smallest is a test image, or the largest a training image, as long as the
+    class has no other there.
     """
     ordered = sorted(set(digests))
-    count = round(fraction * len(ordered))
+    count = bisect(ordered, int(fraction * 2**64).to_bytes(8, "big"))
     return set(ordered[: min(max(count, 1), len(ordered) - 1)])

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import regular_size, sha256_file
 from kdcli.base.tables import csv_lines
+from kdcli.data.decode import SUFFIXES
 from kdcli.data.sources import FolderSource, Source, Wanted, content, reader_errors
-from kdcli.data.split import SPLIT_NAMES
+from kdcli.data.split import SPLIT_NAMES, split_of
 
 LABELS = ("label", "labels", "fine_label")  # names of the column of labels, the first that is there
 TABLE_HINT = (
@@ -30,6 +31,7 @@ class Row(NamedTuple):
     split: str  # train, test or val; "" without a split
     label: str
     image: Path | bytes
+    classes: Sequence[str] = ()  # the order of the classes, where the table states one
 
 
 @dataclass
@@ -59,14 +61,15 @@ class TableSource(Source):
 
     def read(self, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
         """Images in the order of the rows."""
+        self.labels.clear()
         for row in self.rows():
             if row.name in self.labels:
                 raise KdError(f"{self.path} lists {row.name} twice", "Remove one of its rows.")
             self.labels[row.name] = (row.split, row.label)
-            yield (
-                row.name,
-                row.image if isinstance(row.image, bytes) else content(row.image, row.name, self.path),
-            )
+            self.classes = self.classes or row.classes
+            if wanted(row.name):
+                image = row.image
+                yield row.name, image if isinstance(image, bytes) else content(image, row.name, self.path)
             self.done += 1
 
 
@@ -83,7 +86,10 @@ def table_source(path: Path) -> TableSource | None:
         files = [("", file) for file in sorted(path.glob("*.arrow"))]
     elif path.is_dir():  # train-00000-of-00001.parquet
         found = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
-        files = [(SPLIT_NAMES.get(re.split("[^a-z]", file.stem)[0], ""), file) for file in found]
+        files = [(split_of(re.split("[^a-z]", file.stem)[0]) or "", file) for file in found]
+        folders = {file.parent for file in path.rglob("*") if files and file.suffix.lower() in SUFFIXES}
+        if len(folders) > 1 and not all(split for split, _ in files):  # a table beside class folders
+            return None
     if not files:
         return None
     try:
@@ -105,7 +111,7 @@ def _row(table: Path, where: str, split: Any, label: Any, image: Any) -> Row:
     missing = "label" if label is None or not str(label).strip() else "" if stored or path else "image"
     if missing:
         raise KdError(f"{where}: no {missing}", TABLE_HINT)
-    part = SPLIT_NAMES.get(str(split).strip().lower()) if split is not None else ""
+    part = split_of(str(split).strip()) if split is not None else ""
     if part is None:
         raise KdError(f"{where}: unknown split {str(split)!r}", f"Known: {', '.join(SPLIT_NAMES)}.")
     if isinstance(stored, bytes):
@@ -137,8 +143,9 @@ def _arrow_rows(path: Path, files: list[tuple[str, Path]]) -> Iterator[Row]:
                     splits, batch.column(label).to_pylist(), batch.column(image).to_pylist(), strict=True
                 )
                 for part, value, cell in values:
-                    text = value if names is None or value is None else names[value] if value >= 0 else None
-                    yield _row(file, f"{split}/{file.name} row {count}".lstrip("/"), part, text, cell)
+                    text = value if not names or value is None else names[value] if value >= 0 else None
+                    row = _row(file, f"{split}/{file.name} row {count}".lstrip("/"), part, text, cell)
+                    yield row._replace(classes=names)
                     count += 1
 
 
@@ -158,8 +165,8 @@ def _record_batches(file: Path) -> Iterator[tuple[Any, Any]]:
                     yield stream.schema, batch.slice(start, _BATCH_ROWS)
 
 
-def _columns(schema: Any, file: Path) -> tuple[str, str, list[str] | None]:
-    """Names of the columns of images and labels, and the names of the classes where labels are their numbers."""
+def _columns(schema: Any, file: Path) -> tuple[str, str, list[str]]:
+    """Names of the columns of images and labels, and of the classes in order, where labels are their numbers."""
     features = (
         json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     )
@@ -168,4 +175,4 @@ def _columns(schema: Any, file: Path) -> tuple[str, str, list[str] | None]:
     label = next((name for name in LABELS if name in schema.names), None)
     if image is None or label is None:
         raise KdError(f"{file} has no column of {'labels' if image else 'images'}", TABLE_HINT)
-    return image, label, features.get(label, {}).get("names")
+    return image, label, [str(name).strip() for name in features.get(label, {}).get("names") or ()]

@@ -17,7 +17,7 @@ from kdcli.data.images import Splits
 from kdcli.data.pack import FALLBACK_SIZE, Cache, Selection
 from kdcli.data.read_images import Found, Place, Places, decode_all, is_ignored, skipped_notes
 from kdcli.data.sources import Source, open_source
-from kdcli.data.split import SPLIT_NAMES, digests_of_test_images
+from kdcli.data.split import digests_of_test_images, split_of
 from kdcli.data.tables import TableSource, table_source
 
 
@@ -28,11 +28,10 @@ def place_of(name: str) -> Place | None:
         return None
     # The plain layout first: a folder *above* may be called test, and a class may be called train.
     for at in (len(parts) - 3, *range(len(parts) - 3)):
-        if at >= 0 and parts[at].lower() in SPLIT_NAMES:
+        if at >= 0 and (split := split_of(parts[at])):
             if is_ignored("/".join(parts[at:])):
                 return None
-            split, class_name = SPLIT_NAMES[parts[at].lower()], unicodedata.normalize("NFC", parts[at + 1])
-            return Place("/".join(parts[:at]), split, class_name, name)
+            return Place("/".join(parts[:at]), split, unicodedata.normalize("NFC", parts[at + 1]), name)
     return None
 
 
@@ -115,7 +114,8 @@ def layout(found: Found, source: Source) -> tuple[dict[str, Places], tuple[str, 
     for split in ("train", "test"):
         if not parts[split]:
             raise KdError(f"{path} has no {split} images", hint)
-    prefix, *others = sorted({place.prefix for places in parts.values() for place in places})
+    prefixes = {place.prefix for place in found.images}
+    prefix, *others = sorted(prefixes if len(prefixes) == 1 else set(map(_above_the_split, found.images)))
     if others:
         raise KdError(
             f"{path} holds more than one dataset: {', '.join([prefix or '.', *others][:4])}",
@@ -123,7 +123,10 @@ def layout(found: Found, source: Source) -> tuple[dict[str, Places], tuple[str, 
         )
     names, tested, validated = ({place.class_name for place in places} for places in parts.values())
     by_number = all(name.isascii() and name.isdecimal() for name in names)  # 2 before 10
-    classes = tuple(sorted(names, key=lambda name: (int(name) if by_number else 0, name)))
+    stated = {name: number for number, name in enumerate(source.classes)}
+    classes = tuple(
+        sorted(names, key=lambda name: (stated.get(name, len(stated)), int(name) if by_number else 0, name))
+    )
     if unknown := sorted((tested | validated) - names):
         raise KdError(
             f"{path} has classes without train images: {', '.join(unknown[:8])}",
@@ -140,6 +143,12 @@ def layout(found: Found, source: Source) -> tuple[dict[str, Places], tuple[str, 
     if absent := sorted(names - tested):
         notes.append(f"No test images of {', '.join(absent)}.")
     return parts, classes, notes
+
+
+def _above_the_split(place: Place) -> str:
+    """The folders above an image's split, where that is a folder in one of the same name: seg_train/seg_train."""
+    above, _, last = place.prefix.rpartition("/")
+    return above if split_of(last) == place.split else place.prefix
 
 
 def _in_a_folder(name: str) -> Place | None:
@@ -181,6 +190,7 @@ def find_images(
         source = open_source(source.path)
         found, _ = find(_in_a_folder)
         above, by_class = _class_folders([*found.images, *found.broken])
+        _refuse_splits(source.path, above, by_class)
     _split_off_test_images(found, above, by_class, request.test_fraction)
     return found, source, True
 
@@ -202,9 +212,23 @@ def _class_folders(places: list[Place]) -> tuple[str, dict[str, list[Place]]]:
         (place.class_name[len(above) :].lstrip("/").partition("/")[0], place) for place in places
     )
     by_class.pop("", None)
-    if {name.lower() for name in by_class} <= SPLIT_NAMES.keys():  # train/* and test/*
+    if all(map(split_of, by_class)):  # train/* and test/*
         return above, {}
     return above, by_class
+
+
+def _refuse_splits(path: Path, above: str, by_class: dict[str, list[Place]]) -> None:
+    """Raise KdError where class folders hold the same folders: they seem to be splits under other names."""
+    below = len(f"{above}/".lstrip("/"))
+    alike: dict[frozenset[str], list[str]] = defaultdict(list)
+    for name, places in by_class.items():
+        alike[frozenset(f"{place.class_name[below:]}/".split("/")[1] for place in places)].append(name)
+    for inner, names in alike.items():
+        if len(names) > 1 and len(inner) > 1 and "" not in inner:
+            raise KdError(
+                f"the folders {', '.join(sorted(names)[:4])} of {path} hold the same folders, as splits do",
+                "Rename splits to train, val and test; move images of classes into one folder a class.",
+            )
 
 
 def _split_off_test_images(

@@ -44,7 +44,8 @@ def test_a_csv_without_a_split_gets_one_by_content(tmp_path: Path, read: Callabl
     folder = write_folder(tmp_path / "set", files)
     lines = [f"{number}.png,{('a/x', 'a/y')[number % 2]}" for number in range(40)]
     found = read(write_csv(folder / "list.csv", "\ufeffPath,Label", *reversed(lines)))
-    assert found.train.classes == ("a/x", "a/y") and len(found.test) == 8 and found.test_fraction == 0.2
+    assert found.train.classes == ("a/x", "a/y") and found.test_fraction == 0.2
+    assert set(found.test.images[:, 0, 0, 0]) == {1, 4, 26, 28, 35}  # see `is_test` in test_unsplit
     assert (found.train.images[:, 0, 0, 0] % 2 == found.train.labels).all()
     folders = write_folder(
         tmp_path / "photos", {f"{'xy'[number % 2]}/{number}.png": png((number, 0, 0)) for number in range(40)}
@@ -61,7 +62,7 @@ def test_a_csv_without_a_split_gets_one_by_content(tmp_path: Path, read: Callabl
         (["path,label", ",a"], "line 2: no image"),
         (["path,label", "1.png,a", "../0.png,b"], r"lists \.\./0\.png, and there is no such file"),
         (["path,label", "1.png,a", "1.png,b"], "1.png twice"),
-        (["path,label,split", "1.png,a,dev"], "line 2: unknown split 'dev'"),
+        (["path,label,split", "1.png,a,extra"], "line 2: unknown split 'extra'"),
         (["path,label,split", "1.png,a,train", "2.png,b,"], "unknown split ''"),
         (["path,label,split", "1.png,a,train", "2.png,b,test"], "classes without train images: b"),
         (["path,label,split", "1.png,a,val", "2.png,b,test"], "no train images"),
@@ -88,7 +89,7 @@ def arrow_table(rows: list[tuple[int, int]], bytes_inside: bool = True) -> Any:
     pyarrow = pytest.importorskip("pyarrow")
     features = {
         "image": {"_type": "Image"},
-        "label": {"names": ["cat", "dog"], "_type": "ClassLabel"},
+        "label": {"names": ["dog", "cat"], "_type": "ClassLabel"},
     }
     images = [{"bytes": png((colour, 0, 0)), "path": f"{colour}.png"} for colour, _ in rows]
     if not bytes_inside:
@@ -130,7 +131,7 @@ def test_folders_of_hugging_face_datasets(kind: str, tmp_path: Path, read: Calla
         write_arrow(folder / "test/data-00000-of-00001.arrow", TEST)
         (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     splits = read(folder)
-    assert splits.train.classes == ("cat", "dog") and splits.label == "pets"
+    assert splits.train.classes == ("dog", "cat") and splits.label == "pets"  # in the table's order
     assert splits.train.images[:, 0, 0, 0].tolist() == [1, 4, 2, 3] and splits.train.labels.tolist() == [
         0,
         0,
@@ -138,6 +139,16 @@ def test_folders_of_hugging_face_datasets(kind: str, tmp_path: Path, read: Calla
         1,
     ]
     assert splits.test.images[:, 0, 0, 0].tolist() == [6, 5]
+
+
+def test_a_parquet_file_beside_class_folders_is_ignored(tmp_path: Path, read: Callable[..., Splits]) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    folder = write_folder(tmp_path / "set", {**small_tree(), "features.parquet": b"of any content"})
+    assert read(folder).train.classes == ("ape house", "zebra")
+    (folder / "features.parquet").unlink()
+    for split, rows in (("train", TRAIN), ("test", TEST)):
+        parquet.write_table(arrow_table(rows), folder / f"{split}-00000-of-00001.parquet")
+    assert read(folder).train.classes == ("dog", "cat")
 
 
 def test_parquet_files_of_bytes_and_of_paths(
@@ -149,7 +160,7 @@ def test_parquet_files_of_bytes_and_of_paths(
     write_folder(tmp_path, {f"{number}.png": png((number, 0, 0)) for number in range(20)})
     parquet.write_table(arrow_table(rows, bytes_inside=False), tmp_path / "listed.parquet")
     inside, listed = read(tmp_path / "pets.parquet"), read(tmp_path / "listed.parquet")
-    assert inside.train.classes == ("cat", "dog") and inside.test_fraction == 0.2
+    assert inside.train.classes == ("dog", "cat") and inside.test_fraction == 0.2
     for part in ("train", "test"):
         values = [set(getattr(splits, part).images[:, 0, 0, 0]) for splits in (inside, listed)]
         assert (
