@@ -246,7 +246,7 @@ def _class_names(
 
 
 def _crop(files: CaffeFiles, config: ConvertConfig, size: tuple[int, int, int], on_event: OnEvent) -> float:
-    """The share of the middle square that the network sees; what is assumed is a note."""
+    """The share of the shorter side that the network sees; what is assumed is a note."""
     square = size[0] == size[1]
     if config.crop is not None:
         if not square and config.crop != 1:

@@ -119,22 +119,22 @@ def _errors(name: str, data: bytes) -> Iterator[None]:
 
 
 def resize(pixels: Pixels, size: int, crop: float = 1.0) -> Pixels:
-    """The middle square of uint8 (H, W, 1 or 3), by an antialiased bilinear resize → (size, size, C).
+    """The middle of uint8 (H, W, 1 or 3), by an antialiased bilinear resize → (size, size, C).
 
-    `crop` is the share of the shorter side that is kept, 0.25 … 1: 224/256 is the usual "resize to 256, crop 224", in
-    which the whole square is resized to `size / crop` first.
+    `crop` is the share of the shorter side that is kept, 0.25 … 1. As torchvision's presets: the shorter side is
+    resized to `size / crop`, 256 for 224/256, and the centre cropped. Only its part of the image is resized, by the
+    same filter, which reads pixels around it.
     """
     height, width, channels = pixels.shape
     if (height, width) == (size, size) and crop == 1:
         return pixels
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = np.ascontiguousarray(pixels[top : top + side, left : left + side])
-    image = Image.fromarray(square[:, :, 0] if channels == 1 else square)
-    full = round(size / crop)
-    resized = np.array(image.resize((full, full), Image.Resampling.BILINEAR), dtype=np.uint8)
-    edge = (full - size) // 2
-    return resized.reshape(full, full, channels)[edge : edge + size, edge : edge + size]
+    image, box = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels), [0.0] * 4
+    for axis, side in enumerate(image.size):
+        resized = round(size / crop) * side // min(height, width)
+        start = round((resized - size) / 2)  # of the centre crop
+        box[axis], box[axis + 2] = start * side / resized, (start + size) * side / resized
+    square = image.resize((size, size), Image.Resampling.BILINEAR, (box[0], box[1], box[2], box[3]))
+    return np.array(square, dtype=np.uint8).reshape(size, size, channels)
 
 
 def fit_to(pixels: Pixels, name: str, size: tuple[int, int, int], consumer: str, crop: float = 1.0) -> Pixels:

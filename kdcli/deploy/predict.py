@@ -41,7 +41,7 @@ def predict(
 ) -> Iterator[Prediction]:
     """Classify image files in the order of `paths`, those of a folder or archive by name.
 
-    Images are fitted to the model as in training: grey or colour, the middle square, its crop and size.
+    Images are fitted to the model as in training: grey or colour, resized and cropped at the centre.
     A KdError if there are no images, one is broken (with `skip_broken` a note), or the preprocessing is unknown.
     """
     for path in paths:

@@ -85,8 +85,9 @@ def test_crop_of_a_named_data_set(tmp_path: Path) -> None:
     whole, cropped = (
         load("digits", cache_dir=tmp_path, image_size=8, crop=crop).test.images for crop in (1.0, 0.8)
     )
-    larger = Image.fromarray(whole[0, :, :, 0]).resize((10, 10), Image.Resampling.BILINEAR)
-    assert np.array_equal(cropped[0, :, :, 0], np.asarray(larger)[1:9, 1:9])
+    middle = (0.8, 0.8, 7.2, 7.2)  # pixels 1 … 9 of 10
+    expected = Image.fromarray(whole[0, :, :, 0]).resize((8, 8), Image.Resampling.BILINEAR, middle)
+    assert np.array_equal(cropped[0, :, :, 0], np.asarray(expected))
 
 
 def _entry(cache: Path) -> Path:
