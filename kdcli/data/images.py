@@ -33,6 +33,7 @@ class ImageSet:
     name_bytes: npt.NDArray[np.uint8] | None = field(
         default=None, repr=False
     )  # UTF-8 of `names`, each with a NUL
+    beside: npt.NDArray[np.uint8] | None = field(default=None, repr=False)  # `name_bytes` of the other split
 
     def __len__(self) -> int:
         return len(self.labels)

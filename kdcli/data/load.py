@@ -63,19 +63,26 @@ def load(
     if not 0 < share < 1:
         raise UsageError(f"--test-fraction {share:g}: must be above 0 and below 1")
     request = Request(spec, data_dir, cache_dir, image_size, channels, on_event, skip_broken, crop, share)
-    path = expand(spec)
-    if spec in DATASETS:
-        splits = DATASETS[spec](request)
-    elif not spec or "\0" in spec or not path.exists():
-        hint = nearest(spec, DATASETS, ", or the path of a folder, archive or table of images")
-        raise UsageError(f"no dataset or path: {spec or '(empty)'}", hint)
-    else:
-        splits = _load_path(path, request)
+    splits = DATASETS[spec](request) if spec in DATASETS else _load_path(existing(spec), request)
     if unlabelled is not None:
         splits = add_unlabelled(splits, expand(str(unlabelled)), request)
-    splits = replace(splits, train=replace(splits.train, crop=crop), test=replace(splits.test, crop=crop))
+    train, test = splits.train, splits.test
+    splits = replace(
+        splits,
+        train=replace(train, crop=crop, beside=test.name_bytes),
+        test=replace(test, crop=crop, beside=train.name_bytes),
+    )
     _tell(splits, test_fraction, on_event)
     return splits
+
+
+def existing(spec: str) -> Path:
+    """The path of a folder, archive or table; a UsageError if there is none, with the nearest name of a data set."""
+    path = expand(spec)
+    if not spec or "\0" in spec or not path.exists():
+        hint = nearest(spec, DATASETS, ", or the path of a folder, archive or table of images")
+        raise UsageError(f"no dataset or path: {spec or '(empty)'}", hint)
+    return path
 
 
 def _tell(splits: Splits, test_fraction: float | None, on_event: OnEvent) -> None:

@@ -2,6 +2,7 @@
 
 import posixpath
 from collections import Counter
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,11 +32,10 @@ def logits_of(path: Path, sha256: str, data: ImageSet, map_file: Path | None) ->
         listed = ", ".join(outputs[:6])
         raise KdError(f"{path} has other classes than the data: {listed}", class_map.HINT)
     names = data.names or ["(not a file)"] * len(data)
-    last = [posixpath.basename(name) for name in names]
-    counts = Counter(last)
-    chosen = [
-        end if counts[end] == 1 and name not in rows else name for name, end in zip(names, last, strict=True)
-    ]
+    beside = replace(data, name_bytes=data.beside).names  # of the other split
+    counts = Counter(map(posixpath.basename, [*names, *beside]))
+    pairs = [(name, posixpath.basename(name)) for name in names]
+    chosen = [end if counts[end] == 1 and name not in rows else name for name, end in pairs]
     if missing := [name for name in chosen if name not in rows]:
         raise KdError(
             f"{path} has no row for {len(missing):,} of {len(data):,} images, as {missing[0]}",
