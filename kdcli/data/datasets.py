@@ -8,13 +8,11 @@ A module registers a function that reads the files of a data set:
 
 import importlib
 import pkgutil
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, TypeVar
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +20,12 @@ import numpy.typing as npt
 from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent, Progress
 from kdcli.base.files import sha256_file
-from kdcli.base.text import first_line, reason
+from kdcli.base.text import reason
 from kdcli.data import catalog, sets
 from kdcli.data.decode import Pixels, resize, with_channels
 from kdcli.data.images import ImageSet, Splits, fingerprint_of, overlap_of
 from kdcli.data.pack import Cache, Selection
-from kdcli.data.sources import FolderSource
+from kdcli.data.sources import FolderSource, reader_errors
 
 EVENT_IMAGES = 2048
 
@@ -179,18 +177,10 @@ class Dataset:
     def _checked(self, paths: Mapping[str, Path]) -> Content:
         """The content, if it is images of the right size with labels of the right classes."""
         try:
-            content = self.read(paths)
+            with reader_errors(lambda detail: KdError(f"{self.label} cannot be read: {detail}")):
+                content = self.read(paths)
         except KdError as error:
             raise KdError(error.message, error.hint or self.hint) from error
-        except (
-            OSError,
-            EOFError,
-            ValueError,
-            LookupError,
-            BadZipFile,
-            zlib.error,
-        ) as error:  # a damaged file
-            raise KdError(f"{self.label} cannot be read: {first_line(error)}", self.hint) from error
         count = len(content.classes)
         for name, (images, labels) in (("train", content.train), ("test", content.test)):
             problem = ""

@@ -3,7 +3,6 @@
 import gzip
 import math
 import struct
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy.typing as npt
 from kdcli.base.errors import KdError
 from kdcli.base.files import check_pointer
 from kdcli.data.datasets import Content, LabelledImages, dataset
+from kdcli.data.sources import reader_errors
 
 MAX_BYTES = 256 << 20  # of one file's content; MNIST's largest has 47 million
 UNSIGNED_BYTES = 0x08
@@ -23,7 +23,7 @@ FASHION_CLASSES = (
 
 def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
     """The array of bytes in an IDX file, which may be gzip'ed; KdError for any other or more than `MAX_BYTES`."""
-    try:
+    with reader_errors(lambda detail: KdError(f"cannot read {path}: {detail}")):
         with path.open("rb") as handle:
             start = handle.read(64)
         check_pointer(start, str(path))
@@ -38,8 +38,6 @@ def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
             content = handle.read(size)
             if len(content) != size or handle.read(1):  # the last read checks gzip's own sum, too
                 raise KdError(f"{path} is damaged: it does not hold the {size:,} bytes it states")
-    except (OSError, EOFError, zlib.error, struct.error) as error:
-        raise KdError(f"cannot read {path}: {error}") from error
     return np.frombuffer(content, dtype=np.uint8).reshape(shape)
 
 

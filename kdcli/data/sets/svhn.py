@@ -8,6 +8,7 @@ import numpy as np
 from kdcli.base.errors import KdError
 from kdcli.base.files import check_pointer
 from kdcli.data.datasets import Content, LabelledImages, dataset
+from kdcli.data.sources import reader_errors
 
 MAX_FILE_BYTES = 2 << 30
 MAX_IMAGES = 1_000_000
@@ -22,17 +23,13 @@ def read_mat(path: Path) -> LabelledImages:
         raise KdError(f"{path} is larger than {MAX_FILE_BYTES:,} bytes")
     with path.open("rb") as handle:
         check_pointer(handle.read(64), str(path))
-    try:
+    with reader_errors(lambda detail: KdError(f"cannot read {path}: {detail}")):
         shapes = {name: (shape, kind) for name, shape, kind in whosmat(path)}
         (shape, kind), (labels_shape, _) = (shapes.get(name, ((), "")) for name in ("X", "y"))
         count = shape[3] if len(shape) == 4 else 0
         if shape[:3] != SIZE or kind != "uint8" or labels_shape != (count, 1) or count > MAX_IMAGES:
             raise KdError(f"{path} holds no X uint8 (32, 32, 3, N) and y (N, 1)")
         held = loadmat(path, variable_names=["X", "y"])
-    except KdError:
-        raise
-    except Exception as error:  # what the reader raises on hostile bytes is not a closed set
-        raise KdError(f"cannot read {path}: {str(error) or type(error).__name__}") from error
     images, labels = held["X"], held["y"]
     if labels.dtype.kind not in "iuf" or not np.isin(labels, np.arange(1, 11)).all():
         raise KdError(f"{path} has labels that are not 1 to 10")
