@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kdcli.base.config import DataConfig
-from kdcli.base.errors import UsageError
-from kdcli.base.files import expand
 from kdcli.base.text import dims
 from kdcli.cli import output
 from kdcli.cli.options import command, examples
 
 _MAX_CLASSES, _MAX_NAMES = 30, 5
-EPILOG = examples("kd data photos", "kd data photos.csv --json")
+EPILOG = examples("kd data photos --sheet contact.png", "kd data photos.csv --json", "kd data digits")
 
 
 @command(DataConfig)
 def data(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="Folder, archive or table (.csv, .parquet) of images.")
+        str,
+        typer.Argument(
+            metavar="NAME|PATH",
+            help="A data set's name, or a folder, archive or table (.csv, .parquet) of images.",
+        ),
     ],
     config: DataConfig,
 ) -> None:
-    """Show the images of a folder, archive or table, and problems by file; exit 1 if training would refuse it."""
+    """Show the images of a data set, and problems by file; exit 1 if training would refuse it."""
+    from kdcli.base.plotting import check_target
     from kdcli.data.survey import survey
 
-    place = expand(str(path))
-    if not place.exists():
-        raise UsageError(f"no such file or folder: {path}", "Pass a folder, archive or table of images.")
-    found = survey(place, config.skip_broken, output.on_event)
+    if config.sheet is not None:
+        check_target(config.sheet)
+    found = survey(path, config, output.on_event)
     refusal = found.refusal
     output.json(
         {
             "data": path,
             "images": found.counts,
+            "imbalance": found.imbalance,
             "sizes": found.sizes,
             "kinds": found.kinds,
             "problems": found.problems,
@@ -55,6 +57,7 @@ def data(
         rows.append([f"… {len(classes) - _MAX_CLASSES:,} more", *("" for _ in found.counts)])
     output.table(["class", *found.counts], rows)
     facts = [[f"{name} image", dims(size)] for name, size in found.sizes.items()]
+    facts += [["largest class", f"{found.imbalance:.3g} × the smallest"]] * (found.imbalance > 1)
     facts += [[f"images: {kind}", f"{count:,}"] for kind, count in found.kinds.items()]
     for problem, names in found.problems.items():
         shown = [*map(_shown, names[:_MAX_NAMES])]
@@ -63,6 +66,8 @@ def data(
         facts += [[problem if number == 0 else "", name] for number, name in enumerate(shown)]
     output.text()
     output.table(*([facts[0], facts[1:]] if facts else [["no images"], []]), left=2)
+    if config.sheet is not None:
+        output.text(f"wrote {config.sheet}")
     if refusal is not None:
         raise refusal
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from tests.cli.helpers import Kd
 from tests.data.helpers import png, write_folder
@@ -22,6 +24,9 @@ def odd(workplace: Path) -> Path:
         colour = tuple(random.integers(0, 256, 3).tolist())
         return png(colour, (24, 16), **options)
 
+    scene = Image.fromarray(random.integers(0, 256, (6, 6, 3)).astype(np.uint8)).resize((80, 60))
+    scene.save(stream := io.BytesIO(), "PNG")
+    scene.resize((64, 48)).save(smaller := io.BytesIO(), "JPEG")
     turned = Image.Exif()
     turned[274] = 6
     files = {
@@ -46,6 +51,8 @@ def odd(workplace: Path) -> Path:
         "train/bee/\u00fcn\u00ef.png": png((3, 9, 9), (24, 16)),
         "train/dog/only.png": png((4, 9, 9), (24, 16)),
         "test/bee/copy.png": files["train/ape/3.png"],
+        "train/ape/scene.png": stream.getvalue(),
+        "test/ape/scene.jpg": smaller.getvalue(),
     }
     write_folder(workplace / "odd", files)
     (workplace / "odd/train/cat").mkdir()
@@ -58,8 +65,9 @@ def test_a_folder_of_odd_files(odd: Path, kd: Kd) -> None:
     found = json.loads(done.out)
     assert done.code == 1 and "error: odd has 2 broken images" in done.err and "hint:" in done.err
     assert (
-        found["images"]["train"] == {"ape": 14, "bee": 12, "dog": 1} and found["images"]["test"]["bee"] == 9
+        found["images"]["train"] == {"ape": 15, "bee": 12, "dog": 1} and found["images"]["test"]["bee"] == 9
     )
+    assert found["imbalance"] == 15
     assert found["sizes"] == {"smallest": [1, 1], "median": [16, 24], "largest": [8000, 8000]}
     assert found["kinds"] == {"grey": 2, "RGBA": 1, "CMYK": 1, "palette": 1, "16-bit": 1, "turned by EXIF": 1}
     problems = found["problems"]
@@ -76,6 +84,7 @@ def test_a_folder_of_odd_files(odd: Path, kd: Kd) -> None:
         "class of one image": ["dog"],
         "equal images in two splits": ["test/bee/copy.png = train/ape/3.png"],
         "equal images in two classes": ["test/bee/copy.png = train/ape/3.png"],
+        "nearly equal images in two splits": ["test/ape/scene.jpg ≈ train/ape/scene.png"],
         "name with control characters": ["train/bee/new\nline.png"],
     }
     shown = kd("data", "odd", "--skip-broken")
@@ -101,7 +110,27 @@ def test_training_on_odd_files_refuses_or_works(odd: Path, kd: Kd) -> None:
     assert done.code == 1 and "cannot read image train/bee/" in line
     done = kd(*train, "--skip-broken")
     assert done.code == 0 and "Skipped 2 broken images" in done.err
-    assert "not plain RGB" in done.err and "1 of 17 test images are among the train images" in done.err
+    assert "not plain RGB" in done.err and "1 of 18 test images are among the train images" in done.err
+
+
+def test_a_sheet_of_images(workplace: Path, kd: Kd) -> None:
+    files = {f"{name}/{n}.png": png((9, 9, n)) for name in ("Cat", "cat") for n in range(3)}
+    write_folder(Path("photos"), files)
+    done = kd("data", "photos", "--sheet", "sheets/contact.png")
+    assert done.code == 0 and "Cat = cat" in done.out and "wrote sheets/contact.png" in done.out
+    assert Image.open("sheets/contact.png").size == (8 * 150, 2 * 120 + 60)
+    done = kd("data", "photos", "--sheet", "contact.gif")
+    assert done.code == 2 and "cannot draw contact.gif" in done.err
+
+
+def test_a_data_set_by_name(kd: Kd) -> None:
+    done = kd("data", "digits", "--json", "--sheet", "digits.png")
+    found = json.loads(done.out)
+    classes = np.bincount(load_digits().target[:1437])
+    assert done.code == 0 and found["images"]["train"] == {str(n): count for n, count in enumerate(classes)}
+    assert sum(found["images"]["test"].values()) == 360 and found["kinds"] == {"grey": 1797}
+    assert found["sizes"]["median"] == [8, 8] and "equal images in two splits" not in found["problems"]
+    assert Image.open("digits.png").size == (1200, 10 * 120 + 60)
 
 
 def test_a_set_that_cannot_be_trained_on(workplace: Path, kd: Kd) -> None:

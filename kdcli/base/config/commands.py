@@ -11,6 +11,7 @@ from kdcli.base.config.settings import (
     RUN,
     CacheDir,
     Crop,
+    DataDir,
     DataSettings,
     FolderName,
     InputSettings,
@@ -63,7 +64,10 @@ class ConvertConfig(DataSettings, PixelSettings):
 class DataConfig(Settings):
     """`kd data`."""
 
+    sheet: Path | None = setting(None, "Draw a few images of each class (.png or .svg).", "Output")
     skip_broken: SkipBroken = False
+    data_dir: DataDir = Path("data")
+    cache_dir: CacheDir = Path("cache")
 
 
 class ValidateConfig(DataSettings, InputSettings):
