@@ -68,7 +68,7 @@ def with_defaults(config: C, *, needs_teacher: bool, tuned: Collection[str] = ()
         made |= _typed_teachers(config) if "teacher" in given else {"teacher": (default_teacher(),)}
         known, size = _training_of(made["teacher"][0], config.model_copy(update=made))
         made |= {name: value for name, value in known.items() if name not in given}
-        side = side or size
+        side = made.get("image_size", side) or size
     name = made.get("data", config.data)
     if side is None and name in DATASETS:
         side = DATASETS[name].input_size[0]

@@ -23,7 +23,9 @@ SMALLER = (
     ("--data cifar10 ", "--data photos "),
     ("--budget-ms 0.5 --max-drop 1 ", "--budget-ms 1000 --max-drop 100 "),
     ("--engine all", "--engine both"),
+    ("dkd=0:2:5 ", "dkd=0:2:1 "),
     ("resnet50", "resnet18"),
+    ("torchvision:mobilenet_v3_small --data photos", "torchvision:mobilenet_v3_small --data photos --image-size 64"),
     ("exports/*.onnx", "exports/kd-lenet-1.onnx"),
 )
 
