@@ -28,7 +28,8 @@ from kdcli.data.tree import find_images, layout
 
 _TINY = 8  # pixels of a side, below which an image is named
 _NEAR_BITS = 3  # of 64, by which the hashes of nearly equal images differ
-_FLAT = 16  # grey levels between the darkest and the brightest part, below which an image has no such hash
+_LEAST = 16  # pixels of a side, below which an image has no hash
+_FLAT = 16  # grey levels between its darkest and its brightest part, below which it has none
 _PAIRS = 4 << 20  # of hashes, compared at a time
 _SHEET_COLUMNS, _SHEET_ROWS, _SHEET_SIDE = 8, 100, 64  # images of a class, classes, pixels
 Size = tuple[int, int]  # (H, W)
@@ -58,7 +59,7 @@ def survey(spec: str, config: DataConfig, on_event: OnEvent) -> Survey:
 
     def put(index: int, pixels: decode.Pixels) -> None:
         sizes[index] = pixels.shape[:2]
-        if (value := difference_hash(pixels)) is not None:
+        if min(sizes[index]) >= _LEAST and (value := difference_hash(pixels)) is not None:
             hashes[index] = value
 
     source, path = _source_of(spec, config, on_event), Path(spec)
@@ -155,8 +156,7 @@ def _rows_of(splits: Splits) -> Iterator[Row]:
 
 def difference_hash(pixels: decode.Pixels) -> int | None:
     """64 bits: which of 8 × 8 parts of an image (H, W, 3) are darker than their right neighbours; None if flat."""
-    image = Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.LANCZOS)
-    small = np.asarray(image)
+    small = np.asarray(Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.LANCZOS))
     if np.ptp(small) < _FLAT:
         return None
     return int.from_bytes(np.packbits(small[:, 1:] > small[:, :-1]).tobytes(), "big")
