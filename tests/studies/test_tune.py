@@ -711,15 +711,6 @@ def test_tune_interrupted_requeues_trial(
     assert trials[2].params == trials[1].params
 
 
-def lost_trial(url: Any, settings: Any, space: Space) -> optuna.Trial:
-    """A running trial whose process is gone: one heartbeat, and none after it."""
-    study = open_study(url, "toy", settings, "none")
-    trial = study.ask()
-    draw(trial, space)
-    study._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
-    return trial
-
-
 class Killed(BaseException):
     """Stands for the end of a process."""
 
@@ -782,45 +773,17 @@ def test_a_killed_study_continues_with_the_same_values(
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.filterwarnings("ignore")
-def test_tune_retries_stale_trial(workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "fit", fake_fit(lambda run, epoch: 50.0))
-    monkeypatch.setitem(open_study.__globals__, "GRACE_S", 1)
-    notes: list[Event] = []
-    search_for(splits, "lr=1e-3:1", trials=1)
-    url = read_url("", Path("runs/toy/study.db"))
-    study = optuna.load_study(study_name="toy", storage="sqlite:///runs/toy/study.db")
-    lost = lost_trial(url, study.user_attrs["kd"], space_of("lr=1e-3:1", method="ce"))
-    found = search_for(splits, "lr=1e-3:1", trials=2, on_event=notes.append)  # it may be alive
-    assert [trial.state for trial in found.trials] == ["complete", "running", "complete"]
-    assert any(isinstance(event, Note) and "1 trial(s) are still running" in event.text for event in notes)
-    time.sleep(2.1)  # the database's clock counts seconds
-    found = search_for(splits, "lr=1e-3:1", trials=3)
-    assert [(trial.number, trial.state) for trial in found.trials] == [
-        (0, "complete"), (2, "complete"), (3, "complete"),
-    ]  # fmt: skip
-    assert stored()[1].state == TrialState.FAIL
-    assert found.trials[2].values == lost.params
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_tune_reassigned_trial_counts_once(
+def test_tune_leaves_trials_of_other_hosts(
     workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The process was only asleep: when it wakes, its trial has been failed for want of heartbeats."""
-
-    def accuracy(run: TrainConfig, epoch: int) -> float:
-        if run.name == "trial-0001" and epoch == 1:
-            study = optuna.load_study(study_name="toy", storage="sqlite:///runs/toy/study.db")
-            study.tell(1, state=TrialState.FAIL)
-        return 50.0
-
-    monkeypatch.setattr(search, "fit", fake_fit(accuracy))
-    with pytest.raises(KdError, match="trial 1 was reassigned") as caught:
-        search_for(splits, "lr=1e-3:1", trials=3)
-    assert "Rerun the same command" in caught.value.hint
-    found = search_for(splits, "lr=1e-3:1", trials=3)
-    assert [trial.number for trial in found.trials] == [0, 2, 3]
+    monkeypatch.setattr(search, "fit", fake_fit(lambda run, epoch: 50.0))
+    notes: list[Event] = []
+    search_for(splits, "lr=1e-3:1", trials=1)
+    study = optuna.load_study(study_name="toy", storage="sqlite:///runs/toy/study.db")
+    study.ask().set_user_attr("process", f"elsewhere {2**22 + 1}")
+    found = search_for(splits, "lr=1e-3:1", trials=2, on_event=notes.append)
+    assert [trial.state for trial in found.trials] == ["complete", "running", "complete"]
+    assert any(isinstance(event, Note) and "1 trial(s) of other processes" in event.text for event in notes)
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 import optuna
-from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 
 from kdcli import models
@@ -23,7 +23,6 @@ from kdcli.engine.plan import resolve
 from kdcli.methods import TrainConfig
 from kdcli.studies.tune.space import Space, TuneConfig, apply, candidates, choices, describe, methods_of
 from kdcli.studies.tune.study import (
-    GRACE_S,
     PROCESS,
     REASON,
     count,
@@ -60,7 +59,7 @@ def tune(config: TuneConfig, space: Space, data: Splits, *, on_event: OnEvent = 
     url = read_url(config.storage, folder / "study.db")
     comparable = not any(part.name == "epochs" for part in space)
     with readable_errors(url, folder), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats
+        warnings.simplefilter("ignore", ExperimentalWarning)  # of constant_liar
         settings = _shared_settings(config, space, data)
         with files.locked(folder / ".lock", lambda: None), readable_values(url):
             study = open_study(url, config.study_name, settings, config.pruner if comparable else "none")
@@ -78,8 +77,8 @@ def tune(config: TuneConfig, space: Space, data: Splits, *, on_event: OnEvent = 
         result = summarize(config, study, redacted(url))
         if running := result.count("running"):
             search.note(
-                f"{running} trial(s) are still running in another process, or it was killed within the last "
-                f"{GRACE_S} s; rerun the same command later for the final result"
+                f"{running} trial(s) of other processes are not finished; rerun the same command later for the "
+                "final result"
             )
         return result
 
@@ -129,26 +128,20 @@ class _Search:
         self.config, self.base, self.space, self.data = config, config.train, space, data
         self.study, self.on_event = study, on_event
         self.noted: set[str] = set()
-        self.reassigned: KdError | None = None
 
     def run(self) -> None:
         """Train trials until the study has enough, the time is over, or a signal arrives."""
         config = self.config
         end = time.monotonic() + 60 * config.timeout if config.timeout else math.inf
         with runtime.stop_on_signals() as stop:
-            try:
-                while count(self.study) < config.trials and not stop and time.monotonic() < end:
-                    queue_trial(self.study)
-                    self.study.optimize(
-                        self._objective,
-                        n_trials=1,
-                        callbacks=[lambda study, trial: self._note_end(trial.number)],
-                    )
-                    self._clear()
-            except ValueError:  # Optuna's own, at the end of a trial that is no longer this process's
-                if self.reassigned is None:
-                    raise
-                raise self.reassigned from None
+            while count(self.study) < config.trials and not stop and time.monotonic() < end:
+                queue_trial(self.study)
+                self.study.optimize(
+                    self._objective,
+                    n_trials=1,
+                    callbacks=[lambda study, trial: self._note_end(trial.number)],
+                )
+                self._clear()
             if stop:
                 raise self._stopped(stop.exit_code)
         self._clear()
@@ -204,14 +197,7 @@ class _Search:
         def judge(event: Epoch) -> None:
             assert event.val_accuracy is not None  # the validation split is not empty
             mean = (sum(before) + event.val_accuracy) / (index + 1)
-            try:
-                trial.report(mean, index * event.epochs + event.epoch)
-            except UpdateFinishedTrialError as error:
-                self.reassigned = KdError(
-                    f"trial {trial.number} was reassigned: no heartbeat of this process for {GRACE_S} s",
-                    "Rerun the same command to continue.",
-                )
-                raise self.reassigned from error
+            trial.report(mean, index * event.epochs + event.epoch)
             last = event.epoch == event.epochs and index + 1 == seeds
             if not last and trial.should_prune():
                 raise optuna.TrialPruned

@@ -13,7 +13,7 @@ import numpy as np
 import optuna
 import psutil
 from optuna.exceptions import StorageInternalError
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
@@ -26,8 +26,6 @@ from kdcli.studies.tune.space import Choice, Range, Space, Value, read_by
 
 # user attributes: of a study, its settings; of a trial, why it failed, `<host> <process>`, the number it repeats
 SETTINGS, REASON, PROCESS, RETRY_OF = "kd", "reason", "process", "retry of"
-HEARTBEAT_S, GRACE_S = 15, 120  # interval of heartbeats; age at which a trial counts as stale
-RETRIES = 2  # of a trial whose process died
 _LOCK_TIMEOUT_S = 60  # SQLite: how long another process may hold the write lock
 # a trial whose own settings fail counts as pruned, so that samplers avoid its values; FAIL is one to repeat
 COUNTED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -52,8 +50,7 @@ def open_study(
 ) -> optuna.Study:
     """The study of that name, created if need be; UsageError for other settings, unless it has no trials.
 
-    Trials send heartbeats; the values of a stale one are queued again, at most `RETRIES` times. `settings` are plain
-    values that all processes of a study must share.
+    `settings` are plain values that all processes of a study must share.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     is_sqlite = url.get_backend_name() == "sqlite"
@@ -61,9 +58,6 @@ def open_study(
         # Optuna substitutes {…} in an address
         url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}"),
         engine_kwargs={"connect_args": {"timeout": _LOCK_TIMEOUT_S}} if is_sqlite else {},
-        heartbeat_interval=HEARTBEAT_S,
-        grace_period=GRACE_S,
-        heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
     )
     create = partial(
         optuna.create_study,
@@ -96,17 +90,13 @@ def this_process() -> str:
 
 def queue_trial(study: optuna.Study) -> None:
     """Queue a trial unless one is queued; it has this process's name before it runs, for `retry_killed`."""
-    optuna.storages.fail_stale_trials(study)  # these are queued
     if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
         own = {PROCESS: this_process()}
         study.add_trial(optuna.create_trial(state=TrialState.WAITING, user_attrs=own))
 
 
 def retry_killed(study: optuna.Study) -> None:
-    """Queue running trials again whose process on this host was killed.
-
-    Those of other hosts are retried when their heartbeats are stale.
-    """
+    """Queue running trials again whose process on this host was killed; those of other hosts are left alone."""
     trials = study.get_trials(deepcopy=False)
     queued = {trial.user_attrs.get(RETRY_OF) for trial in trials}  # by a process that was killed here
     for trial in trials:
@@ -127,8 +117,7 @@ def make_sampler(
     repeat no draw. A trial that repeats another has the draws of that one, and does not change the later ones.
     """
     trials = study.get_trials(deepcopy=False)
-    repeats = [trial for trial in trials if {"fixed_params", "failed_trial"} & trial.system_attrs.keys()]
-    number -= sum(trial.number <= number for trial in repeats)
+    number -= sum(trial.number <= number and "fixed_params" in trial.system_attrs for trial in trials)
     own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
     if name == "random":
         return optuna.samplers.RandomSampler(seed=own)
