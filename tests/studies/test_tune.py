@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -38,7 +37,7 @@ from kdcli.methods import TrainConfig
 from kdcli.studies.tune import search, study, summary
 from kdcli.studies.tune.search import tune
 from kdcli.studies.tune.space import FIXED, Choice, Range, Space, TuneConfig, read_by, read_space
-from kdcli.studies.tune.study import draw, open_study, read_url, readable_errors
+from kdcli.studies.tune.study import read_url, readable_errors
 from kdcli.studies.tune.summary import TuneResult, command_of
 from tests.helpers import ROOT, command_line, digits_student, make_splits
 
@@ -571,7 +570,7 @@ def test_storage_errors_hide_passwords(workplace: Path, splits: Splits) -> None:
         assert "s3cret" not in caught.value.message + caught.value.hint
         assert "\n" not in caught.value.message and caught.value.hint
     url = read_url("postgresql://user:s3cret@host/name?sslpassword=pr1vate", Path("unused"))
-    with pytest.raises(KdError) as caught, readable_errors(url, Path()):
+    with pytest.raises(KdError) as caught, readable_errors(url):
         raise OperationalError("SELECT 1", {}, Exception("no role user with s3cret and pr1vate\nin line 2"))
     assert caught.value.message == (
         "storage postgresql://user:***@host/name?sslpassword=hidden: no role user with *** and ***"
@@ -579,32 +578,6 @@ def test_storage_errors_hide_passwords(workplace: Path, splits: Splits) -> None:
     braces = search_for(splits, "lr=1e-3:1", storage="sqlite:///{SCHEMA_VERSION.__class__}.db", trials=1)
     assert len(braces.trials) == 1
     assert Path("{SCHEMA_VERSION.__class__}.db").is_file()  # a name, and not filled in
-
-
-@pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize(
-    "change",
-    [
-        "UPDATE study_user_attributes SET value_json = '{'",
-        'UPDATE trial_params SET distribution_json = \'{"name": "Odd", "attributes": {}}\'',
-        "UPDATE trial_params SET distribution_json = '[]'",
-        "UPDATE trials SET state = 'ODD'",
-        "UPDATE trials SET datetime_start = 'yesterday'",
-        "UPDATE trials SET number = 'x'",
-        "UPDATE trial_values SET value = 'x'",
-        "UPDATE trial_user_attributes SET value_json = '3' WHERE key = 'accuracies'",
-    ],
-)
-def test_a_study_of_odd_values_is_one_line(
-    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch, change: str
-) -> None:
-    monkeypatch.setattr(search, "fit", fake_fit(lambda run, epoch: 50.0))
-    search_for(splits, "lr=1e-3:1", trials=1)
-    with sqlite3.connect("runs/toy/study.db") as database:
-        database.execute(change)
-    with pytest.raises(KdError, match=r"study\.db") as caught:
-        search_for(splits, "lr=1e-3:1", trials=2)
-    assert "\n" not in caught.value.message and caught.value.hint
 
 
 # --- what was found ----------------------------------------------------------------------------------------

@@ -32,7 +32,6 @@ from kdcli.studies.tune.study import (
     queue_trial,
     read_url,
     readable_errors,
-    readable_values,
     redacted,
     retry_killed,
     this_process,
@@ -58,10 +57,10 @@ def tune(config: TuneConfig, space: Space, data: Splits, *, on_event: OnEvent = 
     folder = config.folder
     url = read_url(config.storage, folder / "study.db")
     comparable = not any(part.name == "epochs" for part in space)
-    with readable_errors(url, folder), warnings.catch_warnings():
+    with readable_errors(url), warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # of constant_liar
         settings = _shared_settings(config, space, data)
-        with files.locked(folder / ".lock", lambda: None), readable_values(url):
+        with files.locked(folder / ".lock", lambda: None):
             study = open_study(url, config.study_name, settings, config.pruner if comparable else "none")
             trials = trials_of(study)
             retry_killed(study)

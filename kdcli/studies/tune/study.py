@@ -20,7 +20,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import host_name
-from kdcli.base.text import first_line, reason
+from kdcli.base.text import first_line
 from kdcli.engine.identity import differences
 from kdcli.studies.tune.space import Choice, Range, Space, Value, read_by
 
@@ -193,51 +193,17 @@ def redacted(url: URL) -> str:
 
 
 @contextmanager
-def readable_errors(url: URL, folder: Path) -> Iterator[None]:
-    """Turn errors of the database, and of files in `folder`, into one line without secrets."""
+def readable_errors(url: URL) -> Iterator[None]:
+    """Turn errors of the database and its driver into one line without secrets."""
     try:
         yield
-    except ImportError as error:
-        raise UsageError(
-            f"storage {redacted(url)}: its driver is not installed ({_line(error.__cause__ or error, url)})",
-            "Install the driver that the URL names.",
-        ) from error
-    except (SQLAlchemyError, StorageInternalError) as error:
-        inner = error if isinstance(error, SQLAlchemyError) else (error.__cause__ or error)
+    except (ImportError, SQLAlchemyError, StorageInternalError) as error:
+        inner = error if isinstance(error, SQLAlchemyError) else error.__cause__ or error
+        text = first_line(getattr(inner, "orig", None) or inner)
+        for secret in (url.password, *(value for key, value in url.query.items() if _SECRET.search(key))):
+            if isinstance(secret, str) and secret:
+                text = text.replace(secret, "***")
         raise KdError(
-            f"storage {redacted(url)}: {_line(getattr(inner, 'orig', None) or inner, url)}",
-            "Check --storage, and that the database can be reached and written.",
+            f"storage {redacted(url)}: {text}",
+            "Check --storage, and that its driver is installed and the database can be reached and written.",
         ) from error
-    except OSError as error:
-        raise KdError(
-            f"{error.filename or folder}: {reason(error)}", "Check the path, its permissions and free space."
-        ) from error
-
-
-@contextmanager
-def readable_values(url: URL) -> Iterator[None]:
-    """Turn what Optuna raises for a study with values that it never writes into one line."""
-    try:
-        yield
-    except (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise KdError(
-            f"storage {redacted(url)}: the study cannot be read ({type(error).__name__}: {_line(error, url)})",
-            "Choose another --study or --storage.",
-        ) from error
-
-
-def _line(error: BaseException, url: URL) -> str:
-    text = first_line(error)
-    secrets = [url.password, *(value for key, value in url.query.items() if _SECRET.search(key))]
-    for secret in secrets:
-        if isinstance(secret, str) and secret:
-            text = text.replace(secret, "***")
-    return text
