@@ -62,27 +62,6 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
-DataSpec = Annotated[
-    str,
-    option(
-        f"{', '.join(DATA_SETS)}, or a folder, archive or table of your images (docs/data.md); by default what the "
-        "teacher was trained on, else cifar10.",
-        DATA,
-        metavar="NAME|PATH",
-    ),
-]
-ModelDataSpec = Annotated[
-    str | None, option("Data set; by default the one the model was trained on.", DATA, metavar="NAME|PATH")
-]
-ImageSize = Annotated[
-    int | None,
-    option(
-        "Resize images to N × N; by default their own size, or 32 if sizes differ.",
-        DATA,
-        ge=4,
-        le=1024,
-    ),
-]
 Crop = Annotated[
     float | None,
     rare_option(
@@ -96,10 +75,7 @@ Crop = Annotated[
 SkipBroken = Annotated[
     bool, rare_option("Skip unreadable images with a note; by default they are an error.", DATA)
 ]
-_OF_TEST = f"Share of test images in data without a split; by default the model's, else {TEST_FRACTION:g}."
-TestFraction = Annotated[float | None, rare_option(_OF_TEST, DATA, gt=0, lt=1)]
 CacheDir = Annotated[Path, rare_option("Folder for packed images and teacher logits.", DATA)]
-DataDir = Annotated[Path, rare_option("Folder of downloaded data sets.", DATA)]
 Threads = Annotated[int, option("CPU threads; 0: all available cores.", RUN, ge=0, le=1024)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -118,25 +94,43 @@ def _one_folder(value: str) -> str:
 FolderName = Annotated[str, AfterValidator(_one_folder)]  # empty: default
 
 
-class DataSettings(Settings):
-    """Data set and folders of a command that reads images."""
-
-    data: DataSpec = "cifar10"
-    image_size: ImageSize = None
-    skip_broken: SkipBroken = False
-    test_fraction: TestFraction = None
-    data_dir: DataDir = Path("data")
-    cache_dir: CacheDir = Path("cache")
-
-
 class ModelDataSettings(Settings):
     """Data set and folders of a command that evaluates a model."""
 
-    data: ModelDataSpec = None
+    data: Annotated[
+        str | None,
+        option("Data set; by default the one the model was trained on.", DATA, metavar="NAME|PATH"),
+    ] = None
     skip_broken: SkipBroken = False
-    test_fraction: TestFraction = None
-    data_dir: DataDir = Path("data")
+    test_fraction: Annotated[
+        float | None,
+        rare_option(
+            f"Share of test images in data without a split; by default the model's, else {TEST_FRACTION:g}.",
+            DATA,
+            gt=0,
+            lt=1,
+        ),
+    ] = None
+    data_dir: Annotated[Path, rare_option("Folder of downloaded data sets.", DATA)] = Path("data")
     cache_dir: CacheDir = Path("cache")
+
+
+class DataSettings(ModelDataSettings):
+    """Data set and folders of a command that reads images."""
+
+    data: Annotated[
+        str,
+        option(
+            f"{', '.join(DATA_SETS)}, or a folder, archive or table of your images (docs/data.md); by default that of "
+            "the teacher, else cifar10.",
+            DATA,
+            metavar="NAME|PATH",
+        ),
+    ] = "cifar10"
+    image_size: Annotated[
+        int | None,
+        option("Resize images to N × N; by default their own size, or 32 if sizes differ.", DATA, ge=4, le=1024),
+    ] = None
 
 
 def _fraction(text: str) -> float:
@@ -198,7 +192,7 @@ _class_map = partial(rare_option, "CSV of teacher class, data class; else by nam
 
 
 class PixelSettings(Settings):
-    """What a network does to pixels: its input is (pixel 0–255 · scale − mean) / std; None: as its file says."""
+    """Scale, mean and std of a network's input, (pixel 0–255 · scale − mean) / std; None: as recorded."""
 
     prefix: ClassVar[str] = ""  # of the options' names
 
@@ -247,7 +241,7 @@ class PixelSettings(Settings):
 
 
 class InputSettings(PixelSettings):
-    """Assumptions about an ONNX file that kd did not make; None: as the file says, or unknown."""
+    """Assumptions about an ONNX file of another program; None: as recorded, or unknown."""
 
     layout: Layout = None
     channel_order: ChannelOrder = None
