@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from kdcli import caffe
 from kdcli.base.config import ConvertConfig
+from kdcli.models import Classifier
+from kdcli.models.layers import LayerSummary, summarize_layers
 
 # protobuf's wire format, without protobuf
 
@@ -141,10 +144,15 @@ IMAGES = R.integers(0, 256, (6, 12, 12, 3), dtype=np.uint8)
 FC = layer("InnerProduct", "fc", "pool1", "fc", field(1, 2), (values(2, 6), values(2)))
 
 
-def convert(model: Path, config: ConvertConfig, **context: Any) -> caffe.Conversion:
+def convert(model: Path, config: ConvertConfig, **context: Any) -> Classifier:
     """Read the files and build the classifier."""
     return caffe.to_classifier(caffe.read(model, config), config, **context)
 
 
-def converted(path: Path, **options: Any) -> caffe.Conversion:
+def layers_of(classifier: Classifier) -> list[LayerSummary]:
+    height, width, channels = classifier.input_size
+    return summarize_layers(classifier.network, torch.zeros(1, channels, height, width))
+
+
+def converted(path: Path, **options: Any) -> Classifier:
     return convert(path, ConvertConfig(preprocess="none", **options), train_images=IMAGES)

@@ -22,7 +22,6 @@ from kdcli.data.preprocess import MeanStd, Preprocess, ScaleShift, fit
 from kdcli.data.rows import Images
 from kdcli.models import Classifier, from_checkpoint
 from kdcli.models.checkpoint import Checkpoint
-from kdcli.models.layers import LayerSummary, summarize_layers
 
 _CROPPED = 128  # networks for such images and larger ones are often published with a centre crop
 _FITTED = ("gcn-zca", "mean-std", "mean-image")  # kinds of preprocessing that are fitted on train images
@@ -100,13 +99,6 @@ class CaffeFiles:
         return self.input_size is None or self.preprocess_kind(config) in _FITTED
 
 
-@dataclass(frozen=True)
-class Conversion:
-    classifier: Classifier
-    layers: tuple[LayerSummary, ...]
-    known: KnownNetwork | None
-
-
 def read(model: Path, config: ConvertConfig) -> CaffeFiles:
     """Read a caffemodel or a caffe-tensorflow `.npy`; KdError where kd does not support it."""
     if model.suffix == ".npy":
@@ -182,7 +174,7 @@ def to_classifier(
     classes: tuple[str, ...] | None = None,
     data_label: str | None = None,
     on_event: OnEvent = ignore,
-) -> Conversion:
+) -> Classifier:
     """Build the classifier; KdError where layers, weights, images and preprocessing do not fit together.
 
     Args:
@@ -228,9 +220,7 @@ def to_classifier(
         provenance=provenance,
         crop=crop,
     )
-    classifier = from_checkpoint(checkpoint, str(files.path))
-    layers = summarize_layers(classifier.network, torch.zeros(1, size[2], *size[:2]))
-    return Conversion(classifier, tuple(layers), known)
+    return from_checkpoint(checkpoint, str(files.path))
 
 
 def _class_names(
@@ -246,7 +236,7 @@ def _class_names(
 
 
 def _crop(files: CaffeFiles, config: ConvertConfig, size: tuple[int, int, int], on_event: OnEvent) -> float:
-    """The share of the shorter side that the network sees; what is assumed is a note."""
+    """The share of the shorter side that the network sees; an assumption is a note."""
     square = size[0] == size[1]
     if config.crop is not None:
         if not square and config.crop != 1:
@@ -281,7 +271,7 @@ def _make_preprocess(
     if config.mean_std is not None:
         declared = f"preprocessing {files.known.preprocess}" if files.known else transform.text()
         if declared:
-            on_event(Note(f"--scale, --mean and --std replace what is known of the files: {declared}"))
+            on_event(Note(f"--scale, --mean and --std replace the known preprocessing of the files: {declared}"))
         return MeanStd.described(config.mean_std, size[2], order)
     if kind == "scale-shift":
         return _scale_shift(transform, size, order)

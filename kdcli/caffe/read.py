@@ -239,8 +239,9 @@ def _network(message: Any, every: Sequence[Layer], *, snapshot: bool) -> Network
             sides = message.input_shape[number].dim
         inputs[text(name)] = _without_batch(sides)
     for layer in sources:
-        for number, top in enumerate(layer.tops):
-            inputs.setdefault(top, _declared_shape(layer, number))
+        shapes = layer.param.input_param.shape if layer.type == "Input" else ()
+        for number, top in enumerate(layer.tops):  # the last shape holds for all further outputs
+            inputs.setdefault(top, _without_batch(shapes[min(number, len(shapes) - 1)].dim) if shapes else None)
     return Network(text(message.name), layers, sources, inputs)
 
 
@@ -248,24 +249,6 @@ def _without_batch(sides: Iterable[int]) -> tuple[int, ...] | None:
     """(N, C, H, W) → (C, H, W); None for another number of axes."""
     shape = tuple(int(side) for side in sides)
     return shape[1:] if len(shape) == 4 else None
-
-
-def _declared_shape(layer: Layer, number: int) -> tuple[int, ...] | None:
-    """(C, H, W) of a source's output `number`; of repeated fields, the last holds for all further outputs."""
-    param = layer.param
-    if layer.type == "Input" and param.input_param.shape:
-        shapes = param.input_param.shape
-        return _without_batch(shapes[min(number, len(shapes) - 1)].dim)
-    if layer.type == "MemoryData" and number == 0:
-        memory = param.memory_data_param
-        return (int(memory.channels), int(memory.height), int(memory.width))
-    if layer.type == "DummyData":
-        dummy = param.dummy_data_param
-        if dummy.shape:
-            return _without_batch(dummy.shape[min(number, len(dummy.shape) - 1)].dim)
-        sides = (dummy.num, dummy.channels, dummy.height, dummy.width)
-        return _without_batch(side[min(number, len(side) - 1)] for side in sides if side)
-    return None
 
 
 def _is_included(layer: Layer, state: Any) -> bool:

@@ -51,11 +51,7 @@ _MESSAGES: dict[str, str] = {
     # Fields of the data layers that transform_param replaced
     "DataParameter": "scale 2 float 1; mean_file 3 string; crop_size 5 uint32 0",
     "WindowDataParameter": "scale 2 float 1; mean_file 3 string; crop_size 5 uint32 0",
-    "MemoryDataParameter": "batch_size 1 uint32; channels 2 uint32; height 3 uint32; width 4 uint32",
     "InputParameter": "shape 1 BlobShape*",
-    "DummyDataParameter": """
-        num 2 uint32*; channels 3 uint32*; height 4 uint32*; width 5 uint32*; shape 6 BlobShape*
-    """,
     "BatchNormParameter": "use_global_stats 1 bool; moving_average_fraction 2 float 0.999; eps 3 float 1e-5",
     "BiasParameter": "axis 1 int32 1; num_axes 2 int32 1",
     "ConcatParameter": "concat_dim 1 uint32 1; axis 2 int32 1",
@@ -98,10 +94,9 @@ _MESSAGES: dict[str, str] = {
         include 8 NetStateRule*; exclude 9 NetStateRule*; phase 10 Phase
         transform_param 100 TransformationParameter; concat_param 104 ConcatParameter
         convolution_param 106 ConvolutionParameter; data_param 107 DataParameter
-        dropout_param 108 DropoutParameter; dummy_data_param 109 DummyDataParameter
-        eltwise_param 110 EltwiseParameter; exp_param 111 ExpParameter; image_data_param 115 DataParameter
-        inner_product_param 117 InnerProductParameter; lrn_param 118 LRNParameter
-        memory_data_param 119 MemoryDataParameter; mvn_param 120 MVNParameter
+        dropout_param 108 DropoutParameter; eltwise_param 110 EltwiseParameter; exp_param 111 ExpParameter
+        image_data_param 115 DataParameter; inner_product_param 117 InnerProductParameter
+        lrn_param 118 LRNParameter; mvn_param 120 MVNParameter
         pooling_param 121 PoolingParameter; power_param 122 PowerParameter; relu_param 123 ReLUParameter
         softmax_param 125 SoftmaxParameter; slice_param 126 SliceParameter
         window_data_param 129 WindowDataParameter; prelu_param 131 PReLUParameter
@@ -117,8 +112,7 @@ _MESSAGES: dict[str, str] = {
         dropout_param 12 DropoutParameter; image_data_param 15 DataParameter
         inner_product_param 17 InnerProductParameter; lrn_param 18 LRNParameter
         pooling_param 19 PoolingParameter; window_data_param 20 WindowDataParameter
-        power_param 21 PowerParameter; memory_data_param 22 MemoryDataParameter
-        eltwise_param 24 EltwiseParameter; dummy_data_param 26 DummyDataParameter
+        power_param 21 PowerParameter; eltwise_param 24 EltwiseParameter
         relu_param 30 ReLUParameter; slice_param 31 SliceParameter
         include 32 NetStateRule*; exclude 33 NetStateRule*; mvn_param 34 MVNParameter; loss_weight 35 float*
         transform_param 36 TransformationParameter; softmax_param 39 SoftmaxParameter

@@ -20,6 +20,7 @@ from kdcli.base.events import Note
 from kdcli.caffe import opencv, schema
 from kdcli.caffe.network import logits_graph
 from kdcli.caffe.read import read_caffemodel, read_mean, read_prototxt, weights_sha256
+from kdcli.models import Classifier
 from tests.caffe_files import (
     BIAS1,
     BIAS2,
@@ -37,6 +38,7 @@ from tests.caffe_files import (
     converted,
     field,
     layer,
+    layers_of,
     net,
     small,
     values,
@@ -89,24 +91,24 @@ def v1(request: pytest.FixtureRequest) -> bool:
 def test_v1_and_v2_equal_float64_reference_and_opencv(tmp_path: Path, v1: bool) -> None:
     pytest.importorskip("cv2")
     path = write(tmp_path, net(small(), v1=v1))
-    conversion = converted(path)
-    found = conversion.classifier(torch.from_numpy(IMAGES)).detach().numpy()
+    classifier = converted(path)
+    found = classifier(torch.from_numpy(IMAGES)).detach().numpy()
     bgr = IMAGES[..., ::-1].transpose(0, 3, 1, 2)  # Caffe's order, by default
     wanted = np.stack([reference(image) for image in bgr])
     np.testing.assert_allclose(found, wanted, atol=2e-4 * np.abs(wanted).max())
-    assert opencv.compare_logits(conversion.classifier, path, None, IMAGES).holds
-    assert [row.name for row in conversion.layers] == [
+    assert opencv.compare_logits(classifier, path, None, IMAGES).holds
+    assert [row.name for row in layers_of(classifier)] == [
         "conv1", "relu1", "pool1", "drop1", "norm1", "conv2", "tanh2", "pool2", "ip",
     ]  # fmt: skip
-    row = conversion.layers[5]
+    row = layers_of(classifier)[5]
     assert (row.kind.partition("(")[0], row.output, row.parameters) == ("Conv2d", (4, 9, 8), 4 * 3 * 2 + 4)
-    assert [m.p for m in conversion.classifier.modules() if isinstance(m, torch.nn.Dropout)] == [
+    assert [m.p for m in classifier.modules() if isinstance(m, torch.nn.Dropout)] == [
         pytest.approx(0.3)
     ]
 
 
 def test_classifier_is_saved_and_loaded(tmp_path: Path) -> None:
-    classifier = converted(write(tmp_path, net(small(), v1=True))).classifier
+    classifier = converted(write(tmp_path, net(small(), v1=True)))
     classifier.save(tmp_path / "teacher.pt")
     again = models.load(tmp_path / "teacher.pt")
     images = torch.from_numpy(IMAGES)
@@ -138,7 +140,7 @@ layer { name: "prob" type: "Softmax" bottom: "fc" top: "prob" }
 """
 
 
-def with_prototxt(folder: Path, text: str, layers: list[dict[str, Any]]) -> caffe.Conversion:
+def with_prototxt(folder: Path, text: str, layers: list[dict[str, Any]]) -> Classifier:
     text_file = folder / "net.prototxt"
     text_file.write_text(text)
     return converted(write(folder, net(layers, v1=False)), prototxt=text_file)
@@ -146,11 +148,10 @@ def with_prototxt(folder: Path, text: str, layers: list[dict[str, Any]]) -> caff
 
 def test_prototxt_gives_the_network_and_names_match_the_weights(tmp_path: Path) -> None:
     pytest.importorskip("cv2")
-    conversion = with_prototxt(tmp_path, PROTOTXT, [FC, small()[2]])  # in another order than the network's
-    classifier = conversion.classifier
+    classifier = with_prototxt(tmp_path, PROTOTXT, [FC, small()[2]])  # in another order than the network's
     assert classifier.input_size == (12, 12, 3)
     assert classifier.classes == ("0", "1")
-    assert [row.name for row in conversion.layers] == [
+    assert [row.name for row in layers_of(classifier)] == [
         "conv1",
         "relu1",
         "pool1",
@@ -178,7 +179,7 @@ def test_branches_in_place_layers_and_batch_norm_agree_with_opencv(tmp_path: Pat
         layer("Softmax", "prob", "fc", "prob"),
     ]
     path = write(tmp_path, net(layers, v1=False))
-    classifier = converted(path).classifier
+    classifier = converted(path)
     bn = classifier.network.get_submodule("bn")
     torch.testing.assert_close(bn.running_mean, torch.from_numpy(layers[2]["blobs"][0] / 2))
     assert opencv.compare_logits(classifier, path, None, IMAGES).holds
@@ -256,7 +257,7 @@ def test_a_shape_must_fit_its_values_before_anything_is_allocated(
 
 def test_layer_names_that_are_not_utf8(tmp_path: Path) -> None:
     content = net(small(), v1=False).replace(b"conv1", b"c\xffnv1")
-    assert converted(write(tmp_path, content)).layers[0].name == "c_nv1"
+    assert layers_of(converted(write(tmp_path, content)))[0].name == "c_nv1"
 
 
 def test_malformed_prototxt_names_the_line(tmp_path: Path) -> None:
@@ -280,11 +281,11 @@ def test_malformed_prototxt_names_the_line(tmp_path: Path) -> None:
 # Input size, preprocessing, names
 
 
-def heard(path: Path, **options: Any) -> tuple[caffe.Conversion, list[str]]:
+def heard(path: Path, **options: Any) -> tuple[Classifier, list[str]]:
     images = options.pop("train_images", None)
     names = options.pop("classes", None)
     notes: list[str] = []
-    conversion = convert(
+    classifier = convert(
         path,
         ConvertConfig(**options),
         train_images=images,
@@ -292,16 +293,16 @@ def heard(path: Path, **options: Any) -> tuple[caffe.Conversion, list[str]]:
         data_label="toy",
         on_event=lambda event: notes.append(event.text) if isinstance(event, Note) else None,
     )
-    return conversion, notes
+    return classifier, notes
 
 
 def test_size_comes_from_the_file_or_else_from_the_data(tmp_path: Path) -> None:
     undeclared = write(tmp_path, net(small(), v1=True))
     with pytest.raises(KdError, match="does not record its input size"):
         heard(undeclared)
-    assert heard(undeclared, train_images=IMAGES)[0].classifier.input_size == (12, 12, 3)
+    assert heard(undeclared, train_images=IMAGES)[0].input_size == (12, 12, 3)
     declared = write(tmp_path, net(small(), v1=True, inputs=INPUT), "declared.caffemodel")
-    assert heard(declared)[0].classifier.input_size == (12, 12, 3)
+    assert heard(declared)[0].input_size == (12, 12, 3)
 
 
 TRANSFORMED = PROTOTXT.replace(
@@ -316,7 +317,7 @@ TRANSFORMED = PROTOTXT.replace(
 def test_transform_param_becomes_the_preprocessing(tmp_path: Path) -> None:
     (tmp_path / "t.prototxt").write_text(TRANSFORMED % "mean_value: 10 mean_value: 20 mean_value: 30")
     path = write(tmp_path, net([small()[2], FC], v1=False))
-    classifier = heard(path, prototxt=tmp_path / "t.prototxt")[0].classifier
+    classifier = heard(path, prototxt=tmp_path / "t.prototxt")[0]
     assert classifier.input_size == (12, 12, 3)
     bgr = IMAGES[..., ::-1].transpose(0, 3, 1, 2).astype(float)
     wanted = (bgr - np.array([10, 20, 30])[:, None, None]) * 0.5
@@ -332,44 +333,44 @@ def test_a_mean_file_is_read_or_replaced_by_the_datas_mean_image(tmp_path: Path)
     path = write(tmp_path, net([small()[2], FC], v1=False))
     with pytest.raises(KdError, match="mean-image is fitted on train images"):
         heard(path, prototxt=tmp_path / "t.prototxt")
-    conversion, notes = heard(path, prototxt=tmp_path / "t.prototxt", train_images=IMAGES)
+    classifier, notes = heard(path, prototxt=tmp_path / "t.prototxt", train_images=IMAGES)
     rgb = IMAGES.transpose(0, 3, 1, 2).astype(float)
     wanted = ((rgb - rgb.mean(0)) * 0.5)[:, ::-1]
-    np.testing.assert_allclose(conversion.classifier.prepare(torch.from_numpy(IMAGES)), wanted, atol=1e-4)
+    np.testing.assert_allclose(classifier.prepare(torch.from_numpy(IMAGES)), wanted, atol=1e-4)
     assert "mean.binaryproto is not beside the model" in notes[0]
-    assert conversion.classifier.provenance["preprocess_data"] == "toy"
+    assert classifier.provenance["preprocess_data"] == "toy"
 
     mean = values(3, 14, 16) * 100
     write(tmp_path, blob(mean[None], legacy=True), "mean.binaryproto")
     np.testing.assert_array_equal(read_mean(tmp_path / "mean.binaryproto"), mean)
-    found = heard(path, prototxt=tmp_path / "t.prototxt")[0].classifier.prepare(torch.from_numpy(IMAGES))
+    found = heard(path, prototxt=tmp_path / "t.prototxt")[0].prepare(torch.from_numpy(IMAGES))
     wanted = (rgb[:, ::-1] - mean[:, 1:13, 2:14]) * 0.5  # the middle of the mean image, BGR
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
 def test_unknown_networks_get_raw_bgr_and_a_note(tmp_path: Path) -> None:
     path = write(tmp_path, net(small(), v1=True, inputs=INPUT))
-    conversion, notes = heard(path)
+    classifier, notes = heard(path)
     assert "unknown preprocessing, so raw 0–255 pixels, BGR" in notes[0]
-    prepared = conversion.classifier.prepare(torch.from_numpy(IMAGES)).numpy()
+    prepared = classifier.prepare(torch.from_numpy(IMAGES)).numpy()
     np.testing.assert_array_equal(prepared, IMAGES[..., ::-1].transpose(0, 3, 1, 2))
-    rgb = heard(path, channel_order="rgb")[0].classifier
+    rgb = heard(path, channel_order="rgb")[0]
     np.testing.assert_array_equal(rgb.prepare(torch.from_numpy(IMAGES)), IMAGES.transpose(0, 3, 1, 2))
 
 
 def test_described_preprocessing_equals_opencvs_blob(tmp_path: Path) -> None:
     cv2 = pytest.importorskip("cv2")
     path = write(tmp_path, net(small(), v1=True, inputs=INPUT))
-    conversion, notes = heard(path, mean="104,117,123", crop=0.75)
+    classifier, notes = heard(path, mean="104,117,123", crop=0.75)
     assert not notes  # nothing was declared, nothing is assumed
-    found = conversion.classifier.prepare(torch.from_numpy(IMAGES)).numpy()
+    found = classifier.prepare(torch.from_numpy(IMAGES)).numpy()
     wanted = cv2.dnn.blobFromImages([image[..., ::-1] for image in IMAGES], mean=(104, 117, 123))
     np.testing.assert_array_equal(found, wanted)
-    assert conversion.classifier.crop == 0.75
-    conversion.classifier.save(tmp_path / "t.pt")
+    assert classifier.crop == 0.75
+    classifier.save(tmp_path / "t.pt")
     assert models.load(tmp_path / "t.pt").crop == 0.75
     # (pixel · scale − mean) / std, one value for all channels, in RGB
-    prepared = heard(path, scale="1/255", mean="0.5", std="0.2,0.25,0.5", channel_order="rgb")[0].classifier
+    prepared = heard(path, scale="1/255", mean="0.5", std="0.2,0.25,0.5", channel_order="rgb")[0]
     wanted = (IMAGES / 255 - 0.5) / np.array([0.2, 0.25, 0.5])
     np.testing.assert_allclose(
         prepared.prepare(torch.from_numpy(IMAGES)).numpy(), wanted.transpose(0, 3, 1, 2), atol=1e-5
@@ -379,9 +380,10 @@ def test_described_preprocessing_equals_opencvs_blob(tmp_path: Path) -> None:
 def test_described_preprocessing_replaces_the_declared_one_with_a_note(tmp_path: Path) -> None:
     (tmp_path / "t.prototxt").write_text(TRANSFORMED % "mean_value: 10 mean_value: 20 mean_value: 30")
     path = write(tmp_path, net([small()[2], FC], v1=False))
-    conversion, notes = heard(path, prototxt=tmp_path / "t.prototxt", std="2")
-    assert notes == ["--scale, --mean and --std replace what is known of the files: mean 10,20,30, scale 0.5"]
-    found = conversion.classifier.prepare(torch.from_numpy(IMAGES)).numpy()
+    classifier, notes = heard(path, prototxt=tmp_path / "t.prototxt", std="2")
+    [note] = notes
+    assert note.startswith("--scale, --mean and --std replace") and note.endswith(": mean 10,20,30, scale 0.5")
+    found = classifier.prepare(torch.from_numpy(IMAGES)).numpy()
     np.testing.assert_array_equal(found, IMAGES[..., ::-1].transpose(0, 3, 1, 2) / np.float32(2))
 
 
@@ -403,17 +405,17 @@ def test_a_mean_image_larger_than_the_input_sets_the_crop(tmp_path: Path) -> Non
     (tmp_path / "t.prototxt").write_text(TRANSFORMED % 'mean_file: "mean.binaryproto"')
     path = write(tmp_path, net([small()[2], FC], v1=False))
     write(tmp_path, blob(values(1, 3, 16, 16), legacy=True), "mean.binaryproto")
-    conversion, notes = heard(path, prototxt=tmp_path / "t.prototxt")
-    assert conversion.classifier.crop == 12 / 16
+    classifier, notes = heard(path, prototxt=tmp_path / "t.prototxt")
+    assert classifier.crop == 12 / 16
     assert notes == ["the mean image is larger than the input, so images are cropped: --crop 0.75"]
-    assert heard(path, prototxt=tmp_path / "t.prototxt", crop=1.0)[0].classifier.crop == 1
+    assert heard(path, prototxt=tmp_path / "t.prototxt", crop=1.0)[0].crop == 1
 
 
 def test_class_names_come_from_data_of_the_right_number(tmp_path: Path) -> None:
     path = write(tmp_path, net(small(), v1=True, inputs=INPUT))
     five = tuple("abcde")
-    assert heard(path, classes=five)[0].classifier.classes == five
-    assert heard(path, classes=("a", "b"))[0].classifier.classes == tuple("01234")
+    assert heard(path, classes=five)[0].classes == five
+    assert heard(path, classes=("a", "b"))[0].classes == tuple("01234")
 
 
 def test_layers_of_one_name_become_numbered_nodes(tmp_path: Path) -> None:
@@ -456,8 +458,8 @@ def test_two_layers_of_one_name_with_weights_are_refused(tmp_path: Path) -> None
 def test_unused_layers_are_noted(tmp_path: Path) -> None:
     extra = layer("InnerProduct", "aux", "conv1", "aux", field(1, 2), (values(2, 6 * 144), values(2)))
     layers = small()
-    conversion, notes = heard(write(tmp_path, net([*layers[:4], extra, *layers[4:]], v1=False, inputs=INPUT)))
-    assert conversion.layers[-1].name == "ip"
+    classifier, notes = heard(write(tmp_path, net([*layers[:4], extra, *layers[4:]], v1=False, inputs=INPUT)))
+    assert layers_of(classifier)[-1].name == "ip"
     assert any("do not need them: aux" in note for note in notes)
     assert any("does not use: aux" in note for note in notes)
 
@@ -469,7 +471,7 @@ def test_arch_is_refused_for_a_caffemodel(tmp_path: Path) -> None:
 
 def test_missing_opencv_importer_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, net(small(), v1=True))
-    classifier = converted(path).classifier
+    classifier = converted(path)
     monkeypatch.setitem(__import__("sys").modules, "cv2", None)
     with pytest.raises(KdError) as raised:
         opencv.compare_logits(classifier, path, None, IMAGES)
@@ -479,7 +481,7 @@ def test_missing_opencv_importer_is_an_error(tmp_path: Path, monkeypatch: pytest
 def test_comparison_with_opencv_detects_a_changed_weight(tmp_path: Path) -> None:
     pytest.importorskip("cv2")
     path = write(tmp_path, net(small(), v1=True))
-    classifier = converted(path).classifier
+    classifier = converted(path)
     with torch.no_grad():
         classifier.network.get_parameter("ip.weight")[0, 0] += 0.5
     assert not opencv.compare_logits(classifier, path, None, IMAGES).holds
@@ -493,13 +495,13 @@ def test_the_nin_equals_opencv_and_its_record(shared_data: Path) -> None:
     path = shared_data / "cifar10_nin.caffemodel"
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
-    conversion, _ = heard(path, preprocess="mean-std", train_images=images)
-    assert conversion.known is not None
-    assert conversion.classifier.preprocess.channel_order == "rgb"
-    assert conversion.classifier.classes[0] == "airplane"
-    assert models.parameter_count(conversion.classifier.network) == 966_986
+    classifier, _ = heard(path, preprocess="mean-std", train_images=images)
+    assert classifier.provenance["published"]
+    assert classifier.preprocess.channel_order == "rgb"
+    assert classifier.classes[0] == "airplane"
+    assert models.parameter_count(classifier.network) == 966_986
     for prototxt in (None, shared_data / "cifar10_nin_train_val.prototxt"):
-        assert opencv.compare_logits(conversion.classifier, path, prototxt, images).largest_difference < 1e-4
+        assert opencv.compare_logits(classifier, path, prototxt, images).largest_difference < 1e-4
     source = caffe.read(path, ConvertConfig())
     assert source.needs_images(ConvertConfig())
     assert source.input_size == (32, 32, 3)
@@ -531,7 +533,7 @@ def test_nin_in_v1_v2_and_float64_has_equal_logits(shared_data: Path, tmp_path: 
     images = torch.from_numpy(np.random.default_rng(1).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8))
     config = ConvertConfig(preprocess="none", channel_order="rgb")
     with torch.inference_mode():
-        logits = {name: convert(form, config).classifier(images) for name, form in forms.items()}
+        logits = {name: convert(form, config)(images) for name, form in forms.items()}
     assert logits["v1"].std() > 1
     for name, found in logits.items():
         assert torch.equal(found, logits["v1"]), name
@@ -557,8 +559,8 @@ def test_a_deploy_prototxt_keeps_the_transform_that_the_snapshot_recorded(tmp_pa
     text = network_text(layers)
     deploy.write_text('input: "data" input_dim: 1 input_dim: 3 input_dim: 12 input_dim: 12\n' + text)
     options = {"train_images": IMAGES}
-    alone = convert(path, ConvertConfig(), **options).classifier
-    beside = convert(path, ConvertConfig(prototxt=deploy), **options).classifier
+    alone = convert(path, ConvertConfig(), **options)
+    beside = convert(path, ConvertConfig(prototxt=deploy), **options)
     images = torch.from_numpy(IMAGES)
     prepared = beside.prepare(images)
     bgr = IMAGES[..., ::-1].astype(np.float64) - (104, 117, 123)
@@ -585,7 +587,7 @@ def test_split_label_is_no_second_input(v1: bool, tmp_path: Path) -> None:
     twice = converted(write(tmp_path, net([*layers[:2], split, *layers[2:]], v1=v1)))
     images = torch.from_numpy(IMAGES)
     with torch.inference_mode():
-        assert torch.equal(plain.classifier(images), twice.classifier(images))
+        assert torch.equal(plain(images), twice(images))
 
 
 @pytest.mark.parametrize("bottoms", ["", "conv1 relu1"])
@@ -631,9 +633,6 @@ BATCH = field(1, b"".join(map(bytes, ([5], [3], [12], [12]))))
         field(3, "data") + b"".join(field(4, side) for side in (5, 3, 12, 12)),
         field(3, "data") + field(8, BATCH),
         of_type("Input", field(1, BATCH), 143),
-        of_type("MemoryData", b"".join(field(n + 1, side) for n, side in enumerate((5, 3, 12, 12))), 119),
-        of_type("DummyData", field(6, BATCH) + field(6, field(1, b"\x05")), 109),
-        of_type("DummyData", b"".join(field(n + 2, side) for n, side in enumerate((5, 3, 12, 12))), 109),
         of_type("Data", field(3, 12), 100),
         of_type("ImageData", field(5, 12), 115),
         of_type("WindowData", field(5, 12), 129),
@@ -642,13 +641,12 @@ BATCH = field(1, b"".join(map(bytes, ([5], [3], [12], [12]))))
 def test_every_declaration_of_the_input_is_read(declared: bytes, tmp_path: Path) -> None:
     path = write(tmp_path, declared + net(small()[2:], v1=False))
     assert caffe.read(path, ConvertConfig()).input_size == (12, 12, 3)
-    assert heard(path)[0].classifier.input_size == (12, 12, 3)
+    assert heard(path)[0].input_size == (12, 12, 3)
 
 
 def test_incomplete_input_declaration_is_ignored(tmp_path: Path) -> None:
     for declared in (
         field(3, "data") + field(4, 1) + field(4, 3),
-        of_type("DummyData", field(3, 3), 109),
         of_type("Input", field(1, field(1, bytes([1, 108]))), 143),
     ):
         path = write(tmp_path, declared + net(small()[2:], v1=False))

@@ -15,13 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcli import caffe, models
+from kdcli import models
 from kdcli.base.config import ConvertConfig
 from kdcli.base.errors import KdError
 from kdcli.caffe import opencv, schema
 from kdcli.deploy.onnx_model.translate import to_onnx
+from kdcli.models import Classifier
 from kdcli.models.graph import GraphNet
-from tests.caffe_files import V1, convert, field, layer, net, write
+from tests.caffe_files import V1, convert, field, layer, layers_of, net, write
 
 Maps = np.ndarray  # float64 (C, H, W)
 R = np.random.default_rng(7)
@@ -329,7 +330,7 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-def built(folder: Path, case: Case, *, v1: bool = False) -> tuple[caffe.Conversion, Path, np.ndarray]:
+def built(folder: Path, case: Case, *, v1: bool = False) -> tuple[Classifier, Path, np.ndarray]:
     """data → x = data/64 − 2 → the layers → three classes; and the logits that float64 gives."""
     inputs = IMAGES.transpose(0, 3, 1, 2).astype(float) / 64 - 2
     features = np.stack([case.wanted(image).ravel() for image in inputs])
@@ -341,23 +342,23 @@ def built(folder: Path, case: Case, *, v1: bool = False) -> tuple[caffe.Conversi
         layer("InnerProduct", "fc", "out", "fc", field(1, 3), (weight, bias)),
     ]
     path = write(folder, net(layers, v1=v1, inputs=INPUT))
-    conversion = convert(path, ConvertConfig(preprocess="none", channel_order="rgb"))
-    return conversion, path, features @ weight.T.astype(float) + bias
+    classifier = convert(path, ConvertConfig(preprocess="none", channel_order="rgb"))
+    return classifier, path, features @ weight.T.astype(float) + bias
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_layer_equals_numpy_and_opencv(name: str, tmp_path: Path) -> None:
     case = CASES[name]
-    conversion, path, wanted = built(tmp_path, case)
+    classifier, path, wanted = built(tmp_path, case)
     with torch.inference_mode():
-        found = conversion.classifier(torch.from_numpy(IMAGES)).numpy()
+        found = classifier(torch.from_numpy(IMAGES)).numpy()
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
     pytest.importorskip("cv2")
     if case.opencv is True:
-        assert opencv.compare_logits(conversion.classifier, path, None, IMAGES).holds
+        assert opencv.compare_logits(classifier, path, None, IMAGES).holds
     else:  # the reason is still one
         try:
-            assert not opencv.compare_logits(conversion.classifier, path, None, IMAGES).holds
+            assert not opencv.compare_logits(classifier, path, None, IMAGES).holds
         except KdError as error:
             assert "OpenCV cannot" in error.message
 
@@ -380,8 +381,8 @@ def side_by_side(cases: list[Case]) -> Case:
 
 @pytest.mark.parametrize("every", [12, pytest.param(1, marks=pytest.mark.slow)])
 def test_layers_saved_loaded_and_exported_to_onnx(every: int, tmp_path: Path) -> None:
-    conversion, _, wanted = built(tmp_path, side_by_side(list(CASES.values())[::every]))
-    conversion.classifier.save(tmp_path / "net.pt")
+    classifier, _, wanted = built(tmp_path, side_by_side(list(CASES.values())[::every]))
+    classifier.save(tmp_path / "net.pt")
     classifier = models.load(tmp_path / "net.pt")
     model = to_onnx(classifier, opset=20, with_preprocessing=False)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -403,9 +404,9 @@ V1_CASES = sorted(
 @pytest.mark.parametrize("name", V1_CASES)
 def test_layer_in_v1_equals_numpy(name: str, tmp_path: Path) -> None:
     case = CASES[name]
-    conversion, _, wanted = built(tmp_path, case, v1=True)
+    classifier, _, wanted = built(tmp_path, case, v1=True)
     with torch.inference_mode():
-        found = conversion.classifier(torch.from_numpy(IMAGES)).numpy()
+        found = classifier(torch.from_numpy(IMAGES)).numpy()
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
@@ -518,7 +519,7 @@ def test_include_and_exclude_rules(
     one_layer = (message.layers or message.layer)[0].SerializeToString()
     ruled = one_layer + b"".join(field(numbers[name], rule) for name, rule in rules)
     content += field(2 if v1 else 100, ruled) + INPUT + (field(6, state) if state else b"")
-    rows = convert(write(tmp_path, content), ConvertConfig(preprocess="none")).layers
+    rows = layers_of(convert(write(tmp_path, content), ConvertConfig(preprocess="none")))
     assert [row.name for row in rows] == ["fc", "twice"][: 1 + kept]
 
 
@@ -539,7 +540,7 @@ def test_every_layer_that_learns_is_trained(tmp_path: Path) -> None:
         layer("LRN", "l", "d", "out", field(1, 3) + field(2, 0.1) + field(4, 1)),
     ]  # fmt: skip
     case = Case(layers, lambda x: np.zeros(4 * 12 * 10))
-    network = built(tmp_path, case)[0].classifier.network.train()
+    network = built(tmp_path, case)[0].network.train()
     torch.manual_seed(0)
     inputs, labels = torch.randn(32, *SHAPE) * 64 + 128, torch.arange(32) % 3
     optimizer = torch.optim.Adam(network.parameters(), lr=0.01)
@@ -557,7 +558,7 @@ def test_every_layer_that_learns_is_trained(tmp_path: Path) -> None:
 
 
 def test_a_network_can_be_traced_and_read(tmp_path: Path) -> None:
-    network = built(tmp_path, CASES["slice-at-points"])[0].classifier.network
+    network = built(tmp_path, CASES["slice-at-points"])[0].network
     traced = torch.fx.symbolic_trace(network)
     inputs = torch.randn(2, *SHAPE)
     torch.testing.assert_close(traced(inputs), network(inputs))

@@ -15,6 +15,8 @@ from kdcli import caffe
 from kdcli.base.config import ConvertConfig
 from kdcli.base.errors import KdError, UsageError
 from kdcli.data import catalog
+from kdcli.models import Classifier
+from tests.caffe_files import layers_of
 
 R = np.random.default_rng(0)
 
@@ -51,7 +53,7 @@ def write(folder: Path, layers: Any, name: str = "net.npy") -> Path:
     return path
 
 
-def convert(path: Path, images: np.ndarray, **options: Any) -> caffe.Conversion:
+def convert(path: Path, images: np.ndarray, **options: Any) -> Classifier:
     config = ConvertConfig(preprocess="none", channel_order="rgb", **options)
     return caffe.to_classifier(caffe.read(path, config), config, train_images=images)
 
@@ -103,15 +105,14 @@ def test_registered_networks_compute_what_tensorflow_does(tmp_path: Path, arch: 
     side = 20 if arch == "lenet" else 12
     layers = lenet() if arch == "lenet" else nin(arch)
     images = R.integers(0, 256, (3, side, side, 3), dtype=np.uint8)
-    conversion = convert(write(tmp_path, layers), images)
-    classifier = conversion.classifier
+    classifier = convert(write(tmp_path, layers), images)
     assert classifier.arch == arch
     run = run_lenet if arch == "lenet" else run_nin
     wanted = np.stack([run(image, layers) for image in images])
     found = classifier(torch.from_numpy(images)).detach().numpy()
     np.testing.assert_allclose(found, wanted, atol=1e-4 * max(1, np.abs(wanted).max()))
     assert {"conv1.weight", "conv1.bias"} <= set(classifier.network.state_dict())
-    assert [row.name for row in conversion.layers if row.parameters] == list(layers)
+    assert [row.name for row in layers_of(classifier) if row.parameters] == list(layers)
     classifier.save(tmp_path / "x.pt")
 
 
@@ -124,7 +125,7 @@ def test_size_is_read_off_the_inner_product(tmp_path: Path) -> None:
 def test_layers_may_have_names_in_bytes(tmp_path: Path) -> None:
     layers = {k.encode(): {part.encode(): v for part, v in both.items()} for k, both in lenet().items()}
     images = np.zeros((1, 20, 20, 3), np.uint8)
-    assert convert(write(tmp_path, layers), images).classifier.arch == "lenet"
+    assert convert(write(tmp_path, layers), images).arch == "lenet"
 
 
 def test_the_references_own_weights_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +138,7 @@ def test_the_references_own_weights_are_known(tmp_path: Path, monkeypatch: pytes
     assert caffe.read(path, config).needs_images(config)
     images = R.integers(0, 256, (3, 20, 20, 3), dtype=np.uint8)
     files = caffe.read(path, config)
-    preprocess = caffe.to_classifier(files, config, train_images=images).classifier.preprocess
+    preprocess = caffe.to_classifier(files, config, train_images=images).preprocess
     assert (preprocess.name, preprocess.channel_order) == ("mean-image", "rgb")
 
 
@@ -168,7 +169,7 @@ def test_every_layout_and_protocol_gives_the_same(tmp_path: Path, layout: str, p
         b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + pickle.dumps(array, protocol)
     )
     images = R.integers(0, 256, (2, 20, 20, 3), dtype=np.uint8)
-    found = convert(path, images).classifier(torch.from_numpy(images)).detach().numpy()
+    found = convert(path, images)(torch.from_numpy(images)).detach().numpy()
     wanted = np.stack([run_lenet(image, layers) for image in images])
     np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
 
@@ -198,7 +199,7 @@ def test_pickles_of_python_2(tmp_path: Path, layout: str) -> None:
     path = tmp_path / "net.npy"
     path.write_bytes(content)  # np.load takes a bare pickle, too
     images = R.integers(0, 256, (2, 20, 20, 3), dtype=np.uint8)
-    found = convert(path, images).classifier(torch.from_numpy(images)).detach().numpy()
+    found = convert(path, images)(torch.from_numpy(images)).detach().numpy()
     wanted = np.stack([run_lenet(image, layers) for image in images])
     np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
 

@@ -15,6 +15,7 @@ from kdcli.base.config import ConvertConfig
 from kdcli.base.errors import KdError
 from kdcli.base.events import Note
 from kdcli.caffe import opencv, schema
+from kdcli.models import Classifier
 from tests.caffe_files import convert
 
 R = np.random.default_rng(11)
@@ -52,20 +53,20 @@ def saved(folder: Path, *texts: str, **more: tuple[np.ndarray, ...]) -> Path:
     return path
 
 
-def converted(path: Path, **options: Any) -> tuple[caffe.Conversion, list[str]]:
+def converted(path: Path, **options: Any) -> tuple[Classifier, list[str]]:
     notes: list[str] = []
-    conversion = convert(
+    classifier = convert(
         path,
         ConvertConfig(preprocess="none", **options),
         train_images=IMAGES,
         on_event=lambda event: notes.append(event.text) if isinstance(event, Note) else None,
     )
-    return conversion, notes
+    return classifier, notes
 
 
 def logits(path: Path, **options: Any) -> np.ndarray:
     with torch.inference_mode():
-        return converted(path, **options)[0].classifier(torch.from_numpy(IMAGES)).numpy()
+        return converted(path, **options)[0](torch.from_numpy(IMAGES)).numpy()
 
 
 def wanted(*, normalised: bool) -> np.ndarray:
@@ -79,7 +80,7 @@ def wanted(*, normalised: bool) -> np.ndarray:
 
 def agrees(path: Path) -> bool:
     pytest.importorskip("cv2")
-    return opencv.compare_logits(converted(path)[0].classifier, path, None, IMAGES).holds
+    return opencv.compare_logits(converted(path)[0], path, None, IMAGES).holds
 
 
 @pytest.mark.parametrize("top", ["conv", "bn"])
@@ -175,7 +176,7 @@ def test_image_size_option_gives_the_missing_size(tmp_path: Path) -> None:
     path = saved(tmp_path, DATA, CONV_TEXT, FC_TEXT % "conv", LOSS)
     config = ConvertConfig(preprocess="none", image_size=4)
     assert not caffe.read(path, config).needs_images(config)
-    assert convert(path, config).classifier.input_size == (4, 4, 3)
+    assert convert(path, config).input_size == (4, 4, 3)
 
 
 def test_large_images_are_compared_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +184,7 @@ def test_large_images_are_compared_a_few_at_a_time(tmp_path: Path, monkeypatch: 
     pool = """layer { name: "pool" type: "Pooling" bottom: "data" top: "pool"
       pooling_param { pool: AVE global_pooling: true } }"""
     path = saved(tmp_path, DATA, pool, FC_TEXT % "pool", LOSS, fc=(FC[:, :3], FC_BIAS))
-    classifier = convert(path, ConvertConfig(preprocess="none", image_size=512)).classifier
+    classifier = convert(path, ConvertConfig(preprocess="none", image_size=512))
     counts: list[int] = []
     run = opencv._forward
     monkeypatch.setattr(

@@ -44,8 +44,7 @@ def test_convert_and_validate(run: Any, workplace: Path, pictures: str) -> None:
     done = run("convert-caffe", "net.caffemodel", "--data", pictures)
     assert done.exit_code == 0
     lines = done.stdout.splitlines()
-    [row] = [line.split() for line in lines if line.startswith("conv2")]
-    assert (row[1], row[-2:]) == ("Conv2d(6,", ["4×9×8", "28"])
+    assert "5 classes, preprocessing none bgr" in lines[-3]
     assert "wrote weights/teacher.pt" in lines
     assert "next: kd validate --data pictures --against net.caffemodel" in lines
     teacher = models.load(Path("weights/teacher.pt"))
@@ -64,9 +63,8 @@ def test_json_is_one_object(
     write(workplace, net(small(), v1=False, inputs=INPUT))
     told = json.loads(run("convert-caffe", "net.caffemodel", "--json", "-o", "t.pt").stdout)
     assert told["schema_version"] == 1
-    assert [row["name"] for row in told["layers"]][-1] == "ip"
     assert told["preprocess"] == {"name": "none", "channel_order": "bgr"}
-    assert told["parameters"] == sum(row["parameters"] for row in told["layers"])
+    assert told["parameters"] == models.parameter_count(models.load(Path("t.pt")).network)
 
     options = ["validate", "--teacher", "t.pt", "--data", pictures, "--against", "net.caffemodel", "--json"]
     told = json.loads(run(*options).stdout)
@@ -130,7 +128,7 @@ def test_convert_grey_network_takes_size_from_data(run: Any, workplace: Path, pi
 def test_check_and_onnx_at_once(run: Any, workplace: Path, pictures: str) -> None:
     pytest.importorskip("cv2")
     write(workplace, net(small(), v1=False, inputs=INPUT))
-    done = run("convert-caffe", "net.caffemodel", "--check", "--to", "onnx", "--data", pictures)
+    done = run("convert-caffe", "net.caffemodel", "--check", "-o", "exports/net.onnx", "--data", pictures)
     assert done.exit_code == 0
     assert "on 84 images" in done.stdout  # 64 of noise and the 20 of the train split
     assert "next: kd bench exports/net.onnx" in done.stdout
@@ -182,13 +180,3 @@ def test_failed_check_writes_no_file(run: Any, workplace: Path) -> None:
         run("convert-caffe", "net.caffemodel", "--check")
     assert not Path("weights").exists()
     assert run("convert-caffe", "net.caffemodel").exit_code == 0
-
-
-@pytest.mark.parametrize(
-    "words", [("--to", "onnx", "-o", "a.pt"), ("--to", "pt", "-o", "a.onnx"), ("--to", "caffe2")]
-)
-def test_output_and_format_must_agree(run: Any, workplace: Path, words: tuple[str, ...]) -> None:
-    write(workplace, net(small(), v1=False, inputs=INPUT))
-    with pytest.raises(UsageError):
-        run("convert-caffe", "net.caffemodel", *words)
-    assert [path.name for path in workplace.iterdir()] == ["net.caffemodel"]

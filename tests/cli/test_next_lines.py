@@ -63,7 +63,7 @@ def test_from_a_caffe_file_to_a_student(kd: Kd, follow: Follow, workplace: Path)
     assert "largest difference from OpenCV" in validated.out
     trained = follow(validated)
     assert words_of(trained) == ["export"]
-    onnx = kd("convert-caffe", "my net.caffemodel", "--to", "onnx")
+    onnx = kd("convert-caffe", "my net.caffemodel", "-o", "exports/my net.onnx")
     assert "my net.onnx" in follow(onnx).out
     options = ("--data", "my pictures", "--against", "my net.caffemodel")
     refused = kd("validate", "--teacher", "exports/my net.onnx", *options)

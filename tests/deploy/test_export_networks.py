@@ -39,7 +39,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 def make(arch: str, folder: Path) -> Classifier:
     if arch == "graph":
-        return converted(write(folder, net(small(), v1=False))).classifier.eval()
+        return converted(write(folder, net(small(), v1=False))).eval()
     return classifier(arch, side=32 if arch == "cifarnet" else 16)
 
 

@@ -51,8 +51,7 @@ class ConvertConfig(DataSettings, PixelSettings):
     check: bool = setting(
         False, "Write the file only if OpenCV's Caffe importer agrees on noise and images of --data.", "Check"
     )
-    to: Literal["auto", "pt", "onnx"] = setting("auto", "Format; auto: by the suffix of --output.", RUN)
-    output: Path = setting(TeacherPath, "Output file; for ONNX exports/<model>.onnx.", RUN, "-o")
+    output: Path = setting(TeacherPath, "Output file, a checkpoint (.pt) or ONNX (.onnx).", RUN, "-o")
 
     @model_validator(mode="after")
     def _one_preprocessing(self) -> Self:
