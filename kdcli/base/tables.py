@@ -27,15 +27,24 @@ def csv_lines(path: Path, hint: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A header and one line a row; columns are the keys of the first row. No text is taken for a formula."""
+    """A header and one line a row; columns are the keys of the first row, `…_low` and `…_high` of an interval."""
     buffer = io.StringIO(newline="")
-    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
+    lines = list(map(_csv_cells, rows))
+    writer = csv.DictWriter(buffer, fieldnames=list(lines[0]), lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        writer.writerow(
-            {key: csv_cell(value) if isinstance(value, str) else value for key, value in row.items()}
-        )
+    writer.writerows(lines)
     return buffer.getvalue()
+
+
+def _csv_cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    cells = {}
+    for key, value in row.items():
+        if key.endswith("_interval"):
+            name = key.removesuffix("interval")
+            cells[f"{name}low"], cells[f"{name}high"] = value or (None, None)
+        else:
+            cells[key] = csv_cell(value) if isinstance(value, str) else value
+    return cells
 
 
 def markdown_text(

@@ -366,7 +366,7 @@ def test_compare_command_prints_table_and_writes_files(
     folder = Path("comparisons/ce-kd-convnet-tiny-toy")
     assert f"kd report {folder}" in done.stdout
     assert ">points more than ce, same seed<" in (folder / "figure.svg").read_text()
-    assert Path("t/c.csv").read_text().splitlines()[0].startswith("method,baseline,runs,failed,test_mean")
+    assert Path("t/c.csv").read_text().splitlines()[0].startswith("method,is_baseline,count,failed,test_mean")
     assert Path("c.md").read_text().splitlines()[2].startswith("| ce | 2 | ")
     again = json.loads(kd("compare", "--resume", str(folder), "--json").stdout)
     assert again["schema_version"] == 1

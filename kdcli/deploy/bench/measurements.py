@@ -135,18 +135,12 @@ def _cells(row: Row) -> list[str]:
 
 def _flatten(row: Row) -> dict[str, Any]:
     values = asdict(row)
-    low, high = values.pop("speedup_interval") or (None, None)
-    least, most = values.pop("accuracy_interval") or (None, None)
     throughput = values.pop("throughput")
     footprint = values.pop("footprint") or dict.fromkeys(Footprint.__dataclass_fields__)
     return {
         **values,
         "path": row.path.as_posix(),
         "notes": "; ".join(row.notes),
-        "speedup_low": low,
-        "speedup_high": high,
-        "accuracy_low": least,
-        "accuracy_high": most,
         **{f"images_per_s_batch_{size}": pace for size, pace in sorted(throughput.items())},
         **footprint,
     }

@@ -219,30 +219,10 @@ def to_csv(result: Comparison) -> str:
     """All figures, a line for each method."""
     rows = []
     for row in result.standings:
-        difference = row.difference
-        low, high = row.test_interval or (None, None)
-        below, above = (difference and difference.interval) or (None, None)
-        rows.append(
-            {
-                "method": row.method,
-                "baseline": result.baseline,
-                "runs": row.count,
-                "failed": row.failed,
-                "test_mean": row.test_mean,
-                "test_deviation": row.test_deviation,
-                "test_low": low,
-                "test_high": high,
-                "val_mean": row.val_mean,
-                "pairs": difference.count if difference else 0,
-                "difference": difference and difference.mean,
-                "difference_deviation": difference and difference.deviation,
-                "difference_low": below,
-                "difference_high": above,
-                "p": difference and difference.p,
-                "p_holm": difference and difference.p_holm,
-                "verdict": row.verdict,
-            }
-        )
+        values = row.to_dict()
+        difference = values.pop("difference") or dict.fromkeys(Difference.model_fields)
+        del difference["by_seed"]
+        rows.append({**values, **{f"difference_{name}": value for name, value in difference.items()}})
     return csv_text(rows)
 
 
