@@ -37,13 +37,8 @@ COMMANDS = (
 )  # fmt: skip
 
 
-CONTINUED = (
-    "download",
-    "teacher-logits",
-    "compare",
-    "reproduce",
-    "tune",
-)  # from their finished parts, by the same command
+# continued from their finished parts by the same command
+CONTINUED = ("download", "teacher-logits", "compare", "reproduce", "tune")
 
 
 class Stopped(BaseException):

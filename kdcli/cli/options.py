@@ -78,13 +78,6 @@ _OFFERED: dict[str, Callable[[], Iterable[str]]] = {
 }
 
 
-def _offer(values: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
-    def matching(incomplete: str) -> list[str]:
-        return [value for value in values() if value.startswith(incomplete)]
-
-    return matching
-
-
 def examples(*commands: str) -> str:
     """Epilog of a command's help, one example per paragraph."""
     return "\n\n".join(f"[bold]{command}[/bold]" for command in commands)
@@ -113,8 +106,7 @@ def command(
         parameters.sort(key=_place)
         for parameter in parameters:
             if parameter.name in _OFFERED:
-                about = parameter.annotation.__metadata__[0]
-                about.autocompletion = _offer(_OFFERED[parameter.name])
+                parameter.annotation.__metadata__[0].autocompletion = _OFFERED[parameter.name]
 
         def run(**values: Any) -> None:
             for name in _OUTPUT:
@@ -130,9 +122,8 @@ def command(
                 function(**arguments, **options)
 
         run.__name__ = function.__name__
-        run.__doc__ = re.sub(
-            r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function) or ""
-        )  # wrapped by the terminal
+        # lines are wrapped by the terminal
+        run.__doc__ = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(function) or "")
         run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
@@ -184,7 +175,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         show_default=False,
         metavar=placeholder or None,
         hidden=extra.get("rare", False) and "_KD_COMPLETE" not in os.environ,
-        autocompletion=_offer(lambda: map(str, choices)),
+        autocompletion=lambda: map(str, choices),
     )
     return _keyword(name, None, (str if choices else kind) | None, option)
 

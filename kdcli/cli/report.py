@@ -43,12 +43,9 @@ def report(
         if path is not None and not path.is_file():
             raise KdError(f"no such file: {path}", "Pass an existing file, or leave the option out.")
     check_output_files(config.output)
-    given = config.model_fields_set
     if config.no_bench or config.bench is not None:
         reason = "with --no-bench" if config.no_bench else "with --bench"
-        output.note_ignored(given, ("bench_rounds",), reason)
-    if config.no_images:
-        output.note_ignored(given, ("thumbnails",), "with --no-images")
+        output.note_ignored(config.model_fields_set, ("bench_rounds",), reason)
     from kdcli.base import runtime
     from kdcli.report import gather, make_report
 

@@ -170,7 +170,7 @@ class _Examiner:
         predicted, expected = logits.argmax(dim=1), teacher_logits.argmax(dim=1)
         own, other = predicted == labels, expected == labels
         different = (predicted != expected).nonzero().flatten().numpy()
-        limit = 0 if self.config.no_images else min(self.config.thumbnails, len(different))
+        limit = min(self.config.thumbnails, len(different))
         evenly_spaced = np.linspace(0, len(different) - 1, limit).round().astype(np.int64)
         return replace(
             found,

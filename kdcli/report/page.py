@@ -100,7 +100,6 @@ def make_report(
         left_out=reason_groups(left_out),
         comparisons=[_comparison(f"comparison-{n}", *pair) for n, pair in enumerate(compared, 1)],
         command=_command(sections, [path for path, _ in compared], config.output),
-        no_images=config.no_images,
         speed=speed,
         speed_rows=timed,
         front=[row.path for row in figures.pareto_front(known)],

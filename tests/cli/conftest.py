@@ -63,7 +63,7 @@ def follow(kd: Kd, monkeypatch: pytest.MonkeyPatch) -> Callable[[Outcome], Outco
         "compare": ["--epochs", "1", "--threads", "1", "--seeds", "2"],
         "tune": ["--epochs", "1", "--threads", "1", "--trials", "2"],
         "bench": ["--rounds", "3", "--max-seconds", "1", "--no-memory", "--batch", "1"],
-        "report": ["--no-bench", "--no-images"],
+        "report": ["--no-bench", "--thumbnails", "0"],
         "download": ["--dry-run"],
     }
 

@@ -82,5 +82,5 @@ def test_comparison_and_report_have_the_warning(leaky: Path, monkeypatch: pytest
     done = kd("compare", "--methods", "ce", "--seeds", "1", "--name", "c", *SMALL)
     assert WARNING in done.stderr
     assert WARNING in json.loads(Path("comparisons/c/comparison.json").read_text())["notes"]
-    kd("report", "comparisons/c/runs/ce-seed0", "--no-bench", "--no-images")
+    kd("report", "comparisons/c/runs/ce-seed0", "--no-bench", "--thumbnails", "0")
     assert WARNING in Path("report.html").read_text()

@@ -322,7 +322,7 @@ def test_no_file_makes_kd_run_code(canary: Any) -> None:
         "info runs/sung/student.pt",
         "test runs/sung/student.pt --threads 1",
         "export runs/sung/student.pt",
-        "report --threads 1 --no-bench --no-images",
+        "report --threads 1 --no-bench --thumbnails 0",
     ):
         assert canary(*words.split()).exit_code == 0
         assert "canary" not in sys.modules

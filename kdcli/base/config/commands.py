@@ -279,9 +279,8 @@ class ReportConfig(ModelDataSettings):
 
     output: Path = setting(Path("report.html"), "Output file.", "Page", "-o")
     thumbnails: int = setting(
-        24, "Images per run on which student and teacher disagree.", "Page", ge=0, le=500
+        24, "Images per run on which student and teacher disagree; 0: none.", "Page", ge=0, le=500
     )
-    no_images: bool = setting(False, "Omit images.", "Page")
     bench: Path | None = setting(
         None, "Output of kd bench --json with latencies; by default measured.", "Measure", metavar="FILE"
     )
