@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.constrain import Constrain
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -184,13 +183,6 @@ def _one_line(message: str) -> str:
     return line if len(line) <= _MAX_LINE else line[: _MAX_LINE - 1] + "…"
 
 
-class _Bars(Progress):
-    """Progress bars three columns narrower than the terminal: an echoed ^C does not wrap the line."""
-
-    def get_renderables(self) -> Iterator[Constrain]:
-        yield Constrain(self.make_tasks_table(self.tasks), _stderr.width - 3)
-
-
 class Activity:
     """Progress of the running command on stderr: spinner and bar on a terminal, else periodic lines."""
 
@@ -202,7 +194,7 @@ class Activity:
             TaskProgressColumn(),
             TextColumn("{task.fields[metrics]}", markup=False),
         )
-        self.bars = _Bars(*columns, console=_stderr, transient=True, refresh_per_second=8, disable=True)
+        self.bars = Progress(*columns, console=_stderr, transient=True, refresh_per_second=8, disable=True)
         self.bars.add_task("")
         [self.task] = self.bars.tasks
         self.group = ""  # of the last event
@@ -279,9 +271,8 @@ class Activity:
             group = event.group or event.task
             if group != self.group:
                 self.group, self.started, self.first = group, now, event.done
-            total = (
-                event.total if event.done < event.total else None
-            )  # after the last unit, work of unknown size
+            # after the last unit, work of unknown size
+            total = event.total if event.done < event.total else None
             self._set(event.task, event.done, total, self._metrics(event, now - self.started))
             if not settings.follower:
                 self.bars.start()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -283,43 +282,30 @@ def _coordinates(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
 
 
 def _name_points(axes: Axes, rows: Sequence[Row], front: Sequence[Row], largest: float) -> None:
-    """Write each model's name beside its disc, at the place that overlaps least with discs, names and the front."""
+    """Write each model's name beside its disc, at the place that overlaps fewest discs, names and the front."""
+    from matplotlib.path import Path as Line
+    from matplotlib.transforms import Bbox
 
-    def position(row: Row) -> tuple[float, float]:  # in points
-        x, y = axes.transData.transform((row.latency_ms, row.accuracy or 0)) * 72 / axes.figure.dpi
-        return float(x), float(y)
-
-    discs = [
-        (row, *position(row), math.sqrt((30 + 1200 * row.network_bytes / largest) / math.pi)) for row in rows
-    ]
-    occupied = [(x - radius, y - radius, x + radius, y + radius) for _, x, y, radius in discs]
-    for (x1, y1), (x2, y2) in pairwise(map(position, front)):
-        dots = ((x1 + share * (x2 - x1) / 60, y1 + share * (y2 - y1) / 60) for share in range(61))
-        occupied += [(x - 2, y - 2, x + 2, y + 2) for x, y in dots]
-    for row, x, y, radius in discs:
+    to_points = 72 / axes.figure.dpi
+    places = axes.transData.transform(np.transpose(_coordinates(rows))) * to_points
+    line = Line(axes.transData.transform(np.transpose(_coordinates(front))) * to_points)
+    radii = [math.sqrt((30 + 1200 * row.network_bytes / largest) / math.pi) for row in rows]
+    discs = list(zip(rows, places, radii, strict=True))
+    occupied = [Bbox.from_bounds(x - radius, y - radius, 2 * radius, 2 * radius) for _, (x, y), radius in discs]
+    for row, (x, y), radius in discs:
         name = shown(row.name)
         width, height, gap = 5.2 * len(name), 11.0, radius + 3
-        choices = []
-        for left, low in (
+        offsets = (
             (gap, -height / 2),
             (-width / 2, gap),
             (-width / 2, -gap - height),
             (-gap - width, -height / 2),
             (gap * 0.7, gap * 0.7),
             (gap * 0.7, -gap * 0.7 - height),
-        ):
-            box = (x + left, y + low, x + left + width, y + low + height)
-            choices.append((sum(_overlap(box, other) for other in occupied), (left, low + 2), box))
-        _, offset, box = min(choices, key=lambda choice: choice[0])
-        occupied.append(box)
-        point = (row.latency_ms, row.accuracy or 0)
-        axes.annotate(name, point, xytext=offset, textcoords="offset points", fontsize=8.5)
-
-
-_Box = tuple[float, float, float, float]  # left, bottom, right, top
-
-
-def _overlap(one: _Box, other: _Box) -> float:
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    return max(0.0, width) * max(0.0, height)
+        )
+        boxes = [Bbox.from_bounds(x + left, y + low, width, height) for left, low in offsets]
+        overlaps = [box.count_overlaps(occupied) + line.intersects_bbox(box, filled=False) for box in boxes]
+        best = overlaps.index(min(overlaps))
+        occupied.append(boxes[best])
+        point, (left, low) = (row.latency_ms, row.accuracy or 0), offsets[best]
+        axes.annotate(name, point, xytext=(left, low + 2), textcoords="offset points", fontsize=8.5)
