@@ -111,7 +111,8 @@ def command(
         def run(**values: Any) -> None:
             for name in _OUTPUT:
                 setattr(output.settings, name, values.pop(name))
-            output.settings.follower = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) != "0"
+            local = os.environ.get("LOCAL_RANK")  # set by torchrun and Fabric
+            output.settings.follower = local is not None and os.environ.get("RANK", local) != "0"
             arguments = {name: values.pop(name) for name in own}
             options = {name: value for name, value in values.items() if value is not None}
             for value in (*arguments.values(), *options.values()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,7 +68,6 @@ def run_training(
     else:
         run = None
         config = make(TrainConfig, {**(read_recipe(recipe, options) if recipe else {}), **options})
-        output.settings.follower = _is_follower(config)
         methods.check_typed(config, options.get("method"), str(recipe))  # before its code is imported
         unread = methods.unread(config.method, options)
         output.note_ignored(options, unread, f"with --method {config.method}")
@@ -89,7 +87,6 @@ def _resumed(name: str, options: dict[str, Any], *, alone: bool) -> tuple[RunDir
         )
     run = RunDir.existing(run_to_resume(name))
     config = run.read_config()
-    output.settings.follower = _is_follower(config)
     methods.check_typed(config, options.get("method"), str(run.path))  # before its code is imported
     if options.get("method", config.method) != config.method:
         raise UsageError(
@@ -102,12 +99,6 @@ def _resumed(name: str, options: dict[str, Any], *, alone: bool) -> tuple[RunDir
             hint = "Resume from the folder where the run was started."
             raise UsageError(f"{path} of {run.path} not found", hint)
     return run, resume_config(run)
-
-
-def _is_follower(config: TrainConfig) -> bool:
-    """Whether this is a process of rank > 0 started by torchrun or Fabric."""
-    several = config.devices > 1 or "TORCHELASTIC_RUN_ID" in os.environ
-    return several and os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) != "0"
 
 
 def _train(
