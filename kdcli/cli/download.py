@@ -52,7 +52,7 @@ def download(
         raise UsageError(f"unknown download: {what}", nearest(what, [*DOWNLOADS, ALL]))
     names = [name for name in DOWNLOADS if name in catalog.ALL] if what == ALL else [what]
     remotes = [remote for name in names for remote in DOWNLOADS[name]]
-    sources = _sources(what, remotes, config.source)
+    sources = _sources(what, remotes, config.from_)
     folders = {"data": config.data_dir, "weights": config.weights_dir}
     files = [
         (remote, folders[remote.folder] / remote.name, sources[remote.name])

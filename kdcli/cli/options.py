@@ -169,7 +169,7 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     placeholder = extra.get("metavar") or "|".join(map(str, choices))
     option = typer.Option(
-        extra.get("flag", option_flag(name)),
+        option_flag(name),
         *extra.get("flags", []),
         help=_help(field),
         rich_help_panel=extra.get("panel", "Options"),

@@ -123,7 +123,7 @@ def _show(result: TuneResult, config: TuneConfig, again: str) -> None:
         f"best on the validation split: {best.accuracy:.2f} % in trial {best.number}{seeds}; "
         f"{result.count('complete')} finished, {result.count('pruned')} pruned, {result.count('failed')} failed",
         "the best of many trials is optimistic; confirm on test data",
-        *(f"wrote {path.as_posix()}" for path in result.figures),
+        *([f"wrote {result.figure.as_posix()}"] if result.figure else []),
     )
     output.next_command(command_of(result.config))
 

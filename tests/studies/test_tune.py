@@ -459,7 +459,7 @@ def test_tune_out_of_memory_fails_trial(
     monkeypatch.setattr(search, "fit", fake_fit(accuracy))
     found = search_for(splits, "batch-size=8:64", trials=2)
     assert [(trial.state, trial.reason) for trial in found.trials] == [("failed", "out of memory")] * 2
-    assert found.best is None and found.figures == ()
+    assert found.best is None and found.figure is None
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -583,17 +583,15 @@ def test_storage_errors_hide_passwords(workplace: Path, splits: Splits) -> None:
 # --- what was found ----------------------------------------------------------------------------------------
 
 
-def test_importance_and_figures(workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_importance_and_figure(workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "fit", fake_fit(lambda run, epoch: 50 + 9 * math.log10(run.lr)))
     few = search_for(splits, "lr=1e-3:1", "batch-size=8:64", trials=4, pruner="none")
     assert few.importance == {} and "4 finished trials are too few" in few.why_not
     found = search_for(splits, "lr=1e-3:1", "batch-size=8:64", trials=14, pruner="none")
     assert next(iter(found.importance)) == "lr" and found.importance["lr"] > 0.8
     assert sum(found.importance.values()) == pytest.approx(1)
-    assert [path.name for path in found.figures] == ["trials.svg", "importance.svg"]
-    drawn = {path.name: path.read_text() for path in found.figures}
-    assert "--lr" in drawn["importance.svg"] and "--batch-size" in drawn["importance.svg"]
-    assert found.best is not None and f"best {found.best.accuracy:.2f} %" in drawn["trials.svg"]
+    assert found.figure is not None and found.figure.name == "trials.svg"
+    assert found.best is not None and f"best {found.best.accuracy:.2f} %" in found.figure.read_text()
     monkeypatch.setattr(search, "fit", fake_fit(lambda run, epoch: 50.0))
     same = search_for(splits, "lr=1e-3:1", trials=6, study="same")
     assert same.importance == {} and "the same accuracy" in same.why_not
@@ -612,7 +610,7 @@ def test_tune_command_prints_best_command(
         "next: kd train --data 'my data' --method ce --student convnet-tiny --val-fraction 0.2 --epochs 2 --lr 0.5"
     )
     assert "best on the validation split: 50.50 %" in out
-    assert "lr" in out and "importance.svg" in out
+    assert "share of the variance of accuracies" in out and "trials.svg" in out
     told = json.loads(call(*words, "--json").stdout)
     assert told["study"] == "tune-ce-convnet-tiny" and len(told["trials"]) == 6
     assert told["command"] == out.splitlines()[-1].removeprefix("next: ")

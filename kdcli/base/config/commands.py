@@ -295,11 +295,10 @@ class ReportConfig(ModelDataSettings):
 class DownloadConfig(Settings):
     """`kd download`."""
 
-    source: str | None = setting(
+    from_: str | None = setting(
         None,
         "Source of the files: URL of a mirror, or a local file or folder.",
         "Download",
-        flag="--from",
         metavar="FILE|URL",
     )
     dry_run: bool = setting(

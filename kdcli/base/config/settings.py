@@ -34,7 +34,6 @@ def setting(
     panel: str,
     *flags: str,
     rare: bool = False,
-    flag: str = "",
     metavar: str = "",
     **bounds: Any,
 ) -> Any:
@@ -43,10 +42,9 @@ def setting(
     Args:
         flags: further names of the option.
         rare: listed by --help-all only.
-        flag: name of the option instead of the field's name.
         bounds: pydantic constraints such as `ge=1`.
     """
-    about = {"panel": panel, "flags": list(flags), "rare": rare, "flag": flag, "metavar": metavar}
+    about = {"panel": panel, "flags": list(flags), "rare": rare, "metavar": metavar}
     extra: dict[str, Any] = {name: entry for name, entry in about.items() if entry}
     return Field(default, description=text, json_schema_extra=extra, **bounds)
 
@@ -303,8 +301,8 @@ class TeacherInputSettings(Settings):
 
 
 def option_flag(name: str) -> str:
-    """`batch_size` → `--batch-size`."""
-    return "--" + name.replace("_", "-")
+    """`batch_size` → `--batch-size`, `from_` → `--from`."""
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def shell_command(command: str, options: Mapping[str, Any], *arguments: Path | None) -> str:

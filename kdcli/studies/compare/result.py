@@ -240,19 +240,11 @@ def to_markdown(result: Comparison) -> str:
 
 def statistics_note(result: Comparison) -> str:
     """How the figures were computed, one line."""
-    count = result.comparisons
+    seeds, count = len(result.seeds), result.comparisons
     return (
-        f"{_seeds(result.seeds)}, the same for each method; paired t-interval over seeds; "
+        f"{seeds} seed{'s' * (seeds != 1)}, the same for each method; paired t-interval over seeds; "
         f"{count} comparison{'' if count == 1 else 's'} with {result.baseline}, Holm's p covers all of them"
     )
-
-
-def _seeds(seeds: Sequence[int]) -> str:
-    if len(seeds) > 2 and list(seeds) == list(range(len(seeds))):
-        return f"seeds 0 to {len(seeds) - 1}"
-    if len(seeds) > 12:
-        return f"{len(seeds)} seeds"
-    return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}"
 
 
 def cells(row: Standing) -> list[str]:

@@ -1,6 +1,6 @@
-"""Results of a study: its best trial as a command, the importance of each setting, figures."""
+"""Results of a study: its best trial as a command, the importance of each setting, a figure of all trials."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -8,8 +8,8 @@ from typing import Any
 
 import optuna
 
-from kdcli.base.config import option_flag, shell_command
-from kdcli.base.plotting import BLUE, FRONT, GREEN, GRID, ORANGE, drawn_to, shown
+from kdcli.base.config import shell_command
+from kdcli.base.plotting import BLUE, FRONT, GREEN, GRID, ORANGE, drawn_to
 from kdcli.methods import TrainConfig
 from kdcli.studies.tune.space import TuneConfig, apply
 from kdcli.studies.tune.study import Trial, trials_of
@@ -26,7 +26,7 @@ class TuneResult:
     trials: tuple[Trial, ...]  # finished, running and waiting ones
     importance: dict[str, float]  # each setting's share, largest first; empty for the reason in `why_not`
     why_not: str
-    figures: tuple[Path, ...]
+    figure: Path | None  # None without a finished trial
 
     @property
     def best(self) -> Trial | None:
@@ -60,22 +60,17 @@ class TuneResult:
             "run": self.run.as_posix() if self.run else None,
             "importance": self.importance,
             "trials": [vars(trial) for trial in self.trials],
-            "figures": [path.as_posix() for path in self.figures],
+            "figure": self.figure,
         }
 
 
 def summarize(config: TuneConfig, study: optuna.Study, address: str) -> TuneResult:
-    """The current result of a study; draws its figures."""
+    """The current result of a study; draws its figure."""
     trials = trials_of(study)
-    shares, why_not = importance(study, trials)
-    figures: list[Path] = []
-    if best_of(trials) is not None:
-        figures.append(config.folder / "trials.svg")
-        draw_history(trials, figures[-1])
-    if shares:
-        figures.append(config.folder / "importance.svg")
-        draw_importance(shares, figures[-1])
-    return TuneResult(config, address, trials, shares, why_not, tuple(figures))
+    figure = config.folder / "trials.svg" if best_of(trials) is not None else None
+    if figure is not None:
+        draw_history(trials, figure)
+    return TuneResult(config, address, trials, *importance(study, trials), figure)
 
 
 def best_of(trials: Sequence[Trial]) -> Trial | None:
@@ -113,20 +108,6 @@ def importance(study: optuna.Study, trials: Sequence[Trial]) -> tuple[dict[str, 
     if not shares:
         return {}, "importance of settings: no setting explains the accuracies of all trials"
     return {name: float(share) for name, share in shares.items()}, ""
-
-
-def draw_importance(shares: Mapping[str, float], target: Path) -> None:
-    names = list(shares)[::-1]
-    with drawn_to(target, 7.2, 1.2 + 0.4 * len(names)) as figure:
-        axes = figure.add_subplot()
-        percent = [100 * shares[name] for name in names]
-        bars = axes.barh(range(len(names)), percent, color=BLUE, height=0.6)
-        axes.bar_label(bars, [f"{value:.0f} %" for value in percent], padding=4)
-        axes.set_yticks(range(len(names)), [shown(option_flag(name)) for name in names])
-        axes.tick_params(axis="y", length=0)
-        axes.set_xlim(0, 110)
-        axes.set_xlabel("share of the variance of accuracies, %")
-        axes.grid(axis="x", color=GRID, linewidth=0.6)
 
 
 def draw_history(trials: Sequence[Trial], target: Path) -> None:
