@@ -47,10 +47,11 @@ def _rows(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         plain = len(value) <= _MOST_VALUES and not any(
             isinstance(part, dict | list | tuple) for part in value
         )
-        yield name, ", ".join(map(_text, value)) or "—" if plain else f"{len(value)} values"
+        yield name, ", ".join(map(value_text, value)) or "—" if plain else f"{len(value)} values"
     else:
-        yield name, _text(value)
+        yield name, value_text(value)
 
 
-def _text(value: Any) -> str:
+def value_text(value: Any) -> str:
+    """Text of a value in a table; of a float with four digits, a dash for None."""
     return "—" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -12,6 +12,7 @@ from kdcli import methods
 from kdcli.base.config import make, option_flag, shell_command
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.recipes import read_recipe
+from kdcli.base.results import value_text
 from kdcli.cli import output
 from kdcli.cli.defaults import with_defaults
 from kdcli.cli.options import Recipe, command, examples
@@ -105,7 +106,7 @@ def _show(result: TuneResult, config: TuneConfig, again: str) -> None:
     finished = [trial for trial in result.trials if trial.state == "complete"]
     finished.sort(key=lambda trial: (-(trial.accuracy or 0.0), trial.number))
     rows = [
-        [str(trial.number), *(_cell(trial.values.get(name)) for name in names), output.number(trial.accuracy)]
+        [str(trial.number), *(value_text(trial.values.get(name)) for name in names), output.number(trial.accuracy)]
         for trial in finished[:_TOP]
     ]
     columns = ["trial", *(option_flag(name)[2:] for name in names), "val %"]
@@ -126,9 +127,3 @@ def _show(result: TuneResult, config: TuneConfig, again: str) -> None:
         *([f"wrote {result.figure.as_posix()}"] if result.figure else []),
     )
     output.next_command(command_of(result.config))
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "—"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -12,6 +12,7 @@ from kdcli import methods
 from kdcli.base.config import make, option_flag
 from kdcli.base.config.settings import FolderName, setting
 from kdcli.base.errors import UsageError
+from kdcli.base.results import value_text
 from kdcli.methods import TrainConfig
 
 SEARCH = "Search"  # panel of --help
@@ -173,10 +174,7 @@ def apply(config: TrainConfig, values: Mapping[str, Value | Path]) -> TrainConfi
 
 def describe(values: Mapping[str, Value]) -> str:
     """`tau 3.2, lamda 0.1`."""
-    return ", ".join(
-        f"{option_flag(name)[2:]} {f'{value:.4g}' if isinstance(value, float) else value}"
-        for name, value in values.items()
-    )
+    return ", ".join(f"{option_flag(name)[2:]} {value_text(value)}" for name, value in values.items())
 
 
 def _read(text: str, config: TrainConfig) -> Range | Choice:
