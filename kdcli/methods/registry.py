@@ -28,25 +28,18 @@ METHODS: dict[str, Method] = {}
 ATTRIBUTE = "__kd_method__"  # of a function: its entry
 
 
-@dataclass(frozen=True)
-class Option:
-    """Option of a method's own setting, made by `option`."""
-
-    help: str
-    flags: tuple[str, ...]
-    name: str
-    bounds: Mapping[str, Any]
-
-
-def option(help: str, *flags: str, name: str = "", rare: bool = True, **bounds: Any) -> Option:  # noqa: A002
-    """Make a keyword-only parameter an option of kd train: `alpha: Annotated[float, option("weight …", ge=0)] = 1.0`.
+class option:  # noqa: N801
+    """An option of kd train for a keyword-only parameter: `alpha: Annotated[float, option("weight …", ge=0)] = 1.0`.
 
     Args:
-        help: text without a full stop; the method's name is put before it.
+        text: help without a full stop; the method's name is put before it.
         flags, bounds: further spellings of the option, and pydantic's bounds.
         name: of the setting; by default METHOD_PARAMETER, and so --METHOD-PARAMETER.
     """
-    return Option(help, flags, name, {"rare": rare, **bounds})
+
+    def __init__(self, text: str, *flags: str, name: str = "", rare: bool = True, **bounds: Any) -> None:
+        self.text, self.flags, self.name = text, flags, name
+        self.bounds = {"rare": rare, **bounds}
 
 
 @dataclass(frozen=True)
@@ -139,10 +132,10 @@ def _describe(function: Callable[..., Any], name: str, attributes: Mapping[str, 
         for parameter, kind in _keyword_only(part) if part is not None else ():
             key = parameter.name
             extras = getattr(kind, "__metadata__", ())
-            own = next((extra for extra in extras if isinstance(extra, Option)), None)
+            own = next((extra for extra in extras if isinstance(extra, option)), None)
             if own is not None:
                 key = own.name or f"{name}_{parameter.name}".replace("-", "_")
-                text = f"{name}: {own.help}."
+                text = f"{name}: {own.text}."
                 about = setting(parameter.default, text, OF_METHODS, *own.flags, **own.bounds)
                 fields[key] = (kind.__origin__, about)
             keywords[parameter.name] = key

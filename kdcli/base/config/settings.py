@@ -63,8 +63,8 @@ class Settings(BaseModel):
 Crop = Annotated[
     float | None,
     rare_option(
-        "Centre-crop ratio, such as 0.875 for 224 of 256: resize to size / crop, then crop the centre; by default 1, "
-        "or that recorded in --student FILE.pt.",
+        "Centre-crop ratio, such as 0.875 for 224 of 256: resize to size / crop, then crop the centre; by default as "
+        "recorded, else 1.",
         DATA,
         ge=0.25,
         le=1,
@@ -245,10 +245,7 @@ class InputSettings(PixelSettings):
     channel_order: ChannelOrder = None
     class_names: ClassNames = None
     class_map: Annotated[Path | None, _class_map()] = None
-    crop: Annotated[
-        float | None,
-        rare_option("Centre-crop ratio, such as 0.875 for 224 of 256.", INPUT, ge=0.25, le=1),
-    ] = None
+    crop: Crop = None
     image_size: Annotated[
         int | None,
         rare_option("Input size, where the file leaves it open.", INPUT, ge=1, le=4096),
