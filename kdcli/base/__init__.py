@@ -1,1 +1,1 @@
-"""Shared ground: errors, events, files, text, settings, runtime. Nothing here knows of models or data sets."""
+"""Shared ground: errors, events, files, text, settings, runtime; independent of models and data sets."""

@@ -115,7 +115,7 @@ class SafeUnpickler(pickle._Unpickler):
             raise
         except MemoryError as error:
             raise KdError("needs more memory than is available", HINT) from error
-        except Exception as error:  # the unpickler raises whatever the bytes provoke
+        except Exception as error:  # any type, depending on the bytes
             raise KdError(f"damaged pickle: {first_line(error)}", _DAMAGED) from error
         if not isinstance(value, dict):
             raise KdError(f"holds no dictionary, but a {type(value).__name__}", _DAMAGED)

@@ -72,6 +72,6 @@ def drawn_to(target: Target, width: float, height: float) -> Iterator[Figure]:
 
 
 def shown(name: str) -> str:
-    """One short line of printable characters, whatever a class is called."""
+    """A class name as one short line of printable characters."""
     clean = printable(name).replace("\n", " ").strip() or "(no name)"
     return clean if len(clean) <= _LONGEST_NAME else clean[: _LONGEST_NAME - 1] + "…"

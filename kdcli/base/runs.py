@@ -14,7 +14,7 @@ PLACES = (RUNS, Path("comparisons"))  # of folders that may be given by their na
 
 
 def by_name(path: Path) -> Path:
-    """A path; where nothing is there, the run or comparison of this name, if there is one."""
+    """An existing path, else the run or comparison of this name, if there is one."""
     return next((found for found in (path, *(place / path for place in PLACES)) if found.exists()), path)
 
 

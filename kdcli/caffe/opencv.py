@@ -128,7 +128,7 @@ def deploy_text(network: Network, shape: tuple[int, int, int]) -> tuple[str, str
         for field in ("blobs", "include", "exclude", "phase"):
             if field in param.DESCRIPTOR.fields_by_name:
                 param.ClearField(field)
-        # What OpenCV's importer needs spelled out or cannot take
+        # Adaptations to OpenCV's importer
         if layer.type in DEPTHWISE:
             param.type, param.convolution_param.group = "Convolution", param.convolution_param.num_output
         if layer.type == "BatchNorm":

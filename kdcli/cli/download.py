@@ -37,7 +37,7 @@ def download(
     what: Annotated[
         str,
         typer.Argument(
-            help=f"What to fetch; {ALL}: {', '.join(catalog.ALL)}.",
+            help=f"Data set or weights; {ALL}: {', '.join(catalog.ALL)}.",
             metavar="[" + "|".join([*DOWNLOADS, ALL]) + "]",
         ),
     ] = ALL,

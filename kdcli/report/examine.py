@@ -1,4 +1,4 @@
-"""Measurement of students and teachers on test images, for what the records of a run do not hold."""
+"""Measurement of students and teachers on test images: figures beyond the records of a run."""
 
 import math
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ class TeacherFigures:
 
 @dataclass(frozen=True)
 class Examined:
-    """A run and what was measured of it.
+    """A run and its figures.
 
     Attributes:
         other_teacher: whether the run learned from labels alone and `teacher` is that of the other runs.
@@ -89,7 +89,7 @@ def examine(runs: Sequence[Run], config: ReportConfig, on_event: OnEvent) -> lis
 
 
 def choose(sections: Sequence[Examined]) -> dict[str, Any]:
-    """Template values of the student with the highest validation accuracy: test data selects nothing.
+    """Template values of the student with the highest validation accuracy; no choice depends on test data.
 
     None is chosen where the next one is within a standard error of the difference of two binomial shares.
     """

@@ -81,7 +81,7 @@ def gather(paths: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
 
 
 def read_each(paths: Sequence[Path], read: Callable[[Path], T]) -> tuple[list[T], list[tuple[str, str]]]:
-    """What can be read, and (name, reason) of the rest."""
+    """Readable contents, and (name, reason) of the other paths."""
     found: list[T] = []
     left_out: list[tuple[str, str]] = []
     for path in paths:

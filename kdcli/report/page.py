@@ -52,7 +52,7 @@ class Report:
     html: str  # the page
     runs: list[dict[str, Any]]  # figures of each run, plain values
     left_out: list[tuple[str, str]]  # (name, reason) of runs and comparisons that are not on it
-    notes: list[str]  # what is missing and why, one line each
+    notes: list[str]  # missing parts and reasons, one line each
     comparisons: list[str]  # folders of those that have a section
 
 
@@ -203,7 +203,7 @@ def _commands(found: Examined) -> list[str]:
 
 
 def _missing(found: Examined) -> list[str]:
-    """What the section of a run lacks, with the reason, one line each."""
+    """Missing parts of a run's section, with reasons, one line each."""
     lines = [*found.run.problems, *filter(None, (found.run.result.warning,))]
     if found.unmeasured:
         lines.append(
@@ -314,7 +314,7 @@ def _thumbnail(pixels: npt.NDArray[np.uint8]) -> str:
 
 
 def data_uri(kind: str, write: Callable[[BytesIO], None]) -> str:
-    """The `png` or `svg+xml` that `write` writes. As an image it can run no scripts and load nothing."""
+    """Data URI of the `png` or `svg+xml` that `write` writes; browsers run no scripts of an image."""
     buffer = BytesIO()
     write(buffer)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

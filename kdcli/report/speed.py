@@ -1,4 +1,4 @@
-"""Latency and size of the models of a page: measured now, or read from what `kd bench --json` printed."""
+"""Latency and size of the models of a page: measured now, or read from the output of `kd bench --json`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -55,7 +55,7 @@ class _BenchFile(Record):
 
 
 def from_file(path: Path) -> Speed:
-    """Rows of what `kd bench --json > FILE` printed; a KdError if it has other content."""
+    """Rows of a file from `kd bench --json > FILE`; a KdError if it has other content."""
     hint = "Make it with: kd bench --json > bench.json"
     try:
         content = read_record(_BenchFile, path)

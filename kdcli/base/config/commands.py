@@ -312,7 +312,7 @@ class CleanConfig(Settings):
     """`kd clean`."""
 
     yes: bool = setting(False, "Delete without asking.", RUN, "-y")
-    dry_run: bool = setting(False, "Show what would be deleted, and its size.", RUN)
+    dry_run: bool = setting(False, "List files to delete, and their sizes.", RUN)
     cache_dir: CacheDir = Path("cache")
 
 

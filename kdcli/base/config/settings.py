@@ -320,7 +320,7 @@ _SEE_HELP = "See --help for what each option takes."
 
 
 def make(kind: type[S], values: Mapping[str, Any]) -> S:
-    """Build settings from values; UsageError names the option, the value and what is allowed."""
+    """Build settings from values; UsageError names the option, the value and the allowed values."""
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:

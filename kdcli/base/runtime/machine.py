@@ -1,4 +1,4 @@
-"""What this machine offers: cores, threads, memory, precision; the environment record of measurements."""
+"""Cores, threads, memory and precision of this machine; the environment record of measurements."""
 
 import copy
 import ctypes
@@ -89,7 +89,7 @@ def choose_precision(
             loss.item()  # waits for the device
 
         calls = [partial(step, "32"), partial(step, "bf16")]
-        calls[0]()  # the first step makes what is made once
+        calls[0]()  # one-time initialisation
         seconds = [seconds_of(call) for call in calls]
         if seconds[1] < _HOPELESS_S:
             measured = interleaved(calls, rounds=_ROUNDS, settle=False, budget_s=_BUDGET_S)

@@ -114,7 +114,7 @@ class World:
 
     @contextmanager
     def first_alone(self) -> Iterator[None]:
-        """Run the block on rank 0, then on the other ranks, which can read what it has written."""
+        """Run the block on rank 0, then on the other ranks, which can read the files it wrote."""
         if not self.first:
             self.barrier()
         yield

@@ -166,7 +166,7 @@ class Plan(Settings):
         return plan
 
     def as_started(self) -> Plan:
-        """This comparison with what its folder records; UsageError if it was started with other settings.
+        """This comparison as recorded in its folder; UsageError if it was started with other settings.
 
         Methods may be added: Holm's p covers all. Seeds may not, as verdicts would depend on when to stop adding.
         """

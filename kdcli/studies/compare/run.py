@@ -69,7 +69,7 @@ def _common_settings(plan: Plan, data: Splits, on_event: OnEvent) -> CommonSetti
 
 
 def _train(plan: Plan, data: Splits, stop: runtime.StopFlag, on_event: OnEvent) -> dict[str, str]:
-    """Train what is not finished; why runs failed, by name."""
+    """Train the missing runs; reasons of failures, by name."""
     missing = [run for run in plan.runs if not run.is_finished()]
     finished = len(plan.runs) - len(missing)
     if finished and missing:

@@ -225,7 +225,7 @@ class _Search:
         self.on_event(Note(f"trial {number}: {end} with {describe(trial.values)}{so_far}"))
 
     def _clear(self) -> None:
-        """Remove interrupted runs, and of all other ended ones but the best what they saved."""
+        """Remove interrupted runs, and the checkpoints of all other ended trials but the best."""
         best = best_of(trials_of(self.study))
         for ended in self.study.get_trials(deepcopy=False):
             folder = self.config.trial_folder(ended.number)

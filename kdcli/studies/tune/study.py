@@ -42,7 +42,7 @@ class Trial:
     accuracy: float | None  # mean validation accuracy, per cent; of a pruned trial the last one; else None
     accuracies: tuple[float, ...] = ()  # of each seed
     reason: str = ""
-    precision: str = ""  # what the runs were computed in
+    precision: str = ""  # of its runs
 
 
 def open_study(
