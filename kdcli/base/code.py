@@ -6,7 +6,6 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,25 +42,16 @@ def load(name: str, owner: str, hint: str) -> Callable[..., Any]:
     if not is_name(name):
         raise UsageError(f"{owner} does not name a function", hint)
     module, function = name.split(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # last: a file there shadows no other module
+    importlib.invalidate_caches()  # the file may be younger than Python's listing of the folder
     try:
-        found = getattr(_import(module), function)
+        found = getattr(importlib.import_module(module), function)
     except (Exception, SystemExit) as error:  # anything that the module's code raises
         raise UsageError(f"{owner} cannot be imported: {first_line(error)}", hint) from error
     if not callable(found):
         raise UsageError(f"{owner} is no function", hint)
     return found
-
-
-def _import(module: str) -> Any:
-    """Import a module with the current folder last in Python's path, so that a file there shadows no other module."""
-    here = str(Path.cwd())
-    sys.path.append(here)
-    importlib.invalidate_caches()  # the file may be younger than Python's listing of the folder
-    try:
-        return importlib.import_module(module)
-    finally:
-        with suppress(ValueError):  # the module's code may have removed it
-            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(here)]
 
 
 def digest(name: str) -> str:
