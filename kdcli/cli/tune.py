@@ -31,7 +31,7 @@ EPILOG = examples(
 
 @command(
     TuneConfig,
-    without=("assistant", "generations"),  # a trial trains a single student
+    without=("assistant", "generations", "devices", "name"),  # a trial trains a single student in one process
 )
 def tune(
     *,

@@ -84,13 +84,6 @@ def tune(config: TuneConfig, space: Space, data: Splits, *, on_event: OnEvent = 
 
 def check(config: TuneConfig, space: Space) -> None:
     """Raise UsageError for mistakes that show before anything is loaded."""
-    if config.name:
-        raise UsageError("--name: a study has many runs", "Name the study: --study")
-    if config.devices > 1:
-        raise UsageError(
-            "--devices: a trial is trained in one process",
-            "Start kd tune once for each device, with the same settings.",
-        )
     for settings in candidates(space, config.train):
         resolve(settings)
     students = [str(name) for name in choices(space, "student", config.student)]
