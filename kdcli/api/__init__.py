@@ -217,8 +217,6 @@ def bench(models: Models = (), *, data: Data | None = None, **settings: Any) -> 
         A row for each model and engine: latency of one image in ms, images per second, sizes in bytes, ratios to
         the teacher with 95 % intervals, accuracy in per cent.
     """
-    if isinstance(sizes := settings.get("batch"), list | tuple):
-        settings["batch"] = ",".join(map(str, sizes))
     config, splits = arguments.of_model(configs.BenchConfig, data, settings)
     paths = [arguments.path_of(model, data) for model in arguments.several(models)]
     if paths and "teacher" in settings:
@@ -281,8 +279,8 @@ def compare(
     splits, train = arguments.of_training(teacher, student, data, settings)
     own = {name: train.pop(name) for name in set(train) & set(configs.CompareConfig.model_fields)}
     if methods:
-        own["methods"] = methods if isinstance(methods, str) else ",".join(methods)
+        own["methods"] = methods
     if seeds is not None:
-        own["seeds"] = seeds if isinstance(seeds, int) else "".join(f"{seed}," for seed in seeds)
+        own["seeds"] = seeds
     config = make(configs.CompareConfig, own)
     return run_comparison(config, train, recipe, None if resume is None else Path(resume), splits)[0]

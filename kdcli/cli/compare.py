@@ -80,14 +80,14 @@ def run_comparison(
             "Leave the other options out, or start a new comparison.",
         )
     if resume is None:
-        unread = [set(methods.unread(name, train)) for name in settings.method_names]
+        unread = [set(methods.unread(name, train)) for name in settings.methods]
         output.note_ignored(train, sorted(set.intersection(*unread)), "with these methods")
         if recipe:  # without the method and seed of a run's config.toml, and values derived from them
             shared = read_recipe(recipe, {**train, "method": None})
             shared = {name: value for name, value in shared.items() if name not in {"name", *_PER_RUN}}
             train = {**shared, **train}
         given = make(TrainConfig, train)
-        parts = (part for name in settings.method_names for part in methods.parse(name))
+        parts = (part for name in settings.methods for part in methods.parse(name))
         needs = given.kd_weight != 0 and any(part.needs_teacher for part in parts)
         completed = with_defaults(given, needs_teacher=needs)
         train = {name: getattr(completed, name) for name in completed.model_fields_set}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
+from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 from rich.markup import escape
 
@@ -165,7 +166,9 @@ def _keyword(name: str, default: Any, kind: Any, option: Any) -> inspect.Paramet
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     extra: Any = field.json_schema_extra or {}
-    kind = _value_type(field.annotation)
+    # a field with a validator of its own takes a text
+    of_text = any(isinstance(each, BeforeValidator) for each in field.metadata)
+    kind = str if of_text else _value_type(field.annotation)
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     placeholder = extra.get("metavar") or "|".join(map(str, choices))
     option = typer.Option(

@@ -2,9 +2,9 @@
 
 import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import field_validator, model_validator
+from pydantic import BeforeValidator, field_validator, model_validator
 
 from kdcli.base.config.settings import (
     DATA,
@@ -32,6 +32,38 @@ INT8_RECIPE = re.compile(r"[us]8s8-(channel|tensor)-(minmax|entropy|percentile)(
 INT8_DEFAULT = "u8s8-channel-minmax"
 COMPARE = "Comparison"
 MOST_SEEDS = 1000
+
+
+def _entries(value: Any) -> list[str]:
+    """Entries of a list, or of a text joined by commas."""
+    words = value if isinstance(value, list | tuple) else str(value).split(",")
+    return [str(word).strip() for word in words]
+
+
+def _batch_sizes(value: Any) -> tuple[int, ...]:
+    words = _entries(value)
+    if not all(word.isdecimal() and len(word) <= 5 and 1 <= int(word) <= 65536 for word in words):
+        raise ValueError("must be numbers from 1 to 65536, joined by commas")
+    return tuple(sorted(set(map(int, words))))
+
+
+def _method_names(value: Any) -> tuple[str, ...]:
+    names = _entries(value)
+    if not all(names) or len(set(names)) < len(names):
+        raise ValueError("must be names of methods, each once, joined by commas")
+    return tuple(names)
+
+
+def _seed_numbers(value: Any) -> tuple[int, ...]:
+    """`5` → 0 … 4; `3,7,11` and `7,` list seeds."""
+    words = _entries(value)
+    counted = len(words) == 1 and not isinstance(value, list | tuple)
+    listed = words[:-1] if len(words) > 1 and not words[-1] else words
+    seeds = [int(word) for word in listed if word.isascii() and word.isdecimal()]
+    count = max(seeds, default=0) if counted else len(listed)
+    if len(set(seeds)) < len(listed) or max(seeds, default=0) >= 2**63 or not 1 <= count <= MOST_SEEDS:
+        raise ValueError(f"must be a number of seeds, 1 to {MOST_SEEDS}, or different seeds joined by commas")
+    return tuple(range(count)) if counted else tuple(seeds)
 
 
 class ConvertConfig(DataSettings, PixelSettings):
@@ -165,7 +197,9 @@ class PredictConfig(InputSettings):
 class BenchConfig(ModelDataSettings, InputSettings):
     """`kd bench`."""
 
-    batch: str = setting("1,8,64", "Batch sizes for throughput.", "Measure", metavar="N,N,…")
+    batch: Annotated[tuple[int, ...], BeforeValidator(_batch_sizes)] = setting(
+        "1,8,64", "Batch sizes for throughput.", "Measure", metavar="N,N,…"
+    )
     rounds: Rounds = setting(
         480, "Maximum number of interleaved rounds; stops early when all ratios are known to 1 %.", "Measure"
     )
@@ -194,25 +228,14 @@ class BenchConfig(ModelDataSettings, InputSettings):
     markdown: Path | None = setting(None, "Write the table as Markdown.", "Output")
     threads: Threads = 0
 
-    @field_validator("batch", mode="before")
-    @classmethod
-    def _batch_sizes(cls, value: object) -> str:
-        words = [word.strip() for word in str(value).split(",")]
-        if not all(word.isdecimal() and len(word) <= 5 and 1 <= int(word) <= 65536 for word in words):
-            raise ValueError("must be numbers from 1 to 65536, joined by commas")
-        return ",".join(map(str, sorted(set(map(int, words)))))
-
-    @property
-    def batches(self) -> tuple[int, ...]:
-        """Batch sizes, ascending."""
-        return tuple(map(int, self.batch.split(",")))
-
 
 class CompareConfig(Settings):
     """`kd compare`, beside `TrainSettings`."""
 
-    methods: str = setting("ce,kd", "Methods to compare, joined by commas.", COMPARE, metavar="NAME,NAME,…")
-    seeds: str = setting(
+    methods: Annotated[tuple[str, ...], BeforeValidator(_method_names)] = setting(
+        "ce,kd", "Methods to compare, joined by commas.", COMPARE, metavar="NAME,NAME,…"
+    )
+    seeds: Annotated[tuple[int, ...], BeforeValidator(_seed_numbers)] = setting(
         "5",
         "Number of seeds, from 0 on; or a list of seeds, such as 3,7,11, or 7, for a single one.",
         COMPARE,
@@ -225,39 +248,6 @@ class CompareConfig(Settings):
     out: Path = setting(Path("comparisons"), "Comparisons are written here.", RUN)
     csv: Path | None = setting(None, "Write all figures as CSV.", "Output")
     markdown: Path | None = setting(None, "Write the table as Markdown.", "Output")
-
-    @field_validator("methods")
-    @classmethod
-    def _methods_are_named_once(cls, value: str) -> str:
-        names = [name.strip() for name in value.split(",")]
-        if not all(names) or len(set(names)) < len(names):
-            raise ValueError("must be names of methods, each once, joined by commas")
-        return ",".join(names)
-
-    @field_validator("seeds", mode="before")
-    @classmethod
-    def _seeds_are_a_count_or_a_list(cls, value: object) -> str:
-        words = [word.strip() for word in str(value).split(",")]
-        listed = words[:-1] if len(words) > 1 and not words[-1] else words
-        seeds = {int(word) for word in listed if word.isascii() and word.isdecimal()}
-        count = max(seeds, default=0) if len(words) == 1 else len(listed)
-        if len(seeds) < len(listed) or max(seeds) >= 2**63 or not 1 <= count <= MOST_SEEDS:
-            raise ValueError(
-                f"must be a number of seeds, 1 to {MOST_SEEDS}, or different seeds joined by commas"
-            )
-        return ",".join(str(int(word)) if word else "" for word in words)
-
-    @property
-    def method_names(self) -> tuple[str, ...]:
-        return tuple(self.methods.split(","))
-
-    @property
-    def seed_numbers(self) -> tuple[int, ...]:
-        """`5` is 0 … 4, `3,7,11` are these."""
-        words = self.seeds.split(",")
-        if len(words) == 1:
-            return tuple(range(int(words[0])))
-        return tuple(int(word) for word in words if word)
 
 
 class ReproduceConfig(Settings):

@@ -82,7 +82,7 @@ def bench(
     return BenchResult(
         rows=tuple(rows),
         teacher=names[paths[0]],
-        batches=config.batches,
+        batches=config.batch,
         rounds=timings.rounds,
         sessions=len(timings.single),
         threads=threads,
@@ -131,7 +131,7 @@ def candidates_of(
     path: Path, name: str, model: Model, config: BenchConfig, threads: int, *, is_teacher: bool
 ) -> tuple[list[Candidate], list[str]]:
     """A candidate for each engine, and notes on engines that cannot run the model."""
-    size = (max(config.batches), *model.input_size)
+    size = (max(config.batch), *model.input_size)
     raw = torch.from_numpy(np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8))
     make_row = partial(Row, name=name, path=path, is_teacher=is_teacher)
     if isinstance(model, OnnxClassifier):
@@ -156,7 +156,7 @@ def candidates_of(
             candidates.append(_ort_candidate(row.extend(engine=ORT), content, inputs, threads))
             continue
         try:
-            load = _torch_loader(engine, network, prepared, config.batches)
+            load = _torch_loader(engine, network, prepared, config.batch)
         except Exception as error:  # torch's compiler and the C++ compiler raise many kinds
             notes.append(f"{name} is not compiled here: {first_line(error, 120)}")
             continue

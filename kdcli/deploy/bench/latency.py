@@ -112,7 +112,7 @@ def measure(candidates: Sequence[Candidate], config: BenchConfig, on_event: OnEv
 
 def _measure_batches(runners: Sequence[Runner], config: BenchConfig, on_event: OnEvent) -> dict[int, Floats]:
     """Seconds by batch size (rounds, candidates)."""
-    sizes = [size for size in config.batches if size > 1]
+    sizes = [size for size in config.batch if size > 1]
     rounds = min(_BATCH_ROUNDS, config.rounds)
     found: dict[int, Floats] = {}
     for position, size in enumerate(sizes):

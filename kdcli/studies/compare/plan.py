@@ -200,14 +200,14 @@ def make_plan(settings: CompareConfig, train: Mapping[str, Any]) -> Plan:
     """The comparison for these settings, and those of `kd train`, as typed, that all runs share; checked."""
     # equal views for every seed, so that one teacher cache serves all of them
     config = make(TrainConfig, {"view_seed": 0, **train})
-    names = settings.method_names
+    names = settings.methods
     baseline = settings.baseline or ("ce" if "ce" in names else names[0])
     source = Path(config.data)
     name = settings.name or _folder_name(f"{'-'.join(names)}-{config.student_name}-{source.name or 'data'}")
     plan = Plan(
         folder=settings.out / name[:_MAX_NAME],
         methods=names,
-        seeds=settings.seed_numbers,
+        seeds=settings.seeds,
         baseline=baseline,
         train=config,
     )
