@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import atomic_path
-from kdcli.base.text import printable, reason
+from kdcli.base.text import one_line, reason
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,5 +73,4 @@ def drawn_to(target: Target, width: float, height: float) -> Iterator[Figure]:
 
 def shown(name: str) -> str:
     """A class name as one short line of printable characters."""
-    clean = printable(name).replace("\n", " ").strip() or "(no name)"
-    return clean if len(clean) <= _LONGEST_NAME else clean[: _LONGEST_NAME - 1] + "…"
+    return one_line(name, _LONGEST_NAME) or "(no name)"

@@ -20,6 +20,12 @@ def printable(text: str) -> str:
     return "".join(mark if mark.isprintable() or mark == "\n" else " " for mark in text)
 
 
+def one_line(text: str, most: int) -> str:
+    """Text as one printable line of at most so many characters."""
+    line = " ".join(part.strip() for part in printable(text[: 2 * most]).splitlines()).strip()
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
 def reason(error: OSError) -> str:
     """The system's words for a failed operation: `No space left on device`."""
     return error.strerror or str(error)

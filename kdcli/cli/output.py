@@ -25,7 +25,7 @@ from kdcli.base.config import option_flag
 from kdcli.base.errors import Interrupted, KdError
 from kdcli.base.events import Epoch, Event, Note
 from kdcli.base.events import Progress as ProgressEvent
-from kdcli.base.text import printable
+from kdcli.base.text import one_line, printable
 from kdcli.base.units import size
 
 FIRST_LINE_S, LINE_S = 1.0, 10.0  # of progress without a terminal
@@ -103,7 +103,7 @@ def confirm(question: str) -> bool:
 def note(message: str, style: str = "dim") -> None:
     """Print a note on stderr, unless --quiet is given."""
     if not settings.quiet and not settings.follower:
-        _print(_stderr, Text(_one_line(message), style))
+        _print(_stderr, Text(one_line(message, _MAX_LINE), style))
 
 
 def note_ignored(given: Container[str], names: Iterable[str], reason: str) -> None:
@@ -172,15 +172,9 @@ def error(problem: KdError) -> None:
         json({"error": problem.message, "hint": problem.hint})
     if settings.debug:
         _stderr.print(Text(printable(traceback.format_exc())), soft_wrap=True)
-    _print(_stderr, Text.assemble(("error:", "bold red"), " ", _one_line(problem.message)))
+    _print(_stderr, Text.assemble(("error:", "bold red"), " ", one_line(problem.message, _MAX_LINE)))
     if problem.hint:
-        _print(_stderr, Text.assemble(("hint:", "bold"), " ", _one_line(problem.hint)))
-
-
-def _one_line(message: str) -> str:
-    """One printable line of limited length."""
-    line = " ".join(part.strip() for part in printable(message[: 2 * _MAX_LINE]).splitlines())
-    return line if len(line) <= _MAX_LINE else line[: _MAX_LINE - 1] + "…"
+        _print(_stderr, Text.assemble(("hint:", "bold"), " ", one_line(problem.hint, _MAX_LINE)))
 
 
 class Activity:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from kdcli.report.examine import ConfidenceBin
     from kdcli.report.gather import Run
 
-_MIN_COUNT = 10  # images of a confidence bin with a filled mark
 _COLOURS = (BLUE, ORANGE, GREEN, "#a8437f", "#8a6d00", "#5b5ea6", "#5a5a5a")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (7, 2, 1, 2)))
 _MARKS = "osD^vPX"
@@ -118,29 +117,24 @@ def epochs(runs: Sequence[Run], target: Target) -> None:
 
 
 def reliability(student: Sequence[ConfidenceBin], teacher: Sequence[ConfidenceBin], target: Target) -> None:
-    """Draw accuracy over confidence of a student and its teacher, 95 % Wilson intervals; hollow marks: few images."""
+    """Draw accuracy over confidence of a student and its teacher, with 95 % Wilson intervals."""
     with drawn_to(target, 4.4, 3.7) as figure:
         axes = figure.add_subplot()
         axes.plot([0, 100], [0, 100], color=INK, linewidth=0.9, linestyle=(0, (1, 2)), label="calibrated")
         for number, label, bins in ((1, "teacher", teacher), (0, "student", student)):
             if not bins:
                 continue
-            for few, style in (
-                (False, {"linestyle": _DASHES[number], "label": label}),
-                (True, {"linestyle": "none"}),
-            ):
-                part = [one for one in bins if (one.count < _MIN_COUNT) == few]
-                axes.plot(
-                    [one.confidence for one in part],
-                    [one.accuracy for one in part],
-                    color=_COLOURS[number],
-                    marker=_MARKS[number],
-                    markersize=4.5,
-                    markerfacecolor="none" if few else _COLOURS[number],
-                    linewidth=1.6,
-                    clip_on=False,
-                    **style,
-                )
+            axes.plot(
+                [one.confidence for one in bins],
+                [one.accuracy for one in bins],
+                color=_COLOURS[number],
+                linestyle=_DASHES[number],
+                marker=_MARKS[number],
+                markersize=4.5,
+                linewidth=1.6,
+                clip_on=False,
+                label=label,
+            )
             for one in bins:
                 interval = wilson_interval(one.accuracy, one.count)
                 axes.plot([one.confidence] * 2, interval, color=_COLOURS[number], linewidth=0.8, alpha=0.6)

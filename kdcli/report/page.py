@@ -26,7 +26,7 @@ from kdcli import __version__
 from kdcli.base import units
 from kdcli.base.config import ReportConfig
 from kdcli.base.events import OnEvent, ignore
-from kdcli.base.text import printable
+from kdcli.base.text import one_line
 from kdcli.engine.records import Evaluation, read_record
 from kdcli.report import figures
 from kdcli.report.examine import Examined, choose, examine, recorded_teacher
@@ -288,10 +288,7 @@ def render(**values: Any) -> str:
 
 
 def _plain(value: object, length: int = 300) -> str:
-    """One line of printable characters, without control characters and direction marks."""
-    raw = str(value)[: 2 * length]
-    clean = " ".join(printable(raw).split()) or "(no name)"
-    return clean if len(clean) <= length else clean[: length - 1] + "…"
+    return one_line(str(value), length) or "(no name)"
 
 
 def _number(value: float | None, digits: int = 2) -> str:
