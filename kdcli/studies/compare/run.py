@@ -1,5 +1,7 @@
 """The runs of a comparison, one after the other; finished ones are kept, an interrupted one is resumed."""
 
+from dataclasses import replace
+
 import torch
 
 from kdcli.base import files, runtime
@@ -102,15 +104,9 @@ def _listener(run: PlannedRun, number: int, count: int, noted: set[str], on_even
             noted.add(event.text)
             on_event(event)
         elif isinstance(event, Progress) and event.group == "training":
-            on_event(
-                Progress(
-                    f"run {number + 1}/{count}: {run.label}, {event.task}",
-                    _UNITS * number + _UNITS * event.done // max(1, event.total),
-                    _UNITS * count,
-                    values={"images_per_s": event.values.get("images_per_s", 0.0)},
-                    group="comparison",
-                )
-            )
+            task = f"run {number + 1}/{count}: {run.label}, {event.task}"
+            done = _UNITS * number + _UNITS * event.done // max(1, event.total)
+            on_event(replace(event, task=task, done=done, total=_UNITS * count, group="comparison"))
         elif isinstance(event, Progress) and event.task.startswith("teacher"):
             on_event(event)
 
