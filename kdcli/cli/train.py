@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kdcli import methods
-from kdcli.base import files, units
+from kdcli.base import units
 from kdcli.base.config import RUN, make, shell_command
 from kdcli.base.errors import UsageError
 from kdcli.base.recipes import read_recipe
@@ -92,12 +91,6 @@ def _resumed(name: str, options: dict[str, Any], *, alone: bool) -> tuple[RunDir
         raise UsageError(
             f"{run.path} was started with --method {config.method}", "Omit --method, or start a new run."
         )
-    teachers = config.teacher if methods.objective(config).needs_teacher else ()
-    data = Path(config.data) if Path(config.data).parent != Path() else None
-    for path in (*teachers, config.student_file, config.student_weights, config.unlabelled, data):
-        if path is not None and not files.expand(str(path)).exists():
-            hint = "Resume from the folder where the run was started."
-            raise UsageError(f"{path} of {run.path} not found", hint)
     return run, resume_config(run)
 
 
