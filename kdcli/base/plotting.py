@@ -9,9 +9,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcli.base.errors import KdError, UsageError
+from kdcli.base.errors import UsageError
 from kdcli.base.files import atomic_path
-from kdcli.base.text import one_line, reason
+from kdcli.base.text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,11 +64,8 @@ def drawn_to(target: Target, width: float, height: float) -> Iterator[Figure]:
         if isinstance(target, BytesIO):
             figure.savefig(target, format=kind, metadata=metadata)
             return
-        try:
-            with atomic_path(target) as temporary:
-                figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
-        except OSError as error:
-            raise KdError(f"cannot write {target}: {reason(error)}") from error
+        with atomic_path(target) as temporary:
+            figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
 
 
 def shown(name: str) -> str:

@@ -7,7 +7,6 @@ import torch
 from kdcli.base import files, runtime
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Event, Note, OnEvent, Progress, ignore
-from kdcli.base.text import reason
 from kdcli.data import Splits, rows
 from kdcli.data.split import split_validation
 from kdcli.engine import fit
@@ -25,15 +24,12 @@ def compare(plan: Plan, data: Splits, *, on_event: OnEvent = ignore) -> Comparis
 
     After Interrupted, finished runs and the state of the current one are kept.
     """
-    try:
-        with files.locked(plan.folder / ".lock", lambda: on_event(Note("waiting for another kd compare"))):
-            plan = _start(plan, data, on_event)
-            with runtime.stop_on_signals() as stop:
-                failures = _train(plan, data, stop, on_event)
-            result = conclude(plan, failures, data.label, len(data.test), data.overlap)
-            files.write_json(plan.result_file, result.to_dict())
-    except OSError as error:
-        raise KdError(f"cannot write {plan.folder}: {reason(error)}", "Choose another --out.") from error
+    with files.locked(plan.folder / ".lock", lambda: on_event(Note("waiting for another kd compare"))):
+        plan = _start(plan, data, on_event)
+        with runtime.stop_on_signals() as stop:
+            failures = _train(plan, data, stop, on_event)
+        result = conclude(plan, failures, data.label, len(data.test), data.overlap)
+        files.write_json(plan.result_file, result.to_dict())
     return result
 
 
