@@ -9,7 +9,7 @@ import typer
 
 from kdcli.base import units
 from kdcli.base.config import ReportConfig
-from kdcli.base.errors import KdError, UsageError
+from kdcli.base.errors import UsageError
 from kdcli.base.files import write_text
 from kdcli.cli import output
 from kdcli.cli.arguments import check_output_files, run_folder
@@ -39,9 +39,6 @@ def report(
     """
     if config.bench is not None and config.no_bench:
         raise UsageError("--bench and --no-bench exclude each other", "Leave one of them out.")
-    for path in (config.bench, config.teacher):
-        if path is not None and not path.is_file():
-            raise KdError(f"no such file: {path}", "Pass an existing file, or leave the option out.")
     check_output_files(config.output)
     if config.no_bench or config.bench is not None:
         reason = "with --no-bench" if config.no_bench else "with --bench"
