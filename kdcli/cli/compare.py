@@ -124,6 +124,4 @@ def _show(result: Comparison, plan: Plan) -> None:
         output.note(line)
     if result.teacher_passes:
         output.text(f"teacher evaluated on {result.teacher_passes} sets of images, all runs together")
-    output.text(
-        f"wrote {plan.result_file.as_posix()} and figure.svg beside it",
-    )
+    output.text(f"wrote {plan.result_file.as_posix()} and figure.svg beside it")

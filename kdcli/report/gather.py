@@ -73,10 +73,7 @@ def gather(paths: Sequence[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
     if not runs:
         name, why = left_out[0]
         more = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
-        raise KdError(
-            f"no finished run to report on: {name}: {why}{more}",
-            "List the runs: kd runs",
-        )
+        raise KdError(f"no finished run to report on: {name}: {why}{more}", "List the runs: kd runs")
     return runs, left_out
 
 

@@ -156,10 +156,7 @@ def _as_scale(value: Any) -> str | None:
     raise ValueError("must be a number above 0, or a fraction such as 1/255")
 
 
-Layout = Annotated[
-    Literal["nchw", "nhwc"] | None,
-    rare_option("Axis order; by default detected.", INPUT),
-]
+Layout = Annotated[Literal["nchw", "nhwc"] | None, rare_option("Axis order; by default detected.", INPUT)]
 ChannelOrder = Annotated[
     Literal["rgb", "bgr"] | None, rare_option("Channel order; by default as recorded, else rgb.", INPUT)
 ]
