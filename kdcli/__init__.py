@@ -4,7 +4,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kdcli.api import (
-        KdError, bench, compare, distill, evaluate, export, load_data, load_model, output, predict,
+        KdError,
+        bench,
+        compare,
+        distill,
+        evaluate,
+        export,
+        load_data,
+        load_model,
+        output,
+        predict,
     )  # fmt: skip
 
 __version__ = "0.1.0"

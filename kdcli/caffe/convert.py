@@ -271,7 +271,7 @@ def _make_preprocess(
     if config.mean_std is not None:
         declared = f"preprocessing {files.known.preprocess}" if files.known else transform.text()
         if declared:
-            on_event(Note(f"--scale, --mean and --std replace the known preprocessing of the files: {declared}"))
+            on_event(Note(f"--scale, --mean and --std replace the preprocessing of the files: {declared}"))
         return MeanStd.described(config.mean_std, size[2], order)
     if kind == "scale-shift":
         return _scale_shift(transform, size, order)

@@ -241,7 +241,8 @@ def _network(message: Any, every: Sequence[Layer], *, snapshot: bool) -> Network
     for layer in sources:
         shapes = layer.param.input_param.shape if layer.type == "Input" else ()
         for number, top in enumerate(layer.tops):  # the last shape holds for all further outputs
-            inputs.setdefault(top, _without_batch(shapes[min(number, len(shapes) - 1)].dim) if shapes else None)
+            shape = shapes[min(number, len(shapes) - 1)].dim if shapes else ()
+            inputs.setdefault(top, _without_batch(shape))
     return Network(text(message.name), layers, sources, inputs)
 
 

@@ -77,28 +77,27 @@ def convert_caffe(
                 f"OpenCV reads another network from {model}: {agreement.text()}",
                 "No file was written. Convert without --check to write it anyway.",
             )
-    target = config.output
-    if to_onnx := target.suffix.lower() == ".onnx":
+    if config.output.suffix.lower() == ".onnx":
         from kdcli.deploy.export import export_classifier
 
         label = f"noise and {splits.label}" if splits else "noise"
-        export_classifier(classifier, make(ExportConfig, {"output": target}), images, label, output.on_event)
+        settings = make(ExportConfig, {"output": config.output})
+        export_classifier(classifier, settings, images, label, output.on_event)
     else:
-        classifier.save(target)
-    _show(model, target, classifier, agreement)
-    if source.known is None:
-        output.note("no published accuracy is known for these weights")
-    if suited is None or to_onnx:
-        output.next_command(shell_command("bench" if to_onnx else "info", {}, target))
-    else:
-        output.next_command(_validate(model, target, source.kind, config))
+        classifier.save(config.output)
+    _show(model, config.output, classifier, agreement)
+    output.next_command(_next(model, source.kind, config, measurable=suited is not None))
 
 
-def _validate(model: Path, target: Path, kind: str, config: ConvertConfig) -> str:
-    """Command that measures the converted teacher."""
+def _next(model: Path, kind: str, config: ConvertConfig, *, measurable: bool) -> str:
+    """Command that measures the converted teacher, or shows it without data to measure it on."""
+    if config.output.suffix.lower() == ".onnx":
+        return shell_command("bench", {}, config.output)
+    if not measurable:
+        return shell_command("info", {}, config.output)
     given = config.model_fields_set
     options = config.model_dump(include=given & DataSettings.model_fields.keys() - {"image_size"})
-    options["teacher"] = target if "output" in given else None
+    options["teacher"] = config.output if "output" in given else None
     if kind == "caffe" and importlib.util.find_spec("cv2"):
         options |= {"against": model, "prototxt": config.prototxt}
     return shell_command("validate", options)

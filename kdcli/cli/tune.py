@@ -106,7 +106,11 @@ def _show(result: TuneResult, config: TuneConfig, again: str) -> None:
     finished = [trial for trial in result.trials if trial.state == "complete"]
     finished.sort(key=lambda trial: (-(trial.accuracy or 0.0), trial.number))
     rows = [
-        [str(trial.number), *(value_text(trial.values.get(name)) for name in names), output.number(trial.accuracy)]
+        [
+            str(trial.number),
+            *(value_text(trial.values.get(name)) for name in names),
+            output.number(trial.accuracy),
+        ]
         for trial in finished[:_TOP]
     ]
     columns = ["trial", *(option_flag(name)[2:] for name in names), "val %"]

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 _CHAIN_SETTINGS = ("assistant", "generations")
 _CACHE_SETTINGS = ("cache_top_k", "teacher_cache")  # of methods with a teacher and without features
 _TEACHER_SETTINGS = (
-    "teacher", "teacher_weights", "teacher_args", "teacher_weight", "teacher_dropout", "teacher_precision", "kd_weight",
+    "teacher", "teacher_weights", "teacher_args", "teacher_weight", "teacher_dropout", "teacher_precision",
+    "kd_weight",
     *TeacherInputSettings.model_fields,
 )  # fmt: skip
 _FEATURE_SETTINGS = ("student_stages", "teacher_stages")

@@ -285,7 +285,7 @@ def _name_points(axes: Axes, rows: Sequence[Row], front: Sequence[Row], largest:
     line = Line(axes.transData.transform(np.transpose(_coordinates(front))) * to_points)
     radii = [math.sqrt((30 + 1200 * row.network_bytes / largest) / math.pi) for row in rows]
     discs = list(zip(rows, places, radii, strict=True))
-    occupied = [Bbox.from_bounds(x - radius, y - radius, 2 * radius, 2 * radius) for _, (x, y), radius in discs]
+    occupied = [Bbox.from_bounds(x - r, y - r, 2 * r, 2 * r) for _, (x, y), r in discs]
     for row, (x, y), radius in discs:
         name = shown(row.name)
         width, height, gap = 5.2 * len(name), 11.0, radius + 3

@@ -102,9 +102,7 @@ def test_v1_and_v2_equal_float64_reference_and_opencv(tmp_path: Path, v1: bool) 
     ]  # fmt: skip
     row = layers_of(classifier)[5]
     assert (row.kind.partition("(")[0], row.output, row.parameters) == ("Conv2d", (4, 9, 8), 4 * 3 * 2 + 4)
-    assert [m.p for m in classifier.modules() if isinstance(m, torch.nn.Dropout)] == [
-        pytest.approx(0.3)
-    ]
+    assert [m.p for m in classifier.modules() if isinstance(m, torch.nn.Dropout)] == [pytest.approx(0.3)]
 
 
 def test_classifier_is_saved_and_loaded(tmp_path: Path) -> None:
@@ -381,8 +379,9 @@ def test_described_preprocessing_replaces_the_declared_one_with_a_note(tmp_path:
     (tmp_path / "t.prototxt").write_text(TRANSFORMED % "mean_value: 10 mean_value: 20 mean_value: 30")
     path = write(tmp_path, net([small()[2], FC], v1=False))
     classifier, notes = heard(path, prototxt=tmp_path / "t.prototxt", std="2")
-    [note] = notes
-    assert note.startswith("--scale, --mean and --std replace") and note.endswith(": mean 10,20,30, scale 0.5")
+    assert notes == [
+        "--scale, --mean and --std replace the preprocessing of the files: mean 10,20,30, scale 0.5"
+    ]
     found = classifier.prepare(torch.from_numpy(IMAGES)).numpy()
     np.testing.assert_array_equal(found, IMAGES[..., ::-1].transpose(0, 3, 1, 2) / np.float32(2))
 

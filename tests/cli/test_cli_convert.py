@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from kdcli import models
-from kdcli.base.errors import KdError, UsageError
+from kdcli.base.errors import KdError
 from kdcli.cli import convert_caffe, output, validate
 from tests.caffe_files import FC, IMAGES, INPUT, field, layer, net, small, write
 from tests.helpers import command_line

@@ -422,8 +422,7 @@ def test_a_comparison_has_its_table_and_figure_whatever_it_is_called(project: Pa
     assert "+0.50 … +2.00" in page.text
     assert "2 1 comparison" not in page.text
     assert (
-        "2 seeds, the same for each method; paired t-interval over seeds; 1 comparison with ce"
-        in page.text
+        "2 seeds, the same for each method; paired t-interval over seeds; 1 comparison with ce" in page.text
     )
     assert HOSTILE[0] in page.text
     assert not [one for one in page.elements if one[0] == "img" and (one[1].get("src") or "") == "x"]

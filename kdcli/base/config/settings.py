@@ -119,15 +119,17 @@ class DataSettings(ModelDataSettings):
     data: Annotated[
         str,
         option(
-            f"{', '.join(DATA_SETS)}, or a folder, archive or table of your images (docs/data.md); by default that of "
-            "the teacher, else cifar10.",
+            f"{', '.join(DATA_SETS)}, or a folder, archive or table of your images (docs/data.md); by default that "
+            "of the teacher, else cifar10.",
             DATA,
             metavar="NAME|PATH",
         ),
     ] = "cifar10"
     image_size: Annotated[
         int | None,
-        option("Resize images to N × N; by default their own size, or 32 if sizes differ.", DATA, ge=4, le=1024),
+        option(
+            "Resize images to N × N; by default their own size, or 32 if sizes differ.", DATA, ge=4, le=1024
+        ),
     ] = None
 
 
