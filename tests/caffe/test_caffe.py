@@ -612,7 +612,7 @@ def test_prototxt_in_any_encoding(tmp_path: Path) -> None:
         b"# caf\xe9\n" + network_text(content).encode(),
     ):
         text.write_bytes(bytes_)
-        assert converted(path, prototxt=text).layers[-1].name == "ip"
+        assert layers_of(converted(path, prototxt=text))[-1].name == "ip"
 
 
 # How a network may say what it takes
