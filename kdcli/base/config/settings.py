@@ -73,6 +73,7 @@ Crop = Annotated[
 SkipBroken = Annotated[
     bool, rare_option("Skip unreadable images with a note; by default they are an error.", DATA)
 ]
+DataDir = Annotated[Path, rare_option("Folder of downloaded data sets.", DATA)]
 CacheDir = Annotated[Path, rare_option("Folder for packed images and teacher logits.", DATA)]
 Threads = Annotated[int, option("CPU threads; 0: all available cores.", RUN, ge=0, le=1024)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -109,7 +110,7 @@ class ModelDataSettings(Settings):
             lt=1,
         ),
     ] = None
-    data_dir: Annotated[Path, rare_option("Folder of downloaded data sets.", DATA)] = Path("data")
+    data_dir: DataDir = Path("data")
     cache_dir: CacheDir = Path("cache")
 
 
