@@ -84,15 +84,13 @@ def data_for(
 ) -> tuple[M, Splits]:
     """The model in the data's order of classes; the data as set or recorded, as the model takes them, or `splits`."""
     from kdcli import data
-    from kdcli.deploy.load import with_classes
+    from kdcli.deploy.load import fitted
     from kdcli.teacher import assumptions
 
     splits = splits or data.load(
         **data.source_for(model, config), image_size=config.image_size, on_event=on_event
     )
-    model = with_classes(model, splits.test.classes, config.class_map)
-    if reason := data.incompatibility(model, splits.test):
-        raise KdError(f"{model.path} {reason}", "Pass the data of this model with --data.")
+    model = fitted(model, splits.test, config.class_map)
     assumptions.note_order(str(model.path), model, splits.test, on_event)
     return model, splits
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -12,7 +11,7 @@ from kdcli import models
 from kdcli.base.config import NO_ASSUMPTIONS, InputSettings, TeacherInputs, make
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import recorded_path, sha256_file
-from kdcli.data.images import knows_names
+from kdcli.data.images import ImageSet, incompatibility, knows_names
 from kdcli.models import Classifier, class_map
 
 if TYPE_CHECKING:  # importing onnxruntime takes a third of a second
@@ -46,11 +45,17 @@ def with_classes(model: M, classes: tuple[str, ...], file: Path | None = None) -
         return model
     if (found := class_map.find(model.classes, classes, file)) is None:
         return model
-    if not isinstance(model, Classifier):
-        return replace(model, classes=classes, class_map=found)
     mapped = copy.copy(model)  # of the same network
-    mapped.classes, mapped.class_map = classes, found
+    vars(mapped).update(classes=classes, class_map=found)
     return mapped
+
+
+def fitted(model: M, images: ImageSet, file: Path | None = None) -> M:
+    """A model of the images' classes, see `with_classes`; a KdError if it does not take these images."""
+    made = with_classes(model, images.classes, file)
+    if problem := incompatibility(made, images):
+        raise KdError(f"{model.path} {problem}", "Pass the data of this model with --data.")
+    return made
 
 
 def load_model(

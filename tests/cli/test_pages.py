@@ -25,7 +25,10 @@ SMALLER = (
     ("--engine all", "--engine both"),
     ("dkd=0:2:5 ", "dkd=0:2:1 "),
     ("resnet50", "resnet18"),
-    ("torchvision:mobilenet_v3_small --data photos", "torchvision:mobilenet_v3_small --data photos --image-size 64"),
+    (
+        "torchvision:mobilenet_v3_small --data photos",
+        "torchvision:mobilenet_v3_small --data photos --image-size 64",
+    ),
     ("exports/*.onnx", "exports/kd-lenet-1.onnx"),
 )
 

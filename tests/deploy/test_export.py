@@ -478,7 +478,7 @@ def test_inputs_of_any_layout_and_type(kind: str, layout: str, opset: int, tmp_p
 def test_fixed_batch_is_padded(tmp_path: Path, plain: tuple[Classifier, ExportResult]) -> None:
     result = exported(tmp_path, plain[0], batch=3)
     three = OnnxClassifier.load(result.path)
-    assert three.batch == 3
+    assert three.runner.batch == 3
     assert three.classes == CLASSES
     for count in (1, 3, 7):
         images = torch.from_numpy(SPLITS.test.images[:count])
@@ -500,5 +500,5 @@ def test_fixed_batch_of_one(tmp_path: Path, plain: tuple[Classifier, ExportResul
     onnx.save(model, tmp_path / "one.onnx")
     one = OnnxClassifier.load(tmp_path / "one.onnx")
     images = torch.from_numpy(SPLITS.test.images[:5])
-    assert one.batch == 1
+    assert one.runner.batch == 1
     assert torch.allclose(one(images), OnnxClassifier.load(plain[1].path)(images), atol=1e-6)

@@ -240,13 +240,13 @@ def test_batch_statistics_are_refused(tmp_path: Path) -> None:
 def test_file_that_runs_singly_is_run_singly(tmp_path: Path) -> None:
     tail = [node("Reshape", ["logits", "one"], ["y"])]
     found = OnnxClassifier.load(means(tmp_path / "m.onnx", tail, weights={"one": np.array([1, 4])}))
-    assert found.batch == 1
+    assert found.runner.batch == 1
     np.testing.assert_allclose(found(torch.from_numpy(IMAGES)).numpy(), logits(IMAGES), rtol=1e-4)
 
 
 def test_batch_of_minus_one_is_open(tmp_path: Path) -> None:
     found = OnnxClassifier.load(means(tmp_path / "m.onnx", sides=[-1, 6, 8, 3]))
-    assert found.batch is None
+    assert found.runner.batch is None
     np.testing.assert_allclose(found(torch.from_numpy(IMAGES)).numpy(), logits(IMAGES), rtol=1e-4)
 
 

@@ -24,11 +24,11 @@ from kdcli.base.config import BenchConfig
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import OnEvent, Progress, ignore
 from kdcli.base.text import first_line
-from kdcli.data import ImageSet, Splits, incompatibility
+from kdcli.data import ImageSet, Splits
 from kdcli.deploy.bench.footprint import measure_footprint
 from kdcli.deploy.bench.latency import Candidate, Runner, compare, measure
 from kdcli.deploy.bench.measurements import BenchResult, Row, rows_within
-from kdcli.deploy.load import load_model, teachers_of, with_classes
+from kdcli.deploy.load import fitted, load_model, teachers_of
 from kdcli.deploy.onnx_model import OnnxClassifier, OnnxRunner, count_model
 from kdcli.deploy.onnx_model.translate import to_onnx
 from kdcli.models import Classifier
@@ -234,16 +234,6 @@ def _ort_candidate(
     return Candidate(row, load, partial(measure_footprint, content, ORT, threads, *form))
 
 
-def _fitted(model: Model, test: ImageSet, class_map: Path | None) -> Model:
-    """The model of the data's classes; a KdError if it does not take the data."""
-    if model.why_not_runnable:
-        raise KdError(model.why_not_runnable)
-    fitted = with_classes(model, test.classes, class_map)
-    if mismatch := incompatibility(fitted, test):
-        raise KdError(f"it {mismatch}")
-    return fitted
-
-
 def _measure_accuracy(
     loaded: Mapping[Path, Model], names: Mapping[Path, str], test: ImageSet | None, on_event: OnEvent
 ) -> dict[Path, dict[str, Any]]:
@@ -259,11 +249,13 @@ def _measure_accuracy(
                 found[path] = {"accuracy": value, "accuracy_source": "recorded"}
             continue
         try:
-            model = _fitted(each, test, maps.get(each.file_sha256))
+            model = fitted(each, test, maps.get(each.file_sha256))
+            logits = models.predict_logits(
+                model, test.images, task=f"testing {names[path]}", on_event=on_event
+            )
         except KdError as error:
             found[path] = {"notes": (f"accuracy not measured: {error.message}",)}
             continue
-        logits = models.predict_logits(model, test.images, task=f"testing {names[path]}", on_event=on_event)
         labels = torch.from_numpy(np.asarray(test.labels))
         accuracy = metrics.accuracy(logits, labels)
         found[path] = {

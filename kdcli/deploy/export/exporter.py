@@ -57,7 +57,9 @@ def export(
     output = config.output
     if output is not None and (output.suffix.lower() != ".onnx" or output.is_dir()):
         raise UsageError(f"--output {output}: must be a file name that ends in .onnx")
-    images = _fitting_data(classifier, config, images, on_event)
+    images = images or data.load(**data.source_for(classifier, config), on_event=on_event)
+    if problem := data.incompatibility(classifier, images.train):
+        raise KdError(f"the model {problem}", "Pass data that fits with --data.")
     samples = choose_samples(classifier.provenance, images.train, config)
     job = ExportJob(classifier, images.train, samples, config, on_event)
 
@@ -118,15 +120,3 @@ def default_output(checkpoint: Path, config: ExportConfig, *, int8: bool = False
     if config.opset != ExportConfig.model_fields["opset"].default:
         suffix += f"-opset{config.opset}"
     return EXPORTS_DIR / f"{stem}{suffix}.onnx"
-
-
-def _fitting_data(
-    classifier: Classifier, config: ExportConfig, given: Splits | None, on_event: OnEvent
-) -> Splits:
-    """The given data, else those that `config` or the provenance names; a KdError if the model cannot take them."""
-    if given is None:
-        given = data.load(**data.source_for(classifier, config), on_event=on_event)
-    problem = data.incompatibility(classifier, given.train)
-    if problem:
-        raise KdError(f"the model {problem}", "Pass data that fits with --data.")
-    return given

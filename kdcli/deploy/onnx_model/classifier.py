@@ -133,11 +133,6 @@ class OnnxClassifier:
         return check_alone(self.path, runner, inputs, dynamic=dynamic)
 
     @property
-    def batch(self) -> int | None:
-        """Number of images per call, fixed by the file or by what it can run; None: any number."""
-        return self.runner.batch
-
-    @property
     def any_size(self) -> bool:
         """Whether it takes images of any size."""
         return self.preprocess is not None and self.preprocess.resizes and not self.takes_pixels
