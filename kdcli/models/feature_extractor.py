@@ -1,6 +1,7 @@
 """Features of a network: the maps at the end of each stage and the embedding, read by hooks."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -55,6 +56,7 @@ def find_stages(
 
     In order of preference: the wanted ones; the network's attribute `stage_names`; the last maps of each size above
     1×1. Of the last, maps with one channel per class, which are logits, are skipped where others have their size.
+    Outputs with channels last, as of swin transformers, are no maps.
 
     Args:
         example: a prepared batch (B, C, H, W).
@@ -67,7 +69,7 @@ def find_stages(
             shapes.setdefault(name, []).append(tuple(output.shape))
 
     classes = run_with_hooks(network, example, record).shape[1]
-    maps = {name: calls[0] for name, calls in shapes.items() if len(calls) == 1 and len(calls[0]) == 4}
+    maps = _channels_first({name: calls[0] for name, calls in shapes.items() if len(calls) == 1}, example)
     if wanted:
         names = [word.strip() for word in wanted.split(",")]
         for name in names:
@@ -89,3 +91,19 @@ def find_stages(
     if not last:
         raise UsageError(f"{owner} has no maps larger than 1×1, which methods that compare features need")
     return tuple(last.values())
+
+
+def _channels_first(shapes: Mapping[str, tuple[int, ...]], example: Tensor) -> dict[str, tuple[int, ...]]:
+    """The shapes (B, C, H, W), without (B, H, W, C): those whose last two sides have the aspect of the images.
+
+    Cubes, which fit both, are left out where another output has its channels last.
+    """
+    aspect = example.shape[2] / example.shape[3]
+
+    def difference(height: int, width: int) -> float:
+        return abs(math.log(height / width / aspect))
+
+    four = {name: shape for name, shape in shapes.items() if len(shape) == 4 and 0 not in shape}
+    excess = {name: difference(*shape[2:]) - difference(*shape[1:3]) for name, shape in four.items()}
+    mixed = any(value > 0 for value in excess.values())
+    return {name: four[name] for name, value in excess.items() if value < 0 or (value == 0 and not mixed)}

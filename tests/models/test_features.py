@@ -58,6 +58,34 @@ def test_find_stages_returns_wanted_layers_in_running_order() -> None:
         find_stages(vectors, example())
 
 
+class ChannelsLast(nn.Module):
+    """Maps of 4×4, then the same with channels last, as in swin transformers; `cube` could be either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 6, 2, stride=2)
+        self.norm = nn.LayerNorm(6)
+        self.cube = nn.Linear(6, 4)
+        self.narrow = nn.Conv2d(4, 5, 3)
+        self.fc = nn.Linear(20, 2)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        last = self.cube(self.norm(self.patches(pixels).permute(0, 2, 3, 1)))
+        logits: Tensor = self.fc(self.narrow(last.permute(0, 3, 1, 2)).flatten(1))
+        return logits
+
+
+def test_outputs_with_channels_last_are_no_maps() -> None:
+    network = ChannelsLast()
+    assert find_stages(network, example()) == ("patches", "narrow")
+    for name in ("norm", "cube"):
+        with pytest.raises(UsageError, match=f"no layer '{name}' that returns maps"):
+            find_stages(network, example(), name)
+    assert find_stages(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Flatten(), nn.Linear(512, 2)), example()) == (
+        "0",
+    )
+
+
 @pytest.mark.parametrize("name", ["lenet", "nin", "convnet-small", "resnet8", "wrn-16-1"])
 def test_reading_features_changes_neither_logits_nor_weights(name: str) -> None:
     torch.manual_seed(0)
