@@ -55,14 +55,20 @@ class SampleDropout(nn.Dropout):
     axes: int | None  # see `_AXES`
 
     def forward(self, values: Tensor) -> Tensor:
-        """(B, …) → the same, each value 0 with probability p, else divided by 1 − p."""
+        """(B, …) → the same, each value 0 with probability p, else divided by 1 − p.
+
+        Values of another first axis, as (positions, B, C) or windows of images, are drawn by the first sample's keys.
+        """
         if not self.training or self.p == 0:
             return values
         keys = self.keys.keys
-        if keys is None or keys.shape[1] != len(values):
-            raise RuntimeError("DropoutKeys.step was not called for this batch")
+        if keys is None:
+            raise RuntimeError("DropoutKeys.step was not called")
+        keys = keys if keys.shape[1] == len(values) else keys[:, :1]
         shape = torch.Size([*values.shape[: self.axes], *[1] * values.dim()][: values.dim()])
-        element = torch.arange(shape[1:].numel(), dtype=torch.int32, device=values.device)  # (E,)
+        element = torch.arange(
+            shape.numel() // keys.shape[1], dtype=torch.int32, device=values.device
+        )  # (E,)
         first = _mix(keys[self.number % 4] + self.number // 4)[:, None]
         second = keys[(self.number + 1) % 4][:, None]
         noise = _mix(_mix(first + element * _GOLDEN) ^ second)  # (B, E), each int32 as likely

@@ -73,10 +73,24 @@ def test_dropout_mask_depends_on_seed_epoch_and_sample() -> None:
 
 
 def test_dropout_without_keys_raises() -> None:
-    network, draw = dropout()
-    draw.step(0, np.arange(3), CPU)
+    network, _ = dropout()
     with pytest.raises(RuntimeError, match=r"DropoutKeys\.step"):
         network(torch.ones(4, 2))
+
+
+def test_dropout_of_another_first_axis_than_the_batch() -> None:
+    """(positions, B, C), as in transformers: each value by itself, again with the same batch only."""
+    network, draw = dropout(0.25)
+    draw.step(0, np.arange(3), CPU)
+    values = torch.ones(50, 3, 40)
+    out = network(values)
+    assert torch.unique(out).tolist() == pytest.approx([0.0, 1 / 0.75])
+    for axis in range(3):  # six standard errors of 6,000 draws
+        assert float((out.transpose(0, axis)[0] != 0).double().mean()) == pytest.approx(0.75, abs=0.16)
+    assert float((out != 0).double().mean()) == pytest.approx(0.75, abs=0.034)
+    assert torch.equal(network(values), out)
+    draw.step(1, np.arange(3), CPU)
+    assert not torch.equal(network(values), out)
 
 
 def test_gradient_passes_where_values_pass() -> None:
