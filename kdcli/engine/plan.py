@@ -88,7 +88,9 @@ def make_plan(
     labelled, validation = split_validation(data.train.labels, config.val_fraction, data.train.validation)
     samples = np.concatenate([labelled, np.arange(len(data.train), len(train))])
     config = config.model_copy(update={"batch_size": config.batch_size or batch_size_for(len(samples))})
-    steps_per_epoch = -(-len(samples) // config.batch_size)
+    # a last batch of one image joins the one before: batch norm needs two values
+    last_alone = len(samples) % config.batch_size == 1
+    steps_per_epoch = max(1, -(-len(samples) // config.batch_size) - last_alone)
     # 3. Teacher
     teacher = None
     if objective.needs_teacher:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -134,9 +135,8 @@ class Trainer:
         """This process's part of each batch that is left of the epoch."""
         state, size = self.state, self.config.batch_size
         order = augment.order(self.config.seed, state.epoch, self.plan.train_samples)
-        starts = range(state.step_in_epoch * size, len(order), size)
-        batches = [order[start : start + size] for start in starts]
-        parts = [(*self.world.share(batch), len(batch)) for batch in batches]
+        batches = np.split(order, range(size, self.plan.steps_per_epoch * size, size))
+        parts = [(*self.world.share(batch), len(batch)) for batch in batches[state.step_in_epoch :]]
         return self.feed.batches(state.epoch % self.config.views, parts)
 
     def _end_epoch(self, rate: float) -> None:

@@ -21,14 +21,15 @@ from kdcli.base.config import make
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Event, Note, Progress
 from kdcli.base.recipes import RECIPES, read_recipe
+from kdcli.base.runtime import World
 from kdcli.data import ImageSet, Splits, incompatibility
 from kdcli.data.split import split_validation
 from kdcli.engine import RunDir, RunResult, fit, read_metrics
-from kdcli.engine.plan import batch_size_for, resolve
+from kdcli.engine.plan import batch_size_for, make_plan, resolve
 from kdcli.engine.step import Ema, learning_rate, make_optimizer
 from kdcli.engine.student import OutputScale
 from kdcli.methods import TrainConfig
-from kdcli.models import checkpoint
+from kdcli.models import checkpoint, external
 from kdcli.teacher import CachedLogits, Teacher, freeze
 from tests.helpers import StopAfter, config, digest, make_splits, slow
 
@@ -56,6 +57,26 @@ def test_training_from_labels_alone(workplace: Path, splits: Splits) -> None:
     assert 100 * float((logits.argmax(1).numpy() == splits.test.labels).mean()) == result.evaluation.accuracy
     assert model.provenance["test_accuracy"] == result.evaluation.accuracy
     assert model.classes == splits.test.classes
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "steps"), [(17, 16, 1), (33, 16, 2), (32, 16, 2), (34, 16, 3), (5, 1, 5), (1, 4, 1)]
+)
+def test_a_last_batch_of_one_image_joins_the_one_before(
+    workplace: Path, images: int, batch: int, steps: int
+) -> None:
+    settings = config(method="ce", batch_size=batch, val_fraction=0)
+    plan = make_plan(settings, make_splits(train=images), World.alone())
+    assert (plan.steps_per_epoch, plan.steps) == (steps, 3 * steps)
+
+
+def test_batch_norm_of_vectors_with_one_image_left_over(workplace: Path) -> None:
+    """All 17 images are in one batch of an epoch, of 16 and one."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.BatchNorm1d(3, momentum=None))
+    settings = config(method="ce", student=external.own(network), epochs=2, val_fraction=0)
+    result = fit(settings, make_splits(train=17))
+    trained = checkpoint.load(result.run.student).state_dict
+    assert int(trained["2.num_batches_tracked"]) == 2
 
 
 @pytest.mark.parametrize("method", ["logits", "noisy", "kd"])
