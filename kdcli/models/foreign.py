@@ -26,7 +26,10 @@ _EXPORT = (
 )
 _DOWNLOAD = "Download the file itself: the link named raw or download, not the page about it."
 _KERAS = 'keras.saving.load_model({file!r}).export("model.onnx", format="onnx"). ' + _READ
-_LOAD = "Weights come without their network. In Python: network.load_state_dict({weights}), then " + _EXPORT
+_WEIGHTS = (
+    "Weights come without their network: name it before the file, as torchvision:NAME:{quoted}, or with timm:NAME or "
+    "package.module:function."
+)
 
 # Kind → (what it is, way that works, with the file's path as `quoted` for a shell and `file` for Python)
 _KINDS = {
@@ -42,10 +45,8 @@ _KINDS = {
         "Convert it: pip install tf2onnx; python -m tf2onnx.convert --saved-model {quoted} --output model.onnx. "
         + _READ,
     ),
-    "safetensors": (
-        "a safetensors file: weights without their network",
-        _LOAD.replace("{weights}", "safetensors.torch.load_file({file!r})"),
-    ),
+    "safetensors": ("a safetensors file: weights without their network", _WEIGHTS),
+    "state_dict": ("a state_dict: weights without their network", _WEIGHTS),
     "script": (
         "a TorchScript program",
         "kd runs no program from a file. If you trust it, in Python: torch.onnx.export(torch.jit.load({file!r}), "
@@ -114,14 +115,5 @@ def _of_pickles(handle: IO[bytes], count: int) -> tuple[str, str]:
         return _KINDS[""]
     if any(text.startswith("torch.nn.modules.") for text in texts):
         return _KINDS["module"]
-    weights = [text for text in texts if re.search(r"(^|\.)(weight|bias|running_mean)$", text)]
-    if not weights:
-        return _KINDS[""]
-    what, load = "a state_dict: weights without their network", "torch.load({file!r})"
-    key = next((key for key in ("state_dict", "model_state_dict", "model", "net") if key in texts), "")
-    if key:
-        what, load = f"a training checkpoint with a state_dict in it ({key})", f"{load}[{key!r}]"
-    if any(text.startswith("module.") for text in weights):
-        what += ", of nn.DataParallel"
-        load = f'{{name.removeprefix("module."): value for name, value in {load}.items()}}'
-    return what, _LOAD.replace("{weights}", load)
+    weights = any(re.search(r"(^|\.)(weight|bias|running_mean)$", text) for text in texts)
+    return _KINDS["state_dict" if weights else ""]
