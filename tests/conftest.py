@@ -11,6 +11,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two workers share the cores
 
+from kdcli.base import code
 from kdcli.base.errors import Interrupted
 from tests.helpers import ROOT
 
@@ -28,6 +29,12 @@ def shared_data() -> Path:
     if not (folder / "cifar10_nin.caffemodel").is_file():
         pytest.skip(f"real input is not at {folder}; set KD_SHARED_DATA")
     return folder.resolve()
+
+
+@pytest.fixture(autouse=True)
+def nothing_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function that one test allows does not run in the next."""
+    monkeypatch.setenv(code.ALLOWED, "")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,8 +34,19 @@ def allowed() -> list[str]:
     return [name for name in os.environ.get(ALLOWED, "").split(",") if name]
 
 
+def assignment() -> str:
+    """What precedes a printed command, so that it may run the functions that this process may."""
+    return f"{ALLOWED}={shlex.quote(','.join(allowed()))} " if allowed() else ""
+
+
 def is_name(text: str) -> bool:
-    return _NAME.fullmatch(text) is not None
+    """Whether a text names a function, and no network of a source."""
+    return _NAME.fullmatch(text) is not None and text.partition(":")[0] not in SOURCES
+
+
+def is_own(arch: str) -> bool:
+    """Whether a network is made by the user's code: a function, or a module passed from Python."""
+    return is_name(arch) or arch.startswith("module:")
 
 
 def load(name: str, owner: str, hint: str) -> Callable[..., Any]:

@@ -267,6 +267,11 @@ def mixes(name: str) -> bool:
     return not {"mixup", "cutmix"}.isdisjoint(augment_steps(name))
 
 
+def is_of_torchvision(name: str) -> bool:
+    """Whether functions of torchvision make the views: their values may change with its version."""
+    return not {"resized-crop", "randaugment", "jitter"}.isdisjoint(augment_steps(name))
+
+
 def mixing(
     name: str, seed: int, view: int, samples: Int64, pool: Int64, size: tuple[int, int]
 ) -> Mixing | None:

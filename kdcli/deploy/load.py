@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from kdcli import models
+from kdcli.base import code
 from kdcli.base.config import NO_ASSUMPTIONS, InputSettings, TeacherInputs, make
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import recorded_path, sha256_file
 from kdcli.data.images import ImageSet, incompatibility, knows_names
-from kdcli.models import Classifier, class_map
+from kdcli.models import Classifier, checkpoint, class_map
 
 if TYPE_CHECKING:  # importing onnxruntime takes a third of a second
     from kdcli.deploy.onnx_model import OnnxClassifier
@@ -32,6 +33,14 @@ def names_sha256(path: Path, assumed: InputSettings) -> list[str]:
     files = name_files(path, assumed) if path.suffix.lower() == ".onnx" else []
     files += [assumed.class_map] if assumed.class_map else []
     return [sha256_file(file) for file in files if file.is_file()]
+
+
+def source_digests(path: Path) -> dict[str, str]:
+    """SHA-256 of the user's function that makes a checkpoint's network, if functions may run; else empty."""
+    if path.suffix.lower() == ".onnx" or is_stored(path) or not code.allowed():
+        return {}
+    arch = checkpoint.load(path).arch
+    return models.source_digests(arch) if code.is_name(arch) else {}
 
 
 def is_stored(path: Path) -> bool:

@@ -94,10 +94,11 @@ def load_pretrained(
     state = None if file is None else weights.read(file)
     sha256 = "" if file is None else sha256_file(file)
     arguments = dict(map(_argument, args))
-    known = external.published(arch, "" if file else of, sha256, arguments)
+    side = image_size or _SIDE
+    known = external.published(arch, "" if file else of, sha256, arguments, side)
     for measured in ("classes", "input_size"):
         arguments.pop(measured, None)
-    side = known.preprocess.side or image_size or _SIDE
+    side = known.preprocess.side or side
     preprocess = _adjusted(known.preprocess, assumed)
     with torch.device("meta" if source in external.SOURCES else "cpu"), torch.random.fork_rng(devices=[]):
         size = preprocess.output_size((side, side, 3))

@@ -13,6 +13,7 @@ from kdcli.base import files
 from kdcli.base.errors import KdError
 from kdcli.base.text import reason
 from kdcli.data import Splits
+from kdcli.deploy import load
 from kdcli.engine.run_dir import PLACE
 from kdcli.methods import TrainConfig
 
@@ -20,7 +21,7 @@ from kdcli.methods import TrainConfig
 NEUTRAL = PLACE | {"cache_dir", "data_dir", "keep", "save_every", "tensorboard"}
 NEUTRAL |= {"accelerator", "devices", "threads"}
 _CIRCUMSTANCES = ("kd_version", "accelerator", "accelerator_name", "instructions", "threads", "processes")
-_PACKAGES = ("torch", "numpy")
+_PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
 
 def decisive_settings(config: TrainConfig) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def input_hashes(
     hashed: Mapping[Path, str] = MappingProxyType({}),
     missing: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, str]:
-    """SHA-256 of a run's inputs, by name: images, teachers, student's file, code of custom methods.
+    """SHA-256 of a run's inputs, by name: images, teachers, student's file, the user's code.
 
     Files in `hashed` are not read again; `missing` are hashes for files that cannot be read, else a KdError.
     """
@@ -68,6 +69,8 @@ def input_hashes(
             found[name] = missing[name]
     # as imported: the files may change meanwhile
     sources = methods.source_digests(config.method) | models.source_digests(config.student)
+    for path in filter(Path.is_file, (*teachers, config.student_file or Path())):
+        sources |= load.source_digests(path)
     return found | {f"code of {name}": sha256 for name, sha256 in sources.items()}
 
 

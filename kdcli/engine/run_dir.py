@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any, NoReturn
 import tomli_w
 
 from kdcli import methods
-from kdcli.base.config import make
+from kdcli.base.config import make, shell_command
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import expand, locked, publish, recorded_path, scratch_folder, write_json, write_text
 from kdcli.base.recipes import read_recipe
@@ -181,5 +180,4 @@ def name_of(config: TrainConfig, number: int) -> str:
 
 def resume_command(run: Path, method: str) -> str:
     """Command that resumes a run; it repeats a method that is code, because no file may name code."""
-    typed = f" --method {method}" if methods.is_custom(method) else ""
-    return f"kd train --resume {shlex.quote(run.as_posix())}{typed}"
+    return shell_command("train", {"resume": run, "method": method if methods.is_custom(method) else None})

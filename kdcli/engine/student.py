@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli import data, methods, models
+from kdcli.base import code
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import Note, OnEvent
 from kdcli.base.files import cache_folder
@@ -42,7 +43,8 @@ def make_student(
 
 def check_student(config: TrainConfig, train: ImageSet) -> None:
     """Raise the errors of `make_student`, or UsageError for missing stages, without allocating weights."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta" if config.student_file is None else "cpu"):
+    needs_values = config.student_file is not None or code.is_own(config.student)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu" if needs_values else "meta"):
         if config.student_file is None:
             size = _network_size(config, train)
             network = models.build(config.student, classes=len(train.classes), input_size=size)

@@ -1,6 +1,5 @@
 """`Classifier`: a network joined with its preprocessing, and what is done with one."""
 
-import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from kdcli.base import code
+from kdcli.base.config import shell_command
 from kdcli.base.errors import KdError, is_out_of_memory
 from kdcli.base.events import OnEvent, Progress, ignore
 from kdcli.data import rows
@@ -120,8 +121,10 @@ def _build(stored: Checkpoint) -> Classifier:
     size: dict[str, Any] = {"classes": len(stored.classes), "input_size": prepared}
     build = partial(registry.build, stored.arch, **size, **stored.arch_args)
     with torch.random.fork_rng(devices=[]):  # the initial weights are discarded
-        with torch.device("meta"), torch.no_grad():  # names, shapes and a pass, before memory is allocated
-            draft = Classifier(build(), from_spec(stored.preprocess).to("meta"), **about).eval()
+        # names, shapes and a pass, before memory is allocated; the user's code may read values, which meta lacks
+        device = "cpu" if code.is_own(stored.arch) else "meta"
+        with torch.device(device), torch.no_grad():
+            draft = Classifier(build(), from_spec(stored.preprocess).to(device), **about).eval()
             shape = tuple(draft(torch.zeros(2, *stored.input_size, dtype=torch.uint8)).shape)
             if shape != (2, len(stored.classes)):
                 raise ValueError(f"it gives {shape} for 2 images")
@@ -136,10 +139,9 @@ def load(path: Path) -> Classifier:
     """Read a checkpoint file into a `Classifier` in eval mode."""
     stored = checkpoint.load(path)
     if stored.training is not None:
-        run = shlex.quote(path.parent.as_posix())
         raise KdError(
             f"{path} is the state of a run, not a finished model",
-            f"Use {path.with_name('student.pt')}, or finish it: kd train --resume {run}",
+            f"Use {path.with_name('student.pt')}, or finish it: {shell_command('train', {'resume': path.parent})}",
         )
     found = from_checkpoint(stored, str(path))
     found.path = path

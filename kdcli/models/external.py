@@ -58,16 +58,24 @@ def row(arch: str) -> partial[Any] | None:
     return partial(_examined, _factory, arch, arch)
 
 
-def published(arch: str, weights: str, sha256: str, args: Mapping[str, Any]) -> Published:
+def published(arch: str, weights: str, sha256: str, args: Mapping[str, Any], side: int) -> Published:
     """Published preprocessing and weights: `weights` by name, or by the SHA-256 of a weights file, else the default.
 
-    A function's network describes itself by an attribute `pretrained_cfg`, a dictionary as timm's.
+    A function's network, made for images of this `side`, describes itself by an attribute `pretrained_cfg`, a
+    dictionary as timm's.
     """
     source, _, name = arch.partition(":")
     if source in SOURCES:
         return SOURCES[source][1](name, weights, sha256)
     row(arch)  # whether it is allowed
-    network = _factory(arch, 0, (0, 0, 3), **args)
+    counts = _required(arch) & {"classes", "num_classes"} - set(args)
+    if counts and not sha256:
+        count = min(counts)
+        raise UsageError(
+            f"{arch} needs the number of its {count}",
+            f"Add --teacher-args {count}=10, or its weights by --teacher-weights.",
+        )
+    network = _factory(arch, 0, (side, side, 3), **args)
     return Published(*_photo(getattr(network, "pretrained_cfg", {})), network.state_dict)
 
 
@@ -204,22 +212,40 @@ def _module(name: str, classes: int, input_size: tuple[int, int, int]) -> nn.Mod
             f"the module {name} is not known to this process",
             "From Python, first: kd.load_model(module, data=…)",
         )
-    return copy.deepcopy(_OWN[name]).to(torch.get_default_device())
+    return copy.deepcopy(_OWN[name])
+
+
+def initial_digest(arch: str) -> str:
+    """SHA-256 of the weights that a module was passed with."""
+    return digest(dict(_module(arch.partition(":")[2], 0, (0, 0, 0)).state_dict()))
 
 
 def _of_module(name: str, weights: str, sha256: str) -> Published:
     return Published(*_photo({}), _module(name, 0, (0, 0, 0)).state_dict)
 
 
+def _function(name: str) -> Callable[..., Any]:
+    return code.load(name, f"network {name}", similar(name.partition(":")[0], code.SOURCES) or _FACTORY)
+
+
+def _required(name: str) -> set[str]:
+    """The parameters of a user's function that have no default."""
+    parameters = inspect.signature(_function(name)).parameters
+    return {key for key, each in parameters.items() if each.default is each.empty}
+
+
 def _factory(name: str, classes: int, input_size: tuple[int, int, int], /, **args: Any) -> nn.Module:
-    """The network that a user's function makes, with those of these values that its signature names."""
-    hint = similar(name.partition(":")[0], code.SOURCES) or _FACTORY
-    function = code.load(name, f"network {name}", hint)
-    known = {"classes": classes, "num_classes": classes, "input_size": input_size} if classes else {}
-    named = inspect.signature(function).parameters
+    """The network that a user's function makes, with those of these values that its signature names.
+
+    With 0 classes, their own number or that of its weights, with those that it requires.
+    """
+    function = _function(name)
+    known = {"classes": classes or 2, "num_classes": classes or 2, "input_size": input_size}
+    named = inspect.signature(function).parameters if classes else _required(name)
+    chosen = {key: known[key] for key in known if key in named}
     try:
         with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
-            made: nn.Module = function(**{**{key: known[key] for key in known if key in named}, **args})
+            made: nn.Module = function(**{**chosen, **args})
     except Exception as error:
         raise KdError(
             f"network {name} cannot be made: {type(error).__name__}: {first_line(error)}",

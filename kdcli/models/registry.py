@@ -91,9 +91,11 @@ def is_network(name: str) -> bool:
 
 
 def source_digests(arch: str) -> dict[str, str]:
-    """SHA-256 of the module, which is imported, of a user's function; empty for other networks."""
-    if not code.is_name(arch) or arch.partition(":")[0] in code.SOURCES:
+    """SHA-256 of the source file of a user's function, which is imported, or of a module's weights; else empty."""
+    if not code.is_own(arch):
         return {}
+    if not code.is_name(arch):
+        return {arch: external.initial_digest(arch)}
     _row(arch)  # a UsageError if it is not allowed
     code.load(arch, f"network {arch}", "")
     return {arch: code.digest(arch)}

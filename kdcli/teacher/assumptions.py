@@ -76,13 +76,9 @@ def check(
     classes = len(data.classes)
     guesses = is_near_chance(now.interval, classes)
     clear = best.interval[0] > now.interval[1]
-    low, high = now.interval
-    text = (
-        f"{name} is right on {now.accuracy:.1f} % of {now.count} labelled images "
-        f"({low:.1f}–{high:.1f} %; chance is {100 / classes:.1f} %)"
-    )
+    text = _measured(name, now.accuracy, now.interval, now.count, classes)
     remedy = advice(model, data, best) if clear else _causes(model)
-    if strict and foreign and (guesses or best.interval[0] > 2 * high):
+    if strict and foreign and (guesses or best.interval[0] > 2 * now.interval[1]):
         raise KdError(text, remedy)
     if clear:
         on_event(Note(f"{text}. {remedy}"))
@@ -90,6 +86,25 @@ def check(
         on_event(
             Note(f"{text}: it may be guessing. {remedy if foreign else 'A student learns little from it.'}")
         )
+
+
+def check_outputs(name: str, logits: npt.NDArray[np.float32], data: ImageSet) -> None:
+    """Raise KdError if another program's outputs (N, classes) for these images may be guesses."""
+    samples, classes = sample_of(data), len(data.classes)
+    accuracy = metrics.accuracy(torch.from_numpy(logits[samples]), torch.from_numpy(data.labels[samples]))
+    interval = metrics.wilson_interval(accuracy, len(samples))
+    if is_near_chance(interval, classes):
+        raise KdError(
+            _measured(name, accuracy, interval, len(samples), classes),
+            "Likely causes: another order of classes, or rows of other images.",
+        )
+
+
+def _measured(name: str, accuracy: float, interval: tuple[float, float], count: int, classes: int) -> str:
+    return (
+        f"{name} is right on {accuracy:.1f} % of {count} labelled images "
+        f"({interval[0]:.1f}–{interval[1]:.1f} %; chance is {100 / classes:.1f} %)"
+    )
 
 
 def probe(name: str, model: Any, data: ImageSet, task: str, on_event: OnEvent) -> list[Assumption]:
@@ -192,15 +207,14 @@ def sample_of(data: ImageSet, count: int = _SAMPLE) -> npt.NDArray[np.int64]:
 
 
 def is_near_chance(interval: tuple[float, float], classes: int) -> bool:
-    """Whether an accuracy may be that of guessing: hardly above it at the lower end, and low at the upper end.
+    """Whether an accuracy is near that of guessing: below 3 times chance, or 20 % of the way from chance to 100 %.
 
-    The bounds are 1.5 and 3 times chance; with few classes 5 % and 20 % of the way from chance to 100 %. The upper
-    bound, at least 5 %, decides whether there are enough images to tell.
+    The upper end of the interval counts. Of hundreds of classes, where these are below what 512 images can show, also
+    one below 5 % whose lower end is below 1.5 times chance.
     """
     chance = 100 / classes
-    least = min(1.5 * chance, chance + 0.05 * (100 - chance))
-    most = max(5.0, min(3 * chance, chance + 0.2 * (100 - chance)))
-    return interval[0] <= least and interval[1] < most
+    most = min(3 * chance, chance + 0.2 * (100 - chance))
+    return interval[1] < most or (interval[1] < 5 and interval[0] <= 1.5 * chance)
 
 
 def is_foreign(model: Any) -> bool:

@@ -20,7 +20,7 @@ from kdcli.base.errors import KdError
 from kdcli.base.events import Note, OnEvent, Progress
 from kdcli.base.runtime import World
 from kdcli.data import ImageSet, incompatibility, other_classes
-from kdcli.deploy.load import load_model, names_sha256, with_classes
+from kdcli.deploy.load import load_model, names_sha256, source_digests, with_classes
 from kdcli.models import Classifier
 from kdcli.models.class_map import HINT
 from kdcli.teacher import assumptions
@@ -68,6 +68,11 @@ class Member:
     def names_sha256(self) -> list[str]:
         """Of the files that its class names may be read from, and of a class map: they decide on its outputs."""
         return names_sha256(self.path, self.assumed)
+
+    @cached_property
+    def beside(self) -> list[str]:
+        """SHA-256 of all that decides on its outputs beside its file: these, and the code of a user's function."""
+        return [*self.names_sha256, *source_digests(self.path).values()]
 
     @property
     def model(self) -> Any:

@@ -12,6 +12,7 @@ from kdcli.base.errors import KdError
 from kdcli.base.files import read_document, sha256_file
 from kdcli.base.text import printable
 from kdcli.data import ImageSet
+from kdcli.teacher.assumptions import check_outputs
 from kdcli.teacher.cache import LogitCache
 from kdcli.teacher.member import Member
 from kdcli.teacher.probabilities import logits_of
@@ -43,10 +44,13 @@ def made_with(path: Path) -> dict[str, Any]:
     return {name: value for name, value in known.items() if name in MADE_WITH}
 
 
-def stored_views(member: Member, needed: LogitCache, data: ImageSet, views: int) -> list[npt.NDArray[Any]]:
+def stored_views(
+    member: Member, needed: LogitCache, data: ImageSet, views: int, *, measured: bool
+) -> list[npt.NDArray[Any]]:
     """Outputs for each view, as in `CachedLogits.stored`; a KdError if they are of other images or views.
 
-    `needed` is where the logits of a model would be.
+    `needed` is where the logits of a model would be. With `measured` a KdError also if those of another program may
+    be guesses; a pack's model was measured when it was made.
     """
     path, recipe = member.path, needed.recipe
     member.check_unchanged(sha256_file(path))
@@ -60,7 +64,10 @@ def stored_views(member: Member, needed: LogitCache, data: ImageSet, views: int)
             f"{path} has outputs of plain images, not of --augment {recipe['augment']}",
             "Use --augment none, or --teacher-cache fixed.",
         )
-    return [logits_of(path, member.sha256, data, member.assumed.class_map)]
+    logits = logits_of(path, member.sha256, data, member.assumed.class_map)
+    if measured:
+        check_outputs(f"teacher {path}", logits, data)
+    return [logits]
 
 
 def _views_of_pack(path: Path, needed: LogitCache, views: int) -> list[npt.NDArray[Any]]:
@@ -74,7 +81,9 @@ def _views_of_pack(path: Path, needed: LogitCache, views: int) -> list[npt.NDArr
     }
     best = max(agreed, key=lambda folder: [*agreed[folder], False].index(False))
     recipe, count = manifests[best]["recipe"], len(manifests[best]["views"])
-    hint = printable(f"Train with its settings: {shell_command('train', made_with(path))[9:]}")
+    hint = printable(
+        f"Train with its settings: {shell_command('train', made_with(path)).partition(' train ')[2]}"
+    )
     for key, what in _MUST_AGREE.items():
         if recipe[key] != needed.recipe[key]:
             known = key in ("augment", "seed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from kdcli.teacher.runner import Engine, Forward, forward_of, run_in_torch
 from kdcli.teacher.stored import only_probabilities, stored_views
 
 _CACHE_VERSION = 4
-_ONNX_VERSION = 3  # of the reading of ONNX files: what is taken from them without being told
+_ONNX = {"version": 3, "class_names": ""}  # of the reading of ONNX files; class names count by their content
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,7 @@ class Teacher:
             precision = "32" if exact else self.precision
             cache = self.cache(member, data, augment_name, seed, chosen, exact=exact)
             if self.has_stored:
-                found.append(stored_views(member, cache, data, views))
+                found.append(stored_views(member, cache, data, views, measured=measured))
                 continue
             common = (member_task, on_event, stop, measured)
             work = TeacherPass(member, self.world, precision, cache, data, views, make_view, *common)
@@ -284,13 +285,13 @@ class Teacher:
         exact: bool,
     ) -> LogitCache:
         """The place of a member's logits for views of a data set."""
-        onnx = {"version": _ONNX_VERSION, "class_names": member.names_sha256}
         mixes = augment.mixes(augment_name)
         recipe = {
             "cache_version": _CACHE_VERSION,
             "teacher": member.sha256,
-            **({"onnx": {**member.assumed.given, **onnx}} if _is_onnx(member.path) else {}),
-            **({"class_map": member.names_sha256} if member.assumed.class_map else {}),
+            **({"onnx": {**member.assumed.given, **_ONNX}} if _is_onnx(member.path) else {}),
+            **({"beside": member.beside} if member.beside else {}),
+            **({"torchvision": version("torchvision")} if augment.is_of_torchvision(augment_name) else {}),
             "data": data.fingerprint,
             "augment": augment_name,
             "seed": 0 if augment_name == "none" else seed,

@@ -11,6 +11,7 @@ import pytest
 import typer
 
 from kdcli import cli
+from kdcli.base import code
 from kdcli.cli import app as application
 from kdcli.cli import output
 from tests.cli.helpers import ENVIRONMENT, Kd, Outcome, printed_commands
@@ -41,6 +42,7 @@ def kd(workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 
 def check_options(command: str) -> None:
     """Check that a printed command has a name, options and values that kd takes."""
+    command = command.removeprefix(code.assignment())
     program, *words = shlex.split(command.rpartition("&& ")[2].partition(" > ")[0])
     assert program == "kd", command
     application.app.registered_commands = []

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
+from kdcli.base import code
 from kdcli.cli.app import COMMANDS
 from tests.helpers import ROOT
 
@@ -31,7 +32,7 @@ Kd = Callable[..., Outcome]
 def printed_commands(outcome: Outcome) -> list[str]:
     """The commands that a command named as the next ones, and those inside its hint, which stand after a colon."""
     found = re.findall(r"^next: (.+)$", outcome.out, re.MULTILINE)
-    command = rf"kd (?:runs(?! no | files)|{'|'.join(set(COMMANDS) - {'runs'})})\b"
+    command = rf"(?:{code.ALLOWED}=\S+ )?kd (?:runs(?! no | files)|{'|'.join(set(COMMANDS) - {'runs'})})\b"
     for hint in re.findall(r"^hint: .+$", outcome.err, re.MULTILINE):
         first = re.search(rf": ({command}.*)", hint)
         found += re.split("; (?=kd )", first[1]) if first else []

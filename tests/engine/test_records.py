@@ -160,11 +160,18 @@ def test_circumstances_are_read_from_any_document(tmp_path: Path) -> None:
         "threads": 2,
         "accelerator": "cpu",
         "accelerator_name": None,
-        "packages": {"torch": "2.8", "onnx": "1"},
+        "packages": {"torch": "2.8", "onnx": "1", "timm": "1.0"},
         "cpu": {"model": "A"},
         "load_average_1min": 3.0,
     }
-    expected = {"kd_version": "1", "threads": "2", "accelerator": "cpu", "torch": "2.8", "cpu": "A"}
+    expected = {
+        "kd_version": "1",
+        "threads": "2",
+        "accelerator": "cpu",
+        "torch": "2.8",
+        "timm": "1.0",
+        "cpu": "A",
+    }
     assert identity.circumstances(document) == expected
     for wrong in (None, [], {"packages": 3, "cpu": []}):
         assert identity.circumstances(wrong) == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,28 @@ from kdcli.deploy.export import export
 from kdcli.deploy.info import info
 from kdcli.deploy.pretrained import import_model
 from kdcli.engine import RunDir, fit
-from kdcli.models import checkpoint, weights
+from kdcli.engine.identity import input_hashes
+from kdcli.models import checkpoint, external, weights
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.reproducible import DropoutKeys, use_sample_dropout
+from kdcli.teacher import Teacher
 from tests.helpers import StopAfter, config, make_splits, slow
 
 FACTORY = """
+import torch
 from torch import nn
+
+class Gain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.tensor(2.0)  # no buffer
+
+    def forward(self, maps):
+        return (self.gain.item() * maps).relu()
 
 def make(classes=7, input_size=None, width=4):
     return nn.Sequential(
-        nn.Conv2d(3, width, 3, stride=2), nn.ReLU(), nn.Dropout2d(0.5), nn.Flatten(), nn.Linear(width * 9, classes)
+        nn.Conv2d(3, width, 3, stride=2), Gain(), nn.Dropout2d(0.5), nn.Flatten(), nn.Linear(width * 9, classes)
     )
 """
 
@@ -43,7 +55,7 @@ def make(classes=7, input_size=None, width=4):
 def factory(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A user's function in the current folder, not allowed yet."""
     Path("own_networks.py").write_text(FACTORY)
-    monkeypatch.setenv(code.ALLOWED, "")
+    monkeypatch.delitem(sys.modules, "own_networks", raising=False)
     return "own_networks:make"
 
 
@@ -225,6 +237,48 @@ def test_function_of_the_user_as_student(factory: str, monkeypatch: pytest.Monke
     with pytest.raises(KdError, match="is code") as error:
         models.load(result.run.student)
     assert error.value.hint == "If it is yours: export KD_NETWORKS=own_networks:make"
+
+
+def test_edited_function_is_another_teacher(factory: str) -> None:
+    """Its outputs are computed again, and a run from it is another run."""
+    code.allow(factory)
+    splits = make_splits(train=14, test=7, size=(8, 8, 3), classes=7)
+    path = import_model(factory, image_size=8)
+    settings = config(teacher=path, augment="none")
+
+    def outputs(computed: int) -> torch.Tensor:
+        teacher = Teacher.open(path, Path("cache"))
+        [found] = teacher.logits(splits.train)
+        assert teacher.views_computed == computed
+        return found.logits()
+
+    before, inputs = outputs(1), input_hashes(settings, splits)
+    assert torch.equal(outputs(0), before)
+    Path("own_networks.py").write_text(FACTORY.replace("tensor(2.0)", "tensor(-1.25)"))
+    del sys.modules["own_networks"]
+    assert not torch.equal(outputs(1), before)
+    changed = dict(input_hashes(settings, splits).items() ^ inputs.items())
+    assert list(changed) == ["code of own_networks:make"]
+
+
+def test_weights_of_a_module_belong_to_the_run(workplace: Path) -> None:
+    """Modules that differ in their weights have one name, by which a trained one is read."""
+    splits, found = make_splits(), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        arch = external.own(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)))
+        found.append(input_hashes(config(method="ce", student=arch), splits))
+    assert found[0] == found[1] != found[2]
+    assert found[0].keys() == found[2].keys()
+
+
+def test_command_that_resumes_a_function_allows_it(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdcli.engine.trainer._SHOW_EVERY_S", 0.0)
+    code.allow(factory)
+    settings = config(method="ce", student=factory, epochs=2, batch_size=8, val_fraction=0, name="cut")
+    with pytest.raises(Interrupted) as stopped:
+        fit(settings, make_splits(train=16, size=(8, 8, 3)), on_event=StopAfter(9, signal.SIGINT))
+    assert stopped.value.hint == f"KD_NETWORKS={factory} kd train --resume runs/cut"
 
 
 def prefixed(state: dict[str, torch.Tensor], before: str) -> dict[str, torch.Tensor]:

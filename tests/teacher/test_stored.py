@@ -113,7 +113,10 @@ def write_probabilities(splits: Splits, parts: tuple[str, ...] = ("train", "test
     for part in parts:
         images = getattr(splits, part)
         values = random.dirichlet(np.ones(3), len(images)).round(4)
-        values[0] = (0, 0.25, 0.75)
+        for row, label in zip(values[: len(images) * 3 // 4], images.labels, strict=False):  # right
+            best = int(row.argmax())
+            row[[best, label]] = row[[label, best]]
+        values[0] = (0.75, 0.25, 0)
         known |= dict(zip(images.names, values, strict=True))
     lines = [f'"{name}",' + ",".join(map(str, values[::-1])) for name, values in known.items()]
     random.shuffle(lines)
@@ -163,6 +166,16 @@ def test_probabilities_of_other_images_and_views_are_refused(folder: Splits) -> 
         fit(config(teacher=Path("probs.csv")), folder)
     with pytest.raises(KdError, match=r"no row for 240 of 240 images, as \(not a file\)"):
         fit(config(teacher=Path("probs.csv")), replace(folder, train=replace(folder.train, name_bytes=None)))
+
+
+def test_probabilities_that_may_be_guesses_are_refused(folder: Splits) -> None:
+    """Of 240 training images a third is right."""
+    rows = [f"{name},1,0,0" for name in folder.train.names]
+    Path("probs.csv").write_text("\n".join(("file,class-0,class-1,class-2", *rows)), encoding="utf-8")
+    with pytest.raises(KdError, match=r"probs\.csv is right on 33\.3 % of 240 labelled images") as caught:
+        fit(config(teacher=Path("probs.csv")), folder)
+    assert "order of classes" in caught.value.hint
+    assert not Path("runs").exists()
 
 
 def test_a_file_name_that_no_other_image_has_is_enough(folder: Splits) -> None:

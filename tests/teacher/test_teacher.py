@@ -181,6 +181,16 @@ def test_a_live_teacher_with_dropout_is_read_once_more_as_it_was(workplace: Path
         opened.live(dropout=0.5)
 
 
+def test_views_that_torchvision_makes_are_cached_by_its_version(workplace: Path, images: ImageSet) -> None:
+    make_teacher(Path("t.pt"))
+    opened = Teacher.open(Path("t.pt"), Path("cache"))
+    named = {
+        name: "torchvision" in opened.cache(opened.members[0], images, name, 0, np.arange(3), False).recipe
+        for name in ("none", "flip-crop-cutout", "resized-crop", "randaugment", "flip-jitter-mixup")
+    }
+    assert list(named.values()) == [False, False, True, True, True]
+
+
 def test_outputs_of_another_precision_are_cached_apart(workplace: Path, images: ImageSet) -> None:
     make_teacher(Path("t.pt"))
     passes = [Teacher.open(Path("t.pt"), Path("cache"), precision=name) for name in ("32", "bf16", "auto")]

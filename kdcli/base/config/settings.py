@@ -19,6 +19,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticUndefined
 
+from kdcli.base import code
 from kdcli.base.errors import UsageError
 from kdcli.base.names import DATA_SETS, nearest
 
@@ -312,7 +313,7 @@ def shell_command(command: str, options: Mapping[str, Any], *arguments: Path | N
             words.append(option_flag(name))
             if one is not True:
                 words.append(one.as_posix() if isinstance(one, Path) else str(one))
-    return shlex.join(words)
+    return code.assignment() + shlex.join(words)
 
 
 S = TypeVar("S", bound=Settings)

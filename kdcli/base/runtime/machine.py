@@ -5,6 +5,7 @@ import ctypes
 import os
 import platform
 import sys
+from contextlib import suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -119,13 +120,16 @@ def cpu_info() -> dict[str, Any]:
 def environment() -> dict[str, Any]:
     """Environment of a measurement or training: versions, CPU, threads, load."""
     packages = ("torch", "torchvision", "onnx", "onnxruntime", "numpy", "scikit-learn")
+    versions = {name: metadata.version(name) for name in packages}
+    with suppress(metadata.PackageNotFoundError):  # an extra
+        versions["timm"] = metadata.version("timm")
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     return {
         "kd_version": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: metadata.version(name) for name in packages},
+        "packages": versions,
         "cpu": {**cpu_info(), "governor": governor.read_text().strip() if governor.exists() else None},
         "threads": torch.get_num_threads(),
         "load_average_1min": load,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import tomli_w
 from pydantic import Field, ValidationError
 
 from kdcli import methods
-from kdcli.base.config import CompareConfig, Settings, make
+from kdcli.base.config import CompareConfig, Settings, make, shell_command
 from kdcli.base.config.settings import Seed
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import write_text
@@ -92,7 +91,7 @@ class Plan(Settings):
         """The command that continues it; empty with a custom method, which has to be typed again."""
         if any(map(methods.is_custom, self.methods)):
             return ""
-        return f"kd compare --resume {shlex.quote(self.folder.as_posix())}"
+        return shell_command("compare", {"resume": self.folder})
 
     @property
     def each(self) -> tuple[TrainConfig, ...]:
