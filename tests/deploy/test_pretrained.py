@@ -5,18 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torchvision import models as zoo
 
-from kdcli import models
+from kdcli import data, models
 from kdcli.base import code
 from kdcli.base.config import TeacherInputs
 from kdcli.base.errors import KdError, UsageError
+from kdcli.deploy.load import load_model
 from kdcli.deploy.pretrained import import_model, load_pretrained
+from kdcli.teacher import Teacher
 from tests.helpers import slow
 
 
@@ -145,13 +152,97 @@ def test_function_of_the_user_as_teacher(workplace: Path, monkeypatch: pytest.Mo
         assert_equal_logits(teacher(images), expected)
 
 
+def test_function_that_requires_its_number_of_classes(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is that of the weights; without a file it has to be set."""
+    monkeypatch.setenv(code.ALLOWED, "counting_networks:make")
+    source = FACTORY.replace("{described}", "{}").replace("classes=4", "classes, input_size")
+    Path("counting_networks.py").write_text(source)
+    with pytest.raises(UsageError, match="needs the number of its classes") as caught:
+        load_pretrained("counting_networks:make")
+    assert "--teacher-args classes=10" in caught.value.hint
+    made = load_pretrained("counting_networks:make", ["classes=5"])
+    torch.save(made.network.state_dict(), "w.pth")
+    teacher = load_pretrained("counting_networks:make:w.pth")
+    assert len(teacher.classes) == len(made.classes) == 5
+    assert torch.equal(teacher(photographs(32)), made(photographs(32)))
+
+
+# --- ONNX files -----------------------------------------------------------------------------------------------
+
+
+def mean_std(images: torch.Tensor) -> torch.Tensor:
+    """Pixels as networks of ImageNet take them, (B, 3, H, W)."""
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return ((images / 255 - mean) / std).permute(0, 3, 1, 2)
+
+
+IMAGENET = TeacherInputs(scale="1/255", mean="0.485,0.456,0.406", std="0.229,0.224,0.225")
+
+
+def convolutions() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 5, stride=3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6)
+    ).eval()
+
+
+def test_logits_of_an_onnx_file_of_torch(workplace: Path) -> None:
+    network, images = convolutions(), photographs(40)
+    torch.onnx.export(network, (mean_std(images),), "t.onnx", dynamo=True, external_data=False, verbose=False)
+    found = load_model(Path("t.onnx"), assumed=IMAGENET)
+    with torch.inference_mode():
+        assert_equal_logits(found(images), network(mean_std(images)))
+
+
+def test_logits_of_an_onnx_file_with_channels_last(workplace: Path) -> None:
+    """The form of networks of TensorFlow: images (N, H, W, C), transposed before each convolution."""
+    network, images = convolutions(), photographs(40)
+    weights = [value.detach().numpy() for value in network.parameters()]
+    nodes = [
+        helper.make_node("Transpose", ["images"], ["first"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["first", "w", "b"], ["maps"], strides=[3, 3]),
+        helper.make_node("Relu", ["maps"], ["positive"]),
+        helper.make_node("Transpose", ["positive"], ["last"], perm=[0, 2, 3, 1]),
+        helper.make_node("ReduceMean", ["last", "axes"], ["means"], keepdims=0),
+        helper.make_node("Gemm", ["means", "v", "c"], ["logits"], transB=1),
+    ]
+    values = [numpy_helper.from_array(value, name) for value, name in zip(weights, "wbvc", strict=True)]
+    values.append(numpy_helper.from_array(np.array([1, 2]), "axes"))
+    taken = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", "h", "w", 3])
+    given = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 6])
+    graph = helper.make_graph(nodes, "g", [taken], [given], values)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), "t.onnx")
+    found = load_model(Path("t.onnx"), assumed=IMAGENET, input_size=(40, 40, 3))
+    assert found.layout == "NHWC"  # type: ignore[union-attr]
+    with torch.inference_mode():
+        assert_equal_logits(found(images), network(mean_std(images)))
+
+
+@pytest.mark.parametrize("zipmap", [True, False])
+def test_logits_of_an_onnx_file_of_scikit_learn(workplace: Path, zipmap: bool) -> None:
+    """A label and probabilities of vectors; its images are taken as they are."""
+    skl2onnx = pytest.importorskip("skl2onnx")
+    train, test = (getattr(data.load("digits"), name) for name in ("train", "test"))
+    vectors = train.images.reshape(len(train), -1)
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=30)).fit(vectors, train.labels)
+    file = skl2onnx.to_onnx(model, vectors[:1].astype(np.float32), options={"zipmap": zipmap})
+    Path("t.onnx").write_bytes(file.SerializeToString())
+    [found] = Teacher.open(
+        Path("t.onnx"), Path("cache"), assumed=TeacherInputs(scale="1"), data=train
+    ).logits(test, exact=True)
+    probabilities = model.predict_proba(test.images.reshape(len(test), -1))
+    assert_equal_logits(found.logits(), torch.from_numpy(np.log(probabilities)).float())
+
+
 def test_logits_of_timm(workplace: Path) -> None:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     network = with_statistics(timm.create_model("mobilenetv3_small_050", num_classes=6))
     torch.save(network.state_dict(), "w.pth")
-    data = timm.data.resolve_model_data_config(network)
-    transform = timm.data.create_transform(**data, is_training=False)
+    described = timm.data.resolve_model_data_config(network)
+    transform = timm.data.create_transform(**described, is_training=False)
     teacher = load_pretrained("timm:mobilenetv3_small_050:w.pth")
     images = photographs(teacher.input_size[0])
     with torch.inference_mode():

@@ -68,9 +68,11 @@ def input_form(
     Open sides are taken from `assumed`, the metadata or the data, in this order.
     """
     hint = (
-        "kd runs files with one input: (N, C, H, W) or (N, H, W, C), uint8 or a float type. A network of vectors, as "
-        "scikit-learn's, needs a Flatten node from such an input in front."
+        "kd runs files with one input: (N, C, H, W), (N, H, W, C), or (N, values) of square images, uint8 or a float "
+        "type."
     )
+    if "kd.format" not in metadata:
+        _take_images(model, assumed, data_size)
     info = image_input(model)
     if info is None or info.type.tensor_type.elem_type not in _TYPES:
         raise KdError(f"{path} does not take images", hint)
@@ -101,11 +103,35 @@ def input_form(
     return InputForm(layout, dtype, (height, width, channels))
 
 
-def image_input(model: onnx.ModelProto) -> onnx.ValueInfoProto | None:
-    """The only input of a model, if it has four sides; else None."""
+def image_input(model: onnx.ModelProto, sides: int = 4) -> onnx.ValueInfoProto | None:
+    """The only input of a model, if it has so many sides; else None."""
     constants = {tensor.name for tensor in model.graph.initializer}  # old files list weights as inputs
     inputs = [info for info in model.graph.input if info.name not in constants]
-    return inputs[0] if len(inputs) == 1 and len(inputs[0].type.tensor_type.shape.dim) == 4 else None
+    return inputs[0] if len(inputs) == 1 and len(inputs[0].type.tensor_type.shape.dim) == sides else None
+
+
+def _take_images(model: onnx.ModelProto, assumed: InputSettings, data_size: _Size | None) -> None:
+    """Change a model of vectors (N, H · W · C), as scikit-learn's, to one of images; and maps of classes to tensors.
+
+    Images are those of the data, or square, of one or three channels.
+    """
+    graph = model.graph
+    if (info := image_input(model, 2)) is not None:
+        kind, (batch, values) = info.type.tensor_type.elem_type, info.type.tensor_type.shape.dim
+        square = ((math.isqrt(values.dim_value // count), count) for count in (1, 3))
+        sizes = [*([data_size] if data_size else []), *((side, side, count) for side, count in square)]
+        size = next((each for each in sizes if values.dim_value in (0, math.prod(each))), None)
+        if size is not None:
+            ordered = (size[2], *size[:2]) if assumed.layout == "nchw" else size
+            graph.node.insert(0, onnx.helper.make_node("Flatten", [f"{info.name}/images"], [info.name]))
+            sides = [batch.dim_value or "n", *ordered]
+            info.CopyFrom(onnx.helper.make_tensor_value_info(f"{info.name}/images", kind, sides))
+    outputs = {output.name: output for output in graph.output}
+    for node in [node for node in graph.node if node.op_type == "ZipMap" and node.input]:
+        for name in set(node.output) & set(outputs):
+            of_classes = onnx.helper.make_tensor_value_info(node.input[0], onnx.TensorProto.FLOAT, None)
+            outputs[name].CopyFrom(of_classes)
+        graph.node.remove(node)
 
 
 def _layout(
@@ -210,8 +236,7 @@ def choose_output(path: Path, values: Mapping[str, npt.NDArray[Any]], images: in
             )
         raise KdError(
             problem,
-            "A classifier gives float (images, classes), unlike detectors and segmenters; skl2onnx.to_onnx needs "
-            "options={'zipmap': False} for it.",
+            "A classifier gives float (images, classes), unlike detectors and segmenters.",
         )
     vectors = all(sum(side != 1 for side in value.shape[1:]) <= 1 for value in values.values())
     for form in _NAMES_OF_OUTPUTS if vectors else _NAMES_OF_OUTPUTS[:2]:  # a detector's may be named scores
