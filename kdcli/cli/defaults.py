@@ -20,6 +20,7 @@ from kdcli.methods import TrainConfig
 if TYPE_CHECKING:
     from kdcli.base.config import BenchConfig, ValidateConfig
 
+INPUTS = ("teacher_channel_order", "teacher_scale", "teacher_mean", "teacher_std")
 _LISTED = 8  # teachers in a hint
 _SMALL_STUDENT = "convnet-tiny"
 C = TypeVar("C", bound=TrainConfig)
@@ -66,6 +67,7 @@ def with_defaults(config: C, *, needs_teacher: bool, tuned: Collection[str] = ()
     side = config.image_size
     if needs_teacher and "teacher" not in tuned:
         made |= _typed_teachers(config) if "teacher" in given else {"teacher": (default_teacher(),)}
+        made |= _recorded_inputs(made["teacher"], config)
         known, size = _training_of(made["teacher"][0], config.model_copy(update=made))
         made |= {name: value for name, value in known.items() if name not in given}
         side = made.get("image_size", side) or size
@@ -99,6 +101,21 @@ def _typed_teachers(config: TrainConfig) -> dict[str, Any]:
         )
     recorded = {*TeacherInputSettings.model_fields} - {"teacher_class_map"} if all(external) else ()
     return {"teacher": tuple(found), "teacher_weights": (), "teacher_args": (), **dict.fromkeys(recorded)}
+
+
+def inputs_file(teacher: Path) -> Path:
+    """The file beside an ONNX file in which kd validate --probe records its input."""
+    return teacher.with_name(f"{teacher.name}.toml")
+
+
+def _recorded_inputs(teachers: tuple[Path, ...], config: TrainConfig) -> dict[str, Any]:
+    """Recorded settings of the only teacher's input, where none is given."""
+    path = inputs_file(teachers[0])
+    if len(teachers) > 1 or any(getattr(config, name) for name in INPUTS) or not path.is_file():
+        return {}
+    recorded = files.read_document(path)
+    output.note(f"the input of {teachers[0].as_posix()} is as recorded in {path.as_posix()}")
+    return {name: recorded[name] for name in INPUTS if name in recorded}
 
 
 def _training_of(teacher: Path, config: TrainConfig) -> tuple[dict[str, Any], int | None]:

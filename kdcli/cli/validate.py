@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import tomli_w
+
 from kdcli.base.config import DataSettings, ValidateConfig, shell_command
 from kdcli.base.errors import KdError, UsageError
+from kdcli.base.files import write_text
 from kdcli.cli import output
 from kdcli.cli.arguments import data_for
-from kdcli.cli.defaults import teacher_of
+from kdcli.cli.defaults import INPUTS, inputs_file, teacher_of
 from kdcli.cli.options import command, examples
 
 if TYPE_CHECKING:
@@ -81,18 +84,24 @@ def validate(config: ValidateConfig) -> None:
             f"Convert it again: {again}",
         )
     method = "noisy" if teacher.gives == "logits" else "kd"
-    output.next_command(_training(config, method, config.given))
+    output.next_command(_training(config, method, config.given, teacher))
 
 
-def _training(config: ValidateConfig, method: str, inputs: dict[str, Any]) -> str:
-    """The command that trains from this teacher, with these settings of its input."""
+def _training(config: ValidateConfig, method: str, inputs: dict[str, Any], teacher: Any) -> str:
+    """The command that trains from this teacher, with these settings of its input.
+
+    A checkpoint of an external network records its own: the network is named instead, and made again with these.
+    """
     options = config.model_dump(include=config.model_fields_set & _REPEATED)
+    if inputs and teacher.provenance.get("kind") == "pretrained":
+        args = [f"{name}={value!r}" for name, value in teacher.arch_args.items()]
+        options |= {"teacher": teacher.provenance["name"], "teacher_args": args}
     options |= {f"teacher_{name}": value for name, value in inputs.items() if name != "crop"}
     return shell_command("train", {"method": method, **options})
 
 
 def _probe(teacher: Any, config: ValidateConfig, splits: Splits) -> None:
-    """Measure candidate input formats of the teacher and print the options of the best."""
+    """Measure candidate input formats of the teacher; print the options of the best, and write them beside it."""
     from kdcli.teacher import assumptions
 
     found = assumptions.probe(
@@ -113,7 +122,13 @@ def _probe(teacher: Any, config: ValidateConfig, splits: Splits) -> None:
     if not best.by_text:
         replaced = ("scale", "mean", "std") if "scale" in best.options else ()
         kept = {name: value for name, value in config.given.items() if name not in replaced}
-        output.next_command(_training(config, "kd", {**kept, **best.options}))
+        inputs = {**kept, **best.options}
+        recorded = {name: inputs[key] for name in INPUTS if (key := name.removeprefix("teacher_")) in inputs}
+        if recorded and config.teacher.suffix.lower() == ".onnx":
+            path = inputs_file(config.teacher)
+            write_text(path, tomli_w.dumps(recorded))
+            output.text(f"wrote {path.as_posix()}: kd train takes this input where no other is set")
+        output.next_command(_training(config, "kd", inputs, teacher))
 
 
 def _compare(teacher: Any, config: ValidateConfig, data: ImageSet, on_event: OnEvent) -> Agreement:

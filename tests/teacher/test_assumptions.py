@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,11 +18,12 @@ from PIL import Image
 from torch import nn
 
 from kdcli import models
-from kdcli.base.config import InputSettings, TeacherInputs, make
+from kdcli.base.config import InputSettings, TeacherInputs, ValidateConfig, make
 from kdcli.base.errors import KdError
 from kdcli.base.events import Event, Note
 from kdcli.cli import test as test_command
 from kdcli.cli import validate
+from kdcli.cli.defaults import with_defaults
 from kdcli.data import ImageSet, Splits
 from kdcli.data.images import NO_LABEL, fingerprint_of
 from kdcli.data.preprocess import Preprocess
@@ -185,7 +188,8 @@ def test_a_teacher_of_kd_near_chance_is_noted(workplace: Path) -> None:
     ("right", "count", "classes", "near"),
     [
         (51, 512, 10, True),
-        (90, 512, 10, False),  # 17.6 %: weak, and no guess
+        (90, 512, 10, True),  # 17.6 %: below three times chance
+        (150, 512, 10, False),  # 29.3 %: its interval reaches above
         (256, 512, 2, True),
         (300, 512, 2, False),  # 58.6 %
         (0, 512, 2, True),  # the classes changed places
@@ -253,15 +257,36 @@ def test_likely_inputs_are_tried_by_probe(workplace: Path, monkeypatch: pytest.M
         call(*words)
     assert caught.value.hint.endswith("kd validate --teacher t.onnx --probe")
     printed = call(*words, "--probe").output
+    inputs = {"channel_order": "bgr", "scale": "1/255"}
+    recorded = with_defaults(config(teacher=Path("t.onnx"), data="data"), needs_teacher=True)
+    assert recorded.teacher_inputs.given == inputs
+    set_now = with_defaults(
+        config(teacher=Path("t.onnx"), data="data", teacher_scale="1"), needs_teacher=True
+    )
+    assert set_now.teacher_inputs.given == {"scale": "1"}
     assert "add --channel-order bgr --scale 1/255" in printed
     assert "next: kd train --method kd --data data --teacher t.onnx" in printed
     assert "--teacher-channel-order bgr --teacher-scale 1/255" in printed
     first, *others = json.loads(call(*words, "--probe", "--json").output)["inputs"]
-    assert (first["accuracy"], first["options"]) == (100, {"channel_order": "bgr", "scale": "1/255"})
+    assert (first["accuracy"], first["options"]) == (100, inputs)
     assert all(each["accuracy"] < 100 for each in others)
     write_teacher(Path("t.onnx"), [0] * 12, scale=1 / 255)
     with pytest.raises(KdError, match="may be guessing with each likely input"):
         call(*words, "--probe")
+
+
+def test_next_command_of_an_external_network_with_other_inputs_names_the_network() -> None:
+    """Its checkpoint records the inputs that it was made with."""
+    model: Any = SimpleNamespace(
+        provenance={"kind": "pretrained", "name": "own:make:w.pth"}, arch_args={"width": 2}
+    )
+    settings = make(ValidateConfig, {"teacher": Path("weights/make-1.pt"), "data": "photos"})
+    command = validate._training(settings, "kd", {"channel_order": "bgr"}, model)
+    assert shlex.split(command) == shlex.split(
+        "kd train --method kd --data photos --teacher own:make:w.pth --teacher-args width=2 "
+        "--teacher-channel-order bgr"
+    )
+    assert "--teacher weights/make-1.pt" in validate._training(settings, "kd", {}, model)
 
 
 BY_TEXT = [TWELVE.index(name) for name in sorted(TWELVE)]
