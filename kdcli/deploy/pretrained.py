@@ -25,15 +25,9 @@ FOLDER = Path("weights")
 _SIDE = 32  # of images for a network that names no size
 
 
-def import_model(
-    spec: str,
-    args: Sequence[str] = (),
-    assumed: InputSettings = NO_ASSUMPTIONS,
-    image_size: int | None = None,
-    on_event: OnEvent = ignore,
-) -> Path:
+def import_model(spec: str, *, on_event: OnEvent = ignore, **settings: Any) -> Path:
     """Save the classifier of `load_pretrained` in weights/, named by its content; return the path."""
-    model = load_pretrained(spec, args, assumed, image_size)
+    model = load_pretrained(spec, **settings)
     path = keep(model, FOLDER)
     size, count = dims(model.network_size), len(model.classes)
     on_event(
