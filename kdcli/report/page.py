@@ -39,8 +39,7 @@ MAX_SECTIONS = 20  # runs with a section of their own
 MAX_LINES = 14  # runs in the figure of epochs
 MAX_EPOCHS = 200  # rows of the table of epochs
 MAX_CLASSES = 40  # rows of the table of classes
-MAX_TABLE = 20  # classes of a confusion matrix as a table of counts
-MAX_IMAGE = 100  # classes of a confusion matrix as an image
+MAX_MATRIX = 100  # classes of a confusion matrix
 MAX_PAIRS = 15  # rows of the table of confusions
 _MAX_SIDE = 96  # pixels of a thumbnail
 
@@ -163,8 +162,7 @@ def _details(found: Examined) -> dict[str, Any]:
         "classes": classes,
         "class_count": count,
         "max_difference": max((abs(row["difference"] or 0) for row in classes), default=0) or 1,
-        "matrix": evaluation.matrix().tolist() if count <= MAX_TABLE else None,
-        "matrix_figure": data_uri("svg+xml", confusion) if MAX_TABLE < count <= MAX_IMAGE else None,
+        "matrix": data_uri("svg+xml", confusion) if count <= MAX_MATRIX else None,
         "pairs": most_frequent,
         "pair_count": pair_count,
         "reliability": data_uri("svg+xml", reliability) if found.bins else None,
