@@ -48,28 +48,13 @@ def info(model: str, config: InfoConfig) -> ModelInfo:
     if isinstance(loaded, OnnxClassifier):
         counts = count_model(loaded.model, loaded.input_shape)
         kind, arch, size = "onnx", loaded.metadata.get("kd.arch"), loaded.file_bytes
-        parameters, macs, layers = counts.parameters, counts.macs, counts.nodes
-        precision = counts.precision
+        work = counts.precision, counts.parameters, counts.macs, counts.nodes
     else:
         kind, arch, size = "checkpoint", loaded.arch, path.stat().st_size
-        parameters, macs, layers = _measures(loaded.network, loaded.network_size)
-        precision = "fp32"
-    return ModelInfo(
-        kind=kind,
-        arch=arch,
-        input_size=loaded.input_size,
-        crop=loaded.crop,
-        gives=loaded.gives,
-        classes=loaded.classes,
-        precision=precision,
-        parameters=parameters,
-        macs=macs,
-        layers=layers,
-        file_bytes=size,
-        sha256=loaded.file_sha256,
-        preprocess=None if loaded.preprocess is None else _constants(loaded.preprocess),
-        provenance=loaded.provenance,
-    )
+        work = "fp32", *_measures(loaded.network, loaded.network_size)
+    about = loaded.input_size, loaded.crop, loaded.gives, loaded.classes
+    constants = None if loaded.preprocess is None else _constants(loaded.preprocess)
+    return ModelInfo(kind, arch, *about, *work, size, loaded.file_sha256, constants, loaded.provenance)
 
 
 def _network_info(name: str, config: InfoConfig) -> ModelInfo:

@@ -104,8 +104,7 @@ def export_classifier(
     classifier: Classifier, config: ExportConfig, images: Pixels, label: str, on_event: OnEvent = ignore
 ) -> ExportResult:
     """`export`, verified on images uint8 (N, H, W, C); `label` is their name."""
-    labels = np.zeros(len(images), np.int64)
-    split = ImageSet(images, labels, classifier.classes, fingerprint="")
+    split = ImageSet(images, np.zeros(len(images), np.int64), classifier.classes, fingerprint="")
     return export(classifier, config, Splits(label, label, split, split), on_event)
 
 
