@@ -62,7 +62,7 @@ def caffe_net(workplace: Path) -> Path:
     model = write(workplace, net(LAYERS, v1=False))
     data = 'layer { name: "d" type: "Data" top: "data" include { phase: TRAIN } transform_param { mean_value: 100 } }'
     text.write_text(data + "\n" + caffe_text(model))
-    convert(model, ConvertConfig(prototxt=text)).classifier.save(workplace / "caffe-net.pt")
+    convert(model, ConvertConfig(prototxt=text)).save(workplace / "caffe-net.pt")
     return Path("caffe-net.pt")
 
 
