@@ -63,10 +63,20 @@ def load(name: str, owner: str, hint: str) -> Callable[..., Any]:
         raise UsageError(f"{owner} cannot be imported: {first_line(error)}", hint) from error
     if not callable(found):
         raise UsageError(f"{owner} is no function", hint)
+    digest(name)
     return found
 
 
 def digest(name: str) -> str:
-    """SHA-256 of the module of an imported function; of one without a file (it is part of Python) that of nothing."""
-    path = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
-    return hashlib.sha256(b"" if path is None else Path(path).read_bytes()).hexdigest()
+    """SHA-256 of the module of an imported function; of one without a file (it is part of Python) that of nothing.
+
+    A UsageError if it is not that of the first call since the import: the code in memory is older than the file.
+    """
+    module = sys.modules[name.partition(":")[0]]
+    path = getattr(module, "__file__", None)
+    found = hashlib.sha256(b"" if path is None else Path(path).read_bytes()).hexdigest()
+    if vars(module.__spec__ or module).setdefault("kd_sha256", found) != found:
+        raise UsageError(
+            f"{path} changed since it was imported", "Start anew, or importlib.reload its module."
+        )
+    return found

@@ -402,6 +402,7 @@ def test_comparison_with_custom_method_resumes_with_the_same_code(
     other = checkpoint.load(plan.runs[0].run_dir.student).provenance["inputs"]
     assert not any("code" in name for name in other)
     source.write_text(source.read_text() + "# another\n")
+    del sys.modules["sheet"]  # as in another process
     with pytest.raises(KdError, match="code of sheet:song of comparisons/c changed"):
         compare(make_plan(settings, train), splits)
 
@@ -422,6 +423,7 @@ def test_reproduce_with_custom_method_needs_it_on_the_command_line(
     assert (done["verdict"], done["again"]) == ("bit-identical", "runs/r-reproduced-1")
     source = Path("verse.py")
     source.write_text(source.read_text() + "# another\n")
+    del sys.modules["verse"]  # as in another process
     with pytest.raises(KdError, match="code of verse:song of runs/r changed"):
         check_inputs(read_finished(Path("runs/r"), "verse:song"))
 
@@ -435,5 +437,6 @@ def test_tune_with_custom_method_resumes_with_the_same_code(write: Write) -> Non
     assert tune(wanted, space, splits).settings.study_name == "tune-song-convnet-tiny"
     source = Path("tuned_song.py")
     source.write_text(source.read_text() + "# another\n")
+    del sys.modules["tuned_song"]  # as in another process
     with pytest.raises(UsageError, match="started with other settings: code of tuned_song:song was"):
         tune(wanted, space, splits)

@@ -255,6 +255,8 @@ def test_edited_function_is_another_teacher(factory: str) -> None:
     before, inputs = outputs(1), input_hashes(settings, splits)
     assert torch.equal(outputs(0), before)
     Path("own_networks.py").write_text(FACTORY.replace("tensor(2.0)", "tensor(-1.25)"))
+    with pytest.raises(UsageError, match="changed since it was imported"):
+        outputs(0)
     del sys.modules["own_networks"]
     assert not torch.equal(outputs(1), before)
     changed = dict(input_hashes(settings, splits).items() ^ inputs.items())
