@@ -87,9 +87,9 @@ def table_source(path: Path) -> TableSource | None:
     elif path.is_dir():  # train-00000-of-00001.parquet
         found = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
         files = [(split_of(re.split("[^a-z]", file.stem)[0]) or "", file) for file in found]
-        folders = {file.parent for file in path.rglob("*") if files and file.suffix.lower() in SUFFIXES}
-        if len(folders) > 1 and not all(split for split, _ in files):  # a table beside class folders
-            return None
+        if not all(split for split, _ in files):
+            folders = {file.parent for file in path.rglob("*") if file.suffix.lower() in SUFFIXES}
+            files = [] if len(folders) > 1 else files  # a table beside class folders
     if not files:
         return None
     try:
