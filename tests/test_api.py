@@ -208,13 +208,15 @@ def test_one_model_is_a_list_of_one(workplace: Path) -> None:
         str(file), rounds=3, max_seconds=1, no_memory=True, batch=1, engine="torch", threads=1
     ).rows
     assert row.path == file
+    with pytest.raises(UsageError, match="must be numbers"):
+        kd.bench(file, batch=())
     module = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))  # which itself can be iterated over
     assert several(module) == [module] and several((module, file)) == [module, file]
 
 
 def test_comparison_has_the_runs_of_the_command(photos: Splits, monkeypatch: pytest.MonkeyPatch) -> None:
     common = {"student": "convnet-tiny", "data": photos}
-    found = kd.compare(["ce", "ls"], seeds=[3], out="here", **common, **SHORT)
+    found = kd.compare(["ce", "ls"], seeds=range(3, 4), out="here", **common, **SHORT)
     assert [(each.method, each.seed) for each in found.runs] == [("ce", 3), ("ls", 3)]
     call = command_line(monkeypatch, compare_command)
     words = ("--methods", "ce,ls", "--seeds", "3,", "--student", "convnet-tiny", "--out", "there")

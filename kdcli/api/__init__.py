@@ -279,8 +279,8 @@ def compare(
     splits, train = arguments.of_training(teacher, student, data, settings)
     own = {name: train.pop(name) for name in set(train) & set(configs.CompareConfig.model_fields)}
     if methods:
-        own["methods"] = methods
+        own["methods"] = methods if isinstance(methods, str) else list(methods)
     if seeds is not None:
-        own["seeds"] = seeds
+        own["seeds"] = seeds if isinstance(seeds, int | str) else list(seeds)
     config = make(configs.CompareConfig, own)
     return run_comparison(config, train, recipe, None if resume is None else Path(resume), splits)[0]

@@ -36,7 +36,7 @@ MOST_SEEDS = 1000
 
 def _entries(value: Any) -> list[str]:
     """Entries of a list, or of a text joined by commas."""
-    words = value if isinstance(value, list | tuple) else str(value).split(",")
+    words = (value or [""]) if isinstance(value, list | tuple) else str(value).split(",")
     return [str(word).strip() for word in words]
 
 
