@@ -56,9 +56,10 @@ def tune(
     ranges = ranges or []
     tuned = spaces.names_of(ranges)
     shared: dict[str, Any] = {}
-    if recipe:  # without values that were derived from a tuned setting
+    if recipe:  # without values that were derived from a tuned setting, and a run's devices
         shared = read_recipe(recipe, {**options, **dict.fromkeys(tuned, ...)})
-        shared = {name: value for name, value in shared.items() if name != "method" or name not in tuned}
+        left_out = {"devices", *tuned & {"method"}}
+        shared = {name: value for name, value in shared.items() if name not in left_out}
     config = make(TuneConfig, {**shared, **options})
     methods.check_typed(config, options.get("method"), str(recipe))
     space = spaces.read_space(ranges, config.train)

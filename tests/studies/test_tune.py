@@ -837,13 +837,14 @@ def test_tune_recipe_drops_derived_settings(
     monkeypatch.setattr(search, "check", stop)
     call = command_line(monkeypatch, cli_train, cli_tune)
     words = ["tune", "--config", made.config_file.as_posix(), "--tune"]
+    made.config_file.write_text(made.config_file.read_text().replace("devices = 1", "devices = 2"))
     for tuned in ("epochs=2|3", "kd-weight=0:1", "method=kd|logits"):
         with pytest.raises(KdError, match="seen"):
             call(*words, tuned, *(["--method", "kd"] if "kd-weight" in tuned else []))
         assert seen.pop().views == 0
     with pytest.raises(KdError, match="seen"):
         call(*words, "lr=0.1:1", "--trials", "3")
-    assert seen.pop().lr == PLAIN["lr"]
+    assert (seen[0].lr, seen[0].devices) == (PLAIN["lr"], 1)
 
 
 def test_tune_refuses_chains(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
