@@ -27,6 +27,7 @@ _AGAIN = "Copy the pack again, or make it again: kd teacher-logits --help"
 _MUST_AGREE = {
     "data": "images, labels or names of classes",
     "augment": "--augment",
+    "torchvision": "version of torchvision, which makes the views",
     "seed": "--view-seed",
     "mixed_in": "--val-fraction",
 }
@@ -76,7 +77,7 @@ def _views_of_pack(path: Path, needed: LogitCache, views: int) -> list[npt.NDArr
     files = [by_sum[sha256] for sha256 in document["manifests"]]  # that of the views of training images first
     manifests = {file.parent: read_document(file) for file in files}
     agreed = {
-        folder: [found["recipe"][key] == needed.recipe[key] for key in _MUST_AGREE]
+        folder: [found["recipe"].get(key) == needed.recipe.get(key) for key in _MUST_AGREE]
         for folder, found in manifests.items()
     }
     best = max(agreed, key=lambda folder: [*agreed[folder], False].index(False))
@@ -85,10 +86,12 @@ def _views_of_pack(path: Path, needed: LogitCache, views: int) -> list[npt.NDArr
         f"Train with its settings: {shell_command('train', made_with(path)).partition(' train ')[2]}"
     )
     for key, what in _MUST_AGREE.items():
-        if recipe[key] != needed.recipe[key]:
-            known = key in ("augment", "seed")
+        if recipe.get(key) != needed.recipe.get(key):
+            known = key in ("augment", "torchvision", "seed")
             values = printable(f": {recipe[key]} there, {needed.recipe[key]} here") if known else ""
-            raise KdError(f"{pack} was made with other {what}{values}", hint)
+            raise KdError(
+                f"{pack} was made with other {what}{values}", _AGAIN if key == "torchvision" else hint
+            )
     if count < views:
         raise KdError(f"{pack} was made with other --views: {count} there, {views} here", hint)
     cache = LogitCache(best, recipe, needed.count, needed.classes)

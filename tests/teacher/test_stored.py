@@ -80,6 +80,17 @@ def test_a_pack_of_other_views_is_refused(workplace: Path, settings: dict[str, A
     assert not Path("runs").exists()
 
 
+def test_a_pack_of_views_of_another_torchvision_is_refused(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_teacher(Path("t.pt"))
+    splits, made = make_splits(), {"augment": "resized-crop", "views": 1, "data": "toy"}
+    pack_logits(config(teacher=Path("t.pt"), **made), splits, Path("pack"))
+    monkeypatch.setattr("kdcli.teacher.teacher.version", lambda name: "9.9")
+    with pytest.raises(KdError, match=r"other version of torchvision, .*, 9\.9 here"):
+        fit(config(teacher=PACK, **made), splits)
+
+
 def test_a_damaged_pack_is_refused(workplace: Path) -> None:
     make_teacher(Path("t.pt"))
     splits = make_splits()
