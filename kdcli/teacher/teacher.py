@@ -105,7 +105,7 @@ class Teacher:
             if not path.is_file():
                 raise explain(path) or KdError(
                     f"no teacher at {path}",
-                    "Pass another with --teacher.",
+                    "Put it there, or pass another with --teacher.",
                 )
         if len(set(map(is_stored, files))) > 1:
             raise UsageError(
