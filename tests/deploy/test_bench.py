@@ -408,11 +408,13 @@ def test_class_map_of_a_students_teacher(tmp_path: Path) -> None:
     entry = {"path": "teacher.pt", "sha256": sha256_file(tmp_path / "teacher.pt"), "inputs": inputs}
     student.provenance["teacher"] = entry
     student.save(tmp_path / "student.pt")
-    paths = [tmp_path / "teacher.pt", tmp_path / "student.pt"]
-    first, second = bench(paths, BenchConfig(**QUICK), SPLITS).rows
+    del entry["inputs"]
+    student.save(tmp_path / "without-a-map.pt")
+    paths = [tmp_path / name for name in ("teacher.pt", "student.pt", "without-a-map.pt")]
+    first, second, _ = bench(paths, BenchConfig(**QUICK), SPLITS).rows
     assert first.accuracy is not None and second.agreement == 100  # the same weights
     (tmp_path / "map.csv").unlink()
-    first, second = bench(paths, BenchConfig(**QUICK), SPLITS).rows
+    first, second, _ = bench(paths, BenchConfig(**QUICK), SPLITS).rows
     assert "accuracy not measured: " in first.notes[0] and second.accuracy is not None
 
 

@@ -241,7 +241,8 @@ def _measure_accuracy(
     found: dict[Path, dict[str, Any]] = {path: {} for path in loaded}
     teacher_logits: Tensor | None = None
     recorded = (each for model in loaded.values() for each in teachers_of(model.provenance, model.path))
-    maps = {each.sha256: each.inputs.class_map for each in recorded}  # of teachers, in their students' files
+    # of teachers, in their students' files
+    maps = {each.sha256: file for each in recorded if (file := each.inputs.class_map) is not None}
     for index, (path, each) in enumerate(loaded.items()):
         if test is None:
             value = each.provenance.get("test_accuracy")
