@@ -35,7 +35,7 @@ def allowed() -> list[str]:
 
 
 def assignment() -> str:
-    """What precedes a printed command, so that it may run the functions that this process may."""
+    """Start of a printed command: the permission for the functions that this process may run."""
     return f"{ALLOWED}={shlex.quote(','.join(allowed()))} " if allowed() else ""
 
 

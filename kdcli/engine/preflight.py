@@ -99,6 +99,7 @@ def _plain_logits(plan: RunPlan, samples: Int64, on_event: OnEvent) -> Tensor:
     teacher, train = plan.teacher, plan.train
     assert teacher is not None
     recipe = {
+        "version": 1,  # raise it when models give other logits for the same images
         "teacher": [(each.sha256, each.weight, each.assumed.given, each.beside) for each in teacher.members],
         "data": train.fingerprint,
         "samples": hashlib.sha256(samples.tobytes()).hexdigest(),
