@@ -65,7 +65,7 @@ def _print(console: Console, line: Text) -> None:
     """Print a line, on a terminal wrapped between words; a command at its end stays in one piece, to be copied."""
     ends = [0]
     if console.is_terminal and line.cell_len > console.width:
-        prose = re.sub("(^|: )kd .*", r"\1", line.plain)
+        prose = re.sub(r"(^|: )(KD_\w+=\S+ )?kd .*", r"\1", line.plain)
         for part in textwrap.wrap(prose, console.width, **_WRAP):
             ends.append(line.plain.index(part, ends[-1]) + len(part) + 1)
     for piece in line.divide(end for end in ends[1:] if end < len(line)):

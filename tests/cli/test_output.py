@@ -28,6 +28,7 @@ COMMAND = "kd train --method kd --teacher weights/a_teacher_with_a_long_name.pt 
         (PROSE, f"{FIRST}\n{REST}\n"),
         (COMMAND, f"{COMMAND}\n"),
         (f"hint: {COMMAND}", f"hint:\n{COMMAND}\n"),
+        (f"next: KD_NETWORKS=a.b:c {COMMAND}", f"next:\nKD_NETWORKS=a.b:c {COMMAND}\n"),
         (f"{PROSE}: {COMMAND}", f"{FIRST}\n{REST}:\n{COMMAND}\n"),
         (f"wrote {50 * 'x'}", f"wrote\n{50 * 'x'}\n"),
         ("hint: kd train", "hint: kd train\n"),
