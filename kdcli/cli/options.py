@@ -116,8 +116,9 @@ def command(
             output.settings.follower = local is not None and os.environ.get("RANK", local) != "0"
             arguments = {name: values.pop(name) for name in own}
             options = {name: value for name, value in values.items() if value is not None}
-            for value in (*arguments.values(), *options.values()):
-                code.allow(*map(str, value if isinstance(value, list) else [value]))
+            for name, value in (arguments | options).items():
+                if name not in ("method", "methods"):  # their functions are losses
+                    code.allow(*map(str, value if isinstance(value, list) else [value]))
             if "config" in signature.parameters:
                 options = {"config": make(settings[0], options)}
             with output.activity.running():
