@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kdcli import methods
 from kdcli.base import files, runs
-from kdcli.base.config import TeacherInputSettings, make
+from kdcli.base.config import TeacherInputSettings, make, shell_command
 from kdcli.base.config.settings import TeacherPath
 from kdcli.base.errors import START, KdError, UsageError
 from kdcli.cli import output
@@ -114,6 +114,11 @@ def _recorded_inputs(teachers: tuple[Path, ...], config: TrainConfig) -> dict[st
     if len(teachers) > 1 or any(getattr(config, name) for name in INPUTS) or not path.is_file():
         return {}
     recorded = files.read_document(path)
+    if recorded.get("sha256") != files.sha256_file(teachers[0]):
+        raise KdError(
+            f"{path.as_posix()} is the input of another file than {teachers[0].as_posix()}",
+            f"Delete it, or measure again: {shell_command('validate', {'teacher': teachers[0], 'probe': True})}",
+        )
     output.note(f"the input of {teachers[0].as_posix()} is as recorded in {path.as_posix()}")
     return {name: recorded[name] for name in INPUTS if name in recorded}
 

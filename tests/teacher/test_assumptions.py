@@ -271,6 +271,8 @@ def test_likely_inputs_are_tried_by_probe(workplace: Path, monkeypatch: pytest.M
     assert (first["accuracy"], first["options"]) == (100, inputs)
     assert all(each["accuracy"] < 100 for each in others)
     write_teacher(Path("t.onnx"), [0] * 12, scale=1 / 255)
+    with pytest.raises(KdError, match=r"t\.onnx\.toml is the input of another file"):
+        with_defaults(config(teacher=Path("t.onnx"), data="data"), needs_teacher=True)
     with pytest.raises(KdError, match="may be guessing with each likely input"):
         call(*words, "--probe")
 
