@@ -1,4 +1,4 @@
-"""Image sets and splits: the form in which all other rooms receive data."""
+"""Image sets and splits: the form in which all other packages receive data."""
 
 import hashlib
 from collections.abc import Iterator, Mapping

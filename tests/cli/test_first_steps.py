@@ -74,7 +74,7 @@ def test_three_commands_from_pictures_to_a_verified_file(kd: Kd, follow: Follow)
 def test_lines_of_the_readme_for_own_pictures(kd: Kd, follow: Follow) -> None:
     save_pictures(Path("photos"), 10)
     Image.new("RGB", (40, 30), "red").save("new.jpg")
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Your own pictures\n")[2]
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Your own images\n")[2]
     lines = section.split("```")[1].splitlines()[1:]
     assert len(lines) == 5
     for line in lines:
