@@ -209,7 +209,7 @@ def bench(models: Models = (), *, data: Data | None = None, **settings: Any) -> 
     """Measure models against the first as `kd bench`, on this CPU.
 
     Args:
-        models: one, or several, paths or names of runs among them, the teacher first; by default all there are.
+        models: one, or several, paths or names of runs among them, the teacher first; by default all.
         data: from `load_data`, or as its argument; its test images give accuracy. None: the recorded accuracy.
         **settings: options of `kd bench`, such as `rounds=100`, `batch=(1, 64)`, `engine="onnxruntime"`.
 

@@ -30,7 +30,7 @@ EPILOG = examples(
 def bench(
     model: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="MODEL", help="Runs, checkpoints and ONNX files; by default all there are."),
+        typer.Argument(metavar="MODEL", help="Runs, checkpoints and ONNX files; by default all."),
     ] = None,
     *,
     config: BenchConfig,

@@ -43,7 +43,7 @@ def compare(
 ) -> None:
     """Train with several methods and seeds, and test whether one is better.
 
-    All methods share recipe and seeds. Test images are read once per run; no choice depends on them.
+    All methods share recipe and seeds. Test images are read once per run, at its end.
     Rerun the same command to continue after an interruption.
     """
     own = {name: value for name, value in options.items() if name in CompareConfig.model_fields}

@@ -37,8 +37,7 @@ def convert_caffe(
 ) -> None:
     """Convert a Caffe network to a teacher, with Caffe's arithmetic and the network's own preprocessing.
 
-    No code in the files is executed. --data is read only for fitting the preprocessing, for the input size, or for
-    --check.
+    Files are read without execution of code. --data is used for the preprocessing, the input size, or --check.
     """
     from kdcli import caffe, data
     from kdcli.caffe import opencv

@@ -26,7 +26,7 @@ def data(
     ],
     config: DataConfig,
 ) -> None:
-    """Show the images of a data set, and problems by file; exit 1 if training would refuse it."""
+    """Show the images of a data set, and problems by file; exit 1 if kd train would reject it."""
     from kdcli.base.plotting import check_target
     from kdcli.data.survey import survey
 

@@ -35,7 +35,7 @@ def info(
     ],
     config: InfoConfig,
 ) -> None:
-    """Show a model's layers, parameters, work, preprocessing, classes and origin."""
+    """Show a model's layers, parameters, MACs, preprocessing, classes and origin."""
     from kdcli import models
     from kdcli.deploy.info import info as describe
 

@@ -147,7 +147,7 @@ _OUTPUT = {  # options of every command
     "json": typer.Option(
         "--json", help="Print one JSON object on stdout instead of text.", rich_help_panel="Output"
     ),
-    "quiet": typer.Option("--quiet", "-q", help="Print no progress and no notes.", rich_help_panel="Output"),
+    "quiet": typer.Option("--quiet", "-q", help="Hide progress and notes.", rich_help_panel="Output"),
     "debug": typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel="Output"),
 }
 

@@ -35,7 +35,7 @@ def report(
 ) -> None:
     """Write one HTML page about runs: accuracy, speed, classes, confusions, disagreements with the teacher.
 
-    The page is self-contained. Choices on it depend on validation data only.
+    The page is self-contained. Its selections depend on validation data only.
     """
     if config.bench is not None and config.no_bench:
         raise UsageError("--bench and --no-bench exclude each other", "Leave one of them out.")

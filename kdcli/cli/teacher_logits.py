@@ -24,9 +24,9 @@ EPILOG = examples(
 
 @command(LogitsConfig, TrainConfig, without=set(TrainConfig.model_fields) - _TAKEN)
 def teacher_logits(**options: Any) -> None:
-    """Write a teacher's outputs to a folder, from which kd train learns without the teacher.
+    """Write a teacher's logits to a folder, for kd train without the teacher.
 
-    These are its logits for each view of the training images, for these plain, and for the test images.
+    Logits of each view of the training images, of these images without augmentation, and of the test images.
     """
     own = make(
         LogitsConfig, {name: options.pop(name) for name in LogitsConfig.model_fields if name in options}

@@ -39,7 +39,7 @@ def tune(
         list[str] | None,
         typer.Option(
             "--tune",
-            help="A setting to search, once for each: NAME=LOW:HIGH, NAME=LOW:HIGH:log, or 'NAME=a|b|c'.",
+            help="A setting to search: NAME=LOW:HIGH, NAME=LOW:HIGH:log, or 'NAME=a|b|c'. Repeatable.",
             metavar="NAME=RANGE",
             rich_help_panel=SEARCH,
         ),
@@ -47,7 +47,7 @@ def tune(
     recipe: Recipe = None,
     **options: Any,
 ) -> None:
-    """Search for good settings of kd train, judged on validation images; test images are not read.
+    """Search for settings of kd train with the best validation accuracy; test images are not read.
 
     Rerun the same command to continue after an interruption; several processes can share a study.
     """

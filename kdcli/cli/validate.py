@@ -26,9 +26,9 @@ EPILOG = examples("kd validate --data cifar10", "kd validate --against weights/c
 
 @command(ValidateConfig)
 def validate(config: ValidateConfig) -> None:
-    """Measure the accuracy of a converted teacher, beside the published one and earlier measurements.
+    """Measure the accuracy of a teacher, beside the published one and earlier measurements.
 
-    With --against, compare its logits with those of OpenCV's Caffe importer. (For a student, see kd test.)
+    --against compares its logits with OpenCV's; --probe finds the input format of an ONNX file. Students: kd test.
     """
     given = config.model_fields_set
     if config.against is None:

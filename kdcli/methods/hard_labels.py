@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Smoothing = Annotated[
-    float, option("share of each label spread over all classes", name="label_smoothing", ge=0, lt=1)
+    float, option("share of each label distributed over all classes", name="label_smoothing", ge=0, lt=1)
 ]
 
 

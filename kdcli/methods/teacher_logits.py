@@ -32,7 +32,7 @@ def noisy_logits(
     ] = 0.1,
     scope: Annotated[
         Literal["sample", "logit"],
-        option("one draw for all logits of a sample, or one for each", name="noise_scope"),
+        option("one random factor for all logits of a sample, or one for each logit", name="noise_scope"),
     ] = "sample",
 ) -> Tensor:
     """Regress the teacher's logits, perturbed by noise."""

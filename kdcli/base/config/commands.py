@@ -95,7 +95,7 @@ class ConvertConfig(DataSettings, PixelSettings):
 class DataConfig(Settings):
     """`kd data`."""
 
-    sheet: Path | None = setting(None, "Draw a few images of each class (.png or .svg).", "Output")
+    sheet: Path | None = setting(None, "Draw up to eight images of each class (.png or .svg).", "Output")
     skip_broken: SkipBroken = False
     data_dir: DataDir = Path("data")
     cache_dir: CacheDir = Path("cache")
@@ -104,7 +104,7 @@ class DataConfig(Settings):
 class ValidateConfig(DataSettings, InputSettings):
     """`kd validate`."""
 
-    teacher: Path = setting(TeacherPath, "Teacher; if absent, the only one there is.", "Check")
+    teacher: Path = setting(TeacherPath, "Teacher; if the default is absent, the only one found.", "Check")
     against: Path | None = setting(
         None, "Original caffemodel: compare logits with OpenCV's Caffe importer.", "Check"
     )
@@ -112,7 +112,7 @@ class ValidateConfig(DataSettings, InputSettings):
     images: int = setting(256, "Test images for the comparison with --against.", "Check", ge=1)
     probe: bool = setting(
         False,
-        "Try likely channel orders, scales and means of an ONNX file's input on labelled images.",
+        "Measure likely input formats of FILE.onnx on labelled images; the best is written to FILE.onnx.toml.",
         "Check",
     )
     threads: Threads = 0
@@ -131,7 +131,7 @@ class TestConfig(ModelDataSettings, InputSettings, TeacherInputSettings):
 class LogitsConfig(Settings):
     """`kd teacher-logits`, beside `TrainSettings`."""
 
-    top_k: int = setting(0, "Only the K largest logits of each image; 0: all.", "Output", ge=0, le=65535)
+    top_k: int = setting(0, "Store the K largest logits of each image; 0: all.", "Output", ge=0, le=65535)
     output: Path = setting(Path("pack"), "Folder to write.", "Output", "-o")
 
 
@@ -144,12 +144,12 @@ class ExportConfig(ModelDataSettings):
         None,
         f"Recipe of --int8, which it implies; by default {INT8_DEFAULT}. Form: u8s8|s8s8 - channel|tensor - "
         "minmax|entropy|percentile, with -first, -last to keep that layer float32. auto: the best of several, "
-        "or float32 where int8 is not faster here.",
+        "or float32 if none is faster here.",
         "Export",
         metavar="auto|RECIPE",
     )
     max_drop: MaxDrop = setting(
-        None, "Maximum accuracy loss on validation, in points; above it exit 1, no file.", "Export"
+        None, "Maximum loss of validation accuracy, in points; otherwise no file and exit 1.", "Export"
     )
     with_preprocessing: bool = setting(
         False, "Include preprocessing and softmax: uint8 (N, H, W, C) images in, probabilities out.", "Export"
@@ -178,7 +178,7 @@ class InfoConfig(InputSettings):
     classes: int = setting(10, "Classes, for a network given by name.", "Network", ge=1, le=1_000_000)
     image_size: int | None = setting(
         None,
-        "Input size of a network given by name (by default 32), or of an ONNX file that leaves it open.",
+        "Input size of a network given by name (by default 32), or of an ONNX file with dynamic size.",
         "Network",
         ge=4,
         le=1024,
@@ -209,13 +209,13 @@ class BenchConfig(ModelDataSettings, InputSettings):
     )
     no_memory: bool = setting(False, "Skip memory and load time (a process for each model).", "Measure")
     budget_ms: float | None = setting(
-        None, "Exit 1 unless the median latency of a model is within this limit (one image).", "Check", gt=0
+        None, "Exit 1 unless the median latency of a model, one image, is within this limit.", "Check", gt=0
     )
     max_drop: MaxDrop = setting(
         None, "Exit 1 unless a model (within --budget-ms) loses at most this many points.", "Check"
     )
     teacher: Path = setting(
-        TeacherPath, "Reference of all ratios; if absent, the only teacher there is.", "Measure"
+        TeacherPath, "Reference of all ratios; if the default is absent, the only teacher found.", "Measure"
     )
     data: str | None = setting(
         None, "Data set whose test images measure accuracy and agreement.", DATA, metavar="NAME|PATH"
@@ -233,7 +233,7 @@ class CompareConfig(Settings):
     """`kd compare`, beside `TrainSettings`."""
 
     methods: Annotated[tuple[str, ...], BeforeValidator(_method_names)] = setting(
-        "ce,kd", "Methods to compare, joined by commas.", COMPARE, metavar="NAME,NAME,…"
+        "ce,kd", "Methods, joined by commas; to add some later, set --name.", COMPARE, metavar="NAME,NAME,…"
     )
     seeds: Annotated[tuple[int, ...], BeforeValidator(_seed_numbers)] = setting(
         "5",
@@ -255,7 +255,7 @@ class ReproduceConfig(Settings):
 
     method: str = setting(
         "",
-        "The run's method, if it is custom code: code named only in a file is not run.",
+        "The run's method if it is custom: code is imported only if named on the command line.",
         "Check",
         metavar="MODULE:FUNCTION",
     )

@@ -105,7 +105,7 @@ class ModelDataSettings(Settings):
     test_fraction: Annotated[
         float | None,
         rare_option(
-            f"Share of test images in data without a split; by default the model's, else {TEST_FRACTION:g}.",
+            f"Fraction of test images in data without a split; by default the model's, else {TEST_FRACTION:g}.",
             DATA,
             gt=0,
             lt=1,
@@ -173,7 +173,7 @@ Mean = Annotated[
     str | None,
     BeforeValidator(_as_numbers),
     rare_option(
-        "Mean after scaling, one or one per channel, in the network's order; by default 0.",
+        "Mean after scaling, a single one or one per channel in the network's order; by default 0.",
         INPUT,
         metavar="M[,M,M]",
     ),
@@ -249,7 +249,7 @@ class InputSettings(PixelSettings):
     crop: Crop = None
     image_size: Annotated[
         int | None,
-        rare_option("Input size, where the file leaves it open.", INPUT, ge=1, le=4096),
+        rare_option("Input size of a file with dynamic size.", INPUT, ge=1, le=4096),
     ] = None
 
     @property

@@ -80,7 +80,7 @@ class TrainSettings(DataSettings, TeacherInputSettings):
     """`kd train`."""
 
     method: str = setting(
-        "kd", "Method, or package.module:function of your own.", METHOD, metavar="NAME[+NAME…]"
+        "kd", "Method, or a custom one, package.module:function.", METHOD, metavar="NAME[+NAME…]"
     )
     student: str = setting(
         "lenet",
@@ -91,20 +91,20 @@ class TrainSettings(DataSettings, TeacherInputSettings):
     )
     student_weights: Path | None = rare(
         None,
-        "Weights that the student's network starts from: a state_dict (.pt, .pth, .safetensors).",
+        "Initial weights of the student: a state_dict (.pt, .pth, .safetensors).",
         METHOD,
         metavar="FILE",
     )
     teacher: tuple[Path, ...] = setting(
         (TeacherPath,),
-        "Teacher: .pt or ONNX file, torchvision:NAME, timm:NAME, … (docs/teachers.md); repeat to average several; if "
-        "absent, the only one there is.",
+        "Teacher: .pt or ONNX file, torchvision:NAME, timm:NAME, … (docs/teachers.md); repeat to average several; if the "
+        "default is absent, the only one in weights/ and runs/.",
         METHOD,
         metavar="FILE",
     )
     teacher_weights: tuple[Path, ...] = rare(
         (),
-        "Weights of a teacher named as a network: a state_dict (.pt, .pth, .safetensors); by default published ones.",
+        "Weights of a torchvision, timm or custom teacher: a state_dict; by default published ones.",
         METHOD,
         metavar="FILE",
     )
@@ -121,7 +121,7 @@ class TrainSettings(DataSettings, TeacherInputSettings):
         metavar="NETWORK",
     )
     generations: int = rare(
-        1, "Generations, each with the one before as teacher and the next seed.", METHOD, ge=1, le=100
+        1, "Number of generations, each taught by the previous one.", METHOD, ge=1, le=100
     )
     tau: Temperature = setting(
         None, "Temperature; by default the method's: kd 3, dkd and dist 4, lskd 2, born-again 1.", OF_METHODS
@@ -133,10 +133,10 @@ class TrainSettings(DataSettings, TeacherInputSettings):
         False, "kd, dkd, born-again: standardize the logits of each image (Sun et al. 2024).", OF_METHODS
     )
     student_stages: str = rare(
-        "", "Layers of the matched feature maps; by default the stages.", OF_METHODS, metavar="LAYER,LAYER…"
+        "", "Student layers of the matched maps; by default its stages.", OF_METHODS, metavar="LAYER,LAYER…"
     )
     teacher_stages: str = rare(
-        "", "The same for the teacher; kd info lists layer names.", OF_METHODS, metavar="LAYER,LAYER…"
+        "", "Teacher layers of the matched maps; see kd info.", OF_METHODS, metavar="LAYER,LAYER…"
     )
     weight: tuple[str, ...] = rare(
         (),
@@ -151,12 +151,12 @@ class TrainSettings(DataSettings, TeacherInputSettings):
         None, "Weight of the distillation term; by default the method's own.", METHOD, ge=0
     )
     teacher_dropout: Share = rare(
-        0.0, "Dropout active in the teacher; above 0 its logits are computed in each step.", METHOD
+        0.0, "Dropout rate of the teacher; above 0 its logits are computed in each step.", METHOD
     )
     teacher_cache: Literal["views", "fixed", "off"] = rare(
         "views",
-        "Teacher logits: cached for each view (views), cached for the plain images while the student sees new "
-        "views (fixed), or computed in each step (off).",
+        "Teacher logits; views: cached for each view; fixed: cached without augmentation, while the student sees "
+        "new views; off: computed in each step.",
         METHOD,
     )
     cache_top_k: int = rare(
@@ -164,7 +164,7 @@ class TrainSettings(DataSettings, TeacherInputSettings):
     )
     teacher_precision: Literal["auto", "32", "bf16"] = rare(
         "auto",
-        "auto: the fastest that agrees with float32 on 99.9 % of images; live teachers always use float32.",
+        "Precision of cached teacher logits; auto: the fastest that agrees with float32 on 99.9 % of images.",
         METHOD,
     )
 
@@ -172,13 +172,13 @@ class TrainSettings(DataSettings, TeacherInputSettings):
     grey: bool = rare(False, "Convert colour images to grey, one channel.", DATA)
     augment: str = setting(
         "none",
-        "Steps joined by hyphens: flip, crop, cutout, mixup, cutmix; for photos resized-crop, randaugment, jitter.",
+        "Augmentation, as flip-crop: flip, crop, cutout, mixup, cutmix; for photos resized-crop, randaugment, jitter.",
         DATA,
         metavar="none|flip-crop|…",
     )
     unlabelled: Path | None = rare(
         None,
-        "Further training images without labels, for methods that need none, such as logits, or kd with "
+        "Additional training images without labels, for methods that read none, such as logits, or kd with "
         "--lamda 0.",
         DATA,
         metavar="FOLDER|ARCHIVE",
@@ -191,29 +191,28 @@ class TrainSettings(DataSettings, TeacherInputSettings):
     )
     student_size: int | None = rare(
         None,
-        "Side to which the student resizes the images by itself, so that a teacher sees larger ones; by default "
-        "--image-size.",
+        "Size to which the student resizes images of --image-size in its preprocessing; by default equal.",
         DATA,
         ge=1,
         le=1024,
     )
     val_fraction: Share = setting(
-        0.05, "Share of training images kept for validation, at least one of each class; 0: none.", DATA
+        0.05, "Fraction of training images for validation, at least one of each class; 0: none.", DATA
     )
 
-    epochs: int = setting(100, "Passes over the training data.", OPTIMISER, ge=1, le=1_000_000)
+    epochs: int = setting(100, "Number of passes over the training data.", OPTIMISER, ge=1, le=1_000_000)
     batch_size: Annotated[int, Field(ge=0, le=1_000_000)] = setting(
         0, "Images per step; 0: a power of two from 4 to 256 with 20 or more steps an epoch.", OPTIMISER
     )
     lr: float = setting(1e-3, "Maximum learning rate.", OPTIMISER, gt=0, le=100)
     optimizer: Literal["adam", "adamw", "sgd"] = setting("adam", "sgd: Nesterov momentum 0.9.", OPTIMISER)
     schedule: Literal["step", "cosine", "onecycle"] = setting(
-        "onecycle", "step: ÷10 at 80 % of epochs; cosine: to 0; onecycle: up for 30 %, to 0.", OPTIMISER
+        "onecycle", "step: ÷10 at 80 % of epochs; cosine: to 0; onecycle: 30 % warm-up, then to 0.", OPTIMISER
     )
     weight_decay: float = rare(0.0, "L2 penalty (adamw: decoupled).", OPTIMISER, ge=0, le=1)
-    ema: Share = rare(0.0, "EMA decay per step; the averaged weights become the student; 0: none.", OPTIMISER)
-    width: float = setting(1.0, "Multiplier of the student's channels.", METHOD, gt=0, le=100)
-    dropout: Share = rare(0.5, "Dropout of the student, if it has dropout layers.", OPTIMISER)
+    ema: Share = rare(0.0, "Decay of the moving average (EMA) of the weights; 0: none.", OPTIMISER)
+    width: float = setting(1.0, "Width multiplier of the student's channels.", METHOD, gt=0, le=100)
+    dropout: Share = rare(0.5, "Dropout rate of the student's dropout layers.", OPTIMISER)
 
     seed: Seed = setting(0, "Seed of initial weights, order, views and noise.", RUN)
     view_seed: Annotated[int | None, Field(ge=0, lt=2**63)] = rare(
@@ -223,22 +222,20 @@ class TrainSettings(DataSettings, TeacherInputSettings):
     compile: bool = rare(False, "Compile the student's step (torch.compile).", RUN)
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "auto: a GPU if available.", RUN)
     devices: int = rare(
-        1, "GPUs, or on a CPU processes, that share each batch; torchrun overrides it.", RUN, ge=1, le=1024
+        1, "GPUs, or processes on a CPU, that share each batch; torchrun overrides it.", RUN, ge=1, le=1024
     )
     threads: Threads = 0
     name: FolderName = setting("", "Name of the run; by default method, student and a number.", RUN)
     runs_dir: Path = rare(Path("runs"), "Folder of the runs.", RUN)
     save_every: str = rare(
         "1",
-        "Interval between states (last.pt): epochs, 500steps or 10min; 0: only at the end.",
+        "Interval between saved states (last.pt): epochs, 500steps or 10min; 0: only at the end.",
         RUN,
         metavar="N|Nsteps|Nmin",
     )
     keep: int = rare(2, "Number of saved states to keep.", RUN, ge=1, le=10_000)
-    log_every: int = rare(50, "Steps between lines of metrics.jsonl; 0: a line per epoch.", RUN, ge=0)
-    tensorboard: bool = rare(
-        False, "Also write metrics for TensorBoard (pip install 'kdcli[tensorboard]').", RUN
-    )
+    log_every: int = rare(50, "Steps between lines of metrics.jsonl; 0: one line per epoch.", RUN, ge=0)
+    tensorboard: bool = rare(False, "Write metrics for TensorBoard (pip install 'kdcli[tensorboard]').", RUN)
 
     @field_validator("teacher", mode="before")
     @classmethod

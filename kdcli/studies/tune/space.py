@@ -42,7 +42,7 @@ class TuneConfig(TrainConfig):
     """`kd tune`: the settings of kd train that all trials share, and those of the search."""
 
     trials: int = setting(
-        20, "Trials of the study in all; rerun the command to train missing ones.", SEARCH, ge=1, le=100_000
+        20, "Total number of trials; rerun the command to train missing ones.", SEARCH, ge=1, le=100_000
     )
     study: FolderName = setting(
         "",
@@ -57,15 +57,11 @@ class TuneConfig(TrainConfig):
         SEARCH,
         metavar="URL",
     )
-    sampler: Literal["tpe", "random"] = setting(
-        "tpe", "Optuna's sampler of values; its draws follow from --seed.", SEARCH
-    )
+    sampler: Literal["tpe", "random"] = setting("tpe", "Optuna's sampler, seeded by --seed.", SEARCH)
     pruner: Literal["median", "none"] = setting(
         "median", "median: stop a trial whose best epoch so far is below the median of the others.", SEARCH
     )
-    seeds: int = setting(
-        1, "Runs of each trial, with seeds from --seed on; their mean counts.", SEARCH, ge=1, le=1000
-    )
+    seeds: int = setting(1, "Runs of each trial, with seeds from --seed on, averaged.", SEARCH, ge=1, le=1000)
     timeout: float | None = setting(
         None, "Start no trial after this many minutes.", SEARCH, gt=0, metavar="MINUTES"
     )
