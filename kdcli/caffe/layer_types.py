@@ -42,7 +42,7 @@ def check_type(layer: Layer) -> None:
     if layer.type not in LAYERS:
         raise KdError(
             f"layer {layer.name}: unknown type {layer.type or '(none)'}",
-            f"kd knows {', '.join(sorted({*LAYERS, 'Split', 'Silence'}))}.",
+            f"Supported types: {', '.join(sorted({*LAYERS, 'Split', 'Silence'}))}.",
         )
 
 
@@ -60,7 +60,7 @@ def state_of(
     if len(blobs) != len(names):
         wanted = ", ".join(f"{name} {dims(shapes[name])}" for name in names if name in shapes)
         raise KdError(
-            f"layer {layer.name}: the file holds {len(blobs)} blobs, the network wants {len(names)} ({wanted})"
+            f"layer {layer.name}: the file holds {len(blobs)} blobs, the network has {len(names)} ({wanted})"
         )
     transposed = operation == "linear" and layer.param.inner_product_param.transpose
     state: dict[str, Array] = {}
@@ -69,8 +69,7 @@ def state_of(
         stored = shape[::-1] if transposed and name == "weight" else shape
         if squeezed(blob.shape) != squeezed(stored):
             raise KdError(
-                f"layer {layer.name}: {name} in the file is {dims(blob.shape)}, "
-                f"the network wants {dims(stored)}"
+                f"layer {layer.name}: {name} in the file is {dims(blob.shape)}, in the network {dims(stored)}"
             )
         values = blob.reshape(stored)
         state[name] = np.ascontiguousarray(values.T) if stored is not shape else values
@@ -104,7 +103,7 @@ def _pair(param: Any, name: str, default: int) -> list[int]:
         return [getattr(param, height) or default, getattr(param, width) or default]
     values = list(getattr(param, "kernel_size" if name == "kernel" else name)) or [default]
     if len(values) > 2:
-        raise KdError(f"{len(values)} values of {name}: kd knows two spatial axes")
+        raise KdError(f"{len(values)} values of {name}: two spatial axes are supported")
     return [values[0], values[-1]]
 
 

@@ -101,7 +101,7 @@ def _bind(network: Network) -> tuple[dict[str, Step], dict[str, str]]:
         if len(layer.tops) != 1 and (layer.type != "Slice" or not layer.tops):
             check_type(layer)
             raise KdError(
-                f"layer {layer.name} ({layer.type}): it has {len(layer.tops)} outputs, kd knows one"
+                f"layer {layer.name} ({layer.type}): it has {len(layer.tops)} outputs, one is supported"
             )
         for number, top in enumerate(layer.tops):
             node = name = safe_name(layer.name if len(layer.tops) == 1 else f"{layer.name}_{number}")

@@ -138,5 +138,6 @@ def use_global_batch_norm(network: nn.Module) -> None:
             module.__class__ = GlobalBatchNorm  # type: ignore[assignment]
         else:
             raise UsageError(
-                f"--devices: {type(module).__name__} of this network sees one process", "Use --devices 1."
+                f"--devices: {type(module).__name__} of this network cannot be synchronised over processes",
+                "Use --devices 1.",
             )

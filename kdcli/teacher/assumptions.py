@@ -1,4 +1,4 @@
-"""A model on labelled images: whether it guesses, and which assumption about a foreign file fits them better."""
+"""A model on labelled images: accuracy against chance, and which assumption about a foreign file fits them better."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def check(
 ) -> None:
     """Note an assumption about a foreign model that fits labelled images clearly better than the one in use.
 
-    With `strict` also models that kd made are measured, and a foreign one that may be guessing, or is right more than
+    With `strict` also models that kd made are measured, and a foreign one near chance, or right more than
     twice as often under another assumption, is a KdError.
     """
     foreign = is_foreign(model)
@@ -74,22 +74,20 @@ def check(
         return
     now, best = found[0], max(found, key=lambda each: each.accuracy)
     classes = len(data.classes)
-    guesses = is_near_chance(now.interval, classes)
+    near_chance = is_near_chance(now.interval, classes)
     clear = best.interval[0] > now.interval[1]
     text = _measured(name, now.accuracy, now.interval, now.count, classes)
     remedy = advice(model, data, best) if clear else _causes(model)
-    if strict and foreign and (guesses or best.interval[0] > 2 * now.interval[1]):
+    if strict and foreign and (near_chance or best.interval[0] > 2 * now.interval[1]):
         raise KdError(text, remedy)
     if clear:
         on_event(Note(f"{text}. {remedy}"))
-    elif guesses:
-        on_event(
-            Note(f"{text}: it may be guessing. {remedy if foreign else 'A student learns little from it.'}")
-        )
+    elif near_chance:
+        on_event(Note(f"{text}: near chance. {remedy if foreign else 'A student learns little from it.'}"))
 
 
 def check_outputs(name: str, logits: npt.NDArray[np.float32], data: ImageSet) -> None:
-    """Raise KdError if another program's outputs (N, classes) for these images may be guesses."""
+    """Raise KdError if another program's outputs (N, classes) for these images are near chance."""
     samples, classes = sample_of(data), len(data.classes)
     accuracy = metrics.accuracy(torch.from_numpy(logits[samples]), torch.from_numpy(data.labels[samples]))
     interval = metrics.wilson_interval(accuracy, len(samples))
@@ -108,7 +106,7 @@ def _measured(name: str, accuracy: float, interval: tuple[float, float], count: 
 
 
 def probe(name: str, model: Any, data: ImageSet, task: str, on_event: OnEvent) -> list[Assumption]:
-    """Likely forms of the input of another program's ONNX file, the best first; a KdError if all may be guessing."""
+    """Likely forms of the input of another program's ONNX file, the best first; a KdError if all are near chance."""
     found = measure(model, data, task, on_event) if _is_settable(model) else []
     if not found:
         raise KdError(
@@ -119,7 +117,7 @@ def probe(name: str, model: Any, data: ImageSet, task: str, on_event: OnEvent) -
     best = found[0]
     if is_near_chance(best.interval, len(data.classes)):
         raise KdError(
-            f"{name} may be guessing with each likely input: at best {best.accuracy:.1f} % of {best.count} images "
+            f"{name} is near chance with each likely input: at best {best.accuracy:.1f} % of {best.count} images "
             f"are right, with {best.text or 'its own'}",
             f"Likely causes: another order of classes ({_flag(model)('class_names')}), or other data.",
         )
@@ -207,7 +205,7 @@ def sample_of(data: ImageSet, count: int = _SAMPLE) -> npt.NDArray[np.int64]:
 
 
 def is_near_chance(interval: tuple[float, float], classes: int) -> bool:
-    """Whether an accuracy is near that of guessing: below 3 times chance, or 20 % of the way from chance to 100 %.
+    """Whether an accuracy is near chance: below 3 times chance, or 20 % of the way from chance to 100 %.
 
     The upper end of the interval counts. Of hundreds of classes, where these are below what 512 images can show, also
     one below 5 % whose lower end is below 1.5 times chance.

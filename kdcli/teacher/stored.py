@@ -50,8 +50,8 @@ def stored_views(
 ) -> list[npt.NDArray[Any]]:
     """Outputs for each view, as in `CachedLogits.stored`; a KdError if they are of other images or views.
 
-    `needed` is where the logits of a model would be. With `measured` a KdError also if those of another program may
-    be guesses; a pack's model was measured when it was made.
+    `needed` is where the logits of a model would be. With `measured` a KdError also if those of another program are
+    near chance; a pack's model was measured when it was made.
     """
     path, recipe = member.path, needed.recipe
     member.check_unchanged(sha256_file(path))

@@ -419,7 +419,7 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
     "no-such-axis": (one("Concat", field(2, 4), bottoms="x y"), "layer it: axis 4 is not one of"),
     "scale-of-images": (one("Scale", field(1, 0), CHANNELS), "layer it: axis 0 is the batch"),
     "scale-of-too-much": (one("Scale", field(2, 9), CHANNELS), "layer it: 9 axes from 1 on"),
-    "scale-wrong-shape": (one("Scale", b"", MEAN[:3]), "it: weight in the file is 3, the network wants 4"),
+    "scale-wrong-shape": (one("Scale", b"", MEAN[:3]), "it: weight in the file is 3, in the network 4"),
     "scale-second-input": (
         [layer("Pooling", "less", "x", "l", field(2, 2)), *one("Scale", field(1, 0), bottoms="x l")],
         "its second input 4×5×4 does not begin its first 4×6×5",
@@ -453,7 +453,7 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
     "deconv-groups": (one("Deconvolution", field(1, 5) + field(4, 1) + field(5, 3), W), "divisible by groups"),
     "deconv-weights": (
         one("Deconvolution", field(1, 5) + field(4, 2) + field(2, 0), values(5, 4, 2, 2)),
-        "it: weight in the file is 5×4×2×2, the network wants 4×5×2×2",
+        "it: weight in the file is 5×4×2×2, in the network 4×5×2×2",
     ),
     "eltwise-shapes": (
         [layer("Pooling", "less", "x", "l", field(2, 2)), *one("Eltwise", bottoms="x l")],

@@ -97,8 +97,8 @@ class TrainSettings(DataSettings, TeacherInputSettings):
     )
     teacher: tuple[Path, ...] = setting(
         (TeacherPath,),
-        "Teacher: .pt or ONNX file, torchvision:NAME, timm:NAME, … (docs/teachers.md); repeat to average several; if the "
-        "default is absent, the only one in weights/ and runs/.",
+        "Teacher: .pt or ONNX file, torchvision:NAME, timm:NAME, … (docs/teachers.md); repeat to average several; if "
+        "the default is absent, the only one in weights/ and runs/.",
         METHOD,
         metavar="FILE",
     )
@@ -172,7 +172,7 @@ class TrainSettings(DataSettings, TeacherInputSettings):
     grey: bool = rare(False, "Convert colour images to grey, one channel.", DATA)
     augment: str = setting(
         "none",
-        "Augmentation, as flip-crop: flip, crop, cutout, mixup, cutmix; for photos resized-crop, randaugment, jitter.",
+        "Joined by hyphens: flip, crop, cutout, mixup, cutmix; for photos also resized-crop, randaugment, jitter.",
         DATA,
         metavar="none|flip-crop|…",
     )
