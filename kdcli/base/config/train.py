@@ -172,7 +172,7 @@ class TrainSettings(DataSettings, TeacherInputSettings):
     grey: bool = rare(False, "Convert colour images to grey, one channel.", DATA)
     augment: str = setting(
         "none",
-        "Joined by hyphens: flip, crop, cutout, mixup, cutmix; for photos also resized-crop, randaugment, jitter.",
+        "Steps joined by hyphens: flip, crop, cutout, mixup, cutmix; for photos resized-crop, randaugment, jitter.",
         DATA,
         metavar="none|flip-crop|…",
     )
