@@ -27,11 +27,11 @@ FIXED = {
     **dict.fromkeys(_OF_PLACE, "it selects hardware and folders, not how a student learns"),
     **dict.fromkeys(_OF_RECORD, "it selects what is recorded, not how a student learns"),
     **dict.fromkeys(("assistant", "generations"), "a trial trains a single student, not a chain"),
-    "view_seed": "the luckiest views are no better setting",
+    "view_seed": "differences between seeds are noise",
     "teacher_weight": "it is a list, a weight for each teacher",
     "weight": "it is a list, a weight for each term; ce-weight and kd-weight can be tuned",
-    "val_fraction": "the validation split is what trials are judged by",
-    "seed": "the luckiest seed is no better setting; --seeds K takes the mean over several",
+    "val_fraction": "it selects the images that rank the trials",
+    "seed": "differences between seeds are noise; --seeds K takes the mean over several",
 }
 LOG_BY_DEFAULT = ("lr", "weight_decay")  # logarithmic unless `:linear` is added
 _MOST_CANDIDATES = 256  # combinations checked before the search, per method
