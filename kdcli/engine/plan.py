@@ -170,7 +170,7 @@ def _check_training(config: TrainConfig, objective: Objective, data: Splits | No
     if config.assistant or config.generations > 1:
         flags = "--assistant" if config.assistant else "--generations"
         raise UsageError(
-            f"a single student is trained here; leave out {flags}",
+            f"this trains one student; leave out {flags}",
             "kd train, and fit_chain(), train chains.",
         )
     unlabelled = config.unlabelled is not None or (data is not None and data.unlabelled is not None)
