@@ -127,18 +127,29 @@ class _Search:
         end = time.monotonic() + 60 * config.timeout if config.timeout else math.inf
         with runtime.stop_on_signals() as stop:
             while count(self.study) < config.trials and not stop and time.monotonic() < end:
-                queue_trial(self.study)
-                self.study.optimize(
-                    self._objective,
-                    n_trials=1,
-                    callbacks=[lambda study, trial: self._note_end(trial.number)],
-                )
+                with files.locked(
+                    config.folder / ".lock", lambda: None
+                ):  # SQLite lets two processes take one trial
+                    queue_trial(self.study)
+                    trial = self.study.ask()
+                self._train_and_store(trial)
                 self._clear()
             if stop:
                 raise self._stopped(stop.exit_code)
         self._clear()
         if config.timeout and count(self.study) < config.trials:
             self.note(f"--timeout {config.timeout:g}: no further trial was started")
+
+    def _train_and_store(self, trial: optuna.Trial) -> None:
+        """Train a trial, and store its accuracy or state."""
+        try:
+            self.study.tell(trial, self._objective(trial))
+        except optuna.TrialPruned:
+            self.study.tell(trial, state=TrialState.PRUNED)
+        except (Exception, KeyboardInterrupt):
+            self.study.tell(trial, state=TrialState.FAIL)
+            raise
+        self._note_end(trial.number)
 
     def _objective(self, trial: optuna.Trial) -> float:
         """Mean validation accuracy of a trial's runs; TrialPruned if it is low, or with `REASON` if it failed."""
