@@ -167,9 +167,9 @@ def _keyword(name: str, default: Any, kind: Any, option: Any) -> inspect.Paramet
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     extra: Any = field.json_schema_extra or {}
-    # a field with a validator of its own takes a text
-    of_text = any(isinstance(each, BeforeValidator) for each in field.metadata)
-    kind = str if of_text else _value_type(field.annotation)
+    # a BeforeValidator parses the raw string
+    is_parsed = any(isinstance(each, BeforeValidator) for each in field.metadata)
+    kind = str if is_parsed else _value_type(field.annotation)
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     placeholder = extra.get("metavar") or "|".join(map(str, choices))
     option = typer.Option(
