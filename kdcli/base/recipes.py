@@ -38,7 +38,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "lr": 2e-3,
         "weight_decay": 0.02,
         "dropout": 0.2,
-        "epochs": 40,
+        "epochs": 30,
         "augment": "flip-crop",
         "views": 10,
         "tau": 4.0,
