@@ -75,7 +75,7 @@ def load_data(data: str | Path, **settings: Any) -> Splits:
 
     Args:
         data: name of a data set, or a folder, archive or table of images, as `--data`.
-        **settings: `image_size`, `grey`, `crop`, `test_fraction`, `skip_broken`, `unlabelled`, `data_dir`,
+        **settings: `image_size`, `grey`, `resize`, `test_fraction`, `skip_broken`, `unlabelled`, `data_dir`,
             `cache_dir`: options of `kd train`.
 
     Returns:
@@ -102,7 +102,7 @@ def load_model(
         threads: CPU threads of onnxruntime; 0: all available cores.
         **settings: what a module, or an ONNX file of another program, leaves open: `scale`, `mean`, `std`, by which
             its input is (pixel 0–255 · scale − mean) / std; `channel_order`; of a file also `layout`,
-            `class_names`, `crop`, `image_size`.
+            `class_names`, `resize`, `image_size`.
 
     Returns:
         A model from raw images, a uint8 tensor (B, H, W, C) with values 0–255, to logits float32 (B, classes); with

@@ -31,7 +31,7 @@ Models = Model | Iterable[Model]
 Student = str | Path | nn.Module
 Data = str | Path | Splits
 C = TypeVar("C", bound=ModelDataSettings)
-OF_DATA = (*DataSettings.model_fields, "crop", "grey", "unlabelled")
+OF_DATA = (*DataSettings.model_fields, "resize", "grey", "unlabelled")
 _PRINTED = {"plot", "csv", "markdown", "details"}  # options of output alone
 _FOLDER = Path("cache/models")  # of checkpoints of models in memory
 

@@ -18,6 +18,7 @@ from kdcli.caffe.network import ConvertedNetwork, assemble, input_of, transform_
 from kdcli.caffe.read import Array, Network, read_caffemodel, read_mean, read_prototxt, weights_sha256
 from kdcli.data import catalog
 from kdcli.data.catalog import KnownNetwork
+from kdcli.data.decode import checked_resize
 from kdcli.data.preprocess import MeanStd, Preprocess, ScaleShift, fit
 from kdcli.data.rows import Images
 from kdcli.models import Classifier, from_checkpoint
@@ -85,14 +86,14 @@ class CaffeFiles:
         return "none" if self.transform.is_identity() else "scale-shift"
 
     @property
-    def crop(self) -> float:
-        """Share of the shorter side that Caffe crops to, where a mean image larger than the input shows it."""
+    def resize(self) -> int:
+        """Pixels of a side before Caffe's crop, where a mean image larger than the input shows them; else 0."""
         mean, size = self.transform.mean_image, self.input_size
         sides = {*mean.shape[1:]} if mean is not None else set()
         if size is None or len(sides) != 1 or size[0] != size[1]:
-            return 1.0
-        share = size[0] / sides.pop()
-        return share if 0.25 <= share <= 1 else 1.0
+            return 0
+        side = sides.pop()
+        return side if size[0] < side <= 4 * size[0] else 0
 
     def needs_images(self, config: ConvertConfig) -> bool:
         """Whether train images are required: to fit the preprocessing, or for the input size."""
@@ -194,7 +195,7 @@ def to_classifier(
         raise KdError(f"{files.path} has one output: no classifier", "kd distils two classes or more.")
     # 2. Preprocessing
     preprocess = _make_preprocess(files, config, size, train_images, on_event)
-    crop = _crop(files, config, size, on_event)
+    resize = _resize(files, config, size, on_event)
     # 3. Class names and provenance
     known = files.known
     source, names = _class_names(built.classes, known, classes or (), data_label)
@@ -218,7 +219,7 @@ def to_classifier(
         classes=names,
         input_size=size,
         provenance=provenance,
-        crop=crop,
+        resize=resize,
     )
     return from_checkpoint(checkpoint, str(files.path))
 
@@ -235,23 +236,18 @@ def _class_names(
     return next((source, names) for source, names in candidates if len(names) == count)
 
 
-def _crop(files: CaffeFiles, config: ConvertConfig, size: tuple[int, int, int], on_event: OnEvent) -> float:
-    """The share of the shorter side that the network sees; an assumption is a note."""
-    square = size[0] == size[1]
-    if config.crop is not None:
-        if not square and config.crop != 1:
-            raise UsageError(
-                f"--crop goes with square images, the network takes {dims(size)}", "Leave it out."
-            )
-        return config.crop
-    if files.crop != 1:
+def _resize(files: CaffeFiles, config: ConvertConfig, size: tuple[int, int, int], on_event: OnEvent) -> int:
+    """Pixels of the shorter side before the centre crop, 0: no crop; an assumption is a note."""
+    if config.resize is not None:
+        return checked_resize(config.resize, *size[:2])
+    if files.resize:
         on_event(
-            Note(f"the mean image is larger than the input, so images are cropped: --crop {files.crop:.4g}")
+            Note(f"the mean image is larger than the input, so images are cropped: --resize {files.resize}")
         )
-    elif square and files.known is None and _CROPPED <= size[0] < 256:
+    elif size[0] == size[1] and files.known is None and _CROPPED <= size[0] < 256:
         text = "whole images are resized; for weights published with a crop of 256 × 256 pixels"
-        on_event(Note(f"{text}: --crop {size[0] / 256:.4g}"))
-    return files.crop
+        on_event(Note(f"{text}: --resize 256"))
+    return files.resize
 
 
 def _make_preprocess(

@@ -114,7 +114,7 @@ def _load_data(source: CaffeFiles, config: ConvertConfig) -> Splits:
             image_size=config.image_size,
             grey=source.channels == 1,
             fit_to=source.input_size,
-            crop=config.crop or source.crop,
+            resize=config.resize or source.resize,
             skip_broken=config.skip_broken,
             test_fraction=config.test_fraction,
             on_event=output.on_event,
@@ -147,15 +147,15 @@ def _show(model: Path, target: Path, classifier: Classifier, agreement: Agreemen
             "arch": classifier.arch,
             "classes": classifier.classes,
             "input_size": classifier.input_size,
-            "crop": classifier.crop,
+            "resize": classifier.resize,
             "preprocess": {"name": preprocess.name, "channel_order": preprocess.channel_order},
             "provenance": classifier.provenance,
             "parameters": parameters,
         }
     )
-    crop = "" if classifier.crop == 1 else f" (--crop {classifier.crop:.4g})"
+    resize = f" (--resize {classifier.resize})" if classifier.resize else ""
     output.text(
-        f"{name}: {units.count(parameters)} parameters, images {dims(classifier.input_size)}{crop}, "
+        f"{name}: {units.count(parameters)} parameters, images {dims(classifier.input_size)}{resize}, "
         f"{len(classifier.classes)} classes, preprocessing {preprocess.name} {preprocess.channel_order}",
     )
     if agreement is not None:

@@ -144,6 +144,8 @@ def _training_of(teacher: Path, config: TrainConfig) -> tuple[dict[str, Any], in
     side, known = height if needed and height == width else None, data.recorded_source(model)
     if "data" in config.model_fields_set and config.data != known.get("data"):
         known = {"test_fraction": known.get("test_fraction"), "image_size": side}
+    elif config.image_size not in (None, known.get("image_size")):
+        known.pop("resize", None)  # it is for the recorded size
     return known, side
 
 

@@ -64,7 +64,7 @@ def _show(model: str, found: ModelInfo) -> None:
         "kind": " ".join(filter(None, (found.kind, found.arch))),
         "parameters": f"{found.parameters:,}",
         "work": "unknown" if found.macs is None else f"{units.count(found.macs)} MACs per image",
-        "images": dims(found.input_size) + ("" if found.crop == 1 else f", --crop {found.crop:.4g}"),
+        "images": dims(found.input_size) + (f", --resize {found.resize}" if found.resize else ""),
         "precision": found.precision,
         "output": found.gives,
         "classes": f"{len(found.classes)}: {classes}",

@@ -13,7 +13,7 @@ from kdcli.methods import TrainConfig
 
 _TAKEN = {
     *DataSettings.model_fields, *TeacherInputSettings.model_fields, "teacher", "teacher_weights", "teacher_args",
-    "teacher_precision", "augment", "views", "view_seed", "unlabelled", "crop", "grey",
+    "teacher_precision", "augment", "views", "view_seed", "unlabelled", "resize", "grey",
     "val_fraction", "accelerator", "threads",
 } - {"cache_dir"}  # fmt: skip
 EPILOG = examples(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kdcli.caffe.opencv import Agreement
     from kdcli.data import ImageSet, Splits
 
-_REPEATED = {*DataSettings.model_fields, "teacher", "crop"} - {"image_size"}  # options of kd train too
+_REPEATED = {*DataSettings.model_fields, "teacher", "resize"} - {"image_size"}  # options of kd train too
 EPILOG = examples("kd validate --data cifar10", "kd validate --against weights/cifar10_nin.caffemodel")
 
 
@@ -96,7 +96,7 @@ def _training(config: ValidateConfig, method: str, inputs: dict[str, Any], teach
     if inputs and teacher.provenance.get("kind") == "pretrained":
         args = [f"{name}={value!r}" for name, value in teacher.arch_args.items()]
         options |= {"teacher": teacher.provenance["name"], "teacher_args": args}
-    options |= {f"teacher_{name}": value for name, value in inputs.items() if name != "crop"}
+    options |= {f"teacher_{name}": value for name, value in inputs.items() if name != "resize"}
     return shell_command("train", {"method": method, **options})
 
 

@@ -41,7 +41,7 @@ class Request:
     channels: int | None
     on_event: OnEvent
     skip_broken: bool
-    crop: float
+    resize: int
     test_fraction: float
 
 
@@ -115,7 +115,7 @@ class Dataset:
     def __call__(self, request: Request, located: Mapping[str, Path] | None = None) -> Splits:
         """The data set, from its own place or the files `located`; read once, then from the cache."""
         height, width, own_channels = self.input_size
-        own_size = request.image_size == height == width and request.crop == 1
+        own_size = request.image_size == height == width and not request.resize
         size = None if own_size else request.image_size
         channels = request.channels or own_channels
         if not self.files:
@@ -132,7 +132,7 @@ class Dataset:
             "dataset": self.name,
             "content": keys,
             "image_size": size,
-            "crop": request.crop,
+            "resize": request.resize,
             "channels": channels,
         }
         cache = Cache(request.cache_dir, recipe, request.on_event)
@@ -148,7 +148,7 @@ class Dataset:
         ]
         boundary = len(content.train.images)
         count = boundary + len(content.test.images)
-        with cache.packer(size, channels, request.crop) as packer:
+        with cache.packer(size, channels, request.resize) as packer:
             for index, image in enumerate(chain(content.train.images, content.test.images)):
                 packer.put(index, image)
                 if index % EVENT_IMAGES == 0:
@@ -167,7 +167,7 @@ class Dataset:
         def prepared(part: LabelledImages) -> ImageSet:
             images = [with_channels(image, channels) for image in part.images]
             pixels = np.stack(
-                [image if size is None else resize(image, size, request.crop) for image in images]
+                [image if size is None else resize(image, size, request.resize) for image in images]
             )
             return ImageSet(pixels, part.labels, classes, fingerprint_of(pixels, part.labels, classes))
 

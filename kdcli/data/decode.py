@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from kdcli.base.errors import KdError
+from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import check_pointer
 from kdcli.base.text import dims, first_line
 
@@ -118,33 +118,43 @@ def _errors(name: str, data: bytes) -> Iterator[None]:
         ) from error
 
 
-def resize(pixels: Pixels, size: int, crop: float = 1.0) -> Pixels:
+def checked_resize(side: int | None, height: int | None, width: int | None) -> int:
+    """--resize for images (H, W), 0 where it crops nothing; a UsageError unless these are squares of at most that."""
+    if side and (height is None or height != width or side < height):
+        raise UsageError(
+            f"--resize {side} goes with square images of at most {side} pixels a side",
+            "Set --image-size, or leave it out.",
+        )
+    return side if side and side != height else 0
+
+
+def resize(pixels: Pixels, size: int, full: int = 0) -> Pixels:
     """The middle of uint8 (H, W, 1 or 3), by an antialiased bilinear resize → (size, size, C).
 
-    `crop` is the share of the shorter side that is kept, 0.25 … 1. As torchvision's presets: the shorter side is
-    resized to `size / crop`, 256 for 224/256, and the centre cropped. Only its part of the image is resized, by the
-    same filter, which reads pixels around it.
+    As torchvision's presets: the shorter side is resized to `full` pixels, if these are more than `size`, and the
+    centre cropped. Only its part of the image is resized, by the same filter, which reads pixels around it.
     """
     height, width, channels = pixels.shape
-    if (height, width) == (size, size) and crop == 1:
+    full = max(full, size)
+    if (height, width) == (size, size) and full == size:
         return pixels
     image, box = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels), [0.0] * 4
     for axis, side in enumerate(image.size):
-        resized = round(size / crop) * side // min(height, width)
+        resized = full * side // min(height, width)
         start = round((resized - size) / 2)  # of the centre crop
         box[axis], box[axis + 2] = start * side / resized, (start + size) * side / resized
     square = image.resize((size, size), Image.Resampling.BILINEAR, (box[0], box[1], box[2], box[3]))
     return np.array(square, dtype=np.uint8).reshape(size, size, channels)
 
 
-def fit_to(pixels: Pixels, name: str, size: tuple[int, int, int], consumer: str, crop: float = 1.0) -> Pixels:
-    """Convert an image to the channels of `size` (H, W, C), and resize it, with `crop`, if `size` is a square.
+def fit_to(pixels: Pixels, name: str, size: tuple[int, int, int], consumer: str, full: int = 0) -> Pixels:
+    """Convert an image to the channels of `size` (H, W, C), and `resize` it if `size` is a square.
 
     KdError if the shape still differs; `consumer` is subject and verb of its message, such as `the model takes`.
     """
     height, width, channels = size
     pixels = with_channels(pixels, channels) if channels in (1, 3) else pixels
-    pixels = resize(pixels, height, crop) if height == width else pixels
+    pixels = resize(pixels, height, full) if height == width else pixels
     if pixels.shape != size:
         raise KdError(
             f"image {name} is {dims(pixels.shape)}, {consumer} {dims(size)}",

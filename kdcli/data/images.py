@@ -29,7 +29,7 @@ class ImageSet:
     classes: tuple[str, ...]
     fingerprint: str  # SHA-256 of the content (see `fingerprint_of`)
     validation: int = 0  # number of its last images, which are the data's own validation split
-    crop: float = 1.0  # share of the original images' shorter side that these show, see `decode.resize`
+    resize: int = 0  # pixels of the shorter side before the centre crop, see `decode.resize`; 0: no crop
     name_bytes: npt.NDArray[np.uint8] | None = field(
         default=None, repr=False
     )  # UTF-8 of `names`, each with a NUL

@@ -13,13 +13,14 @@ from kdcli.base.files import expand, recorded_path, regular_size
 from kdcli.base.names import nearest
 from kdcli.base.units import size
 from kdcli.data.datasets import DATASETS, Request, discover
+from kdcli.data.decode import checked_resize
 from kdcli.data.images import Splits
 from kdcli.data.tree import load_tree
 from kdcli.data.unlabelled import add_unlabelled
 
 _MAX_RECORDED_ARCHIVE = 16e9  # bytes of an archive that a model's file names; a typed one has no limit
 # settings of data, beside its name, that a model's file records
-_RECORDED = {"image_size": int, "crop": float, "grey": bool, "skip_broken": bool, "test_fraction": float}
+_RECORDED = {"image_size": int, "resize": int, "grey": bool, "skip_broken": bool, "test_fraction": float}
 
 discover()
 
@@ -32,7 +33,7 @@ def load(
     image_size: int | None = None,
     grey: bool = False,
     fit_to: tuple[int, int, int] | None = None,
-    crop: float = 1.0,
+    resize: int | None = None,
     skip_broken: bool = False,
     test_fraction: float | None = None,
     unlabelled: Path | None = None,
@@ -48,7 +49,7 @@ def load(
         grey: turn colour images to grey (N, H, W, 1).
         fit_to: (H, W, C) of a model's input: images get its number of channels and, if it is square and no
             `image_size` is given, its size.
-        crop: share of the shorter side that is kept before the resize, see `decode.resize`.
+        resize: pixels of the shorter side before the centre crop, see `decode.resize`.
         skip_broken: leave out broken images, with a note, instead of an error.
         test_fraction: share of test images where the data has no split.
         unlabelled: a folder or archive of further images to train on; see `add_unlabelled`.
@@ -56,21 +57,20 @@ def load(
     on_event(Progress("reading the data", 0, 0))
     if image_size is None and fit_to is not None and fit_to[0] == fit_to[1]:
         image_size = fit_to[0]
-    if crop != 1 and image_size is None:
-        raise UsageError(f"--crop {crop:g} goes with images of a given square size", "Add --image-size.")
+    full = checked_resize(resize, image_size, image_size)
     channels = 1 if grey else fit_to[2] if fit_to is not None and fit_to[2] in (1, 3) else None
     share = TEST_FRACTION if test_fraction is None else test_fraction
     if not 0 < share < 1:
         raise UsageError(f"--test-fraction {share:g}: must be above 0 and below 1")
-    request = Request(spec, data_dir, cache_dir, image_size, channels, on_event, skip_broken, crop, share)
+    request = Request(spec, data_dir, cache_dir, image_size, channels, on_event, skip_broken, full, share)
     splits = DATASETS[spec](request) if spec in DATASETS else _load_path(existing(spec), request)
     if unlabelled is not None:
         splits = add_unlabelled(splits, expand(str(unlabelled)), request)
     train, test = splits.train, splits.test
     splits = replace(
         splits,
-        train=replace(train, crop=crop, beside=test.name_bytes),
-        test=replace(test, crop=crop, beside=train.name_bytes),
+        train=replace(train, resize=full, beside=test.name_bytes),
+        test=replace(test, resize=full, beside=train.name_bytes),
     )
     _tell(splits, test_fraction, on_event)
     return splits
@@ -149,7 +149,7 @@ def source_for(model: Any, config: DataSettings | ModelDataSettings) -> dict[str
         "data_dir": config.data_dir if "data_dir" in given else recorded_path(config.data_dir, model.path),
         "cache_dir": config.cache_dir,
         "fit_to": model.input_size,
-        "crop": model.crop,
+        "resize": model.resize,
     }
 
 

@@ -62,9 +62,9 @@ class Packer:
     `FALLBACK_SIZE`, so that the outcome does not depend on their order. `resized`: whether any image had to be.
     """
 
-    def __init__(self, folder: Path, size: int | None, channels: int, crop: float = 1.0) -> None:
-        self.folder, self.resized = folder, crop != 1
-        self._size, self._channels, self._crop = size, channels, crop
+    def __init__(self, folder: Path, size: int | None, channels: int, full: int = 0) -> None:
+        self.folder, self.resized = folder, full > 0
+        self._size, self._channels, self._full = size, channels, full
         self._shape: tuple[int, int, int] | None = None
         self._written: list[int] = []
         self._lock = threading.Lock()
@@ -75,7 +75,7 @@ class Packer:
         pixels = with_channels(pixels, self._channels)
         if self._size is not None:
             self.resized = self.resized or pixels.shape[:2] != (self._size, self._size)
-            pixels = resize(pixels, self._size, self._crop)
+            pixels = resize(pixels, self._size, self._full)
         with self._lock:
             shape = (pixels.shape[0], pixels.shape[1], self._channels)
             if self._shape is None:
@@ -149,13 +149,13 @@ class Cache:
             return None
 
     @contextmanager
-    def packer(self, size: int | None, channels: int, crop: float = 1.0) -> Iterator[Packer]:
+    def packer(self, size: int | None, channels: int, full: int = 0) -> Iterator[Packer]:
         """A packer to `size` pixels per side, in a scratch folder that is removed at the end."""
         parent = self.folder.parent
         try:
             workspace = files.scratch_folder(parent)
             try:
-                with closing(Packer(workspace, size, channels, crop)) as packer:
+                with closing(Packer(workspace, size, channels, full)) as packer:
                     yield packer
             finally:
                 shutil.rmtree(workspace, ignore_errors=True)

@@ -63,7 +63,7 @@ def survey(spec: str, config: DataConfig, on_event: OnEvent) -> Survey:
             hashes[index] = value
 
     source, path = _source_of(spec, config, on_event), Path(spec)
-    request = Request(spec, path, path, None, None, on_event, True, 1.0, TEST_FRACTION)
+    request = Request(spec, path, path, None, None, on_event, True, 0, TEST_FRACTION)
     found, source, _ = find_images(source, put, request)
     refusal = None
     try:

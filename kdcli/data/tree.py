@@ -47,7 +47,7 @@ def load_tree(path: Path, request: Request) -> Splits:
         "tree": path.name,
         "content": content,
         "channels": channels,
-        "crop": request.crop,
+        "resize": request.resize,
         "skip_broken": request.skip_broken,
         "test_fraction": request.test_fraction,
     }
@@ -60,7 +60,7 @@ def load_tree(path: Path, request: Request) -> Splits:
         packed = cache_for(size).load()
     if packed is not None:
         return packed.splits(request.spec)
-    with cache_for(size).packer(size, channels, request.crop) as packer:
+    with cache_for(size).packer(size, channels, request.resize) as packer:
         found, source, split_off = find_images(source, packer.put, request)
         parts, classes, notes = layout(found, source)
         if split_off:

@@ -33,7 +33,7 @@ def add_unlabelled(splits: Splits, path: Path, request: Request) -> Splits:
     recipe = {
         "unlabelled": source.key(),
         "data": [splits.train.input_size, splits.train.fingerprint, splits.test.fingerprint],
-        "crop": request.crop,
+        "resize": request.resize,
         "skip_broken": request.skip_broken,
     }
     cache = Cache(request.cache_dir, recipe, request.on_event)
@@ -46,7 +46,7 @@ def _pack(source: Source, splits: Splits, cache: Cache, request: Request) -> Pac
     with cache.packer(None, size[2]) as packer:
 
         def keep(index: int, name: str, pixels: decode.Pixels) -> None:
-            packer.put(index, decode.fit_to(pixels, name, size, "the data's images are", request.crop))
+            packer.put(index, decode.fit_to(pixels, name, size, "the data's images are", request.resize))
 
         def place_of(name: str) -> Place | None:
             return None if is_ignored(name) else Place("", "", "", name)

@@ -26,7 +26,7 @@ class ModelInfo:
     kind: str  # checkpoint, onnx or network
     arch: str | None  # the network's name; None in an ONNX file of another program
     input_size: tuple[int, int, int]  # (H, W, C) of the raw images
-    crop: float  # share of the shorter side that larger images are cropped to
+    resize: int  # pixels of the shorter side before the centre crop; 0: no crop
     gives: str  # logits, probabilities or sigmoids
     classes: tuple[str, ...]  # names in the order of the outputs
     precision: str  # fp32, fp16 or int8
@@ -52,7 +52,7 @@ def info(model: str, config: InfoConfig) -> ModelInfo:
     else:
         kind, arch, size = "checkpoint", loaded.arch, path.stat().st_size
         work = "fp32", *_measures(loaded.network, loaded.network_size)
-    about = loaded.input_size, loaded.crop, loaded.gives, loaded.classes
+    about = loaded.input_size, loaded.resize, loaded.gives, loaded.classes
     constants = None if loaded.preprocess is None else _constants(loaded.preprocess)
     return ModelInfo(kind, arch, *about, *work, size, loaded.file_sha256, constants, loaded.provenance)
 
@@ -62,7 +62,7 @@ def _network_info(name: str, config: InfoConfig) -> ModelInfo:
     size = side, side, 1 if config.grey else 3
     network = models.build(name, classes=config.classes, input_size=size)
     classes = tuple(map(str, range(config.classes)))
-    return ModelInfo("network", name, size, 1.0, "logits", classes, "fp32", *_measures(network, size))
+    return ModelInfo("network", name, size, 0, "logits", classes, "fp32", *_measures(network, size))
 
 
 def _measures(

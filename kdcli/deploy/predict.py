@@ -74,7 +74,7 @@ def _images(
                     raise
                 on_event(Note(f"left out: {error.message}"))
                 continue
-            yield name, decode.fit_to(pixels, name, model.input_size, "the model takes", model.crop)
+            yield name, decode.fit_to(pixels, name, model.input_size, "the model takes", model.resize)
 
 
 def _files(path: Path) -> Iterator[tuple[str, bytes]]:

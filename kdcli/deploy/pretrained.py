@@ -59,7 +59,7 @@ def of_module(network: nn.Module, data: Splits, assumed: InputSettings) -> Class
     settings = {name: value for name, value in data.settings.items() if isinstance(value, str | int | float)}
     model = Classifier(
         made, preprocess, arch=arch, arch_args={}, classes=train.classes, input_size=train.input_size,
-        crop=train.crop, provenance={"kind": "pretrained", "name": arch, "data": {"spec": data.spec, **settings}},
+        resize=train.resize, provenance={"kind": "pretrained", "name": arch, "data": {"spec": data.spec, **settings}},
     ).eval()  # fmt: skip
     # its code and attributes are not among the weights: they show in its outputs
     images = np.random.default_rng(0).integers(0, 256, (2, *train.input_size), dtype=np.uint8)

@@ -211,7 +211,7 @@ def _check_teacher(config: TrainConfig, objective: Objective, mode: str, data: S
 
 
 def load_data(config: TrainConfig, on_event: OnEvent = ignore) -> Splits:
-    """Training and test images; where the student is a file, in its input size and with its crop."""
+    """Training and test images; where the student is a file, in its input size and with its `resize`."""
     stored = config.student_file
     if stored is not None and not stored.is_file():
         raise UsageError(f"no such student: {stored}", "--student takes a network's name or a .pt file.")
@@ -225,7 +225,7 @@ def load_data(config: TrainConfig, on_event: OnEvent = ignore) -> Splits:
         image_size=config.image_size,
         grey=config.grey,
         fit_to=None if model is None else model.input_size,
-        crop=config.crop or (1.0 if model is None else model.crop),
+        resize=config.resize or (None if model is None else model.resize),
         skip_broken=config.skip_broken,
         test_fraction=config.test_fraction,
         unlabelled=config.unlabelled,

@@ -74,7 +74,7 @@ def _fresh(config: TrainConfig, train: ImageSet, samples: Int64, on_event: OnEve
         arch_args=arguments,
         classes=train.classes,
         input_size=train.input_size,
-        crop=train.crop,
+        resize=train.resize,
     )
     if config.student_weights is not None:
         _start_from(network, config.student_weights, on_event)
@@ -123,7 +123,7 @@ def _stored(config: TrainConfig, train: ImageSet) -> Classifier:
     reason = data.incompatibility(stored, train)
     if reason:
         raise KdError(f"student {path} {reason}", "Student and data must belong together; see --data.")
-    stored.classes, stored.provenance, stored.crop = train.classes, {}, train.crop
+    stored.classes, stored.provenance, stored.resize = train.classes, {}, train.resize
     stored.input_size = train.input_size  # another one where it resizes images itself
     return stored
 

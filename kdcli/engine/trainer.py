@@ -238,7 +238,7 @@ class Trainer:
                 "spec": data.spec,
                 "label": data.label,
                 "image_size": config.image_size,
-                "crop": config.crop,
+                "resize": data.train.resize or None,
                 "grey": config.grey,
                 "val_fraction": config.val_fraction,
                 "test_fraction": data.test_fraction,

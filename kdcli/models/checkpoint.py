@@ -30,7 +30,7 @@ class Checkpoint:
     """Content of a checkpoint file.
 
     Attributes:
-        crop: share of the shorter side that images of another size are cropped to, see `data.decode.resize`.
+        resize: pixels of the shorter side of images before the centre crop, see `data.decode.resize`; 0: no crop.
         provenance: method, data, teacher, accuracy, source file: plain JSON values.
         training: optimizer, auxiliary modules, position and identity of an unfinished run; None in a finished model.
     """
@@ -44,7 +44,7 @@ class Checkpoint:
     provenance: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] | None = None
     file_sha256: str = ""  # of the bytes that were read; empty if it was made here
-    crop: Annotated[float, Field(ge=0.25, le=1)] = 1.0
+    resize: Annotated[int, Field(ge=0, le=4096)] = 0
 
     __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True, extra="ignore")  # for `load`
 

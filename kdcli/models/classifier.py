@@ -20,7 +20,8 @@ from kdcli.models import checkpoint, registry
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.class_map import ClassMap
 
-_COMMON = ("arch", "arch_args", "classes", "input_size", "provenance", "crop")  # of Classifier and Checkpoint
+# attributes of Classifier and Checkpoint
+_COMMON = ("arch", "arch_args", "classes", "input_size", "provenance", "resize")
 
 
 class Classifier(nn.Module):
@@ -29,7 +30,7 @@ class Classifier(nn.Module):
     Attributes:
         network: float32 (B, C, H, W) as preprocessed → logits (B, classes).
         preprocess: raw pixels (B, C, H, W) in 0–255 → the network's input.
-        arch, arch_args, classes, input_size, crop, provenance: as in `Checkpoint`.
+        arch, arch_args, classes, input_size, resize, provenance: as in `Checkpoint`.
         file_sha256: of the file that it was read from; empty without one.
         path: the file that it was read from; without one the network's name.
         class_map: from the network's outputs to `classes`; None where these are its outputs.
@@ -50,7 +51,7 @@ class Classifier(nn.Module):
         input_size: tuple[int, int, int],
         provenance: dict[str, Any] | None = None,
         file_sha256: str = "",
-        crop: float = 1.0,
+        resize: int = 0,
     ) -> None:
         super().__init__()
         self.network = network
@@ -59,7 +60,7 @@ class Classifier(nn.Module):
         self.arch_args = arch_args
         self.classes = classes
         self.input_size = input_size
-        self.crop = crop
+        self.resize = resize
         self.provenance = dict(provenance or {})
         self.file_sha256 = file_sha256
         self.path = Path(arch)

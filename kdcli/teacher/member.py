@@ -105,20 +105,17 @@ class Member:
             )
 
     def check(self, data: ImageSet, on_event: OnEvent, *, measured: bool) -> None:
-        """Raise KdError unless the model takes these images and knows these classes; another crop is a note.
+        """Raise KdError unless the model takes these images and knows these classes; another --resize is a note.
 
         With `measured` it is also run on a sample of the images, see `assumptions.check`.
         """
         self._model = model = with_classes(self.model, data.classes, self.assumed.class_map)
         problem = incompatibility(model, data)
         if problem is None:
-            if model.crop != data.crop and not model.is_foreign:
-                on_event(
-                    Note(
-                        f"teacher {self.path} is recorded with --crop {model.crop:.4g}, these images are cropped "
-                        f"by {data.crop:.4g}: its logits may be worse; see --crop of kd train"
-                    )
-                )
+            if model.resize != data.resize and not model.is_foreign:
+                sides = (max(each.resize, each.input_size[0]) for each in (model, data))
+                text = "teacher {} is recorded with --resize {}, these images with --resize {}: logits may be worse"
+                on_event(Note(text.format(self.path, *sides)))
             if not self._noted:
                 assumptions.note_order(f"teacher {self.path}", model, data, on_event)
             self._noted = True

@@ -19,7 +19,7 @@ from kdcli.teacher.probabilities import logits_of
 
 FORMAT = "kd-logits-1"
 MADE_WITH = {
-    "data", "image_size", "crop", "grey", "skip_broken", "test_fraction", "unlabelled", "val_fraction", "augment",
+    "data", "image_size", "resize", "grey", "skip_broken", "test_fraction", "unlabelled", "val_fraction", "augment",
     "views", "view_seed",
 }  # fmt: skip
 _AGAIN = "Copy the pack again, or make it again: kd teacher-logits --help"

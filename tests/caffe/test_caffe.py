@@ -359,14 +359,14 @@ def test_unknown_networks_get_raw_bgr_and_a_note(tmp_path: Path) -> None:
 def test_described_preprocessing_equals_opencvs_blob(tmp_path: Path) -> None:
     cv2 = pytest.importorskip("cv2")
     path = write(tmp_path, net(small(), v1=True, inputs=INPUT))
-    classifier, notes = heard(path, mean="104,117,123", crop=0.75)
+    classifier, notes = heard(path, mean="104,117,123", resize=16)
     assert not notes  # nothing was declared, nothing is assumed
     found = classifier.prepare(torch.from_numpy(IMAGES)).numpy()
     wanted = cv2.dnn.blobFromImages([image[..., ::-1] for image in IMAGES], mean=(104, 117, 123))
     np.testing.assert_array_equal(found, wanted)
-    assert classifier.crop == 0.75
+    assert classifier.resize == 16
     classifier.save(tmp_path / "t.pt")
-    assert models.load(tmp_path / "t.pt").crop == 0.75
+    assert models.load(tmp_path / "t.pt").resize == 16
     # (pixel · scale − mean) / std, one value for all channels, in RGB
     prepared = heard(path, scale="1/255", mean="0.5", std="0.2,0.25,0.5", channel_order="rgb")[0]
     wanted = (IMAGES / 255 - 0.5) / np.array([0.2, 0.25, 0.5])
@@ -393,8 +393,8 @@ def test_described_preprocessing_of_the_wrong_form_is_refused(tmp_path: Path) ->
     for chosen, words in (
         ({"mean": "104", "preprocess": "none"}, "--preprocess: it goes without"),
         ({"mean": "104,117,123", "scale": "0.017"}, "outside the pixels"),
-        ({"crop": 0.2}, "--crop 0.2"),
-        ({"crop": float("nan")}, "--crop nan"),
+        ({"resize": 3}, "--resize 3"),
+        ({"resize": 5000}, "--resize 5000"),
     ):
         with pytest.raises(UsageError, match=words):
             make(ConvertConfig, chosen)
@@ -405,9 +405,9 @@ def test_a_mean_image_larger_than_the_input_sets_the_crop(tmp_path: Path) -> Non
     path = write(tmp_path, net([small()[2], FC], v1=False))
     write(tmp_path, blob(values(1, 3, 16, 16), legacy=True), "mean.binaryproto")
     classifier, notes = heard(path, prototxt=tmp_path / "t.prototxt")
-    assert classifier.crop == 12 / 16
-    assert notes == ["the mean image is larger than the input, so images are cropped: --crop 0.75"]
-    assert heard(path, prototxt=tmp_path / "t.prototxt", crop=1.0)[0].crop == 1
+    assert classifier.resize == 16
+    assert notes == ["the mean image is larger than the input, so images are cropped: --resize 16"]
+    assert heard(path, prototxt=tmp_path / "t.prototxt", resize=12)[0].resize == 0
 
 
 def test_class_names_come_from_data_of_the_right_number(tmp_path: Path) -> None:

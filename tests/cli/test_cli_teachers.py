@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from kdcli import models
 from tests.cli.helpers import Kd
 from tests.helpers import digits_student, image_folder
 
@@ -44,11 +45,13 @@ def test_commands_with_a_pack(kd: Kd) -> None:
 
 def test_a_pack_serves_the_same_images_at_any_path(kd: Kd) -> None:
     image_folder(Path("photos"))
+    size = ("--image-size", "8", "--resize", "10")
     words = ("--epochs", "1", "--threads", "1", "--student", "convnet-tiny")
-    made = kd("train", "--method", "ce", "--data", "photos", "--image-size", "8", *words, "--name", "t")
+    made = kd("train", "--method", "ce", "--data", "photos", *size, *words, "--name", "t")
     assert made.code == 0, made
     made = kd("teacher-logits", "--teacher", "t", "--augment", "flip", "--view-seed", "3", "--threads", "1")
     assert made.code == 0, made
     Path("photos").rename("elsewhere")
     trained = kd("train", "--teacher", "pack", "--data", "elsewhere", *words)
     assert trained.code == 0, trained
+    assert models.load(Path("runs/kd-convnet-tiny-1/student.pt")).resize == 10

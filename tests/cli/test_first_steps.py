@@ -12,7 +12,10 @@ import pytest
 from PIL import Image
 
 from kdcli import models
+from kdcli.base.config import make
 from kdcli.cli import demo
+from kdcli.cli.defaults import with_defaults
+from kdcli.methods import TrainConfig
 from tests.cli.helpers import Kd, Outcome, printed_commands
 from tests.helpers import ROOT, digits_student
 
@@ -151,6 +154,13 @@ def test_settings_that_are_typed_are_not_those_of_the_teacher(kd: Kd) -> None:
     assert stored.arch == "convnet-small" and stored.provenance["data"]["spec"] == "digits"
     other = kd("train", *SHORT, "--data", "mnist", "--method", "logits")
     assert other.code == 1 and "MNIST not found" in other.err
+
+
+def test_resize_of_the_teachers_data_is_for_its_image_size(workplace: Path) -> None:
+    path = digits_student(Path("t.pt"), data={"spec": "digits", "image_size": 8, "resize": 10})
+    for typed, expected in (({}, 10), ({"image_size": 8}, 10), ({"image_size": 16}, None)):
+        config = make(TrainConfig, {"teacher": path, **typed})
+        assert with_defaults(config, needs_teacher=True).resize == expected
 
 
 def test_nothing_to_compare_a_teacher_with(kd: Kd, follow: Follow) -> None:

@@ -48,7 +48,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
             arch_args={},
             classes=train.classes,
             input_size=train.input_size,
-            crop={3: 0.875, 1: 1.0}[channels],
+            resize={3: 10, 1: 0}[channels],
         ).eval()
         config = ExportConfig(output=folder / "model.onnx", with_preprocessing=True)
         files[channels] = export(model, config, Splits("", "", train, train)).path
@@ -101,7 +101,7 @@ def test_readme_lines_give_the_pixels_of_predict(
     seen: list[np.ndarray] = []
 
     class Recorder:
-        input_size, crop, classes = model.input_size, model.crop, model.classes
+        input_size, resize, classes = model.input_size, model.resize, model.classes
 
         def __call__(self, images: torch.Tensor) -> torch.Tensor:
             seen.extend(images.numpy())

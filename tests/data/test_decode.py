@@ -51,7 +51,7 @@ def test_resize_with_crop_is_that_of_torchvision(shape: tuple[int, int], channel
     image = Image.fromarray(pixels.squeeze(2) if channels == 1 else pixels)
     for full in (256, 257, 224):
         wanted = F.center_crop(F.resize(image, [full], antialias=True), [224, 224])
-        found = decode.resize(pixels, 224, 224 / full)
+        found = decode.resize(pixels, 224, full)
         difference = found.astype(int) - np.asarray(wanted).reshape(224, 224, channels)
         assert abs(difference).max() <= (0 if shape[0] == shape[1] and full == 256 else 1)
 

@@ -59,31 +59,32 @@ def test_crop_is_part_of_a_pack(tmp_path: Path, read: Callable[..., Splits]) -> 
         place = tmp_path / "set" / name
         place.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(place, "PNG")
-    middle = {  # 8 / 0.5 = 16 pixels a side, of which the middle 8 are kept
+    middle = {  # 16 pixels a side, of which the middle 8 are kept
         name: np.asarray(Image.fromarray(pixels).resize((16, 16), Image.Resampling.BILINEAR))[4:12, 4:12]
         for name, pixels in stored.items()
     }
-    whole, cropped, again = (read(tmp_path / "set", image_size=8, crop=crop) for crop in (1.0, 0.5, 1.0))
+    whole, cropped, again = (read(tmp_path / "set", image_size=8, resize=side) for side in (None, 16, 8))
     for name, part in (("train/zebra/b.PNG", "train"), ("test/zebra/1.png", "test")):
         assert np.array_equal(getattr(whole, part).images[-1], stored[name])
         assert np.array_equal(getattr(cropped, part).images[-1], middle[name])
         assert np.array_equal(getattr(again, part).images[-1], stored[name])
-        assert (getattr(whole, part).crop, getattr(cropped, part).crop) == (1, 0.5)
+        assert (getattr(whole, part).resize, getattr(cropped, part).resize) == (0, 16)
     (tmp_path / "more").mkdir()
     Image.fromarray(stored["train/zebra/b.PNG"][::-1]).save(tmp_path / "more" / "1.png")
-    added = read(tmp_path / "set", image_size=8, crop=0.5, unlabelled=tmp_path / "more").unlabelled
+    added = read(tmp_path / "set", image_size=8, resize=16, unlabelled=tmp_path / "more").unlabelled
     assert added is not None
     assert np.array_equal(added.images[0], middle["train/zebra/b.PNG"][::-1])
     assert np.array_equal(
-        read(tmp_path / "set", fit_to=(8, 8, 3), crop=0.5).train.images, cropped.train.images
+        read(tmp_path / "set", fit_to=(8, 8, 3), resize=16).train.images, cropped.train.images
     )
-    with pytest.raises(UsageError, match=r"--crop 0\.5 goes with images of a given square size"):
-        read(tmp_path / "set", crop=0.5)
+    for size in (None, 17):
+        with pytest.raises(UsageError, match="--resize 16 goes with square images of at most 16 pixels"):
+            read(tmp_path / "set", image_size=size, resize=16)
 
 
 def test_crop_of_a_named_data_set(tmp_path: Path) -> None:
     whole, cropped = (
-        load("digits", cache_dir=tmp_path, image_size=8, crop=crop).test.images for crop in (1.0, 0.8)
+        load("digits", cache_dir=tmp_path, image_size=8, resize=side).test.images for side in (None, 10)
     )
     middle = (0.8, 0.8, 7.2, 7.2)  # pixels 1 … 9 of 10
     expected = Image.fromarray(whole[0, :, :, 0]).resize((8, 8), Image.Resampling.BILINEAR, middle)

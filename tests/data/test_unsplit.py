@@ -114,7 +114,7 @@ def test_the_split_of_a_model_is_used_with_it(tmp_path: Path) -> None:
     photos = write_folder(tmp_path / "photos", class_folders())
     split = write_folder(tmp_path / "split", small_tree())
     recorded = {"data": {"spec": str(photos), "test_fraction": 0.5, "skip_broken": True}}
-    model = SimpleNamespace(path=tmp_path / "m.pt", provenance=recorded, input_size=(8, 8, 3), crop=1.0)
+    model = SimpleNamespace(path=tmp_path / "m.pt", provenance=recorded, input_size=(8, 8, 3), resize=0)
     for options, fraction in (
         ({}, 0.5),
         ({"data": str(photos)}, 0.5),

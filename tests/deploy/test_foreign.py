@@ -338,13 +338,13 @@ def test_weights_of_scikit_learn_are_attributes(tmp_path: Path) -> None:
 
 def test_crop_as_the_user_describes_it(tmp_path: Path) -> None:
     path = means(tmp_path / "m.onnx", sides=["n", 8, 8, 3])
-    assert load_model(path).crop == 1
-    assert load_model(path, assumed=make(InputSettings, {"crop": 0.5})).crop == 0.5
+    assert load_model(path).resize == 0
+    assert load_model(path, assumed=make(InputSettings, {"resize": 16})).resize == 16
     file = tmp_path / "image.png"
     image = np.zeros((16, 16, 3), np.uint8)
     image[4:12, 4:12] = 200
     Image.fromarray(image).save(file)
-    config = make(PredictConfig, {"crop": 0.5, "top_k": 4})
+    config = make(PredictConfig, {"resize": 16, "top_k": 4})
     [found] = predict(load_model(path, assumed=config), [file], config)
     wanted = np.exp(logits(np.full((1, 8, 8, 3), 200)))[0]
     np.testing.assert_allclose(found.probabilities, sorted(wanted / wanted.sum(), reverse=True), rtol=1e-4)

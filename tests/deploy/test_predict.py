@@ -151,18 +151,18 @@ def test_predict_fits_images_to_the_model(run: Any, workplace: Path, model: mode
 def test_predict_crops_as_the_model_records(
     run: Any, workplace: Path, model: models.Classifier, name: str
 ) -> None:
-    model.crop = 0.8
+    model.resize = 10
     model.save(workplace / "m.pt")
     if name == "m.onnx":
         config = make(ExportConfig, {"output": Path(name)})
         export_classifier(model, config, PIXELS, "toy", lambda event: None)
     Image.fromarray(PIXELS[0]).resize((30, 30)).save("a.png")
-    resized = Image.open("a.png").resize((10, 10), Image.Resampling.BILINEAR)  # 8 / 0.8
+    resized = Image.open("a.png").resize((10, 10), Image.Resampling.BILINEAR)
     assert top_classes(run("predict", name, "a.png", "--json", "--top-k", "9"))["a.png"] == wanted(
         model, np.asarray(resized)[1:9, 1:9], 4
     )
-    assert json.loads(run("info", name, "--json").stdout)["crop"] == 0.8
-    assert "8×8×3, --crop 0.8" in run("info", name).stdout
+    assert json.loads(run("info", name, "--json").stdout)["resize"] == 10
+    assert "8×8×3, --resize 10" in run("info", name).stdout
 
 
 def test_predict_errors(run: Any, workplace: Path, model: models.Classifier) -> None:

@@ -100,8 +100,8 @@ def test_a_student_file_gives_weights_and_preprocessing(
     assert again.run.path.name == "ce-ce-caffe-net-1-1"  # named by the run, not "student"
 
 
-def test_crop_of_the_data_is_the_students(workplace: Path) -> None:
-    """A student from a file keeps that file's crop, unless --crop is given; the teacher's other one is noted."""
+def test_resize_of_the_data_is_the_students(workplace: Path) -> None:
+    """A student from a file keeps that of the file, unless --resize is given; the teacher's other one is noted."""
     image_folder(workplace / "toy")
     notes: list[str] = []
 
@@ -116,16 +116,16 @@ def test_crop_of_the_data_is_the_students(workplace: Path) -> None:
 
         return models.load(fit(settings, load_data(settings), on_event=on_event).run.student)
 
-    assert trained("whole").crop == 1
-    teacher = trained("teacher", crop=0.8)
-    assert teacher.crop == 0.8
-    assert trained("more", student="runs/teacher/student.pt").crop == 0.8
-    assert trained("other", student="runs/teacher/student.pt", crop=0.5).crop == 0.5
-    assert not any("--crop" in note for note in notes)
+    assert trained("whole").resize == 0
+    teacher = trained("teacher", resize=20)
+    assert teacher.resize == 20
+    assert trained("more", student="runs/teacher/student.pt").resize == 20
+    assert trained("other", student="runs/teacher/student.pt", resize=32).resize == 32
+    assert not any("--resize" in note for note in notes)
     for mode in ("views", "off"):
         notes.clear()
         trained(mode, method="kd", teacher="runs/teacher/student.pt", teacher_cache=mode)
-        assert any("recorded with --crop 0.8, these images are cropped by 1" in note for note in notes)
+        assert any("recorded with --resize 20, these images with --resize 16:" in note for note in notes)
 
 
 def test_regression_starts_with_the_logits_of_the_student_file(workplace: Path) -> None:

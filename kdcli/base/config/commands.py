@@ -10,7 +10,6 @@ from kdcli.base.config.settings import (
     DATA,
     RUN,
     CacheDir,
-    Crop,
     DataDir,
     DataSettings,
     FolderName,
@@ -18,6 +17,7 @@ from kdcli.base.config.settings import (
     MaxDrop,
     ModelDataSettings,
     PixelSettings,
+    Resize,
     Rounds,
     Seed,
     Settings,
@@ -79,7 +79,7 @@ class ConvertConfig(DataSettings, PixelSettings):
     channel_order: Literal["auto", "rgb", "bgr"] = setting(
         "auto", "Channel order; auto: known for this file, else bgr as in Caffe.", "Caffe"
     )
-    crop: Crop = None
+    resize: Resize = None
     check: bool = setting(
         False, "Write the file only if OpenCV's Caffe importer agrees on noise and images of --data.", "Check"
     )

@@ -61,14 +61,14 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
-Crop = Annotated[
-    float | None,
+Resize = Annotated[
+    int | None,
     rare_option(
-        "Centre-crop ratio, such as 0.875 for 224 of 256: resize to size / crop, then crop the centre; by default as "
-        "recorded, else 1.",
+        "Resize the shorter side to N pixels, then crop the centre, as in torchvision's presets (256 for 224); by "
+        "default as recorded, else no crop.",
         DATA,
-        ge=0.25,
-        le=1,
+        ge=4,
+        le=4096,
     ),
 ]
 SkipBroken = Annotated[
@@ -246,7 +246,7 @@ class InputSettings(PixelSettings):
     channel_order: ChannelOrder = None
     class_names: ClassNames = None
     class_map: Annotated[Path | None, _class_map()] = None
-    crop: Crop = None
+    resize: Resize = None
     image_size: Annotated[
         int | None,
         rare_option("Input size of a file with dynamic size.", INPUT, ge=1, le=4096),

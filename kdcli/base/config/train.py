@@ -14,9 +14,9 @@ from kdcli.base.config.settings import (
     OF_METHODS,
     OPTIMISER,
     RUN,
-    Crop,
     DataSettings,
     FolderName,
+    Resize,
     Seed,
     Share,
     TeacherInputSettings,
@@ -168,7 +168,7 @@ class TrainSettings(DataSettings, TeacherInputSettings):
         METHOD,
     )
 
-    crop: Crop = None
+    resize: Resize = None
     grey: bool = rare(False, "Convert colour images to grey, one channel.", DATA)
     augment: str = setting(
         "none",

@@ -14,6 +14,7 @@ from torch import Tensor
 from kdcli.base.config import NO_ASSUMPTIONS, InputSettings
 from kdcli.base.errors import KdError
 from kdcli.base.text import dims
+from kdcli.data.decode import checked_resize
 from kdcli.data.preprocess import Preprocess
 from kdcli.deploy.onnx_model.form import check_alone, choose_output, form_of_outputs, input_form
 from kdcli.deploy.onnx_model.metadata import (
@@ -40,7 +41,7 @@ class OnnxClassifier:
     path: Path
     classes: tuple[str, ...]  # names in the order of the logits; numbers if none are known
     input_size: _Size  # (H, W, C) of the raw images
-    crop: float  # share of the shorter side that images of another size are cropped to, see `data.decode.resize`
+    resize: int  # pixels of the shorter side of images before the centre crop, see `data.decode.resize`; 0: no crop
     provenance: dict[str, Any]  # as kd export recorded it; else `class_names`, the names' source, if known
     metadata: dict[str, str]
     layout: str  # NCHW or NHWC
@@ -81,7 +82,8 @@ class OnnxClassifier:
         assumed = with_declared(path, metadata, assumed) if foreign else NO_ASSUMPTIONS
         form = input_form(path, model, metadata, assumed, input_size)
         if foreign:
-            about: dict[str, Any] = {"provenance": {}, "crop": assumed.crop or 1.0, "input_size": form.size}
+            about: dict[str, Any] = {"provenance": {}, "input_size": form.size}
+            about["resize"] = checked_resize(assumed.resize, *form.size[:2])
             about["preprocess"] = assumed_preprocess(path, assumed, form)
         else:
             about = parse_metadata(path, metadata)

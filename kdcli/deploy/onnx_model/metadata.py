@@ -81,7 +81,7 @@ def make_metadata(classifier: Classifier, *, with_preprocessing: bool) -> dict[s
         "kd.preprocess": encode_preprocess(classifier.preprocess),
         "kd.preprocess_included": "yes" if with_preprocessing else "no",
         "kd.input_size": json.dumps(list(classifier.input_size)),
-        "kd.crop": repr(classifier.crop),
+        "kd.resize": classifier.resize or None,
         "kd.layout": "uint8 NHWC RGB" if with_preprocessing else "float32 NCHW, preprocessed",
         "kd.output": "probabilities" if with_preprocessing else "logits",
         "kd.checkpoint_sha256": classifier.file_sha256 or None,
@@ -111,15 +111,15 @@ def parse_metadata(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
             raise ValueError(f"{metadata[FORMAT_KEY][:40]} of another version of kd")
         provenance = dict(parse_document(metadata["kd.provenance"]))
         json.dumps(provenance, ensure_ascii=False).encode()  # half of a surrogate pair is an error here
-        preprocess, crop = decode_preprocess(metadata["kd.preprocess"]), float(metadata["kd.crop"])
-        if not 0.25 <= crop <= 1:
-            raise ValueError(f"crop {crop}")
+        preprocess, resize = decode_preprocess(metadata["kd.preprocess"]), int(metadata.get("kd.resize", 0))
+        if not 0 <= resize <= MAX_SIDE:
+            raise ValueError(f"resize {resize}")
         sides = parse_document(metadata["kd.input_size"])
         height, width, channels = (min(max(1, int(side)), MAX_SIDE) for side in sides)
     except Exception as error:  # JSON of any form raises many kinds
         raise invalid(path, error) from error
     size = height, width, channels
-    return {"provenance": provenance, "preprocess": preprocess, "crop": crop, "input_size": size}
+    return {"provenance": provenance, "preprocess": preprocess, "resize": resize, "input_size": size}
 
 
 def class_names(

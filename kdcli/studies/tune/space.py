@@ -18,7 +18,7 @@ from kdcli.methods import TrainConfig
 SEARCH = "Search"  # panel of --help
 Value = bool | int | float | str
 
-_OF_DATA = ("data", "unlabelled", "image_size", "crop", "skip_broken", "test_fraction", "grey")
+_OF_DATA = ("data", "unlabelled", "image_size", "resize", "skip_broken", "test_fraction", "grey")
 _OF_PLACE = ("data_dir", "cache_dir", "runs_dir", "threads", "devices", "accelerator", "compile")
 _OF_RECORD = ("name", "save_every", "keep", "log_every", "tensorboard")
 # settings that cannot be tuned, and why
