@@ -213,10 +213,7 @@ def host_name() -> str:
 
 def expand(path: str) -> Path:
     """The path with a leading ~ expanded, unless there is no such user."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
+    return Path(os.path.expanduser(path))  # noqa: PTH111  as it is for an unknown user
 
 
 def recorded_path(path: Path, file: Path) -> Path:

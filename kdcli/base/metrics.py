@@ -28,7 +28,7 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor) -> float:
 
     def of_rows(*rows: Tensor) -> Tensor:
         student, teacher = (logits.double().log_softmax(dim=1) for logits in rows)
-        return (teacher.exp() * (teacher - student)).sum(dim=1)
+        return F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
 
     return _by_rows(of_rows, student_logits, teacher_logits).mean().item()
 

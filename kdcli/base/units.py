@@ -1,12 +1,8 @@
 """Human-readable quantities."""
 
+from rich import filesize
 
-def size(count: float) -> str:
-    """Bytes, powers of 1000: `41.6 MB`."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(count) >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count:.0f} B"
+size = filesize.decimal  # of bytes: `41.6 MB`
 
 
 def count(number: float) -> str:

@@ -302,7 +302,7 @@ def _rate(rate: float, event: ProgressEvent) -> str:
 
 def _quantity(value: float, event: ProgressEvent) -> str:
     """A number with the event's unit: `3.9 MB`, `412 images`."""
-    return size(value) if event.unit == "bytes" else f"{value:,.0f} {event.unit}"
+    return size(int(value)) if event.unit == "bytes" else f"{value:,.0f} {event.unit}"
 
 
 def clock(seconds: float) -> str:

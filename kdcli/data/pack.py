@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from joblib import cpu_count
 
 from kdcli.base import files
 from kdcli.base.errors import KdError
@@ -222,7 +222,7 @@ def _sums(folder: Path, meta: Mapping[str, Any], on_event: OnEvent = ignore) -> 
         content[start : start + _BLOCK] for content in contents for start in range(0, content.size, _BLOCK)
     ]
     sums = [hashlib.sha256(json.dumps(meta).encode()).hexdigest()]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="verify") as pool:
+    with ThreadPoolExecutor(min(8, cpu_count()), thread_name_prefix="verify") as pool:
         for done, digest in enumerate(pool.map(lambda block: hashlib.sha256(block).hexdigest(), blocks), 1):
             sums.append(digest)
             if done % 16 == 0:

@@ -1,11 +1,12 @@
 """The images of a source, read on one thread and decoded on others."""
 
-import os
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+
+from joblib import cpu_count
 
 from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent, Progress
@@ -83,7 +84,7 @@ def decode_all(
                     raise
                 broken[index] = error.message
 
-    workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+    workers = min(8, cpu_count())
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     pending: deque[tuple[Future[None], int]] = deque()  # and the bytes of each batch
     waiting = 0

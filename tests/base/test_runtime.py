@@ -15,26 +15,7 @@ import torch
 from torch import nn
 
 from kdcli.base import files, runtime
-from kdcli.base.runtime import machine
 from tests.helpers import ROOT, slow
-
-
-@pytest.mark.parametrize(
-    ("content", "cores"),
-    [("max 100000", None), ("200000 100000", 2.0), ("50000 100000", 1.0), ("junk", None)],
-)
-def test_quota_of_cgroup_2(tmp_path: Path, content: str, cores: float | None) -> None:
-    (tmp_path / "cpu.max").write_text(content)
-    assert machine._cgroup_quota(tmp_path) == cores
-
-
-def test_quota_of_cgroup_1(tmp_path: Path) -> None:
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("350000\n")
-    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
-    assert machine._cgroup_quota(tmp_path) == 3.5
-    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("-1\n")
-    assert machine._cgroup_quota(tmp_path) is None
 
 
 def test_precision_is_measured_and_leaves_network_and_chance_alone() -> None:

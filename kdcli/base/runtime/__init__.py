@@ -1,7 +1,6 @@
 """CPU cores, devices, distributed processes, precision and signals."""
 
 from kdcli.base.runtime.machine import (
-    available_cores,
     choose_precision,
     cpu_info,
     environment,

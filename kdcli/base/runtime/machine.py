@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from joblib import cpu_count  # that of the container
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,34 +25,9 @@ _ROUNDS, _BUDGET_S = 6, 0.5
 _HOPELESS_S = 0.7  # for a first step of bf16: it would cost too much to measure more of them
 
 
-def available_cores() -> int:
-    """CPU cores available to this process: its affinity, limited by the cgroup's quota; at least 1."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS and Windows have no affinity call
-        cores = os.cpu_count() or 1
-    quota = _cgroup_quota(Path("/sys/fs/cgroup"))
-    return max(1, min(cores, int(quota)) if quota else cores)
-
-
-def _cgroup_quota(root: Path) -> float | None:
-    """CPU quota of the cgroup in cores (v2, then v1); None if unlimited or unknown."""
-    try:
-        limit, period = (root / "cpu.max").read_text().split()
-        return None if limit == "max" else max(1.0, int(limit) / int(period))
-    except (OSError, ValueError):
-        pass
-    try:
-        micros = int((root / "cpu/cpu.cfs_quota_us").read_text())
-        period_micros = int((root / "cpu/cpu.cfs_period_us").read_text())
-        return max(1.0, micros / period_micros) if micros > 0 else None
-    except (OSError, ValueError):
-        return None
-
-
 def set_threads(threads: int = 0, processes: int = 1) -> int:
     """Set and return torch's CPU threads; 0: all available cores, divided among `processes`."""
-    count = threads or max(1, available_cores() // processes)
+    count = threads or max(1, cpu_count() // processes)
     torch.set_num_threads(count)
     return count
 
@@ -114,7 +90,7 @@ def cpu_info() -> dict[str, Any]:
                 break
     except OSError:
         pass
-    return {"model": model, "flags": flags, "cores": available_cores()}
+    return {"model": model, "flags": flags, "cores": cpu_count()}
 
 
 def environment() -> dict[str, Any]:

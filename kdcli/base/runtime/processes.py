@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed
+from joblib import cpu_count
 from torch import Tensor, nn
 
 from kdcli.base.errors import KdError, UsageError
-from kdcli.base.runtime.machine import available_cores
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -189,7 +189,7 @@ def launch(accelerator: str, devices: int) -> World:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // devices
-    elif kind == "cpu" and devices > (cores := available_cores()):
+    elif kind == "cpu" and devices > (cores := cpu_count()):
         raise UsageError(
             f"--devices {devices}: on a CPU these are processes, and this one may use {cores} cores",
             f"Use --devices {cores}, or fewer.",

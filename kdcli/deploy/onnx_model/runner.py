@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
+from joblib import cpu_count
 
 from kdcli.base.errors import KdError
-from kdcli.base.runtime import available_cores
 from kdcli.base.text import first_line
 
 LEVELS = {  # graph optimisation levels of onnxruntime, each a superset of the one before
@@ -29,7 +29,7 @@ class OnnxRunner:
         `threads` 0: all available cores; `level`: graph optimisation, of `LEVELS`; `output`: by default the first.
         """
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or available_cores()
+        options.intra_op_num_threads = threads or cpu_count()
         options.inter_op_num_threads = 1
         options.graph_optimization_level = LEVELS[level]
         options.log_severity_level = 4  # errors are raised; a log line would repeat them
