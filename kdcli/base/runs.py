@@ -4,9 +4,10 @@ import re
 import shutil
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from kdcli.base import files
+from kdcli.base.errors import KdError
 
 State = Literal["finished", "interrupted", "running"]
 RUNS = Path("runs")
@@ -50,6 +51,14 @@ def is_locked(path: Path) -> bool:
     except OSError:  # a read-only folder
         pass
     return False
+
+
+def document(path: Path) -> dict[str, Any]:
+    """The values of a run's file; none where it is absent or damaged."""
+    try:
+        return files.read_document(path)
+    except KdError:
+        return {}
 
 
 def all_runs() -> list[Path]:

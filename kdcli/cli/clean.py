@@ -51,7 +51,7 @@ def clean(
     if rows:
         output.table(["folder", "size"], [[name, units.size(size)] for name, size in rows])
     if rows and not config.dry_run and not config.yes:
-        question = f"delete {units.size(total)} of caches and saved states?"
+        question = f"Delete {units.size(total)} of caches and saved states?"
         if not output.confirm(question):
             typed = config.model_dump(include=config.model_fields_set)
             again = shell_command("clean", {**typed, "yes": True}, *named)

@@ -34,6 +34,7 @@ EPILOG = examples(
 @command(CompareConfig, TrainConfig, without=WITHOUT)
 def compare(
     *,
+    config: CompareConfig,
     recipe: Recipe = None,
     resume: Annotated[
         Path | None,
@@ -46,14 +47,11 @@ def compare(
     All methods share recipe and seeds. Test images are read once per run, at its end.
     Rerun the same command to continue after an interruption.
     """
-    own = {name: value for name, value in options.items() if name in CompareConfig.model_fields}
-    train = {name: value for name, value in options.items() if name not in own}
-    settings = make(CompareConfig, own)
-    check_output_files(settings.csv, settings.markdown)
-    result, plan = run_comparison(settings, train, recipe, resume)
+    check_output_files(config.csv, config.markdown)
+    result, plan = run_comparison(config, options, recipe, resume)
     from kdcli.studies.compare.result import to_csv, to_markdown
 
-    for path, make_table in ((settings.csv, to_csv), (settings.markdown, to_markdown)):
+    for path, make_table in ((config.csv, to_csv), (config.markdown, to_markdown)):
         if path is not None:
             files.write_text(path, make_table(result))
     output.json(result.to_dict())

@@ -38,7 +38,10 @@ def default_teacher() -> Path:
     """
     if TeacherPath.is_file():
         return TeacherPath
-    found = [run / "student.pt" for run in runs.run_folders() if _method(run) == methods.CE]
+    trained = [
+        run for run in runs.run_folders() if runs.document(run / "config.toml").get("method") == methods.CE
+    ]
+    found = [run / "student.pt" for run in trained]
     found += [path for path in Path("weights").glob("*") if path.suffix.lower() in (".pt", ".onnx")]
     found = sorted(filter(Path.is_file, found), key=lambda path: path.stat().st_mtime, reverse=True)
     if not found:
@@ -49,13 +52,6 @@ def default_teacher() -> Path:
         )
         raise UsageError(f"{len(found)} teachers in weights/ and runs/", f"Choose one: {'; '.join(choices)}")
     return found[0]
-
-
-def _method(run: Path) -> Any:
-    try:
-        return files.read_document(run / "config.toml").get("method")
-    except KdError:
-        return None
 
 
 def with_defaults(config: C, *, needs_teacher: bool, tuned: Collection[str] = ()) -> C:

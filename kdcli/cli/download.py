@@ -141,14 +141,10 @@ def _sources(what: str, remotes: list[RemoteFile], source: str | None) -> dict[s
     if source is None:
         return {remote.name: None for remote in remotes}
     if downloads.is_url(source):
-        if source.endswith("/"):
-            return {remote.name: source + PurePosixPath(remote.name).name for remote in remotes}
-        if len(remotes) > 1:
-            raise UsageError(
-                f"{what} has {len(remotes)} files: --from {source} is one address",
-                'End it with "/" if all of them lie below it under their own names, or name one target.',
-            )
-        return {remotes[0].name: source}
+        if len(remotes) == 1 and not source.endswith("/"):
+            return {remotes[0].name: source}
+        folder = source.rstrip("/")
+        return {remote.name: f"{folder}/{PurePosixPath(remote.name).name}" for remote in remotes}
     path, names = expand(source), ", ".join(remote.name for remote in remotes)
     if path.is_dir():
         present: dict[str, str | None] = {

@@ -89,8 +89,8 @@ def command(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorate a command with one option for each field of `settings`, and with those of every command.
 
-    The options given on the command line become its `config`, of the class `settings[0]`; or, where it has no such
-    parameter, its `**options`, so that their defaults do not override a recipe.
+    The given options of `settings[0]` become the parameter `config`, if there is one; all others are `**options`, so
+    that their defaults do not override a recipe.
 
     Fields in `without` get no option.
     """
@@ -120,7 +120,8 @@ def command(
                 if name not in ("method", "methods"):  # their functions are losses
                     code.allow(*map(str, value if isinstance(value, list) else [value]))
             if "config" in signature.parameters:
-                options = {"config": make(settings[0], options)}
+                given = {name: options.pop(name) for name in settings[0].model_fields if name in options}
+                arguments["config"] = make(settings[0], given)
             with output.activity.running():
                 function(**arguments, **options)
 

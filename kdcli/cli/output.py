@@ -11,11 +11,12 @@ import threading
 import time
 import traceback
 from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 from rich.table import Table
@@ -91,13 +92,10 @@ def confirm(question: str) -> bool:
     activity.bars.stop()
     if settings.json or not sys.stdin.isatty():
         return False
-    try:
-        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-    except BaseException as stop:  # Ctrl-C, or the end of the input
-        _stderr.print()
-        if isinstance(stop, EOFError):
-            return False
-        raise
+    with suppress(typer.Abort):
+        return typer.confirm(question)
+    _stderr.print()  # the input ended in the line of the question
+    return False
 
 
 def note(message: str, style: str = "dim") -> None:

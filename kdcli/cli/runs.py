@@ -6,9 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from kdcli.base import units
-from kdcli.base.errors import KdError
-from kdcli.base.files import read_document
-from kdcli.base.runs import RUNS, run_folders, size_on_disk, state
+from kdcli.base.runs import RUNS, document, run_folders, size_on_disk, state
 from kdcli.cli import output
 from kdcli.cli.options import command, examples
 
@@ -43,7 +41,7 @@ def runs(
 
 
 def _describe(run: Path) -> dict[str, Any]:
-    config, test = _read(run / "config.toml"), _read(run / "result.json").get("test")
+    config, test = document(run / "config.toml"), document(run / "result.json").get("test")
     accuracy = test.get("accuracy") if isinstance(test, dict) else None
     return {
         "run": run.name,
@@ -52,11 +50,3 @@ def _describe(run: Path) -> dict[str, Any]:
         "state": state(run),
         "bytes": size_on_disk(run),
     }
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The values of a file; none where it is absent or damaged."""
-    try:
-        return read_document(path)
-    except KdError:
-        return {}

@@ -23,24 +23,21 @@ EPILOG = examples(
 
 
 @command(LogitsConfig, TrainConfig, without=set(TrainConfig.model_fields) - _TAKEN)
-def teacher_logits(**options: Any) -> None:
+def teacher_logits(config: LogitsConfig, **options: Any) -> None:
     """Write a teacher's logits to a folder, for kd train without the teacher.
 
     Logits of each view of the training images, of these images without augmentation, and of the test images.
     """
-    own = make(
-        LogitsConfig, {name: options.pop(name) for name in LogitsConfig.model_fields if name in options}
-    )
-    config = make(TrainConfig, {**options, "cache_top_k": own.top_k})
-    config = with_defaults(config, needs_teacher=True, tuned={"student"})
+    train = make(TrainConfig, {**options, "cache_top_k": config.top_k})
+    train = with_defaults(train, needs_teacher=True, tuned={"student"})
     from kdcli.engine.packing import pack_logits
     from kdcli.engine.plan import load_data
 
-    splits = load_data(config, output.on_event)
-    made_with = pack_logits(config, splits, own.output, output.on_event)
-    size = sum(file.stat().st_size for file in own.output.rglob("*.*"))
-    output.json({"pack": own.output, "bytes": size, "made_with": made_with})
+    splits = load_data(train, output.on_event)
+    made_with = pack_logits(train, splits, config.output, output.on_event)
+    size = sum(file.stat().st_size for file in config.output.rglob("*.*"))
+    output.json({"pack": config.output, "bytes": size, "made_with": made_with})
     output.text(
-        f"wrote {own.output}: {made_with['views']} views of {len(splits.trained_on):,} images, {units.size(size)}"
+        f"wrote {config.output}: {made_with['views']} views of {len(splits.trained_on):,} images, {units.size(size)}"
     )
-    output.next_command(shell_command("train", {"teacher": own.output}))
+    output.next_command(shell_command("train", {"teacher": config.output}))

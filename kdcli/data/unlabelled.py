@@ -1,13 +1,13 @@
 """Unlabelled images: a folder or archive of image files at any depth, whatever its folders are called."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from kdcli.base.errors import KdError, UsageError
-from kdcli.base.events import Progress
-from kdcli.data import decode, rows
+from kdcli.data import decode
 from kdcli.data.datasets import Request
 from kdcli.data.images import NO_LABEL, Splits, pixel_hashes
 from kdcli.data.pack import Cache, Packed, Selection
@@ -15,7 +15,6 @@ from kdcli.data.read_images import Place, decode_all, is_ignored, skipped_notes
 from kdcli.data.sources import Source, open_source
 
 _PART = "unlabelled"
-_CHUNK = 1024  # images hashed at a time
 
 
 def add_unlabelled(splits: Splits, path: Path, request: Request) -> Splits:
@@ -58,17 +57,11 @@ def _pack(source: Source, splits: Splits, cache: Cache, request: Request) -> Pac
             more = f": all are broken, as {next(iter(found.broken)).name}" if found.broken else ""
             raise KdError(f"no images in {source.path}{more}", decode.FORMATS_READ)
         # 2. Leave out the data's own images.
-        test, train = (set(pixel_hashes(part.images)) for part in (splits.test, splits.train))
-        left_out, kept = {"test": 0, "train": 0}, []
-        for start in range(0, len(indices), _CHUNK):
-            request.on_event(Progress("comparing with the data's images", start, len(indices)))
-            chosen = np.array(indices[start : start + _CHUNK], dtype=np.int64)
-            pixels = rows.take(packer.images(), chosen)
-            for index, digest in zip(chosen.tolist(), pixel_hashes(pixels), strict=True):
-                if digest in test or digest in train:
-                    left_out["test" if digest in test else "train"] += 1
-                else:
-                    kept.append(index)
+        split_of = dict.fromkeys(pixel_hashes(splits.train.images), "train")
+        split_of |= dict.fromkeys(pixel_hashes(splits.test.images), "test")
+        digests = list(pixel_hashes(packer.images()))
+        kept = [index for index in indices if digests[index] not in split_of]
+        left_out = Counter(split_of[digests[index]] for index in indices if digests[index] in split_of)
         if not kept:
             raise KdError(
                 f"all {len(indices):,} images in {source.path} are among those of {splits.spec}",
@@ -76,9 +69,8 @@ def _pack(source: Source, splits: Splits, cache: Cache, request: Request) -> Pac
             )
         # 3. Store.
         notes = [f"{len(kept):,} unlabelled images from {where}."]
-        for split, count in left_out.items():
-            if count:
-                notes.append(f"Left out {count:,} images in {where} that are among the {split} images.")
+        for split, count in sorted(left_out.items()):
+            notes.append(f"Left out {count:,} images in {where} that are among the {split} images.")
         notes += [f"{where}: {note}" for note in skipped_notes(found, source)]
         name_of = {index: place.name for place, index in found.images.items()}
         labels, names = np.full(len(kept), NO_LABEL, np.int64), [name_of[index] for index in kept]

@@ -149,12 +149,8 @@ def test_download_dry_run(workplace: Path, mirror: Path, monkeypatch: pytest.Mon
 
 
 def test_download_usage_errors(workplace: Path, mirror: Path) -> None:
-    for arguments, message in (
-        (("cifar",), "Did you mean cifar10?"),
-        (("nin", "--from", "https://example.org/x"), 'End it with "/"'),
-    ):
-        result = kd(*arguments)
-        assert isinstance(result.exception, UsageError) and message in result.exception.hint
+    result = kd("cifar")
+    assert isinstance(result.exception, UsageError) and "Did you mean cifar10?" in result.exception.hint
     result = kd("nin", "--from", str(workplace))
     assert isinstance(result.exception, KdError) and "holds none of one.bin" in result.exception.message
     result = kd("nin", "--from", "absent")
