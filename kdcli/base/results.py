@@ -3,9 +3,18 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from html import escape
-from typing import Any, cast
+from typing import Annotated, Any, cast
+
+from pydantic import Field
 
 from kdcli.base.text import printable
+
+# Values of results that are read from files
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # columns and rows
 _MOST_VALUES = 10  # of a sequence that is listed

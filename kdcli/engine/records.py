@@ -22,6 +22,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    TypeAdapter,
     ValidationError,
     computed_field,
     model_validator,
@@ -33,7 +34,7 @@ from kdcli.base import metrics
 from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent, ignore
 from kdcli.base.files import MAX_JSON_BYTES, read_bytes, write_text
-from kdcli.base.results import Result
+from kdcli.base.results import Count, Finite, NonNegative, Percent, Result
 from kdcli.base.text import reason
 from kdcli.data import ImageSet, overlap_warning
 from kdcli.engine.run_dir import RunDir
@@ -41,10 +42,6 @@ from kdcli.methods import TrainConfig
 
 MOST_BYTES = MAX_JSON_BYTES  # of each file; a cell of the confusion matrix takes 30
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0, lt=2**53)]
 Folder = Annotated[
     RunDir,
     BeforeValidator(lambda value: RunDir(Path(value)) if isinstance(value, str) else value),
@@ -61,7 +58,7 @@ class Record(Result, BaseModel):
         return self.model_dump()
 
 
-R = TypeVar("R", bound=Record)
+R = TypeVar("R")
 
 
 class Metrics(Record):
@@ -239,7 +236,7 @@ def read_result(path: Path) -> RunResult:
 
 
 def read_record(schema: type[R], path: Path) -> R:
-    """A JSON file of one record."""
+    """A JSON file of one record, of a dataclass whose fields have such types too."""
     return _parse(schema, str(path), _read_bytes(path))
 
 
@@ -286,7 +283,7 @@ def _read_bytes(path: Path) -> bytes:
 
 def _parse(schema: type[R], name: str, content: bytes) -> R:
     try:
-        return schema.model_validate_json(content)
+        return TypeAdapter(schema).validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = "".join(f"{part} " for part in first["loc"]).strip()

@@ -3,9 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import Field
 
 from kdcli.base.config import BenchConfig, ReportConfig, make
 from kdcli.base.errors import KdError
@@ -13,11 +10,8 @@ from kdcli.base.events import OnEvent
 from kdcli.base.files import is_unchanged
 from kdcli.deploy.bench import BenchResult, Row, bench
 from kdcli.deploy.load import is_stored
-from kdcli.engine.records import Count, Evaluation, Percent, Record, read_record
+from kdcli.engine.records import Evaluation, read_record
 from kdcli.report.examine import Examined, recorded_teacher
-
-_MAX_ROWS = 500
-_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -30,50 +24,19 @@ class Speed:
     unavailable: str = ""  # why there are no rows
 
 
-class _BenchRow(Record):
-    name: str
-    path: Annotated[str, Field(pattern="^[^\\x00]*$")]
-    engine: str
-    is_teacher: bool
-    file_bytes: Count
-    network_bytes: Count
-    latency_ms: _Positive | None
-    latency_n: Count = 0
-    speedup: _Positive | None = None
-    speedup_interval: tuple[_Positive, _Positive] | None = None
-    size_ratio: _Positive | None = None
-    accuracy: Percent | None = None
-    accuracy_interval: tuple[Percent, Percent] | None = None
-    accuracy_source: str | None = None
-
-
-class _BenchFile(Record):
-    rows: Annotated[list[_BenchRow], Field(min_length=1, max_length=_MAX_ROWS)]
-    threads: Annotated[int, Field(ge=1)]
-    environment: dict[str, Any]
-    notes: tuple[str, ...] = ()
-
-
 def from_file(path: Path) -> Speed:
     """Rows of a file from `kd bench --json > FILE`; a KdError if it has other content."""
-    hint = "Make it with: kd bench --json > bench.json"
     try:
-        content = read_record(_BenchFile, path)
+        result = read_record(BenchResult, path)
+        if any("\0" in str(row.path) for row in result.rows):
+            raise KdError(f"{path}: a path has the character NUL")
     except KdError as error:
-        raise KdError(f"--bench: {error.message}", hint) from error
-    unknown = {"preprocessing_bytes": 0, "parameters": 0, "macs": None}
-    rows = [
-        Row(**row.model_dump() | unknown | {"path": Path(row.path)})
-        for row in content.rows
-        if row.latency_ms is not None
-    ]
-    if not rows:
-        raise KdError(f"--bench: {path}: no row has a latency", hint)
-    return of_bench(content, rows, f"measured before this page ({path.name})")
+        raise KdError(f"--bench: {error.message}", "Make it with: kd bench --json > bench.json") from error
+    return of_bench(result, result.rows, f"measured before this page ({path.name})")
 
 
 def of_bench(
-    result: BenchResult | _BenchFile,
+    result: BenchResult,
     rows: Sequence[Row],
     when: str = "measured with kd bench on this machine",
 ) -> Speed:

@@ -33,6 +33,9 @@ def bench_file(folder: Path, **changes: Any) -> Path:
             "is_teacher": path.startswith("weights"),
             "file_bytes": 10_000,
             "network_bytes": 8_000,
+            "preprocessing_bytes": 0,
+            "parameters": 2_000,
+            "macs": None,
             "latency_ms": ms,
             "latency_n": 15,
             "speedup": 8 / ms,
@@ -42,9 +45,9 @@ def bench_file(folder: Path, **changes: Any) -> Path:
         for path, ms in names.items()
     ]
     path = folder / "bench.json"
-    path.write_text(
-        json.dumps({"rows": rows, "threads": 2, "environment": {"cpu": {"model": "<i>CPU"}}} | changes)
-    )
+    about = {"teacher": "t", "batches": [1], "rounds": 3, "sessions": 1, "threads": 2, "test_images": 0}
+    about |= {"data_label": None, "environment": {"cpu": {"model": "<i>CPU"}}}
+    path.write_text(json.dumps({"rows": rows, **about} | changes))
     return path
 
 

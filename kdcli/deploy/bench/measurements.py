@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from kdcli.base.results import Result, Table
+from pydantic import ConfigDict, Field
+
+from kdcli.base.results import Count, Percent, Positive, Result, Table
 from kdcli.base.tables import csv_text, markdown_cell, markdown_text
 from kdcli.deploy.bench.footprint import Footprint
 
@@ -16,6 +18,7 @@ _COLUMNS = (
     "model, engine, network (MB), one image (ms), speed-up and 95 % interval, verdict, images/s, peak memory (MB), "
     "accuracy (%)"
 )
+_MAX_ROWS = 500  # of a file
 
 
 @dataclass(frozen=True)
@@ -26,25 +29,25 @@ class Row:
     path: Path
     engine: str  # torch, compiled (torch.compile) or onnxruntime
     is_teacher: bool  # the model all ratios refer to
-    file_bytes: int
-    network_bytes: int  # weights and buffers of the network
+    file_bytes: Count
+    network_bytes: Count  # weights and buffers of the network
     preprocessing_bytes: int  # constants of the preprocessing in the file
     parameters: int  # trainable values (of an ONNX file: values in weights, batch norm folded in)
     macs: int | None  # multiply-accumulates for one image; None if unknown
     precision: str = "fp32"  # or fp16 or int8, of an ONNX file
-    latency_ms: float = math.nan  # one image, median of `latency_n` calls
+    latency_ms: Positive = math.nan  # one image, median of `latency_n` calls
     latency_p90_ms: float = math.nan
     latency_p95_ms: float = math.nan
     latency_p99_ms: float | None = None  # None where fewer than ten calls lie beyond it
-    latency_n: int = 0
+    latency_n: Count = 0
     throughput: dict[int, float] = field(default_factory=dict)  # images per second by batch size, medians
     images_per_s: float = math.nan  # that of the largest batch
-    speedup: float | None = None  # teacher's latency ÷ its own; None without a teacher on this engine
-    speedup_interval: tuple[float, float] | None = None  # 95 %
+    speedup: Positive | None = None  # teacher's latency ÷ its own; None without a teacher on this engine
+    speedup_interval: tuple[Positive, Positive] | None = None  # 95 %
     speed: str | None = None  # faster, slower or no difference; None as above
-    size_ratio: float | None = None  # teacher's network bytes ÷ its own; above 1 is smaller
-    accuracy: float | None = None  # per cent of test images
-    accuracy_interval: tuple[float, float] | None = None  # 95 %, where it was measured
+    size_ratio: Positive | None = None  # teacher's network bytes ÷ its own; above 1 is smaller
+    accuracy: Percent | None = None  # per cent of test images
+    accuracy_interval: tuple[Percent, Percent] | None = None  # 95 %, where it was measured
     accuracy_source: str | None = None  # measured, or recorded in the file when it was trained
     agreement: float | None = None  # per cent of test images with the teacher's class
     kl: float | None = None  # mean KL(teacher ‖ model) over the test images, nats
@@ -53,6 +56,8 @@ class Row:
     verdict: str = ""  # speed and size against the teacher as text
     worse: bool = False  # slower or bigger than its teacher
     notes: tuple[str, ...] = ()
+
+    __pydantic_config__ = ConfigDict(validate_default=True)  # of a file: the latency must be there
 
     def extend(self, *, notes: Sequence[str] = (), **values: Any) -> Row:
         """A copy with further values, and with further notes."""
@@ -80,7 +85,7 @@ def rows_within(rows: Sequence[Row], budget_ms: float | None, max_drop: float | 
 class BenchResult(Result):
     """All rows and the conditions of the measurement."""
 
-    rows: tuple[Row, ...]  # the teacher's first
+    rows: Annotated[tuple[Row, ...], Field(min_length=1, max_length=_MAX_ROWS)]  # the teacher's first
     teacher: str  # its name
     batches: tuple[int, ...]  # sizes of `throughput`
     rounds: int

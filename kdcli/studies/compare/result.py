@@ -7,12 +7,12 @@ from pydantic import Field
 
 from kdcli import __version__
 from kdcli.base.config.settings import Seed
-from kdcli.base.results import Table
+from kdcli.base.results import Count, NonNegative, Percent, Table
 from kdcli.base.tables import csv_text, markdown_cell, markdown_text
 from kdcli.data import overlap_warning
 from kdcli.engine import read_result
 from kdcli.engine.identity import recorded_circumstances
-from kdcli.engine.records import Count, NonNegative, Percent, Record
+from kdcli.engine.records import Record
 from kdcli.studies.compare.plan import Plan, PlannedRun
 from kdcli.studies.compare.stats import INCONCLUSIVE, LEVEL, Interval, Points, Summary, holm, summary, verdict
 

@@ -6,7 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from kdcli.engine.records import Percent, Record
+from kdcli.base.results import Percent
+from kdcli.engine.records import Record
 
 BETTER, WORSE, INCONCLUSIVE = "better", "worse", "inconclusive"
 ONE_SEED = "one seed: no claim"
