@@ -126,10 +126,10 @@ def _training_of(teacher: Path, config: TrainConfig) -> tuple[dict[str, Any], in
     """
     from kdcli import data
     from kdcli.data.datasets import DATASETS
-    from kdcli.deploy.load import is_stored, load_model
+    from kdcli.deploy.load import kind_of, load_model
     from kdcli.teacher.stored import made_with
 
-    if is_stored(teacher):
+    if kind_of(teacher) == "outputs":
         return made_with(teacher), None
     try:
         model = load_model(teacher, config.threads, config.teacher_inputs)

@@ -48,10 +48,10 @@ def export(
 def _reference(model: Classifier) -> Path:
     """The teacher that the model records, if it is unchanged; else its own file."""
     from kdcli.base.files import is_unchanged
-    from kdcli.deploy.load import is_stored, teachers_of
+    from kdcli.deploy.load import kind_of, teachers_of
 
     for teacher in teachers_of(model.provenance, model.path):
-        a_model = not teacher.inputs.given and not is_stored(teacher.path)
+        a_model = not teacher.inputs.given and kind_of(teacher.path) != "outputs"
         if a_model and is_unchanged(teacher.path, teacher.sha256):
             return teacher.path
     return model.path

@@ -19,7 +19,14 @@ if TYPE_CHECKING:  # importing onnxruntime takes a third of a second
     from kdcli.deploy.onnx_model import OnnxClassifier
 
 M = TypeVar("M", bound=Any)
+# Kinds of files by suffix; all others are checkpoints. Stored outputs of a teacher: see `teacher.stored`.
+_KINDS = {".onnx": "onnx", ".csv": "outputs", ".json": "outputs"}
 _NAME_FILES = ("labels.txt", "config.json")  # beside a model
+
+
+def kind_of(path: Path) -> str:
+    """`checkpoint`, `onnx`, or `outputs` of a teacher for certain images."""
+    return _KINDS.get(path.suffix.lower(), "checkpoint")
 
 
 def name_files(path: Path, assumed: InputSettings) -> list[Path]:
@@ -28,24 +35,20 @@ def name_files(path: Path, assumed: InputSettings) -> list[Path]:
     return [assumed.class_names] if assumed.class_names else [file for file in beside if file.is_file()]
 
 
-def names_sha256(path: Path, assumed: InputSettings) -> list[str]:
-    """SHA-256 of these files, and of a class map."""
-    files = name_files(path, assumed) if path.suffix.lower() == ".onnx" else []
+def beside(path: Path, assumed: InputSettings) -> list[str]:
+    """SHA-256 of all that a model's outputs depend on beside its file: names of classes, class map, user's code."""
+    files = name_files(path, assumed) if kind_of(path) == "onnx" else []
     files += [assumed.class_map] if assumed.class_map else []
-    return [sha256_file(file) for file in files if file.is_file()]
+    hashes = [sha256_file(file) for file in files if file.is_file()]
+    return [*hashes, *source_digests(path).values()]
 
 
 def source_digests(path: Path) -> dict[str, str]:
     """SHA-256 of the user's function that makes a checkpoint's network, if functions may run; else empty."""
-    if path.suffix.lower() == ".onnx" or is_stored(path) or not code.allowed():
+    if kind_of(path) != "checkpoint" or not code.allowed():
         return {}
     arch = checkpoint.load(path).arch
     return models.source_digests(arch) if code.is_name(arch) else {}
-
-
-def is_stored(path: Path) -> bool:
-    """Whether a teacher's file holds outputs instead of a model, see `teacher.stored`."""
-    return path.suffix.lower() in (".csv", ".json")
 
 
 def with_classes(model: M, classes: tuple[str, ...], file: Path | None = None) -> M:
@@ -82,12 +85,13 @@ def load_model(
         input_size: (H, W, C) of the data, for sides that the file and `assumed` leave open.
         several: it is measured beside others: `assumed` may be for these, and its weights may be in files beside it.
     """
-    if is_stored(path):
+    kind = kind_of(path)
+    if kind == "outputs":
         raise KdError(
             f"{path} holds outputs for certain images, and no model",
             "Train with it by --teacher, with a method of logits and no --teacher-dropout or --teacher-cache off.",
         )
-    if path.suffix.lower() == ".onnx":
+    if kind == "onnx":
         from kdcli.deploy.onnx_model import OnnxClassifier
 
         model: Classifier | OnnxClassifier = OnnxClassifier.load(

@@ -8,4 +8,5 @@ from kdcli.models.classifier import (
     parameter_count,
     predict_logits,
 )
-from kdcli.models.registry import MODELS, accepts, build, is_network, names, register, source_digests
+from kdcli.models.external import source_digests
+from kdcli.models.registry import MODELS, accepts, build, is_network, names, register

@@ -41,21 +41,11 @@ class Published(NamedTuple):
 
 
 def row(arch: str) -> partial[Any] | None:
-    """The row of a network in the form of `registry.MODELS`; None if the name is not of this kind.
-
-    A UsageError for a user's function that is not allowed, see `code.allow`.
-    """
+    """The row of a network in the form of `registry.MODELS`; None if the name is not of this kind."""
     source, _, name = arch.partition(":")
     if source in SOURCES:
         return partial(_examined, SOURCES[source][0], arch, name)
-    if not code.is_name(arch):
-        return None
-    if arch not in code.allowed():
-        raise UsageError(
-            f"network {arch} is code, which runs only if you name it",
-            f"If it is yours: export {code.ALLOWED}={arch}",
-        )
-    return partial(_examined, _factory, arch, arch)
+    return partial(_examined, _factory, arch, arch) if code.is_name(arch) else None
 
 
 def published(arch: str, weights: str, sha256: str, args: Mapping[str, Any], side: int) -> Published:
@@ -67,7 +57,6 @@ def published(arch: str, weights: str, sha256: str, args: Mapping[str, Any], sid
     source, _, name = arch.partition(":")
     if source in SOURCES:
         return SOURCES[source][1](name, weights, sha256)
-    row(arch)  # whether it is allowed
     counts = _required(arch) & {"classes", "num_classes"} - set(args)
     if counts and not sha256:
         count = min(counts)
@@ -215,9 +204,15 @@ def _module(name: str, classes: int, input_size: tuple[int, int, int]) -> nn.Mod
     return copy.deepcopy(_OWN[name])
 
 
-def initial_digest(arch: str) -> str:
-    """SHA-256 of the weights that a module was passed with."""
-    return digest(dict(_module(arch.partition(":")[2], 0, (0, 0, 0)).state_dict()))
+def source_digests(arch: str) -> dict[str, str]:
+    """SHA-256 of the source file of a user's function, which is imported, or of a module's weights; else empty."""
+    source, _, name = arch.partition(":")
+    if source == "module":
+        return {arch: digest(dict(_module(name, 0, (0, 0, 0)).state_dict()))}
+    if not code.is_name(arch):
+        return {}
+    _function(arch)
+    return {arch: code.digest(arch)}
 
 
 def _of_module(name: str, weights: str, sha256: str) -> Published:
@@ -225,6 +220,12 @@ def _of_module(name: str, weights: str, sha256: str) -> Published:
 
 
 def _function(name: str) -> Callable[..., Any]:
+    """Import a user's function; a UsageError if it is not allowed, see `code.allow`."""
+    if code.is_name(name) and name not in code.allowed():
+        raise UsageError(
+            f"network {name} is code, which runs only if you name it",
+            f"If it is yours: export {code.ALLOWED}={name}",
+        )
     return code.load(name, f"network {name}", similar(name.partition(":")[0], code.SOURCES) or _FACTORY)
 
 

@@ -90,17 +90,6 @@ def is_network(name: str) -> bool:
     return name in names() or (code.is_network(name) and name.count(":") == 1)
 
 
-def source_digests(arch: str) -> dict[str, str]:
-    """SHA-256 of the source file of a user's function, which is imported, or of a module's weights; else empty."""
-    if not code.is_own(arch):
-        return {}
-    if not code.is_name(arch):
-        return {arch: external.initial_digest(arch)}
-    _row(arch)  # a UsageError if it is not allowed
-    code.load(arch, f"network {arch}", "")
-    return {arch: code.digest(arch)}
-
-
 def accepts(arch: str, argument: str) -> bool:
     return argument in inspect.signature(_row(arch).func).parameters
 

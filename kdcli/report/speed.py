@@ -9,7 +9,7 @@ from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent
 from kdcli.base.files import is_unchanged
 from kdcli.deploy.bench import BenchResult, Row, bench
-from kdcli.deploy.load import is_stored
+from kdcli.deploy.load import kind_of
 from kdcli.engine.records import Evaluation, read_record
 from kdcli.report.examine import Examined, recorded_teacher
 
@@ -78,7 +78,7 @@ def _teacher_of_ratios(examined: Sequence[Examined], config: ReportConfig) -> Pa
     if not used:
         recorded = (recorded_teacher(found.run) for found in examined)
         used = [path for path, sha in recorded if path and is_unchanged(path, sha)]
-    used = [path for path in used if not is_stored(path)]
+    used = [path for path in used if kind_of(path) != "outputs"]
     return max(used, key=used.count) if used else None
 
 

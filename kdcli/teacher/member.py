@@ -20,7 +20,7 @@ from kdcli.base.errors import KdError
 from kdcli.base.events import Note, OnEvent, Progress
 from kdcli.base.runtime import World
 from kdcli.data import ImageSet, incompatibility, other_classes
-from kdcli.deploy.load import load_model, names_sha256, source_digests, with_classes
+from kdcli.deploy.load import beside, load_model, with_classes
 from kdcli.models import Classifier
 from kdcli.models.class_map import HINT
 from kdcli.teacher import assumptions
@@ -65,14 +65,9 @@ class Member:
     _noted: bool = False
 
     @cached_property
-    def names_sha256(self) -> list[str]:
-        """Of the files that its class names may be read from, and of a class map: they decide on its outputs."""
-        return names_sha256(self.path, self.assumed)
-
-    @cached_property
     def beside(self) -> list[str]:
-        """SHA-256 of all that decides on its outputs beside its file: these, and the code of a user's function."""
-        return [*self.names_sha256, *source_digests(self.path).values()]
+        """SHA-256 of all that its outputs depend on beside its file, as of the first use."""
+        return beside(self.path, self.assumed)
 
     @property
     def model(self) -> Any:
@@ -98,7 +93,7 @@ class Member:
 
     def check_unchanged(self, sha256: str) -> None:
         """Raise KdError unless the file, now with this SHA-256, and those of its classes are the same as before."""
-        if (sha256, names_sha256(self.path, self.assumed)) != (self.sha256, self.names_sha256):
+        if (sha256, beside(self.path, self.assumed)) != (self.sha256, self.beside):
             raise KdError(
                 f"teacher {self.path} or its list of classes was replaced while it was in use",
                 "Put the earlier file back to continue a run; a new run takes the file that is there.",

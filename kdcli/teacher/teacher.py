@@ -20,7 +20,7 @@ from kdcli.base.events import Note, OnEvent, ignore
 from kdcli.base.files import cache_folder, sha256_file
 from kdcli.base.runtime import World
 from kdcli.data import ImageSet, augment, rows
-from kdcli.deploy.load import is_stored
+from kdcli.deploy.load import kind_of
 from kdcli.methods import Features
 from kdcli.models import Classifier
 from kdcli.models.feature_extractor import FeatureExtractor, find_stages
@@ -107,13 +107,14 @@ class Teacher:
                     f"no teacher at {path}",
                     "Put it there, or pass another with --teacher.",
                 )
-        if len(set(map(is_stored, files))) > 1:
+        kinds = list(map(kind_of, files))
+        if "outputs" in kinds and len(set(kinds)) > 1:
             raise UsageError(
                 "--teacher names stored outputs and models", "Make packs of these: kd teacher-logits"
             )
         hashes = world.broadcast([sha256_file(path) for path in files] if world.first else [])
         given = tuple(weights) or (1.0,) * len(files)
-        if assumed.described and not any(map(_is_onnx, files)):
+        if assumed.described and "onnx" not in kinds:
             flags = ", ".join(assumed.described)
             raise UsageError(f"{files[0]} records its own input and classes", f"Leave out {flags}.")
         members = tuple(
@@ -123,10 +124,10 @@ class Teacher:
                 weight / sum(given),
                 world.device,
                 threads,
-                assumed if _is_onnx(path) else type(assumed)(class_map=assumed.class_map),
+                assumed if kind == "onnx" else type(assumed)(class_map=assumed.class_map),
                 data,
             )
-            for path, sha256, weight in zip(files, hashes, given, strict=True)
+            for path, kind, sha256, weight in zip(files, kinds, hashes, given, strict=True)
         )
         return cls(members, cache_dir, world, precision, top_k)
 
@@ -152,12 +153,12 @@ class Teacher:
         """
         if self.has_stored:
             return any(only_probabilities(each.path) for each in self.members)
-        return any(_is_onnx(each.path) and each.model.gives != "logits" for each in self.members)
+        return any(kind_of(each.path) == "onnx" and each.model.gives != "logits" for each in self.members)
 
     @property
     def has_stored(self) -> bool:
         """Whether the members are stored outputs, which are not there for other images."""
-        return is_stored(self.members[0].path)
+        return kind_of(self.members[0].path) == "outputs"
 
     def missing(self, data: ImageSet) -> str:
         """Why stored outputs are not of these plain images; empty where they are, or a model can be run."""
@@ -289,7 +290,7 @@ class Teacher:
         recipe = {
             "cache_version": _CACHE_VERSION,
             "teacher": member.sha256,
-            **({"onnx": {**member.assumed.given, **_ONNX}} if _is_onnx(member.path) else {}),
+            **({"onnx": {**member.assumed.given, **_ONNX}} if kind_of(member.path) == "onnx" else {}),
             **({"beside": member.beside} if member.beside else {}),
             **({"torchvision": version("torchvision")} if augment.is_of_torchvision(augment_name) else {}),
             "data": data.fingerprint,
@@ -307,7 +308,3 @@ class Teacher:
             exact=exact,
             top_k=0 if exact else self.top_k,
         )
-
-
-def _is_onnx(path: Path) -> bool:
-    return path.suffix.lower() == ".onnx"
