@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from kdcli import models
 from kdcli.base.config import InfoConfig
 from kdcli.base.text import dims
 from kdcli.data.preprocess import Preprocess
-from kdcli.deploy.load import load_model
-from kdcli.deploy.onnx_model import OnnxClassifier, count_model
-from kdcli.models.layers import LayerSummary, summarize_layers
+from kdcli.deploy.load import kind_of, load_model
+from kdcli.deploy.onnx_model import OnnxClassifier
+from kdcli.models.layers import LayerSummary, ModelCounts, count_network
 
 _IMAGE_SIZE = 32  # of a network given by name
 _MOST_VALUES = 16  # of a tensor that is listed; of larger ones the shape
@@ -45,33 +44,24 @@ def info(model: str, config: InfoConfig) -> ModelInfo:
     if models.is_network(model) and not path.is_file():
         return _network_info(model, config)
     loaded = load_model(path, assumed=config)
-    if isinstance(loaded, OnnxClassifier):
-        counts = count_model(loaded.model, loaded.input_shape)
-        kind, arch, size = "onnx", loaded.metadata.get("kd.arch"), loaded.file_bytes
-        work = counts.precision, counts.parameters, counts.macs, counts.nodes
-    else:
-        kind, arch, size = "checkpoint", loaded.arch, path.stat().st_size
-        work = "fp32", *_measures(loaded.network, loaded.network_size)
+    arch = loaded.metadata.get("kd.arch") if isinstance(loaded, OnnxClassifier) else loaded.arch
     about = loaded.input_size, loaded.resize, loaded.gives, loaded.classes
     constants = None if loaded.preprocess is None else _constants(loaded.preprocess)
-    return ModelInfo(kind, arch, *about, *work, size, loaded.file_sha256, constants, loaded.provenance)
+    file = loaded.file_bytes, loaded.file_sha256, constants, loaded.provenance
+    return ModelInfo(kind_of(path), arch, *about, *_work(loaded.counts()), *file)
 
 
 def _network_info(name: str, config: InfoConfig) -> ModelInfo:
     side = config.image_size or _IMAGE_SIZE
     size = side, side, 1 if config.grey else 3
     network = models.build(name, classes=config.classes, input_size=size)
+    counts = count_network(network, torch.zeros(1, size[2], side, side))
     classes = tuple(map(str, range(config.classes)))
-    return ModelInfo("network", name, size, 0, "logits", classes, "fp32", *_measures(network, size))
+    return ModelInfo("network", name, size, 0, "logits", classes, *_work(counts))
 
 
-def _measures(
-    network: nn.Module, size: tuple[int, int, int]
-) -> tuple[int, int | None, tuple[LayerSummary, ...]]:
-    """Parameters, multiply-accumulates and layers of a network for images (H, W, C)."""
-    height, width, channels = size
-    layers = summarize_layers(network, torch.zeros(1, channels, height, width))
-    return models.parameter_count(network), sum(layer.macs or 0 for layer in layers), tuple(layers)
+def _work(counts: ModelCounts) -> tuple[str, int, int | None, tuple[LayerSummary, ...]]:
+    return counts.precision, counts.parameters, counts.macs, counts.layers
 
 
 def _constants(preprocess: Preprocess) -> dict[str, Any]:

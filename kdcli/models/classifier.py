@@ -19,6 +19,7 @@ from kdcli.data.preprocess import Preprocess, from_spec
 from kdcli.models import checkpoint, registry
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.class_map import ClassMap
+from kdcli.models.layers import ModelCounts, count_network
 
 # attributes of Classifier and Checkpoint
 _COMMON = ("arch", "arch_args", "classes", "input_size", "provenance", "resize")
@@ -90,6 +91,14 @@ class Classifier(nn.Module):
         """(H, W, C) of the network's input."""
         return self.preprocess.output_size(self.input_size)
 
+    @property
+    def file_bytes(self) -> int:
+        return self.path.stat().st_size
+
+    def counts(self) -> ModelCounts:
+        height, width, channels = self.network_size
+        return count_network(self.network, torch.zeros(1, channels, height, width), self.preprocess)
+
     def to_checkpoint(self, training: dict[str, Any] | None = None) -> Checkpoint:
         return Checkpoint(
             **{name: getattr(self, name) for name in _COMMON},
@@ -157,11 +166,6 @@ def final_linear(network: nn.Module) -> nn.Linear | None:
     name = getattr(network, "head_name", None)
     layer = None if name is None else cast(nn.Linear, network.get_submodule(name))
     return None if layer is None or layer.bias is None else layer
-
-
-def parameter_count(module: nn.Module) -> int:
-    """Number of trainable values."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def predict_logits(

@@ -24,6 +24,18 @@ class LayerSummary:
     macs: int | None
 
 
+@dataclass(frozen=True)
+class ModelCounts:
+    """Size and work of a model."""
+
+    parameters: int  # trainable values (of an ONNX file: values in weight tensors, without scales of int8)
+    network_bytes: int  # weights and buffers of the network
+    preprocessing_bytes: int  # constants of the preprocessing in the file
+    macs: int | None  # multiply-accumulates of one image in convolutions and linear layers; None if unknown
+    precision: str  # fp32, fp16 or int8
+    layers: tuple[LayerSummary, ...]  # in the order they run
+
+
 def run_with_hooks(
     network: nn.Module, prepared: Tensor, hook: Callable[[str, nn.Module, Any, Any], None]
 ) -> Tensor:
@@ -58,9 +70,20 @@ def summarize_layers(network: nn.Module, prepared: Tensor) -> list[LayerSummary]
     return rows
 
 
-def count_macs(network: nn.Module, prepared: Tensor) -> int:
-    """Multiply-accumulates per image in convolutions and linear layers, see `summarize_layers`."""
-    return sum(row.macs or 0 for row in summarize_layers(network, prepared))
+def count_network(network: nn.Module, prepared: Tensor, preprocess: nn.Module | None = None) -> ModelCounts:
+    """Size and work of a network for images like the first of (B, C, H, W), and of its preprocessing."""
+    layers = tuple(summarize_layers(network, prepared))
+    parts = (network, preprocess or nn.Identity())
+    network_bytes, preprocessing_bytes = (
+        sum(value.numel() * value.element_size() for value in part.state_dict().values()) for part in parts
+    )
+    macs = sum(layer.macs or 0 for layer in layers)
+    return ModelCounts(parameter_count(network), network_bytes, preprocessing_bytes, macs, "fp32", layers)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of trainable values."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _macs(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> int:

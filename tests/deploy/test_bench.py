@@ -29,7 +29,7 @@ from kdcli.deploy.bench.measurements import rows_within
 from kdcli.deploy.export import ExportResult
 from kdcli.deploy.onnx_model import OnnxClassifier, OnnxRunner
 from kdcli.models import Classifier, build
-from kdcli.models.layers import count_macs
+from kdcli.models.layers import count_network
 from tests.deploy.helpers import SPLITS, classifier, exported, random_splits, resizing_classifier
 
 
@@ -122,7 +122,9 @@ def test_macs_equal_a_count_by_hand(result: BenchResult) -> None:
         "raw.onnx": tiny,
         "stranger.onnx": tiny,
     }
-    assert count_macs(build("nin", classes=10, input_size=(32, 32, 3)).eval(), torch.zeros(2, 3, 32, 32)) == (
+    assert count_network(
+        build("nin", classes=10, input_size=(32, 32, 3)).eval(), torch.zeros(2, 3, 32, 32)
+    ).macs == (
         1024 * (192 * 75 + 160 * 192 + 96 * 160)
         + 256 * (192 * 96 * 25 + 192 * 192 * 2)
         + 64 * (192 * 192 * 9 + 192 * 192 + 192 * 10)

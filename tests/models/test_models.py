@@ -8,7 +8,7 @@ import torch
 
 from kdcli import models
 from kdcli.base.errors import UsageError
-from kdcli.models.layers import count_macs
+from kdcli.models.layers import count_network
 
 NAMES = [name for name in models.MODELS if name != "graph"]
 
@@ -27,7 +27,7 @@ def test_sizes_of_the_reference_networks(
 ) -> None:
     network = models.build(name, classes=10, input_size=size).eval()
     assert models.parameter_count(network) == parameters
-    assert count_macs(network, torch.zeros(1, size[2], size[0], size[1])) == macs
+    assert count_network(network, torch.zeros(1, size[2], size[0], size[1])).macs == macs
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -29,10 +29,9 @@ from kdcli.deploy.bench.footprint import measure_footprint
 from kdcli.deploy.bench.latency import Candidate, Runner, compare, measure
 from kdcli.deploy.bench.measurements import BenchResult, Row, rows_within
 from kdcli.deploy.load import fitted, load_model, teachers_of
-from kdcli.deploy.onnx_model import OnnxClassifier, OnnxRunner, count_model
+from kdcli.deploy.onnx_model import OnnxClassifier, OnnxRunner
 from kdcli.deploy.onnx_model.translate import to_onnx
 from kdcli.models import Classifier
-from kdcli.models.layers import count_macs
 
 TORCH, COMPILED, ORT = "torch", "compiled", "onnxruntime"
 ENGINES = {"both": (TORCH, ORT), "all": (TORCH, COMPILED, ORT)}
@@ -133,27 +132,31 @@ def candidates_of(
     """A candidate for each engine, and notes on engines that cannot run the model."""
     size = (max(config.batch), *model.input_size)
     raw = torch.from_numpy(np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8))
-    make_row = partial(Row, name=name, path=path, is_teacher=is_teacher)
+    counts = model.counts()
+    row = Row(
+        name=name,
+        path=path,
+        engine=ORT,
+        is_teacher=is_teacher,
+        file_bytes=model.file_bytes,
+        network_bytes=counts.network_bytes,
+        preprocessing_bytes=counts.preprocessing_bytes,
+        parameters=counts.parameters,
+        macs=counts.macs,
+        precision=counts.precision,
+    )
     if isinstance(model, OnnxClassifier):
-        return [_onnx_candidate(model, raw, make_row, threads)], []
+        return [_onnx_candidate(row, model, raw, threads)], []
     network = model.network.to(memory_format=torch.channels_last)
     with torch.inference_mode():
         prepared = model.prepare(raw).contiguous(memory_format=torch.channels_last)
-    row = make_row(
-        engine=TORCH,
-        file_bytes=path.stat().st_size,
-        network_bytes=_state_bytes(network),
-        preprocessing_bytes=_state_bytes(model.preprocess),
-        parameters=models.parameter_count(network),
-        macs=count_macs(network, prepared),
-    )
     candidates: list[Candidate] = []
     notes: list[str] = []
     for engine in ENGINES.get(config.engine, (config.engine,)):
         if engine == ORT:
             content = to_onnx(model, opset=18, with_preprocessing=False).SerializeToString()
             inputs = np.ascontiguousarray(prepared.numpy())
-            candidates.append(_ort_candidate(row.extend(engine=ORT), content, inputs, threads))
+            candidates.append(_ort_candidate(row, content, inputs, threads))
             continue
         try:
             load = _torch_loader(engine, network, prepared, config.batch)
@@ -164,10 +167,6 @@ def candidates_of(
         footprint = partial(measure_footprint, path, engine, threads, shape, len(prepared))
         candidates.append(Candidate(row.extend(engine=engine), load, footprint))
     return candidates, notes
-
-
-def _state_bytes(module: nn.Module) -> int:
-    return sum(value.numel() * value.element_size() for value in module.state_dict().values())
 
 
 def _torch_loader(
@@ -188,9 +187,7 @@ def _torch_loader(
     return lambda: lambda count: compiled(prepared[:count])
 
 
-def _onnx_candidate(
-    model: OnnxClassifier, raw: Tensor, make_row: Callable[..., Row], threads: int
-) -> Candidate:
+def _onnx_candidate(row: Row, model: OnnxClassifier, raw: Tensor, threads: int) -> Candidate:
     notes = []
     inputs = model.to_layout(raw.numpy() / 255) if model.why_not_runnable else model.prepare(raw)
     if model.takes_pixels:
@@ -200,18 +197,8 @@ def _onnx_candidate(
         notes.append("its batch is fixed at 1; images of a batch are run singly")
     elif batch is not None:
         notes.append(f"its batch is fixed at {batch}; one image takes as long as {batch}")
-    counts = count_model(model.model, model.input_shape)
-    row = make_row(
-        engine=ORT,
-        file_bytes=model.file_bytes,
-        network_bytes=counts.network_bytes,
-        preprocessing_bytes=counts.preprocessing_bytes,
-        parameters=counts.parameters,
-        macs=counts.macs,
-        precision=counts.precision,
-        notes=tuple(notes),
-    )
-    return _ort_candidate(row, model.model.SerializeToString(), inputs, threads, batch, model.runner.output)
+    content, output = model.model.SerializeToString(), model.runner.output
+    return _ort_candidate(row.extend(notes=notes), content, inputs, threads, batch, output)
 
 
 def _ort_candidate(

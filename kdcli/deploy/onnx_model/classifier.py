@@ -16,6 +16,7 @@ from kdcli.base.errors import KdError
 from kdcli.base.text import dims
 from kdcli.data.decode import checked_resize
 from kdcli.data.preprocess import Preprocess
+from kdcli.deploy.onnx_model.counts import count_model
 from kdcli.deploy.onnx_model.form import check_alone, choose_output, form_of_outputs, input_form
 from kdcli.deploy.onnx_model.metadata import (
     FORMAT_KEY,
@@ -28,6 +29,7 @@ from kdcli.deploy.onnx_model.metadata import (
 from kdcli.deploy.onnx_model.reading import read_model
 from kdcli.deploy.onnx_model.runner import OnnxRunner
 from kdcli.models.class_map import ClassMap
+from kdcli.models.layers import ModelCounts
 
 _LEAST_SIGMOID = 1e-7  # and that far from 1: float32 rounds others to 1
 _PROBES = 3  # random images that a file is run on when it is read
@@ -170,6 +172,9 @@ class OnnxClassifier:
     def takes_pixels(self) -> bool:
         """Whether its input is raw images: its preprocessing is inside."""
         return self.dtype == np.uint8
+
+    def counts(self) -> ModelCounts:
+        return count_model(self.model, self.input_shape)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Raw images uint8 (B, H, W, C) → logits float32 (B, classes); a KdError if its preprocessing is unknown.

@@ -2,28 +2,15 @@
 
 import copy
 import math
-from dataclasses import dataclass
 
 import onnx
 
 from kdcli.base.text import dims
 from kdcli.deploy.onnx_model.form import image_input
-from kdcli.models.layers import LayerSummary
+from kdcli.models.layers import LayerSummary, ModelCounts
 
 _ML = "ai.onnx.ml"  # domain of scikit-learn's operators
 PREPROCESSING = "preprocess/"  # prefix of the names of preprocessing nodes in exported files
-
-
-@dataclass(frozen=True)
-class ModelCounts:
-    """Size and work of an ONNX model."""
-
-    parameters: int  # values in weight tensors; quantisation scales and shapes are not counted
-    network_bytes: int  # all constants of the network
-    preprocessing_bytes: int  # constants of the preprocessing inside the file
-    macs: int | None  # multiply-accumulates of one image in the network's Conv, Gemm, MatMul; None if unknown
-    precision: str  # fp32, fp16 or int8
-    nodes: tuple[LayerSummary, ...]  # in the order they run
 
 
 def count_model(model: onnx.ModelProto, image: tuple[int, ...] = ()) -> ModelCounts:
