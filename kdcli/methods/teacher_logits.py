@@ -77,7 +77,7 @@ def decoupled(
     batch: Batch,
     *,
     alpha: Annotated[float, option("weight of the target-class term", ge=0)] = 1.0,
-    beta: Annotated[float, option("weight of the non-target-class term", ge=0)] = 8.0,
+    beta: Annotated[float, option("weight of the non-target-class term", ge=0)] = 1.0,
     standardize: bool = False,
 ) -> Tensor:
     """Match target class and other classes separately.

@@ -21,7 +21,7 @@ from tests.helpers import ROOT
 
 RECORDED = Path(__file__).with_name("digests.json")
 KERNELS = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}
-TEACHER = "--teacher runs/t/student.pt --epochs 3 --noisy-sigma 0.9"
+TEACHER = "--teacher runs/t/student.pt --epochs 3 --noisy-sigma 0.9 --dkd-beta 8"
 COMMON = "--data digits --image-size 32 --batch-size 64 --seed 3 --threads 1 --precision 32 -q"
 METHODS = ("ce", "logits", "noisy", "kd", "dkd", "kd+at", "crd")
 COMMANDS = [

@@ -375,7 +375,7 @@ def test_dkd_of_a_mixture_takes_each_label_with_its_share() -> None:
     others, shares = torch.tensor([1, 2, 3, 0, 1, 2]), torch.tensor([0.25, 1.0, 0.5, 0.0, 0.75, 0.6])
     found = objective_of("dkd").compute(replace(batch, other_labels=others, shares=shares))["dkd"]
     each = [
-        losses.decoupled(batch.student_logits[[i]], batch.targets[[i]], torch.tensor([label]), 4.0, 1.0, 8.0)
+        losses.decoupled(batch.student_logits[[i]], batch.targets[[i]], torch.tensor([label]), 4.0, 1.0, 1.0)
         * share
         for i in range(6)
         for label, share in ((batch.labels[i], shares[i]), (others[i], 1 - shares[i]))
