@@ -228,12 +228,16 @@ def test_comparison_has_the_runs_of_the_command(photos: Splits, monkeypatch: pyt
     assert kd.compare(resume=file.parent).standings == found.standings
 
 
-def test_interrupted_run_is_resumed(photos: Splits) -> None:
-    values = {**SHORT, "student": "convnet-tiny", "method": "ce", "epochs": 2}
+@pytest.mark.parametrize("is_module", [False, True])
+def test_interrupted_run_is_resumed(photos: Splits, is_module: bool) -> None:
+    student = external.own(Small()) if is_module else "convnet-tiny"
+    values = {**SHORT, "student": student, "method": "ce", "epochs": 2}
     settings = make(TrainConfig, {**photos.settings, **values, "name": "cut"})
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted) as stopped:
         fit(settings, photos, on_event=StopAfter(64, signal.SIGINT))
-    again = kd.distill(resume="cut")
+    line = "kd.distill(resume='runs/cut')" if is_module else "kd train --resume runs/cut"
+    assert stopped.value.hint == line
+    again = kd.distill(resume="cut") if not is_module else eval(line)
     whole = kd.distill(data=photos, name="whole", **values)
     assert again.result.run.path == Path("runs/cut") and digest(again.student) == digest(whole.student)
 

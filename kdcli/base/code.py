@@ -46,7 +46,12 @@ def is_name(text: str) -> bool:
 
 def is_own(arch: str) -> bool:
     """Whether a network is made by the user's code: a function, or a module passed from Python."""
-    return is_name(arch) or arch.startswith("module:")
+    return is_name(arch) or is_module(arch)
+
+
+def is_module(arch: str) -> bool:
+    """Whether a network is a module passed from Python, which other processes do not know."""
+    return arch.startswith("module:")
 
 
 def load(name: str, owner: str, hint: str) -> Callable[..., Any]:

@@ -72,10 +72,14 @@ def measure(
     model: Classifier | OnnxClassifier, config: TestConfig, splits: Splits | None = None
 ) -> tuple[Evaluation, Splits, Path | None]:
     """Figures on test images, of `splits` or as set or recorded; the data; the teacher that was compared with."""
+    from kdcli import data
     from kdcli.engine import evaluate
     from kdcli.teacher import Teacher, assumptions
 
+    is_recorded = splits is None and "data" not in config.model_fields_set
     model, splits = data_for(model, config, output.on_event, splits)
+    if is_recorded and (changed := data.changed_test_images(model.provenance, splits.test)):
+        output.note(changed)
     teacher_logits = None
     source, assumed = _teacher(config, model)
     if source is not None:

@@ -10,6 +10,7 @@ import tomli_w
 from kdcli.base.config import DataSettings, ValidateConfig, shell_command
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import sha256_file, write_text
+from kdcli.base.text import reason
 from kdcli.cli import output
 from kdcli.cli.arguments import data_for
 from kdcli.cli.defaults import INPUTS, inputs_file, teacher_of
@@ -126,8 +127,13 @@ def _probe(teacher: Any, config: ValidateConfig, splits: Splits) -> None:
         recorded = {name: inputs[key] for name in INPUTS if (key := name.removeprefix("teacher_")) in inputs}
         if recorded and config.teacher.suffix.lower() == ".onnx":
             path = inputs_file(config.teacher)
-            write_text(path, tomli_w.dumps({"sha256": sha256_file(config.teacher), **recorded}))
-            output.text(f"wrote {path.as_posix()}: kd train takes this input where no other is set")
+            try:
+                write_text(path, tomli_w.dumps({"sha256": sha256_file(config.teacher), **recorded}))
+                output.text(f"wrote {path.as_posix()}: kd train takes this input where no other is set")
+            except OSError as error:
+                output.note(
+                    f"cannot write {path.as_posix()}: {reason(error)}; the command below sets this input"
+                )
         output.next_command(_training(config, "kd", inputs, teacher))
 
 

@@ -1,4 +1,11 @@
 """Datasets: every source becomes an `ImageSet` of uint8 images."""
 
-from kdcli.data.images import ImageSet, Splits, incompatibility, other_classes, overlap_warning
+from kdcli.data.images import (
+    ImageSet,
+    Splits,
+    changed_test_images,
+    incompatibility,
+    other_classes,
+    overlap_warning,
+)
 from kdcli.data.load import load, recorded_source, source_for

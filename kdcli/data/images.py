@@ -110,6 +110,15 @@ def overlap_warning(overlap: int, count: int) -> str | None:
     )
 
 
+def changed_test_images(provenance: Mapping[str, Any], test: ImageSet) -> str | None:
+    """Note where other test images are recorded, in a provenance of any origin; else None."""
+    recorded = provenance.get("data")
+    known = recorded.get("fingerprint_test") if isinstance(recorded, Mapping) else None
+    if known in (None, test.fingerprint):
+        return None
+    return "These are not the test images that were measured when the run ended."
+
+
 class Description(Protocol):
     """What a model's file holds about its classes and images, see `models.Classifier`."""
 

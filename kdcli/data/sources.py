@@ -97,7 +97,7 @@ def reader_errors(as_error: Callable[[str], KdError]) -> Iterator[None]:
     """Turn exceptions of a file reader into `as_error(detail)`: on hostile bytes their types are not a closed set."""
     try:
         yield
-    except KdError:
+    except (KdError, MemoryError):
         raise
     except Exception as error:
         raise as_error(first_line(error)) from error

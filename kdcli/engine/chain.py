@@ -163,7 +163,7 @@ def _is_begun(link: TrainConfig, config: TrainConfig) -> bool:
     if changed := identity.differences(identity.decisive_options(chain), identity.decisive_options(config)):
         raise UsageError(
             f"run {link.name} in {link.runs_dir} is of a chain with other settings: {changed[0]}",
-            f"Choose another --name, or continue that chain: {resume_command(run.path, chain.method)}",
+            f"Choose another --name, or continue that chain: {resume_command(run.path, chain)}",
         )
     return True
 
@@ -179,7 +179,7 @@ def _check_signal(chain: tuple[TrainConfig, ...], stop: StopFlag, world: World) 
 def _interrupted(chain: tuple[TrainConfig, ...], message: str, stopped: Interrupted) -> Interrupted:
     """The error, with a hint that continues the whole chain: resuming its last link."""
     begun = [_run(link).path for link in chain if _run(link).config_file.is_file()]
-    hint = resume_command(begun[-1], chain[0].method) if begun else stopped.hint
+    hint = resume_command(begun[-1], chain[-1]) if begun else stopped.hint
     return Interrupted(message, hint or "Rerun the same command.", exit_code=stopped.exit_code)
 
 

@@ -77,7 +77,7 @@ def fit(
             path = trainer.run.path
             raise KdError(
                 f"cannot write to {path}: {reason(error)}",
-                f"Free some space, then: {resume_command(path, config.method)}",
+                f"Free some space, then: {resume_command(path, config)}",
             ) from error
         finally:
             trainer.recorder.close()

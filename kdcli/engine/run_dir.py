@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import tomli_w
 
 from kdcli import methods
+from kdcli.base import code
 from kdcli.base.config import make, shell_command
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import expand, locked, publish, recorded_path, scratch_folder, write_json, write_text
@@ -91,7 +92,7 @@ class RunDir:
         if config.name and run.path.exists():
             hint = "Choose another --name"
             if run.config_file.is_file():
-                hint += f", or continue it: {resume_command(run.path, config.method)}"
+                hint += f", or continue it: {resume_command(run.path, config)}"
             raise UsageError(f"run {config.name} exists in {config.runs_dir}", hint)
 
     @classmethod
@@ -178,6 +179,9 @@ def name_of(config: TrainConfig, number: int) -> str:
     return f"{config.method_name}-{config.student_name}-{number}"
 
 
-def resume_command(run: Path, method: str) -> str:
+def resume_command(run: Path, config: TrainConfig) -> str:
     """Command that resumes a run; it repeats a method that is code, because no file may name code."""
-    return shell_command("train", {"resume": run, "method": method if methods.is_custom(method) else None})
+    if code.is_module(config.student):
+        return f"kd.distill(resume={run.as_posix()!r})"
+    method = config.method if methods.is_custom(config.method) else None
+    return shell_command("train", {"resume": run, "method": method})

@@ -221,7 +221,7 @@ class Trainer:
     def _interrupted(self, kept: str) -> Interrupted:
         return Interrupted(
             f"stopped at epoch {min(self.state.epoch + 1, self.config.epochs)} of {self.config.epochs}; {kept}",
-            resume_command(self.run.path, self.config.method),
+            resume_command(self.run.path, self.config),
             exit_code=self.stop.exit_code,
         )
 

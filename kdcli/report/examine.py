@@ -155,11 +155,9 @@ class _Examiner:
         logits = models.predict_logits(
             model, test.images, task=f"testing {run.name}", on_event=self._progress
         )
-        recorded = run.provenance.get("data")
-        changed = isinstance(recorded, dict) and recorded.get("fingerprint_test") != test.fingerprint
-        notes = ("These are not the test images that were measured when the run ended.",) if changed else ()
+        changed = data.changed_test_images(run.provenance, test)
         found = Examined(run, measure(logits, labels), sha256=self.sha256(run.student), label=splits.label)
-        found = replace(found, bins=reliability(logits, labels), notes=notes)
+        found = replace(found, bins=reliability(logits, labels), notes=(changed,) if changed else ())
         # 2. Its teacher on the same images
         try:
             teacher_logits, figures = self._teacher(self._teacher_of(run), test)

@@ -77,7 +77,7 @@ def read_finished(folder: Path, method: str = "") -> FinishedRun:
     run_dir = RunDir.existing(folder)
     config = run_dir.read_config()
     if not run_dir.result_file.is_file():
-        raise KdError(f"{folder} is not finished", f"Finish it: {resume_command(folder, config.method)}")
+        raise KdError(f"{folder} is not finished", f"Finish it: {resume_command(folder, config)}")
     methods.check_typed(config, method, str(folder))
     methods.parse(config.method)
     result = read_result(run_dir.result_file)

@@ -25,6 +25,7 @@ from kdcli.models import Classifier
 
 _SAMPLE = 512
 _FIRST = 128  # images after which an alternative that is no better is given up
+_STEP = 16  # images after which it is given up earlier if it cannot become better on these
 _SHOWN = 6  # class names in a message
 _TYPED = 30  # class names in a command
 _PRETRAINED = "pretrained"
@@ -232,7 +233,8 @@ def measure(model: Any, data: ImageSet, task: str, on_event: OnEvent) -> list[As
     foreign = is_foreign(model)
     orders = list(_orders(model, data)) if foreign else [("", np.arange(len(data.classes)))]
     found: list[Assumption] = []
-    right_now: npt.NDArray[np.bool_] = np.zeros(0, bool)
+    wrong_now = 0  # of the first images, by the model as it was loaded
+    parts = [part for part in np.split(samples, range(_STEP, _FIRST + 1, _STEP)) if len(part)]
     weights = model.parameters() if isinstance(model, Classifier) else iter(())
     device = next((value.device for value in weights), torch.device("cpu"))
     for text, options, forward in _inputs(model) if foreign else [("", {}, model)]:
@@ -243,20 +245,21 @@ def measure(model: Any, data: ImageSet, task: str, on_event: OnEvent) -> list[As
             )
             return logits.argmax(dim=1).numpy()
 
-        predicted = run(samples[:_FIRST]) if len(samples) else samples
-        first = labels[: len(predicted)]
-        best = max(((order[first] == predicted).mean() for _, order in orders), default=0.0)
-        if found and best <= right_now[:_FIRST].mean():
-            continue
-        if len(samples) > _FIRST:
-            predicted = np.concatenate([predicted, run(samples[_FIRST:])])
-        for order_text, order in orders if len(samples) else []:
-            right = order[labels] == predicted
-            right_now = right_now if found else right
-            accuracy = float(100 * right.mean())
-            words = " and ".join(part for part in (order_text, text) if part)
-            interval = metrics.wilson_interval(accuracy, len(samples))
-            found.append(Assumption(words, options, bool(order_text), len(samples), accuracy, interval))
+        predicted = samples[:0]
+        for part in parts:
+            predicted = np.concatenate([predicted, run(part)])
+            first = predicted[:_FIRST]
+            wrong = min(np.count_nonzero(order[labels[: len(first)]] != first) for _, order in orders)
+            if found and wrong >= wrong_now:
+                break
+        else:
+            for order_text, order in orders if parts else []:
+                right = order[labels] == predicted
+                wrong_now = wrong_now if found else int(np.count_nonzero(~right[:_FIRST]))
+                accuracy = float(100 * right.mean())
+                words = " and ".join(part for part in (order_text, text) if part)
+                interval = metrics.wilson_interval(accuracy, len(samples))
+                found.append(Assumption(words, options, bool(order_text), len(samples), accuracy, interval))
     return found
 
 

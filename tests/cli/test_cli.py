@@ -21,6 +21,7 @@ from kdcli.base.events import Note, Progress
 from kdcli.base.recipes import read_recipe
 from kdcli.cli import output
 from kdcli.cli.app import as_kd_error
+from kdcli.data import load
 from kdcli.data.datasets import DATASETS
 from kdcli.methods import TrainConfig
 from tests.cli.helpers import ENVIRONMENT, Kd, is_clean
@@ -347,6 +348,18 @@ def test_a_run_is_given_by_its_name(kd: Kd) -> None:
         assert outcome.code == 0, outcome
         assert Path("runs/first-run/result.json").is_file()
         Path("runs/first-run/result.json").unlink()
+
+
+def test_test_images_other_than_the_recorded_ones_are_noted(kd: Kd) -> None:
+    fingerprint = load("digits").test.fingerprint
+    for recorded, words, noted in (
+        (fingerprint, (), False),
+        ("0" * 64, (), True),
+        ("0" * 64, ("--data", "digits"), False),
+    ):
+        digits_student(Path("s.pt"), data={"spec": "digits", "fingerprint_test": recorded})
+        tested = kd("test", "s.pt", "--threads", "1", *words)
+        assert (tested.code, "not the test images" in tested.err) == (0, noted)
 
 
 def test_a_figure_of_too_many_classes_is_refused(kd: Kd, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,11 @@ def test_a_header_that_asks_for_gigabytes(tmp_path: Path, read: Callable[..., Sp
         read(path)
 
 
+def test_too_little_memory_is_no_damage() -> None:
+    with pytest.raises(MemoryError), sources.reader_errors(KdError):
+        raise MemoryError
+
+
 def test_files_that_are_no_archives(tmp_path: Path, read: Callable[..., Splits]) -> None:
     whole = write_tar(tmp_path / "a.tar.xz", small_tree()).read_bytes()
     zipped = write_zip(tmp_path / "a.zip", small_tree()).read_bytes()

@@ -107,6 +107,33 @@ def test_a_teacher_with_classes_in_text_order_is_refused_with_the_order(workplac
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("channels", "most"),
+    [((0, 1, 2), 128 + 11 * 16), ((2, 1, 0), 128 * 12)],
+    ids=["right", "of other channels"],
+)
+def test_alternatives_end_as_soon_as_they_are_worse(
+    channels: Sequence[int], most: int, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same alternatives as if 128 images were always looked at."""
+    write_teacher(Path("t.onnx"), range(12), channels=channels, scale=1 / 255)
+    model = load_model(Path("t.onnx"), assumed=make(TeacherInputs, {"scale": "1/255"}))
+    data, runs = colours(TWELVE, 128), list[int]()
+    predict = models.predict_logits
+
+    def counted(forward: Any, images: Any, part: Any, **settings: Any) -> torch.Tensor:
+        runs.append(len(part))
+        return predict(forward, images, part, **settings)
+
+    monkeypatch.setattr(models, "predict_logits", counted)
+    found = assumptions.measure(model, data, "sample", lambda event: None)
+    assert sum(runs) <= most
+    monkeypatch.setattr(assumptions, "_STEP", 128)
+    runs.clear()
+    assert found == assumptions.measure(model, data, "sample", lambda event: None)
+    assert sum(runs) == 128 * 12
+
+
 @pytest.mark.parametrize("mode", ["views", slow("off")])
 def test_a_right_teacher_without_names_is_used_and_its_order_noted(workplace: Path, mode: str) -> None:
     write_teacher(Path("t.onnx"), range(12))
@@ -270,6 +297,10 @@ def test_likely_inputs_are_tried_by_probe(workplace: Path, monkeypatch: pytest.M
     first, *others = json.loads(call(*words, "--probe", "--json").output)["inputs"]
     assert (first["accuracy"], first["options"]) == (100, inputs)
     assert all(each["accuracy"] < 100 for each in others)
+    Path("t.onnx").with_name("r.onnx").write_bytes(Path("t.onnx").read_bytes())
+    Path("r.onnx.toml").mkdir()  # cannot be written
+    unwritten = call("--teacher", "r.onnx", "--data", "data", "--probe").output
+    assert "cannot write r.onnx.toml" in unwritten and "--teacher-channel-order bgr" in unwritten
     write_teacher(Path("t.onnx"), [0] * 12, scale=1 / 255)
     with pytest.raises(KdError, match=r"t\.onnx\.toml is the input of another file"):
         with_defaults(config(teacher=Path("t.onnx"), data="data"), needs_teacher=True)

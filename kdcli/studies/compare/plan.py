@@ -12,6 +12,7 @@ import tomli_w
 from pydantic import Field, ValidationError
 
 from kdcli import methods
+from kdcli.base import code
 from kdcli.base.config import CompareConfig, Settings, make, shell_command
 from kdcli.base.config.settings import Seed
 from kdcli.base.errors import KdError, UsageError
@@ -88,8 +89,8 @@ class Plan(Settings):
 
     @property
     def resume_command(self) -> str:
-        """The command that continues it; empty with a custom method, which has to be typed again."""
-        if any(map(methods.is_custom, self.methods)):
+        """The command that continues it; empty with the user's own method or module, to be passed again."""
+        if any(map(methods.is_custom, self.methods)) or code.is_module(self.train.student):
             return ""
         return shell_command("compare", {"resume": self.folder})
 
