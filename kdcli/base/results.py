@@ -29,7 +29,7 @@ class Result:
 
     def table(self) -> Table:
         """Columns and rows; by default a row for each value."""
-        return ("", type(self).__name__), list(_rows(self.to_dict()))
+        return ("", type(self).__name__), list(value_rows(self.to_dict()))
 
     def __str__(self) -> str:
         columns, rows = self.table()
@@ -47,11 +47,11 @@ def _line(tag: str, cells: Sequence[str]) -> str:
     return f"<tr>{''.join(f'<{tag}>{escape(printable(cell))}</{tag}>' for cell in cells)}</tr>"
 
 
-def _rows(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+def value_rows(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """A name and a text for each value, those of dictionaries as `name.key`; long sequences as their length."""
     if isinstance(value, dict):
         for key, part in value.items():
-            yield from _rows(part, f"{name}.{key}" if name else str(key))
+            yield from value_rows(part, f"{name}.{key}" if name else str(key))
     elif isinstance(value, list | tuple):
         plain = len(value) <= _MOST_VALUES and not any(
             isinstance(part, dict | list | tuple) for part in value

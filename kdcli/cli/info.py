@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +12,7 @@ from kdcli.base import runs, units
 from kdcli.base.config import InfoConfig, InputSettings
 from kdcli.base.errors import UsageError
 from kdcli.base.names import nearest
+from kdcli.base.results import value_rows
 from kdcli.base.text import dims
 from kdcli.cli import output
 from kdcli.cli.arguments import check_image_size, existing_model
@@ -73,9 +71,10 @@ def _show(model: str, found: ModelInfo) -> None:
         values = [f"{key} {value}" for key, value in found.preprocess.items() if key != "name"]
         facts["preprocessing"] = ", ".join([str(found.preprocess["name"]), *values])
     if found.file_bytes is not None:
-        facts |= {"file": units.size(found.file_bytes), "SHA-256": _short(str(found.sha256))}
-    title, *rest = map(list, facts.items())
-    output.table(title, [*rest, *_flat(found.provenance)], left=2)
+        facts |= {"file": units.size(found.file_bytes), "SHA-256": str(found.sha256)}
+    known = (row for row in value_rows(found.provenance) if row[1] != "—")
+    title, *rest = [*facts.items(), *known]
+    output.table(title, rest, left=2)
     output.text()
     rows = [
         [
@@ -88,22 +87,3 @@ def _show(model: str, found: ModelInfo) -> None:
         for layer in found.layers
     ]
     output.table(["layer", "operation", "output", "parameters", "MACs"], rows, left=3)
-
-
-def _flat(values: dict[str, Any], before: str = "") -> Iterator[list[str]]:
-    """Nested values as rows, named such as `data label`, without unknown ones."""
-    for key, value in values.items():
-        name = f"{before} {key}".strip().replace("_", " ")
-        if isinstance(value, dict):
-            yield from _flat(value, name)
-        elif isinstance(value, str):
-            yield [name, _short(value)]
-        elif isinstance(value, float):
-            yield [name, f"{value:.6g}"]
-        elif value is not None:
-            yield [name, json.dumps(value, ensure_ascii=False, default=str)]
-
-
-def _short(text: str) -> str:
-    """A SHA-256 by its first digits, to fit a line; --json has all."""
-    return f"{text[:16]}…" if re.fullmatch("[0-9a-f]{64}", text) else text

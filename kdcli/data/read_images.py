@@ -10,6 +10,7 @@ from joblib import cpu_count
 
 from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent, Progress
+from kdcli.base.text import printable
 from kdcli.data import decode
 from kdcli.data.sources import Source
 
@@ -139,10 +140,10 @@ def skipped_notes(found: Found, source: Source) -> list[str]:
     notes = []
     if found.broken:
         more = "" if len(found.broken) <= MAX_LISTED else ", …"
-        listed = ", ".join(_printable(place.name) for place in list(found.broken)[:MAX_LISTED])
+        listed = ", ".join(printable(place.name) for place in list(found.broken)[:MAX_LISTED])
         notes.append(f"Skipped {len(found.broken):,} broken images ({listed}{more}).")
     if found.other:
-        notes.append(f"Skipped {len(found.other)} files that are not images ({_printable(found.other[0])}).")
+        notes.append(f"Skipped {len(found.other)} files that are not images ({printable(found.other[0])}).")
     if source.skipped:
         notes.append(f"Skipped {len(source.skipped)} links and special files.")
     kinds = Counter(found.kinds)
@@ -150,7 +151,3 @@ def skipped_notes(found: Found, source: Source) -> list[str]:
         listed = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
         notes.append(f"Images that are not plain RGB: {listed}.")
     return notes
-
-
-def _printable(name: str) -> str:
-    return name.encode("utf-8", "replace").decode()  # a file name may be any bytes

@@ -85,7 +85,7 @@ def test_info_of_a_checkpoint(run: Any, model: models.Classifier) -> None:
     assert found["preprocess"]["mean"] == pytest.approx(PIXELS.mean(axis=(0, 1, 2)), abs=1e-3)
     out = run("info", "m.pt", "--classes", "7")
     assert "--classes has no effect with a file" in out.stderr
-    for words in ("ant, bee [31m, [red]cat, dog", "data label", "toy", f"{PARAMETERS:,}", "16×16×3"):
+    for words in ("ant, bee [31m, [red]cat, dog", "data.label", "toy", f"{PARAMETERS:,}", "16×16×3"):
         assert words in " ".join(out.stdout.split()), words
     assert "published" not in out.stdout
     lines = out.stdout.splitlines()  # the summary, an empty line, the layers

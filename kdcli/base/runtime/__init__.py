@@ -7,5 +7,12 @@ from kdcli.base.runtime.machine import (
     keep_freed_memory,
     set_threads,
 )
-from kdcli.base.runtime.processes import World, choose_device, describe, launch, sum_over_processes
-from kdcli.base.runtime.signals import StopFlag, stop_on_signals
+from kdcli.base.runtime.processes import (
+    StopFlag,
+    World,
+    choose_device,
+    describe,
+    launch,
+    stop_on_signals,
+    sum_over_processes,
+)
