@@ -11,7 +11,6 @@ from kdcli.base.names import nearest
 # seed: settings of the reference code. teacher: CifarNet trained on labels with SGD (airbench94, arXiv:2404.00498).
 # patient: long schedule, cached augmented views, mostly soft targets (Beyer et al., arXiv:2106.05237).
 RECIPES: dict[str, dict[str, Any]] = {
-    "default": {},
     "seed": {
         "optimizer": "adam",
         "lr": 1e-3,

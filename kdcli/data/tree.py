@@ -140,6 +140,8 @@ def layout(found: Found, source: Source) -> tuple[dict[str, Places], tuple[str, 
     elif parts["val"]:
         count = f"{len(parts['val']):,}"
         notes.append(f"{count} validation images by the data's own split: --val-fraction has no effect.")
+    if unused := [name for name in stated if name not in names]:
+        notes.append(f"Classes of {path.name} without images are left out: {', '.join(unused[:8])}.")
     if absent := sorted(names - tested):
         notes.append(f"No test images of {', '.join(absent)}.")
     return parts, classes, notes

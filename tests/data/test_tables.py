@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +84,14 @@ def test_mistakes_in_a_csv(
     assert caught.value.hint
 
 
-def arrow_table(rows: list[tuple[int, int]], bytes_inside: bool = True) -> Any:
+def arrow_table(
+    rows: list[tuple[int, int]], bytes_inside: bool = True, names: Sequence[str] = ("dog", "cat")
+) -> Any:
     """A table as `datasets` writes it: an image of one colour, and the number of its class."""
     pyarrow = pytest.importorskip("pyarrow")
     features = {
         "image": {"_type": "Image"},
-        "label": {"names": ["dog", "cat"], "_type": "ClassLabel"},
+        "label": {"names": list(names), "_type": "ClassLabel"},
     }
     images = [{"bytes": png((colour, 0, 0)), "path": f"{colour}.png"} for colour, _ in rows]
     if not bytes_inside:
@@ -139,6 +141,17 @@ def test_folders_of_hugging_face_datasets(kind: str, tmp_path: Path, read: Calla
         1,
     ]
     assert splits.test.images[:, 0, 0, 0].tolist() == [6, 5]
+
+
+def test_a_class_of_a_table_without_images_is_left_out_with_a_note(
+    tmp_path: Path, read: Callable[..., Splits]
+) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [(number, 2 * (number % 2)) for number in range(20)]
+    parquet.write_table(arrow_table(rows, names=("dog", "ant", "cat")), tmp_path / "pets.parquet")
+    splits = read(tmp_path / "pets.parquet")
+    assert splits.train.classes == ("dog", "cat")
+    assert "Classes of pets.parquet without images are left out: ant." in splits.notes
 
 
 def test_a_parquet_file_beside_class_folders_is_ignored(tmp_path: Path, read: Callable[..., Splits]) -> None:
