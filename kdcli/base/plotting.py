@@ -9,7 +9,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcli.base.errors import UsageError
 from kdcli.base.files import atomic_path
 from kdcli.base.text import one_line
 
@@ -39,14 +38,6 @@ _STYLE = {
 Target = Path | BytesIO  # a .png or .svg file, or a buffer for an SVG
 
 
-def check_target(target: Path) -> str:
-    """The kind of figure by a file's suffix: `png` or `svg`, else a UsageError."""
-    kind = target.suffix.lower().removeprefix(".")
-    if kind not in ("png", "svg"):
-        raise UsageError(f"cannot draw {target}", "Figures are .png or .svg files.")
-    return kind
-
-
 @contextmanager
 def drawn_to(target: Target, width: float, height: float) -> Iterator[Figure]:
     """A figure of so many inches that is written to `target` when the block ends."""
@@ -54,7 +45,7 @@ def drawn_to(target: Target, width: float, height: float) -> Iterator[Figure]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    kind = "svg" if isinstance(target, BytesIO) else check_target(target)
+    kind = "svg" if isinstance(target, BytesIO) else target.suffix.lower().removeprefix(".")
     with warnings.catch_warnings(), mpl.rc_context(_STYLE):  # type: ignore[arg-type]
         warnings.simplefilter("ignore")  # glyphs the font lacks; the viewer of an SVG has its own
         figure = Figure(figsize=(width, height), layout="constrained")

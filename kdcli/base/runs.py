@@ -4,7 +4,7 @@ import re
 import shutil
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from kdcli.base import files
 from kdcli.base.errors import KdError
@@ -38,15 +38,13 @@ def state(run: Path) -> State:
 
 def is_locked(path: Path) -> bool:
     """Whether a process holds a lock file."""
-
-    def refuse() -> NoReturn:
-        raise BlockingIOError
+    from filelock import FileLock, Timeout
 
     try:
         if path.is_file():
-            with files.locked(path, refuse):
+            with FileLock(path, timeout=0):
                 pass
-    except BlockingIOError:
+    except Timeout:
         return True
     except OSError:  # a read-only folder
         pass

@@ -99,10 +99,3 @@ def check_image_size(path: str | Path, input_size: tuple[int, int, int], side: i
     """Raise UsageError unless a model takes images of the given side."""
     if side is not None and input_size[:2] != (side, side):
         raise UsageError(f"{path} takes {dims(input_size)} images", "Leave out --image-size.")
-
-
-def check_output_files(*paths: Path | None) -> None:
-    """Raise UsageError if a file to write is a folder: checked before the work."""
-    for path in paths:
-        if path is not None and path.is_dir():
-            raise UsageError(f"{path} is a folder", "Name the file to write.")

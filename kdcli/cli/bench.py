@@ -13,7 +13,7 @@ from kdcli.base.config import BenchConfig, shell_command
 from kdcli.base.errors import KdError
 from kdcli.base.files import sha256_file, write_text
 from kdcli.cli import output
-from kdcli.cli.arguments import check_output_files, existing_model
+from kdcli.cli.arguments import existing_model
 from kdcli.cli.defaults import teacher_of
 from kdcli.cli.options import command, examples
 
@@ -40,14 +40,10 @@ def bench(
     By default weights/teacher.pt, every runs/*/student.pt and every exports/*.onnx.
     """
     from kdcli import report
-    from kdcli.base import plotting
     from kdcli.deploy.bench import bench as run_benchmark
     from kdcli.deploy.bench import to_csv, to_markdown
 
     paths = distinct(_models(model, config) if model else default_models(config))
-    if config.plot is not None:
-        plotting.check_target(config.plot)
-    check_output_files(config.csv, config.markdown)
     result = run_benchmark(paths, config, on_event=output.on_event, skip=not model)
     output.json(result.to_dict())
     _show(result, config.details)

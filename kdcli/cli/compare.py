@@ -13,7 +13,7 @@ from kdcli.base.config import RUN, CompareConfig, make, shell_command
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.recipes import read_recipe
 from kdcli.cli import output
-from kdcli.cli.arguments import check_output_files, run_folder
+from kdcli.cli.arguments import run_folder
 from kdcli.cli.defaults import with_defaults
 from kdcli.cli.options import Recipe, command, examples
 from kdcli.methods import TrainConfig
@@ -47,7 +47,6 @@ def compare(
     All methods share recipe and seeds. Test images are read once per run, at its end.
     Rerun the same command to continue after an interruption.
     """
-    check_output_files(config.csv, config.markdown)
     result, plan = run_comparison(config, options, recipe, resume)
     from kdcli.studies.compare.result import to_csv, to_markdown
 

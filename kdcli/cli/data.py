@@ -27,11 +27,8 @@ def data(
     config: DataConfig,
 ) -> None:
     """Show the images of a data set, and problems by file; exit 1 if kd train would reject it."""
-    from kdcli.base.plotting import check_target
     from kdcli.data.survey import survey
 
-    if config.sheet is not None:
-        check_target(config.sheet)
     found = survey(path, config, output.on_event)
     refusal = found.refusal
     output.json(

@@ -98,7 +98,7 @@ def _fetch(files: Files) -> None:
 
 
 def _list(files: Files) -> None:
-    """Print what would be fetched, without a request to any server."""
+    """Print the files to fetch, without a request to a server."""
     from kdcli.data import download as downloads
 
     entries, rows = [], []

@@ -218,7 +218,7 @@ class Activity:
             self.bars.stop()
 
     def _watch(self, inbox: socket.socket) -> None:
-        """Print lines of progress where there is no bar, and one after a signal that the command heeds later."""
+        """Print lines of progress where there is no bar, and one after a signal that stops the command later."""
         inbox.settimeout(FIRST_LINE_S)
         stopped = False
         while True:

@@ -12,7 +12,7 @@ from kdcli.base.config import ReportConfig
 from kdcli.base.errors import UsageError
 from kdcli.base.files import write_text
 from kdcli.cli import output
-from kdcli.cli.arguments import check_output_files, run_folder
+from kdcli.cli.arguments import run_folder
 from kdcli.cli.options import command, examples
 
 if TYPE_CHECKING:
@@ -39,10 +39,6 @@ def report(
     """
     if config.bench is not None and config.no_bench:
         raise UsageError("--bench and --no-bench exclude each other", "Leave one of them out.")
-    check_output_files(config.output)
-    if config.no_bench or config.bench is not None:
-        reason = "with --no-bench" if config.no_bench else "with --bench"
-        output.note_ignored(config.model_fields_set, ("bench_rounds",), reason)
     from kdcli.base import runtime
     from kdcli.report import gather, make_report
 

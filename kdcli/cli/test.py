@@ -33,11 +33,9 @@ def test(
     """Evaluate a model on test data: accuracy, accuracy per class, agreement with its teacher."""
     model = existing_model(model)
     from kdcli import data, report
-    from kdcli.base import plotting, runtime
+    from kdcli.base import runtime
     from kdcli.deploy.load import load_model
 
-    if config.plot is not None:
-        plotting.check_target(config.plot)
     runtime.set_threads(config.threads)
     loaded = load_model(model, config.threads, config)
     if config.plot is not None and len(loaded.classes) > _MOST_DRAWN:

@@ -32,7 +32,7 @@ EVENT_IMAGES = 2048
 
 @dataclass(frozen=True)
 class Request:
-    """What to load and how; see `load`. `channels` is 1, 3, or None for the data's own."""
+    """Arguments of `load`; `channels` is 1, 3, or None for those of the data."""
 
     spec: str
     data_dir: Path
@@ -76,7 +76,7 @@ class Dataset:
 
     @property
     def hint(self) -> str:
-        """What to do where a file is absent or damaged."""
+        """Hint of an error about an absent or damaged file."""
         if self.name in catalog.DOWNLOADS:
             return (
                 "Pass your own images, a folder or archive of class folders, with --data, or download it: "

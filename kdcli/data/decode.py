@@ -97,7 +97,7 @@ def decoded(data: bytes, name: str, kinds: list[str] | None = None) -> Iterator[
 
 @contextmanager
 def _errors(name: str, data: bytes) -> Iterator[None]:
-    """Turn what Pillow raises on an image file into a KdError."""
+    """Convert exceptions of Pillow into a KdError."""
     try:
         yield
     except KdError:
@@ -107,7 +107,7 @@ def _errors(name: str, data: bytes) -> Iterator[None]:
             f"image {name} has more than {MAX_PIXELS // 1_000_000} million pixels",
             "Scale it down or remove it.",
         ) from error
-    except Exception as error:  # what a decoder raises on hostile bytes is not a closed set
+    except Exception as error:  # hostile bytes raise exceptions of any type
         check_pointer(data, f"image {name}")
         problem = first_line(error)
         if isinstance(error, UnidentifiedImageError):

@@ -64,7 +64,7 @@ def fetch(
 
 
 def inspect(remote: RemoteFile, target: Path) -> tuple[Literal["present", "partial", "absent", "other"], int]:
-    """State of a file on this machine, and bytes of a partial download; no server is asked.
+    """State of a file on this machine, and bytes of a partial download; without a request to a server.
 
     `other` is a file of that name with another hash.
     """
@@ -110,7 +110,7 @@ def _copy(remote: RemoteFile, source: Path, target: Path) -> None:
 
 
 def _download(remote: RemoteFile, urls: Sequence[str], target: Path, on_event: OnEvent) -> None:
-    """Try one mirror after another; a later one resumes what an earlier one gave."""
+    """Try one mirror after another; each resumes the part that the ones before it gave."""
     partial = _partial_path(target)
     for number, url in enumerate(urls, 1):
         try:

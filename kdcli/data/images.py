@@ -120,7 +120,7 @@ def changed_test_images(provenance: Mapping[str, Any], test: ImageSet) -> str | 
 
 
 class Description(Protocol):
-    """What a model's file holds about its classes and images, see `models.Classifier`."""
+    """Classes and images of a model by its file, see `models.Classifier`."""
 
     @property
     def classes(self) -> tuple[str, ...]: ...

@@ -74,7 +74,7 @@ def load(
         train=replace(train, resize=full, beside=test.name_bytes),
         test=replace(test, resize=full, beside=train.name_bytes),
     )
-    _tell(splits, test_fraction, on_event)
+    _report_notes(splits, test_fraction, on_event)
     return splits
 
 
@@ -87,8 +87,8 @@ def existing(spec: str) -> Path:
     return path
 
 
-def _tell(splits: Splits, test_fraction: float | None, on_event: OnEvent) -> None:
-    """The notes of a data set that was asked for with this --test-fraction."""
+def _report_notes(splits: Splits, test_fraction: float | None, on_event: OnEvent) -> None:
+    """Report the notes of a data set as events."""
     for note in splits.notes:
         on_event(Note(note))
     if splits.overlap:

@@ -81,7 +81,7 @@ class Preprocess(nn.Module):
         return {"channel_order": self.channel_order}
 
     def spec(self) -> dict[str, Any]:
-        """`{"name", "args", "state"}`: what a checkpoint stores."""
+        """`{"name", "args", "state"}`, as a checkpoint stores it."""
         return {"name": self.name, "args": self.args(), "state": dict(self.state_dict())}
 
 

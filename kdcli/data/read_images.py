@@ -43,13 +43,13 @@ class Found:
 
     images: Places = field(default_factory=dict)  # each place with the index of its image
     other: list[str] = field(default_factory=list)  # files that are not images
-    broken: dict[Place, str] = field(default_factory=dict)  # images that were skipped, by name, and why
-    kinds: list[str] = field(default_factory=list)  # what was converted, see `decode.decoded`
+    broken: dict[Place, str] = field(default_factory=dict)  # skipped images, with the reason
+    kinds: list[str] = field(default_factory=list)  # conversions, see `decode.decoded`
     digests: dict[int, bytes] = field(default_factory=dict)  # SHA-256 of each image's pixels
 
 
 def is_ignored(name: str) -> bool:
-    """Whether a file is hidden, lies in a hidden folder, or is what systems leave beside images."""
+    """Whether a file is hidden, lies in a hidden folder, or is a system's own, such as Thumbs.db."""
     parts = name.split("/")
     return (
         "__MACOSX" in parts

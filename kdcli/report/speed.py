@@ -13,6 +13,8 @@ from kdcli.deploy.load import kind_of
 from kdcli.engine.records import Evaluation, read_record
 from kdcli.report.examine import Examined, recorded_teacher
 
+_ROUNDS = 80  # of a measurement for a page
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -51,14 +53,14 @@ def of_bench(
 def measure(
     examined: Sequence[Examined], others: Sequence[Path], config: ReportConfig, on_event: OnEvent
 ) -> Speed:
-    """Time students, teacher and `others` now, in `config.bench_rounds` rounds, unless `config.no_bench` is set."""
+    """Time students, teacher and `others` now, unless `config.no_bench` is set."""
     if config.no_bench:
         return Speed(unavailable="Latencies were left out (--no-bench).")
     teacher = _teacher_of_ratios(examined, config)
     first = teacher or examined[0].run.student
     students = [found.run.student for found in examined]
     rest = [path for path in (*students, *others) if path.resolve() != first.resolve()]
-    values = {"rounds": config.bench_rounds, "threads": config.threads, "teacher": first}
+    values = {"rounds": _ROUNDS, "threads": config.threads, "teacher": first}
     settings = make(BenchConfig, {**values, "batch": "1", "no_memory": True})
     try:
         result = bench([first, *rest], settings, on_event=on_event, skip=True)

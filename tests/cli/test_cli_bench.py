@@ -101,7 +101,7 @@ def test_bench_without_models(kd: Any, workplace: Path) -> None:
         kd("bench")
     with pytest.raises(KdError, match="no such file: x"):
         kd("bench", "x.onnx")
-    with pytest.raises(UsageError, match="cannot draw"):
+    with pytest.raises(UsageError, match=r"--plot b\.gif: must be a \.png or \.svg file"):
         kd("bench", "weights/teacher.pt", "--plot", "b.gif")
 
 
@@ -135,7 +135,7 @@ def test_memory_csv_and_markdown(kd: Any, workplace: Path) -> None:
     assert Path("out/a.csv").read_text().startswith("name,path,engine")
     assert Path("a.md").read_text().startswith("| model | engine |")
     Path("folder").mkdir()
-    with pytest.raises(UsageError, match="is a folder"):
+    with pytest.raises(UsageError, match="--csv folder: must be a file, not a folder"):
         kd(*words, "--csv", "folder")
 
 

@@ -120,7 +120,7 @@ def test_a_sheet_of_images(workplace: Path, kd: Kd) -> None:
     assert done.code == 0 and "Cat = cat" in done.out and "wrote sheets/contact.png" in done.out
     assert Image.open("sheets/contact.png").size == (8 * 150, 2 * 120 + 60)
     done = kd("data", "photos", "--sheet", "contact.gif")
-    assert done.code == 2 and "cannot draw contact.gif" in done.err
+    assert done.code == 2 and "--sheet contact.gif: must be a .png or .svg file" in done.err
 
 
 def test_a_data_set_by_name(kd: Kd) -> None:

@@ -367,10 +367,10 @@ def test_the_command_writes_the_page(project: Path, kd: Any) -> None:
 
 @pytest.mark.slow
 def test_the_command_measures_latencies(project: Path, kd: Any) -> None:
-    result = kd("runs/kd-1", "--json", "--threads", "1", "--bench-rounds", "3", "-o", "page.html")
+    result = kd("runs/kd-1", "--json", "--threads", "1", "-o", "page.html")
     assert all(run["latency_ms"] > 0 for run in json.loads(result.stdout)["runs"])
     text = Page(Path("page.html").read_text()).text
-    assert "median of n = 15; measured while this page was made" in text
+    assert re.search(r"median of n = \d+; measured while this page was made", text)
 
 
 def test_wrong_usage(project: Path, kd: Any) -> None:
@@ -380,7 +380,7 @@ def test_wrong_usage(project: Path, kd: Any) -> None:
         kd("--bench", "b.json")
     with pytest.raises(KdError, match="no such run: runs/none"):
         kd("runs/none")
-    with pytest.raises(UsageError, match="is a folder"):
+    with pytest.raises(UsageError, match="must be a file, not a folder"):
         kd("-o", "runs")
     with pytest.raises(KdError, match="no finished run"):
         kd("runs/unfinished")

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, field_validator, model_validator
 
 from kdcli.base.config.settings import (
     DATA,
@@ -18,7 +18,6 @@ from kdcli.base.config.settings import (
     ModelDataSettings,
     PixelSettings,
     Resize,
-    Rounds,
     Seed,
     Settings,
     SkipBroken,
@@ -66,6 +65,23 @@ def _seed_numbers(value: Any) -> tuple[int, ...]:
     return tuple(range(count)) if counted else tuple(seeds)
 
 
+def _no_folder(path: Path | None) -> Path | None:
+    if path is not None and path.is_dir():
+        raise ValueError("must be a file, not a folder")
+    return path
+
+
+def _of_a_figure(path: Path | None) -> Path | None:
+    if path is not None and path.suffix.lower() not in (".png", ".svg"):
+        raise ValueError("must be a .png or .svg file")
+    return path
+
+
+_NO_FOLDER = AfterValidator(_no_folder)
+OutputFile = Annotated[Path | None, _NO_FOLDER]
+Figure = Annotated[OutputFile, AfterValidator(_of_a_figure)]
+
+
 class ConvertConfig(DataSettings, PixelSettings):
     """`kd convert-caffe`."""
 
@@ -95,7 +111,7 @@ class ConvertConfig(DataSettings, PixelSettings):
 class DataConfig(Settings):
     """`kd data`."""
 
-    sheet: Path | None = setting(None, "Draw up to eight images of each class (.png or .svg).", "Output")
+    sheet: Figure = setting(None, "Draw up to eight images of each class (.png or .svg).", "Output")
     skip_broken: SkipBroken = False
     data_dir: DataDir = Path("data")
     cache_dir: CacheDir = Path("cache")
@@ -124,7 +140,7 @@ class TestConfig(ModelDataSettings, InputSettings, TeacherInputSettings):
     teacher: Path | None = setting(
         None, "Teacher to compare with; by default the one recorded in the student.", "Check"
     )
-    plot: Path | None = setting(None, "Plot the confusion matrix (.png or .svg).", "Check")
+    plot: Figure = setting(None, "Plot the confusion matrix (.png or .svg).", "Check")
     threads: Threads = 0
 
 
@@ -200,8 +216,12 @@ class BenchConfig(ModelDataSettings, InputSettings):
     batch: Annotated[tuple[int, ...], BeforeValidator(_batch_sizes)] = setting(
         "1,8,64", "Batch sizes for throughput.", "Measure", metavar="N,N,…"
     )
-    rounds: Rounds = setting(
-        480, "Maximum number of interleaved rounds; stops early when all ratios are known to 1 %.", "Measure"
+    rounds: int = setting(
+        480,
+        "Maximum number of interleaved rounds; stops early when all ratios are known to 1 %.",
+        "Measure",
+        ge=3,
+        le=100_000,
     )
     max_seconds: float = setting(60, "Time limit of all rounds, in seconds.", "Measure", ge=1, le=86_400)
     engine: Literal["both", "all", "torch", "compiled", "onnxruntime"] = setting(
@@ -223,9 +243,9 @@ class BenchConfig(ModelDataSettings, InputSettings):
     details: bool = setting(
         False, "Show all engines, percentiles, intervals, operations, memory and start-up.", "Output"
     )
-    plot: Path | None = setting(None, "Plot accuracy against latency (.png or .svg).", "Output")
-    csv: Path | None = setting(None, "Write all measurements as CSV.", "Output")
-    markdown: Path | None = setting(None, "Write the table as Markdown.", "Output")
+    plot: Figure = setting(None, "Plot accuracy against latency (.png or .svg).", "Output")
+    csv: OutputFile = setting(None, "Write all measurements as CSV.", "Output")
+    markdown: OutputFile = setting(None, "Write the table as Markdown.", "Output")
     threads: Threads = 0
 
 
@@ -246,8 +266,8 @@ class CompareConfig(Settings):
     )
     name: FolderName = setting("", "Name of the comparison; by default its methods, student and data.", RUN)
     out: Path = setting(Path("comparisons"), "Comparisons are written here.", RUN)
-    csv: Path | None = setting(None, "Write all figures as CSV.", "Output")
-    markdown: Path | None = setting(None, "Write the table as Markdown.", "Output")
+    csv: OutputFile = setting(None, "Write all figures as CSV.", "Output")
+    markdown: OutputFile = setting(None, "Write the table as Markdown.", "Output")
 
 
 class ReproduceConfig(Settings):
@@ -267,14 +287,13 @@ class ReproduceConfig(Settings):
 class ReportConfig(ModelDataSettings):
     """`kd report`."""
 
-    output: Path = setting(Path("report.html"), "Output file.", "Page", "-o")
+    output: Annotated[Path, _NO_FOLDER] = setting(Path("report.html"), "Output file.", "Page", "-o")
     thumbnails: int = setting(
         24, "Images per run on which student and teacher disagree; 0: none.", "Page", ge=0, le=500
     )
     bench: Path | None = setting(
         None, "Output of kd bench --json with latencies; by default measured.", "Measure", metavar="FILE"
     )
-    bench_rounds: Rounds = setting(80, "Interleaved rounds of the measurement.", "Measure")
     no_bench: bool = setting(False, "Omit latencies and sizes.", "Measure")
     teacher: Path | None = setting(
         None, "Teacher to compare with; by default the one recorded in each student.", "Measure"

@@ -80,7 +80,6 @@ Threads = Annotated[int, option("CPU threads; 0: all available cores.", RUN, ge=
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 MaxDrop = Annotated[float | None, Field(ge=0, le=100)]  # points of accuracy
-Rounds = Annotated[int, Field(ge=3, le=100_000)]
 TeacherPath = Path("weights/teacher.pt")
 
 

@@ -16,7 +16,7 @@ SIZE = (32, 32, 3)
 
 
 def read_mat(path: Path) -> LabelledImages:
-    """Images and labels of one file; shapes are checked before anything is read, so that nothing is huge."""
+    """Images and labels of one file; shapes are checked before the arrays are read, which bounds their size."""
     from scipy.io import loadmat, whosmat
 
     if path.stat().st_size > MAX_FILE_BYTES:
