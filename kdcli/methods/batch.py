@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,11 @@ class Shapes:
 
     stages: tuple[Shape, ...]
     embedding: int
+
+    @classmethod
+    def of(cls, maps: Sequence[Tensor], embedding: Tensor) -> Shapes:
+        sizes = [stage.shape[1:] for stage in maps]
+        return cls(tuple((channels, height, width) for channels, height, width in sizes), embedding.shape[1])
 
 
 @dataclass(frozen=True)

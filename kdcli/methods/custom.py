@@ -18,7 +18,7 @@ from kdcli.methods.registry import ATTRIBUTE, METHODS, Method, summary_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kdcli.methods.settings import TrainConfig
+    from kdcli.methods import TrainConfig
 
 _HINT = "It is package.module:function; the function takes a kdcli.methods.Batch and returns a scalar tensor."
 

@@ -16,7 +16,7 @@ from kdcli.methods.registry import CE, METHODS, Method
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from kdcli.methods.settings import TrainConfig
+    from kdcli.methods import TrainConfig
 
 # settings of `kd train` that only some methods read
 _CHAIN_SETTINGS = ("assistant", "generations")

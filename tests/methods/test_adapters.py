@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdcli.methods.losses import maps as losses
+from kdcli.methods.losses import features as losses
 from kdcli.methods.losses.contrast import Contrast
 from tests import formulas
 from tests.formulas import Array, normal

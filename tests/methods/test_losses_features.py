@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kdcli.methods.losses import maps as losses
-from kdcli.methods.losses import pairwise
+from kdcli.methods.losses import features as losses
 from kdcli.methods.losses.contrast import contrastive
 from tests import formulas
 from tests.formulas import Array, normal
@@ -30,9 +29,9 @@ MAPS: Losses = {
     "review": (losses.review, formulas.review),
 }
 RELATIONS: Losses = {
-    "similarity": (pairwise.similarity, formulas.similarity),
-    "relational": (pairwise.relational, lambda s, t: formulas.relational(s, t, 25, 50)),
-    "probabilistic": (pairwise.probabilistic, formulas.probabilistic),
+    "similarity": (losses.similarity, formulas.similarity),
+    "relational": (losses.relational, lambda s, t: formulas.relational(s, t, 25, 50)),
+    "probabilistic": (losses.probabilistic, formulas.probabilistic),
 }
 BOTH = MAPS | RELATIONS
 SIZES = [((3, 6, 6), (3, 6, 6)), ((3, 8, 8), (3, 4, 4)), ((3, 3, 5), (3, 7, 5)), ((3, 1, 1), (3, 2, 2))]
@@ -143,7 +142,7 @@ def test_zero_where_the_student_is_the_teacher_and_never_below(name: str, seed: 
 @given(st.integers(0, 10**6), st.floats(0.01, 100), st.floats(0.01, 100))
 def test_attention_and_relations_are_blind_to_scale(seed: int, scale: float, other_scale: float) -> None:
     student, teacher = tensors(normal(4, 2, 3, 3, seed=seed), normal(4, 2, 3, 3, seed=seed + 1))
-    for loss in (losses.attention, pairwise.similarity, pairwise.relational, pairwise.probabilistic):
+    for loss in (losses.attention, losses.similarity, losses.relational, losses.probabilistic):
         plain = loss(student, teacher).item()
         assert loss(scale * student, other_scale * teacher).item() == pytest.approx(plain, rel=1e-9)
 
@@ -158,15 +157,15 @@ def test_relational_is_blind_to_rotation_and_shift(seed: int) -> None:
         normal(1, 4, seed=seed),
     )
     turned = student @ torch.linalg.qr(turn)[0] + 10 * shift
-    expected = pairwise.relational(student, teacher).item()
-    assert pairwise.relational(turned, teacher).item() == pytest.approx(expected, rel=1e-7)
+    expected = losses.relational(student, teacher).item()
+    assert losses.relational(turned, teacher).item() == pytest.approx(expected, rel=1e-7)
 
 
 def test_relational_is_as_precise_far_from_zero() -> None:
     """Float32 products of such embeddings hold no more than whole numbers."""
     student, teacher = tensors(500 + normal(6, 20, seed=14), normal(6, 4, seed=15), dtype=torch.float32)
     expected = formulas.relational(student.double().numpy(), teacher.double().numpy(), 25, 50)
-    assert pairwise.relational(student, teacher).item() == pytest.approx(expected, rel=1e-5)
+    assert losses.relational(student, teacher).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_relational_of_two_samples_that_are_the_same_has_no_angle_there() -> None:
@@ -174,7 +173,7 @@ def test_relational_of_two_samples_that_are_the_same_has_no_angle_there() -> Non
     student[1] = student[0]
     expected = formulas.relational(student.double().numpy(), teacher.double().numpy(), 25, 50)
     for scale in (1.0, 2.0**13):  # what rounding leaves of their difference is large then
-        assert pairwise.relational(scale * student, teacher).item() == pytest.approx(expected, rel=1e-5)
+        assert losses.relational(scale * student, teacher).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", MAPS)
@@ -223,7 +222,7 @@ def test_similarity_by_hand() -> None:
     """Unit matrix against one whose entries are all 1/√2."""
     student, teacher = torch.eye(2).double(), maps([1, 0, 1, 0], 2, 2)
     expected = (2 * (1 - math.sqrt(0.5)) ** 2 + 2 * 0.5) / 4
-    assert pairwise.similarity(student, teacher).item() == pytest.approx(expected, rel=1e-12)
+    assert losses.similarity(student, teacher).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_relational_by_hand() -> None:
@@ -232,16 +231,16 @@ def test_relational_by_hand() -> None:
     teacher = maps([0, 0, 1, 0, 0.5, math.sqrt(0.75)], 3, 2)
     distance = 2 * (0.125 + 0 + 0.125) / 9
     angle = 2 * (0.125 + 1.0 + 0.125) / 27
-    assert pairwise.relational(student, teacher, 1.0, 0.0).item() == pytest.approx(distance, rel=1e-9)
-    assert pairwise.relational(student, teacher, 0.0, 1.0).item() == pytest.approx(angle, rel=1e-9)
-    assert pairwise.relational(student, teacher).item() == pytest.approx(25 * distance + 50 * angle, rel=1e-9)
+    assert losses.relational(student, teacher, 1.0, 0.0).item() == pytest.approx(distance, rel=1e-9)
+    assert losses.relational(student, teacher, 0.0, 1.0).item() == pytest.approx(angle, rel=1e-9)
+    assert losses.relational(student, teacher).item() == pytest.approx(25 * distance + 50 * angle, rel=1e-9)
 
 
 def test_probabilistic_by_hand() -> None:
     """Right angles: rows (⅔, ⅓); the same direction: (½, ½)."""
     teacher = maps([1, 2, 2, 4], 2, 2)
     row = 0.5 * math.log(0.75) + 0.5 * math.log(1.5)
-    found = pairwise.probabilistic(maps([3, 0, 0, 1], 2, 2), teacher)
+    found = losses.probabilistic(maps([3, 0, 0, 1], 2, 2), teacher)
     assert found.item() == pytest.approx(2 * row / 4, rel=1e-5)
 
 

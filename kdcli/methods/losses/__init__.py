@@ -11,9 +11,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kdcli.methods.losses import contrast, logits, maps, pairwise
+    from kdcli.methods.losses import contrast, features, logits
 
-__all__ = ["contrast", "logits", "maps", "pairwise"]
+__all__ = ["contrast", "features", "logits"]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -18,7 +18,7 @@ HintStage = Annotated[
 
 
 def hint_adapter(training: Training, *, stage: HintStage = 0) -> nn.Module:
-    return losses.maps.Hint(*training.stages[_index(len(training.stages), stage)])
+    return losses.features.Hint(*training.stages[_index(len(training.stages), stage)])
 
 
 @feature_method("fitnet", source="Romero et al., ICLR 2015, eq. 3", weight=100.0, adapter=hint_adapter)
@@ -38,14 +38,14 @@ def _index(count: int, stage: int) -> int:
 @feature_method("at", source="Zagoruyko & Komodakis, ICLR 2017, eq. 2", weight=1000.0)
 def attention(batch: Batch) -> Tensor:
     """Match attention maps of all stages."""
-    total: Tensor = sum(losses.maps.attention(*pair) for pair in batch.stages)  # type: ignore[assignment]
+    total: Tensor = sum(losses.features.attention(*pair) for pair in batch.stages)  # type: ignore[assignment]
     return total
 
 
 def variational_adapter(training: Training) -> nn.Module:
     from torch import nn
 
-    return nn.ModuleList(losses.maps.Variational(*pair) for pair in training.stages)
+    return nn.ModuleList(losses.features.Variational(*pair) for pair in training.stages)
 
 
 @feature_method("vid", source="Ahn et al., CVPR 2019", adapter=variational_adapter)
@@ -56,7 +56,7 @@ def variational(batch: Batch) -> Tensor:
 
 def review_adapter(training: Training) -> nn.Module:
     student, teacher = zip(*training.stages, strict=True)
-    return losses.maps.Review(student, teacher)
+    return losses.features.Review(student, teacher)
 
 
 @feature_method("reviewkd", source="Chen et al., CVPR 2021", warm_up=1 / 12, adapter=review_adapter)
@@ -72,7 +72,7 @@ def review(batch: Batch) -> Tensor:
 def similarity(batch: Batch) -> Tensor:
     """Match similarities between images."""
     student, teacher = batch.stages[-1]
-    return losses.pairwise.similarity(batch.gather(student), batch.gather(teacher))
+    return losses.features.similarity(batch.gather(student), batch.gather(teacher))
 
 
 @feature_method("rkd", source="Park et al., CVPR 2019")
@@ -83,13 +83,13 @@ def relational(
     angle: Annotated[float, option("weight of the angle term", ge=0)] = 50.0,
 ) -> Tensor:
     """Match distances and angles between images."""
-    return losses.pairwise.relational(*batch.embeddings, distance, angle)
+    return losses.features.relational(*batch.embeddings, distance, angle)
 
 
 @feature_method("pkt", source="Passalis & Tefas, ECCV 2018", weight=30000.0)
 def probabilistic(batch: Batch) -> Tensor:
     """Match the probabilities of neighbours in a batch."""
-    return losses.pairwise.probabilistic(*batch.embeddings)
+    return losses.features.probabilistic(*batch.embeddings)
 
 
 def contrast_adapter(

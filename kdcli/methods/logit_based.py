@@ -1,4 +1,4 @@
-"""Methods that match the teacher's logits: regression of their values, or softened probabilities."""
+"""Methods on logits: against labels, against the teacher's logits, or its softened probabilities."""
 
 from __future__ import annotations
 
@@ -6,12 +6,28 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from kdcli.methods import losses
 from kdcli.methods.batch import Batch
-from kdcli.methods.registry import method, option
+from kdcli.methods.registry import CE, method, option
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MULTI_LEVEL_TAUS = (2.0, 3.0, 4.0, 5.0, 6.0)
+Smoothing = Annotated[
+    float, option("share of each label distributed over all classes", name="label_smoothing", ge=0, lt=1)
+]
+
+
+@method(CE, source="cross-entropy", needs=("labels",), needs_teacher=False)
+def cross_entropy(batch: Batch) -> Tensor:
+    """Cross-entropy on labels, without a teacher: the baseline."""
+    return label_smoothing(batch, smoothing=0.0)
+
+
+@method("ls", source="Szegedy et al., CVPR 2016, section 7", needs=("labels",), needs_teacher=False)
+def label_smoothing(batch: Batch, *, smoothing: Smoothing = 0.1) -> Tensor:
+    """Cross-entropy on smoothed labels, without a teacher."""
+    mixup = batch.other_labels, batch.shares
+    return losses.logits.cross_entropy(batch.student_logits, batch.labels, smoothing, *mixup)
 
 
 @method("logits", source="Ba & Caruana, NIPS 2014, eq. 1", regresses=True)
