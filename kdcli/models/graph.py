@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kdcli.base.errors import KdError
 from kdcli.base.text import dims, first_line
 from kdcli.models.operations import arrange, elementwise, windows
-from kdcli.models.operations.shapes import Shape, check_size, is_vector
+from kdcli.models.operations.shapes import Function, Shape, check_size, is_vector
 
 INPUT = "input"  # the name under which nodes refer to the network's input
 _MODULE = nn.Module()  # its attributes cannot name a submodule
@@ -115,7 +115,10 @@ class GraphNet(nn.Module):
                     check_size(tuple(value.shape), "weight")
                 self.shapes[name] = tuple(skeleton(*(torch.empty(1, *shape) for shape in shapes)).shape[1:])
             check_size(self.shapes[name], "output")
-            self.add_module(name, build())
+            module = build()
+            if isinstance(module, Function):
+                module.description = f"{kind}({', '.join(f'{key}={value}' for key, value in args.items())})"
+            self.add_module(name, module)
         except KdError as error:
             raise KdError(f"layer {name}: {error.message}", error.hint) from error
         except (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError) as error:

@@ -28,7 +28,7 @@ _REDUCTIONS: dict[str, Callable[[Tensor, tuple[int, ...]], Tensor]] = {
 def concat(*inputs: Shape, axis: int = 1) -> nn.Module:
     """Concatenation of inputs that have equal shapes except along one axis."""
     axis = axis_of(axis, inputs[0])
-    return Function(f"Concat(axis={axis})", lambda *values: torch.cat(values, dim=axis))
+    return Function(lambda *values: torch.cat(values, dim=axis))
 
 
 def _box(box: Sequence[tuple[int, int, int]]) -> nn.Module:
@@ -39,8 +39,7 @@ def _box(box: Sequence[tuple[int, int, int]]) -> nn.Module:
             values = values.narrow(axis, first, count)
         return values
 
-    ranges = ", ".join(f"axis {axis}: {first}…{first + count - 1}" for axis, first, count in box)
-    return Function(f"Crop({ranges})", compute)
+    return Function(compute)
 
 
 def slice_(shape: Shape, *, part: int, of: int, axis: int = 1, points: Sequence[int] = ()) -> nn.Module:
@@ -70,7 +69,7 @@ def crop(first: Shape, like: Shape, *, axis: int = 2, offset: Sequence[int] = ()
 
 def _view(shape: Shape) -> nn.Module:
     """The values of each image in another shape."""
-    return Function(f"View({text.dims(shape)})", lambda values: values.reshape(values.shape[0], *shape))
+    return Function(lambda values: values.reshape(values.shape[0], *shape))
 
 
 def flatten(shape: Shape, *, axis: int = 1, end_axis: int = -1) -> nn.Module:
@@ -116,18 +115,14 @@ def eltwise(*inputs: Shape, operation: str = "sum", coefficients: Sequence[float
             values = tuple(value * factor for value, factor in zip(values, factors, strict=True))
         return reduce(combine, values)
 
-    return Function(f"Eltwise({operation}{f', coefficients={factors}' if factors else ''})", compute)
+    return Function(compute)
 
 
 def reduction(shape: Shape, *, operation: str = "sum", axis: int = 1, factor: float = 1.0) -> nn.Module:
     """Sum, sum of magnitudes, sum of squares or mean over all axes from `axis` on, times a factor."""
     reduce_axes = _REDUCTIONS[operation]
-    axis = axis_of(axis, shape)
-
-    def compute(values: Tensor) -> Tensor:
-        return reduce_axes(values, tuple(range(axis, values.ndim))) * factor
-
-    return Function(f"Reduction({operation} from axis {axis} on, times {factor:g})", compute)
+    axes = tuple(range(axis_of(axis, shape), len(shape) + 1))
+    return Function(lambda values: reduce_axes(values, axes) * factor)
 
 
 def softmax(shape: Shape, *, axis: int = 1) -> nn.Module:

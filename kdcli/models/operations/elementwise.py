@@ -34,7 +34,7 @@ def lrn(
             squares = F.pad(values.square(), (size // 2,) * 4)
             return values * (1 + alpha * F.avg_pool2d(squares, size, 1)).pow(-beta)
 
-        return Function(f"LocalResponseNormWithin({size}, alpha={alpha:g}, beta={beta:g})", compute)
+        return Function(compute)
     check_size((shape[0] + size, *shape[1:]), "padded input")
     return nn.LocalResponseNorm(size, alpha, beta, k)
 
@@ -59,7 +59,7 @@ def mvn(shape: Shape, *, variance: bool = True, across: bool = False, eps: float
         squares = centred.square().mean(axes, keepdim=True).clamp_min(1e-30)
         return centred / (squares.sqrt() + eps)
 
-    return Function(f"MeanVarianceNorm(variance={variance}, across_channels={across}, eps={eps:g})", compute)
+    return Function(compute)
 
 
 class Affine(nn.Module):
@@ -69,16 +69,13 @@ class Affine(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(shape)) if scale else None
         self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
-        self._shape, self._view = shape, tuple(view)
+        self._view = tuple(view)
 
     def forward(self, values: Tensor) -> Tensor:
         """(B, C, …) → the same shape."""
         if self.weight is not None:
             values = values * self.weight.view(self._view)
         return values if self.bias is None else values + self.bias.view(self._view)
-
-    def extra_repr(self) -> str:
-        return f"{dims(self._shape)}, scale={self.weight is not None}, bias={self.bias is not None}"
 
 
 def affine(
@@ -103,12 +100,8 @@ def affine(
     if other != shape[: len(other)]:
         raise KdError(f"its second input {dims(other)} does not begin its first {dims(shape)}")
     ones = [1] * (len(shape) - len(other))  # axes at the end
-    name, combine = ("times", torch.mul) if scale else ("plus", torch.add)
-
-    def compute(values: Tensor, others: Tensor) -> Tensor:
-        return combine(values, others.reshape(*others.shape, *ones))
-
-    return Function(f"Broadcast({name})", compute)
+    combine = torch.mul if scale else torch.add
+    return Function(lambda values, others: combine(values, others.reshape(*others.shape, *ones)))
 
 
 def _learned(shape: Shape, axis: int, num_axes: int) -> tuple[Shape, Shape]:
@@ -138,7 +131,7 @@ def relu(shape: Shape, *, negative_slope: float = 0.0) -> nn.Module:
 
 
 def absolute(shape: Shape) -> nn.Module:
-    return Function("Abs()", torch.abs)
+    return Function(torch.abs)
 
 
 def power(shape: Shape, *, power: float = 1.0, scale: float = 1.0, shift: float = 0.0) -> nn.Module:
@@ -151,22 +144,20 @@ def power(shape: Shape, *, power: float = 1.0, scale: float = 1.0, shift: float 
             values = values + shift
         return values if power == 1 else values.pow(power)
 
-    return Function(f"Power(power={power:g}, scale={scale:g}, shift={shift:g})", compute)
+    return Function(compute)
 
 
 def exp(shape: Shape, *, base: float | None = None, scale: float = 1.0, shift: float = 0.0) -> nn.Module:
     """base^(shift + scale · x), with base e by default."""
     inner = scale * (1.0 if base is None else math.log(base))
     outer = math.exp(shift) if base is None else base**shift
-    description = f"Exp({outer:g} · exp({inner:g} · x))"
-    return Function(description, lambda values: (values * inner).exp() * outer)
+    return Function(lambda values: (values * inner).exp() * outer)
 
 
 def log(shape: Shape, *, base: float | None = None, scale: float = 1.0, shift: float = 0.0) -> nn.Module:
     """log(shift + scale · x) to a base, e by default."""
     factor = 1.0 if base is None else 1 / math.log(base)
-    description = f"Log({factor:g} · log({scale:g} · x + {shift:g}))"
-    return Function(description, lambda values: (values * scale + shift).log() * factor)
+    return Function(lambda values: (values * scale + shift).log() * factor)
 
 
 def dropout(shape: Shape, *, ratio: float = 0.5, scale_train: bool = True) -> nn.Module:

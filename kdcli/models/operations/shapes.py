@@ -13,11 +13,12 @@ _MOST_VALUES = 2**29  # per layer, parameters or activations of one image; a dam
 
 
 class Function(nn.Module):
-    """A module without parameters: a function of its inputs, and the text that stands for it in a summary."""
+    """A module without parameters: a function of its inputs."""
 
-    def __init__(self, description: str, function: Callable[..., Tensor]) -> None:
+    description = "function()"  # in summaries; a node's operation and arguments
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.description = description
         self.function = function
 
     def forward(self, *values: Tensor) -> Tensor:
