@@ -11,17 +11,16 @@ Of 20 runs each, at least 19 should say so. Run it on an idle machine.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
+from statistics import median
+from typing import Annotated
 
 import numpy as np
 import onnx
 import torch
+import typer
 from onnx import TensorProto, helper, numpy_helper
 
 from kdcli import models
@@ -91,49 +90,36 @@ def with_added_work(source: Path, share: float, target: Path) -> float:
     return filters * channels * height * width / before
 
 
-def main() -> None:
-    """Print the verdicts."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", nargs="?", type=Path, help="an ONNX classifier; by default --network")
-    parser.add_argument("--network", default="nin")
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--share", type=float, default=0.05)
-    parser.add_argument("--rounds", type=int, default=BenchConfig.model_fields["rounds"].default)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
+def main(
+    model: Annotated[Path | None, typer.Argument(help="An ONNX classifier; by default --network.")] = None,
+    network: str = "nin",
+    runs: int = 20,
+    share: float = 0.05,
+    rounds: int = BenchConfig.model_fields["rounds"].default,
+    threads: int = 0,
+) -> None:
+    """Print the verdicts of kd bench on a model beside its copy, and beside itself with more work."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = asked.model or own_network(asked.network, folder)
+        model = model or own_network(network, folder)
         (folder / "copy.onnx").write_bytes(model.read_bytes())
-        added = with_added_work(model, asked.share, folder / "more.onnx")
-        config = BenchConfig(batch="1", rounds=asked.rounds, threads=asked.threads, no_memory=True)
-        found: dict[str, list[tuple[str, float, float, float]]] = {"copy": [], "more": []}
-        begun = time.perf_counter()
-        for number in range(asked.runs):
+        added = with_added_work(model, share, folder / "more.onnx")
+        config = BenchConfig(batch="1", rounds=rounds, threads=threads, no_memory=True)
+        found: dict[str, list[tuple[str, float]]] = {"copy": [], "more": []}
+        for number in range(runs):
             for other, verdicts in found.items():
                 row = bench([model, folder / f"{other}.onnx"], config).rows[1]
                 assert row.speed is not None and row.speedup is not None and row.speedup_interval is not None
                 low, high = row.speedup_interval
-                verdicts.append((row.speed, low, row.speedup, high))
-                sys.stdout.write(
-                    f"{number + 1:3} {other}: {low:.3f} … {row.speedup:.3f} … {high:.3f} {row.speed}\n"
-                )
-                sys.stdout.flush()
-        for other, wanted in (("copy", "no difference"), ("more", "slower")):
-            counts = Counter(one[0] for one in found[other])
-            ratios = sorted(one[2] for one in found[other])
-            what = "a copy of itself" if other == "copy" else f"itself with {100 * added:.1f} % more MACs"
-            sys.stdout.write(
-                f"{what}: {counts[wanted]} of {asked.runs} say `{wanted}` ({dict(counts)}); "
-                f"median ratio {ratios[len(ratios) // 2]:.3f}\n"
-            )
-        sys.stdout.write(f"{time.perf_counter() - begun:.0f} s\n")
-    if asked.json:
-        asked.json.write_text(json.dumps({"added": added, **found}, indent=1), encoding="utf-8")
+                verdicts.append((row.speed, row.speedup))
+                values = f"{low:.3f} … {row.speedup:.3f} … {high:.3f} {row.speed}"
+                print(f"{number + 1:3} {other}: {values}", flush=True)
+    for other, wanted in (("copy", "no difference"), ("more", "slower")):
+        counts = Counter(speed for speed, _ in found[other])
+        ratio = median(speedup for _, speedup in found[other])
+        what = "a copy of itself" if other == "copy" else f"itself with {100 * added:.1f} % more MACs"
+        print(f"{what}: {counts[wanted]} of {runs} say `{wanted}` ({dict(counts)}); median ratio {ratio:.3f}")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

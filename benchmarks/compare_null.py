@@ -14,8 +14,6 @@ Real runs on scikit-learn's digits: one method is compared with itself.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import os
 import shutil
@@ -29,6 +27,8 @@ from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import typer
 
 SEEDS, MORE_SEEDS = 5, 10
 OTHER_SEEDS = 1_000_000  # where those of the second name begin
@@ -130,34 +130,30 @@ def teacher_of(asked: dict[str, Any]) -> str:
     return fit(make(TrainConfig, values), digits(asked["images"])).run.student.as_posix()
 
 
-def main() -> None:
+def main(
+    comparisons: int = 200,
+    method: str = "ce",
+    images: int = 400,
+    epochs: int = 4,
+    jobs: int = os.cpu_count() or 1,
+) -> None:
     """Print the rates; exit 1 if the null claims too often."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--comparisons", type=int, default=200)
-    parser.add_argument("--method", default="ce")
-    parser.add_argument("--images", type=int, default=400)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
     memory = Path("/dev/shm")  # runs are written and synced; nothing of them is kept
     folder = tempfile.mkdtemp(dir=memory if memory.is_dir() else None)
     begun = time.perf_counter()
     try:
         asked: dict[str, Any] = {
-            "method": given.method,
-            "images": given.images,
-            "epochs": given.epochs,
+            "method": method,
+            "images": images,
+            "epochs": epochs,
             "folder": folder,
             "cache": f"{folder}/cache",
             "teacher": "",
         }
         asked["teacher"] = teacher_of(asked)
         twins = paired(asked)
-        with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
-            futures = [pool.submit(pairs, number, asked) for number in range(given.comparisons)]
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            futures = [pool.submit(pairs, number, asked) for number in range(comparisons)]
             runs = []
             for number, future in enumerate(futures, 1):
                 runs.append(future.result())
@@ -166,38 +162,27 @@ def main() -> None:
                     sys.stderr.write(f"{number} of {len(futures)} comparisons, {seconds:.0f} s\n")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    resolution = 100 / len(digits(given.images).test)
+    resolution = 100 / len(digits(images).test)
     differences = [[other - own for own, other in one] for one in runs]
-    every = [value for one in differences for value in one]
-    deviation = statistics.stdev(every)
-    results = {
-        "method": given.method,
-        "comparisons": given.comparisons,
-        "accuracy_mean": statistics.fmean(value for one in runs for pair in one for value in pair),
-        "deviation_of_differences": deviation,
-        "paired_twin_differences": twins,
-        "null_5_seeds": claims([one[:SEEDS] for one in differences], resolution),
-        "null_10_seeds": claims(differences, resolution),
-        "planted_10_seeds": claims([[value + deviation for value in one] for one in differences], resolution),
-        "seconds": time.perf_counter() - begun,
-    }
-    null = [100 - results[f"null_{count}_seeds"]["inconclusive"] for count in (SEEDS, MORE_SEEDS)]
-    error = 100 * math.sqrt(0.05 * 0.95 / given.comparisons)
-    sys.stdout.write(
-        f"{given.method}, {given.images} digits, {given.epochs} epochs: {results['accuracy_mean']:.2f} % right, "
-        f"differences of independent pairs have deviation {deviation:.2f} points\n"
+    deviation = statistics.stdev(value for one in differences for value in one)
+    mean = statistics.fmean(value for one in runs for pair in one for value in pair)
+    few = claims([one[:SEEDS] for one in differences], resolution)
+    more = claims(differences, resolution)
+    planted = claims([[value + deviation for value in one] for one in differences], resolution)
+    error = 100 * math.sqrt(0.05 * 0.95 / comparisons)
+    print(
+        f"{method}, {images} digits, {epochs} epochs: {mean:.2f} % right, differences of independent pairs have "
+        f"deviation {deviation:.2f} points\n"
         f"the same seeds under two names: differences {sorted(set(twins))}\n"
-        f"no difference, {SEEDS} seeds: {null[0]:.1f} % of {given.comparisons} comparisons claim one "
+        f"no difference, {SEEDS} seeds: {100 - few['inconclusive']:.1f} % of {comparisons} comparisons claim one "
         f"(5 ± {error:.1f} expected, at most 7 wanted)\n"
-        f"no difference, {MORE_SEEDS} seeds: {null[1]:.1f} %\n"
-        f"one standard deviation more, {MORE_SEEDS} seeds: {results['planted_10_seeds']['better']:.1f} % say better "
-        f"(80 expected)\n{results['seconds']:.0f} s\n"
+        f"no difference, {MORE_SEEDS} seeds: {100 - more['inconclusive']:.1f} %\n"
+        f"one standard deviation more, {MORE_SEEDS} seeds: {planted['better']:.1f} % say better (80 expected)\n"
+        f"{time.perf_counter() - begun:.0f} s"
     )
-    if given.json:
-        given.json.write_text(json.dumps({**results, "runs": runs}, indent=1), encoding="utf-8")
-    if any(twins) or null[0] > 7:
+    if any(twins) or few["inconclusive"] < 93:
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

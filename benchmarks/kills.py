@@ -5,7 +5,6 @@ group, at a moment drawn uniformly from the duration of the uninterrupted comman
 up to twice, then continued to the end: by `kd train --resume` if the run's folder exists, else by the same command.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -19,10 +18,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -216,23 +216,21 @@ def check(name: str, place: Path, kills: int, random: np.random.Generator) -> bo
     return equal == copies
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"of {', '.join(SCENARIOS)}")
-    parser.add_argument("--kills", type=int, default=20, help="that hit a running command, a scenario")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    if unknown := set(options.scenarios) - set(SCENARIOS):
-        parser.error(f"no scenario {', '.join(sorted(unknown))}")
-    place, random = Path(tempfile.mkdtemp(prefix="kills-")), np.random.default_rng(options.seed)
+def main(
+    scenarios: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(SCENARIOS)}.")] = None,
+    kills: Annotated[int, typer.Option(help="Kills of a running command, for each scenario.")] = 20,
+    seed: int = 0,
+) -> None:
+    """Kill commands at random moments, continue them, and compare their results with uninterrupted ones."""
+    place, random = Path(tempfile.mkdtemp(prefix="kills-")), np.random.default_rng(seed)
     (place / "inputs").mkdir()
     finish(place, f"train {TRAIN} --data digits --method ce --student resnet14 --epochs 3")
     shutil.copy2(place / "runs/x/student.pt", place / "inputs/teacher.pt")
-    good = [check(name, place, options.kills, random) for name in options.scenarios or SCENARIOS]
+    good = [check(name, place, kills, random) for name in scenarios or SCENARIOS]
     if not all(good):
         raise SystemExit(f"the differing copies are in {place}")
     shutil.rmtree(place)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -19,7 +19,6 @@ mean nothing.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import shlex
 import shutil
@@ -28,9 +27,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from kd_loop import KdLoop
 from naive_loop import Loader, NaiveLoop, loader_of
 from pair import TeacherOnLoader, new_network
@@ -146,11 +146,18 @@ def sides_of(config: TrainConfig, threads: int) -> list[Side]:
     return [kd, plain, small, Packing(), Loading(loader)]
 
 
-def main() -> None:
-    """Print the tables."""
-    args = _parse()
-    threads = runtime.set_threads(args.threads)
-    source, weights = args.photos.resolve(), args.teacher_weights and args.teacher_weights.resolve()
+def main(
+    photos: Annotated[Path, typer.Argument(help="Class folders of photographs.")],
+    teacher_weights: Annotated[
+        Path | None, typer.Option(help="A state_dict of ResNet-18 (.pth) of these classes.")
+    ] = None,
+    epochs: int = 8,
+    rounds: int = 5,
+    threads: int = 2,
+) -> None:
+    """Print minutes of the commands, and images/s of their parts."""
+    threads = runtime.set_threads(threads)
+    source, weights = photos.resolve(), teacher_weights and teacher_weights.resolve()
     with tempfile.TemporaryDirectory(prefix="kd-photographs-") as scratch, contextlib.chdir(scratch):
         copy_unsplit(source)
         if weights is None:
@@ -159,7 +166,7 @@ def main() -> None:
         # 1. The commands
         commands = [
             f"train --teacher {TEACHER} --teacher-weights {shlex.quote(str(weights))} --student {STUDENT} "
-            f"--data {PHOTOS} --image-size {SIDE} --augment {AUGMENT} --epochs {args.epochs} "
+            f"--data {PHOTOS} --image-size {SIDE} --augment {AUGMENT} --epochs {epochs} "
             f"--accelerator cpu --threads {threads} --name {NAME}",
             f"export runs/{NAME}/student.pt --int8 -o student-int8.onnx",
         ]
@@ -169,32 +176,18 @@ def main() -> None:
         config, test = run.config, run.evaluation
         # 2. Images/s
         sides = sides_of(config, threads)
-        rows = summary(sides, measure(sides, args.rounds, threads))
+        rows = summary(sides, measure(sides, rounds, threads))
         count, rates = pass_rates(config.cache_dir, config.teacher[0], AUGMENT)
         row = {"side": "pass", "label": "kd's teacher's pass", "note": "once a view", "images_a_round": count}
         rows.insert(-2, {**row, "images_per_s": spread_of(rates)})
-    print(f"{machine(threads)}; batch {config.batch_size}, kd in {config.precision}, {args.rounds} rounds\n")
+    print(f"{machine(threads)}; batch {config.batch_size}, kd in {config.precision}, {rounds} rounds\n")
     print("\n".join(table(rows)))
     print(
-        f"\nkd train, {args.epochs} epochs: {minutes[0]:.1f} min; kd export --int8: {minutes[1]:.1f} min; in all "
+        f"\nkd train, {epochs} epochs: {minutes[0]:.1f} min; kd export --int8: {minutes[1]:.1f} min; in all "
         f"{sum(minutes):.1f} min to {size / 1e6:.1f} MB. Test accuracy {test.accuracy:.1f} % (teacher "
         f"{test.teacher_accuracy:.1f} %)."
     )
 
 
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("photos", type=Path, help="class folders of photographs")
-    parser.add_argument(
-        "--teacher-weights", type=Path, help="a state_dict of ResNet-18 (.pth) of these classes"
-    )
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    return parser.parse_args()
-
-
 if __name__ == "__main__":
-    main()
+    typer.run(main)

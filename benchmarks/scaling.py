@@ -1,6 +1,6 @@
 """How time and memory of training grow: with images, classes, views and processes.
 
-    python benchmarks/scaling.py [--axes images,classes,views,processes] [--full] [--json out.json]
+    python benchmarks/scaling.py [--axes images,classes,views,processes] [--full]
 
 Each case is a process of its own, so that its peak memory is its own; it trains `convnet-tiny`, which is so cheap
 that the handling of data shows, through `kdcli.engine.fit`, for as many epochs as there are views. Images are
@@ -11,7 +11,6 @@ with it 500,000 (6.1 GB on the disk, removed at the end).
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -21,9 +20,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 
 AXES = ("images", "classes", "views", "processes")
 STUDENT, TEACHER = "convnet-tiny", "convnet-small"
@@ -137,7 +137,7 @@ def run_case(case: dict[str, Any], folder: Path) -> None:
     if world.first:
         views = list((work / "cache").rglob("view-*.npy"))
         kept = sum(path.stat().st_size for path in views if len(np.load(path, mmap_mode="r")) == count)
-        told = {
+        figures = {
             **case,
             "training_s": result.seconds,
             "images_per_s": result.images_per_s,
@@ -147,7 +147,7 @@ def run_case(case: dict[str, Any], folder: Path) -> None:
             "peak_mib": [value[0] / 1024 for value in peaks],
             "imports_mib": before / 1024,
         }
-        (work / "told.json").write_text(json.dumps(told))
+        (work / "figures.json").write_text(json.dumps(figures))
     world.close()
 
 
@@ -156,18 +156,11 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     work = folder / "case"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    words = [
-        sys.executable,
-        str(Path(__file__).resolve()),
-        "--case",
-        json.dumps(case),
-        "--workdir",
-        str(folder),
-    ]
+    words = [sys.executable, __file__, "--case", json.dumps(case), "--workdir", str(folder)]
     subprocess.run(words, check=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    told: dict[str, Any] = json.loads((work / "told.json").read_text())
+    figures: dict[str, Any] = json.loads((work / "figures.json").read_text())
     shutil.rmtree(work)
-    return told
+    return figures
 
 
 def exponent(rows: list[dict[str, Any]], axis: str, value: str) -> float:
@@ -196,41 +189,30 @@ def show(rows: list[dict[str, Any]]) -> None:
             print(f"{axis}: training time grows as n^{exponent(chosen, axis, 'training_s'):.2f}")
 
 
-def main() -> None:
-    """Measure the axes that are asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--axes", default=",".join(AXES))
-    parser.add_argument("--full", action="store_true", help="500,000 images on the images axis")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument(
-        "--workdir", type=Path, help="where images and runs go; by default a temporary folder"
-    )
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.case:
-        run_case(json.loads(arguments.case), arguments.workdir)
+def main(
+    axes: str = ",".join(AXES),
+    full: Annotated[bool, typer.Option("--full", help="500,000 images on the images axis.")] = False,
+    workdir: Annotated[Path | None, typer.Option(help="Folder of images and runs.")] = None,
+    case: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    """Print how time and memory grow along these axes."""
+    if case:
+        assert workdir is not None
+        run_case(json.loads(case), workdir)
         return
-    wanted = cases(arguments.axes.split(","), arguments.full)
-    with tempfile.TemporaryDirectory(dir=arguments.workdir) as place:
+    wanted = cases(axes.split(","), full)
+    with tempfile.TemporaryDirectory(dir=workdir) as place:
         folder = Path(place)
-        for side in sorted({case["side"] for case in wanted}):
-            count = max(case["images"] for case in wanted if case["side"] == side)
+        for side in sorted({each["side"] for each in wanted}):
+            count = max(each["images"] for each in wanted if each["side"] == side)
             print(f"writing {count:,} images of {side}×{side}", file=sys.stderr)
             write_images(folder / f"images-{side}.npy", count, side)
         rows = []
-        for case in wanted:
-            rows.append(measure(case, folder))
+        for each in wanted:
+            rows.append(measure(each, folder))
             print(json.dumps(rows[-1]), file=sys.stderr)
     show(rows)
-    if arguments.json:
-        from kdcli.base import runtime
-
-        arguments.json.write_text(
-            json.dumps({"environment": runtime.environment(), "cases": rows}, indent=2) + "\n"
-        )
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -9,15 +9,15 @@ of the cells whose interval excludes 0 the warning has the right sign.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import tempfile
 from dataclasses import replace
+from json import dumps
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import typer
 
 # share of the training images, and augmentation, of each teacher
 TEACHERS = {
@@ -64,14 +64,9 @@ def make_teacher(splits: Any, name: str) -> Path:
     return run(replace(splits, train=part), method="ce", **values).run.student
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    output = args.json.resolve() if args.json else None
+def main(seeds: int = 5, json: Path | None = None) -> None:
+    """Print a line for each cell, and how often the warning is right; write all figures with --json."""
+    output = json and json.resolve()
     from kdcli import data
     from kdcli.studies.compare.stats import summary, verdict
 
@@ -83,10 +78,9 @@ def main() -> None:
         for epochs in EPOCHS:
             common = {"student": "convnet-tiny", "augment": augment, "epochs": epochs, "view_seed": 0}
             where = f"{augment}-{epochs}"
-            seeds = range(args.seeds)
             base = [
                 run(splits, **common, method="ce", seed=seed, name=f"ce-{where}-{seed}").evaluation.accuracy
-                for seed in seeds
+                for seed in range(seeds)
             ]
             for number, (name, path) in enumerate(teachers.items()):
                 taught = [
@@ -98,7 +92,7 @@ def main() -> None:
                         seed=seed,
                         name=f"kd-{number}-{where}-{seed}",
                     )
-                    for seed in seeds
+                    for seed in range(seeds)
                 ]
                 pairs = zip(taught, base, strict=True)
                 difference = summary([one.evaluation.accuracy - other for one, other in pairs], 100 / 360)
@@ -122,8 +116,8 @@ def main() -> None:
         f"the interval excludes 0 in {len(clear)} of {len(cells)} cells; the warning is right in {len(right)}"
     )
     if output:
-        output.write_text(json.dumps(cells, indent=1))
+        output.write_text(dumps(cells, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

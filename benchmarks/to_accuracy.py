@@ -13,14 +13,12 @@ do not crop, which is in their favour.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import tempfile
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from naive_loop import LabelLoop, NaiveLoop, loader_of
 from pair import Pair, cut, new_network
 from rounds import Side, log, machine, measure, pass_rates, shown, spread_of
@@ -37,13 +35,15 @@ def trained_images(run: RunResult) -> int:
     return round(run.images_per_s * run.seconds)
 
 
-def rates(teacher: RunResult, student: RunResult, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def rates(
+    teacher: RunResult, student: RunResult, images: int, rounds: int, workers: int, threads: int
+) -> dict[str, dict[str, Any]]:
     """Images/s of the loops, by key: the teacher's training from labels, and the student's by each other loop."""
     splits = load_data(student.config)
-    few = Splits(splits.spec, splits.label, cut(splits.train, args.images), splits.test)
+    few = Splits(splits.spec, splits.label, cut(splits.train, images), splits.test)
     pair = Pair(few, teacher.run.student, student.student)
     rows = pair.rows[0]
-    loader = loader_of(pair.dataset(rows, flip=True), args.workers)
+    loader = loader_of(pair.dataset(rows, flip=True), workers)
     sides: list[Side] = [
         LabelLoop(new_network(teacher.student, few.train), loader),
         NaiveLoop(pair.teacher, pair.student(), loader),
@@ -52,59 +52,46 @@ def rates(teacher: RunResult, student: RunResult, args: argparse.Namespace) -> d
         if reason := reason_against("d1"):
             log(reason)
         else:
-            sides.append(TorchdistillLoop("d1", pair, rows, args.workers, Path(name)))
-        timings = measure(sides, args.rounds, args.threads)
+            sides.append(TorchdistillLoop("d1", pair, rows, workers, Path(name)))
+        timings = measure(sides, rounds, threads)
     return {key: spread_of([timing.images_per_s for timing in found]) for key, found in timings.items()}
 
 
-def main() -> None:
-    """Print a table, and write every number with --json."""
-    args = _parse()
-    teacher, student = (read_result(run / "result.json") for run in (args.teacher_run, args.student_run))
+def main(
+    teacher_run: Annotated[Path, typer.Option(help="A run of kd train --recipe teacher.")],
+    student_run: Annotated[Path, typer.Option(help="A run of its student, with the cache of its teacher.")],
+    percent: Annotated[list[float], typer.Option(help="Validation accuracies.")] = [78.0, 81.0],  # noqa: B006
+    images: Annotated[int, typer.Option(help="Images a round of the loops.")] = 1280,
+    rounds: int = 3,
+    workers: Annotated[int, typer.Option(help="DataLoader workers.")] = 0,
+    threads: Annotated[int, typer.Option(help="0: all available cores.")] = 0,
+) -> None:
+    """Print minutes to each accuracy."""
+    teacher, student = (read_result(run / "result.json") for run in (teacher_run, student_run))
     config = student.config
     count, passes = pass_rates(config.cache_dir, teacher.run.student, config.augment)
     pass_s = config.views * count / median(passes)
-    found = rates(teacher, student, args)
+    found = rates(teacher, student, images, rounds, workers, threads)
     loops = [key for key in found if key != "labels"]
     names = {"c": "naive loop", "d1": "torchdistill"}
-    print(f"{teacher.student} → {student.student}, {machine(runtime.set_threads(args.threads))}\n")
+    print(f"{teacher.student} → {student.student}, {machine(runtime.set_threads(threads))}\n")
     print(f"| validation accuracy | epoch | kd, min | {' | '.join(f'{names[key]}, min' for key in loops)} |")
     print("| ---: | ---: | ---: |" + " ---: |" * len(loops))
-    rows: list[dict[str, Any]] = []
-    for percent in args.percent:
-        line = next((each for each in student.history if (each.val_accuracy or 0) >= percent), None)
+    for wanted in percent:
+        line = next((each for each in student.history if (each.val_accuracy or 0) >= wanted), None)
         if line is None:
-            log(f"{student.run.path} never reaches {percent:g} %")
+            log(f"{student.run.path} never reaches {wanted:g} %")
             continue
-        minutes = {"kd": (teacher.seconds + pass_s + line.seconds) / 60}
+        kd = (teacher.seconds + pass_s + line.seconds) / 60
         taught = trained_images(student) / student.epochs * line.epoch
+        cells = []
         for key in loops:
             seconds = trained_images(teacher) / found["labels"]["median"] + taught / found[key]["median"]
-            minutes[key] = seconds / 60
-        rows.append({"percent": percent, "epoch": line.epoch, "minutes": minutes})
-        cells = (f"{minutes[key]:.0f} ({minutes[key] / minutes['kd']:.1f}×)" for key in loops)
-        print(f"| {percent:g} % | {line.epoch} | {minutes['kd']:.0f} | {' | '.join(cells)} |")
+            cells.append(f"{seconds / 60:.0f} ({seconds / 60 / kd:.1f}×)")
+        print(f"| {wanted:g} % | {line.epoch} | {kd:.0f} | {' | '.join(cells)} |")
     speeds = {"the teacher's pass": spread_of(passes), **found}
     print("\nimages/s: " + "; ".join(f"{key} {shown(values)}" for key, values in speeds.items()))
-    if args.json:
-        args.json.write_text(json.dumps({"images_per_s": speeds, "reached": rows}, indent=2) + "\n")
-
-
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--teacher-run", type=Path, required=True, help="a run of kd train --recipe teacher")
-    add("--student-run", type=Path, required=True, help="a run of its student, with the cache of its teacher")
-    add("--percent", type=float, nargs="+", default=[78.0, 81.0], help="of the validation images")
-    add("--images", type=int, default=1280, help="images a round of the loops")
-    add("--rounds", type=int, default=3)
-    add("--workers", type=int, default=0, help="DataLoader workers; 0: torch's default")
-    add("--threads", type=int, default=0, help="0: all available cores")
-    add("--json", type=Path, help="write every number to this file")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    typer.run(main)
