@@ -44,3 +44,16 @@ OnEvent = Callable[[Event], None]
 
 def ignore(event: Event) -> None:
     """An `OnEvent` that drops everything."""
+
+
+def notes_once(on_event: OnEvent) -> OnEvent:
+    """Forward events, each note only once."""
+    noted: set[str] = set()
+
+    def forward(event: Event) -> None:
+        if not isinstance(event, Note) or event.text not in noted:
+            on_event(event)
+        if isinstance(event, Note):
+            noted.add(event.text)
+
+    return forward

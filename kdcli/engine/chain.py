@@ -1,5 +1,6 @@
 """Chains of trainings: over assistants, each the teacher of the next network, and over generations of one student."""
 
+import itertools
 import shlex
 
 from kdcli import methods
@@ -47,7 +48,7 @@ def links(config: TrainConfig) -> tuple[TrainConfig, ...]:
             changes["name"] = config.name + suffix
         if made:
             changes |= {
-                "teacher": (_run(made[-1]).student,),
+                "teacher": (RunDir.of(made[-1]).student,),
                 "teacher_weight": (),
                 "teacher_dropout": 0.0,
                 **dict.fromkeys(TeacherInputSettings.model_fields),
@@ -102,7 +103,7 @@ def fit_chain(
         # 3. Train the links that are not finished
         results: list[RunResult] = []
         for number, link in enumerate(chain):
-            run = _run(link)
+            run = RunDir.of(link)
             _check_signal(chain, stop, world)
             if number < done:
                 notify(Note(f"{run.path.as_posix()} exists and is finished: it is not trained again"))
@@ -120,47 +121,41 @@ def fit_chain(
         return tuple(results)
 
 
-def _run(link: TrainConfig) -> RunDir:
-    return RunDir(link.runs_dir / link.name)
-
-
 def _finished_links(config: TrainConfig, data: Splits) -> tuple[TrainConfig, int]:
     """The settings with a name, and the number of finished links; only the link after these may be begun."""
     if not config.name:
-        number = 1
-        while True:
+        for number in itertools.count(1):
             named = config.model_copy(update={"name": name_of(config, number)})
-            if not any(_run(link).path.exists() for link in links(named)):
+            if not any(RunDir.of(link).path.exists() for link in links(named)):
                 return named, 0
-            number += 1
     chain = links(config)
     begun = [_is_begun(link, config) for link in chain]
     finished = [
-        exists and _run(link).result_file.is_file() for link, exists in zip(chain, begun, strict=True)
+        exists and RunDir.of(link).result_file.is_file() for link, exists in zip(chain, begun, strict=True)
     ]
     done = [*finished, False].index(False)
     for link, exists in zip(chain[done + 1 :], begun[done + 1 :], strict=True):
         if exists:
             raise UsageError(
                 f"run {link.name} in {config.runs_dir} learned from {chain[done].name}, which is not finished there",
-                f"Choose another --name, or remove {shlex.quote(_run(link).path.as_posix())}.",
+                f"Choose another --name, or remove {shlex.quote(RunDir.of(link).path.as_posix())}.",
             )
     for link in chain[:done]:
-        recorded = identity.recorded_inputs(checkpoint.load(_run(link).student).provenance)
+        recorded = identity.recorded_inputs(checkpoint.load(RunDir.of(link).student).provenance)
         # a teacher's file that is missing now is not needed any more: its student is trained
         current = identity.input_hashes(link, data, missing=recorded)
-        identity.check_unchanged(recorded, current, _run(link).path.as_posix())
+        identity.check_unchanged(recorded, current, RunDir.of(link).path.as_posix())
     return config, done
 
 
 def _is_begun(link: TrainConfig, config: TrainConfig) -> bool:
     """Whether a link exists and belongs to this chain; its name must not be taken by another run or chain."""
-    run = _run(link)
+    run = RunDir.of(link)
     chain = run.read_chain()
     if chain is None or chain.name != config.name:
         RunDir.check_free(link)
         return False
-    if changed := identity.differences(identity.decisive_options(chain), identity.decisive_options(config)):
+    if changed := identity.differences(*map(identity.decisive_settings, (chain, config))):
         raise UsageError(
             f"run {link.name} in {link.runs_dir} is of a chain with other settings: {changed[0]}",
             f"Choose another --name, or continue that chain: {resume_command(run.path, chain)}",
@@ -178,7 +173,7 @@ def _check_signal(chain: tuple[TrainConfig, ...], stop: StopFlag, world: World) 
 
 def _interrupted(chain: tuple[TrainConfig, ...], message: str, stopped: Interrupted) -> Interrupted:
     """The error, with a hint that continues the whole chain: resuming its last link."""
-    begun = [_run(link).path for link in chain if _run(link).config_file.is_file()]
+    begun = [RunDir.of(link).path for link in chain if RunDir.of(link).config_file.is_file()]
     hint = resume_command(begun[-1], chain[-1]) if begun else stopped.hint
     return Interrupted(message, hint or "Rerun the same command.", exit_code=stopped.exit_code)
 

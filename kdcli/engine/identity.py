@@ -3,13 +3,14 @@
 The one definition for resuming, chains, comparisons, searches and `kd reproduce`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from kdcli import methods, models
 from kdcli.base import files
+from kdcli.base.config import option_flag
 from kdcli.base.errors import KdError
 from kdcli.base.text import reason
 from kdcli.data import Splits
@@ -24,14 +25,10 @@ _CIRCUMSTANCES = ("kd_version", "accelerator", "accelerator_name", "instructions
 _PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
 
-def decisive_settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings that decide what is computed, as JSON values."""
-    return config.model_dump(mode="json", exclude=NEUTRAL)
-
-
-def decisive_options(config: TrainConfig) -> dict[str, Any]:
-    """The same by the names of their options, for messages."""
-    return {f"--{name.replace('_', '-')}": value for name, value in decisive_settings(config).items()}
+def decisive_settings(config: TrainConfig, without: Set[str] = frozenset()) -> dict[str, Any]:
+    """The settings that decide what is computed, less those in `without`: JSON values by option."""
+    values = config.model_dump(mode="json", exclude={*NEUTRAL, *without})
+    return {option_flag(name): value for name, value in values.items()}
 
 
 def input_hashes(

@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,12 @@ from kdcli.base import runtime
 from kdcli.base.errors import UsageError
 from kdcli.base.events import OnEvent, ignore
 from kdcli.base.runtime import World
-from kdcli.data import ImageSet, Splits, augment
+from kdcli.data import ImageSet, Splits, augment, rows
 from kdcli.data.split import split_validation
 from kdcli.engine import identity
+from kdcli.engine.run_dir import RunDir
 from kdcli.methods import Objective, TrainConfig
+from kdcli.models import Classifier
 from kdcli.teacher import Teacher
 
 Int64 = npt.NDArray[np.int64]
@@ -67,10 +69,10 @@ class RunPlan:
     @property
     def made_with(self) -> dict[str, Any]:
         """Values that must be equal for equal bits, beside `inputs`; complete once `config.precision` is settled."""
-        options = identity.decisive_options(self.config)
-        for name in ("--teacher", "--data", "--unlabelled"):  # known by their content
-            options.pop(name)
-        return identity.circumstances(self.environment) | options
+        known_by_content = {"teacher", "data", "unlabelled"}
+        return identity.circumstances(self.environment) | identity.decisive_settings(
+            self.config, known_by_content
+        )
 
 
 def make_plan(
@@ -125,6 +127,22 @@ def make_plan(
         test=test,
         chain=chain,
     )
+
+
+def open_run(plan: RunPlan, student: Classifier) -> tuple[RunPlan, RunDir]:
+    """A new run's plan with its precision settled, and its folder with settings and environment."""
+    config, world, made = plan.config, plan.world, None
+    if world.first:
+        sample = plan.train_samples[: config.batch_size]
+        images = torch.from_numpy(rows.take(plan.train.images, sample)).to(world.device)
+        precision, step_ms = runtime.choose_precision(
+            config.precision, student.network, student.prepare(images), len(student.classes)
+        )
+        config = config.model_copy(update={"precision": precision})
+        environment = {**plan.environment, "precision": precision, "precision_step_ms": step_ms}
+        made = RunDir.create(config, environment, plan.derived, plan.chain), config
+    run, config = world.broadcast(made) or (RunDir(config.runs_dir), config)
+    return replace(plan, config=config), run
 
 
 def batch_size_for(samples: int) -> int:

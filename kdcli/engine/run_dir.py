@@ -88,12 +88,17 @@ class RunDir:
         """Raise UsageError if the name is taken: checked before the teacher's passes."""
         if config.runs_dir.exists() and not config.runs_dir.is_dir():
             raise UsageError(f"--runs-dir {config.runs_dir} is not a folder", "Choose another.")
-        run = RunDir(config.runs_dir / config.name)
+        run = RunDir.of(config)
         if config.name and run.path.exists():
             hint = "Choose another --name"
             if run.config_file.is_file():
                 hint += f", or continue it: {resume_command(run.path, config)}"
             raise UsageError(f"run {config.name} exists in {config.runs_dir}", hint)
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> RunDir:
+        """The run of these settings, by its name."""
+        return cls(config.runs_dir / config.name)
 
     @classmethod
     def existing(cls, path: Path) -> RunDir:

@@ -1,18 +1,23 @@
 """Position of a run: where it is, when it is saved, and the losses that it sums and records."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from kdcli.base.errors import KdError
+from kdcli.base.events import Note, OnEvent
 from kdcli.base.runtime import World
+from kdcli.engine.identity import check_unchanged
 from kdcli.engine.records import Metrics, append_metrics
 from kdcli.engine.run_dir import RunDir
 from kdcli.methods import TrainConfig
+from kdcli.models import checkpoint
+from kdcli.models.checkpoint import Checkpoint
 
 
 @dataclass
@@ -35,6 +40,23 @@ class State:
     epoch_seconds: float = 0.0
     logged_seconds: float = 0.0
     marks: list[str] = field(default_factory=list)
+
+
+def load_newest(run: RunDir, inputs: Mapping[str, str], on_event: OnEvent) -> tuple[Path, Checkpoint] | None:
+    """The newest readable state, if the run's inputs are still those it began with; None if none was ever saved."""
+    saved = run.saved()
+    for path in saved:
+        try:
+            stored = checkpoint.load(path)
+        except KdError as error:
+            on_event(Note(f"{error.message}; trying the one before it"))
+            continue
+        known = (stored.training or {}).get("inputs")
+        check_unchanged(known if isinstance(known, dict) else {}, inputs, run.path.as_posix())
+        return path, stored
+    if saved:
+        raise KdError(f"no saved state of {run.path} can be read", "Start the run anew under another --name.")
+    return None
 
 
 class SaveSchedule:

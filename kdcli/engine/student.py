@@ -1,4 +1,4 @@
-"""The student: a new network by name, or one whose training continues from a file; and the scale of its output."""
+"""The student: a new network by name, or one from a file; modules trained along with it; the scale of its output."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ from kdcli.base.events import Note, OnEvent
 from kdcli.base.files import cache_folder
 from kdcli.data import ImageSet, preprocess, rows
 from kdcli.data.preprocess import Preprocess
-from kdcli.methods import TrainConfig
+from kdcli.engine.feed import TeacherOutputs, example_images
+from kdcli.engine.plan import RunPlan
+from kdcli.methods import Shapes, TrainConfig, Training
 from kdcli.models import Classifier, checkpoint, weights
-from kdcli.models.feature_extractor import find_stages
+from kdcli.models.feature_extractor import FeatureExtractor, find_stages
 from kdcli.teacher import CachedLogits
 
 Int64 = npt.NDArray[np.int64]
 _FITTED_IMAGES = 5_000  # for a network's `fit`
+_ADAPTER_SEED = 0x5EED  # beside the run's: adapters do not take the student's initial weights
 _CONSTANTS_VERSION = 1  # raise it when a preprocessing's fit gives other constants
 
 
@@ -126,6 +129,41 @@ def _stored(config: TrainConfig, train: ImageSet) -> Classifier:
     stored.classes, stored.provenance, stored.resize = train.classes, {}, train.resize
     stored.input_size = train.input_size  # another one where it resizes images itself
     return stored
+
+
+def make_adapters(
+    plan: RunPlan, student: Classifier, outputs: TeacherOutputs
+) -> tuple[tuple[str, ...], dict[str, nn.Module]]:
+    """Names of the student's stages that are read, and auxiliary modules by method; empty for methods of logits.
+
+    Adapters are trained with the student and not exported. The same seed makes the same adapters, and the student's
+    own weights do not depend on them.
+    """
+    if not plan.objective.needs_features:
+        return (), {}
+    config, device = plan.config, plan.world.device
+    images = example_images(plan).to(device)
+    prepared = student.prepare(images)
+    stages = find_stages(student.network, prepared, config.student_stages, f"student {config.student}")
+    if config.student_stages and config.teacher_stages and len(stages) != len(outputs.stages):
+        raise UsageError(
+            f"--student-stages names {len(stages)} layers, --teacher-stages {len(outputs.stages)}",
+            "They are paired: name as many of each.",
+        )
+    # The shapes of both; the student's mode and statistics stay as they are
+    extractor = FeatureExtractor(student.network, stages)
+    student.eval()
+    with torch.no_grad():
+        _, maps, embedding = extractor(prepared)
+    extractor.remove()
+    student.train()
+    assert outputs.live is not None
+    _, features = outputs.live.features(images, 0, plan.train_samples[:1].repeat(2))
+    shapes = (Shapes.of(maps, embedding), Shapes.of(features.stages, features.embedding))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed ^ _ADAPTER_SEED)
+        adapters = plan.objective.adapters(Training(*shapes, plan.train.labels, plan.train_samples))
+    return stages, {name: module.to(device).train() for name, module in adapters.items()}
 
 
 @dataclass(frozen=True)

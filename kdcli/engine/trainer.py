@@ -1,60 +1,125 @@
-"""The training loop, for every method, student and teacher."""
+"""A run of one student: the training loop, for every method, student and teacher."""
 
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from kdcli import __version__, models
 from kdcli.base import metrics
-from kdcli.base.errors import Interrupted
-from kdcli.base.events import Epoch, OnEvent, Progress
+from kdcli.base.errors import Interrupted, KdError
+from kdcli.base.events import Epoch, Note, OnEvent, Progress
 from kdcli.base.files import write_json
+from kdcli.base.names import NETWORKS
 from kdcli.base.runtime import StopFlag
 from kdcli.data import augment
-from kdcli.engine.feed import Feed, Minibatch, TeacherOutputs
-from kdcli.engine.plan import RunPlan
-from kdcli.engine.records import Evaluation, RunResult, TeacherCheck, Unlabelled, measure
+from kdcli.engine.feed import Feed, Minibatch, make_teacher_outputs, note_other_networks
+from kdcli.engine.identity import differences
+from kdcli.engine.plan import RunPlan, open_run
+from kdcli.engine.preflight import check_teacher
+from kdcli.engine.records import Evaluation, RunResult, Unlabelled, cut_metrics, measure
 from kdcli.engine.run_dir import RunDir, resume_command
-from kdcli.engine.state import Recorder, SaveSchedule, State
-from kdcli.engine.step import Ema, Step, learning_rate
-from kdcli.engine.student import OutputScale
-from kdcli.models import Classifier
+from kdcli.engine.state import Recorder, SaveSchedule, State, load_newest
+from kdcli.engine.step import Ema, Step, learning_rate, make_optimizer
+from kdcli.engine.student import OutputScale, make_adapters, make_student
+from kdcli.models.checkpoint import Checkpoint
+from kdcli.models.reproducible import DropoutKeys, use_global_batch_norm, use_sample_dropout
 
 _SHOW_EVERY_S = 0.5
 _AGREE_STEPS = 8
 
 
-@dataclass
 class Trainer:
-    """The training loop of one run, with its parts."""
+    """One run: its parts, made from the plan or restored, and the training loop."""
 
-    plan: RunPlan  # the plan, with the precision settled
-    run: RunDir
-    student: Classifier
-    outputs: TeacherOutputs  # those of the teacher; `teacher` its figures before training
-    teacher: TeacherCheck | None
-    adapters: Mapping[str, nn.Module]
-    optimizer: torch.optim.Optimizer
-    ema: Ema | None  # the moving average of the student's weights; None without one
-    scale: OutputScale | None  # the student's output in the teacher's units; None where it needs none
-    feed: Feed
-    step: Step
-    recorder: Recorder
-    state: State  # the position; of a resumed run, that of its newest saved state
-    saved_step: int | None  # step of the present `last.pt`; None without one
-    on_event: OnEvent
-    stop: StopFlag
-    val_accuracy: float | None = None  # on the validation split, per cent; None without, or before the first
-
-    def __post_init__(self) -> None:
+    def __init__(self, plan: RunPlan, resume: RunDir | None, on_event: OnEvent, stop: StopFlag) -> None:
+        """Make or restore all parts. A user's mistakes are found before the folder is made."""
+        config, world = plan.config, plan.world
+        self.world, self.on_event, self.stop = world, on_event, stop
+        if resume is None:
+            on_event(Note(plan.summary))
+        # 1. The saved state, of the same inputs; student, with its preprocessing
+        saved = None if resume is None else load_newest(resume, plan.inputs, on_event)
+        student = make_student(config, plan.data.train, plan.labelled_samples, world.device, on_event)
+        if student.file_sha256 != plan.inputs.get("student", ""):
+            raise KdError(
+                f"student {config.student} was replaced while it was read", "Rerun the same command."
+            )
+        if resume is None and world.first:
+            RunDir.check_free(config)
+        # 2. Teacher: cached views, or live; its figures on a sample of the batches
+        self.feed = Feed(plan.train, config.augment, config.augment_seed, plan.train_samples, world.device)
+        self.outputs = make_teacher_outputs(plan, on_event, stop)
+        self.teacher = world.broadcast(
+            check_teacher(plan, self.outputs, self.feed, on_event) if world.first else None
+        )
+        note_other_networks(plan, student.arch, on_event)
+        # 3. Adapters, optimizer, output scale of a regressing student whose last layer is linear
+        stages, self.adapters = make_adapters(plan, student, self.outputs)
+        self.optimizer = make_optimizer(config, student.network, *self.adapters.values())
+        self.scale: OutputScale | None = None
+        if (
+            self.outputs.views
+            and plan.objective.regresses
+            and models.final_linear(student.network) is not None
+        ):
+            self.scale = OutputScale.of_logits(self.outputs.views[0], plan.train_samples, world.device)
+            if config.student_file is not None:
+                self.scale.unfold(student.network)
+        # 4. Precision and the run's folder
+        self.student = student
+        self.plan, self.run = open_run(plan, student) if resume is None else (plan, resume)
         self.config = self.plan.config
-        self.world = self.plan.world
+        # 5. Layers that train the same however a batch is divided, and wherever a run was stopped
+        keys = DropoutKeys(config.seed, reseeds=student.arch not in NETWORKS)
+        use_sample_dropout(student.network, keys)
+        if world.size > 1:
+            for module in (student.network, *self.adapters.values()):
+                use_global_batch_norm(module)
+        # 6. The position; of a resumed run, that of its newest saved state
+        self.ema = Ema(student.network, config.ema) if config.ema else None
+        self.state = State()
+        self.saved_step: int | None = None  # of the present `last.pt`; None without a readable one
+        if resume is not None:
+            self._restore(saved)
+        # 7. Step and records
+        self.step = Step(self.plan, student, self.adapters, stages, self.optimizer, self.scale, keys)
+        self.recorder = Recorder(self.config, self.run, plan.objective.terms, self.state, world)
         self.schedule = SaveSchedule(self.config)
+        self.val_accuracy: float | None = None  # on the validation split, per cent
+
+    def _restore(self, saved: tuple[Path, Checkpoint] | None) -> None:
+        """Load a saved state, if there is one, into all parts, and cut the metrics after it."""
+        if saved is not None:
+            path, stored = saved
+            training = stored.training or {}
+            try:
+                self.student.network.load_state_dict(stored.state_dict)
+                for name, module in self.adapters.items():
+                    module.load_state_dict(training["adapters"][name])
+                self.optimizer.load_state_dict(training["optimizer"])
+                if self.ema is not None:
+                    self.ema.load(training["ema"])
+                self.state = State(**training["state"])
+                changes = differences(training["made_with"], self.plan.made_with)
+            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+                raise KdError(f"{path} does not fit its run: {error}", "Start the run anew.") from error
+            for change in changes:
+                self.on_event(
+                    Note(f"{change}: the result will not be bit-identical to an uninterrupted run's")
+                )
+            self.state.marks += [change for change in changes if change not in self.state.marks]
+            self.saved_step = self.state.step if path == self.run.last else None
+        if self.world.first:
+            cut_metrics(self.run.metrics_file, self.state.step, self.state.epoch)
+        self.world.barrier()
+        if saved is not None:
+            where = f"step {self.state.step} of {self.plan.steps}"
+            self.on_event(Note(f"continuing {self.run.path.as_posix()} after {where}"))
 
     def train(self) -> RunResult:
         """Train to the end, measure the student on the test images, and write checkpoint and result."""

@@ -450,7 +450,7 @@ def test_runs_with_other_unlabelled_images_differ_in_identity(place: Path) -> No
     values = taught(epochs=1, data="toy", unlabelled="more").model_dump(exclude_defaults=True)
     plan = make_plan(settings, {name: value for name, value in values.items() if name != "method"})
     compare(plan, load_data(plan.train))
-    run = plan.runs[0].run_dir.path
+    run = RunDir.of(plan.runs[0]).path
     assert check_inputs(read_finished(run)).unlabelled is not None
     Path("more/a/deep/000.png").unlink()
     with pytest.raises(KdError, match="images without labels of comparisons/c changed"):

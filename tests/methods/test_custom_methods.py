@@ -398,9 +398,9 @@ def test_comparison_with_custom_method_resumes_with_the_same_code(
     compare(plan, splits)
     source = Path("sheet.py")
     sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
-    stored = checkpoint.load(plan.runs[1].run_dir.student)
+    stored = checkpoint.load(RunDir.of(plan.runs[1]).student)
     assert stored.provenance["inputs"]["code of sheet:song"] == sha256
-    other = checkpoint.load(plan.runs[0].run_dir.student).provenance["inputs"]
+    other = checkpoint.load(RunDir.of(plan.runs[0]).student).provenance["inputs"]
     assert not any("code" in name for name in other)
     source.write_text(source.read_text() + "# another\n")
     del sys.modules["sheet"]  # as in another process

@@ -23,10 +23,11 @@ from kdcli.base.events import Event, Progress
 from kdcli.cli import compare as command
 from kdcli.cli import train
 from kdcli.data import Splits, augment, load
-from kdcli.engine import fit
+from kdcli.engine import RunDir, fit
 from kdcli.methods import TrainConfig
 from kdcli.models import checkpoint
 from kdcli.studies.compare import Comparison, Plan, compare, make_plan
+from kdcli.studies.compare.plan import run_of
 from kdcli.studies.compare.result import conclude
 from tests.helpers import ROOT, command_line, image_folder, make_splits
 
@@ -70,10 +71,14 @@ def planned(name: str = "c", compared: str = "ce,kd", seeds: str = "2", **train:
 def students(plan: Plan) -> dict[str, str]:
     """SHA-256 of the weights of each finished run."""
     return {
-        run.config.name: checkpoint.digest(checkpoint.load(run.run_dir.student).state_dict)
-        for run in plan.runs
-        if run.is_finished()
+        config.name: checkpoint.digest(checkpoint.load(RunDir.of(config).student).state_dict)
+        for config in plan.runs
+        if finished(config)
     }
+
+
+def finished(config: TrainConfig) -> bool:
+    return run_of(config).result_file.is_file()
 
 
 def without_clock(found: Comparison) -> dict[str, Any]:
@@ -90,12 +95,10 @@ def without_clock(found: Comparison) -> dict[str, Any]:
 
 def test_compare_pairs_runs_by_seed(splits: Splits) -> None:
     plan = planned(augment="flip")
-    assert [run.label for run in plan.runs] == ["ce, seed 0", "kd, seed 0", "ce, seed 1", "kd, seed 1"]
+    assert [(run.method, run.seed) for run in plan.runs] == [("ce", 0), ("kd", 0), ("ce", 1), ("kd", 1)]
     found = compare(plan, splits)
     right = {
-        (run.config.method, run.config.seed): json.loads(run.run_dir.result_file.read_text())["test"][
-            "accuracy"
-        ]
+        (run.method, run.seed): json.loads(RunDir.of(run).result_file.read_text())["test"]["accuracy"]
         for run in plan.runs
     }
     ce, kd = (np.array([right[name, seed] for seed in (0, 1)]) for name in ("ce", "kd"))
@@ -115,7 +118,7 @@ def test_compare_pairs_runs_by_seed(splits: Splits) -> None:
     assert found.teacher_passes == 3
     assert json.loads(plan.result_file.read_text()) == json.loads(json.dumps(found.to_dict()))
     for run in plan.runs:
-        stored = run.run_dir.read_config()
+        stored = RunDir.of(run).read_config()
         assert (stored.threads, stored.precision, stored.view_seed) == (1, "32", 0)
         assert stored.augment_seed == 0
 
@@ -140,17 +143,15 @@ def test_compare_keeps_finished_runs(splits: Splits) -> None:
     plan = planned()
     first = compare(plan, splits)
     before = students(plan)
-    lost = plan.runs[2].run_dir
+    lost = RunDir.of(plan.runs[2])
     lost.result_file.unlink()
     lost.student.unlink()
-    stamps = {
-        run.config.name: run.run_dir.last.stat().st_mtime_ns for run in plan.runs if run.run_dir != lost
-    }
+    stamps = {run.name: RunDir.of(run).last.stat().st_mtime_ns for run in plan.runs if RunDir.of(run) != lost}
     again = compare(planned(), splits)
     assert without_clock(again) == without_clock(first)
     assert students(plan) == before
     assert stamps == {
-        run.config.name: run.run_dir.last.stat().st_mtime_ns for run in plan.runs if run.run_dir != lost
+        run.name: RunDir.of(run).last.stat().st_mtime_ns for run in plan.runs if RunDir.of(run) != lost
     }
     assert compare(Plan.load(plan.folder), splits) == again  # nothing is left to do
 
@@ -159,7 +160,7 @@ def test_compare_derives_one_batch_size_for_all_runs(splits: Splits) -> None:
     """72 images to train on give 18 steps of 4."""
     plan = planned(batch_size=0)
     first = compare(plan, splits)
-    assert {run.run_dir.read_config().batch_size for run in Plan.load(plan.folder).runs} == {4}
+    assert {RunDir.of(run).read_config().batch_size for run in Plan.load(plan.folder).runs} == {4}
     assert compare(planned(batch_size=0), splits) == first  # nothing is left to do
 
 
@@ -178,7 +179,7 @@ def test_compare_resumed_after_sigterm_gives_equal_result(
     assert caught.value.hint == "kd compare --resume comparisons/cut"
     assert "1 of 4 runs are finished; stopped at epoch 2 of 2; the state is saved" in caught.value.message
     plan = Plan.load(Path("comparisons/cut"))
-    assert [run.is_finished() for run in plan.runs] == [True, False, False, False]
+    assert [*map(finished, plan.runs)] == [True, False, False, False]
     assert not plan.result_file.exists()  # nobody looks at a half
     found = compare(plan, splits)
     whole = planned("whole")
@@ -189,10 +190,10 @@ def test_compare_resumed_after_sigterm_gives_equal_result(
 def test_compare_refuses_changed_settings_and_inputs(splits: Splits) -> None:
     compare(planned(seeds="1", epochs=1), splits)
     for changes, told in (
-        ({"epochs": 2}, "started with other settings: epochs was 1, is 2"),
-        ({"tau": 2.0}, "started with other settings: tau was None, is 2.0"),
-        ({"seeds": "2"}, "started with other settings: seeds was 0, is 0,1"),
-        ({"compared": "ce,logits"}, "started with other settings: methods was ce,kd, is ce,logits"),
+        ({"epochs": 2}, "started with other settings: --epochs was 1, is 2"),
+        ({"tau": 2.0}, "started with other settings: --tau was None, is 2.0"),
+        ({"seeds": "2"}, "started with other settings: --seeds was 0, is 0,1"),
+        ({"compared": "ce,logits"}, "started with other settings: --methods was ce,kd, is ce,logits"),
     ):
         with pytest.raises(UsageError, match=told) as caught:
             compare(planned(**{"seeds": "1", "epochs": 1, **changes}), splits)
@@ -205,19 +206,19 @@ def test_compare_refuses_changed_settings_and_inputs(splits: Splits) -> None:
         compare(planned(seeds="1", epochs=1), splits)
     config = Path("comparisons/c/runs/kd-seed0/config.toml")
     config.write_text(config.read_text().replace("tau = 3.0", "tau = 4.0"))
-    with pytest.raises(UsageError, match=r"not a run of this comparison: tau was 4\.0, is 3\.0"):
-        planned(seeds="1", epochs=1).runs[1].is_started()
+    with pytest.raises(UsageError, match=r"not a run of this comparison: --tau was 4\.0, is 3\.0"):
+        run_of(planned(seeds="1", epochs=1).runs[1])
 
 
 def test_compare_takes_more_methods_later(splits: Splits) -> None:
     compare(planned("grown", compared="ce,ls", seeds="2", epochs=1), splits)
     grown = planned("grown", compared="ce,logits,ls", seeds="2", epochs=1, weight=("logits=0.5",))
     at_once = planned("at-once", compared="ce,logits,ls", seeds="2", epochs=1, weight=("logits=0.5",))
-    assert [run.is_finished() for run in grown.runs] == [True, False, True] * 2
+    assert [*map(finished, grown.runs)] == [True, False, True] * 2
     assert without_clock(compare(grown, splits)) == without_clock(compare(at_once, splits))
     assert students(grown) == students(at_once)
     assert Plan.load(grown.folder).methods == ("ce", "logits", "ls")
-    with pytest.raises(UsageError, match="methods was ce,logits,ls, is ce,ls"):
+    with pytest.raises(UsageError, match="--methods was ce,logits,ls, is ce,ls"):
         compare(planned("grown", compared="ce,ls", seeds="2", epochs=1), splits)
 
 
@@ -281,10 +282,10 @@ def test_conclude_verdicts_and_holm_p(splits: Splits, monkeypatch: pytest.Monkey
     plan = planned(seeds="3", compared="ce,kd,logits", epochs=1)
     compare(plan, splits)
     for run in plan.runs:
-        document = json.loads(run.run_dir.result_file.read_text())
-        more = {"ce": (0, 0, 0), "kd": (2, 3, 4), "logits": (-2, 3, 4)}[run.config.method][run.config.seed]
-        document["test"] |= {"accuracy": 50.0 + 10 * run.config.seed + more, "count": 10_000}
-        run.run_dir.result_file.write_text(json.dumps(document))
+        document = json.loads(RunDir.of(run).result_file.read_text())
+        more = {"ce": (0, 0, 0), "kd": (2, 3, 4), "logits": (-2, 3, 4)}[run.method][run.seed]
+        document["test"] |= {"accuracy": 50.0 + 10 * run.seed + more, "count": 10_000}
+        RunDir.of(run).result_file.write_text(json.dumps(document))
     _, kd, logits = conclude(plan, {}, "toy", 10_000).standings
     assert kd.difference is not None
     assert logits.difference is not None
@@ -292,7 +293,7 @@ def test_conclude_verdicts_and_holm_p(splits: Splits, monkeypatch: pytest.Monkey
     assert (kd.verdict, logits.verdict) == ("better", "inconclusive")
     assert kd.difference.p == pytest.approx(0.0351, abs=1e-4)
     assert kd.difference.p_holm == pytest.approx(2 * kd.difference.p)
-    plan.runs[-1].run_dir.result_file.unlink()  # of logits, of which nothing can be claimed then
+    RunDir.of(plan.runs[-1]).result_file.unlink()  # of logits, of which nothing can be claimed then
     found = conclude(plan, {}, "toy", 10_000)
     _, alone, logits = found.standings
     assert alone.difference is not None
@@ -307,23 +308,23 @@ def test_conclude_missing_run_withholds_verdict(splits: Splits) -> None:
     plan = planned(seeds="3", epochs=1)
     compare(plan, splits)
     for run in plan.runs:
-        document = json.loads(run.run_dir.result_file.read_text())
-        more = {"ce": (0, 0, 0), "kd": (3, 3.02, 3.04)}[run.config.method][run.config.seed]
+        document = json.loads(RunDir.of(run).result_file.read_text())
+        more = {"ce": (0, 0, 0), "kd": (3, 3.02, 3.04)}[run.method][run.seed]
         document["test"] |= {"accuracy": 50.0 + more, "count": 10_000}
-        run.run_dir.result_file.write_text(json.dumps(document))
+        RunDir.of(run).result_file.write_text(json.dumps(document))
     assert conclude(plan, {}, "toy", 10_000).standings[1].verdict == "better"
     for lost in (plan.runs[5], plan.runs[4]):  # kd's, then in its place the baseline's
-        kept = lost.run_dir.result_file.read_bytes()
-        lost.run_dir.result_file.unlink()
-        found = conclude(plan, {lost.config.name: "it broke"}, "toy", 10_000)
+        kept = RunDir.of(lost).result_file.read_bytes()
+        RunDir.of(lost).result_file.unlink()
+        found = conclude(plan, {lost.name: "it broke"}, "toy", 10_000)
         other = found.standings[1]
         assert other.difference is not None
         assert other.difference.interval == pytest.approx((3.01 - 0.127062, 3.01 + 0.127062), abs=1e-5)
         assert other.verdict == "inconclusive"
         assert (other.difference.p, other.difference.p_holm, found.comparisons) == (None, None, 0)
-        assert f"{lost.label} failed: it broke" in found.notes
+        assert f"{lost.method}, seed {lost.seed} failed: it broke" in found.notes
         assert any("no fair sample" in note for note in found.notes)
-        lost.run_dir.result_file.write_bytes(kept)
+        RunDir.of(lost).result_file.write_bytes(kept)
 
 
 def test_view_seed_draws_views_of_teacher_and_student(
@@ -395,7 +396,7 @@ def test_damaged_comparison_is_an_error(splits: Splits) -> None:
     plan.file.unlink()
     compare(plan, splits)
     for text in ("{", "[]", '{"test": {"accuracy": 1e999}}'):
-        plan.runs[0].run_dir.result_file.write_text(text)
+        RunDir.of(plan.runs[0]).result_file.write_text(text)
         with pytest.raises(KdError, match=r"result\.json"):
             compare(plan, splits)
 

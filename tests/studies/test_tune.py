@@ -525,12 +525,12 @@ def test_tune_refuses_changed_settings(
     monkeypatch.setattr(search, "fit", fake_fit(lambda run, epoch: 50.0))
     search_for(splits, "lr=1e-3:1", trials=1)
     for changes, said in [
-        ({"batch_size": 8}, "batch_size was 16, is 8"),
+        ({"batch_size": 8}, "--batch-size was 16, is 8"),
         ({"seed": 1}, "seed was 0, is 1"),
         ({"sampler": "random"}, "sampler was tpe, is random"),
         ({"seeds": 2}, "seeds was 1, is 2"),
         ({"weight": ("ce=2",)}, r"weight was \[\], is \['ce=2'\]"),
-        ({"view_seed": 3}, "view_seed was None, is 3"),
+        ({"view_seed": 3}, "--view-seed was None, is 3"),
     ]:
         with pytest.raises(UsageError, match=said) as caught:
             search_for(splits, "lr=1e-3:1", trials=1, **changes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,36 +24,20 @@ from kdcli.methods import TrainConfig
 from kdcli.teacher import Teacher
 
 PER_RUN = {"method", "seed", "name", "runs_dir"}
-_FREE = PER_RUN | {"weight"}
 _MAX_NAME = 80
 
 
-@dataclass(frozen=True)
-class PlannedRun:
-    config: TrainConfig
-
-    @property
-    def run_dir(self) -> RunDir:
-        return RunDir(self.config.runs_dir / self.config.name)
-
-    @property
-    def label(self) -> str:
-        return f"{self.config.method}, seed {self.config.seed}"
-
-    def is_started(self) -> bool:
-        """Whether its folder exists; UsageError if the run in it has other settings."""
-        if not self.run_dir.config_file.is_file():
-            return False
-        own, stored = map(decisive_settings, (resolve(self.config), self.run_dir.read_config()))
-        if changed := differences(stored, own):
-            raise UsageError(
-                f"{self.run_dir.path} is not a run of this comparison: {changed[0]}",
-                "Move it away, and it will be trained anew.",
-            )
-        return True
-
-    def is_finished(self) -> bool:
-        return self.is_started() and self.run_dir.result_file.is_file()
+def run_of(config: TrainConfig) -> RunDir:
+    """The run with these settings; UsageError if its folder has a run with others."""
+    run = RunDir.of(config)
+    if run.config_file.is_file() and (
+        changed := differences(*map(decisive_settings, (run.read_config(), resolve(config))))
+    ):
+        raise UsageError(
+            f"{run.path} is not a run of this comparison: {changed[0]}",
+            "Move it away, and it will be trained anew.",
+        )
+    return run
 
 
 class CommonSettings(Settings, strict=True):
@@ -100,9 +83,9 @@ class Plan(Settings):
         return tuple(self._config(name, 0) for name in self.methods)
 
     @property
-    def runs(self) -> tuple[PlannedRun, ...]:
+    def runs(self) -> tuple[TrainConfig, ...]:
         """All methods of a seed before the next seed, so that an interrupted comparison is balanced."""
-        return tuple(PlannedRun(self._config(name, seed)) for seed in self.seeds for name in self.methods)
+        return tuple(self._config(name, seed) for seed in self.seeds for name in self.methods)
 
     def _config(self, method: str, seed: int) -> TrainConfig:
         own = {
@@ -175,7 +158,7 @@ class Plan(Settings):
         stored = Plan.load(self.folder, self.methods)
         before, now = stored._fixed(), self._fixed()
         if set(stored.methods) <= set(self.methods):
-            now["methods"] = before["methods"]
+            now["--methods"] = before["--methods"]
         if changed := differences(before, now):
             resume = stored.resume_command or "the command that started it"
             raise UsageError(
@@ -187,12 +170,12 @@ class Plan(Settings):
     def _fixed(self) -> dict[str, Any]:
         """Settings that cannot change once it has started; weights are compared run by run."""
         return {
-            "methods": ",".join(self.methods),
-            "seeds": ",".join(map(str, self.seeds)),
-            "baseline": self.baseline,
-            "threads": self.train.threads,
-            "accelerator": self.train.accelerator,
-            **{name: value for name, value in decisive_settings(self.train).items() if name not in _FREE},
+            "--methods": ",".join(self.methods),
+            "--seeds": ",".join(map(str, self.seeds)),
+            "--baseline": self.baseline,
+            "--threads": self.train.threads,
+            "--accelerator": self.train.accelerator,
+            **decisive_settings(self.train, PER_RUN | {"weight"}),
         }
 
 

@@ -10,10 +10,11 @@ from kdcli.base.config.settings import Seed
 from kdcli.base.results import Count, NonNegative, Percent, Table
 from kdcli.base.tables import csv_text, markdown_cell, markdown_text
 from kdcli.data import overlap_warning
-from kdcli.engine import read_result
+from kdcli.engine import RunDir, read_result
 from kdcli.engine.identity import recorded_circumstances
 from kdcli.engine.records import Record
-from kdcli.studies.compare.plan import Plan, PlannedRun
+from kdcli.methods import TrainConfig
+from kdcli.studies.compare.plan import Plan
 from kdcli.studies.compare.stats import INCONCLUSIVE, LEVEL, Interval, Points, Summary, holm, summary, verdict
 
 
@@ -104,7 +105,7 @@ def conclude(
     plan: Plan, failures: Mapping[str, str], label: str, test_images: int, test_in_train: int = 0
 ) -> Comparison:
     """Compare the finished runs of a plan; `failures` are the reasons of failed runs, by name."""
-    runs = [_figures(planned, failures.get(planned.config.name)) for planned in plan.runs]
+    runs = [_figures(config, failures.get(config.name)) for config in plan.runs]
     # a method with a missing run, its own or the baseline's, gets no verdict: the others are no fair sample
     missing = {run.method for run in runs if run.status != "finished"}
     withheld = {name for name in plan.methods if name != plan.baseline and missing & {name, plan.baseline}}
@@ -133,8 +134,8 @@ def _accuracies(runs: Sequence[RunFigures], method: str) -> dict[int, float]:
     return {run.seed: run.test_accuracy for run in own if run.test_accuracy is not None}
 
 
-def _figures(planned: PlannedRun, reason: str | None) -> RunFigures:
-    run_dir, config = planned.run_dir, planned.config
+def _figures(config: TrainConfig, reason: str | None) -> RunFigures:
+    run_dir = RunDir.of(config)
     known: dict[str, Any] = {"run": run_dir.path.as_posix(), "method": config.method, "seed": config.seed}
     if not run_dir.result_file.is_file():
         return RunFigures(**known, status="missing" if reason is None else "failed", reason=reason)

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from kdcli import models
 from kdcli.base import files, runtime
 from kdcli.base.errors import Interrupted, KdError, UsageError, is_out_of_memory
-from kdcli.base.events import Epoch, Event, Note, OnEvent, Progress, ignore
+from kdcli.base.events import Epoch, Event, Note, OnEvent, Progress, ignore, notes_once
 from kdcli.data import Splits
 from kdcli.data.split import split_validation
 from kdcli.engine import fit
@@ -40,7 +40,7 @@ from kdcli.studies.tune.study import (
 from kdcli.studies.tune.summary import TuneResult, best_of, summarize
 
 # compared by content instead: paths may differ between machines
-_INPUTS = ("data", "unlabelled", "teacher", "student")
+_INPUTS = {"data", "unlabelled", "teacher", "student"}
 
 
 def tune(config: TuneConfig, space: Space, data: Splits, *, on_event: OnEvent = ignore) -> TuneResult:
@@ -69,16 +69,13 @@ def tune(config: TuneConfig, space: Space, data: Splits, *, on_event: OnEvent = 
                 f"{folder} holds trials of a study that is not in the storage",
                 "Choose another --study, or remove it.",
             )
-        search = _Search(config, space, data, study, on_event)
         if config.pruner != "none" and not comparable:
-            search.note("no trial is pruned: with different --epochs their epochs cannot be compared")
-        search.run()
+            on_event(Note("no trial is pruned: with different --epochs their epochs cannot be compared"))
+        _Search(config, space, data, study, notes_once(on_event)).run()
         result = summarize(config, study, redacted(url))
         if running := result.count("running"):
-            search.note(
-                f"{running} trial(s) of other processes are not finished; rerun the same command later for the "
-                "final result"
-            )
+            text = f"{running} trial(s) of other processes are not finished; rerun the same command later"
+            on_event(Note(f"{text} for the final result"))
         return result
 
 
@@ -99,14 +96,13 @@ def _shared_settings(config: TuneConfig, space: Space, data: Splits) -> dict[str
     """Plain values that must be equal for all processes of a study, by name."""
     tuned = {part.name for part in space}
     settings: dict[str, Any] = {
-        "tune": sorted(map(str, space)),
-        "student": None if "student" in tuned else config.student,
-        "sampler": config.sampler,
-        "pruner": config.pruner,
-        "seeds": config.seeds,
+        "--tune": sorted(map(str, space)),
+        "--student": None if "student" in tuned else config.student,
+        "--sampler": config.sampler,
+        "--pruner": config.pruner,
+        "--seeds": config.seeds,
+        **decisive_settings(config.train, tuned | _INPUTS),
     }
-    fixed = decisive_settings(config.train)
-    settings |= {name: fixed[name] for name in fixed if name not in tuned and name not in _INPUTS}
     for method in methods_of(space, config.train):  # inputs last: a student's file counts by its content
         values: dict[str, Any] = {"method": method} | ({"teacher": ()} if "teacher" in tuned else {})
         settings |= input_hashes(config.train.model_copy(update=values), data)
@@ -119,7 +115,6 @@ class _Search:
     ) -> None:
         self.config, self.base, self.space, self.data = config, config.train, space, data
         self.study, self.on_event = study, on_event
-        self.noted: set[str] = set()
 
     def run(self) -> None:
         """Train trials until the study has enough, the time is over, or a signal arrives."""
@@ -127,9 +122,8 @@ class _Search:
         end = time.monotonic() + 60 * config.timeout if config.timeout else math.inf
         with runtime.stop_on_signals() as stop:
             while count(self.study) < config.trials and not stop and time.monotonic() < end:
-                with files.locked(
-                    config.folder / ".lock", lambda: None
-                ):  # SQLite lets two processes take one trial
+                # SQLite lets two processes take one trial
+                with files.locked(config.folder / ".lock", lambda: None):
                     queue_trial(self.study)
                     trial = self.study.ask()
                 self._train_and_store(trial)
@@ -138,7 +132,7 @@ class _Search:
                 raise self._stopped(stop.exit_code)
         self._clear()
         if config.timeout and count(self.study) < config.trials:
-            self.note(f"--timeout {config.timeout:g}: no further trial was started")
+            self.on_event(Note(f"--timeout {config.timeout:g}: no further trial was started"))
 
     def _train_and_store(self, trial: optuna.Trial) -> None:
         """Train a trial, and store its accuracy or state."""
@@ -206,12 +200,10 @@ class _Search:
                 raise optuna.TrialPruned
 
         def on_event(event: Event) -> None:
-            if isinstance(event, Note):
-                self.note(event.text)
-            elif isinstance(event, Progress):
-                self.on_event(event.under(title))
-            else:
+            if isinstance(event, Epoch):
                 judge(event)
+            else:
+                self.on_event(event.under(title) if isinstance(event, Progress) else event)
 
         return on_event
 
@@ -238,11 +230,6 @@ class _Search:
             for path in folder.glob("**/*.pt") if ended.state.is_finished() else ():
                 if best is None or ended.number != best.number or path.name != "student.pt":
                     path.unlink(missing_ok=True)
-
-    def note(self, text: str) -> None:
-        if text not in self.noted:
-            self.noted.add(text)
-            self.on_event(Note(text))
 
     def _stopped(self, exit_code: int, number: int | None = None) -> Interrupted:
         current = "" if number is None else f" in trial {number}, which will start anew"
