@@ -563,8 +563,8 @@ def test_a_network_can_be_traced_and_read(tmp_path: Path) -> None:
     inputs = torch.randn(2, *SHAPE)
     torch.testing.assert_close(traced(inputs), network(inputs))
     assert str(network).splitlines()[2:4] == [
-        "  (it_0): slice(of=2, axis=1, points=[1], part=0)",
-        "  (it_1): slice(of=2, axis=1, points=[1], part=1)",
+        "  (it_0): slice(of=3, axis=1, points=[1, 3], part=0)",
+        "  (it_1): slice(of=3, axis=1, points=[1, 3], part=1)",
     ]
 
 
