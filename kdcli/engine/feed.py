@@ -24,7 +24,7 @@ _RESIDENT_SHARE = 0.25  # of a GPU's free memory that images may take for good
 
 @dataclass(frozen=True)
 class Minibatch:
-    """A process's part of a batch; of mixed images with the labels and shares (B,) of what is mixed in."""
+    """A process's part of a batch; of mixed images with the partners' labels and the own labels' shares, (B,) each."""
 
     samples: Int64  # numbers of the images, (B,)
     weight: float  # of its mean loss, see `runtime.World.share`
@@ -78,7 +78,7 @@ class Feed:
         return Minibatch(samples, weight, count, images, labels, others, shares)
 
     def _take(self, samples: Int64) -> Tensor:
-        """Raw images uint8 (B, H, W, C), copied out of what may be a memory map."""
+        """Raw images uint8 (B, H, W, C), copied from the set, which may be a memory map."""
         if self.resident is not None:
             return self.resident[torch.from_numpy(samples).to(self.device)]
         images = torch.from_numpy(rows.take(self.data.images, samples))

@@ -162,9 +162,9 @@ def cache_mode(config: TrainConfig) -> str:
 def resolve(config: TrainConfig, data: Splits | None = None) -> TrainConfig:
     """Check a run's settings, and fill in `views` and, where the methods that read it have one default, `tau`.
 
-    `views`: all that there are, or, of endless ones, as many as a teacher can be run over. A run without a teacher
-    gets a fresh view each epoch, and so does one whose teacher is live or sees plain images only: limiting the
-    baseline would flatter the others. `data` may be unknown. A UsageError if settings do not go together.
+    `views`: every distinct view, or, of a random augmentation with a cached teacher, at most `_CACHED_VIEWS`. Without
+    a teacher, or with one that is live or sees plain images only, each epoch has a fresh view: a limit for the
+    baseline alone would bias a comparison. `data` may be unknown. A UsageError for settings that exclude each other.
     """
     objective = methods.objective(config)
     _check_training(config, objective, data)

@@ -268,7 +268,7 @@ def append_metrics(path: Path, line: Metrics) -> None:
 
 
 def cut_metrics(path: Path, step: int, epoch: int) -> None:
-    """Drop what a resumed run will do again: lines beyond a step, and of epochs that were not finished."""
+    """Drop the lines that a resumed run will repeat: beyond a step, and of unfinished epochs."""
     lines = read_metrics(path) if path.exists() else []
     kept = [line for line in lines if line.step <= step and (line.kind == "step" or line.epoch <= epoch)]
     write_text(path, "".join(json.dumps(line.to_dict()) + "\n" for line in kept))
@@ -290,5 +290,5 @@ def _parse(schema: type[R], name: str, content: bytes) -> R:
         message = first["msg"].removeprefix("Value error, ")
         raise KdError(
             f"{name}: {f'{place}: ' if place else ''}{message}",
-            "It is no file that this version of kd train writes.",
+            "Another version of kd may have written it.",
         ) from error

@@ -71,7 +71,7 @@ def make_optimizer(config: TrainConfig, *modules: nn.Module) -> torch.optim.Opti
 
 
 class Ema:
-    """Exponential moving average of a network's weights and batch-norm statistics, in `values`.
+    """Exponential moving average of a network's weights and batch-norm statistics, in `values`; decay 0: of none.
 
     After step t (from 0) the average moves by 1 − min(decay, (1 + t)/(10 + t)) towards the weights: the first steps
     have less weight, as in TensorFlow's ExponentialMovingAverage. On several processes each computes the same.
@@ -79,15 +79,15 @@ class Ema:
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.weights = {
-            name: value for name, value in network.state_dict().items() if value.is_floating_point()
-        }
+        weights = network.state_dict() if decay else {}
+        self.weights = {name: value for name, value in weights.items() if value.is_floating_point()}
         self.values = {name: value.clone() for name, value in self.weights.items()}
 
     def update(self, step: int) -> None:
         """Include the weights after a step."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.values.values()), list(self.weights.values()), 1 - decay)
+        if self.values:
+            torch._foreach_lerp_(list(self.values.values()), list(self.weights.values()), 1 - decay)
 
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Continue from a saved average."""

@@ -81,7 +81,7 @@ class Trainer:
             for module in (student.network, *self.adapters.values()):
                 use_global_batch_norm(module)
         # 6. The position; of a resumed run, that of its newest saved state
-        self.ema = Ema(student.network, config.ema) if config.ema else None
+        self.ema = Ema(student.network, config.ema)
         self.state = State()
         self.saved_step: int | None = None  # of the present `last.pt`; None without a readable one
         if resume is not None:
@@ -102,8 +102,7 @@ class Trainer:
                 for name, module in self.adapters.items():
                     module.load_state_dict(training["adapters"][name])
                 self.optimizer.load_state_dict(training["optimizer"])
-                if self.ema is not None:
-                    self.ema.load(training["ema"])
+                self.ema.load(training["ema"])
                 self.state = State(**training["state"])
                 changes = differences(training["made_with"], self.plan.made_with)
             except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -129,8 +128,7 @@ class Trainer:
         # 2. Figures
         self._validate()
         self.student.eval()
-        if self.ema is not None:
-            self.ema.swap()
+        self.ema.swap()
         if self.scale is not None:
             self.scale.fold(self.student.network)
         evaluation = self._evaluate() if self.plan.test else None
@@ -173,8 +171,7 @@ class Trainer:
             teacher = self.outputs(batch, state.epoch)
             done = state.step / self.plan.steps
             self.recorder.sums += self.step(batch, state.epoch, rate, done, teacher)
-            if self.ema is not None:
-                self.ema.update(state.step)
+            self.ema.update(state.step)
             # 2. Advance the position
             state.step += 1
             state.step_in_epoch += 1
@@ -239,11 +236,9 @@ class Trainer:
         training = self.student.training
         self.student.eval()
         mine, weight = self.world.share(samples)
-        if self.ema is not None:
-            self.ema.swap()
+        self.ema.swap()
         logits = models.predict_logits(self.student, data.images, mine)
-        if self.ema is not None:
-            self.ema.swap()
+        self.ema.swap()
         if self.scale is not None:
             logits = self.scale(logits.to(self.world.device)).cpu()
         self.student.train(training)
@@ -259,7 +254,7 @@ class Trainer:
             training = {
                 "optimizer": self.optimizer.state_dict(),
                 "adapters": {name: dict(module.state_dict()) for name, module in self.adapters.items()},
-                "ema": self.ema.values if self.ema else {},
+                "ema": self.ema.values,
                 "state": asdict(self.state),
                 "inputs": dict(self.plan.inputs),
                 "made_with": self.plan.made_with,

@@ -316,7 +316,7 @@ def test_errors_of_all_links_are_found_before_the_first_training(taught: Path) -
 
 
 def test_stages_and_teacher_weights_of_each_link() -> None:
-    from kdcli.engine.chain import links
+    from kdcli.engine.fit import links
 
     settings = config(
         **{**CHAIN, "teacher": (Path("a.pt"), Path("b.pt")), "seed": 2**63 - 1},
