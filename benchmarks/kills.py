@@ -1,4 +1,4 @@
-"""Kill commands of kd at random moments, continue them, and compare what they leave with an uninterrupted run.
+"""Kill commands of kd at random moments, continue them, and compare their results with an uninterrupted run.
 
 `python benchmarks/kills.py --kills 20` runs all scenarios; names select some. Each kill is a SIGKILL of the process
 group, at a moment drawn uniformly from the duration of the uninterrupted command. Each copy of the inputs is killed
@@ -173,7 +173,7 @@ def is_killed(process: subprocess.Popen[bytes], after_s: float) -> bool:
 
 
 def kill_and_continue(folder: Path, command: str, moments: list[float]) -> int:
-    """Kill a command and its continuations at these moments, in seconds, then run it to its end; how many hit."""
+    """Kill a command and its continuations at these moments, in seconds, then finish it; the number of kills."""
     for hits, moment in enumerate(moments):
         if not is_killed(start(folder, command), moment):
             return hits

@@ -59,7 +59,7 @@ def _by_layer(content: Mapping[Any, Any], path: Path) -> dict[str, dict[str, Any
         elif layer and isinstance(value, np.ndarray):
             name, parts = layer, {part.removesuffix(":0"): value}  # `:0` is TensorFlow's number of the output
         else:
-            raise KdError(f"{path}: layer {name} is no pair of weights and biases")
+            raise KdError(f"{path}: layer {name} must be a pair of weights and biases")
         layers.setdefault(name, {}).update(parts)
     return layers
 

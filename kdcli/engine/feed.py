@@ -24,7 +24,7 @@ _RESIDENT_SHARE = 0.25  # of a GPU's free memory that images may take for good
 
 @dataclass(frozen=True)
 class Minibatch:
-    """A process's part of a batch; of mixed images with the partners' labels and the own labels' shares, (B,) each."""
+    """A process's part of a batch; of mixed images with the partners' labels and the own labels' shares (B,)."""
 
     samples: Int64  # numbers of the images, (B,)
     weight: float  # of its mean loss, see `runtime.World.share`

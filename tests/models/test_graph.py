@@ -231,8 +231,8 @@ def test_trains_and_saves() -> None:
             "for 3×8×8: Calculated padded input size per channel",
         ),
         ([node("a", "conv", out=4, kernel=[1, 1], groups=2)], "a", "in_channels must be divisible by groups"),
-        ([node("a", "conv", out=2**31, kernel=[1, 1])], "a", "beyond what kd takes"),
-        ([node("a", "conv", out=1, kernel=[1, 1], pad=[2**20, 2**20])], "a", "beyond what kd takes"),
+        ([node("a", "conv", out=2**31, kernel=[1, 1])], "a", "exceeds the limit"),
+        ([node("a", "conv", out=1, kernel=[1, 1], pad=[2**20, 2**20])], "a", "exceeds the limit"),
         ([node("a", "linear", out=4), node("b", "max_pool", "a")], "b", "takes maps C×H×W, its input is 4"),
         (
             [node("a", "linear", out=4), node("b", "eltwise", "a", "input")],

@@ -323,7 +323,7 @@ def test_conclude_missing_run_withholds_verdict(splits: Splits) -> None:
         assert other.verdict == "inconclusive"
         assert (other.difference.p, other.difference.p_holm, found.comparisons) == (None, None, 0)
         assert f"{lost.method}, seed {lost.seed} failed: it broke" in found.notes
-        assert any("no fair sample" in note for note in found.notes)
+        assert any("biased sample" in note for note in found.notes)
         RunDir.of(lost).result_file.write_bytes(kept)
 
 

@@ -38,7 +38,7 @@ def check_size(shape: Shape, what: str) -> None:
     if any(side < 1 for side in shape):
         raise KdError(f"its {what} would be empty: {dims(shape)}")
     if math.prod(shape) > _MOST_VALUES:
-        raise KdError(f"its {what} of {dims(shape)} values is beyond what kd takes ({_MOST_VALUES:,})")
+        raise KdError(f"its {what} of {dims(shape)} values exceeds the limit of {_MOST_VALUES:,}")
 
 
 def check_maps(shape: Shape) -> None:

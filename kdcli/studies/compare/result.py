@@ -106,7 +106,7 @@ def conclude(
 ) -> Comparison:
     """Compare the finished runs of a plan; `failures` are the reasons of failed runs, by name."""
     runs = [_figures(config, failures.get(config.name)) for config in plan.runs]
-    # a method with a missing run, its own or the baseline's, gets no verdict: the others are no fair sample
+    # a method with a missing run, its own or the baseline's, gets no verdict: the other runs may be a biased sample
     missing = {run.method for run in runs if run.status != "finished"}
     withheld = {name for name in plan.methods if name != plan.baseline and missing & {name, plan.baseline}}
     standings = _standings(plan, runs, withheld, 100 / test_images)
@@ -203,7 +203,7 @@ def _notes(runs: Sequence[RunFigures], standings: Sequence[Standing]) -> list[st
         if run.status != "finished"
     ]
     if notes and any(row.difference and row.difference.interval for row in standings):
-        notes.append("methods with a missing run get no verdict: the remaining runs are no fair sample")
+        notes.append("methods with a missing run get no verdict: the remaining runs may be a biased sample")
     for name in dict.fromkeys(name for run in runs for name in run.circumstances):
         values = sorted({run.circumstances[name] for run in runs if name in run.circumstances})
         if len(values) > 1:

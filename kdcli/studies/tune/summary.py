@@ -14,7 +14,7 @@ from kdcli.methods import TrainConfig
 from kdcli.studies.tune.space import TuneConfig, apply
 from kdcli.studies.tune.study import Trial, trials_of
 
-_ENOUGH = 5  # finished trials, below which shares of the variance mean nothing
+_ENOUGH = 5  # finished trials that shares of the variance require
 
 
 @dataclass(frozen=True)
