@@ -30,14 +30,20 @@ def is_external(path: Path) -> bool:
 def existing_model(path: Path, **settings: Any) -> Path:
     """The file at `path`, the `student.pt` of a run or the `pack.json` of a pack; `student.pt` alone: the newest.
 
-    An external network is saved as a checkpoint in weights/, see `pretrained.import_model` for its settings.
+    An external network is saved as a checkpoint in weights/, see `pretrained.load_pretrained` for its settings.
 
     The hint of the KdError lists the trained students, newest first.
     """
     if is_external(path):
-        from kdcli.deploy.pretrained import import_model
+        from kdcli.deploy import pretrained
 
-        return import_model(str(path), on_event=output.on_event, **settings)
+        model = pretrained.load_pretrained(str(path), **settings)
+        file = pretrained.keep(model, Path("weights"))
+        form = (
+            f"{len(model.classes):,} classes, {dims(model.network_size)}, {model.provenance['preprocessing']}"
+        )
+        output.note(f"{path} is {file.as_posix()}: {form}")
+        return file
     found = runs.by_name(path)
     for file in (found, found / "student.pt", found / "pack.json"):
         if file.is_file():

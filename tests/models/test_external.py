@@ -20,10 +20,10 @@ from kdcli.base import code
 from kdcli.base.config import ExportConfig, InfoConfig
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Event, Note
+from kdcli.cli.arguments import existing_model
 from kdcli.data import incompatibility
 from kdcli.deploy.export import export
 from kdcli.deploy.info import info
-from kdcli.deploy.pretrained import import_model
 from kdcli.engine import RunDir, fit
 from kdcli.engine.identity import input_hashes
 from kdcli.models import checkpoint, external, weights
@@ -172,7 +172,7 @@ def test_student_that_resizes_larger_images(workplace: Path) -> None:
 
 def test_stored_network_that_resizes_trains_at_another_size(workplace: Path) -> None:
     torch.save(zoo.squeezenet1_1(num_classes=3).state_dict(), "s.pth")
-    file = import_model("torchvision:squeezenet1_1:s.pth")
+    file = existing_model(Path("torchvision:squeezenet1_1:s.pth"))
     settings = config(method="ce", student=str(file), epochs=1, batch_size=4, val_fraction=0)
     student = models.load(fit(settings, make_splits(train=4, test=3, size=(40, 40, 3))).run.student)
     assert (student.input_size, student.network_size) == ((40, 40, 3), (224, 224, 3))
@@ -187,7 +187,7 @@ def test_grey_images_are_taken_as_rgb(workplace: Path) -> None:
         assert torch.equal(grey(pixels), colour(pixels.expand(-1, 3, -1, -1)))
     torch.save(colour.state_dict(), "s.pth")
     teacher, data = (
-        models.load(import_model("torchvision:squeezenet1_1:s.pth")),
+        models.load(existing_model(Path("torchvision:squeezenet1_1:s.pth"))),
         make_splits(size=(40, 40, 1)),
     )
     assert incompatibility(teacher, data.test) is None
@@ -243,7 +243,7 @@ def test_edited_function_is_another_teacher(factory: str) -> None:
     """Its outputs are computed again, and a run from it is another run."""
     code.allow(factory)
     splits = make_splits(train=14, test=7, size=(8, 8, 3), classes=7)
-    path = import_model(factory, image_size=8)
+    path = existing_model(Path(factory), image_size=8)
     settings = config(teacher=path, augment="none")
 
     def outputs(computed: int) -> torch.Tensor:
