@@ -103,7 +103,7 @@ def _run(config: DemoConfig, on_event: OnEvent) -> tuple[list[RunResult], RunRes
     page = report.make_report(
         [result.run.path for result in results],
         make(ReportConfig, {"output": Path("report.html"), "threads": config.threads}),
-        speed=speed.of_bench(measured, measured.rows),
+        speed=speed.of_bench(measured),
         on_event=_titled("4/4 report", on_event),
     )
     write_text(Path("report.html"), page.html)

@@ -86,9 +86,7 @@ def measure(
         if missing := teacher.missing(test):
             output.note(f"agreement with the teacher is not measured: {missing}")
         else:
-            task = "teacher on test images"
-            [cache] = teacher.logits(test, exact=True, task=task, on_event=output.on_event)
-            teacher_logits = cache.logits()
+            teacher_logits = teacher.test_logits(test, output.on_event)
     result = evaluate(
         model, splits.test, teacher_logits=teacher_logits, task="testing", on_event=output.on_event
     )
@@ -122,10 +120,10 @@ def _teacher(config: TestConfig, student: Classifier | OnnxClassifier) -> tuple[
 
     recorded = teachers_of(student.provenance, student.path)
     path = config.teacher or _recorded_teacher(recorded)
-    if path is None or config.teacher_inputs.given or not path.is_file():
+    if not recorded or path is None or config.teacher_inputs.given or not path.is_file():
         return path, config.teacher_inputs
     inputs = {known.sha256: known.inputs for known in recorded}
-    return path, inputs.get(sha256_file(path), config.teacher_inputs) if inputs else config.teacher_inputs
+    return path, inputs.get(sha256_file(path), config.teacher_inputs)
 
 
 def _recorded_teacher(recorded: list[RecordedTeacher]) -> Path | None:

@@ -125,7 +125,7 @@ def _probe(teacher: Any, config: ValidateConfig, splits: Splits) -> None:
         kept = {name: value for name, value in config.given.items() if name not in replaced}
         inputs = {**kept, **best.options}
         recorded = {name: inputs[key] for name in INPUTS if (key := name.removeprefix("teacher_")) in inputs}
-        if recorded and config.teacher.suffix.lower() == ".onnx":
+        if recorded and teacher.is_foreign:
             path = inputs_file(config.teacher)
             try:
                 write_text(path, tomli_w.dumps({"sha256": sha256_file(config.teacher), **recorded}))

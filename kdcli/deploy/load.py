@@ -52,7 +52,7 @@ def source_digests(path: Path) -> dict[str, str]:
 
 
 def with_classes(model: M, classes: tuple[str, ...], file: Path | None = None) -> M:
-    """A model of these classes, matched by a class map or by name; as it is where its own do not match."""
+    """The model with outputs mapped to these classes, by a class map or by name; unchanged where no names match."""
     if model.class_map is not None or (not file and (model.classes == classes or not knows_names(model))):
         return model
     if (found := class_map.find(model.classes, classes, file)) is None:
@@ -83,7 +83,7 @@ def load_model(
     Args:
         assumed: what an ONNX file of another program leaves open; a UsageError for other files.
         input_size: (H, W, C) of the data, for sides that the file and `assumed` leave open.
-        several: it is measured beside others: `assumed` may be for these, and its weights may be in files beside it.
+        several: it is one of several models: `assumed` may concern others. Weights in further files are accepted.
     """
     kind = kind_of(path)
     if kind == "outputs":

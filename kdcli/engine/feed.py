@@ -142,7 +142,6 @@ def make_teacher_outputs(plan: RunPlan, on_event: OnEvent, stop: StopFlag) -> Te
         seed=config.augment_seed,
         views=count,
         pool=plan.train_samples,
-        task="teacher on train images",
         on_event=on_event,
         stop=lambda: bool(stop),
         measured=True,

@@ -42,8 +42,7 @@ def pack_logits(
     with runtime.stop_on_signals() as stop:
         for each in passes:
             make_teacher_outputs(replace(plan, config=each), on_event, stop)
-        task = "teacher on test images"
-        if not teacher.logits(data.test, exact=True, task=task, on_event=on_event, stop=lambda: bool(stop)):
+        if teacher.test_logits(data.test, on_event, lambda: bool(stop)) is None:
             raise Interrupted("stopped", "Rerun the same command to continue.", exit_code=stop.exit_code)
     pool = plan.train_samples
     caches = [

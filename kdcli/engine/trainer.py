@@ -146,16 +146,9 @@ class Trainer:
         plan, test = self.plan, self.plan.data.test
         teacher_logits = None
         if plan.teacher is not None and not plan.teacher.missing(test):
-            cached = plan.teacher.logits(
-                test,
-                exact=True,
-                task="teacher on test images",
-                on_event=self.on_event,
-                stop=lambda: bool(self.stop),
-            )
-            if not cached:
+            teacher_logits = plan.teacher.test_logits(test, self.on_event, lambda: bool(self.stop))
+            if teacher_logits is None:
                 raise self._interrupted("training is finished, only the test is missing")
-            teacher_logits = cached[0].logits()
         logits = models.predict_logits(self.student, test.images, task="testing", on_event=self.on_event)
         return measure(logits, torch.tensor(test.labels), teacher_logits)
 

@@ -36,7 +36,7 @@ class ClassMap:
 
 
 def find(outputs: Sequence[str], classes: Sequence[str], file: Path | None = None) -> ClassMap | None:
-    """By the file, with a KdError unless each class has an output; else by name, None unless each has exactly one."""
+    """A map by the lines of a file (KdError: a class without an output), or by names (None unless they match 1:1)."""
     groups = _by_file(file, outputs, classes) if file else _by_name(outputs, classes)
     if not file and ({len(group) for group in groups} != {1} or len(set(groups)) < len(groups)):
         return None

@@ -41,7 +41,7 @@ class Published(NamedTuple):
 
 
 def row(arch: str) -> partial[Any] | None:
-    """The row of a network in the form of `registry.MODELS`; None if the name is not of this kind."""
+    """The function that builds an external network, as in `registry.MODELS`; None for other names."""
     source, _, name = arch.partition(":")
     if source in SOURCES:
         return partial(_examined, SOURCES[source][0], arch, name)
@@ -131,7 +131,8 @@ def _torchvision_with(name: str) -> Any:
 
 
 def _torchvision(name: str, classes: int, input_size: tuple[int, int, int]) -> nn.Module:
-    made: nn.Module = _torchvision_with(name).get_model(name, weights=None, **_count(classes))
+    count = {"num_classes": classes} if classes else {}
+    made: nn.Module = _torchvision_with(name).get_model(name, weights=None, **count)
     if input_size[2] == 1:  # grey images as RGB
         made.register_forward_pre_hook(lambda module, inputs: inputs[0].expand(-1, 3, -1, -1))
     return made
@@ -169,7 +170,8 @@ def _timm_with(name: str) -> Any:
 
 
 def _timm(name: str, classes: int, input_size: tuple[int, int, int]) -> nn.Module:
-    made: nn.Module = _timm_with(name).create_model(name, in_chans=input_size[2], **_count(classes))
+    count = {"num_classes": classes} if classes else {}
+    made: nn.Module = _timm_with(name).create_model(name, in_chans=input_size[2], **count)
     return made
 
 
@@ -268,10 +270,6 @@ def _photo(cfg: Mapping[str, Any]) -> tuple[Photo, str]:
     if wanted not in INTERPOLATIONS:  # timm's `lanczos` and `random`
         interpolation, label = "bicubic", f"{label}, with bicubic for {wanted}"
     return Photo(mean, std, max(side, crop), crop, interpolation), label
-
-
-def _count(classes: int) -> dict[str, int]:
-    return {"num_classes": classes} if classes else {}
 
 
 SOURCES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Published]]] = {

@@ -1,4 +1,4 @@
-"""Model files that kd does not read: what each is, by its content, and the way that works. Nothing in them is run."""
+"""Formats that kd does not read: recognised by content, each with the steps that convert it. Nothing is executed."""
 
 import pickletools
 import re
@@ -31,7 +31,7 @@ _WEIGHTS = (
     "package.module:function."
 )
 
-# Kind → (what it is, way that works, with the file's path as `quoted` for a shell and `file` for Python)
+# Format → (description, steps of the conversion, with the file's path as `quoted` for a shell and `file` for Python)
 _KINDS = {
     "html": ("a web page, not a model", _DOWNLOAD),
     "hdf5": ("an HDF5 file, as Keras writes it", "Export it to ONNX in Keras 3: " + _KERAS),
@@ -60,19 +60,19 @@ _KINDS = {
 
 
 def explain(path: Path) -> KdError | None:
-    """An error on what a file or folder is, with the way that works; None if it is of no kind that is known here."""
+    """An error that names the format of a file or folder and how to convert it; None for an unknown format."""
     try:
-        kind, way = _identify(path)
+        kind, steps = _identify(path)
     except Exception:  # readers raise whatever the bytes provoke
         return None
     file = path.as_posix()
     return KdError(
-        f"{path} is {kind}", way.replace("{file!r}", repr(file)).replace("{quoted}", shlex.quote(file))
+        f"{path} is {kind}", steps.replace("{file!r}", repr(file)).replace("{quoted}", shlex.quote(file))
     )
 
 
 def _identify(path: Path) -> tuple[str, str]:
-    """What it is, and the way; a KeyError for other kinds."""
+    """Description and steps of `_KINDS`; a KeyError for other formats."""
     if path.is_dir():
         return _KINDS["saved_model" if (path / "saved_model.pb").is_file() else ""]
     with open_regular(path) as handle:
@@ -104,7 +104,7 @@ def _of_zip(handle: IO[bytes]) -> tuple[str, str]:
 
 
 def _of_pickles(handle: IO[bytes], count: int) -> tuple[str, str]:
-    """What `torch.save` has pickled, by the names in it."""
+    """The entry of `_KINDS` for a pickle of `torch.save`, by the names in it."""
     instructions = chain.from_iterable(pickletools.genops(handle) for _ in range(count))
     texts = [
         str(argument).replace(" ", ".") if code.name == "GLOBAL" else argument

@@ -214,8 +214,8 @@ class _Examiner:
                 assumed=self.inputs.get(key[0], NO_ASSUMPTIONS),
                 data=test,
             )
-            cached = teacher.logits(test, exact=True, task="teacher on test images", on_event=self._progress)
-            logits, labels = cached[0].logits(), torch.tensor(test.labels)
+            logits, labels = teacher.test_logits(test, self._progress), torch.tensor(test.labels)
+            assert logits is not None
             figures = TeacherFigures(path, key[0], measure(logits, labels), reliability(logits, labels))
             self.evaluated[key] = logits, figures
         return self.evaluated[key]

@@ -34,20 +34,16 @@ def from_file(path: Path) -> Speed:
             raise KdError(f"{path}: a path has the character NUL")
     except KdError as error:
         raise KdError(f"--bench: {error.message}", "Make it with: kd bench --json > bench.json") from error
-    return of_bench(result, result.rows, f"measured before this page ({path.name})")
+    return of_bench(result, f"measured before this page ({path.name})")
 
 
-def of_bench(
-    result: BenchResult,
-    rows: Sequence[Row],
-    when: str = "measured with kd bench on this machine",
-) -> Speed:
+def of_bench(result: BenchResult, when: str = "measured with kd bench on this machine") -> Speed:
     """Rows of a benchmark, and a line on how they were measured."""
     cpu = result.environment.get("cpu")
     model = cpu.get("model") if isinstance(cpu, dict) else None
-    count = f", median of n = {rows[0].latency_n}" if rows[0].latency_n else ""
+    count = f", median of n = {result.rows[0].latency_n}" if result.rows[0].latency_n else ""
     method = f"One image{count}; {when}: {model or 'CPU unknown'}, {result.threads} threads."
-    return Speed(tuple(rows), method, result.notes)
+    return Speed(result.rows, method, result.notes)
 
 
 def measure(
@@ -66,10 +62,10 @@ def measure(
         result = bench([first, *rest], settings, on_event=on_event, skip=True)
     except KdError as error:
         return Speed(unavailable=f"The models could not be timed: {error.message}")
-    rows = list(result.rows)
     if teacher is None:  # `bench` takes the first student for the teacher
-        rows = [replace(row, is_teacher=False, speedup=None, size_ratio=None) for row in rows]
-    return of_bench(result, rows, "measured while this page was made, on this machine")
+        rows = (replace(row, is_teacher=False, speedup=None, size_ratio=None) for row in result.rows)
+        result = replace(result, rows=tuple(rows))
+    return of_bench(result, "measured while this page was made, on this machine")
 
 
 def _teacher_of_ratios(examined: Sequence[Examined], config: ReportConfig) -> Path | None:

@@ -55,7 +55,7 @@ class Assumption:
 
     text: str  # description; empty for what the model was loaded with
     options: dict[str, str]  # what sets it, by name
-    by_text: bool  # whether its classes are in the order of texts
+    by_text: bool  # whether its classes are sorted as texts, 10 before 2
     count: int  # number of images
     accuracy: float
     interval: tuple[float, float]  # 95 %, in per cent
@@ -126,7 +126,7 @@ def probe(name: str, model: Any, data: ImageSet, task: str, on_event: OnEvent) -
 
 
 def note_order(name: str, model: Any, data: ImageSet, on_event: OnEvent) -> None:
-    """Note how classes were matched, or the order assumed for a model without names where another one is usual."""
+    """Note how classes were matched; for a model without class names, that other programs sort them as texts."""
     if model.class_map is not None:
         on_event(Note(f"{name}: {model.class_map.text}"))
     if is_foreign(model) and _order_is_assumed(model):

@@ -45,12 +45,7 @@ class CachedLogits:
     def chunks(self, samples: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.float64]]:
         """Logits float64 (≤ 65,536, classes) of the given samples, piece by piece."""
         for start in range(0, len(samples), _CHUNK):
-            piece = samples[start : start + _CHUNK]
-            dense = [self._dense(values[piece]).numpy().astype(np.float64) for values in self.stored]
-            yield sum(
-                (weight * values for weight, values in zip(self.weights, dense, strict=True)),
-                np.zeros(dense[0].shape),
-            )
+            yield self.logits(samples[start : start + _CHUNK]).numpy().astype(np.float64)
 
     def _dense(self, values: npt.NDArray[Any]) -> Tensor:
         """Logits float32 (B, classes); those that are not stored share the rest of the probability equally."""

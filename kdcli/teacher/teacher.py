@@ -232,7 +232,6 @@ class Teacher:
         views: int = 1,
         pool: npt.NDArray[np.int64] | None = None,
         exact: bool = False,
-        task: str = "teacher",
         on_event: OnEvent = ignore,
         stop: Callable[[], bool] = lambda: False,
         measured: bool = False,
@@ -246,7 +245,8 @@ class Teacher:
         Args:
             pool: samples that an augmentation may mix in; by default all.
             measured: before it is run, measure each model on a sample, see `Member.check`.
-            exact: cache float32 of all classes, for figures: float16 makes ties, which can change a top-1 class.
+            exact: these are test images: cache float32 of all classes, as float16 makes ties, which can change a
+                top-1 class.
         """
         chosen = np.arange(len(data)) if pool is None else pool
 
@@ -258,23 +258,31 @@ class Teacher:
 
         found = []
         for number, member in enumerate(self.members, 1):
-            member_task = f"{task} ({number} of {len(self.members)})" if len(self.members) > 1 else task
+            task = f"teacher on {'test' if exact else 'train'} images"
+            task += f" ({number} of {len(self.members)})" if len(self.members) > 1 else ""
             precision = "32" if exact else self.precision
             cache = self.cache(member, data, augment_name, seed, chosen, exact=exact)
             if self.has_stored:
                 found.append(stored_views(member, cache, data, views, measured=measured))
                 continue
-            common = (member_task, on_event, stop, measured)
+            common = (task, on_event, stop, measured)
             work = TeacherPass(member, self.world, precision, cache, data, views, make_view, *common)
             found.append(work.run())
             if len(found[-1]) < views:
                 break
             if not work.computed:
                 where = cache.folder.as_posix()
-                on_event(Note(f"{member_task}: outputs found in {where}; the teacher is not run"))
+                on_event(Note(f"{task}: outputs found in {where}; the teacher is not run"))
         if len(found) < len(self.members):
             return []
         return [CachedLogits(stored, self.weights, cache.classes) for stored in zip(*found, strict=False)]
+
+    def test_logits(
+        self, data: ImageSet, on_event: OnEvent = ignore, stop: Callable[[], bool] = lambda: False
+    ) -> Tensor | None:
+        """Logits float32 (N, classes) of test images; None only if `stop()`."""
+        found = self.logits(data, exact=True, on_event=on_event, stop=stop)
+        return found[0].logits() if found else None
 
     def cache(
         self,

@@ -132,19 +132,8 @@ def candidates_of(
     """A candidate for each engine, and notes on engines that cannot run the model."""
     size = (max(config.batch), *model.input_size)
     raw = torch.from_numpy(np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8))
-    counts = model.counts()
-    row = Row(
-        name=name,
-        path=path,
-        engine=ORT,
-        is_teacher=is_teacher,
-        file_bytes=model.file_bytes,
-        network_bytes=counts.network_bytes,
-        preprocessing_bytes=counts.preprocessing_bytes,
-        parameters=counts.parameters,
-        macs=counts.macs,
-        precision=counts.precision,
-    )
+    counts = {key: value for key, value in vars(model.counts()).items() if key != "layers"}
+    row = Row(name, path, engine=ORT, is_teacher=is_teacher, file_bytes=model.file_bytes, **counts)
     if isinstance(model, OnnxClassifier):
         return [_onnx_candidate(row, model, raw, threads)], []
     network = model.network.to(memory_format=torch.channels_last)

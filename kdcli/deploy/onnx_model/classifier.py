@@ -53,7 +53,7 @@ class OnnxClassifier:
     runner: OnnxRunner = field(repr=False)
     model: onnx.ModelProto = field(repr=False)
     file_bytes: int  # of the file and of external files with its weights
-    assumed: InputSettings  # what the file and the user say about its input
+    assumed: InputSettings  # its input, as set by the user or declared in the file
     file_sha256: str  # of the file, as it was read
     class_map: ClassMap | None = None  # from its outputs to `classes`; None where these are its outputs
 
@@ -77,7 +77,7 @@ class OnnxClassifier:
             input_size: (H, W, C) of the images at hand, where file and `assumed` leave sides open.
             external: accept weights in other files of the same folder.
         """
-        # 1. The file, and what it and the user say about its input
+        # 1. The file, and its input as declared or assumed
         model, file_bytes, sha256 = read_model(path, external=external)
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         foreign = FORMAT_KEY not in metadata

@@ -139,8 +139,8 @@ def _layout(
 ) -> tuple[str, int]:
     """NCHW or NHWC, and the channels that the network needs, 0 if unknown; a KdError if nothing decides.
 
-    By what the user says, else by the end that alone has a number of channels, else by the network's operators, else
-    by the images being square.
+    By --layout, else by the side that alone can be a count of channels, else by the network's operators, else by the
+    order in which the images are square.
     """
     needed, channels = _needed_layout(model, name)
     second, last = sides[1] in CHANNELS, sides[3] in CHANNELS
@@ -256,7 +256,9 @@ def choose_output(path: Path, values: Mapping[str, npt.NDArray[Any]], images: in
 def check_alone(
     path: Path, runner: OnnxRunner, images: npt.NDArray[Any], *, dynamic: bool
 ) -> npt.NDArray[Any]:
-    """Outputs (N, classes) of three inputs, the same that each has alone; sets `runner.batch` if only one runs.
+    """Outputs (N, classes) of three images; a KdError unless the first has the same output in a batch of one.
+
+    Sets `runner.batch` to 1 where larger batches fail.
 
     `dynamic`: activations are quantised by the range of the batch: such a file is run singly.
     """
