@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,31 @@ def execute(code: str, variables: dict[str, Any]) -> None:
         assert "<table>" in getattr(shown, "_repr_html_", lambda: "<table>")()
 
 
-def test_all_python_is_known() -> None:
-    """Pieces of Python by page: each is run by a test here, in test_readme or in test_custom_methods."""
-    found = {page.name: len(blocks(page, "python")) for page in PAGES}
-    expected = {"README.md": 2, "methods.md": 2, "python.md": 6}
-    assert {name: count for name, count in found.items() if count} == expected
+def test_all_blocks_are_known() -> None:
+    """Kinds of blocks by page: sh is run by test_pages, the others here, in test_readme or in test_custom_methods."""
+    found = {
+        page.name: Counter(re.findall(r"^\s*```(.*)", page.read_text("utf-8"), re.M)[::2]) for page in PAGES
+    }
+    assert {kind for kinds in found.values() for kind in kinds} == {"sh", "python", "csv"}
+    assert {name: kinds["python"] for name, kinds in found.items() if kinds["python"]} == {
+        "README.md": 2, "methods.md": 2, "python.md": 6,
+    }  # fmt: skip
+    assert {name: kinds["csv"] for name, kinds in found.items() if kinds["csv"]} == {"teachers.md": 2}
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_and_pictures_are_there(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert target.startswith("https://") or file.is_file(), target
+        assert not anchor or anchor in anchors(file), target
 
 
 def test_commands_have_known_options() -> None:
