@@ -220,7 +220,7 @@ def bench(models: Models = (), *, data: Data | None = None, **settings: Any) -> 
     config, splits = arguments.of_model(configs.BenchConfig, data, settings)
     paths = [arguments.path_of(model, data) for model in arguments.several(models)]
     if paths and "teacher" in settings:
-        raise UsageError("teacher: the first model is the reference", "Name it first.")
+        raise UsageError("teacher: the first model is the reference", "Pass the teacher as the first model.")
     files = distinct(paths or default_models(config))
     return benchmarks.bench(files, config, splits, screen.on_event, skip=not paths)
 

@@ -67,7 +67,7 @@ def load(name: str, owner: str, hint: str) -> Callable[..., Any]:
     except (Exception, SystemExit) as error:  # anything that the module's code raises
         raise UsageError(f"{owner} cannot be imported: {first_line(error)}", hint) from error
     if not callable(found):
-        raise UsageError(f"{owner} is no function", hint)
+        raise UsageError(f"{owner} is not callable", hint)
     digest(name)
     return found
 

@@ -104,11 +104,11 @@ def read(model: Path, config: ConvertConfig) -> CaffeFiles:
     """Read a caffemodel or a caffe-tensorflow `.npy`; KdError where kd does not support it."""
     if model.suffix == ".npy":
         if config.prototxt is not None:
-            raise UsageError("--prototxt goes with a caffemodel, not with a .npy", "Use --arch.")
+            raise UsageError("--prototxt requires a caffemodel", "Use --arch.")
         return _read_npy(model, config)
     if config.arch != "auto":
         raise UsageError(
-            f"--arch {config.arch} goes with a caffe-tensorflow .npy", "A caffemodel names its layers."
+            f"--arch {config.arch} requires a caffe-tensorflow .npy", "A caffemodel names its layers."
         )
     trained, weights = read_caffemodel(model)
     network = read_prototxt(config.prototxt) if config.prototxt is not None else trained
@@ -192,7 +192,7 @@ def to_classifier(
         size = (height, width, channels)
     built = files.build(size, on_event)
     if built.classes < 2:
-        raise KdError(f"{files.path} has one output: no classifier", "kd distils two classes or more.")
+        raise KdError(f"{files.path} has one output", "A classifier has one for each of two or more classes.")
     # 2. Preprocessing
     preprocess = _make_preprocess(files, config, size, train_images, on_event)
     resize = _resize(files, config, size, on_event)

@@ -55,7 +55,7 @@ def clean(
         if not output.confirm(question):
             typed = config.model_dump(include=config.model_fields_set)
             again = shell_command("clean", {**typed, "yes": True}, *named)
-            raise UsageError("not confirmed, nothing deleted", f"Delete without a question: {again}")
+            raise UsageError("not confirmed, nothing deleted", f"Delete without confirmation: {again}")
     if not config.dry_run:
         for path in (path for paths in found.values() for path in paths):
             folders.delete(path)

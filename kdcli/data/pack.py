@@ -210,7 +210,7 @@ class Cache:
         packed = self.load()
         if packed is None:
             raise KdError(
-                f"cannot read back {self.folder}", "Is the disk full? Choose another with --cache-dir."
+                f"cannot read back {self.folder}", "Free some space, or choose another --cache-dir."
             )
         return packed
 

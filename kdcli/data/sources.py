@@ -301,7 +301,7 @@ class _ForwardStream(io.RawIOBase):
     def read(self, size: int | None = -1) -> bytes:
         """Part of a header."""
         if size is None or size < 0 or size > MAX_HEADER_BYTES or size > self.headers_left:
-            raise KdError(f"{self._path} has an oversized header", "It is damaged or made to do harm.")
+            raise KdError(f"{self._path} has an oversized header", "The file is damaged or malicious.")
         self.headers_left -= size
         data = self.content(size)
         if size != tarfile.BLOCKSIZE and _DIGITS.search(data):

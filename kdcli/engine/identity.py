@@ -112,6 +112,6 @@ def check_unchanged(known: Mapping[str, str | None], now: Mapping[str, str | Non
     for name in {**known, **now}:
         if known.get(name) != now.get(name):
             raise KdError(
-                f"the {name} of {owner} changed since it was begun",
-                "Restore what it began with, or choose another --name.",
+                f"the {name} of {owner} changed since its start",
+                "Restore the original, or choose another --name.",
             )

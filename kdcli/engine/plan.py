@@ -176,7 +176,8 @@ def resolve(config: TrainConfig, data: Splits | None = None) -> TrainConfig:
     distinct = augment.distinct_views(config.augment)
     if config.views and distinct and config.views > distinct:
         raise UsageError(
-            f"--views {config.views}: augment {config.augment} has {distinct} distinct view(s)", "Use fewer."
+            f"--views {config.views}: augment {config.augment} has {distinct} distinct view(s)",
+            f"Use --views {distinct} at most.",
         )
     if config.views:
         return config.model_copy(update={"views": min(config.views, config.epochs)})

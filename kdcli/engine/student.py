@@ -61,7 +61,9 @@ def check_student(config: TrainConfig, train: ImageSet) -> None:
         stages = find_stages(network, torch.zeros(2, channels, height, width), config.student_stages)
         hint = method.settings.get("hint_stage", 0)
         if hint > len(stages):
-            raise UsageError(f"--hint-stage {hint}: {config.student} has {len(stages)} stages", "Use fewer.")
+            raise UsageError(
+                f"--hint-stage {hint}: {config.student} has {len(stages)} stages", f"Use 1 to {len(stages)}."
+            )
 
 
 def _fresh(config: TrainConfig, train: ImageSet, samples: Int64, on_event: OnEvent) -> Classifier:

@@ -61,8 +61,8 @@ def check_typed(config: TrainConfig, typed: str | None, source: str) -> None:
     """Raise UsageError if only a file names a custom method, and not `typed`, `--method` of the command line."""
     if is_custom(config.method) and typed != config.method:
         raise UsageError(
-            f"{source} names a method that is code, {config.method}, which runs only if it is typed",
-            f"If it is yours, name it: --method {config.method}",
+            f"{source} names the custom method {config.method}, which runs only if the command line names it",
+            f"If you trust its code, add --method {config.method}",
         )
 
 

@@ -30,7 +30,7 @@ def hint(batch: Batch, *, stage: HintStage = 0) -> Tensor:
 def _index(count: int, stage: int) -> int:
     if stage > count:
         raise UsageError(
-            f"--hint-stage {stage}: student and teacher have {count} stages in common", "Use fewer."
+            f"--hint-stage {stage}: student and teacher have {count} stages in common", f"Use 1 to {count}."
         )
     return (stage or (count + 1) // 2) - 1
 

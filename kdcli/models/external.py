@@ -90,7 +90,9 @@ def _examined(
     """
     network = make(name, classes, input_size, **args)
     if not isinstance(network, nn.Module):
-        raise UsageError(f"network {arch} is a {type(network).__name__}, no torch.nn.Module", _FACTORY)
+        raise UsageError(
+            f"network {arch} is a {type(network).__name__}, expected a torch.nn.Module", _FACTORY
+        )
     linear: list[tuple[str, Tensor]] = []
 
     def record(name: str, module: nn.Module, inputs: Any, output: Any) -> None:

@@ -62,7 +62,9 @@ def _read(path: Path, sha256: str) -> tuple[list[str], dict[str, npt.NDArray[np.
         except ValueError as error:
             raise KdError(f"{where}: {first_line(error)}", _FORM) from error
         if not (values >= 0).all() or not abs(values.sum() - 1) <= _ROUNDED:
-            raise KdError(f"{where}: these are no probabilities: their sum is {values.sum():.4g}", _FORM)
+            raise KdError(
+                f"{where}: probabilities must be 0 or more and sum to 1, these to {values.sum():.4g}", _FORM
+            )
         if (place := posixpath.normpath(name)) in rows:
             raise KdError(f"{where}: {place} is there twice", "Leave one row for each file.")
         rows[place] = values

@@ -109,5 +109,5 @@ def _is_csv(path: Path) -> bool:
 def _read(path: Path) -> dict[str, Any]:
     document = read_document(path)
     if document.get("format") != FORMAT:
-        raise KdError(f"{path} is no pack of logits", "Make one: kd teacher-logits --help")
+        raise KdError(f"{path} is not a pack of logits", "Make one: kd teacher-logits --help")
     return document

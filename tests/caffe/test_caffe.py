@@ -391,7 +391,7 @@ def test_described_preprocessing_of_the_wrong_form_is_refused(tmp_path: Path) ->
     with pytest.raises(UsageError, match="mean: 2 values for 3 channels"):
         heard(path, mean="1,2")
     for chosen, words in (
-        ({"mean": "104", "preprocess": "none"}, "--preprocess: it goes without"),
+        ({"mean": "104", "preprocess": "none"}, "--preprocess cannot be combined with"),
         ({"mean": "104,117,123", "scale": "0.017"}, "outside the pixels"),
         ({"resize": 3}, "--resize 3"),
         ({"resize": 5000}, "--resize 5000"),

@@ -67,7 +67,7 @@ def test_function_of_the_user(kd: Kd, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = ["--teacher", "brightness:make", "--teacher-weights", "b.pth", "--teacher-scale", "1"]
     Path("recipe.toml").write_text('teacher = ["brightness:make"]\nstudent = "brightness:make"\n')
     refused = kd("train", "--recipe", "recipe.toml", *common)
-    assert refused.code == 2 and "is code, which runs only if you name it" in refused.err
+    assert refused.code == 2 and "is a custom function, which runs only if you name it" in refused.err
     made = kd("train", *spec, "--student", "brightness:make", *common)
     assert made.code == 0, made
     stored = checkpoint.load(Path("runs/kd-make-1/student.pt"))

@@ -260,7 +260,7 @@ def test_output_of_the_classes_among_several(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sides", "message"), [([-1, 2, 2], "no classifier"), ([-1, 1], "one number an image")]
+    ("sides", "message"), [([-1, 2, 2], "not a classifier"), ([-1, 1], "one number an image")]
 )
 def test_other_outputs_are_no_classifier(tmp_path: Path, sides: list[int], message: str) -> None:
     if len(sides) == 3:

@@ -73,7 +73,7 @@ def write(workplace: Path) -> Iterator[Write]:
 def documented() -> tuple[str, list[str]]:
     """The example's module and its commands."""
     [block] = re.findall(r"<!-- own -->\n(.*?)<!-- /own -->", METHODS, re.DOTALL)
-    module, commands = re.findall(r"```(?:python)?\n(.*?)```", block, re.DOTALL)
+    module, commands = re.findall(r"```(?:python|sh)\n(.*?)```", block, re.DOTALL)
     return module, commands.splitlines()
 
 
@@ -198,7 +198,7 @@ def test_invalid_decorator_arguments_are_refused(write: Write, words: str) -> No
         ("bad:f", "raise ValueError('two\\nlines')", "cannot be imported: two"),
         ("bad:f", "import sys; sys.exit(3)", "cannot be imported: 3"),
         ("bad:f", "def f(:", "cannot be imported: "),
-        ("bad:f", "f = 3", "is no function"),
+        ("bad:f", "f = 3", "is not callable"),
         ("bad:kd", "def kd(batch): ...", "kd has a method kd"),
         ("bad:ce", "def ce(batch): ...", "kd has a method ce"),
         ("bad:f:g", "", "does not name a function"),
@@ -283,9 +283,9 @@ def test_no_file_makes_kd_run_code(canary: Any) -> None:
     stored = checkpoint.load(Path("runs/sung/student.pt"))
     assert stored.provenance["method"] == "kd+canary:sing"
     shutil.copy("runs/sung/config.toml", "recipe.toml")
-    hint = "If it is yours, name it: --method kd+canary:sing"
+    hint = "If you trust its code, add --method kd+canary:sing"
     for words in ("--resume runs/sung", "--config recipe.toml", "--config recipe.toml --epochs 2"):
-        with pytest.raises(UsageError, match=r"names a method that is code, kd\+canary:sing") as caught:
+        with pytest.raises(UsageError, match=r"names the custom method kd\+canary:sing") as caught:
             canary("train", *words.split())
         assert caught.value.hint == hint
         assert not Path("touched").exists()
@@ -294,7 +294,7 @@ def test_no_file_makes_kd_run_code(canary: Any) -> None:
         "tune --config recipe.toml --tune epochs=1|2",
         "reproduce runs/sung",
     ):
-        with pytest.raises(UsageError, match=r"names a method that is code, kd\+canary:sing") as caught:
+        with pytest.raises(UsageError, match=r"names the custom method kd\+canary:sing") as caught:
             canary(*words.split())
         assert caught.value.hint == hint
         assert not Path("touched").exists()

@@ -166,7 +166,7 @@ def test_student_that_resizes_larger_images(workplace: Path) -> None:
     torch.testing.assert_close(
         student.prepare(pixels.permute(0, 2, 3, 1)), expected.float(), rtol=0, atol=1e-4
     )
-    with pytest.raises(UsageError, match="--student-size: it goes with --preprocess mean-std"):
+    with pytest.raises(UsageError, match="--student-size requires --preprocess mean-std"):
         config(student_size=16, preprocess="none")
 
 
@@ -201,7 +201,7 @@ def test_grey_images_are_taken_as_rgb(workplace: Path) -> None:
         ("torchvision:inception_v3", 128, "no classifier inception_v3"),
         ("torchvision:alexnet", 16, "does not take 16×16×3 images"),
         ("torchvision:resnet18:x", 32, "no classifier resnet18:x"),
-        ("own_networks:make", 32, "is code, which runs only if you name it"),
+        ("own_networks:make", 32, "is a custom function, which runs only if you name it"),
     ],
 )
 def test_names_that_are_refused(arch: str, side: int, message: str, factory: str) -> None:
@@ -236,7 +236,7 @@ def test_function_of_the_user_as_student(factory: str, monkeypatch: pytest.Monke
     monkeypatch.setenv(code.ALLOWED, "")
     with pytest.raises(KdError, match="is code") as error:
         models.load(result.run.student)
-    assert error.value.hint == "If it is yours: export KD_NETWORKS=own_networks:make"
+    assert error.value.hint == "If you trust its code: export KD_NETWORKS=own_networks:make"
 
 
 def test_edited_function_is_another_teacher(factory: str) -> None:

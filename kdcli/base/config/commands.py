@@ -104,7 +104,7 @@ class ConvertConfig(DataSettings, PixelSettings):
     @model_validator(mode="after")
     def _one_preprocessing(self) -> Self:
         if self.preprocess != "auto" and self.mean_std is not None:
-            raise ValueError("--preprocess: it goes without --scale, --mean and --std")
+            raise ValueError("--preprocess cannot be combined with --scale, --mean and --std")
         return self
 
 

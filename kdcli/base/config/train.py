@@ -72,7 +72,7 @@ def read_weight(text: str, epochs: int) -> tuple[str, Ramp]:
     if not all(math.isfinite(number) and number >= 0 for number in (first, last)):
         raise ValueError("must have weights of 0 or more")
     if not 0 < over <= epochs:
-        raise ValueError(f"must have 1 … {epochs} epochs, as many as there are at most")
+        raise ValueError(f"must have 1 to {epochs} epochs")
     return name.strip(), Ramp(first, last, over / epochs)
 
 
@@ -253,12 +253,12 @@ class TrainSettings(DataSettings, TeacherInputSettings):
                     f"--teacher-weight: {len(self.teacher_weight)} for {len(self.teacher)} teachers; give each one"
                 )
             if min(self.teacher_weight) < 0 or not 0 < sum(self.teacher_weight) < math.inf:
-                raise ValueError("--teacher-weight: must be 0 or more, and above 0 in all")
+                raise ValueError("--teacher-weight: must be 0 or more, with a sum above 0")
         file = next((name for name in self.assistant if name.lower().endswith(".pt")), None)
         if file is not None:
             raise ValueError(f"--assistant {file}: an assistant is trained anew; name a network")
         if self.student_size and self.preprocess != "mean-std":
-            raise ValueError("--student-size: it goes with --preprocess mean-std")
+            raise ValueError("--student-size requires --preprocess mean-std")
         _ = self.weights
         return self
 

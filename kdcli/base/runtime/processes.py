@@ -194,11 +194,11 @@ def launch(accelerator: str, devices: int) -> World:
         nodes = int(os.environ["WORLD_SIZE"]) // devices
     elif kind == "cpu" and devices > (cores := cpu_count()):
         raise UsageError(
-            f"--devices {devices}: on a CPU these are processes, and this one may use {cores} cores",
-            f"Use --devices {cores}, or fewer.",
+            f"--devices {devices}: one process per core on a CPU, available cores: {cores}",
+            f"Use --devices {cores} at most.",
         )
-    if kind != "cpu" and devices > (torch.cuda.device_count() if kind == "cuda" else 1):
-        raise UsageError(f"--devices {devices}: this machine has fewer {kind} devices", "Use fewer.")
+    if kind != "cpu" and devices > (count := torch.cuda.device_count() if kind == "cuda" else 1):
+        raise UsageError(f"--devices {devices}: {kind} devices: {count}", f"Use --devices {count} at most.")
     if devices * nodes == 1:
         return World(torch.device(kind))
     from lightning_fabric import Fabric  # import time: more than a second

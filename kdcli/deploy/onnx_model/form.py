@@ -227,12 +227,12 @@ def choose_output(path: Path, values: Mapping[str, npt.NDArray[Any]], images: in
         if value.shape[:1] == (images,) and len(sides) == 1 and np.issubdtype(value.dtype, np.floating):
             classes[name] = sides[0]
     shapes = ", ".join(f"{name[:60]} {value.dtype} {value.shape}" for name, value in list(values.items())[:8])
-    problem = f"{path} is no classifier: for a batch of {images} it gives {shapes}"
+    problem = f"{path} is not a classifier: for a batch of {images} it gives {shapes}"
     if not classes:
         if any(np.issubdtype(value.dtype, np.floating) and value.size == images for value in values.values()):
             raise KdError(
                 f"{path} gives one number an image, as a classifier of two classes with a sigmoid does",
-                "kd needs one output a class: let the file give [1 − p, p].",
+                "Export it with one output for each class: [1 − p, p].",
             )
         raise KdError(
             problem,

@@ -139,8 +139,8 @@ class Plan(Settings):
         code = next((name for name in plan.methods if methods.is_custom(name) and name not in typed), None)
         if code is not None:
             raise UsageError(
-                f"{path} names a method that is code, {code}, which runs only if it is typed",
-                "If it is yours, continue by the command that started the comparison: "
+                f"{path} names the custom method {code}, which runs only if the command line names it",
+                "If you trust its code, continue by the command that started the comparison: "
                 f"--methods …,{code} --name {folder.name}",
             )
         plan.check()

@@ -181,7 +181,7 @@ def _read(text: str, config: TrainConfig) -> Range | Choice:
     if "|" in rest:
         values = tuple(_value(name, word.strip(), config, text) for word in rest.split("|"))
         if len(set(values)) < len(values):
-            raise UsageError(f"--tune {text}: a value occurs twice", "Name each once.")
+            raise UsageError(f"--tune {text}: a value occurs twice", "Give each value once.")
         return Choice(name, values)
     match = _RANGE.fullmatch(rest)
     ends = [_value(name, word.strip(), config, text) for word in match.groups()[:2]] if match else []
@@ -209,7 +209,8 @@ def _setting(typed: str) -> str:
     if name not in TrainConfig.model_fields:
         known = [option_flag(one)[2:] for one in TrainConfig.model_fields if one not in FIXED]
         raise UsageError(
-            f"--tune {typed}: kd train has no such setting", f"Those to tune are {', '.join(known)}."
+            f"--tune {typed}: kd train has no such setting",
+            f"Settings that can be tuned: {', '.join(known)}.",
         )
     return name
 
