@@ -196,10 +196,15 @@ def _value_type(annotation: Any) -> Any:
 
 
 def _help(field: FieldInfo) -> str:
-    """Description and default value. The option's own default is None, to recognise options not given."""
+    """Description, default value, and bounds except ≥ 0 and large ones. None stands for an option not given."""
     text, default = escape(field.description or ""), field.default
-    if default is None or default == "" or default is False or default == ():
-        return text
-    if isinstance(default, tuple):
-        [default] = default
-    return f"{text} [dim]\\[default: {default.as_posix() if isinstance(default, Path) else default}][/dim]"
+    facts = [
+        f"{sign} {getattr(part, name):g}"
+        for name, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
+        for part in field.metadata
+        if getattr(part, name, 100) < 100 and getattr(part, "ge", 1) != 0
+    ]
+    if not (default is None or default == "" or default is False or default == ()):
+        [default] = default if isinstance(default, tuple) else [default]
+        facts.insert(0, f"default: {default.as_posix() if isinstance(default, Path) else default}")
+    return f"{text} [dim]\\[{', '.join(facts)}][/dim]" if facts else text

@@ -18,7 +18,7 @@ from kdcli.data.split import SPLIT_NAMES, split_of
 
 LABELS = ("label", "labels", "fine_label")  # names of the column of labels, the first that is there
 TABLE_HINT = (
-    "A table has the columns path (or, in Parquet, image), label and perhaps split: train, test, val; "
+    "A table has the columns path (or, in Parquet, image), label and optionally split: train, test, val; "
     "paths are relative to its folder."
 )
 _BATCH_ROWS = 64

@@ -51,7 +51,7 @@ SMALLER = (  # in a page
     ("resnet50", "resnet18"),
     (
         "torchvision:mobilenet_v3_small --data photos",
-        "torchvision:mobilenet_v3_small --data photos --image-size 64",
+        "torchvision:squeezenet1_1 --data photos --image-size 64",
     ),
     ("resnet56", "resnet8"),
 )

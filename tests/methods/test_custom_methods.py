@@ -327,7 +327,7 @@ def test_no_file_makes_kd_run_code(canary: Any) -> None:
 
 
 def test_recipe_with_custom_method_needs_it_on_the_command_line(canary: Any) -> None:
-    with pytest.raises(UsageError, match="names a method that is code") as caught:
+    with pytest.raises(UsageError, match="names the custom method") as caught:
         canary("train", "--config", "runs/sung/config.toml")
     typed = shlex.split(str(caught.value.hint).partition("name it: ")[2])
     assert canary("train", "--config", "runs/sung/config.toml", *typed, "--name", "again").exit_code == 0
@@ -353,9 +353,9 @@ def test_resume_with_custom_method_needs_it_on_the_command_line(
     assert stopped.value.hint == "kd train --resume runs/cut --method resumed:sing"
     call = command_line(monkeypatch, train_command)
     for words, told in (
-        ("--resume runs/cut", "names a method that is code"),
-        ("--resume runs/cut --method ce", "names a method that is code"),
-        ("--resume runs/cut --method resumed:other", "names a method that is code"),
+        ("--resume runs/cut", "names the custom method"),
+        ("--resume runs/cut --method ce", "names the custom method"),
+        ("--resume runs/cut --method resumed:other", "names the custom method"),
         ("--resume runs/cut --method resumed:sing --epochs 3", "takes no other option"),
     ):
         with pytest.raises(UsageError) as caught:

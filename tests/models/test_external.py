@@ -234,7 +234,7 @@ def test_function_of_the_user_as_student(factory: str, monkeypatch: pytest.Monke
     assert (student.arch, student.network.head_name) == (factory, "4")
     assert "code of own_networks:make" in student.provenance["inputs"]
     monkeypatch.setenv(code.ALLOWED, "")
-    with pytest.raises(KdError, match="is code") as error:
+    with pytest.raises(KdError, match="is a custom function") as error:
         models.load(result.run.student)
     assert error.value.hint == "If you trust its code: export KD_NETWORKS=own_networks:make"
 

@@ -217,7 +217,7 @@ def test_a_file_name_that_no_other_image_has_is_enough(folder: Splits) -> None:
         ("file,a,b\nx.png,1,0", "has other classes than the data: a, b"),
         ("file,class-0,class-1,class-2\nx.png,1,0,0\ny.png,1,0", "line 3: 2 values for 3 classes"),
         ("file,class-0,class-1,class-2\nx.png,1,0,zero", "line 2: could not convert"),
-        ("file,class-0,class-1,class-2\nx.png,0.5,0.3,0.1", r"line 2: .* sum is 0\.9"),
+        ("file,class-0,class-1,class-2\nx.png,0.5,0.3,0.1", r"line 2: probabilities must .*, these to 0\.9"),
         ("file,class-0,class-1,class-2\nx.png,1.5,-0.5,0", "line 2: probabilities must be 0 or more"),
         ("file,class-0,class-1,class-2\nx.png,nan,0,1", "line 2: probabilities must be 0 or more"),
         ("file,class-0,class-1,class-2\nx.png,1,0,0\n./x.png,1,0,0", "line 3: x.png is there twice"),

@@ -229,10 +229,12 @@ class BenchConfig(ModelDataSettings, InputSettings):
     )
     no_memory: bool = setting(False, "Skip memory and load time (a process for each model).", "Measure")
     budget_ms: float | None = setting(
-        None, "Exit 1 unless the median latency of a model, one image, is within this limit.", "Check", gt=0
+        None, "Maximum median latency of one image, in ms; exit 1 if all models are slower.", "Check", gt=0
     )
     max_drop: MaxDrop = setting(
-        None, "Exit 1 unless a model (within --budget-ms) loses at most this many points.", "Check"
+        None,
+        "Maximum loss of accuracy, in points; exit 1 if all models (within --budget-ms) lose more.",
+        "Check",
     )
     teacher: Path = setting(
         TeacherPath, "Reference of all ratios; if the default is absent, the only teacher found.", "Measure"
@@ -265,7 +267,7 @@ class CompareConfig(Settings):
         "", "Method that others are compared with; by default ce, else the first.", COMPARE, metavar="NAME"
     )
     name: FolderName = setting("", "Name of the comparison; by default its methods, student and data.", RUN)
-    out: Path = setting(Path("comparisons"), "Comparisons are written here.", RUN)
+    out: Path = setting(Path("comparisons"), "Folder of the comparisons.", RUN)
     csv: OutputFile = setting(None, "Write all figures as CSV.", "Output")
     markdown: OutputFile = setting(None, "Write the table as Markdown.", "Output")
 

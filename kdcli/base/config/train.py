@@ -97,8 +97,8 @@ class TrainSettings(DataSettings, TeacherInputSettings):
     )
     teacher: tuple[Path, ...] = setting(
         (TeacherPath,),
-        "Teacher: .pt or ONNX file, torchvision:NAME, timm:NAME, … (docs/teachers.md); repeat to average several; if "
-        "the default is absent, the only one in weights/ and runs/.",
+        "Teacher: .pt or ONNX file, torchvision:NAME, timm:NAME, pack of logits, … (docs/teachers.md); repeat to "
+        "average several; if the default is absent, the only one in weights/ and runs/.",
         METHOD,
         metavar="FILE",
     )
@@ -200,7 +200,7 @@ class TrainSettings(DataSettings, TeacherInputSettings):
         0.05, "Fraction of training images for validation, at least one of each class; 0: none.", DATA
     )
 
-    epochs: int = setting(100, "Number of passes over the training data.", OPTIMISER, ge=1, le=1_000_000)
+    epochs: int = setting(100, "Passes over the training data.", OPTIMISER, ge=1, le=1_000_000)
     batch_size: Annotated[int, Field(ge=0, le=1_000_000)] = setting(
         0, "Images per step; 0: a power of two from 4 to 256 with 20 or more steps an epoch.", OPTIMISER
     )
