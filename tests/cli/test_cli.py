@@ -44,9 +44,10 @@ def test_help_lists_defaults_methods_and_networks(kd: Kd) -> None:
     for name, field in TrainConfig.model_fields.items():
         assert f"--{name.replace('_', '-')}" in out
         if isinstance(field.default, float | int) and not isinstance(field.default, bool):
-            assert f"[default: {field.default}]" in out, name
+            assert re.search(rf"\[default: {field.default}[],]", out), name
     for name, method in methods.METHODS.items():
         assert f"{name} {method.summary}" in out
+    assert "none. [default: 0.05, < 1]" in out and "learning rate. [default: 0.001, > 0]" in out  # ranges
     assert "'kdcli[tensorboard]'" in out  # not taken for markup
     assert models.names() == names.NETWORKS
     assert set(names.DATA_SETS) == set(DATASETS)
