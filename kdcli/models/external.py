@@ -228,7 +228,7 @@ def _function(name: str) -> Callable[..., Any]:
     if code.is_name(name) and name not in code.allowed():
         raise UsageError(
             f"network {name} is a custom function, which runs only if you name it",
-            f"If it is yours: export {code.ALLOWED}={name}",
+            f"If you trust its code: export {code.ALLOWED}={name}",
         )
     return code.load(name, f"network {name}", similar(name.partition(":")[0], code.SOURCES) or _FACTORY)
 

@@ -79,7 +79,9 @@ def test_a_new_file_in_the_package_registers_a_method_with_its_options(workplace
     prefix = SCRIPT[: SCRIPT.index("from kdcli import methods")]
     shown = run(prefix + "\nsys.argv[1:] = ['train', '--help-all']\nmain()", "package")
     assert "--aligned-margin" in shown
-    assert "aligned: cosine that is near enough. [default: 0.5, ≤ 1]" in " ".join(shown.replace("│", " ").split())
+    assert "aligned: cosine that is near enough. [default: 0.5, ≤ 1]" in " ".join(
+        shown.replace("│", " ").split()
+    )
     assert "aligned match the directions of embeddings" in " ".join(shown.split())
 
 
