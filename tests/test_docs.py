@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from torch import nn
 
+from kdcli.cli import app as application
+from kdcli.cli.app import COMMANDS, app
 from kdcli.data import ImageSet
 from kdcli.methods import Batch, Features
 from kdcli.methods.registry import ATTRIBUTE
@@ -76,6 +79,25 @@ def test_commands_have_known_options() -> None:
     assert len(commands) > 30
     for command in commands:
         check_options(command)
+
+
+# of other programs, and examples
+OF_OTHERS = """--help --version --install-completion --index-url --upgrade --encode --saved-model --tflite --memory
+--read-only --aligned-margin --teacher- --noisy
+--nnodes --node-rank --nproc-per-node --rdzv-backend --rdzv-endpoint"""
+
+
+def test_options_in_pages_and_messages_exist() -> None:
+    known = set(OF_OTHERS.split())
+    for name in COMMANDS:
+        app.registered_commands = []
+        application._register([name])
+        known.update(*(each.opts for each in typer.main.get_command(app).commands[name].params))
+    for file in (ROOT / "benchmarks").glob("*.py"):
+        known.update(re.findall(r'"(--[a-z-]+)"', file.read_text(encoding="utf-8")))
+    for file in (*PAGES, *(ROOT / "kdcli").rglob("*.py")):
+        named = re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", file.read_text(encoding="utf-8"))
+        assert set(named) <= known, file.name
 
 
 def test_method_of_the_page_about_methods() -> None:

@@ -329,7 +329,7 @@ def test_no_file_makes_kd_run_code(canary: Any) -> None:
 def test_recipe_with_custom_method_needs_it_on_the_command_line(canary: Any) -> None:
     with pytest.raises(UsageError, match="names the custom method") as caught:
         canary("train", "--config", "runs/sung/config.toml")
-    typed = shlex.split(str(caught.value.hint).partition("name it: ")[2])
+    typed = shlex.split(str(caught.value.hint).partition("add ")[2])
     assert canary("train", "--config", "runs/sung/config.toml", *typed, "--name", "again").exit_code == 0
     digests = [
         checkpoint.digest(checkpoint.load(Path(f"runs/{name}/student.pt")).state_dict)
