@@ -94,7 +94,8 @@ def test_options_in_pages_and_messages_exist() -> None:
         application._register([name])
         known.update(*(each.opts for each in typer.main.get_command(app).commands[name].params))
     for file in (ROOT / "benchmarks").glob("*.py"):
-        known.update(re.findall(r'"(--[a-z-]+)"', file.read_text(encoding="utf-8")))
+        parameters = re.findall(r"^ +(\w+): ", file.read_text(encoding="utf-8"), re.MULTILINE)
+        known.update(f"--{name.replace('_', '-')}" for name in parameters)
     for file in (*PAGES, *(ROOT / "kdcli").rglob("*.py")):
         named = re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", file.read_text(encoding="utf-8"))
         assert set(named) <= known, file.name
