@@ -121,7 +121,7 @@ def _problems(found: Found, source: Source, sizes: dict[int, Size]) -> dict[str,
             if size[0] * size[1] > decode.LARGE_PIXELS
         ],
         "link or special file": [*source.skipped],
-        "folder without images": [
+        "folder without images in use": [
             folder for folder in source.folders if folder and folder not in filled and not is_ignored(folder)
         ],
         "class of one image": [name for name, count in members.items() if count == 1],

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -80,13 +81,16 @@ def table_source(path: Path) -> TableSource | None:
     files: list[tuple[str, Path]] = []
     if path.suffix.lower() == ".parquet" and path.is_file():
         files = [("", path)]
-    elif (path / "dataset_dict.json").is_file():
-        files = [(file.parent.name, file) for file in sorted(path.glob("*/*.arrow"))]
+    elif (
+        path / "dataset_dict.json"
+    ).is_file():  # data-00000-of-00001.arrow, beside cache-….arrow of its map()
+        files = [(file.parent.name, file) for file in sorted(path.glob("*/d*.arrow"))]
     elif (path / "state.json").is_file():
-        files = [("", file) for file in sorted(path.glob("*.arrow"))]
+        files = [("", file) for file in sorted(path.glob("d*.arrow"))]
     elif path.is_dir():  # train-00000-of-00001.parquet
         found = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
-        files = [(split_of(re.split("[^a-z]", file.stem)[0]) or "", file) for file in found]
+        words = [map(split_of, re.split("[^a-z]", file.stem.lower())) for file in found]
+        files = [(next(filter(None, splits), ""), file) for splits, file in zip(words, found, strict=True)]
         if not all(split for split, _ in files):
             folders = {file.parent for file in path.rglob("*") if file.suffix.lower() in SUFFIXES}
             files = [] if len(folders) > 1 else files  # a table beside class folders
@@ -115,8 +119,12 @@ def _row(table: Path, where: str, split: Any, label: Any, image: Any) -> Row:
     if part is None:
         raise KdError(f"{where}: unknown split {str(split)!r}", f"Known: {', '.join(SPLIT_NAMES)}.")
     if isinstance(stored, bytes):
-        return Row(where, part, str(label).strip(), stored)
-    return Row(str(path), part, str(label).strip(), table.parent / str(path))
+        return Row(where, part, _class_name(label), stored)
+    return Row(str(path), part, _class_name(label), table.parent / str(path))
+
+
+def _class_name(label: Any) -> str:
+    return unicodedata.normalize("NFC", str(label).strip())
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
@@ -175,4 +183,4 @@ def _columns(schema: Any, file: Path) -> tuple[str, str, list[str]]:
     label = next((name for name in LABELS if name in schema.names), None)
     if image is None or label is None:
         raise KdError(f"{file} has no column of {'labels' if image else 'images'}", TABLE_HINT)
-    return image, label, [str(name).strip() for name in features.get(label, {}).get("names") or ()]
+    return image, label, [*map(_class_name, features.get(label, {}).get("names") or ())]

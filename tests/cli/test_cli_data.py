@@ -80,7 +80,7 @@ def test_a_folder_of_odd_files(odd: Path, kd: Kd) -> None:
         "smaller than 8 pixels": ["train/bee/dot.png, 1×1"],
         "more than 16 million pixels": ["train/bee/huge.png, 8000×8000"],
         "link or special file": ["train/bee/loop"],
-        "folder without images": ["train/cat"],
+        "folder without images in use": ["train/cat"],
         "class of one image": ["dog"],
         "equal images in two splits": ["test/bee/copy.png = train/ape/3.png"],
         "equal images in two classes": ["test/bee/copy.png = train/ape/3.png"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,14 @@ def test_a_csv_gives_the_set_of_the_same_folders(tmp_path: Path, read: Callable[
         assert getattr(found, part).fingerprint == getattr(expected, part).fingerprint
     (folder / "train/zebra/a.png").write_bytes(png((9, 0, 0)))
     assert read(listed).train.images[:, 0, 0, 0].tolist() == [1, 9, 3]
+    forms = (
+        (path, unicodedata.normalize(form, f"é{name}"), split)
+        for form, (path, name, split) in zip(("NFC", "NFD", "NFC", "NFC", "NFD"), ROWS, strict=True)
+    )
+    assert read(write_csv(listed, "path,label,split", *map(",".join, forms))).train.classes == (
+        "éape house",
+        "ézebra",
+    )
 
 
 def test_a_csv_without_a_split_gets_one_by_content(tmp_path: Path, read: Callable[..., Splits]) -> None:
@@ -131,6 +140,7 @@ def test_folders_of_hugging_face_datasets(kind: str, tmp_path: Path, read: Calla
         write_arrow(folder / "train/data-00000-of-00002.arrow", TRAIN[:2])
         write_arrow(folder / "train/data-00001-of-00002.arrow", TRAIN[2:])
         write_arrow(folder / "test/data-00000-of-00001.arrow", TEST)
+        write_arrow(folder / "test/cache-0123456789abcdef.arrow", [(7, 0)])  # of Dataset.map
         (folder / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     splits = read(folder)
     assert splits.train.classes == ("dog", "cat") and splits.label == "pets"  # in the table's order
@@ -159,9 +169,10 @@ def test_a_parquet_file_beside_class_folders_is_ignored(tmp_path: Path, read: Ca
     folder = write_folder(tmp_path / "set", {**small_tree(), "features.parquet": b"of any content"})
     assert read(folder).train.classes == ("ape house", "zebra")
     (folder / "features.parquet").unlink()
-    for split, rows in (("train", TRAIN), ("test", TEST)):
-        parquet.write_table(arrow_table(rows), folder / f"{split}-00000-of-00001.parquet")
-    assert read(folder).train.classes == ("dog", "cat")
+    for split, rows in (("train", TRAIN), ("Test", TEST)):
+        parquet.write_table(arrow_table(rows), folder / f"pets-{split}-00000-of-00001.parquet")
+    splits = read(folder)
+    assert splits.train.classes == ("dog", "cat") and (len(splits.train), len(splits.test)) == (4, 2)
 
 
 def test_parquet_files_of_bytes_and_of_paths(
