@@ -71,7 +71,7 @@ def load_pretrained(
         image_size: of images that a network without a published size takes.
     """
     source, name, of = (*spec.split(":", 2), "")[:3]
-    arch, file = f"{source}:{name}", Path(of) if Path(of).suffix else None
+    arch, file = f"{source}:{name}", Path(of) if Path(of).suffix or Path(of).is_file() else None
     state = None if file is None else weights.read(file)
     sha256 = "" if file is None else sha256_file(file)
     arguments = dict(map(_argument, args))
@@ -122,10 +122,10 @@ def _adjusted(photo: Photo, assumed: InputSettings) -> Photo:
 
 
 def _argument(text: str) -> tuple[str, Any]:
-    """`key=value`: a number, True, False, None or another literal of Python, else a text."""
+    """`key=value`: a number, true, false, None or another literal of Python, else a text."""
     key, found, value = text.partition("=")
     if not found or not key.isidentifier():
         raise UsageError(f"--teacher-args {text}: must be KEY=VALUE")
     with suppress(ValueError, SyntaxError):
-        return key, ast.literal_eval(value)
+        return key, ast.literal_eval(value.capitalize() if value in ("true", "false") else value)
     return key, value

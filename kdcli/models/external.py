@@ -79,6 +79,7 @@ def _examined(
     make: Callable[..., nn.Module],
     arch: str,
     name: str,
+    /,
     *,
     classes: int,
     input_size: tuple[int, int, int],

@@ -66,7 +66,7 @@ def register(name: str, **args: Any) -> Callable[[Builder], Builder]:
     return add
 
 
-def build(arch: str, *, classes: int, input_size: tuple[int, int, int], **arch_args: Any) -> nn.Module:
+def build(arch: str, /, *, classes: int, input_size: tuple[int, int, int], **arch_args: Any) -> nn.Module:
     """Build a freshly initialised network of `MODELS`: float32 (B, C, H, W) → logits (B, classes).
 
     UsageError for an unknown name or argument, and for images (H, W, C) too small for the network.

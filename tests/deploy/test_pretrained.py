@@ -120,8 +120,8 @@ class Net(nn.Module):
     def forward(self, pixels):
         return self.gain * self.head(self.body(pixels).relu().mean((2, 3)))
 
-def make(classes=4, gain=1.0):
-    return Net(classes, gain)
+def make(classes=4, gain=1.0, name="", negated=False):
+    return Net(classes, -gain if negated else gain)
 """
 
 
@@ -130,7 +130,8 @@ def test_function_of_the_user_as_teacher(workplace: Path, monkeypatch: pytest.Mo
     cfg = {"input_size": (3, 64, 64), "crop_pct": 0.8, "mean": (0.5,) * 3, "std": (0.25,) * 3}
     cfg |= {"interpolation": "lanczos"}  # which torch does not have
     Path("teaching_networks.py").write_text(FACTORY.replace("{described}", repr(cfg)))
-    teacher = load_pretrained("teaching_networks:make", ["gain=3.0", "classes=5"])
+    arguments = ["gain=3.0", "classes=5", "name=wide", "negated=false"]
+    teacher = load_pretrained("teaching_networks:make", arguments)
     assert (teacher.input_size, teacher.network_size, len(teacher.classes)) == ((80, 80, 3), (64, 64, 3), 5)
     assert teacher.preprocess.args()["interpolation"] == "bicubic"
     assert (
@@ -164,8 +165,8 @@ def test_function_that_requires_its_number_of_classes(
         load_pretrained("counting_networks:make")
     assert "--teacher-args classes=10" in caught.value.hint
     made = load_pretrained("counting_networks:make", ["classes=5"])
-    torch.save(made.network.state_dict(), "w.pth")
-    teacher = load_pretrained("counting_networks:make:w.pth")
+    torch.save(made.network.state_dict(), "best")
+    teacher = load_pretrained("counting_networks:make:best")
     assert len(teacher.classes) == len(made.classes) == 5
     assert torch.equal(teacher(photographs(32)), made(photographs(32)))
 
