@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,8 @@ def test_errors_have_a_hint_and_leave_nothing(workplace: Path) -> None:
         ),
         (lambda: kd.compare("ce", seed=3), "unknown setting: seed", "seeds"),
         (lambda: kd.export("absent.pt", int8="small"), "int8", "See --help"),
+        (lambda: kd.distill(len, data=digits), "builtin_function_or_method is no model", "kd.load_model"),  # type: ignore[arg-type]
+        (lambda: kd.evaluate(digits, digits), "Splits is no model", "`student`"),  # type: ignore[arg-type]
     ]
     for call, message, hint in cases:
         with pytest.raises(kd.KdError) as caught:
@@ -277,6 +280,12 @@ def test_results_are_tables_of_their_values(run: Run) -> None:
     [accuracy] = re.findall(r"^test\.accuracy +(\S+)$", str(run), re.MULTILINE)
     assert float(accuracy) == pytest.approx(run.result.evaluation.accuracy, rel=1e-3)
     assert json.loads(json.dumps(run.to_dict()))["student"] == "convnet-tiny"
+
+    @dataclass
+    class Written(Result):
+        path: Path
+
+    assert json.dumps(Written(Path("a/b")).to_dict()) == '{"path": "a/b"}'
 
     class Odd(Result):
         def to_dict(self) -> dict[str, Any]:

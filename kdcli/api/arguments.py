@@ -70,7 +70,7 @@ def of_training(
 
 def several(models: Models) -> list[Model]:
     """A list of models, or of the one."""
-    return [models] if isinstance(models, Model) else list(models)
+    return list(models) if isinstance(models, Iterable) and not isinstance(models, Model) else [models]
 
 
 def of_model(kind: type[C], data: Data | None, settings: dict[str, Any]) -> tuple[C, Splits | None]:
@@ -87,7 +87,10 @@ def _is_bare(model: Any) -> bool:
     return isinstance(model, nn.Module) and not isinstance(model, Classifier)
 
 
-def _classifier(module: nn.Module, data: Data | None, inputs: InputSettings = NO_ASSUMPTIONS) -> Classifier:
+def _classifier(module: object, data: Data | None, inputs: InputSettings = NO_ASSUMPTIONS) -> Classifier:
+    if not isinstance(module, nn.Module):
+        hint = "Pass a path, a torch.nn.Module, or what kd.load_model returns; of a run its `student`."
+        raise UsageError(f"{type(module).__name__} is no model", hint)
     if not isinstance(data, Splits):
         hint = "Pass the model that kd.load_model(module, data=kd.load_data(…)) returns."
         raise UsageError("a module needs data, whose classes and images are its own", hint)

@@ -1,8 +1,9 @@
 """Results of operations: as plain values, and as a table of text or HTML."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from html import escape
+from pathlib import Path
 from typing import Annotated, Any, cast
 
 from pydantic import Field
@@ -24,8 +25,8 @@ class Result:
     """Base of results: `to_dict`, a table for `print`, the same for a notebook."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values by name, for `json.dumps(…, default=str)`."""
-        return asdict(cast(Any, self))
+        """Plain values by name, for `json.dumps`."""
+        return asdict(cast(Any, self), dict_factory=_plain)
 
     def table(self) -> Table:
         """Columns and rows; by default a row for each value."""
@@ -41,6 +42,10 @@ class Result:
         columns, rows = self.table()
         lines = [_line("th", columns), *(_line("td", cells) for cells in rows)]
         return f"<table>{''.join(lines)}</table>"
+
+
+def _plain(items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value.as_posix() if isinstance(value, Path) else value for name, value in items}
 
 
 def _line(tag: str, cells: Sequence[str]) -> str:
