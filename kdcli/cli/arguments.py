@@ -45,9 +45,11 @@ def existing_model(path: Path, **settings: Any) -> Path:
         output.note(f"{path} is {file.as_posix()}: {form}")
         return file
     found = runs.by_name(path)
-    for file in (found, found / "student.pt", found / "pack.json"):
-        if file.is_file():
-            return file
+    files = [found, found / "student.pt", found / "pack.json"]
+    if path == Path(path.name):  # a folder here, as of images, may have the name of a run
+        files.append(runs.RUNS / path / "student.pt")
+    for file in filter(Path.is_file, files):
+        return file
     if found.is_dir():
         from kdcli.models.foreign import explain
 

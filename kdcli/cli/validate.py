@@ -94,6 +94,7 @@ def _training(config: ValidateConfig, method: str, inputs: dict[str, Any], teach
     A checkpoint of an external network records its own: the network is named instead, and made again with these.
     """
     options = config.model_dump(include=config.model_fields_set & _REPEATED)
+    options |= {"grey": True} if teacher.input_size[2] == 1 else {}
     if inputs and teacher.provenance.get("kind") == "pretrained":
         args = [f"{name}={value!r}" for name, value in teacher.arch_args.items()]
         options |= {"teacher": teacher.provenance["name"], "teacher_args": args}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kdcli.base import files
+from kdcli.cli.arguments import existing_model
 from tests.cli.helpers import Kd
 
 ENTRY = "0123456789abcdef" * 2
@@ -65,6 +66,11 @@ def test_runs_are_listed_the_newest_last(kd: Kd, project: Path) -> None:
         Path("runs/done/result.json").write_text(damaged)
         assert json.loads(kd("runs", "--json").out)["runs"][-1]["accuracy"] is None
     assert kd("runs", "nothing").out == "no runs in nothing\n"
+
+
+def test_name_of_a_run_may_be_that_of_a_folder(project: Path) -> None:
+    Path("done").mkdir()
+    assert existing_model(Path("done")) == Path("runs/done/student.pt")
 
 
 def test_clean_deletes_caches_and_states_of_finished_runs_once_confirmed(

@@ -311,7 +311,9 @@ def test_likely_inputs_are_tried_by_probe(workplace: Path, monkeypatch: pytest.M
 def test_next_command_of_an_external_network_with_other_inputs_names_the_network() -> None:
     """Its checkpoint records the inputs that it was made with."""
     model: Any = SimpleNamespace(
-        provenance={"kind": "pretrained", "name": "own:make:w.pth"}, arch_args={"width": 2}
+        provenance={"kind": "pretrained", "name": "own:make:w.pth"},
+        arch_args={"width": 2},
+        input_size=(32, 32, 3),
     )
     settings = make(ValidateConfig, {"teacher": Path("weights/make-1.pt"), "data": "photos"})
     command = validate._training(settings, "kd", {"channel_order": "bgr"}, model)
@@ -320,6 +322,8 @@ def test_next_command_of_an_external_network_with_other_inputs_names_the_network
         "--teacher-channel-order bgr"
     )
     assert "--teacher weights/make-1.pt" in validate._training(settings, "kd", {}, model)
+    model.input_size = (32, 32, 1)  # kd train gives it the data's colours, unless these are made grey
+    assert "--grey" in validate._training(settings, "kd", {}, model)
 
 
 BY_TEXT = [TWELVE.index(name) for name in sorted(TWELVE)]
