@@ -81,9 +81,7 @@ def table_source(path: Path) -> TableSource | None:
     files: list[tuple[str, Path]] = []
     if path.suffix.lower() == ".parquet" and path.is_file():
         files = [("", path)]
-    elif (
-        path / "dataset_dict.json"
-    ).is_file():  # data-00000-of-00001.arrow, beside cache-….arrow of its map()
+    elif (path / "dataset_dict.json").is_file():  # d…: beside the cache-….arrow of its map()
         files = [(file.parent.name, file) for file in sorted(path.glob("*/d*.arrow"))]
     elif (path / "state.json").is_file():
         files = [("", file) for file in sorted(path.glob("d*.arrow"))]
