@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from kdcli import methods, models
-from kdcli.base import files
+from kdcli.base import code, files
 from kdcli.base.config import option_flag
 from kdcli.base.errors import KdError
 from kdcli.base.text import reason
@@ -111,6 +111,12 @@ def check_unchanged(known: Mapping[str, str | None], now: Mapping[str, str | Non
     """Raise KdError if an input of `owner`, a run's folder, changed since it was recorded, or is on one side only."""
     for name in {**known, **now}:
         if known.get(name) != now.get(name):
+            if name.startswith("code of ") and now.get(name) is None:
+                function = name.removeprefix("code of ")
+                raise KdError(
+                    f"{owner} needs {function}, which is code and runs only if you name it",
+                    f"If it is yours: export {code.ALLOWED}={function}",
+                )
             raise KdError(
                 f"the {name} of {owner} changed since its start",
                 "Restore the original, or choose another --name.",

@@ -187,3 +187,11 @@ def test_recorded_inputs_are_read_from_any_provenance() -> None:
         "code of my:loss": "6",
     }
     assert identity.recorded_inputs({"inputs": "x"}) == identity.recorded_inputs({}) == {}
+
+
+def test_code_that_was_not_allowed_has_not_changed() -> None:
+    with pytest.raises(KdError, match="needs my:make, which is code") as caught:
+        identity.check_unchanged({"code of my:make": "1"}, {}, "runs/a")
+    assert caught.value.hint.endswith("export KD_NETWORKS=my:make")
+    with pytest.raises(KdError, match="the code of my:make of runs/a changed"):
+        identity.check_unchanged({"code of my:make": "1"}, {"code of my:make": "2"}, "runs/a")
