@@ -115,7 +115,7 @@ def check_unchanged(known: Mapping[str, str | None], now: Mapping[str, str | Non
                 function = name.removeprefix("code of ")
                 raise KdError(
                     f"{owner} needs {function}, which is code and runs only if you name it",
-                    f"If it is yours: export {code.ALLOWED}={function}",
+                    f"If you trust its code: export {code.ALLOWED}={function}",
                 )
             raise KdError(
                 f"the {name} of {owner} changed since its start",
