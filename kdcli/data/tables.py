@@ -85,13 +85,22 @@ def table_source(path: Path) -> TableSource | None:
         files = [(file.parent.name, file) for file in sorted(path.glob("*/d*.arrow"))]
     elif (path / "state.json").is_file():
         files = [("", file) for file in sorted(path.glob("d*.arrow"))]
-    elif path.is_dir():  # train-00000-of-00001.parquet
-        found = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
-        words = [map(split_of, re.split("[^a-z]", file.stem.lower())) for file in found]
-        files = [(next(filter(None, splits), ""), file) for splits, file in zip(words, found, strict=True)]
+    elif path.is_dir():  # train-00000-of-00001.parquet, plain_text/train/0000.parquet
+        found = [file for file in sorted(path.rglob("*.parquet")) if "/." not in f"/{file.relative_to(path)}"]
+        words = [re.split("[^a-z]", str(file.relative_to(path).with_suffix("")).lower()) for file in found]
+        files = [
+            (next(filter(None, map(split_of, each)), ""), file)
+            for each, file in zip(words, found, strict=True)
+        ]
         if not all(split for split, _ in files):
             folders = {file.parent for file in path.rglob("*") if file.suffix.lower() in SUFFIXES}
             files = [] if len(folders) > 1 else files  # a table beside class folders
+        tables = {file.parent.parent if split_of(file.parent.name) else file.parent for _, file in files}
+        if len(tables) > 1:
+            names = [str(table.relative_to(path)) for table in sorted(tables)]
+            raise UsageError(
+                f"{path} holds several tables: {', '.join(names)}", "Pass the folder of one of them."
+            )
     if not files:
         return None
     try:

@@ -127,15 +127,17 @@ def write_arrow(path: Path, rows: list[tuple[int, int]]) -> None:
 TRAIN, TEST = [(1, 0), (2, 1), (3, 1), (4, 0)], [(5, 1), (6, 0)]
 
 
-@pytest.mark.parametrize("kind", ["save_to_disk", "hub"])
+@pytest.mark.parametrize(
+    "kind", ["save_to_disk", "data/{}-0000{}-of-00001", "plain_text/{}-0000{}-of-1", "default/{}/000{}"]
+)
 def test_folders_of_hugging_face_datasets(kind: str, tmp_path: Path, read: Callable[..., Splits]) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     folder = tmp_path / "pets"
-    if kind == "hub":
-        (folder / "data").mkdir(parents=True)
-        parquet.write_table(arrow_table(TRAIN[:2]), folder / "data/train-00000-of-00002.parquet")
-        parquet.write_table(arrow_table(TRAIN[2:]), folder / "data/train-00001-of-00002.parquet")
-        parquet.write_table(arrow_table(TEST), folder / "data/test-00000-of-00001.parquet")
+    if kind != "save_to_disk":  # layouts of the Hub
+        for split, number, rows in (("train", 0, TRAIN[:2]), ("train", 1, TRAIN[2:]), ("test", 0, TEST)):
+            file = folder / f"{kind.format(split, number)}.parquet"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            parquet.write_table(arrow_table(rows), file)
     else:
         write_arrow(folder / "train/data-00000-of-00002.arrow", TRAIN[:2])
         write_arrow(folder / "train/data-00001-of-00002.arrow", TRAIN[2:])
@@ -151,6 +153,15 @@ def test_folders_of_hugging_face_datasets(kind: str, tmp_path: Path, read: Calla
         1,
     ]
     assert splits.test.images[:, 0, 0, 0].tolist() == [6, 5]
+
+
+def test_a_folder_of_several_tables_is_an_error(tmp_path: Path, read: Callable[..., Splits]) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for name in ("small", "large"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        parquet.write_table(arrow_table(TRAIN), tmp_path / "pets" / name / "train.parquet")
+    with pytest.raises(UsageError, match="holds several tables: large, small"):
+        read(tmp_path / "pets")
 
 
 def test_a_class_of_a_table_without_images_is_left_out_with_a_note(
