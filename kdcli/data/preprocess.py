@@ -47,6 +47,19 @@ def _moments(images: rows.Images, samples: Int64) -> tuple[npt.NDArray[np.float6
     return mean, np.sqrt(squares.numpy() / count - mean**2)
 
 
+def to_pixels(images: Tensor) -> Tensor:
+    """Raw images uint8 (B, H, W, C) → pixels float32 (B, C, H, W), 0–255; a KdError for another type, as of 0–1.
+
+    The permutation of contiguous NHWC is channels-last NCHW, so the cast is the only copy.
+    """
+    if images.dtype != torch.uint8:
+        raise KdError(
+            f"images are {images.dtype}, and must be torch.uint8 of (B, H, W, C), 0–255",
+            "Floats in 0–1: (255 * images).round().byte()",
+        )
+    return images.permute(0, 3, 1, 2).float()
+
+
 class Preprocess(nn.Module):
     """Base: transform in RGB order, then reverse the channels if the network was trained with `bgr`."""
 

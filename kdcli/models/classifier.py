@@ -15,7 +15,7 @@ from kdcli.base.config import shell_command
 from kdcli.base.errors import KdError, is_out_of_memory
 from kdcli.base.events import OnEvent, Progress, ignore
 from kdcli.data import rows
-from kdcli.data.preprocess import Preprocess, from_spec
+from kdcli.data.preprocess import Preprocess, from_spec, to_pixels
 from kdcli.models import checkpoint, registry
 from kdcli.models.checkpoint import Checkpoint
 from kdcli.models.class_map import ClassMap
@@ -75,11 +75,8 @@ class Classifier(nn.Module):
         return outputs if self.class_map is None else self.class_map(outputs)
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Raw images uint8 (B, H, W, C) → the network's input float32 (B, C, H, W).
-
-        The permutation of contiguous NHWC is channels-last NCHW, so the cast is the only copy.
-        """
-        return self.preprocess(images.permute(0, 3, 1, 2).float())
+        """Raw images uint8 (B, H, W, C) → the network's input float32 (B, C, H, W)."""
+        return self.preprocess(to_pixels(images))
 
     @property
     def any_size(self) -> bool:

@@ -20,7 +20,7 @@ from kdcli.base.events import Note, OnEvent
 from kdcli.data import ImageSet, augment
 from kdcli.data.catalog import KNOWN_WEIGHTS
 from kdcli.data.images import NO_LABEL, knows_names
-from kdcli.data.preprocess import MeanStd, Photo, Preprocess
+from kdcli.data.preprocess import MeanStd, Photo, Preprocess, to_pixels
 from kdcli.models import Classifier
 
 _SAMPLE = 512
@@ -310,7 +310,7 @@ def _with_preprocess(model: Any, preprocess: Preprocess) -> Callable[[Tensor], T
         return other
 
     def run(images: Tensor) -> Tensor:
-        prepared = preprocess.to(images.device)(images.permute(0, 3, 1, 2).float())
+        prepared = preprocess.to(images.device)(to_pixels(images))
         return model.to_classes(model.network(prepared))
 
     return run

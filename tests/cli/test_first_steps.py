@@ -79,7 +79,7 @@ def test_lines_of_the_readme_for_own_pictures(kd: Kd, follow: Follow) -> None:
     Image.new("RGB", (40, 30), "red").save("new.jpg")
     section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Your own images\n")[2]
     lines = section.split("```")[1].splitlines()[1:]
-    assert len(lines) == 5
+    assert len(lines) == 6
     for line in lines:
         outcome = follow(Outcome(0, f"next: {line.partition('  #')[0]}", ""))
         assert "hint:" not in outcome.err

@@ -15,7 +15,7 @@ from kdcli.base.config import NO_ASSUMPTIONS, InputSettings
 from kdcli.base.errors import KdError
 from kdcli.base.text import dims
 from kdcli.data.decode import checked_resize
-from kdcli.data.preprocess import Preprocess
+from kdcli.data.preprocess import Preprocess, to_pixels
 from kdcli.deploy.onnx_model.counts import count_model
 from kdcli.deploy.onnx_model.form import check_alone, choose_output, form_of_outputs, input_form
 from kdcli.deploy.onnx_model.metadata import (
@@ -199,7 +199,7 @@ class OnnxClassifier:
                 self._input_hint,
             )
         with torch.inference_mode():
-            prepared = self.preprocess(images.permute(0, 3, 1, 2).float())  # (B, C, H, W)
+            prepared = self.preprocess(to_pixels(images))  # (B, C, H, W)
         return self.to_layout(prepared.permute(0, 2, 3, 1).numpy())
 
     @property
