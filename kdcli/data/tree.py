@@ -2,11 +2,12 @@
 
 import hashlib
 import posixpath
+import shlex
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -102,9 +103,6 @@ def layout(found: Found, source: Source) -> tuple[dict[str, Places], tuple[str, 
                 f"all images of {folder} in {path} are broken, as {place.name}",
                 "A class needs images: replace them, or remove its folder.",
             )
-    hint = source.layout_hint + f" Skipped {len(source.skipped)} links and special files." * bool(
-        source.skipped
-    )
     parts: dict[str, Places] = {"train": {}, "test": {}, "val": {}}
     for place, index in found.images.items():
         parts[place.split][place] = index
@@ -113,7 +111,7 @@ def layout(found: Found, source: Source) -> tuple[dict[str, Places], tuple[str, 
         parts["test"], parts["val"] = parts["val"], {}
     for split in ("train", "test"):
         if not parts[split]:
-            raise KdError(f"{path} has no {split} images", hint)
+            raise KdError(f"{path} has no {split} images", _layout_hint(source, parts["train"]))
     prefixes = {place.prefix for place in found.images}
     prefix, *others = sorted(prefixes if len(prefixes) == 1 else set(map(_above_the_split, found.images)))
     if others:
@@ -145,6 +143,16 @@ def layout(found: Found, source: Source) -> tuple[dict[str, Places], tuple[str, 
     if absent := sorted(names - tested):
         notes.append(f"No test images of {', '.join(absent)}.")
     return parts, classes, notes
+
+
+def _layout_hint(source: Source, train: Places) -> str:
+    """A remedy where a split has no images: the folders of a source, or a part of the train images as test images."""
+    if source.skipped:
+        return f"{source.layout_hint} Skipped {len(source.skipped)} links and special files."
+    if not train or not source.path.is_dir():
+        return source.layout_hint
+    classes_in = source.path / PurePosixPath(next(iter(train)).name).parents[1]
+    return f"To use a part of the train images as test images: --data {shlex.quote(str(classes_in))}"
 
 
 def _above_the_split(place: Place) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -238,6 +239,15 @@ def test_layout_errors(tmp_path: Path, read: Callable[..., Splits]) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(KdError, match="no train images"):
         read(tmp_path / "empty")
+
+
+def test_train_images_alone_can_be_split(tmp_path: Path, read: Callable[..., Splits]) -> None:
+    files = {f"my set/training/{name}/{i}.png": png((i, 0, 0)) for name in ("ape", "zebra") for i in range(4)}
+    folder = write_folder(tmp_path / "x", files)
+    with pytest.raises(KdError, match="has no test images") as caught:
+        read(folder)
+    path = shlex.split(caught.value.hint or "")[-1]
+    assert path == str(folder / "my set/training") and read(Path(path)).train.classes == ("ape", "zebra")
 
 
 def test_a_class_without_test_images_is_a_note(tmp_path: Path, read: Callable[..., Splits]) -> None:
