@@ -15,7 +15,7 @@ from kdcli.base.config import make
 from kdcli.data import Splits
 from kdcli.engine import fit
 from kdcli.methods import TrainConfig
-from kdcli.models.layers import count_macs
+from kdcli.models.layers import count_network
 
 _MATMUL_SIZES = (512, 1024, 2048)
 _MATMUL_SECONDS = 0.15  # at least, for each size
@@ -144,7 +144,7 @@ def training_flops(pair: Pair) -> int:
     height, width, channels = pair.splits.train.input_size
     prepared = torch.zeros(1, channels, height, width)
     first = next(module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear))
-    return 2 * (3 * count_macs(network, prepared) - count_macs(first, prepared))
+    return 2 * (3 * count_network(network, prepared).macs - count_network(first, prepared).macs)
 
 
 def matmul_peak(dtype: torch.dtype) -> float:

@@ -97,10 +97,11 @@ def reader_errors(as_error: Callable[[str], KdError]) -> Iterator[None]:
     """Turn exceptions of a file reader into `as_error(detail)`: on hostile bytes their types are not a closed set."""
     try:
         yield
-    except (KdError, MemoryError):
+    except KdError:
         raise
     except Exception as error:
-        raise as_error(first_line(error)) from error
+        detail = "not enough memory" if isinstance(error, MemoryError) else first_line(error)
+        raise as_error(detail) from error
 
 
 def _clean_name(name: str, path: Path) -> str:

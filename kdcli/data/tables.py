@@ -86,7 +86,8 @@ def table_source(path: Path) -> TableSource | None:
     elif (path / "state.json").is_file():
         files = [("", file) for file in sorted(path.glob("d*.arrow"))]
     elif path.is_dir():  # train-00000-of-00001.parquet, plain_text/train/0000.parquet
-        found = [file for file in sorted(path.rglob("*.parquet")) if "/." not in f"/{file.relative_to(path)}"]
+        globbed = sorted(file for folders in ("", "*/", "*/*/") for file in path.glob(f"{folders}*.parquet"))
+        found = [file for file in globbed if "/." not in f"/{file.relative_to(path)}"]
         words = [re.split("[^a-z]", str(file.relative_to(path).with_suffix("")).lower()) for file in found]
         files = [
             (next(filter(None, map(split_of, each)), ""), file)

@@ -88,8 +88,8 @@ def test_a_header_that_asks_for_gigabytes(tmp_path: Path, read: Callable[..., Sp
         read(path)
 
 
-def test_too_little_memory_is_no_damage() -> None:
-    with pytest.raises(MemoryError), sources.reader_errors(KdError):
+def test_too_little_memory_is_named() -> None:
+    with pytest.raises(KdError, match="not enough memory"), sources.reader_errors(KdError):
         raise MemoryError
 
 
