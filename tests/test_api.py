@@ -95,7 +95,7 @@ def test_models_in_memory_stand_for_their_content(run: Run, photos: Splits) -> N
         model.network.fc.bias.copy_(torch.tensor([0.0, 1e3, 0.0]))  # always the second class
     images = torch.from_numpy(photos.test.images[:4].copy())
     assert model(images).argmax(dim=1).tolist() == [1, 1, 1, 1]
-    with pytest.raises(kd.KdError, match="must be torch.uint8"):
+    with pytest.raises(kd.KdError, match=r"must be torch\.uint8"):
         model(images / 255)
     shares = kd.evaluate(model, photos).per_class
     assert shares == (0, 100, 0)
