@@ -105,6 +105,10 @@ def _sides_of(
     scratch: Path,
 ) -> tuple[list[Side], str]:
     """The sides that can run, and the precision of (a), (b) and (e): as (a) selects it."""
+    if unknown := set(chosen) - set(SIDES):
+        raise typer.BadParameter(
+            f"{', '.join(sorted(unknown))}: not among {', '.join(SIDES)}", param_hint="--sides"
+        )
     rows = pair.rows[0]
     some = rows[spread(len(rows), slow_images)]
     sides: list[Side] = []

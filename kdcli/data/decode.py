@@ -122,7 +122,7 @@ def checked_resize(side: int | None, height: int | None, width: int | None) -> i
     """--resize for images (H, W), 0 where it crops nothing; a UsageError unless these are squares of at most that."""
     if side and (height is None or height != width or side < height):
         raise UsageError(
-            f"--resize {side} goes with square images of at most {side} pixels a side",
+            f"--resize {side} requires square images of at most {side} pixels a side",
             "Set --image-size, or leave it out.",
         )
     return side if side and side != height else 0

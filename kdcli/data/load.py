@@ -18,9 +18,8 @@ from kdcli.data.images import Splits
 from kdcli.data.tree import load_tree
 from kdcli.data.unlabelled import add_unlabelled
 
-_MAX_RECORDED_ARCHIVE = (
-    16_000_000_000  # bytes of an archive that a model's file names; a typed one has no limit
-)
+# Bytes of an archive that a model's file names; a typed one has no limit
+_MAX_RECORDED_ARCHIVE = 16_000_000_000
 # settings of data, beside its name, that a model's file records
 _RECORDED = {"image_size": int, "resize": int, "grey": bool, "skip_broken": bool, "test_fraction": float}
 

@@ -78,7 +78,7 @@ def test_crop_is_part_of_a_pack(tmp_path: Path, read: Callable[..., Splits]) -> 
         read(tmp_path / "set", fit_to=(8, 8, 3), resize=16).train.images, cropped.train.images
     )
     for size in (None, 17):
-        with pytest.raises(UsageError, match="--resize 16 goes with square images of at most 16 pixels"):
+        with pytest.raises(UsageError, match="--resize 16 requires square images of at most 16 pixels"):
             read(tmp_path / "set", image_size=size, resize=16)
 
 
