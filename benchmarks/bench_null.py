@@ -104,7 +104,7 @@ def main(
         model = model or own_network(network, folder)
         (folder / "copy.onnx").write_bytes(model.read_bytes())
         added = with_added_work(model, share, folder / "more.onnx")
-        config = BenchConfig(batch="1", rounds=rounds, threads=threads, no_memory=True)
+        config = BenchConfig(batch=(1,), rounds=rounds, threads=threads, no_memory=True)
         found: dict[str, list[tuple[str, float]]] = {"copy": [], "more": []}
         for number in range(runs):
             for other, verdicts in found.items():

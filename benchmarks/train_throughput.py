@@ -74,9 +74,9 @@ def main(
                 pair, sides.split(","), slow_images, workers, threads, precision, place
             )
             losses = _compare_losses(pair, made)
-            peaks: dict[str, list[float]] = {"float32": []} | (
-                {"bfloat16": []} if precision == "bf16" else {}
-            )
+            peaks: dict[str, list[float]] = {"float32": []}
+            if precision == "bf16":
+                peaks["bfloat16"] = []
 
             def measure_peaks() -> None:
                 runtime.set_threads(threads)
