@@ -140,7 +140,9 @@ def _source_of(spec: str, config: DataConfig, on_event: OnEvent) -> Source:
     """The images as files; those of a named data set, which are none, in a table."""
     path = Path(spec) if spec in DATASETS else existing(spec)
     if spec not in DATASETS and not any(known.locate(path) for known in DATASETS.values()):
-        return table_source(path) or open_source(path)
+        if table := table_source(path):
+            table.key()  # refuses missing files
+        return table or open_source(path)
     splits = load(spec, data_dir=config.data_dir, cache_dir=config.cache_dir, on_event=on_event)
     return TableSource(path, rows=partial(_rows_of, splits), total=len(splits.train) + len(splits.test))
 

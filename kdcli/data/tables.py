@@ -23,6 +23,7 @@ TABLE_HINT = (
     "paths are relative to its folder."
 )
 _BATCH_ROWS = 64
+_LISTED = 10  # missing files in a message
 
 
 class Row(NamedTuple):
@@ -46,18 +47,23 @@ class TableSource(Source):
     )  # split and label of each image read so far
 
     def key(self) -> str:
-        """SHA-256 of the table, and of sizes and change times of the files it lists."""
+        """SHA-256 of the table, and of sizes and change times of the files it lists; KdError if some are missing."""
         table = FolderSource(self.path).key() if self.path.is_dir() else sha256_file(self.path)
         digest = hashlib.sha256(table.encode())
+        missing: list[str] = []
         for row in self.rows():
             if isinstance(row.image, bytes):  # part of the table
                 break
             if "\0" in row.name or regular_size(row.image) < 0:
-                raise KdError(f"{self.path} lists {row.name}, and there is no such file", TABLE_HINT)
+                missing.append(row.name)
+                continue
             status = row.image.stat()
             changed_ns = max(status.st_mtime_ns, status.st_ctime_ns)
             digest.update(f"{row.image}\0{status.st_size}\0{changed_ns}\0".encode("utf-8", "surrogateescape"))
             self.total += 1
+        if missing:
+            listed = ", ".join(missing[:_LISTED]) + (", …" if missing[_LISTED:] else "")
+            raise KdError(f"{self.path} lists missing files ({len(missing):,}): {listed}", TABLE_HINT)
         return digest.hexdigest()
 
     def read(self, wanted: Wanted) -> Iterator[tuple[str, bytes]]:

@@ -1,9 +1,10 @@
 """Weights of other programs: a state_dict in a .pt, .pth or .safetensors file. Nothing in it is executed."""
 
 import io
+import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,6 @@ from kdcli.models.checkpoint import check_extent
 from kdcli.models.pt_archive import check_archive
 
 _PLACES = ("state_dict", "model_state_dict", "model", "ema")  # of a state_dict in a training's checkpoint
-_WRAPPERS = re.compile(
-    r"^((module|_orig_mod)\.)+"
-)  # names that nn.DataParallel and torch.compile put before others
 _LISTED = 6  # differences in a message
 
 
@@ -64,16 +62,23 @@ def _read(path: Path) -> Any:
     return document
 
 
+def _prefix(names: Iterable[str]) -> str:
+    """Modules that all names begin with: "module." of "module.conv.weight" and "module.fc.weight"."""
+    return re.sub(r"[^.]*$", "", os.path.commonprefix([*names]))
+
+
 def match(
     network: nn.Module, state: Mapping[str, Tensor], owner: str
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The values of a state_dict under the network's names, and the names of a last layer for other classes.
 
-    Prefixes of wrappers are removed; counters of batch norm may be missing. A KdError lists all other differences.
+    A prefix of all names, as of nn.DataParallel or a LightningModule, is removed; counters of batch norm may be
+    missing. A KdError lists all other differences.
     """
     own = network.state_dict()
-    found = {name if name in own else _WRAPPERS.sub("", name): value for name, value in state.items()}
-    found.pop("n_averaged", None)  # of torch.optim.swa_utils.AveragedModel
+    found = {name: value for name, value in state.items() if name != "n_averaged"}  # of AveragedModel
+    outer, inner = _prefix(found), _prefix(own)
+    found = {inner + name.removeprefix(outer): value for name, value in found.items()}
     for name in own:
         if name.endswith("num_batches_tracked"):
             found.setdefault(name, torch.tensor(0))

@@ -287,15 +287,20 @@ def prefixed(state: dict[str, torch.Tensor], before: str) -> dict[str, torch.Ten
     return {before + name: value for name, value in state.items()}
 
 
-@pytest.mark.parametrize("form", ["bare", "module", "compiled", "ema", "old"])
+@pytest.mark.parametrize("form", ["bare", "module", "compiled", "ema", "lightning", "old"])
 def test_forms_of_weights(form: str, tmp_path: Path) -> None:
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5))
+    def network_of(classes: int) -> nn.Module:  # its own names have a prefix, too
+        layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, classes))
+        return nn.Sequential(OrderedDict(net=layers))
+
+    network = network_of(5)
     state = network.state_dict()
     document: Any = {
         "bare": state,  # an OrderedDict with the attribute `_metadata`
         "module": {"epoch": 3, "state_dict": OrderedDict(prefixed(state, "module.")), "arch": "x"},
         "compiled": {"model": prefixed(state, "module._orig_mod.")},
         "ema": {"ema": {**prefixed(state, "module."), "n_averaged": torch.tensor(7)}},
+        "lightning": {"hyper_parameters": {"lr": 0.1}, "state_dict": prefixed(state, "model.")},
         "old": {name: value for name, value in state.items() if "num_batches" not in name},
     }[form]
     path = tmp_path / "weights.pth"
@@ -303,8 +308,7 @@ def test_forms_of_weights(form: str, tmp_path: Path) -> None:
     found, head = weights.match(network, weights.read(path), str(path))
     assert head == ()
     assert checkpoint.digest(found) == checkpoint.digest(dict(state))
-    other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 9))
-    assert weights.match(other, weights.read(path), str(path))[1] == ("3.weight", "3.bias")
+    assert weights.match(network_of(9), weights.read(path), str(path))[1] == ("net.3.weight", "net.3.bias")
 
 
 def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
