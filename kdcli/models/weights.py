@@ -64,7 +64,7 @@ def _read(path: Path) -> Any:
 
 def _prefix(names: Iterable[str]) -> str:
     """Modules that all names begin with: "module." of "module.conv.weight" and "module.fc.weight"."""
-    return re.sub(r"[^.]*$", "", os.path.commonprefix([*names]))
+    return re.sub(r"[^.]*$", "", os.path.commonprefix([*names]))  # noqa: RUF071
 
 
 def match(
