@@ -144,9 +144,9 @@ def training_flops(pair: Pair) -> int:
     height, width, channels = pair.splits.train.input_size
     prepared = torch.zeros(1, channels, height, width)
     first = next(module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear))
-    whole, head = (count_network(each, prepared).macs for each in (network, first))
-    assert whole is not None and head is not None
-    return 2 * (3 * whole - head)
+    whole, stem = (count_network(each, prepared).macs for each in (network, first))
+    assert whole is not None and stem is not None
+    return 2 * (3 * whole - stem)
 
 
 def matmul_peak(dtype: torch.dtype) -> float:

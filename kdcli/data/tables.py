@@ -23,7 +23,6 @@ TABLE_HINT = (
     "paths are relative to its folder."
 )
 _BATCH_ROWS = 64
-_LISTED = 10  # missing files in a message
 
 
 class Row(NamedTuple):
@@ -62,7 +61,7 @@ class TableSource(Source):
             digest.update(f"{row.image}\0{status.st_size}\0{changed_ns}\0".encode("utf-8", "surrogateescape"))
             self.total += 1
         if missing:
-            listed = ", ".join(missing[:_LISTED]) + (", …" if missing[_LISTED:] else "")
+            listed = ", ".join(missing[:10]) + ", …" * (len(missing) > 10)
             raise KdError(f"{self.path} lists missing files ({len(missing):,}): {listed}", TABLE_HINT)
         return digest.hexdigest()
 
