@@ -2,10 +2,9 @@
 
 Real runs on scikit-learn's digits: one method is compared with itself.
 
-- Paired, as `kd compare` does it: a second name for the method, the same seeds. All differences must be 0.
-- Independent: the second name has seeds of its own, so that its runs differ by all the chance there is in training.
-  Of 200 comparisons of 5 seeds each, at most 7 % may call it better or worse; 5 % are expected.
-- The same runs, 10 seeds a comparison, the second name's accuracies raised by one standard deviation of the paired
+- Independent seeds: the two sides differ by all the chance there is in training.
+  Of 200 comparisons of 5 seeds each, at most 7 % may call one better or worse; 5 % are expected.
+- The same runs, 10 seeds a comparison, the second side's accuracies raised by one standard deviation of the paired
   differences: how often is it called better? The noncentral t-distribution says 80 %.
 
     python benchmarks/compare_null.py                        # 200 comparisons, 4,000 runs: minutes on 2 cores
@@ -31,7 +30,7 @@ from typing import Any
 import typer
 
 SEEDS, MORE_SEEDS = 5, 10
-OTHER_SEEDS = 1_000_000  # where those of the second name begin
+OTHER_SEEDS = 1_000_000  # where those of the second side begin
 TRAIN: dict[str, Any] = {
     "data": "digits",
     "student": "convnet-tiny",
@@ -92,25 +91,6 @@ def pairs(number: int, asked: dict[str, Any]) -> list[tuple[float, float]]:
     ]
 
 
-def paired(asked: dict[str, Any]) -> list[float]:
-    """Differences of a method and its second name by `kd compare` itself."""
-    from kdcli import methods
-    from kdcli.base.config import CompareConfig, make
-    from kdcli.studies.compare import compare, make_plan
-
-    own = methods.METHODS[asked["method"]]
-    methods.METHODS["twin"] = replace(own, name="twin")
-    settings = make(
-        CompareConfig,
-        {"methods": f"{own.name},twin", "seeds": SEEDS, "out": asked["folder"], "baseline": own.name},
-    )
-    train = {**TRAIN, "epochs": asked["epochs"], "teacher": asked["teacher"], "cache_dir": asked["cache"]}
-    found = compare(make_plan(settings, train), digits(asked["images"]))
-    difference = found.standings[1].difference
-    assert difference is not None
-    return [value for _, value in difference.by_seed]
-
-
 def claims(found: list[list[float]], resolution: float) -> dict[str, float]:
     """Shares of verdicts, per cent."""
     from kdcli.studies.compare.stats import summary, verdict
@@ -151,7 +131,6 @@ def main(
             "teacher": "",
         }
         asked["teacher"] = teacher_of(asked)
-        twins = paired(asked)
         with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
             futures = [pool.submit(pairs, number, asked) for number in range(comparisons)]
             runs = []
@@ -173,14 +152,13 @@ def main(
     print(
         f"{method}, {images} digits, {epochs} epochs: {mean:.2f} % right, differences of independent pairs have "
         f"deviation {deviation:.2f} points\n"
-        f"the same seeds under two names: differences {sorted(set(twins))}\n"
         f"no difference, {SEEDS} seeds: {100 - few['inconclusive']:.1f} % of {comparisons} comparisons claim one "
         f"(5 ± {error:.1f} expected, at most 7 wanted)\n"
         f"no difference, {MORE_SEEDS} seeds: {100 - more['inconclusive']:.1f} %\n"
         f"one standard deviation more, {MORE_SEEDS} seeds: {planted['better']:.1f} % say better (80 expected)\n"
         f"{time.perf_counter() - begun:.0f} s"
     )
-    if any(twins) or few["inconclusive"] < 93:
+    if few["inconclusive"] < 93:
         sys.exit(1)
 
 

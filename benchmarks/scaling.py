@@ -56,21 +56,17 @@ def cases(axes: list[str], full: bool) -> list[dict[str, Any]]:
 
 
 def write_images(path: Path, count: int, side: int) -> None:
-    """Random-looking images as .npy, written in pieces: they need not fit into memory."""
+    """Random images as .npy, written in parts: they need not fit into memory."""
     size = count * side * side * 3
     if shutil.disk_usage(path.parent).free < 1.1 * size:
         sys.exit(
             f"error: {path.parent} has no room for {size / 1e9:.1f} GB\nhint: name another folder with --workdir"
         )
-    block = np.random.default_rng(0).integers(0, 256, 1 << 24, dtype=np.uint8)
-    with path.open("wb") as handle:
-        about = {"descr": "|u1", "fortran_order": False, "shape": (count, side, side, 3)}
-        np.lib.format.write_array_header_1_0(handle, about)
-        left, turn = size, 0
-        while left > 0:
-            piece = np.roll(block, 977 * turn)[: min(left, len(block))]
-            handle.write(piece.tobytes())
-            left, turn = left - len(piece), turn + 1
+    images = np.lib.format.open_memmap(path, "w+", np.uint8, (count, side, side, 3))
+    random = np.random.default_rng(0)
+    for start in range(0, count, 1000):
+        part = images[start : start + 1000]
+        part[:] = random.integers(0, 256, part.shape, np.uint8)
 
 
 def run_case(case: dict[str, Any], folder: Path) -> None:
@@ -163,12 +159,6 @@ def measure(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     return figures
 
 
-def exponent(rows: list[dict[str, Any]], axis: str, value: str) -> float:
-    """Slope of log value over log size between the smallest and the largest case."""
-    first, last = rows[0], rows[-1]
-    return math.log(last[value] / first[value]) / math.log(last[axis] / first[axis])
-
-
 def show(rows: list[dict[str, Any]]) -> None:
     """The table, and how each axis grows."""
     print(
@@ -186,7 +176,8 @@ def show(rows: list[dict[str, Any]]) -> None:
     for axis in AXES:
         chosen = [row for row in rows if row["axis"] == axis]
         if len(chosen) > 1:
-            print(f"{axis}: training time grows as n^{exponent(chosen, axis, 'training_s'):.2f}")
+            slope = [math.log(chosen[-1][name] / chosen[0][name]) for name in ("training_s", axis)]
+            print(f"{axis}: training time grows as n^{slope[0] / slope[1]:.2f}")
 
 
 def main(

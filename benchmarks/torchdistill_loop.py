@@ -3,10 +3,9 @@
 Its loss is alpha·CE + (1 − alpha)·temperature²·KL, so its alpha is kd's lamda. What is measured is what its own
 examples do in an epoch, less their meters and log lines, which only makes it faster.
 
-Up to 1.1.4 it could keep the teacher's outputs, one file an image (`cache_output`); 1.1.5 has taken that out. So d2
-runs where the installed version has it, and d3 hands the outputs to any version through what it offers for
-extensions: a registered dataset wrapper puts them into the batch, a registered forward function takes them out.
-Both need views that do not change, hence no random flip.
+Up to 1.1.4 it could keep the teacher's outputs, one file an image; 1.1.5 has taken that out. d3 hands them over
+through what it offers for extensions: a registered dataset wrapper puts them into the batch, a registered forward
+function takes them out. They need views that do not change, hence no random flip.
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import time
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +23,6 @@ from torch.utils.data import DataLoader, RandomSampler
 
 LABELS = {
     "d1": ("torchdistill", "teacher in the loop"),
-    "d2": ("torchdistill, its own cache warm", "no flip: the cache needs fixed views"),
     "d3": ("torchdistill, teacher outputs handed to it", "no flip; not its feature, see the docstring"),
 }
 _WRAPPER, _FORWARD = "GivenTeacherOutputs", "given_teacher_outputs"
@@ -36,10 +32,6 @@ def reason_against(key: str) -> str | None:
     """Why a side cannot run here, in a line; None if it can."""
     if importlib.util.find_spec("torchdistill") is None:
         return f"{key} left out, torchdistill is missing: pip install 'kdcli[bench]'"
-    wrapper = importlib.import_module("torchdistill.datasets.wrapper")
-    if key == "d2" and not hasattr(wrapper, "CacheableDataset"):
-        version = metadata.version("torchdistill")
-        return f"d2 left out, torchdistill {version} has no output cache; 1.1.4 is the last one that has"
     return None
 
 
@@ -48,7 +40,7 @@ class TorchdistillLoop:
 
     keeps_memory = False
 
-    def __init__(self, key: str, pair: Pair, rows: Int64, workers: int, scratch: Path) -> None:
+    def __init__(self, key: str, pair: Pair, rows: Int64, workers: int) -> None:
         self.key = key
         self.label, self.note = LABELS[key]
         self.pair = pair
@@ -59,9 +51,7 @@ class TorchdistillLoop:
         }
         dataset = pair.dataset(rows, flip=key == "d1")
         forward = "forward_batch_only"
-        if key == "d2":
-            loader["cache_output"] = str(scratch / "torchdistill")
-        elif key == "d3":
+        if key == "d3":
             _register()
             outputs = _outputs_of(pair, dataset)
             loader["dataset_wrapper"] = {"key": _WRAPPER, "kwargs": {"outputs": outputs}}
@@ -84,7 +74,7 @@ class TorchdistillLoop:
         return loss
 
     def warm_up(self) -> None:
-        """One epoch, which fills the cache of d2."""
+        """One epoch."""
         self.round()
 
     def round(self) -> Timing:

@@ -11,7 +11,6 @@ The losses of all sides are compared on the same images before anything is timed
     b   the bare student step on tensors made beforehand
     c   a naive loop: teacher in every step, PIL images, DataLoader
     d1  torchdistill, teacher in the loop
-    d2  torchdistill, its own output cache warm (1.1.4 is the last version that has one)
     d3  torchdistill, the teacher's outputs handed to it through its extension points
     e   the bare student step, compiled; only if asked for
 """
@@ -36,7 +35,7 @@ from kdcli.base import runtime
 from kdcli.base.events import Event, Note
 from kdcli.data import Splits
 
-SIDES = ("a", "b", "c", "d1", "d2", "d3", "e")
+SIDES = ("a", "b", "c", "d1", "d3", "e")
 SLOW = ("c", "d1")  # a teacher in every step
 TOLERANCE = 1e-3  # relative, between two ways to compute the same loss in float32
 TEST_IMAGES = 512
@@ -130,7 +129,7 @@ def _sides_of(
             log(reason)
         else:
             own = some if key in SLOW else rows
-            sides.append(TorchdistillLoop(key, pair, own, workers, scratch))
+            sides.append(TorchdistillLoop(key, pair, own, workers))
     return sides, "32" if precision == "auto" else precision
 
 

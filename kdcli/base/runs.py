@@ -26,7 +26,7 @@ def run_folders(place: Path = RUNS) -> list[Path]:
         for path in place.glob("*")
         if (path / "config.toml").is_file() and not path.is_symlink() and not path.name.startswith(".")
     ]
-    return sorted(found, key=lambda path: max(file.lstat().st_mtime for file in path.iterdir()))
+    return sorted(found, key=lambda path: path.stat().st_mtime)  # files are renamed into place
 
 
 def state(run: Path) -> State:

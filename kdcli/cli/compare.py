@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from kdcli.data import Splits
     from kdcli.studies.compare import Comparison, Plan
 
-_PER_RUN = {"method", "seed", "runs_dir", "devices"}
-WITHOUT = _PER_RUN | {"assistant", "generations"}  # settings of kd train; a comparison trains single students
+_SET_BY_COMPARE = {"method", "seed", "runs_dir", "devices"}
+WITHOUT = _SET_BY_COMPARE | {"assistant", "generations"}  # of kd train; a comparison trains single students
 _WITH_RESUME = {"csv", "markdown"}
 EPILOG = examples(
     "kd compare --methods ce,logits,kd --seeds 5 --data digits --epochs 20",
@@ -81,7 +81,7 @@ def run_comparison(
         output.note_ignored(train, sorted(set.intersection(*unread)), "with these methods")
         if recipe:  # without the method and seed of a run's config.toml, and values derived from them
             shared = read_recipe(recipe, {**train, "method": None})
-            shared = {name: value for name, value in shared.items() if name not in {"name", *_PER_RUN}}
+            shared = {name: value for name, value in shared.items() if name not in {"name", *_SET_BY_COMPARE}}
             train = {**shared, **train}
         given = make(TrainConfig, train)
         parts = (part for name in settings.methods for part in methods.parse(name))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kdcli.base import units
-from kdcli.base.config import ReportConfig
+from kdcli.base.config import ReportConfig, shell_command
 from kdcli.base.errors import UsageError
 from kdcli.base.files import write_text
 from kdcli.cli import output
@@ -47,7 +47,15 @@ def report(
     folders = gather.folders(named)
     exports = () if runs else tuple(sorted(Path("exports").glob("*.onnx")))
     comparisons = gather.comparisons(named)
-    made = make_report(folders, config, others=exports, comparisons=comparisons, on_event=output.on_event)
+    typed = {name: getattr(config, name) for name in config.model_fields_set}
+    made = make_report(
+        folders,
+        config,
+        command=shell_command("report", typed, *(runs or ())),
+        others=exports,
+        comparisons=comparisons,
+        on_event=output.on_event,
+    )
     write_text(config.output, made.html)
     _show(made, config)
 

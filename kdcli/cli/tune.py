@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdcli import methods
+from kdcli.base import code
 from kdcli.base.config import make, option_flag, shell_command
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.recipes import read_recipe
@@ -54,6 +55,9 @@ def tune(
     if importlib.util.find_spec("optuna") is None:
         raise UsageError("kd tune needs Optuna, which is not installed", "pip install 'kdcli[tune]'")
     ranges = ranges or []
+    for text in ranges:
+        if text.startswith(("student=", "teacher=")):
+            code.allow(*text.partition("=")[2].split("|"))
     tuned = spaces.names_of(ranges)
     shared: dict[str, Any] = {}
     if recipe:  # without values that were derived from a tuned setting, and a run's devices

@@ -20,7 +20,8 @@ Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 # Counters of different purposes differ, so that their random numbers are independent.
-FLIP, CROP, ORDER, NOISE, SPLIT, CUTOUT, MIX, DROPOUT, CONTRAST, RESIZED_CROP, JITTER, RANDAUGMENT = range(12)
+FLIP, CROP, ORDER, NOISE, _, CUTOUT, MIX, DROPOUT, CONTRAST, RESIZED_CROP, JITTER, RANDAUGMENT = range(12)
+SPLIT_EPOCH = 4  # the epoch of `order` with seed 0 that divides images; another one would move all splits
 CROP_PADDING = 4
 GREY = 128  # fill value of cutout
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -119,26 +119,13 @@ def changed_test_images(provenance: Mapping[str, Any], test: ImageSet) -> str | 
     return "These are not the test images that were measured when the run ended."
 
 
-class Description(Protocol):
-    """Classes and images of a model by its file, see `models.Classifier`."""
-
-    @property
-    def classes(self) -> tuple[str, ...]: ...
-    @property
-    def input_size(self) -> tuple[int, int, int]: ...
-    @property
-    def any_size(self) -> bool: ...
-    @property
-    def provenance(self) -> Mapping[str, Any]: ...
-
-
-def knows_names(model: Description) -> bool:
+def knows_names(model: Any) -> bool:
     """Whether a model's class names are known: mere numbers are if they come from data or from a list of names."""
     numbers = tuple(str(number) for number in range(len(model.classes)))
     return model.classes != numbers or not {"data", "class_names"}.isdisjoint(model.provenance)
 
 
-def other_classes(model: Description, data: ImageSet) -> str | None:
+def other_classes(model: Any, data: ImageSet) -> str | None:
     """Difference of a model's classes from those of a data set, as `has 10 classes, the data has 3`; None without.
 
     Class names and their order count, not only their number: with other classes the figures would mean nothing.
@@ -153,7 +140,7 @@ def other_classes(model: Description, data: ImageSet) -> str | None:
     return f"has a class {own!r} where the data has {other!r}"
 
 
-def incompatibility(model: Description, data: ImageSet) -> str | None:
+def incompatibility(model: Any, data: ImageSet) -> str | None:
     """Reason why a model does not fit a data set; None if it fits. See `other_classes`.
 
     A model of any size takes grey images as RGB.

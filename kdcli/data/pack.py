@@ -26,6 +26,7 @@ from kdcli.data.images import ImageSet, Splits, fingerprint_of, overlap_of
 FORMAT_VERSION = 6  # raise it when packing gives other pixels, or images other splits
 FALLBACK_SIZE = 32
 _BLOCK = 64 << 20  # bytes of pixels with a SHA-256 of their own
+_ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _verified: set[tuple[object, ...]] = set()  # entries, by place and state of their files
 
 
@@ -142,7 +143,12 @@ class Cache:
             return Packed(
                 parts, meta["label"], tuple(meta["notes"]), meta["overlap"], meta.get("test_fraction")
             )
-        except (KdError, OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
+        except (KdError, OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+            cause = error.__cause__ or error
+            if isinstance(cause, OSError) and not isinstance(cause, _ABSENT):  # such as too many open files
+                raise KdError(
+                    f"cannot read {self.folder}: {reason(cause)}", "Choose another place with --cache-dir."
+                ) from error
             if self.folder.exists():
                 self._on_event(Note(f"the packed images in {self.folder} are damaged and are packed anew"))
                 shutil.rmtree(self.folder, ignore_errors=True)

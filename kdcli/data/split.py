@@ -34,7 +34,7 @@ def split_validation(labels: Int64, fraction: float, own: int = 0) -> tuple[Int6
         return np.arange(len(labels) - own), np.arange(len(labels) - own, len(labels))
     least = 1 if fraction > 0 else 0
     samples = np.arange(len(labels))
-    shuffled = augment.order(0, augment.SPLIT, samples)
+    shuffled = augment.order(0, augment.SPLIT_EPOCH, samples)
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     counts = np.unique(labels, return_counts=True)[1]
     starts = np.cumsum(counts) - counts

@@ -103,9 +103,8 @@ class TeacherOutputs:
             return logits.to(self.device, non_blocking=True), None
         if self.live is None:
             return None, None
-        if self.stages:
-            return self.live.features(batch.images, epoch, batch.samples)
-        return self.live(batch.images, epoch, batch.samples).to(self.device), None
+        found, features = self.live(batch.images, epoch, batch.samples)
+        return found.to(self.device), features
 
 
 def make_teacher_outputs(plan: RunPlan, on_event: OnEvent, stop: StopFlag) -> TeacherOutputs:

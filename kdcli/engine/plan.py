@@ -135,9 +135,8 @@ def open_run(plan: RunPlan, student: Classifier) -> tuple[RunPlan, RunDir]:
     if world.first:
         sample = plan.train_samples[: config.batch_size]
         images = torch.from_numpy(rows.take(plan.train.images, sample)).to(world.device)
-        precision, step_ms = runtime.choose_precision(
-            config.precision, student.network, student.prepare(images), len(student.classes)
-        )
+        prepared = student.prepare(images)
+        precision, step_ms = runtime.choose_precision(config.precision, student.network, prepared)
         config = config.model_copy(update={"precision": precision})
         environment = {**plan.environment, "precision": precision, "precision_step_ms": step_ms}
         made = RunDir.create(config, environment, plan.derived, plan.chain), config

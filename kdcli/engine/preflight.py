@@ -1,7 +1,6 @@
 """Accuracy and calibration of the teacher, measured before training."""
 
 import hashlib
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -72,7 +71,7 @@ def check_teacher(
 
 def _sample(samples: Int64, count: int) -> Int64:
     """At most `count` of the samples, at random: they may be sorted by class."""
-    return np.sort(augment.order(0, augment.SPLIT, samples)[:count])
+    return np.sort(augment.order(0, augment.SPLIT_EPOCH, samples)[:count])
 
 
 def warning_of(plain: float, views: float, steps: int) -> str | None:
@@ -109,9 +108,9 @@ def _plain_logits(plan: RunPlan, samples: Int64, on_event: OnEvent) -> Tensor:
     def run() -> dict[str, Tensor]:
         if teacher.has_stored:
             return {"logits": teacher.logits(train, on_event=on_event)[0].logits(samples)}
-        live = partial(teacher.live(), epoch=0, samples=samples)
+        live = teacher.live()
         logits = models.predict_logits(
-            lambda images: live(images.to(plan.world.device)),
+            lambda images: live(images.to(plan.world.device), 0, samples)[0],
             train.images,
             samples,
             task="teacher on a sample of plain images",

@@ -160,7 +160,8 @@ def make_adapters(
     extractor.remove()
     student.train()
     assert outputs.live is not None
-    _, features = outputs.live.features(images, 0, plan.train_samples[:1].repeat(2))
+    _, features = outputs.live(images, 0, plan.train_samples[:1].repeat(2))
+    assert features is not None
     shapes = (Shapes.of(maps, embedding), Shapes.of(features.stages, features.embedding))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed ^ _ADAPTER_SEED)

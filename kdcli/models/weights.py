@@ -77,8 +77,9 @@ def match(
     """
     own = network.state_dict()
     found = {name: value for name, value in state.items() if name != "n_averaged"}  # of AveragedModel
-    outer, inner = _prefix(found), _prefix(own)
-    found = {inner + name.removeprefix(outer): value for name, value in found.items()}
+    if not found.keys() <= own.keys():
+        outer, inner = _prefix(found), _prefix(own)
+        found = {inner + name.removeprefix(outer): value for name, value in found.items()}
     for name in own:
         if name.endswith("num_batches_tracked"):
             found.setdefault(name, torch.tensor(0))

@@ -161,7 +161,7 @@ def pareto(rows: Sequence[Row], target: Target, size: tuple[float, float] = (7.2
         axes.set_xscale("log")
         front = pareto_front(known)
         axes.plot(*_coordinates(front), color=FRONT, linewidth=1.5, zorder=1)
-        for engine, colour in (("torch", ORANGE), ("onnxruntime", BLUE)):
+        for engine, colour in (("torch", ORANGE), ("compiled", GREEN), ("onnxruntime", BLUE)):
             own = [row for row in known if row.engine == engine]
             if not own:
                 continue

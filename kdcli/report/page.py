@@ -59,6 +59,7 @@ def make_report(
     folders: Sequence[Path],
     config: ReportConfig,
     *,
+    command: str = "kd report",
     others: Sequence[Path] = (),
     comparisons: Sequence[Path] = (),
     speed: Speed | None = None,
@@ -67,6 +68,7 @@ def make_report(
     """Read runs, measure models, and make the page; a KdError if no run is finished.
 
     Args:
+        command: what the page names as the command that makes it.
         others: further models to time beside the students, as exported files.
         comparisons: folders of kd compare, for a section each.
         speed: a benchmark that has been made already.
@@ -98,7 +100,7 @@ def make_report(
         **choose(sections),
         left_out=reason_groups(left_out),
         comparisons=[_comparison(f"comparison-{n}", *pair) for n, pair in enumerate(compared, 1)],
-        command=_command(sections, [path for path, _ in compared], config.output),
+        command=command,
         speed=speed,
         speed_rows=timed,
         front=[row.path for row in figures.pareto_front(known)],
@@ -228,14 +230,6 @@ def _class_counts(cells: Sequence[tuple[int, int, int]]) -> Counter[int]:
     for true, _, count in cells:
         counts[true] += count
     return counts
-
-
-def _command(sections: Sequence[Examined], compared: Sequence[Path], output: Path) -> str:
-    """The command that makes this page; a comparison stands for its runs."""
-    parents = {path.resolve() for path in compared}
-    folders = [section.run.folder for section in sections]
-    runs = [folder for folder in folders if parents.isdisjoint(folder.resolve().parents)]
-    return join(["kd", "report", *(path.as_posix() for path in (*compared, *runs)), "-o", output.as_posix()])
 
 
 def _run_summary(section: Examined) -> dict[str, Any]:

@@ -198,7 +198,7 @@ def _flag(model: Any) -> Callable[[str], str]:
 def sample_of(data: ImageSet, count: int = _SAMPLE) -> npt.NDArray[np.int64]:
     """At most `count` labelled images, equally many of each class if there are, in any first part of them too."""
     labelled = np.flatnonzero(data.labels != NO_LABEL)
-    shuffled = labelled[augment.order(0, augment.SPLIT, np.arange(len(labelled)))]
+    shuffled = labelled[augment.order(0, augment.SPLIT_EPOCH, np.arange(len(labelled)))]
     by_class = shuffled[np.argsort(data.labels[shuffled], kind="stable")]
     _, starts, sizes = np.unique(data.labels[by_class], return_index=True, return_counts=True)
     rank = np.arange(len(by_class)) - np.repeat(starts, sizes)  # of each image in its class

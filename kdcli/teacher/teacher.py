@@ -28,44 +28,16 @@ from kdcli.models.foreign import explain
 from kdcli.models.reproducible import DropoutKeys, use_sample_dropout
 from kdcli.teacher.cache import CachedLogits, LogitCache, weighted_mean
 from kdcli.teacher.member import Member, TeacherPass
-from kdcli.teacher.runner import Engine, Forward, forward_of, run_in_torch
+from kdcli.teacher.runner import Engine, forward_of, run_in_torch
 from kdcli.teacher.stored import only_probabilities, stored_views
 
 _CACHE_VERSION = 4
 _ONNX = {"version": 3, "class_names": ""}  # of the reading of ONNX files; class names count by their content
 
 
-@dataclass(frozen=True)
-class LiveTeacher:
-    """Models that run on each batch as the student sees it; without gradient.
-
-    `features_of` of the only model gives logits, maps of each stage, embedding; None without named stages.
-    """
-
-    forwards: tuple[Forward, ...]  # of each model, uint8 (B, H, W, C) → logits float32 (B, classes)
-    weights: tuple[float, ...]  # of each model's logits
-    keys: tuple[DropoutKeys, ...]  # of each model's dropout, where that is on
-    features_of: Callable[[Tensor], tuple[Tensor, list[Tensor], Tensor]] | None
-
-    def __call__(self, images: Tensor, epoch: int, samples: npt.NDArray[np.int64]) -> Tensor:
-        """Images uint8 (B, H, W, C) → the weighted mean of the models' logits (B, classes)."""
-        self._key_dropout(images, epoch, samples)
-        with torch.inference_mode():
-            parts = [forward(images) for forward in self.forwards]
-        # a copy: inference tensors allow no backward
-        return weighted_mean([part.clone() for part in parts], self.weights)
-
-    def features(self, images: Tensor, epoch: int, samples: npt.NDArray[np.int64]) -> tuple[Tensor, Features]:
-        """Logits (B, classes) and features, of a teacher of one model that was made with stages."""
-        assert self.features_of is not None
-        self._key_dropout(images, epoch, samples)
-        with torch.no_grad():
-            logits, maps, embedding = self.features_of(images)
-        return logits.float(), Features(tuple(stage.float() for stage in maps), embedding.float())
-
-    def _key_dropout(self, images: Tensor, epoch: int, samples: npt.NDArray[np.int64]) -> None:
-        for keys in self.keys:
-            keys.step(epoch, samples, images.device)
+# images uint8 (B, H, W, C), epoch, samples (B,) → the weighted mean of the models' logits, float32 (B, classes), and,
+# of one model with named stages, features; without gradient
+LiveTeacher = Callable[[Tensor, int, npt.NDArray[np.int64]], tuple[Tensor, Features | None]]
 
 
 @dataclass
@@ -212,16 +184,23 @@ class Teacher:
                 use_sample_dropout(model, dropout_keys[-1])
             engine = Engine("torch", precision) if isinstance(model, Classifier) else Engine("file")
             forwards.append(forward_of(model, engine))
-        if stages:
+        if stages:  # a teacher of one model, see `stages`
             extract = run_in_torch(model, FeatureExtractor(model.network, stages), precision)
 
-            def features_of(images: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-                logits, maps, embedding = extract(images)
-                return model.to_classes(logits), maps, embedding
+        def run(images: Tensor, epoch: int, samples: npt.NDArray[np.int64]) -> tuple[Tensor, Features | None]:
+            for keys in dropout_keys:
+                keys.step(epoch, samples, images.device)
+            if stages:
+                with torch.no_grad():
+                    logits, maps, embedding = extract(images)
+                    found = Features(tuple(stage.float() for stage in maps), embedding.float())
+                    return model.to_classes(logits).float(), found
+            with torch.inference_mode():
+                parts = [forward(images) for forward in forwards]
+            # a copy: inference tensors allow no backward
+            return weighted_mean([part.clone() for part in parts], self.weights), None
 
-        return LiveTeacher(
-            tuple(forwards), self.weights, tuple(dropout_keys), features_of if stages else None
-        )
+        return run
 
     def logits(
         self,

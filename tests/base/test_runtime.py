@@ -25,13 +25,13 @@ def test_precision_is_measured_and_leaves_network_and_chance_alone() -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    chosen, timings = runtime.choose_precision("auto", network, example, 3)
+    chosen, timings = runtime.choose_precision("auto", network, example)
     assert chosen in ("32", "bf16")
     assert set(timings) == {"32", "bf16"}
     assert torch.equal(torch.rand(1), expected)
     assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
     assert all(parameter.grad is None for parameter in network.parameters())
-    assert runtime.choose_precision("bf16", network, torch.zeros(1, 3, 2, 2), 3) == ("bf16", {})
+    assert runtime.choose_precision("bf16", network, torch.zeros(1, 3, 2, 2)) == ("bf16", {})
 
 
 class _SlowInBf16(nn.Module):
@@ -54,7 +54,7 @@ class _SlowInBf16(nn.Module):
 
 def test_a_slow_precision_is_measured_once() -> None:
     network = _SlowInBf16()
-    chosen, _ = runtime.choose_precision("auto", network, torch.zeros(1, 3, 2, 2), 3)
+    chosen, _ = runtime.choose_precision("auto", network, torch.zeros(1, 3, 2, 2))
     assert chosen == "32"
     assert network.steps == ["32", "32", "bf16"]
 

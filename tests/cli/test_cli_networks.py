@@ -48,6 +48,8 @@ from torch import nn
 
 def make(classes=3):
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, classes))
+
+twin = make
 """
 
 
@@ -64,6 +66,7 @@ def test_function_of_the_user(kd: Kd, monkeypatch: pytest.MonkeyPatch) -> None:
         teacher[2].bias.copy_(torch.tensor([0.0, -54.0, -144.0]))
     torch.save(teacher.state_dict(), "b.pth")
     common = f"--data photos {SMALL}".split()
+    small = [*common[:-1], "0.2"]
     spec = ["--teacher", "brightness:make", "--teacher-weights", "b.pth", "--teacher-scale", "1"]
     Path("recipe.toml").write_text('teacher = ["brightness:make"]\nstudent = "brightness:make"\n')
     refused = kd("train", "--recipe", "recipe.toml", *common)
@@ -76,5 +79,9 @@ def test_function_of_the_user(kd: Kd, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(code.ALLOWED, "")
     refused = kd("test", "runs/kd-make-1")
     assert refused.code == 1 and "export KD_NETWORKS=brightness:make" in refused.err
+    searched = kd(
+        "tune", "--tune", "student=brightness:make|brightness:twin", *small, "--method", "ce", "--trials", "1"
+    )
+    assert searched.code == 0, searched
     monkeypatch.setenv(code.ALLOWED, "brightness:make")
     assert kd("test", "runs/kd-make-1").code == 0

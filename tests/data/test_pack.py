@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shlex
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdcli.base.errors import UsageError
+from kdcli.base.errors import KdError, UsageError
 from kdcli.base.events import Event, Note, Progress
 from kdcli.data import decode, load, pack, read_images
 from kdcli.data.images import Splits
@@ -145,6 +146,25 @@ def test_damaged_entries_are_rebuilt(damage: str, tmp_path: Path, read: Callable
         "meta.json", "test-images.npy", "test-labels.npy", "test-names.npy", "train-images.npy", "train-labels.npy",
         "train-names.npy",
     ]  # fmt: skip
+
+
+def test_entry_that_cannot_be_read_now_is_kept(
+    tmp_path: Path, read: Callable[..., Splits], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    path = write_tar(tmp_path / "x.tar", small_tree())
+    read(path)
+    entry = _entry(tmp_path / "cache")
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(KdError, match=r"cannot read .*: Too many open files"),
+    ):
+        patched.setattr(np, "load", load)
+        read(path)
+    assert entry.is_dir()
+    read(path)
 
 
 def test_a_changed_folder_is_packed_anew(tmp_path: Path, read: Callable[..., Splits]) -> None:

@@ -21,7 +21,7 @@ from kdcli.base.config import BenchConfig
 from kdcli.base.errors import KdError
 from kdcli.base.files import sha256_file
 from kdcli.data import Splits
-from kdcli.deploy.bench import BenchResult, Row, bench, latency, to_csv, to_markdown
+from kdcli.deploy.bench import BenchResult, Row, bench, benchmark, latency, to_csv, to_markdown
 from kdcli.deploy.bench.benchmark import candidates_of
 from kdcli.deploy.bench.footprint import measure_footprint
 from kdcli.deploy.bench.latency import Candidate, Runner, Timings, compare, measure, size_text
@@ -347,6 +347,17 @@ def test_compiled_engine(tmp_path: Path) -> None:
     compiled = [row for row in result.rows if row.engine == "compiled"]
     assert len(compiled) == 1 or "is not compiled here" in result.notes[0]
     assert all(row.footprint is None for row in result.rows)
+
+
+def test_teacher_that_no_engine_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(benchmark, "_torch_loader", refuse)
+    exported(tmp_path, classifier("convnet-tiny"))
+    with pytest.raises(KdError, match="teacher could not be run: model") as caught:
+        bench([tmp_path / "model.pt", tmp_path / "model.onnx"], BenchConfig(engine="compiled"))
+    assert "no C++ compiler" in caught.value.hint
 
 
 def test_size_text() -> None:

@@ -19,6 +19,7 @@ from kdcli.base.errors import KdError, UsageError
 from kdcli.cli import info, test
 from kdcli.data import preprocess
 from kdcli.deploy.export import export_classifier
+from kdcli.deploy.onnx_model.counts import count_model
 from kdcli.models.layers import summarize_layers
 from tests.helpers import command_line
 
@@ -145,6 +146,35 @@ def test_summary_of_shared_and_transposed_layers() -> None:
         ((4, 5, 7), 0, 4 * 35 * 2 * 9),
         ((6, 10, 15), 4 * 3 * 6 + 6, 35 * 4 * 3 * 6),  # each input value meets 3 channels of a 2×3 kernel
     ]
+
+
+@pytest.mark.parametrize(
+    ("operator", "inputs", "work"),
+    [
+        ("ConvTranspose", {"w": np.ones((3, 2, 2, 2), np.float32)}, 3 * 64 * 2 * 4),
+        ("ConvInteger", {"w": np.ones((4, 3, 3, 3), np.uint8)}, 4 * 36 * 3 * 9),
+        (
+            "QLinearConv",
+            {
+                "xs": np.float32(1), "xz": np.uint8(0), "w": np.ones((4, 3, 3, 3), np.uint8),
+                "ws": np.float32(1), "wz": np.uint8(0), "ys": np.float32(1), "yz": np.uint8(0),
+            },
+            4 * 36 * 3 * 9,
+        ),
+    ],
+)  # fmt: skip
+def test_work_of_further_operators(operator: str, inputs: dict[str, np.ndarray], work: int) -> None:
+    """Convolutions of 3 channels of 8×8 pixels: a transposed one (stride 1), and those of int8 files."""
+    kind = onnx.TensorProto.FLOAT if operator == "ConvTranspose" else onnx.TensorProto.UINT8
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node(operator, ["x", *inputs], ["y"])],
+        "g",
+        [onnx.helper.make_tensor_value_info("x", kind, ["n", 3, 8, 8])],
+        [onnx.ValueInfoProto(name="y")],
+        [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in inputs.items()],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+    assert count_model(model).macs == work
 
 
 def test_info_of_a_missing_model(run: Any, workplace: Path) -> None:

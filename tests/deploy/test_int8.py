@@ -190,9 +190,10 @@ def run(checkpoint: Path, splits: Splits = SPLITS, **settings: Any) -> Any:
     return export(models.load(checkpoint), ExportConfig.model_validate(given), splits)
 
 
+@pytest.mark.parametrize("batch", [None, 3])
 @pytest.mark.parametrize("factor", [0.5, 3.0])
 def test_auto_keeps_float32_where_int8_is_not_faster(
-    factor: float, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    factor: float, batch: int | None, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`factor`: how many times as fast int8 seems."""
 
@@ -202,8 +203,8 @@ def test_auto_keeps_float32_where_int8_is_not_faster(
         return np.tile([1.0] + [1 / factor] * (len(models) - 1), (41, 1))
 
     monkeypatch.setattr(int8, "measure_seconds", measure_seconds)
-    plain = run(checkpoint).path.read_bytes()
-    result = run(checkpoint, int8_recipe="auto")
+    plain = run(checkpoint, batch=batch).path.read_bytes()
+    result = run(checkpoint, int8_recipe="auto", batch=batch)
     assert len(result.trials) == 7
     assert len({one.recipe for one in result.trials}) == 7
     assert {one.speedup for one in result.trials} == {factor}
@@ -217,7 +218,7 @@ def test_auto_keeps_float32_where_int8_is_not_faster(
     else:
         [taken] = [one for one in result.trials if one.chosen]
         assert result.quantisation.recipe == taken.recipe
-        again = run(checkpoint, int8_recipe=taken.recipe)
+        again = run(checkpoint, int8_recipe=taken.recipe, batch=batch)
         assert [t.raw_data for t in onnx.load(again.path).graph.initializer] == [
             t.raw_data for t in onnx.load(result.path).graph.initializer
         ]

@@ -321,6 +321,9 @@ def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
         "w.pth does not fit the network: 2.bias is missing; extra is unknown; 0.weight is 6×3×3×3, not 4×3×3×3; "
         "0.bias is 6, not 4; 2.weight is 5×24, not 5×16"
     )
+    backbone = nn.Sequential(OrderedDict(features=network[0], flat=nn.Flatten(), fc=nn.Linear(16, 5)))
+    with pytest.raises(KdError, match=r"the network: fc\.weight is missing; fc\.bias is missing\n"):
+        weights.match(backbone, prefixed(network[0].state_dict(), "features."), "w.pth")
 
 
 def test_a_file_of_weights_is_not_run(tmp_path: Path) -> None:

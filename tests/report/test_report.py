@@ -45,6 +45,7 @@ def rows() -> list[Row]:
         replace(base, name="slow and bad", is_teacher=False, latency_ms=9.0, accuracy=50.0),
         replace(base, name="fast", is_teacher=False, latency_ms=1.0, accuracy=75.0, network_bytes=100),
         replace(base, name="unknown", accuracy=None),
+        replace(base, name="kernels", engine="compiled", is_teacher=False, latency_ms=5.0, accuracy=78.0),
     ]
 
 
@@ -89,7 +90,7 @@ def test_many_classes_are_all_named(count: int, tmp_path: Path) -> None:
 def test_pareto_names_models_and_finds_the_front(tmp_path: Path) -> None:
     report.pareto(rows(), tmp_path / "p.svg")
     shown = texts(tmp_path / "p.svg")
-    assert {"nin", "fast", "slow and bad", "torch"} <= set(shown)
+    assert {"nin", "fast", "slow and bad", "kernels", "torch", "compiled"} <= set(shown)
     assert "unknown" not in shown
     assert [row.name for row in report.pareto_front(rows()[:3])] == ["fast", "nin"]
 
@@ -109,7 +110,7 @@ def test_pareto_draws_the_intervals_there_are(tmp_path: Path) -> None:
 
 def test_figures_that_cannot_be_drawn(tmp_path: Path) -> None:
     with pytest.raises(KdError, match="no model's accuracy"):
-        report.pareto(rows()[3:], tmp_path / "p.svg")
+        report.pareto(rows()[3:4], tmp_path / "p.svg")
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(KdError, match="no finished epoch"):
         report.curves(tmp_path / "empty.jsonl", tmp_path / "c.svg")

@@ -363,6 +363,7 @@ def test_the_command_writes_the_page(project: Path, kd: Any) -> None:
     assert "median of n = 15; measured before this page (bench.json)" in text
     assert "Left out, not finished (no result.json): unfinished." in text
     assert "kd train --config runs/kd-1/config.toml" in text
+    assert f"kd report --output out/page.html --bench {bench_file(project).as_posix()} --threads 1" in text
 
 
 @pytest.mark.slow

@@ -489,6 +489,20 @@ def test_tune_full_disk_requeues_trial(
     assert [trial.state for trial in stored()] == [TrialState.FAIL, TrialState.WAITING]
 
 
+def test_tune_continues_after_an_error_in_the_first_trial(
+    workplace: Path, splits: Splits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(config: TrainConfig, *_: Any, **__: Any) -> None:
+        (config.runs_dir / config.name).mkdir(parents=True)
+        raise RuntimeError("of the user's network")
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError):
+        patched.setattr(search, "fit", fit)
+        search_for(splits, "lr=1e-3:1", trials=1)
+    assert Path("runs/toy/trial-0000").exists()
+    assert len(search_for(splits, "lr=1e-3:1", trials=1).trials) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "ranges", "said"),
     [

@@ -96,7 +96,7 @@ def test_a_teacher_of_more_classes(workplace: Path, suffix: str) -> None:
         opened = Teacher.open(path, Path("cache"), assumed=TeacherInputs(class_map=class_map), data=images)
         [found] = opened.logits(images, on_event=notes.append)
         assert opened.views_computed == computed
-        live = opened.live()(torch.from_numpy(images.images), 0, np.arange(30))
+        live, _ = opened.live()(torch.from_numpy(images.images), 0, np.arange(30))
         np.testing.assert_allclose(softmax(live.numpy()), softmax(found.logits().numpy()), atol=2e-3)
         return softmax(live.numpy())
 

@@ -211,7 +211,7 @@ class TrainSettings(DataSettings, TeacherInputSettings):
     )
     weight_decay: float = rare(0.0, "L2 penalty (adamw: decoupled).", OPTIMISER, ge=0, le=1)
     ema: Share = rare(0.0, "Decay of the moving average (EMA) of the weights; 0: none.", OPTIMISER)
-    width: float = setting(1.0, "Width multiplier of the student's channels.", METHOD, gt=0, le=100)
+    width: float = setting(1.0, "Width multiplier of the student's channels.", METHOD, gt=0, le=64)
     dropout: Share = rare(0.5, "Dropout rate of the student's dropout layers.", OPTIMISER)
 
     seed: Seed = setting(0, "Seed of initial weights, order, views and noise.", RUN)

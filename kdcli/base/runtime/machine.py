@@ -42,9 +42,7 @@ def keep_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def choose_precision(
-    wanted: str, network: nn.Module, example: Tensor, classes: int
-) -> tuple[str, dict[str, float]]:
+def choose_precision(wanted: str, network: nn.Module, example: Tensor) -> tuple[str, dict[str, float]]:
     """Resolve `auto` to `32` or `bf16` by timing training steps of a copy of the network; with the step times in ms.
 
     `example` is a prepared batch (B, C, H, W), on the network's device. No times if nothing was measured.
@@ -54,7 +52,7 @@ def choose_precision(
     device = example.device.type
     if device == "cpu":
         example = example[:_LARGEST_BATCH]
-    labels = torch.zeros(len(example), dtype=torch.long, device=example.device) % classes
+    labels = torch.zeros(len(example), dtype=torch.long, device=example.device)
     with torch.random.fork_rng(enabled=device == "cpu", devices=[]):
         trial = copy.deepcopy(network).train()
 

@@ -60,8 +60,8 @@ def bench(
     threads = runtime.set_threads(config.threads)
     # 1. Load the models and the test images.
     loaded, candidates, notes = _load_all(names, config, threads, on_event, skip=skip)
-    if not candidates:
-        raise KdError("no model could be run", " ".join(notes))
+    if not candidates or not candidates[0].row.is_teacher:
+        raise KdError(f"the teacher could not be run: {names[paths[0]]}", " ".join(notes))
     if images is None and config.data is not None:
         images = data.load(**data.source_for(_sized(loaded), config), on_event=on_event)
     # 2. Accuracy, then times.

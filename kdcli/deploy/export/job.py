@@ -161,7 +161,8 @@ class ExportJob:
         recipe = str(self.config.recipe)
         if recipe == "auto":
             inputs, logits = self.inputs(self.samples.selection), self.logits(self.samples.selection)
-            trials, quantised = int8.search(quantiser, float_content, inputs, logits, self.on_event)
+            dynamic = file_bytes(model, metadata)  # trials are timed with one image, whatever --batch is
+            trials, quantised = int8.search(quantiser, dynamic, inputs, logits, self.on_event)
             if quantised is None:
                 return float_content, None, trials
             recipe = next(trial.recipe for trial in trials if trial.chosen)

@@ -10,6 +10,10 @@ from kdcli.deploy.onnx_model.form import image_input
 from kdcli.models.layers import LayerSummary, ModelCounts
 
 _ML = "ai.onnx.ml"  # domain of scikit-learn's operators
+_WEIGHT_INPUT = {
+    "Conv": 1, "ConvInteger": 1, "ConvTranspose": 1, "QLinearConv": 3,
+    "Gemm": 1, "MatMul": 1, "MatMulInteger": 1, "QLinearMatMul": 3,
+}  # fmt: skip
 PREPROCESSING = "preprocess/"  # prefix of the names of preprocessing nodes in exported files
 
 
@@ -101,14 +105,15 @@ def _infer_shapes(model: onnx.ModelProto, image: tuple[int, ...]) -> dict[str, t
 
 
 def _macs(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int | None:
-    if node.domain == _ML:
+    if node.domain not in ("", "ai.onnx"):
         return None
-    if node.op_type not in ("Conv", "Gemm", "MatMul") or node.name.startswith(PREPROCESSING):
+    if node.op_type not in _WEIGHT_INPUT or node.name.startswith(PREPROCESSING):
         return 0
-    if any(name not in shapes for name in (*node.input[:2], node.output[0])):
+    weight = node.input[_WEIGHT_INPUT[node.op_type]]
+    if any(name not in shapes for name in (node.input[0], weight, node.output[0])):
         return None
-    outputs = math.prod(shapes[node.output[0]])
-    if node.op_type == "Conv":
-        return outputs * math.prod(shapes[node.input[1]][1:])  # weight (M, C/groups, kernel …)
+    inputs, outputs = math.prod(shapes[node.input[0]]), math.prod(shapes[node.output[0]])
+    if "Conv" in node.op_type:  # weight (M, C/groups, kernel …), transposed (C, M/groups, kernel …)
+        return (inputs if node.op_type == "ConvTranspose" else outputs) * math.prod(shapes[weight][1:])
     transposed = any(entry.name == "transA" and entry.i for entry in node.attribute)
     return outputs * shapes[node.input[0]][-2 if transposed else -1]

@@ -138,12 +138,12 @@ class Plan(Settings):
             raise KdError(f"{path}: {place}: {first['msg']}", "Start the comparison anew.") from error
         if stray := PER_RUN & plan.train.model_fields_set:
             raise KdError(f"{path}: train: {', '.join(sorted(stray))} differs between runs")
-        code = next((name for name in plan.methods if methods.is_custom(name) and name not in typed), None)
-        if code is not None:
+        custom = next((name for name in plan.methods if methods.is_custom(name) and name not in typed), None)
+        if custom is not None:
             raise UsageError(
-                f"{path} names the custom method {code}, which runs only if the command line names it",
+                f"{path} names the custom method {custom}, which runs only if the command line names it",
                 "If you trust its code, continue by the command that started the comparison: "
-                f"--methods …,{code} --name {folder.name}",
+                f"--methods …,{custom} --name {folder.name}",
             )
         plan.check()
         return plan

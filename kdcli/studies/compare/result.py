@@ -7,7 +7,7 @@ from pydantic import Field
 
 from kdcli import __version__
 from kdcli.base.config.settings import Seed
-from kdcli.base.results import Count, NonNegative, Percent, Table
+from kdcli.base.results import Count, NonNegative, Percent, Probability, Table
 from kdcli.base.tables import csv_text, markdown_cell, markdown_text
 from kdcli.data import overlap_warning
 from kdcli.engine import RunDir, read_result
@@ -42,7 +42,7 @@ class Difference(Summary):
     """A method's test accuracy less the baseline's, seed by seed, in points; seeds with both runs finished."""
 
     by_seed: list[tuple[Seed, Points]]  # (seed, difference) of each
-    p_holm: Percent | None = None  # p adjusted for all comparisons of this table that have one
+    p_holm: Probability | None = None  # p adjusted for all comparisons of this table that have one
 
 
 class Standing(Record):
@@ -72,7 +72,7 @@ class Comparison(Record):
     methods: list[str]
     seeds: list[Seed]
     baseline: str
-    level: Percent
+    level: Probability
     test_images: Count  # the step of an accuracy is 100 / test_images
     comparisons: Count  # of methods with the baseline, without those of incomplete runs
     teacher_passes: Count  # over a data set, of all runs together

@@ -59,9 +59,7 @@ def _common_settings(plan: Plan, data: Splits, on_event: OnEvent) -> CommonSetti
         device = torch.device(runtime.choose_device(config.accelerator))
         student = make_student(config, train, samples, device, on_event)
         pixels = torch.from_numpy(rows.take(train.images, samples[:batch_size])).to(device)
-        precision, _ = runtime.choose_precision(
-            "auto", student.network, student.prepare(pixels), len(train.classes)
-        )
+        precision, _ = runtime.choose_precision("auto", student.network, student.prepare(pixels))
     return CommonSettings(
         threads=threads, precision="bf16" if precision == "bf16" else "32", batch_size=batch_size
     )

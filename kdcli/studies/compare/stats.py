@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from kdcli.base.results import Percent
+from kdcli.base.results import Probability
 from kdcli.engine.records import Record
 
 BETTER, WORSE, INCONCLUSIVE = "better", "worse", "inconclusive"
@@ -31,7 +31,7 @@ class Summary(Record):
     mean: Points
     deviation: Points | None = None
     interval: Interval | None = None
-    p: Percent | None = None
+    p: Probability | None = None
 
 
 def summary(values: Sequence[float], resolution: float = 0.0) -> Summary:

@@ -62,9 +62,9 @@ def tune(config: TuneConfig, space: Space, data: Splits, *, on_event: OnEvent = 
         settings = _shared_settings(config, space, data)
         with files.locked(folder / ".lock", lambda: None):
             study = open_study(url, config.study_name, settings, config.pruner if comparable else "none")
-            trials = trials_of(study)
+            is_new = not study.get_trials(deepcopy=False)
             retry_killed(study)
-        if not trials and any(folder.glob("trial-*")):
+        if is_new and any(folder.glob("trial-*")):
             raise UsageError(
                 f"{folder} holds trials of a study that is not in the storage",
                 "Choose another --study, or remove it.",
