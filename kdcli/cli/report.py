@@ -47,7 +47,7 @@ def report(
     folders = gather.folders(named)
     exports = () if runs else tuple(sorted(Path("exports").glob("*.onnx")))
     comparisons = gather.comparisons(named)
-    typed = {name: getattr(config, name) for name in config.model_fields_set}
+    typed = config.model_dump(include=config.model_fields_set)
     made = make_report(
         folders,
         config,
