@@ -26,7 +26,14 @@ def run_folders(place: Path = RUNS) -> list[Path]:
         for path in place.glob("*")
         if (path / "config.toml").is_file() and not path.is_symlink() and not path.name.startswith(".")
     ]
-    return sorted(found, key=lambda path: path.stat().st_mtime)  # files are renamed into place
+    records = (
+        "config.toml",
+        "metrics.jsonl",
+        "result.json",
+    )  # other files may vanish while this looks at them
+    return sorted(
+        found, key=lambda run: max((run / name).stat().st_mtime for name in records if (run / name).is_file())
+    )
 
 
 def state(run: Path) -> State:

@@ -55,9 +55,6 @@ def tune(
     if importlib.util.find_spec("optuna") is None:
         raise UsageError("kd tune needs Optuna, which is not installed", "pip install 'kdcli[tune]'")
     ranges = ranges or []
-    for text in ranges:
-        if text.startswith(("student=", "teacher=")):
-            code.allow(*text.partition("=")[2].split("|"))
     tuned = spaces.names_of(ranges)
     shared: dict[str, Any] = {}
     if recipe:  # without values that were derived from a tuned setting, and a run's devices
@@ -67,6 +64,7 @@ def tune(
     config = make(TuneConfig, {**shared, **options})
     methods.check_typed(config, options.get("method"), str(recipe))
     space = spaces.read_space(ranges, config.train)
+    code.allow(*(str(value) for name in ("student", "teacher") for value in spaces.choices(space, name, "")))
     needs = any(
         part.needs_teacher for name in spaces.methods_of(space, config) for part in methods.parse(name)
     )

@@ -21,16 +21,19 @@ ENTRY = "0123456789abcdef" * 2
 def project(workplace: Path) -> Path:
     """A finished and an interrupted run, a link to a run elsewhere, and a cache; sizes are powers of ten."""
     outside = workplace / "outside"
-    for run in ("runs/done", "runs/cut", "outside"):
+    for number, run in enumerate(("runs/done", "runs/cut", "outside")):
         Path(run).mkdir(parents=True)
         Path(run, "config.toml").write_text('method = "kd"\nstudent = "lenet"\ndata = "digits"\n')
         Path(run, "last.pt").write_bytes(bytes(1_000))
+        for file in Path(run).iterdir():
+            os.utime(file, (number, number))
     for run in ("runs/done", "outside"):
         Path(run, "result.json").write_text('{"test": {"accuracy": 91.5}}')
+        os.utime(Path(run, "result.json"), (0, 0))
     Path("runs/done/last-000000005.pt").write_bytes(bytes(100))
+    os.utime("runs/done/last-000000005.pt", (0, 0))
     Path("runs/done/student.pt").write_bytes(bytes(10_000))
-    for number, run in enumerate(("runs/done", "runs/cut")):
-        os.utime(run, (number, number))
+    os.utime("runs/done/student.pt", (0, 0))
     Path("runs/link").symlink_to(outside)
     for kind in ("teacher", "data"):
         Path("cache", kind, ENTRY).mkdir(parents=True)
@@ -61,7 +64,7 @@ def test_runs_are_listed_the_newest_last(kd: Kd, project: Path) -> None:
     assert (listed[0]["accuracy"], listed[1]["accuracy"], listed[0]["bytes"]) == (91.5, None, size)
     for damaged in ("", "[", "[]", '{"test": 3}'):
         Path("runs/done/result.json").write_text(damaged)
-        assert json.loads(kd("runs", "--json").out)["runs"][0]["accuracy"] is None
+        assert json.loads(kd("runs", "--json").out)["runs"][-1]["accuracy"] is None
     assert kd("runs", "nothing").out == "no runs in nothing\n"
 
 
