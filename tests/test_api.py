@@ -181,9 +181,9 @@ def test_module_takes_pixels_as_set(photos: Splits) -> None:
     expected = module.eval()((images.permute(0, 3, 1, 2).float().flip(1) / 255 - mean) / 0.25)
     torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
     cases: list[tuple[Any, str]] = [
-        (lambda: kd.load_model(Small()), "a module needs data"),
-        (lambda: kd.predict(Small(), "x.png"), "a module needs data"),
-        (lambda: kd.distill(Brightness(), "convnet-tiny", "photos"), "a module needs data"),
+        (lambda: kd.load_model(Small()), "a torch.nn.Module needs data"),
+        (lambda: kd.predict(Small(), "x.png"), "a torch.nn.Module needs data"),
+        (lambda: kd.distill(Brightness(), "convnet-tiny", "photos"), "a torch.nn.Module needs data"),
         (
             lambda: kd.load_model(Small(7), data=photos),
             r"Small-.* gives \(2, 7\) for 2 images",
@@ -263,9 +263,9 @@ def test_errors_have_a_hint_and_leave_nothing(workplace: Path) -> None:
             "class_names",
         ),
         (lambda: kd.compare("ce", seed=3), "unknown setting: seed", "seeds"),
-        (lambda: kd.export("absent.pt", int8="small"), "int8", "See --help"),
-        (lambda: kd.distill(len, data=digits), "builtin_function_or_method is no model", "kd.load_model"),  # type: ignore[arg-type]
-        (lambda: kd.evaluate(digits, digits), "Splits is no model", "`student`"),  # type: ignore[arg-type]
+        (lambda: kd.export("absent.pt", int8="small"), "int8", "See --help-all"),
+        (lambda: kd.distill(len, data=digits), "builtin_function_or_method is not a model", "kd.load_model"),  # type: ignore[arg-type]
+        (lambda: kd.evaluate(digits, digits), "Splits is not a model", "`student`"),  # type: ignore[arg-type]
     ]
     for call, message, hint in cases:
         with pytest.raises(kd.KdError) as caught:

@@ -90,10 +90,10 @@ def _is_bare(model: Any) -> bool:
 def _classifier(module: object, data: Data | None, inputs: InputSettings = NO_ASSUMPTIONS) -> Classifier:
     if not isinstance(module, nn.Module):
         hint = "Pass a path, a torch.nn.Module, or what kd.load_model returns; of a run its `student`."
-        raise UsageError(f"{type(module).__name__} is no model", hint)
+        raise UsageError(f"{type(module).__name__} is not a model", hint)
     if not isinstance(data, Splits):
-        hint = "Pass the model that kd.load_model(module, data=kd.load_data(…)) returns."
-        raise UsageError("a module needs data, whose classes and images are its own", hint)
+        hint = "Pass data, or the model of kd.load_model(module, data=kd.load_data(…))."
+        raise UsageError("a torch.nn.Module needs data for its class names and input size", hint)
     return pretrained.of_module(module, data, inputs)
 
 
@@ -122,9 +122,9 @@ def path_of(model: Model, data: Data | None = None, inputs: InputSettings = NO_A
         return existing_model(typed(model))
     if isinstance(model, OnnxClassifier):
         if model.is_foreign and model.assumed.given:
-            hint = "Pass its path, and the settings of its input beside it."
+            hint = "Pass its path, and these settings to this function."
             raise UsageError(
-                f"{model.path} is read again here, without {', '.join(model.assumed.given)}", hint
+                f"{model.path} is loaded anew here, without {', '.join(model.assumed.given)}", hint
             )
         return model.path
     made = model if isinstance(model, Classifier) else _classifier(model, data, inputs)

@@ -46,6 +46,11 @@ def ignore(event: Event) -> None:
     """An `OnEvent` that drops everything."""
 
 
+def titled(title: str, on_event: OnEvent) -> OnEvent:
+    """Forward events, progress under a title."""
+    return lambda event: on_event(event.under(title) if isinstance(event, Progress) else event)
+
+
 def notes_once(on_event: OnEvent) -> OnEvent:
     """Forward events, each note only once."""
     noted: set[str] = set()

@@ -5,10 +5,10 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import stat
-import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -131,15 +131,11 @@ def atomic_path(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{target.name}."
     _clear_abandoned(target.parent, prefix)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=prefix + _owner(), suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = target.with_name(f"{prefix}{_owner()}{secrets.token_hex(4)}.tmp")
+    temporary.touch(exist_ok=False)
     try:
         yield temporary
         fsync_file(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 is for temporary files
         temporary.replace(target)
         fsync_directory(target.parent)
     except BaseException:
@@ -175,7 +171,9 @@ def scratch_folder(parent: Path) -> Path:
     """A new hidden folder in `parent` (created if missing), for the caller to rename or remove."""
     parent.mkdir(parents=True, exist_ok=True)
     _clear_abandoned(parent, ".")
-    return Path(tempfile.mkdtemp(dir=parent, prefix="." + _owner()))
+    folder = parent / f".{_owner()}{secrets.token_hex(4)}"
+    folder.mkdir()
+    return folder
 
 
 def _clear_abandoned(parent: Path, prefix: str) -> None:
@@ -233,7 +231,6 @@ def publish(scratch: Path, target: Path) -> None:
     for path in scratch.iterdir():
         fsync_file(path)
     fsync_directory(scratch)
-    scratch.chmod(0o755)
     scratch.rename(target)
     fsync_directory(target.parent)
 
@@ -261,5 +258,5 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically, keys in the order given, a list of plain values in one line."""
     text = json.dumps(value, indent=2, ensure_ascii=False)  # a line break in a string is escaped
-    text = re.sub(r"(?<=\[)\n\s+[^][{}]*?(?=\])", lambda found: re.sub(r"\n *", " ", found[0]).strip(), text)
+    text = re.sub(r"(?<=\[)\n\s+([^][{}]*?)\n\s*(?=\])", lambda found: re.sub(r"\n *", " ", found[1]), text)
     write_text(path, text + "\n")

@@ -49,11 +49,13 @@ RECIPES: dict[str, dict[str, Any]] = {
 def read_recipe(name: str, typed: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Settings of a recipe in `RECIPES` or of a TOML file, by kd train's options; UsageError if it cannot be read.
 
+    `views` of a recipe in `RECIPES` is for its augmentation: another one, `typed`, may have fewer.
     A run's config.toml lists in `filled` the settings that were derived from others. Where an option `typed` on the
     command line differs from the file, these are left out, and so derived again.
     """
     if name in RECIPES:
-        return dict(RECIPES[name])
+        other_views = "augment" in (typed or {})
+        return {key: value for key, value in RECIPES[name].items() if key != "views" or not other_views}
     path = Path(name)
     if path.suffix != ".toml":
         raise UsageError(f"unknown recipe: {name}", nearest(name, RECIPES, ", or a .toml file"))

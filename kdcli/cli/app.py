@@ -155,7 +155,7 @@ def _fail(error: KdError) -> NoReturn:
     from kdcli.cli import output
 
     if not error.hint:
-        error.hint = f"See: {' '.join(filter(None, ('kd', _command())))} --help"
+        error.hint = f"See: kd {command} --help-all" if (command := _command()) else "See: kd --help"
     output.settings.json |= "--json" in sys.argv  # not parsed yet where parsing failed
     output.error(error)
     sys.exit(error.exit_code)

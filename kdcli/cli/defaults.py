@@ -111,9 +111,10 @@ def _recorded_inputs(teachers: tuple[Path, ...], config: TrainConfig) -> dict[st
         return {}
     recorded = files.read_document(path)
     if recorded.get("sha256") != files.sha256_file(teachers[0]):
+        again = {"teacher": teachers[0], "data": config.data, "probe": True}
         raise KdError(
-            f"{path.as_posix()} is the input of another file than {teachers[0].as_posix()}",
-            f"Delete it, or measure again: {shell_command('validate', {'teacher': teachers[0], 'probe': True})}",
+            f"{path.as_posix()} was recorded for another content of {teachers[0].as_posix()}",
+            f"Delete it, or measure again: {shell_command('validate', again)}",
         )
     output.note(f"the input of {teachers[0].as_posix()} is as recorded in {path.as_posix()}")
     return {name: recorded[name] for name in INPUTS if name in recorded}

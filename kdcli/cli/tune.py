@@ -32,7 +32,8 @@ EPILOG = examples(
 
 @command(
     TuneConfig,
-    without=("assistant", "generations", "devices", "name"),  # a trial trains a single student in one process
+    # a trial trains a single student in one process, and is not resumed
+    without=("assistant", "generations", "devices", "name", "save_every", "keep"),
 )
 def tune(
     *,
@@ -73,7 +74,6 @@ def tune(
         raise UsageError(f"{option_flag(name)} is both set and tuned", "Leave one of them out.")
     if "method" not in tuned:
         output.note_ignored(options, methods.unread(config.method, options), f"with --method {config.method}")
-    output.note_ignored(options, ("save_every", "keep"), "in kd tune: an interrupted trial starts anew")
     again = _continue_command(ranges, recipe, options)
     from kdcli.engine.plan import load_data
     from kdcli.studies.tune import search

@@ -68,14 +68,17 @@ class Feed:
     def make(self, view: int, samples: Int64, weight: float, count: int) -> Minibatch:
         """One batch."""
         images = augment.make_view(self.augment_name, self._take, self.seed, view, samples, self.pool)
+        return Minibatch(samples, weight, count, images, *self.targets(view, samples))
+
+    def targets(self, view: int, samples: Int64) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Labels, and of mixed images the partners' labels and the own labels' shares; (B,) each."""
         labels = self.labels[torch.from_numpy(samples).to(self.device)]
-        size = (images.shape[1], images.shape[2])
+        size = self.data.input_size[:2]
         mixed = augment.mixing(self.augment_name, self.seed, view, samples, self.pool, size)
         if mixed is None:
-            return Minibatch(samples, weight, count, images, labels)
+            return labels, None, None
         others = self.labels[torch.from_numpy(mixed.partners).to(self.device)]
-        shares = torch.from_numpy(mixed.shares).to(self.device)
-        return Minibatch(samples, weight, count, images, labels, others, shares)
+        return labels, others, torch.from_numpy(mixed.shares).to(self.device)
 
     def _take(self, samples: Int64) -> Tensor:
         """Raw images uint8 (B, H, W, C), copied from the set, which may be a memory map."""

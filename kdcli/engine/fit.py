@@ -10,7 +10,7 @@ from kdcli import methods
 from kdcli.base import runtime
 from kdcli.base.config import TeacherInputSettings
 from kdcli.base.errors import Interrupted, KdError, UsageError
-from kdcli.base.events import Note, OnEvent, Progress, ignore
+from kdcli.base.events import Note, OnEvent, Progress, ignore, titled
 from kdcli.base.runtime import StopFlag, World
 from kdcli.base.text import reason
 from kdcli.data import Splits
@@ -160,7 +160,7 @@ def fit_chain(
         # 2. Check all links before the first training
         for link in chain:
             check_student(link, data.train)
-        config, done = world.broadcast(_finished_links(config, data) if world.first else None) or (config, 0)
+        config, done = world.from_first(lambda: _finished_links(config, data))
         chain = links(config)
         notify(Note(f"chain {config.name}: {' → '.join(link.student for link in chain)}"))
         # 3. Train the links that are not finished
@@ -172,12 +172,18 @@ def fit_chain(
                 notify(Note(f"{run.path.as_posix()} exists and is finished: it is not trained again"))
                 results.append(read_result(run.result_file))
                 continue
-            begun = world.broadcast(run.config_file.is_file() if world.first else None)
+            begun = world.from_first(run.config_file.is_file)
             settings, begun_run = (run.read_config(), run) if begun else (link, None)
             title = f"{number + 1}/{len(chain)} {link.student}"
-            titled = _with_title(title, on_event)
             try:
-                result = fit(settings, data, resume=begun_run, world=world, on_event=titled, chain=config)
+                result = fit(
+                    settings,
+                    data,
+                    resume=begun_run,
+                    world=world,
+                    on_event=titled(title, on_event),
+                    chain=config,
+                )
             except Interrupted as stopped:
                 raise _interrupted(chain, f"{title}: {stopped.message}", stopped) from stopped
             results.append(result)
@@ -239,8 +245,3 @@ def _interrupted(chain: tuple[TrainConfig, ...], message: str, stopped: Interrup
     begun = [RunDir.of(link).path for link in chain if RunDir.of(link).config_file.is_file()]
     hint = resume_command(begun[-1], chain[-1]) if begun else stopped.hint
     return Interrupted(message, hint or "Rerun the same command.", exit_code=stopped.exit_code)
-
-
-def _with_title(title: str, on_event: OnEvent) -> OnEvent:
-    """Prefix the task of each progress bar with its link."""
-    return lambda event: on_event(event.under(title) if isinstance(event, Progress) else event)

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from kdcli import methods, models
-from kdcli.base import code, files
+from kdcli.base import code, files, runs
 from kdcli.base.config import option_flag
 from kdcli.base.errors import KdError
 from kdcli.base.text import reason
@@ -92,10 +92,7 @@ def circumstances(recorded: Any) -> dict[str, str]:
 
 def recorded_circumstances(environment_file: Path) -> dict[str, str]:
     """`circumstances` from a run's `environment.json`; empty if it cannot be read."""
-    try:
-        return circumstances(files.read_document(environment_file))
-    except KdError:
-        return {}
+    return circumstances(runs.document(environment_file))
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -119,5 +116,5 @@ def check_unchanged(known: Mapping[str, str | None], now: Mapping[str, str | Non
                 )
             raise KdError(
                 f"the {name} of {owner} changed since its start",
-                "Restore the original, or choose another --name.",
+                "Restore the original, or start a new run: another --name, without --resume.",
             )

@@ -131,16 +131,17 @@ def make_plan(
 
 def open_run(plan: RunPlan, student: Classifier) -> tuple[RunPlan, RunDir]:
     """A new run's plan with its precision settled, and its folder with settings and environment."""
-    config, world, made = plan.config, plan.world, None
-    if world.first:
-        sample = plan.train_samples[: config.batch_size]
-        images = torch.from_numpy(rows.take(plan.train.images, sample)).to(world.device)
+
+    def make() -> tuple[TrainConfig, RunDir]:
+        sample = plan.train_samples[: plan.config.batch_size]
+        images = torch.from_numpy(rows.take(plan.train.images, sample)).to(plan.world.device)
         prepared = student.prepare(images)
-        precision, step_ms = runtime.choose_precision(config.precision, student.network, prepared)
-        config = config.model_copy(update={"precision": precision})
+        precision, step_ms = runtime.choose_precision(plan.config.precision, student.network, prepared)
+        config = plan.config.model_copy(update={"precision": precision})
         environment = {**plan.environment, "precision": precision, "precision_step_ms": step_ms}
-        made = RunDir.create(config, environment, plan.derived, plan.chain), config
-    run, config = world.broadcast(made) or (RunDir(config.runs_dir), config)
+        return config, RunDir.create(config, environment, plan.derived, plan.chain)
+
+    config, run = plan.world.from_first(make)
     return replace(plan, config=config), run
 
 
@@ -178,9 +179,7 @@ def resolve(config: TrainConfig, data: Splits | None = None) -> TrainConfig:
             f"--views {config.views}: augment {config.augment} has {distinct} distinct view(s)",
             f"Use --views {distinct} at most.",
         )
-    if config.views:
-        return config.model_copy(update={"views": min(config.views, config.epochs)})
-    views = distinct or (min(_CACHED_VIEWS, config.epochs) if mode == "views" else config.epochs)
+    views = config.views or distinct or (_CACHED_VIEWS if mode == "views" else config.epochs)
     return config.model_copy(update={"views": min(views, config.epochs)})
 
 
@@ -214,16 +213,16 @@ def _check_teacher(config: TrainConfig, objective: Objective, mode: str, data: S
     if config.cache_top_k and mode == "off":
         raise UsageError(
             "--cache-top-k is for cached logits, and here the teacher runs in each step",
-            "Leave out --cache-top-k, or --teacher-cache off and --teacher-dropout; methods of features need it so.",
+            "Leave out --cache-top-k, or use a method of logits without --teacher-cache off and --teacher-dropout.",
         )
     if objective.needs_features and len(config.teacher) > 1:
         raise UsageError(
-            f"method {config.method} reads features, and those of several teachers have no mean",
+            f"method {config.method} reads features, which are not averaged over several teachers",
             "Name one --teacher, or use a method of logits.",
         )
     if mode == "fixed" and augment.mixes(config.augment):
         raise UsageError(
-            "--teacher-cache fixed does not go with mixup and cutmix: the teacher has not seen the mixtures",
+            "--teacher-cache fixed has logits of unmixed images only; --augment mixes them",
             "Use --teacher-cache views or off.",
         )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdcli import models
 from kdcli.base import metrics
-from kdcli.base.events import Note, OnEvent
+from kdcli.base.events import Note, OnEvent, Progress
 from kdcli.base.files import cache_folder
 from kdcli.data import augment
 from kdcli.engine.feed import Feed, TeacherOutputs
@@ -22,7 +22,7 @@ _SAMPLE, _LIVE_SAMPLE = 1024, 256  # images; fewer where the teacher runs on eac
 _VIEWS = 2
 _WEAK = 93.0  # per cent of training images
 _FEW_STEPS = 500
-_WORSE_ON_VIEWS = 3.0  # points
+_WORSE_ON_VIEWS = 1.5  # points
 
 
 def check_teacher(
@@ -32,21 +32,18 @@ def check_teacher(
     if plan.teacher is None:
         return None
     # 1. Samples
-    training = _sample(plan.labelled_samples, _SAMPLE if outputs.views else _LIVE_SAMPLE)
-    validation = _sample(plan.val_samples, _SAMPLE)
+    count = _SAMPLE if outputs.views else _LIVE_SAMPLE
+    training, validation = _sample(plan.labelled_samples, count), _sample(plan.val_samples, count)
     # 2. Plain images
     plain = _plain_logits(plan, np.concatenate([training, validation]), on_event)
     labels = torch.from_numpy(plan.train.labels)
     # 3. Views
     logits, view_labels = [], []
     for view in range(min(_VIEWS, plan.config.views)):
-        batch = feed.make(view, training, 1.0, len(training))
-        found, _ = outputs(batch, view)
-        assert found is not None
-        logits.append(found.cpu())
-        own, other = batch.labels, batch.other_labels
-        if other is not None and batch.shares is not None:
-            own = torch.where(batch.shares < 0.5, other, own)
+        logits.append(_view_logits(plan, outputs, feed, view, training, on_event))
+        own, other, shares = feed.targets(view, training)
+        if other is not None and shares is not None:
+            own = torch.where(shares < 0.5, other, own)
         view_labels.append(own.cpu())
     # 4. Figures
     held_out, held_labels = plain[len(training) :], labels[validation]
@@ -61,7 +58,7 @@ def check_teacher(
         plain=on_plain,
         validation=metrics.accuracy(held_out, held_labels) if known else None,
         validation_calibration_error=metrics.calibration_error(held_out, held_labels) if known else None,
-        warning=warning_of(on_plain, accuracy, plan.steps),
+        warning=warning_of(on_plain, accuracy, plan.steps, len(plan.train.classes)),
     )
     on_event(Note(check.summary))
     if check.warning:
@@ -74,7 +71,7 @@ def _sample(samples: Int64, count: int) -> Int64:
     return np.sort(augment.order(0, augment.SPLIT_EPOCH, samples)[:count])
 
 
-def warning_of(plain: float, views: float, steps: int) -> str | None:
+def warning_of(plain: float, views: float, steps: int, classes: int) -> str | None:
     """Warning where a teacher may cost more than it gives: accuracy on training images and on their views, per cent.
 
     Thresholds: `benchmarks/teacher_quality.py`, results in docs/methods.md.
@@ -82,7 +79,9 @@ def warning_of(plain: float, views: float, steps: int) -> str | None:
     if plain < _WEAK:
         cause = f"the labels are right on all training images, the teacher on {plain:.1f} %"
         cure = "a better teacher, or a higher --ce-weight"
-        if plain - views > _WORSE_ON_VIEWS:
+        if plain < 100 / classes:
+            cause += ", less than by chance: its classes may be in another order"
+        elif plain - views > _WORSE_ON_VIEWS:
             cause += f" ({views:.1f} % of their views)"
             cure = f"--augment none, a teacher trained with these views, {cure.removeprefix('a better teacher, ')}"
     elif steps < _FEW_STEPS:
@@ -91,6 +90,22 @@ def warning_of(plain: float, views: float, steps: int) -> str | None:
     else:
         return None
     return f"labels alone (--method ce) may do better: {cause}. Consider {cure}"
+
+
+def _view_logits(
+    plan: RunPlan, outputs: TeacherOutputs, feed: Feed, view: int, samples: Int64, on_event: OnEvent
+) -> Tensor:
+    """The teacher's logits (N, classes) for a view, in batches where the teacher is run."""
+    if outputs.views:
+        return outputs.views[view % len(outputs.views)].logits(samples)
+    found, size = [], plan.config.batch_size
+    for start in range(0, len(samples), size):
+        batch = feed.make(view, samples[start : start + size], 1.0, size)
+        logits, _ = outputs(batch, view)
+        assert logits is not None
+        found.append(logits.cpu())
+        on_event(Progress("teacher on training views", start + len(batch.samples), len(samples)))
+    return torch.cat(found)
 
 
 def _plain_logits(plan: RunPlan, samples: Int64, on_event: OnEvent) -> Tensor:

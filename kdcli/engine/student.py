@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from kdcli.models.feature_extractor import FeatureExtractor, find_stages
 from kdcli.teacher import CachedLogits
 
 Int64 = npt.NDArray[np.int64]
-_FITTED_IMAGES = 5_000  # for a network's `fit`
+_FITTED_PIXELS = 5_000 * 32 * 32  # of the images for a network's `fit_to_images`
 _ADAPTER_SEED = 0x5EED  # beside the run's: adapters do not take the student's initial weights
 _CONSTANTS_VERSION = 1  # raise it when a preprocessing's fit gives other constants
 
@@ -83,10 +84,11 @@ def _fresh(config: TrainConfig, train: ImageSet, samples: Int64, on_event: OnEve
     )
     if config.student_weights is not None:
         _start_from(network, config.student_weights, on_event)
-    elif hasattr(network, "fit"):
-        spaced = samples[:: -(-len(samples) // _FITTED_IMAGES)]  # images may be sorted by class
+    elif hasattr(network, "fit_to_images"):
+        count = max(1, _FITTED_PIXELS // math.prod(train.input_size[:2]))
+        spaced = samples[:: -(-len(samples) // count)]  # images may be sorted by class
         images = torch.from_numpy(rows.take(train.images, spaced))
-        network.fit(student.prepare(images))  # type: ignore[operator]
+        network.fit_to_images(student.prepare(images))  # type: ignore[operator]
     return student
 
 

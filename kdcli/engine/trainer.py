@@ -54,9 +54,7 @@ class Trainer:
         # 2. Teacher: cached views, or live; its figures on a sample of the batches
         self.feed = Feed(plan.train, config.augment, config.augment_seed, plan.train_samples, world.device)
         self.outputs = make_teacher_outputs(plan, on_event, stop)
-        self.teacher = world.broadcast(
-            check_teacher(plan, self.outputs, self.feed, on_event) if world.first else None
-        )
+        self.teacher = world.from_first(lambda: check_teacher(plan, self.outputs, self.feed, on_event))
         note_other_networks(plan, student.arch, on_event)
         # 3. Adapters, optimizer, output scale of a regressing student whose last layer is linear
         stages, self.adapters = make_adapters(plan, student, self.outputs)
@@ -218,7 +216,8 @@ class Trainer:
         if self.world.device.type != "cpu" and step % _AGREE_STEPS and (not due or by_clock):
             return False, False
         number, save = self.world.all_max(self.stop.signal or 0, int(due))
-        self.stop.signal = number or None
+        if number:
+            self.stop.signal = number
         return bool(number), bool(save)
 
     def _validate(self) -> None:
@@ -254,6 +253,7 @@ class Trainer:
             }
             checkpoint = self.student.to_checkpoint(training)
             self.run.save_state(checkpoint, self.config.keep, self.saved_step)
+        self.world.barrier()  # a process that ends early would end the one that writes
         self.saved_step = self.state.step
         self.schedule.saved()
 

@@ -42,7 +42,7 @@ class CifarNet(ConvClassifier):
         """Preprocessed pixels (B, C, H, W) → logits (B, classes)."""
         return self.fc(self.maps(pixels).amax(dim=(2, 3)))
 
-    def fit(self, prepared: Tensor) -> None:
+    def fit_to_images(self, prepared: Tensor) -> None:
         """Set the whitening's weights: eigenvectors of the 2×2 patches of images (N, C, H, W), also negated."""
         size = self.whiten.weight.shape[1:]  # (C, 2, 2)
         patches = prepared.double().unfold(2, 2, 1).unfold(3, 2, 1)  # (N, C, H−1, W−1, 2, 2)

@@ -5,7 +5,7 @@ with `classes`, `input_size` and the arguments of its row. Optional arguments ar
 counts, and `dropout`. Two class attributes serve the methods that compare features: `stage_names`, the submodules
 whose outputs are the maps (B, C, H, W) at the end of each stage, in order; and `head_name`, the linear layer at the
 end, which reads vectors (B, D). Optional are `lr_factors`, factors of --optimizer sgd's learning rate by the end of a
-parameter's name, and `fit`, called with prepared training images (N, C, H, W) before training.
+parameter's name, and `fit_to_images`, called with prepared training images (N, C, H, W) before training.
 """
 
 import inspect

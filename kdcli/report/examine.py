@@ -139,7 +139,9 @@ class _Examiner:
         self.load = cache(partial(data.load, on_event=self._progress))
         self.evaluated: dict[tuple[str, str], tuple[Tensor, TeacherFigures]] = {}
         self.teachers = {sha256: path for path, sha256 in map(recorded_teacher, runs) if path is not None}
-        self.inputs = {known.sha256: known.inputs for run in runs for known in teachers_of(run.provenance)}
+        self.inputs = {
+            known.sha256: known.inputs for run in runs for known in teachers_of(run.provenance, run.student)
+        }
         if config.teacher is not None:
             self.teachers = {self.sha256(config.teacher): config.teacher}
 

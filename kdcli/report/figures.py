@@ -18,6 +18,7 @@ from kdcli.base.plotting import BLUE, FRONT, GREEN, GRID, INK, ORANGE, Target, d
 from kdcli.deploy.bench import Row
 from kdcli.engine.records import epoch_lines
 from kdcli.studies.compare import Comparison
+from kdcli.studies.compare.result import accuracies_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -215,7 +216,7 @@ def comparison(found: Comparison, target: Target, width: float = 8.4) -> None:
     with drawn_to(target, width, 1.5 + 0.5 * len(rows)) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
         for place, row in enumerate(rows):
-            own = list(found.accuracies(row.method).values())
+            own = list(accuracies_of(found.runs, row.method).values())
             colour = INK if row.is_baseline else BLUE
             _spread(left, place, own, row.test_mean or 0.0, row.test_interval, colour)
             if row.difference is not None:

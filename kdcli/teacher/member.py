@@ -223,11 +223,9 @@ class TeacherPass:
     @cached_property
     def _engine(self) -> Engine:
         """The engine, chosen for the checked model by the first process."""
-        first = self.world.first
-        self.member.check(self.data, self.on_event, measured=self.measured and first)
-        chosen = None
-        if first:
-            chosen = choose_engine(
+        self.member.check(self.data, self.on_event, measured=self.measured and self.world.first)
+        return self.world.from_first(
+            lambda: choose_engine(
                 self.member.model,
                 lambda count: self.make_view(0, np.arange(min(count, len(self.data)))),
                 count=len(self.data) * self.views // self.world.size,
@@ -235,9 +233,7 @@ class TeacherPass:
                 threads=self.member.threads,
                 on_event=self.on_event,
             )
-        engine = self.world.broadcast(chosen)
-        assert engine is not None
-        return engine
+        )
 
     @cached_property
     def _forward(self) -> Forward:

@@ -22,7 +22,7 @@ MADE_WITH = {
     "data", "image_size", "resize", "grey", "skip_broken", "test_fraction", "unlabelled", "val_fraction", "augment",
     "views", "view_seed",
 }  # fmt: skip
-_AGAIN = "Copy the pack again, or make it again: kd teacher-logits --help"
+_AGAIN = "Copy the pack again, or make it again: kd teacher-logits --teacher FILE"
 # Entries of a cache's recipe that must agree, and the options that set them
 _MUST_AGREE = {
     "data": "images, labels or names of classes",
@@ -109,5 +109,5 @@ def _is_csv(path: Path) -> bool:
 def _read(path: Path) -> dict[str, Any]:
     document = read_document(path)
     if document.get("format") != FORMAT:
-        raise KdError(f"{path} is not a pack of logits", "Make one: kd teacher-logits --help")
+        raise KdError(f"{path} is not a pack of logits", "Make one: kd teacher-logits --teacher FILE")
     return document

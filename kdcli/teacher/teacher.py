@@ -82,9 +82,10 @@ class Teacher:
         kinds = list(map(kind_of, files))
         if "outputs" in kinds and len(set(kinds)) > 1:
             raise UsageError(
-                "--teacher names stored outputs and models", "Make packs of these: kd teacher-logits"
+                "--teacher mixes stored logits and models",
+                "Store those of each model: kd teacher-logits --teacher FILE",
             )
-        hashes = world.broadcast([sha256_file(path) for path in files] if world.first else [])
+        hashes = world.from_first(lambda: [sha256_file(path) for path in files])
         given = tuple(weights) or (1.0,) * len(files)
         if assumed.described and "onnx" not in kinds:
             flags = ", ".join(assumed.described)

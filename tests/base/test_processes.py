@@ -125,6 +125,9 @@ def test_two_processes_give_the_losses_of_one(folder: Path) -> None:
     assert {path: path.read_bytes() for path in (folder / "cache/teacher").rglob("view-*.npy")} == cached
     assert json.loads((folder / "runs/one/result.json").read_text())["teacher_passes"] == 0
     assert_same_losses(folder, "one", "two")
+    one, two = (checkpoint.load(folder / f"runs/{name}/student.pt").state_dict for name in ("one", "two"))
+    for name, value in one.items():  # averages, --ema
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
     environment = json.loads((folder / "runs/two/environment.json").read_text())
     assert environment["processes"] == 2
 

@@ -52,7 +52,7 @@ def check_options(command: str) -> None:
     rest = [
         application._with_value(*pair)
         for pair in zip(rest, [*rest[1:], ""], strict=False)
-        if pair[0] != "--help"
+        if pair[0] not in ("--help", "--help-all")
     ]
     found.make_context(name, rest, resilient_parsing=not rest)
 

@@ -576,6 +576,15 @@ def test_derived_settings_are_derived_again_from_changed_ones(trained_teacher: P
     assert read_recipe("runs/b/config.toml", {"method": "kd"})["views"] == 1
 
 
+def test_views_of_a_recipe_are_of_its_augmentation() -> None:
+    assert read_recipe("patient", {"tau": 2.0})["views"] == 10
+    for augment_name, views in (("none", 1), ("flip", 2), ("flip-crop-mixup", 8)):
+        plain = make(
+            TrainConfig, read_recipe("patient", {"augment": augment_name}) | {"augment": augment_name}
+        )
+        assert resolve(plain).views == views
+
+
 def test_steps_are_logged_as_means_over_the_steps_between(workplace: Path, splits: Splits) -> None:
     every = fit(config(method="ce", val_fraction=0.2, log_every=1, name="every"), splits)
     third = fit(config(method="ce", val_fraction=0.2, log_every=3, name="third"), splits)
@@ -705,20 +714,21 @@ def test_constants_of_a_preprocessing_are_measured_once(
 
 
 def test_ema_is_its_recurrence() -> None:
-    network = nn.Linear(3, 2)
-    ema = Ema(network, decay=0.9)
-    expected = network.weight.detach().double().numpy().copy()
+    """Of a network whose two layers share their weights."""
+    layer = nn.Linear(3, 3)
+    ema = Ema(nn.Sequential(layer, layer), decay=0.9)
+    expected = layer.weight.detach().double().numpy().copy()
     for step in range(100):
         with torch.no_grad():
-            network.weight.normal_(generator=torch.Generator().manual_seed(step))
+            layer.weight.normal_(generator=torch.Generator().manual_seed(step))
         ema.update(step)
         decay = min(0.9, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * network.weight.detach().double().numpy()
-    last = network.weight.detach().clone()
+        expected = decay * expected + (1 - decay) * layer.weight.detach().double().numpy()
+    last = layer.weight.detach().clone()
     ema.swap()
-    np.testing.assert_allclose(network.weight.detach().numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(layer.weight.detach().numpy(), expected, atol=1e-6)
     ema.swap()
-    assert torch.equal(network.weight, last)
+    assert torch.equal(layer.weight, last)
 
 
 def test_sgd_multiplies_the_rate_of_some_parameters_and_not_their_decay() -> None:

@@ -251,12 +251,12 @@ def test_a_student_file_on_the_command_line(
 
 def test_a_network_is_fitted_on_images_of_the_whole_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten of thirty images, every third: data sets may be sorted by class."""
-    monkeypatch.setattr(student, "_FITTED_IMAGES", 10)
+    monkeypatch.setattr(student, "_FITTED_PIXELS", 10 * 18 * 18)
     splits = make_splits(train=30, size=(18, 18, 3))
     settings = config(student="cifarnet", width=0.125)
     found = student.make_student(
         settings, splits.train, np.arange(30, dtype=np.int64), torch.device("cpu"), ignore
     )
     expected = models.build("cifarnet", classes=3, input_size=(18, 18, 3), width=0.125)
-    expected.fit(found.prepare(torch.from_numpy(splits.train.images[::3].copy())))  # type: ignore[operator]
+    expected.fit_to_images(found.prepare(torch.from_numpy(splits.train.images[::3].copy())))  # type: ignore[operator]
     assert torch.equal(found.network.whiten.weight, expected.whiten.weight)  # type: ignore[union-attr]

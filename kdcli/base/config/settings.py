@@ -316,7 +316,7 @@ def shell_command(command: str, options: Mapping[str, Any], *arguments: Path | N
 
 
 S = TypeVar("S", bound=Settings)
-_SEE_HELP = "See --help for what each option takes."
+_SEE_HELP = "See --help-all for what each option takes."
 
 
 def make(kind: type[S], values: Mapping[str, Any]) -> S:

@@ -53,8 +53,6 @@ class Ramp:
 
     def at(self, done: float) -> float:
         """The value when a share of the training is done, 0 … 1."""
-        if self.first == self.last:
-            return self.last
         return self.first + (self.last - self.first) * min(1.0, done / self.over)
 
 

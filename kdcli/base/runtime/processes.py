@@ -7,11 +7,11 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -108,7 +108,12 @@ class World:
         torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
         return tuple(shared.tolist())
 
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What rank 0 makes, in all processes."""
+        return self.broadcast(cast("T", make() if self.first else None))
+
     def broadcast(self, value: T) -> T:
+        """The value of rank 0."""
         return value if self.fabric is None else self.fabric.broadcast(value)
 
     def barrier(self) -> None:

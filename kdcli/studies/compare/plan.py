@@ -135,7 +135,8 @@ class Plan(Settings):
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
-            raise KdError(f"{path}: {place}: {first['msg']}", "Start the comparison anew.") from error
+            message = first["msg"].removeprefix("Value error, ")
+            raise KdError(f"{path}: {place}: {message}", "Start the comparison anew.") from error
         if stray := PER_RUN & plan.train.model_fields_set:
             raise KdError(f"{path}: train: {', '.join(sorted(stray))} differs between runs")
         custom = next((name for name in plan.methods if methods.is_custom(name) and name not in typed), None)

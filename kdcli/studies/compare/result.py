@@ -96,10 +96,6 @@ class Comparison(Record):
         ]
         return columns, [[row.method, *cells(row)] for row in self.standings]
 
-    def accuracies(self, method: str) -> dict[int, float]:
-        """Test accuracy of the finished runs of a method, by seed."""
-        return _accuracies(self.runs, method)
-
 
 def conclude(
     plan: Plan, failures: Mapping[str, str], label: str, test_images: int, test_in_train: int = 0
@@ -129,7 +125,8 @@ def conclude(
     )
 
 
-def _accuracies(runs: Sequence[RunFigures], method: str) -> dict[int, float]:
+def accuracies_of(runs: Sequence[RunFigures], method: str) -> dict[int, float]:
+    """Test accuracy of the finished runs of a method, by seed."""
     own = [run for run in runs if run.method == method]
     return {run.seed: run.test_accuracy for run in own if run.test_accuracy is not None}
 
@@ -157,7 +154,7 @@ def _standings(
     plan: Plan, runs: Sequence[RunFigures], withheld: set[str], resolution: float
 ) -> list[Standing]:
     # 1. Accuracies by method and seed, and statistics of their differences to the baseline's
-    accuracies = {name: _accuracies(runs, name) for name in plan.methods}
+    accuracies = {name: accuracies_of(runs, name) for name in plan.methods}
     base = accuracies[plan.baseline]
     differences: dict[str, Difference] = {}
     for name, own in accuracies.items():

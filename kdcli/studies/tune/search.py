@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from kdcli import models
 from kdcli.base import files, runtime
 from kdcli.base.errors import Interrupted, KdError, UsageError, is_out_of_memory
-from kdcli.base.events import Epoch, Event, Note, OnEvent, Progress, ignore, notes_once
+from kdcli.base.events import Epoch, Event, Note, OnEvent, ignore, notes_once, titled
 from kdcli.data import Splits
 from kdcli.data.split import split_validation
 from kdcli.engine import fit
@@ -191,19 +191,18 @@ class _Search:
         seeds = self.config.seeds
         title = f"trial {trial.number}" + (f", seed {index + 1} of {seeds}" if seeds > 1 else "")
 
-        def judge(event: Epoch) -> None:
+        forward = titled(title, self.on_event)
+
+        def on_event(event: Event) -> None:
+            if not isinstance(event, Epoch):
+                forward(event)
+                return
             assert event.val_accuracy is not None  # the validation split is not empty
             mean = (sum(before) + event.val_accuracy) / (index + 1)
             trial.report(mean, index * event.epochs + event.epoch)
             last = event.epoch == event.epochs and index + 1 == seeds
             if not last and trial.should_prune():
                 raise optuna.TrialPruned
-
-        def on_event(event: Event) -> None:
-            if isinstance(event, Epoch):
-                judge(event)
-            else:
-                self.on_event(event.under(title) if isinstance(event, Progress) else event)
 
         return on_event
 
