@@ -1,4 +1,4 @@
-"""Does `kd bench` see a difference where there is none, and one where there is?
+"""False positives and detections of `kd bench`: a model against its copy, and against itself with more work.
 
 A model is measured against a copy of itself: the verdict has to be `no difference`. And against itself with 5 % more
 multiply-accumulates (a convolution of 1×1 beside the others, whose result is multiplied by zero): `slower`.

@@ -1,4 +1,4 @@
-"""Does `kd compare` see a difference where there is none, and one where there is?
+"""False positives and power of `kd compare`.
 
 Real runs on scikit-learn's digits: one method is compared with itself.
 

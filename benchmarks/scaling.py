@@ -1,4 +1,4 @@
-"""How time and memory of training grow: with images, classes, views and processes.
+"""Time and memory of training by images, classes, views and processes.
 
     python benchmarks/scaling.py [--axes images,classes,views,processes] [--full]
 

@@ -1,4 +1,4 @@
-"""When does a teacher help? Teachers of different quality × augmentations × epochs, paired with labels alone.
+"""Gain of distillation over labels alone by the teacher's quality, augmentation and epochs.
 
 Real runs on scikit-learn's digits. For each cell: what `kd train` measures of the teacher before the first step, and
 the paired difference of `--method kd` to `--method ce` over seeds with its 95 % interval. The last line: in how many

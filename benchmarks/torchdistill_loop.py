@@ -123,7 +123,7 @@ def _outputs_of(pair: Pair, dataset: torch.utils.data.Dataset[tuple[Tensor, int]
 
 
 def _register() -> None:
-    """Tell torchdistill's registries the two functions that d3 names; again does no harm."""
+    """Register d3's two functions with torchdistill; idempotent."""
     datasets = importlib.import_module("torchdistill.datasets.registry")
     interfaces = importlib.import_module("torchdistill.core.interfaces.registry")
     base: Any = importlib.import_module("torchdistill.datasets.wrapper").BaseDatasetWrapper

@@ -1,4 +1,4 @@
-"""How fast kd trains, beside a naive loop and torchdistill: ratios from interleaved rounds in one process.
+"""Training throughput of kd, a naive loop and torchdistill: ratios from interleaved rounds in one process.
 
     python benchmarks/train_throughput.py --data cifar10-jpeg.tar.xz --teacher weights/teacher.pt
     python benchmarks/train_throughput.py --data … --teacher … --sides b,e        # does --compile pay?

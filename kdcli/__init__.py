@@ -23,7 +23,7 @@ __all__ = (
 
 
 def __getattr__(name: str) -> Any:
-    """The functions of `kdcli.api`, which imports torch, when the first is used."""
+    """Import a name from `kdcli.api`, and with it torch, on first use."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from kdcli import api

@@ -200,7 +200,7 @@ def test_module_takes_pixels_as_set(photos: Splits) -> None:
         assert ("kd.load_model(module, data=kd.load_data(…))" in caught.value.hint) == (
             "needs data" in message
         )
-    with pytest.raises(kd.KdError, match=r"is right on 33\.\d %") as caught:
+    with pytest.raises(kd.KdError, match=r"accuracy 33\.\d %") as caught:
         kd.distill(Brightness(255), "convnet-tiny", photos, **SHORT)
     assert "--teacher-scale 1/255" in caught.value.hint
 

@@ -1,7 +1,8 @@
 """The operations of the command line as functions.
 
 Settings are keyword arguments: `--batch-size 64` is `batch_size=64`, with the same default and bounds. Errors are
-`KdError`, with a `hint`. Progress and notes go to stderr, and to none with `kd.output.quiet = True`. Results print
+`KdError`, with a `hint`, for a file that is missing or damaged; `UsageError`, its subclass, for an unknown setting or
+a value out of range. Progress and notes go to stderr, and to none with `kd.output.quiet = True`. Results print
 as tables, in a notebook too; `to_dict()` gives their values.
 """
 
@@ -59,7 +60,7 @@ class Run(Result):
 
 
 def _drawn(function: Callable[P, R]) -> Callable[P, R]:
-    """Draw the progress of a call as the command line does."""
+    """Decorator: draw progress during the call."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -122,7 +123,7 @@ def distill(
     resume: str | Path | None = None,
     **settings: Any,
 ) -> Run:
-    """Train a student as `kd train`; measured once on the test images, at the end.
+    """Train a student as `kd train`. Test images are read once, at the end.
 
     Args:
         teacher: model or path; several are averaged. None: the only one in `weights/` and `runs/`. A module takes
@@ -270,8 +271,8 @@ def compare(
         **settings: options of `kd compare`.
 
     Returns:
-        For each method mean and deviation of test accuracies in per cent, the difference from the baseline in
-        points with its 95 % interval, and a verdict; `failed` lists runs that did not finish.
+        For each method mean and standard deviation of test accuracies in per cent, the difference from the baseline
+        in points with its 95 % interval, and a verdict; `failed` lists runs that did not finish.
     """
     arguments.check_known(
         settings, {*configs.CompareConfig.model_fields, *TrainConfig.model_fields} - WITHOUT

@@ -1,4 +1,4 @@
-"""Reading of files of any origin, atomic files, hashes, locks, scratch folders and folders of the cache."""
+"""Reading of untrusted files, atomic files, hashes, locks, scratch folders and folders of the cache."""
 
 import errno
 import hashlib
@@ -36,28 +36,28 @@ def open_regular(path: Path) -> BufferedReader:
     return path.open("rb")
 
 
-def read_bytes(path: Path, most: int) -> bytes:
-    """The bytes of a regular file; OSError also where it has more than `most`."""
-    with open_regular(path) as handle:
-        size = os.fstat(handle.fileno()).st_size
-        if size > most:
-            raise OSError(
-                errno.EFBIG, f"it has {size:,} bytes, more than the {most:,} that are read", str(path)
-            )
-        return handle.read(size)
+def read_bytes(path: Path, most: int, hint: str = "Check the path.") -> bytes:
+    """The bytes of a regular file; a KdError if it has more than `most` or cannot be read."""
+    try:
+        with open_regular(path) as handle:
+            size = os.fstat(handle.fileno()).st_size
+            if size <= most:
+                return handle.read(size)
+    except OSError as error:
+        raise KdError(f"cannot read {path}: {reason(error)}", hint) from error
+    raise KdError(f"cannot read {path}: it has {size:,} bytes, more than the {most:,} that are read", hint)
 
 
 def read_document(path: Path) -> dict[str, Any]:
     """The object in a JSON file, or the table of a TOML file, by its suffix; else a KdError."""
-    toml = path.suffix == ".toml"
+    toml, hint = path.suffix == ".toml", "Restore the file, or remove it."
+    content = read_bytes(path, MAX_TOML_BYTES if toml else MAX_JSON_BYTES, hint)
     try:
-        content = read_bytes(path, MAX_TOML_BYTES if toml else MAX_JSON_BYTES)
         document = parse_document(content.decode(), toml=toml)
-    except (OSError, ValueError) as error:
-        why = reason(error) if isinstance(error, OSError) else first_line(error)
-        raise KdError(f"cannot read {path}: {why}", "Restore the file, or remove it.") from error
+    except ValueError as error:
+        raise KdError(f"cannot read {path}: {first_line(error)}", hint) from error
     if not isinstance(document, dict):
-        raise KdError(f"cannot read {path}: it holds no settings", "Restore the file, or remove it.")
+        raise KdError(f"cannot read {path}: it holds no settings", hint)
     return document
 
 

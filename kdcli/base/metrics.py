@@ -26,11 +26,16 @@ def agreement(logits: Tensor, others: Tensor) -> float:
 def divergence(student_logits: Tensor, teacher_logits: Tensor) -> float:
     """Mean KL(teacher ‖ student) in nats at temperature 1; both (N, C)."""
 
-    def of_rows(*rows: Tensor) -> Tensor:
-        student, teacher = (logits.double().log_softmax(dim=1) for logits in rows)
-        return F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
+    def of_rows(student: Tensor, teacher: Tensor) -> Tensor:
+        return divergences(student.double(), teacher.double())
 
     return _by_rows(of_rows, student_logits, teacher_logits).mean().item()
+
+
+def divergences(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(softmax(t) ‖ softmax(s)) of each row, (B, C) each → (B,)."""
+    student, teacher = student_logits.log_softmax(dim=1), teacher_logits.log_softmax(dim=1)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> float:

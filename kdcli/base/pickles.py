@@ -17,7 +17,7 @@ import numpy as np
 
 from kdcli.base.errors import KdError
 from kdcli.base.files import check_pointer, read_bytes
-from kdcli.base.text import first_line, reason
+from kdcli.base.text import first_line
 
 MAX_FILE_BYTES = 1 << 30
 MAX_INSTRUCTIONS = 2_000_000
@@ -57,8 +57,8 @@ def load_pickle(data: bytes) -> dict[Any, Any]:
 
 def load_npy(path: Path) -> dict[Any, Any]:
     """The dictionary that `numpy.save(path, dictionary)` wrote, or that of a bare pickle; see `load_pickle`."""
+    data = read_bytes(path, MAX_FILE_BYTES)
     try:
-        data = read_bytes(path, MAX_FILE_BYTES)
         check_pointer(data, "it")
         header = _NPY_OBJECT.match(data)
         if header is None and data[:1] != pickle.PROTO:
@@ -70,8 +70,6 @@ def load_npy(path: Path) -> dict[Any, Any]:
         return load_pickle(data[header.end() :] if header else data)
     except KdError as error:
         raise KdError(f"{path}: {error.message}", error.hint) from error
-    except OSError as error:
-        raise KdError(f"cannot read {path}: {reason(error)}", "Check the path.") from error
     except MemoryError as error:
         raise KdError(f"{path} needs more memory than is available", HINT) from error
 

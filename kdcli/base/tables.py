@@ -8,7 +8,7 @@ from typing import Any
 
 from kdcli.base.errors import KdError
 from kdcli.base.files import read_bytes
-from kdcli.base.text import first_line, printable, reason
+from kdcli.base.text import first_line, printable
 
 _MOST_BYTES = 1 << 30
 _FORMULA = ("=", "+", "-", "@")  # a spreadsheet computes a cell that begins so
@@ -16,14 +16,13 @@ _FORMULA = ("=", "+", "-", "@")  # a spreadsheet computes a cell that begins so
 
 def csv_lines(path: Path, hint: str) -> Iterator[tuple[str, list[str]]]:
     """Place, such as `a.csv, line 3`, and cells of each line that is not empty; a KdError if it cannot be read."""
+    content = io.BytesIO(read_bytes(path, _MOST_BYTES, hint))
     try:
-        content = io.BytesIO(read_bytes(path, _MOST_BYTES))
         lines = csv.reader(io.TextIOWrapper(content, "utf-8-sig", newline=""), strict=True)
         for cells in filter(any, lines):
             yield f"{path}, line {lines.line_num}", [cell.strip() for cell in cells]
-    except (OSError, ValueError, csv.Error) as error:
-        why = reason(error) if isinstance(error, OSError) else first_line(error)
-        raise KdError(f"{path} cannot be read: {why}", hint) from error
+    except (ValueError, csv.Error) as error:
+        raise KdError(f"cannot read {path}: {first_line(error)}", hint) from error
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 
 from kdcli.base.errors import KdError
 from kdcli.base.files import check_pointer, read_bytes
-from kdcli.base.text import first_line, reason
+from kdcli.base.text import first_line
 from kdcli.caffe import schema
 from kdcli.models.foreign import explain
 
@@ -141,10 +141,7 @@ def read_mean(path: Path) -> Array:
 
 
 def _read_bytes(path: Path, limit: int) -> bytes:
-    try:
-        content = read_bytes(path, limit)
-    except OSError as error:
-        raise KdError(f"cannot read {path}: {reason(error)}", "Check the path.") from error
+    content = read_bytes(path, limit)
     check_pointer(content, str(path))
     return content
 

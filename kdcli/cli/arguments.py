@@ -90,7 +90,7 @@ def run_to_resume(name: str) -> Path:
 def data_for(
     model: M, config: TestConfig | ValidateConfig, on_event: OnEvent, splits: Splits | None = None
 ) -> tuple[M, Splits]:
-    """The model in the data's order of classes; the data as set or recorded, as the model takes them, or `splits`."""
+    """The model with outputs in the data's order of classes, and the data: `splits`, or as set or recorded."""
     from kdcli import data
     from kdcli.deploy.load import fitted
     from kdcli.teacher import assumptions

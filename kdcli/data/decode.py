@@ -88,7 +88,7 @@ def decoded(data: bytes, name: str, kinds: list[str] | None = None) -> Iterator[
             upright = ImageOps.exif_transpose(image) if turned else image
             if kinds is not None and image.mode != "RGB":
                 kinds.append(_KINDS.get(image.mode, image.mode))
-            if kinds is not None and turned and image.getexif().get(_ORIENTATION, 1) != 1:
+            if kinds is not None and turned and image.getexif().get(_ORIENTATION) in range(2, 9):
                 kinds.append("turned by EXIF")
             pixels = np.array(_to_rgb(upright), dtype=np.uint8)
         del image, upright

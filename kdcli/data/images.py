@@ -105,13 +105,13 @@ def overlap_warning(overlap: int, count: int) -> str | None:
     if overlap <= count * _MOST_OVERLAP:
         return None
     return (
-        f"{overlap:,} of {count:,} test images are among the train images: "
-        "the accuracy is no measure for new images"
+        f"{overlap:,} of {count:,} test images are also training images: "
+        "the accuracy overestimates that on new images"
     )
 
 
 def changed_test_images(provenance: Mapping[str, Any], test: ImageSet) -> str | None:
-    """Note where other test images are recorded, in a provenance of any origin; else None."""
+    """Note where other test images are recorded, in an untrusted provenance; else None."""
     recorded = provenance.get("data")
     known = recorded.get("fingerprint_test") if isinstance(recorded, Mapping) else None
     if known in (None, test.fingerprint):

@@ -117,7 +117,7 @@ def _load_path(path: Path, request: Request) -> Splits:
 
 
 def recorded_source(model: Any) -> dict[str, Any]:
-    """The settings of data that are recorded in a model's file, which may be of any origin; empty without any."""
+    """The settings of data that are recorded in a model's untrusted file; empty without any."""
     found = model.provenance.get("data")
     if not isinstance(found, Mapping) or not isinstance(spec := found.get("spec"), str) or not spec:
         return {}

@@ -18,7 +18,7 @@ from joblib import cpu_count
 from kdcli.base import files
 from kdcli.base.errors import KdError
 from kdcli.base.events import Note, OnEvent, Progress, ignore
-from kdcli.base.text import reason
+from kdcli.base.text import printable, reason
 from kdcli.data import rows
 from kdcli.data.decode import Pixels, resize, with_channels
 from kdcli.data.images import ImageSet, Splits, fingerprint_of, overlap_of
@@ -201,9 +201,9 @@ class Cache:
         for scratch in workspace.glob("pixels-*"):
             scratch.unlink()
         meta = {
-            "label": label,
+            "label": printable(label),
             "classes": classes,
-            "notes": notes,
+            "notes": [*map(printable, notes)],  # names of folders may not be UTF-8
             "test_fraction": test_fraction,
             "validation": validation,
             "fingerprints": fingerprints,

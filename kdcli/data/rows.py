@@ -20,10 +20,6 @@ class Joined:
         return (len(self), *self.first.shape[1:])
 
     @property
-    def dtype(self) -> np.dtype[np.uint8]:
-        return np.dtype(np.uint8)
-
-    @property
     def nbytes(self) -> int:
         return self.first.nbytes + self.second.nbytes
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from kdcli.base.errors import KdError
-from kdcli.base.files import check_pointer, open_regular, sha256_file
+from kdcli.base.files import check_pointer, read_bytes, sha256_file
 from kdcli.base.text import first_line, reason
 
 MAX_MEMBER_BYTES = 256 << 20
@@ -134,16 +134,6 @@ def _check_count(count: int, path: Path) -> None:
         raise KdError(f"{path} holds more than {MAX_FILES:,} files", "Split it.")
 
 
-def content(file: Path, name: str, path: Path) -> bytes:
-    """Bytes of the regular file `name` of a source; a KdError if it cannot be read."""
-    try:
-        with open_regular(file) as handle:
-            _check_size(os.fstat(handle.fileno()).st_size, name, path)
-            return handle.read(MAX_MEMBER_BYTES + 1)
-    except OSError as error:
-        raise KdError(f"cannot read {file}: {reason(error)}") from error
-
-
 @dataclass
 class FolderSource(Source):
     """A folder tree; links to files and folders are followed, each folder once."""
@@ -193,7 +183,7 @@ class FolderSource(Source):
         chosen = [name for name, _, _ in self._files if wanted(name)]
         self.done, self.total = 0, len(chosen)
         for name in chosen:
-            yield name, content(self.path / name, name, self.path)
+            yield name, read_bytes(self.path / name, MAX_MEMBER_BYTES, "Remove it.")
             self.done += 1
 
 

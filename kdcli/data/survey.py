@@ -81,7 +81,7 @@ def survey(spec: str, config: DataConfig, on_event: OnEvent) -> Survey:
     ordered = sorted((sizes[index] for index in found.images.values()), key=lambda size: size[0] * size[1])
     named = {"smallest": 0, "median": len(ordered) // 2, "largest": -1} if ordered else {}
     problems = _problems(found, source, sizes)
-    problems["nearly equal images in two splits"] = list(_near_copies(found, hashes))
+    problems["near-duplicate images in two splits"] = list(_near_copies(found, hashes))
     if config.sheet is not None:
         _draw_sheet(config.sheet, *sheet_of(found, source))
     return Survey(
@@ -121,15 +121,17 @@ def _problems(found: Found, source: Source, sizes: dict[int, Size]) -> dict[str,
             if size[0] * size[1] > decode.LARGE_PIXELS
         ],
         "link or special file": [*source.skipped],
-        "folder without images in use": [
+        "folder without images of a class": [
             folder for folder in source.folders if folder and folder not in filled and not is_ignored(folder)
         ],
         "class of one image": [name for name, count in members.items() if count == 1],
-        "nearly equal names of classes": [" = ".join(group) for group in alike.values() if group[1:]],
-        "equal images in two splits": [
+        "class names that differ only in case or separators": [
+            " = ".join(group) for group in alike.values() if group[1:]
+        ],
+        "duplicate images in two splits": [
             text for text, places in groups if len({place.split for place in places}) > 1
         ],
-        "equal images in two classes": [
+        "duplicate images in two classes": [
             text for text, places in groups if len({place.class_name for place in places}) > 1
         ],
         "name with control characters": [name for name in names if not name.isprintable()],

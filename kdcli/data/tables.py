@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kdcli.base.errors import KdError, UsageError
-from kdcli.base.files import regular_size, sha256_file
+from kdcli.base.files import read_bytes, regular_size, sha256_file
 from kdcli.base.tables import csv_lines
 from kdcli.data.decode import SUFFIXES
-from kdcli.data.sources import FolderSource, Source, Wanted, content, reader_errors
+from kdcli.data.sources import MAX_MEMBER_BYTES, FolderSource, Source, Wanted, reader_errors
 from kdcli.data.split import SPLIT_NAMES, split_of
 
 LABELS = ("label", "labels", "fine_label")  # names of the column of labels, the first that is there
@@ -75,7 +75,9 @@ class TableSource(Source):
             self.classes = self.classes or row.classes
             if wanted(row.name):
                 image = row.image
-                yield row.name, image if isinstance(image, bytes) else content(image, row.name, self.path)
+                if isinstance(image, Path):
+                    image = read_bytes(image, MAX_MEMBER_BYTES, "Remove it.")
+                yield row.name, image
             self.done += 1
 
 

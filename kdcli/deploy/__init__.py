@@ -1,1 +1,1 @@
-"""From a checkpoint to a file that is deployed, and what it is worth."""
+"""Export, int8 quantisation, inference and benchmark of models."""

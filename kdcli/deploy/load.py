@@ -115,7 +115,7 @@ class RecordedTeacher(NamedTuple):
 
 
 def teachers_of(provenance: Mapping[str, Any], student: Path = Path()) -> list[RecordedTeacher]:
-    """Each teacher in a provenance of any origin, paths found from the student's file; empty if malformed."""
+    """Each teacher in an untrusted provenance, paths found from the student's file; empty if malformed."""
     recorded = provenance.get("teacher")
     if not isinstance(recorded, Mapping):
         return []

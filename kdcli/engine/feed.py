@@ -26,7 +26,7 @@ _RESIDENT_SHARE = 0.25  # of a GPU's free memory that images may take for good
 class Minibatch:
     """A process's part of a batch; of mixed images with the partners' labels and the own labels' shares (B,)."""
 
-    samples: Int64  # numbers of the images, (B,)
+    samples: Int64  # indices of the images, (B,)
     weight: float  # of its mean loss, see `runtime.World.share`
     count: int  # images in the whole batch, over all processes
     images: Tensor  # uint8 (B, H, W, C)

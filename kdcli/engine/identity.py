@@ -72,7 +72,7 @@ def input_hashes(
 
 
 def recorded_inputs(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """The same names and hashes from the provenance in a `student.pt`, of any origin."""
+    """The same names and hashes from the untrusted provenance in a `student.pt`."""
     return {str(name): str(sha256) for name, sha256 in _mapping(provenance.get("inputs")).items()}
 
 
@@ -81,7 +81,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def circumstances(recorded: Any) -> dict[str, str]:
-    """Versions and hardware on which the last bits depend, from the values of an `environment.json` of any origin."""
+    """Versions and hardware on which the last bits depend, from an untrusted `environment.json`."""
     values = _mapping(recorded)
     packages = _mapping(values.get("packages"))
     found = {name: values.get(name) for name in _CIRCUMSTANCES}

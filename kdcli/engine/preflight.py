@@ -28,7 +28,7 @@ _WORSE_ON_VIEWS = 1.5  # points
 def check_teacher(
     plan: RunPlan, outputs: TeacherOutputs, feed: Feed, on_event: OnEvent
 ) -> TeacherCheck | None:
-    """Measure the teacher on training views, on the same images plain, and on validation images; None without one."""
+    """Measure the teacher on training images, with and without augmentation, and on validation images."""
     if plan.teacher is None:
         return None
     # 1. Samples
@@ -128,7 +128,7 @@ def _plain_logits(plan: RunPlan, samples: Int64, on_event: OnEvent) -> Tensor:
             lambda images: live(images.to(plan.world.device), 0, samples)[0],
             train.images,
             samples,
-            task="teacher on a sample of plain images",
+            task="teacher on images without augmentation",
             on_event=on_event,
         )
         return {"logits": logits}

@@ -1,6 +1,6 @@
 """Figures of models and runs: measured, and written to and read from `result.json` and `metrics.jsonl`.
 
-Files may be of any origin: all readers raise `KdError` with a message of one line if one is missing, too large, no
+Files are untrusted: all readers raise `KdError` with a message of one line if one is missing, too large, no
 JSON, or has values that no run writes.
 """
 
@@ -35,12 +35,12 @@ from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent, ignore
 from kdcli.base.files import MAX_JSON_BYTES, read_bytes, write_text
 from kdcli.base.results import Count, Finite, NonNegative, Percent, Result
-from kdcli.base.text import reason
 from kdcli.data import ImageSet, overlap_warning
 from kdcli.engine.run_dir import RunDir
 from kdcli.methods import TrainConfig
 
 MOST_BYTES = MAX_JSON_BYTES  # of each file; a cell of the confusion matrix takes 30
+_HINT = "Name the folder of a finished run."
 
 Folder = Annotated[
     RunDir,
@@ -119,13 +119,13 @@ class Unlabelled(Record):
 
 
 class TeacherCheck(Record):
-    """Figures of the teacher before training, on samples of the images: shares and calibration errors in per cent."""
+    """Metrics of the teacher before training, on samples of the images, in per cent."""
 
     images: Count  # number of training images in the sample
     views: Percent  # accuracy on the first views of these, as the student sees them
     views_calibration_error: NonNegative
     plain: Percent  # accuracy on the same images without augmentation
-    validation: Percent | None  # accuracy on the validation split, plain; None without one
+    validation: Percent | None  # accuracy on the validation split; None without one
     validation_calibration_error: NonNegative | None
     warning: str | None = None  # why labels alone may do better; None otherwise
 
@@ -138,7 +138,7 @@ class TeacherCheck(Record):
             held_out = f", on validation images {self.validation:.1f} % ({error})"
         return (
             f"teacher's accuracy on training views {self.views:.1f} % (calibration error "
-            f"{self.views_calibration_error:.1f} %), on the same images plain {self.plain:.1f} %{held_out}"
+            f"{self.views_calibration_error:.1f} %), without augmentation {self.plain:.1f} %{held_out}"
         )
 
 
@@ -237,12 +237,12 @@ def read_result(path: Path) -> RunResult:
 
 def read_record(schema: type[R], path: Path) -> R:
     """A JSON file of one record, of a dataclass whose fields have such types too."""
-    return _parse(schema, str(path), _read_bytes(path))
+    return _parse(schema, str(path), read_bytes(path, MOST_BYTES, _HINT))
 
 
 def read_metrics(path: Path) -> list[Metrics]:
     """The lines of a `metrics.jsonl`, without a last one that a kill has cut short."""
-    lines = _read_bytes(path).splitlines()
+    lines = read_bytes(path, MOST_BYTES, _HINT).splitlines()
     found = []
     for number, line in enumerate(lines, 1):
         try:
@@ -272,13 +272,6 @@ def cut_metrics(path: Path, step: int, epoch: int) -> None:
     lines = read_metrics(path) if path.exists() else []
     kept = [line for line in lines if line.step <= step and (line.kind == "step" or line.epoch <= epoch)]
     write_text(path, "".join(json.dumps(line.to_dict()) + "\n" for line in kept))
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return read_bytes(path, MOST_BYTES)
-    except OSError as error:
-        raise KdError(f"cannot read {path}: {reason(error)}", "Name the folder of a finished run.") from error
 
 
 def _parse(schema: type[R], name: str, content: bytes) -> R:

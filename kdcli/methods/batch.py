@@ -42,7 +42,7 @@ class Training:
     student: Shapes
     teacher: Shapes
     labels: npt.NDArray[np.int64]  # int64 (N,), of all images of the data set; −1 without a label
-    samples: npt.NDArray[np.int64]  # int64, numbers of the images in the training split
+    samples: npt.NDArray[np.int64]  # int64, indices of the images in the training split
 
     @property
     def stages(self) -> list[tuple[Shape, Shape]]:
@@ -56,8 +56,9 @@ class Batch:
 
     Attributes:
         student_logits, teacher_logits: float32 (B, C); the teacher's are None without a teacher.
-        samples: int64 (B,), the images' numbers in the data set, the counters of random numbers.
-        other_labels, shares: with mixup or cutmix, the partners' labels (B,), and λ (B,), the own label's weight.
+        samples: int64 (B,), indices of the images in the data set; counters of the random numbers.
+        other_labels, shares: with mixup or cutmix, the partners' labels (B,), and λ (B,) in [0, 1], the weight of
+            `labels`.
         student_features, teacher_features: None unless a method needs features.
         gather: from a process's part of the batch to the whole, with gradients, for relations between images.
     """
@@ -73,7 +74,7 @@ class Batch:
     student_features: Features | None = None
     teacher_features: Features | None = None
     adapter: Any = None  # module that the method's `adapter` made
-    done: float = 0.0  # completed share of the training, 0 … 1
+    done: float = 0.0  # fraction of the training completed, in [0, 1]
     gather: Callable[[Any], Any] = lambda values: values
     tau: float = 1.0  # temperature of this step
 

@@ -1,4 +1,4 @@
-"""`Classifier`: a network joined with its preprocessing, and what is done with one."""
+"""`Classifier`: a network joined with its preprocessing; loading, and inference in batches."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""Files of runs and comparisons. They are of unknown origin: wrong content is a KdError or a line of `problems`."""
+"""Files of runs and comparisons, untrusted: wrong content is a KdError or a line of `problems`."""
 
 import json
 import re

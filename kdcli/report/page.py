@@ -1,6 +1,6 @@
 """`kd report`: one self-contained HTML page.
 
-Texts may come from files of unknown origin: Jinja2 escapes all of them, and the page's content security policy
+Texts may come from untrusted files: Jinja2 escapes all of them, and the page's content security policy
 allows kd's own script, by its hash, and no requests.
 """
 
@@ -68,7 +68,7 @@ def make_report(
     """Read runs, measure models, and make the page; a KdError if no run is finished.
 
     Args:
-        command: what the page names as the command that makes it.
+        command: command line that makes the page, printed on it.
         others: further models to time beside the students, as exported files.
         comparisons: folders of kd compare, for a section each.
         speed: a benchmark that has been made already.

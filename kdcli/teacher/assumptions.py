@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdcli import models
 from kdcli.base import metrics
-from kdcli.base.config import TeacherInputs, option_flag
+from kdcli.base.config import InputSettings, TeacherInputs, option_flag
 from kdcli.base.errors import KdError
 from kdcli.base.events import Note, OnEvent
 from kdcli.data import ImageSet, augment
@@ -29,24 +29,15 @@ _STEP = 16  # images after which it is given up earlier if it cannot become bett
 _SHOWN = 6  # class names in a message
 _TYPED = 30  # class names in a command
 _PRETRAINED = "pretrained"
-# Common scales of a network's input: description, options, mean and deviation in units of 0–255
-_SCALES = (
-    ("pixels 0–255", {"scale": "1"}, (0.0,), (1.0,)),
-    ("pixels 0–1", {"scale": "1/255"}, (0.0,), (255.0,)),
-    ("pixels −1–1", {"scale": "1/127.5", "mean": "1"}, (127.5,), (127.5,)),
-    (
-        "pixels 0–255 less ImageNet's mean",
-        {"scale": "1", "mean": "123.675,116.28,103.53"},
-        (123.675, 116.28, 103.53),
-        (1.0,),
+_SCALES = {  # common scales of a network's input, in RGB order
+    "pixels 0–255": InputSettings(scale="1"),
+    "pixels 0–1": InputSettings(scale="1/255"),
+    "pixels −1–1": InputSettings(scale="1/127.5", mean="1"),
+    "pixels 0–255 less ImageNet's mean": InputSettings(scale="1", mean="123.675,116.28,103.53"),
+    "ImageNet's mean and standard deviation": InputSettings(
+        scale="1/255", mean="0.485,0.456,0.406", std="0.229,0.224,0.225"
     ),
-    (
-        "ImageNet's mean and deviation",
-        {"scale": "1/255", "mean": "0.485,0.456,0.406", "std": "0.229,0.224,0.225"},
-        (123.675, 116.28, 103.53),
-        (58.395, 57.12, 57.375),
-    ),
-)
+}
 
 
 @dataclass(frozen=True)
@@ -101,8 +92,8 @@ def check_outputs(name: str, logits: npt.NDArray[np.float32], data: ImageSet) ->
 
 def _measured(name: str, accuracy: float, interval: tuple[float, float], count: int, classes: int) -> str:
     return (
-        f"{name} is right on {accuracy:.1f} % of {count} labelled images "
-        f"({interval[0]:.1f}–{interval[1]:.1f} %; chance is {100 / classes:.1f} %)"
+        f"{name}: accuracy {accuracy:.1f} % on {count} labelled images "
+        f"(95 % interval {interval[0]:.1f}–{interval[1]:.1f}; chance {100 / classes:.1f})"
     )
 
 
@@ -118,8 +109,8 @@ def probe(name: str, model: Any, data: ImageSet, task: str, on_event: OnEvent) -
     best = found[0]
     if is_near_chance(best.interval, len(data.classes)):
         raise KdError(
-            f"{name} is near chance with each likely input: at best {best.accuracy:.1f} % of {best.count} images "
-            f"are right, with {best.text or 'its own'}",
+            f"{name} is near chance with each likely input: best accuracy {best.accuracy:.1f} % "
+            f"on {best.count} images, with {best.text or 'its own'}",
             f"Likely causes: another order of classes ({_flag(model)('class_names')}), or other data.",
         )
     return found
@@ -166,7 +157,7 @@ def advice(model: Any, data: ImageSet, best: Assumption) -> str:
         steps.append(f"{'add' if settable else 'convert it again with'} {' '.join(words)}")
     low, high = best.interval
     return (
-        f"With {best.text} it is right on {best.accuracy:.1f} % ({low:.1f}–{high:.1f} %): {'; '.join(steps)}"
+        f"With {best.text} its accuracy is {best.accuracy:.1f} % ({low:.1f}–{high:.1f}): {'; '.join(steps)}"
     )
 
 
@@ -288,13 +279,14 @@ def _inputs(model: Any) -> Iterator[tuple[str, dict[str, str], Any]]:
     kind, args = (Photo, preprocess.args()) if isinstance(preprocess, Photo) else (MeanStd, {})
     if channels == 3 and not unknown:  # exact also with means, which are in the network's order
         yield f"channels {other}", {"channel_order": other}, lambda images: model(images.flip(-1))
-    for text, options, mean, std in _SCALES if preprocess is not None or unknown else ():
+    for text, scale in _SCALES.items() if preprocess is not None or unknown else ():
+        mean, std = scale.mean_std or ((), ())
         if len(mean) not in (1, channels):
             continue
         state = [torch.tensor(values * (channels // len(values))) for values in (mean, std)]  # in RGB order
         for each in (order, other) if channels == 3 else (order,):
             turn = -1 if each == "bgr" else 1
-            named = {name: ",".join(value.split(",")[::turn]) for name, value in options.items()}
+            named = {name: ",".join(str(value).split(",")[::turn]) for name, value in scale.given.items()}
             words = text if each == order else f"{text}, channels {each}"
             setting = named if each == order else {"channel_order": each, **named}
             yield (

@@ -60,13 +60,9 @@ class CachedLogits:
 
 
 def weighted_mean(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Σ weight · part, in order; a single part as it is."""
-    if len(parts) == 1:
-        return parts[0]
-    total = weights[0] * parts[0]
-    for part, weight in zip(parts[1:], weights[1:], strict=True):
-        total = total + weight * part
-    return total
+    """Σ weight · part, in order."""
+    first, *others = (weight * part for part, weight in zip(parts, weights, strict=True))
+    return sum(others, first)
 
 
 def top_k_of(logits: npt.NDArray[np.float32], count: int, dtype: type[Any] = np.float16) -> npt.NDArray[Any]:

@@ -1,4 +1,4 @@
-"""Files that survive a power cut, and documents of any origin."""
+"""Files that survive a power cut, and untrusted documents."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kdcli.base import files
+from kdcli.base import files, units
 from kdcli.base.errors import KdError
 from tests.helpers import disk_calls
 
@@ -35,6 +35,23 @@ def test_a_folder_is_synced_before_its_rename_and_its_parent_after(
     assert sorted(calls[:2]) == [("sync", "a"), ("sync", "b")]
     assert calls[2:] == [("sync", scratch.name), ("rename", "made"), ("sync", tmp_path.name)]
     assert (tmp_path / "made/b").read_text() == "b"
+
+
+def test_written_json_is_read_as_it_was(tmp_path: Path) -> None:
+    """Lists of plain values are put in one line; brackets in texts are no ends of lists."""
+    value = {"names": ["a ]", " x [ ] y", "{ b }"], "empty": [], "rows": [[1, 2.5], ["c"]]}
+    files.write_json(tmp_path / "x.json", value)
+    assert files.read_document(tmp_path / "x.json") == value
+    files.write_json(tmp_path / "x.json", {"numbers": [1, 2]})
+    assert '"numbers": [1, 2]' in (tmp_path / "x.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (999.4, "999"), (999.6, "1 k"), (999_499, "999 k"), (999_500, "1 M"), (3.5e9, "3.5 G")],
+)
+def test_counts_have_three_digits(number: float, text: str) -> None:
+    assert units.count(number) == text
 
 
 DEEP = {

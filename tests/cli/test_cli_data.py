@@ -80,11 +80,11 @@ def test_a_folder_of_odd_files(odd: Path, kd: Kd) -> None:
         "smaller than 8 pixels": ["train/bee/dot.png, 1×1"],
         "more than 16 million pixels": ["train/bee/huge.png, 8000×8000"],
         "link or special file": ["train/bee/loop"],
-        "folder without images in use": ["train/cat"],
+        "folder without images of a class": ["train/cat"],
         "class of one image": ["dog"],
-        "equal images in two splits": ["test/bee/copy.png = train/ape/3.png"],
-        "equal images in two classes": ["test/bee/copy.png = train/ape/3.png"],
-        "nearly equal images in two splits": ["test/ape/scene.jpg ≈ train/ape/scene.png"],
+        "duplicate images in two splits": ["test/bee/copy.png = train/ape/3.png"],
+        "duplicate images in two classes": ["test/bee/copy.png = train/ape/3.png"],
+        "near-duplicate images in two splits": ["test/ape/scene.jpg ≈ train/ape/scene.png"],
         "name with control characters": ["train/bee/new\nline.png"],
     }
     shown = kd("data", "odd", "--skip-broken")
@@ -131,7 +131,7 @@ def test_a_data_set_by_name(kd: Kd) -> None:
     assert sum(found["images"]["test"].values()) == 360 and found["kinds"] == {"grey": 1797}
     assert (
         found["sizes"]["median"] == [8, 8] and found["problems"] == {}
-    )  # 8 × 8 are too few for nearly equal images
+    )  # 8 × 8 are too few for near-duplicates
     assert Image.open("digits.png").size == (1200, 10 * 120 + 60)
 
 

@@ -1,4 +1,4 @@
-"""Test images that are train images too: counted when the data is read, and told beside each accuracy."""
+"""Test images that are also training images: counted when the data is read, reported with each accuracy."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_warning_begins_above_one_per_cent(overlap: int, count: int, warned:
     assert (overlap_warning(overlap, count) is not None) is warned
 
 
-WARNING = "2 of 30 test images are among the train images: the accuracy is no measure for new images"
+WARNING = "2 of 30 test images are also training images: the accuracy overestimates that on new images"
 TOY = ("--data", "data", "--student", "convnet-tiny", "--epochs", "1")
 SMALL = (*TOY, "--threads", "1", "--precision", "32")
 

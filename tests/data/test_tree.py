@@ -131,6 +131,8 @@ def test_names_in_another_encoding_stay_different(tmp_path: Path, read: Callable
     files = {f"train/zebra/{byte}.png": png((value, 0, 0)) for byte, value in (("\udce9", 8), ("\udce8", 9))}
     splits = read(write_tar(tmp_path / "x.tar", {**small_tree(), **files}))
     assert sorted(splits.train.images[:, 0, 0, 0].tolist()) == [1, 2, 3, 8, 9]
+    above = {f"caf\udce9/{name}": content for name, content in small_tree().items()}
+    assert read(write_folder(tmp_path / "set", above)).notes == ("Images are below caf /.",)
 
 
 def test_images_are_known_by_content_whatever_their_name(tmp_path: Path, read: Callable[..., Splits]) -> None:

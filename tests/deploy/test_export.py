@@ -1,4 +1,4 @@
-"""The exported file gives what the checkpoint gives, says what it is, and otherwise does not exist."""
+"""Export: parity with the checkpoint, metadata, no file on failure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kd predict: what a model sees in image files."""
+"""kd predict: decoding, preprocessing, order and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Archives and folders of images that are to do harm."""
+"""Malicious archives and folders of images."""
 
 from __future__ import annotations
 

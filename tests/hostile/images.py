@@ -1,4 +1,4 @@
-"""Image files that are to do harm."""
+"""Malicious image files."""
 
 from __future__ import annotations
 

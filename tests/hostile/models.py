@@ -1,4 +1,4 @@
-"""Checkpoints, ONNX files and caffemodels that are to do harm."""
+"""Malicious checkpoints, ONNX files and caffemodels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pickles and .npy files that are to do harm."""
+"""Malicious pickles and .npy files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What learns along with the student: against the papers' formulas, what it remembers, and what a state holds."""
+"""Auxiliary modules: formulas, memory banks, state dict."""
 
 from __future__ import annotations
 

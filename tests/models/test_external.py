@@ -339,7 +339,7 @@ def test_a_file_of_weights_is_not_run(tmp_path: Path) -> None:
         weights.read(path)
 
 
-def test_student_starts_from_weights(workplace: Path) -> None:
+def test_student_starts_from_weights(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(5)
     network = zoo.squeezenet1_1(num_classes=4)
     torch.save({"state_dict": network.state_dict()}, "start.pth")
@@ -365,6 +365,11 @@ def test_student_starts_from_weights(workplace: Path) -> None:
     trained = checkpoint.load(result.run.student)
     torch.testing.assert_close(trained.state_dict["features.0.weight"], network.features[0].weight.detach())
     assert "student weights" in trained.provenance["inputs"]
+    folder = workplace / "other"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    again = RunDir(workplace / result.run.path).read_config()
+    assert again.student_weights == workplace / "start.pth"
 
 
 def test_safetensors(tmp_path: Path) -> None:

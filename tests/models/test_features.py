@@ -1,4 +1,4 @@
-"""What lies between pixels and logits: which layers count as stages, and that reading them changes nothing."""
+"""Feature extraction: choice of stages; logits and weights unchanged."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_an_onnx_teacher_and_several_teachers_have_no_features(workplace: Path) 
     )
     with pytest.raises(KdError, match="gives logits, but no features"):
         fit(config(method="at", teacher=Path("t.onnx"), student="convnet-tiny"), splits)
-    with pytest.raises(UsageError, match="those of several teachers have no mean"):
+    with pytest.raises(UsageError, match="not averaged over several teachers"):
         fit(config(method="kd+at", teacher=[teacher, teacher], student="convnet-tiny"), splits)
     with pytest.raises(UsageError, match=r"teacher .* no layer 'x'"):
         fit(config(method="at", teacher=teacher, student="convnet-tiny", teacher_stages="x"), splits)

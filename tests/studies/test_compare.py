@@ -330,7 +330,7 @@ def test_conclude_missing_run_withholds_verdict(splits: Splits) -> None:
 def test_view_seed_draws_views_of_teacher_and_student(
     splits: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Student and teacher by the same: what the teacher said is of the pictures that the student sees."""
+    """The teacher's logits are of the student's views."""
     drawn: list[tuple[int, int]] = []
     make_view = augment.make_view
 

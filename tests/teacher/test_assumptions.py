@@ -98,9 +98,9 @@ def test_a_teacher_with_classes_in_text_order_is_refused_with_the_order(workplac
     write_teacher(Path("t.onnx"), by_text)
     settings = config(method="kd", teacher=Path("t.onnx"), epochs=1)
     told: list[Event] = []
-    with pytest.raises(KdError, match=r"right on 8\.3 % of 120 labelled images") as caught:
+    with pytest.raises(KdError, match=r"accuracy 8\.3 % on 120 labelled images") as caught:
         fit(settings, Splits("toy", "toy", train, test), on_event=told.append)
-    assert "sorted as texts (1, 10, 11, 12, 2, 3, …) it is right on 100.0 %" in caught.value.hint
+    assert "sorted as texts (1, 10, 11, 12, 2, 3, …) its accuracy is 100.0 %" in caught.value.hint
     assert "--teacher-class-names classes.txt" in caught.value.hint
     assert any("names no classes" in event.text for event in told if isinstance(event, Note))
     assert not list(Path().rglob("view-*.npy"))
@@ -153,7 +153,7 @@ def test_another_order_of_channels_is_found(workplace: Path) -> None:
     write_teacher(Path("t.onnx"), range(12), channels=(2, 1, 0))
     data = colours([f"{number:02d}" for number in range(12)])
     [note] = notes_of(load_model(Path("t.onnx")), data)
-    assert "With channels bgr it is right on 100.0 %" in note
+    assert "With channels bgr its accuracy is 100.0 %" in note
     assert note.endswith("add --channel-order bgr")
 
 
@@ -162,7 +162,7 @@ def test_another_scale_of_pixels_is_found(workplace: Path) -> None:
     data = colours([f"{number:02d}" for number in range(12)])
     model = load_model(Path("t.onnx"), assumed=InputSettings(scale="1"))
     [note] = notes_of(model, data)
-    assert "With pixels 0–1 it is right on 100.0 %" in note
+    assert "With pixels 0–1 its accuracy is 100.0 %" in note
     assert note.endswith("add --scale 1/255")
     assert notes_of(load_model(Path("t.onnx"), assumed=InputSettings(scale="1/255")), data) == []
 
@@ -302,7 +302,7 @@ def test_likely_inputs_are_tried_by_probe(workplace: Path, monkeypatch: pytest.M
     unwritten = call("--teacher", "r.onnx", "--data", "data", "--probe").output
     assert "cannot write r.onnx.toml" in unwritten and "--teacher-channel-order bgr" in unwritten
     write_teacher(Path("t.onnx"), [0] * 12, scale=1 / 255)
-    with pytest.raises(KdError, match=r"t\.onnx\.toml is the input of another file"):
+    with pytest.raises(KdError, match=r"t\.onnx\.toml was recorded for another content"):
         with_defaults(config(teacher=Path("t.onnx"), data="data"), needs_teacher=True)
     with pytest.raises(KdError, match="is near chance with each likely input"):
         call(*words, "--probe")

@@ -70,7 +70,7 @@ def test_a_file_groups_classes(workplace: Path) -> None:
         ("crane,cat\npug,dog", "line 1: the teacher has 2 classes 'crane'"),
         ("tabby,cat\ntabby,dog", "line 2: class 'tabby' is there twice"),
         ("tabby,cat\npug,dog,1", "line 2: 3 values instead of 2"),
-        ('tabby,cat\n"pug,dog', "cannot be read"),
+        ('tabby,cat\n"pug,dog', "cannot read"),
     ],
 )
 def test_a_wrong_file_is_refused(workplace: Path, text: str, message: str) -> None:

@@ -99,7 +99,7 @@ def test_a_damaged_pack_is_refused(workplace: Path) -> None:
         pack_logits(config(teacher=Path("t.pt")), splits, Path("pack"))
     with pytest.raises(KdError, match="no model"):
         fit(config(teacher=PACK, teacher_cache="off"), splits)
-    with pytest.raises(UsageError, match="stored outputs and models"):
+    with pytest.raises(UsageError, match="mixes stored logits and models"):
         fit(config(teacher=(PACK, Path("t.pt"))), splits)
     [file] = (path for path in Path("pack").rglob("view-0000.npy") if len(np.load(path)) == 90)
     content = bytearray(file.read_bytes())
@@ -183,7 +183,7 @@ def test_probabilities_that_may_be_guesses_are_refused(folder: Splits) -> None:
     """Of 240 training images a third is right."""
     rows = [f"{name},1,0,0" for name in folder.train.names]
     Path("probs.csv").write_text("\n".join(("file,class-0,class-1,class-2", *rows)), encoding="utf-8")
-    with pytest.raises(KdError, match=r"probs\.csv is right on 33\.3 % of 240 labelled images") as caught:
+    with pytest.raises(KdError, match=r"probs\.csv: accuracy 33\.3 % on 240 labelled images") as caught:
         fit(config(teacher=Path("probs.csv")), folder)
     assert "order of classes" in caught.value.hint
     assert not Path("runs").exists()
@@ -221,7 +221,7 @@ def test_a_file_name_that_no_other_image_has_is_enough(folder: Splits) -> None:
         ("file,class-0,class-1,class-2\nx.png,1.5,-0.5,0", "line 2: probabilities must be 0 or more"),
         ("file,class-0,class-1,class-2\nx.png,nan,0,1", "line 2: probabilities must be 0 or more"),
         ("file,class-0,class-1,class-2\nx.png,1,0,0\n./x.png,1,0,0", "line 3: x.png is there twice"),
-        ('file,class-0,class-1,class-2\n"x.png,1,0,0', "cannot be read"),
+        ('file,class-0,class-1,class-2\n"x.png,1,0,0', "cannot read"),
     ],
 )
 def test_a_wrong_file_of_probabilities_is_refused(folder: Splits, text: str, message: str) -> None:

@@ -111,7 +111,7 @@ class ConvertConfig(DataSettings, PixelSettings):
 class DataConfig(Settings):
     """`kd data`."""
 
-    sheet: Figure = setting(None, "Draw up to eight images of each class (.png or .svg).", "Output")
+    sheet: Figure = setting(None, "Contact sheet: up to eight images of each class (.png or .svg).", "Output")
     skip_broken: SkipBroken = False
     data_dir: DataDir = Path("data")
     cache_dir: CacheDir = Path("cache")

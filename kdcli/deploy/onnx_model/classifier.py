@@ -1,4 +1,4 @@
-"""ONNX files of unknown origin as classifiers."""
+"""Untrusted ONNX files as classifiers."""
 
 import shlex
 from dataclasses import dataclass, field, replace

@@ -75,7 +75,8 @@ def _node_rows(
             image_values.update(node.output)
             shape = shapes.get(node.output[0], ()) if node.output else ()
         own = sum(uncounted.pop(name, 0) for name in node.input) + _attribute_weights(node)
-        kind = " ".join([node.op_type, *(dims(shapes[name]) for name in node.input if name in weights)])
+        known = (shapes[name] for name in node.input if name in weights and name in shapes)
+        kind = " ".join([node.op_type, *map(dims, known)])
         rows.append(LayerSummary(node.name, kind, shape[1:], own, _macs(node, shapes)))
     return tuple(rows)
 

@@ -16,7 +16,7 @@ from kdcli import __version__
 from kdcli.base.config import NO_ASSUMPTIONS, InputSettings
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import parse_document, read_bytes
-from kdcli.base.text import first_line, reason
+from kdcli.base.text import first_line
 from kdcli.data.preprocess import MeanStd, Preprocess, from_spec
 from kdcli.deploy.load import name_files
 from kdcli.deploy.onnx_model.form import MAX_SIDE, InputForm
@@ -191,9 +191,8 @@ def _lines(text: str) -> list[str]:
 def _small_text(path: Path) -> str:
     try:
         return read_bytes(path, _MOST_TEXT).decode("utf-8")
-    except (OSError, ValueError) as error:
-        why = reason(error) if isinstance(error, OSError) else first_line(error)
-        raise KdError(f"class names in {path} cannot be read: {why}") from error
+    except ValueError as error:
+        raise KdError(f"cannot read {path}: {first_line(error)}") from error
 
 
 def invalid(path: Path, error: Exception) -> KdError:

@@ -1,4 +1,4 @@
-"""Reading of ONNX files of unknown origin within limits."""
+"""Reading of untrusted ONNX files within limits."""
 
 import hashlib
 import math

@@ -1,4 +1,4 @@
-"""Contrastive representation distillation: loss, module with its memory, and the choice of negatives."""
+"""Contrastive representation distillation: loss, module with memory banks, and the choice of negatives."""
 
 import math
 
@@ -16,8 +16,8 @@ from kdcli.methods.losses.numerics import pair, precise, unit
 def contrastive(log_scores: Tensor, samples: int) -> Tensor:
     """−log h(positive) − Σ log(1 − h(negative)), mean over the batch: CRD's (Tian et al., ICLR 2020, eq. 18); → ().
 
-    h = P/(P + K/n): whether a pair comes from the data, P its score, or from noise that draws K of n samples alike.
-    `log_scores` are log P, (B, 1 + K), the positive first; n is the number of `samples` to draw from.
+    h = P/(P + K/n): probability that a pair of score P is positive, with K negatives drawn uniformly from n samples
+    (noise-contrastive estimation). `log_scores` are log P, (B, 1 + K), the positive first; n is `samples`.
     """
     log_scores = precise(log_scores)
     odds = log_scores - math.log((log_scores.shape[1] - 1) / samples)  # log h/(1 − h)
@@ -25,14 +25,13 @@ def contrastive(log_scores: Tensor, samples: int) -> Tensor:
 
 
 class Contrast(nn.Module):
-    """CRD (Tian et al., ICLR 2020): each network's embedding against the other's of the same image and of K others.
+    """CRD (Tian et al., ICLR 2020): contrast each network's embedding with the other network's memory bank.
 
-    Both embeddings go through a linear layer to `dim` and are brought to length 1. Those of all the training images
-    are remembered, and a batch's own are mixed into them after its loss: m·old + (1 − m)·new, at length 1 again. A
-    score is exp(cos/T)/Z; Z is such that the first batch's mean is 1/`samples`, and then stays. In eval mode nothing
-    is remembered.
+    Both embeddings (B, D) are projected to `dim` and normalised. Positive: the same image; negatives: K images. Score
+    exp(cos/T)/Z; Z is set by the first batch to a mean of 1/`samples`. After its loss a batch updates the banks:
+    m·old + (1 − m)·new, normalised; not in eval mode.
 
-    Where several processes share a batch, each must be given the whole of it: then all remember the same.
+    Several processes that share a batch must each be given all of it, so that their banks stay equal.
     """
 
     student_bank: Tensor

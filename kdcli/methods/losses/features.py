@@ -16,7 +16,10 @@ from kdcli.methods.losses.numerics import divisor, pair, unit
 
 
 def same_size(student_maps: Tensor, teacher_maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Both at the smaller of their heights and widths, in the student's precision; the teacher's without gradient."""
+    """Pool both to the smaller of their heights and widths; (B, Cˢ, H, W), (B, Cᵗ, H, W) → the same with equal H, W.
+
+    In the student's precision; the teacher's without gradient.
+    """
     height = min(student_maps.shape[2], teacher_maps.shape[2])
     width = min(student_maps.shape[3], teacher_maps.shape[3])
     student, teacher = pair(student_maps, teacher_maps)
@@ -44,10 +47,10 @@ def attention(student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
 
 
 def variational(student_mean: Tensor, variance: Tensor, teacher_maps: Tensor) -> Tensor:
-    """½·mean((μ − t)²/σ² + log σ²) over all elements: VID (Ahn et al., CVPR 2019), less a constant; → ().
+    """½·mean((μ − t)²/σ² + log σ²): VID (Ahn et al., CVPR 2019) without the constant ½·log 2π; → ().
 
-    μ (B, C, H, W) is what a regressor makes of the student's maps, σ² (C,) the `variance` of each channel, t the
-    teacher's maps (B, C, H, W).
+    μ (B, C, H, W): output of a regressor on the student's maps; σ² (C,): `variance` of each channel; t (B, C, H, W):
+    teacher's maps.
     """
     mean, teacher = same_size(student_mean, teacher_maps)
     variance = variance.to(mean.dtype)[:, None, None]
@@ -181,7 +184,7 @@ class Review(nn.Module):
 
 
 def similarity(student_maps: Tensor, teacher_maps: Tensor) -> Tensor:
-    """‖Gˢ − Gᵗ‖²/B² (Frobenius), G = f·fᵀ with rows brought to length 1: SP (Tung & Mori, ICCV 2019); → ()."""
+    """‖Gˢ − Gᵗ‖²/B² (Frobenius), G = f·fᵀ rows normalised: SP (Tung & Mori, ICCV 2019); (B, …) each → ()."""
     student, teacher = pair(student_maps.flatten(1), teacher_maps.flatten(1))
     if len(student) == 1:
         return _none(student)
@@ -194,7 +197,7 @@ def relational(
     distance_weight: float = 25.0,
     angle_weight: float = 50.0,
 ) -> Tensor:
-    """Distances and angles between samples under Huber's loss (δ = 1): RKD (Park et al., CVPR 2019); → ().
+    """Distances and angles of samples under Huber's loss (δ = 1): RKD (Park et al., CVPR 2019); (B, …) each → ().
 
     Distances are divided by their mean over the pairs of different samples; the losses are means over all B² pairs
     and B³ triplets. Samples nearer to each other than the rounding of their products count as one.
@@ -227,7 +230,7 @@ def _relations(embedding: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def probabilistic(student_embedding: Tensor, teacher_embedding: Tensor) -> Tensor:
-    """Mean over all pairs of p·log((p + ε)/(q + ε)), ε = 1e-7: PKT (Passalis & Tefas, ECCV 2018); → ().
+    """Mean over all pairs of p·log((p + ε)/(q + ε)), ε = 1e-7: PKT (Passalis & Tefas, ECCV 2018); (B, …) each → ().
 
     p (teacher) and q (student) are (1 + cos)/2 of each two samples, divided by their sum over each row; as in the
     authors' code a sample is one of its own neighbours.

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kdcli.base.metrics import divergences
 from kdcli.data import augment
-from kdcli.methods.losses.numerics import divergences, divisor, pair, precise
+from kdcli.methods.losses.numerics import divisor, pair, precise
 
 
 def cross_entropy(

@@ -26,9 +26,3 @@ def divisor(lengths: Tensor, least: Tensor | float) -> Tensor:
 def unit(rows: Tensor) -> Tensor:
     """Rows of length 1, (B, D) → (B, D); one of length 0 stays 0."""
     return rows / divisor(torch.linalg.vector_norm(rows, dim=1, keepdim=True), 1e-12)
-
-
-def divergences(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """KL(softmax(t) ‖ softmax(s)) of each row, (B, C) each → (B,)."""
-    student, teacher = student_logits.log_softmax(dim=1), teacher_logits.log_softmax(dim=1)
-    return torch.nn.functional.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
