@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,11 +52,8 @@ def drawn_to(target: Target, width: float, height: float) -> Iterator[Figure]:
         FigureCanvasAgg(figure)
         yield figure
         metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
-        if isinstance(target, BytesIO):
-            figure.savefig(target, format=kind, metadata=metadata)
-            return
-        with atomic_path(target) as temporary:
-            figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
+        with nullcontext(target) if isinstance(target, BytesIO) else atomic_path(target) as place:
+            figure.savefig(place, format=kind, dpi=150, metadata=metadata)
 
 
 def shown(name: str) -> str:

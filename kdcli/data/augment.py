@@ -71,14 +71,12 @@ def uniform(random: UInt32) -> Float64:
 
 def normal(first: UInt32, second: UInt32) -> Float64:
     """Standard normal numbers from 32 random bits each (Box and Muller 1958)."""
-    result: Float64 = np.sqrt(-2 * np.log(uniform(first))) * np.cos(2 * np.pi * uniform(second))
-    return result
+    return np.sqrt(-2 * np.log(uniform(first))) * np.cos(2 * np.pi * uniform(second))
 
 
 def below(random: UInt32, limit: int) -> Int64:
     """Random bits → whole numbers in 0 … limit − 1, limit up to 2³²; the bias is below limit · 2⁻³²."""
-    numbers: Int64 = ((random.astype(np.uint64) * np.uint64(limit)) >> np.uint64(32)).astype(np.int64)
-    return numbers
+    return ((random.astype(np.uint64) * np.uint64(limit)) >> np.uint64(32)).astype(np.int64)
 
 
 def order(seed: int, epoch: int, samples: Int64) -> Int64:
@@ -259,8 +257,7 @@ class Mixing:
     @property
     def shares(self) -> npt.NDArray[np.float32]:
         """float32 (B,): the weight of each sample's own label."""
-        shares: npt.NDArray[np.float32] = self.weights.mean(axis=(1, 2, 3))
-        return shares
+        return self.weights.mean(axis=(1, 2, 3))
 
 
 def mixes(name: str) -> bool:

@@ -30,9 +30,8 @@ class ImageSet:
     fingerprint: str  # SHA-256 of the content (see `fingerprint_of`)
     validation: int = 0  # number of its last images, which are the data's own validation split
     resize: int = 0  # pixels of the shorter side before the centre crop, see `decode.resize`; 0: no crop
-    name_bytes: npt.NDArray[np.uint8] | None = field(
-        default=None, repr=False
-    )  # UTF-8 of `names`, each with a NUL
+    # UTF-8 of `names`, each with a NUL
+    name_bytes: npt.NDArray[np.uint8] | None = field(default=None, repr=False)
     beside: npt.NDArray[np.uint8] | None = field(default=None, repr=False)  # `name_bytes` of the other split
 
     def __len__(self) -> int:

@@ -41,9 +41,8 @@ class TableSource(Source):
 
     layout_hint: str = TABLE_HINT
     rows: Callable[[], Iterator[Row]] = lambda: iter(())
-    labels: dict[str, tuple[str, str]] = field(
-        default_factory=dict
-    )  # split and label of each image read so far
+    # split and label of each image read so far
+    labels: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def key(self) -> str:
         """SHA-256 of the table, and of sizes and change times of the files it lists; KdError if some are missing."""

@@ -146,9 +146,8 @@ def _of_torchvision(name: str, weights: str, sha256: str) -> Published:
     if weights and weights not in entries.__members__:
         hint = f"It has {', '.join(entries.__members__)}; or name a file."
         raise UsageError(f"torchvision:{name} has no weights {weights}", hint)
-    by_file = (
-        each for each in entries if each.url.endswith(f"-{sha256[:8]}.pth")
-    )  # part of each file's name
+    # the hash is part of each file's name
+    by_file = (each for each in entries if each.url.endswith(f"-{sha256[:8]}.pth"))
     entry = entries[weights] if weights else next(by_file, entries.DEFAULT)
     preset = entry.transforms()
     [side], [crop] = preset.resize_size, preset.crop_size
@@ -174,8 +173,7 @@ def _timm_with(name: str) -> Any:
 
 def _timm(name: str, classes: int, input_size: tuple[int, int, int]) -> nn.Module:
     count = {"num_classes": classes} if classes else {}
-    made: nn.Module = _timm_with(name).create_model(name, in_chans=input_size[2], **count)
-    return made
+    return _timm_with(name).create_model(name, in_chans=input_size[2], **count)
 
 
 def _of_timm(name: str, weights: str, sha256: str) -> Published:

@@ -66,9 +66,8 @@ class SampleDropout(nn.Dropout):
             raise RuntimeError("DropoutKeys.step was not called")
         keys = keys if keys.shape[1] == len(values) else keys[:, :1]
         shape = torch.Size([*values.shape[: self.axes], *[1] * values.dim()][: values.dim()])
-        element = torch.arange(
-            shape.numel() // keys.shape[1], dtype=torch.int32, device=values.device
-        )  # (E,)
+        elements = shape.numel() // keys.shape[1]
+        element = torch.arange(elements, dtype=torch.int32, device=values.device)  # (E,)
         first = _mix(keys[self.number % 4] + self.number // 4)[:, None]
         second = keys[(self.number + 1) % 4][:, None]
         noise = _mix(_mix(first + element * _GOLDEN) ^ second)  # (B, E), each int32 as likely

@@ -260,5 +260,4 @@ class TeacherPass:
                 f"teacher {self.member.path} gives logits that are not finite",
                 f"Examine it: kd validate --teacher {shlex.quote(self.member.path.as_posix())}",
             )
-        values: npt.NDArray[np.float32] = logits.numpy()
-        return values
+        return logits.numpy()

@@ -42,8 +42,7 @@ def logits_of(path: Path, sha256: str, data: ImageSet, map_file: Path | None) ->
             "Name each by its path below the data's folder, or by a file name that no other image has.",
         )
     values = np.log(np.maximum([rows[name] for name in chosen], _FLOOR))
-    logits: npt.NDArray[np.float32] = known(torch.from_numpy(values)).float().numpy()
-    return logits
+    return known(torch.from_numpy(values)).float().numpy()
 
 
 @lru_cache(maxsize=1)

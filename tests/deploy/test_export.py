@@ -112,7 +112,7 @@ def test_metadata_of_an_export(plain: tuple[Classifier, ExportResult]) -> None:
 def test_file_of_a_model_that_resizes_takes_the_same_images(tmp_path: Path) -> None:
     model = resizing_classifier()
     loaded = OnnxClassifier.load(exported(tmp_path, model).path)
-    assert (loaded.input_size, loaded.input_shape, loaded.any_size) == ((30, 30, 3), (3, 16, 16), True)
+    assert (loaded.input_size, loaded.network_size, loaded.any_size) == ((30, 30, 3), (16, 16, 3), True)
     random = np.random.default_rng(0)
     for shape in ((30, 30, 3), (16, 16, 3), (41, 57, 3), (23, 20, 1)):
         images = torch.from_numpy(random.integers(0, 256, (3, *shape), np.uint8))

@@ -117,7 +117,7 @@ def test_open_size_is_never_guessed(tmp_path: Path) -> None:
     sized = save(tmp_path / "s.onnx", TRANSPOSED, weights, ["n", "h", "w", 3], metadata={"imgsz": "[16, 32]"})
     assert load_model(sized, input_size=(20, 24, 3)).input_size == (16, 32, 3)
     found = OnnxClassifier.load(path, input_size=(20, 24, 3))
-    assert count_model(found.model, found.input_shape).macs == 20 * 24 * 2 * 3
+    assert found.counts().macs == 20 * 24 * 2 * 3
 
 
 SOFTMAXES = {

@@ -37,7 +37,7 @@ def contrast(**changes: float) -> Contrast:
 
 def review() -> losses.Review:
     torch.manual_seed(0)
-    return losses.Review([(3, 8, 8), (4, 4, 4), (5, 1, 1)], [(2, 8, 8), (6, 2, 2), (7, 1, 1)], mid=3).double()
+    return losses.Review([(3, 8, 8), (4, 4, 4), (5, 1, 1)], [(2, 8, 8), (6, 2, 2), (7, 1, 1)]).double()
 
 
 def review_maps(seed: int = 0, batch: int = 4) -> tuple[list[Tensor], list[Tensor]]:
@@ -153,7 +153,7 @@ def test_adapter_weights_depend_on_the_seed(name: str) -> None:
         "hint": lambda: losses.Hint(STUDENT, TEACHER),
         "variational": lambda: losses.Variational(STUDENT, TEACHER),
         "contrast": lambda: Contrast(6, 9, 10, 4),
-        "review": lambda: losses.Review([(3, 8, 8)], [(2, 8, 8)], mid=3),
+        "review": lambda: losses.Review([(3, 8, 8)], [(2, 8, 8)]),
     }
     one, other = kinds[name](), kinds[name]()
     assert not torch.equal(next(one.parameters()), next(other.parameters())) or name == "variational"

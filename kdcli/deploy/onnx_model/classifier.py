@@ -149,12 +149,6 @@ class OnnxClassifier:
         return self.preprocess.output_size(self.input_size)
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """Sides of one image in its input: (C, H, W) or (H, W, C)."""
-        height, width, channels = self.network_size
-        return (height, width, channels) if self.layout == "NHWC" else (channels, height, width)
-
-    @property
     def why_not_runnable(self) -> str | None:
         """Why it cannot take raw images; None if it can."""
         if self.takes_pixels or self.preprocess is not None:
@@ -174,7 +168,9 @@ class OnnxClassifier:
         return self.dtype == np.uint8
 
     def counts(self) -> ModelCounts:
-        return count_model(self.model, self.input_shape)
+        height, width, channels = self.network_size
+        nchw = (channels, height, width)
+        return count_model(self.model, self.network_size if self.layout == "NHWC" else nchw)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Raw images uint8 (B, H, W, C) → logits float32 (B, classes); a KdError if its preprocessing is unknown.

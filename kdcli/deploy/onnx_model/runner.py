@@ -50,8 +50,7 @@ class OnnxRunner:
 
     def call(self, inputs: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The output for inputs (B, …), without checks: the call that is timed."""
-        output: npt.NDArray[Any] = self.session.run([self.output], {self.input: inputs})[0]
-        return output
+        return self.session.run([self.output], {self.input: inputs})[0]
 
     def run(self, inputs: npt.NDArray[Any], batch: int | None = None) -> npt.NDArray[Any]:
         """The output (N, …) for inputs (N, …); a KdError if onnxruntime fails, or it has another number of rows.

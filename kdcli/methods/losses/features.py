@@ -158,14 +158,11 @@ class Review(nn.Module):
     """
 
     def __init__(
-        self,
-        student_shapes: Sequence[Sequence[int]],
-        teacher_shapes: Sequence[Sequence[int]],
-        mid: int | None = None,
+        self, student_shapes: Sequence[Sequence[int]], teacher_shapes: Sequence[Sequence[int]]
     ) -> None:
-        """Shapes (C, H, W) of paired stages; `mid`: width of the fusion, by default the deepest's, at most 512."""
+        """Shapes (C, H, W) of paired stages."""
         super().__init__()
-        mid = min(512, student_shapes[-1][0]) if mid is None else mid
+        mid = min(512, student_shapes[-1][0])  # width of the fusion
         last = len(student_shapes) - 1
         self.stages = nn.ModuleList(
             _Fusion(student[0], mid, teacher[0], stage < last)

@@ -226,5 +226,4 @@ def _value(name: str, word: str, config: TrainConfig, text: str) -> Value:
     value = value[0] if isinstance(value, tuple) else value
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"--tune {text}: {word} is not finite", "Write a number.")
-    parsed: Value = value.as_posix() if isinstance(value, Path) else value
-    return parsed
+    return value.as_posix() if isinstance(value, Path) else value
