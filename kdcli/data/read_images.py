@@ -46,6 +46,7 @@ class Found:
     broken: dict[Place, str] = field(default_factory=dict)  # skipped images, with the reason
     kinds: list[str] = field(default_factory=list)  # conversions, see `decode.decoded`
     digests: dict[int, bytes] = field(default_factory=dict)  # SHA-256 of each image's pixels
+    split_off: bool = False  # whether test images were split off, as the source has no split
 
 
 def is_ignored(name: str) -> bool:

@@ -193,6 +193,7 @@ class ZipSource(Source):
 
     def read(self, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
         """Members in the order of the archive."""
+        self.skipped.clear()
         with reader_errors(partial(_unreadable, self.path)), zipfile.ZipFile(self.path) as archive:
             _check_count(len(archive.infolist()), self.path)
             chosen = [(name, info) for name, info in self._members(archive) if wanted(name)]
@@ -226,6 +227,7 @@ class TarSource(Source):
 
     def read(self, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
         """Members in the order of the archive."""
+        self.skipped.clear()
         self.total = self.path.stat().st_size
         with reader_errors(partial(_unreadable, self.path)), self.path.open("rb") as raw:
             stream = _ForwardStream(_decompressed(raw), self.path)

@@ -18,7 +18,7 @@ from kdcli.base.events import OnEvent
 from kdcli.base.plotting import drawn_to, shown
 from kdcli.base.text import dims
 from kdcli.data import decode, rows
-from kdcli.data.datasets import DATASETS, Request
+from kdcli.data.datasets import DATASETS
 from kdcli.data.images import Splits
 from kdcli.data.load import existing, load
 from kdcli.data.read_images import Found, Place, is_ignored
@@ -62,9 +62,8 @@ def survey(spec: str, config: DataConfig, on_event: OnEvent) -> Survey:
         if min(sizes[index]) >= _LEAST and (value := difference_hash(pixels)) is not None:
             hashes[index] = value
 
-    source, path = _source_of(spec, config, on_event), Path(spec)
-    request = Request(spec, path, path, None, None, on_event, True, 0, TEST_FRACTION)
-    found, source, _ = find_images(source, put, request)
+    source = _source_of(spec, config, on_event)
+    found = find_images(source, put, on_event, skip_broken=True, test_fraction=TEST_FRACTION)
     refusal = None
     try:
         layout(found, source)

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from kdcli.base.errors import KdError
+from kdcli.base.events import OnEvent
 from kdcli.data import catalog, decode
 from kdcli.data.datasets import Request
 from kdcli.data.images import Splits
@@ -62,9 +63,15 @@ def load_tree(path: Path, request: Request) -> Splits:
     if packed is not None:
         return packed.splits(request.spec)
     with cache_for(size).packer(size, channels, request.resize) as packer:
-        found, source, split_off = find_images(source, packer.put, request)
+        found = find_images(
+            source,
+            packer.put,
+            request.on_event,
+            skip_broken=request.skip_broken,
+            test_fraction=request.test_fraction,
+        )
         parts, classes, notes = layout(found, source)
-        if split_off:
+        if found.split_off:
             notes.append(
                 f"{path.name} has no split: {len(parts['test']):,} of {len(found.images):,} images are test images, "
                 f"chosen by their content (--test-fraction {request.test_fraction:g})."
@@ -83,7 +90,7 @@ def load_tree(path: Path, request: Request) -> Splits:
             classes=classes,
             label=catalog.KNOWN_ARCHIVES.get(content, path.resolve().name or str(path)),
             notes=notes + skipped_notes(found, source),
-            test_fraction=request.test_fraction if split_off else None,
+            test_fraction=request.test_fraction if found.split_off else None,
             validation=len(parts["val"]),
         )
     return packed.splits(request.spec)
@@ -168,9 +175,14 @@ def _in_a_folder(name: str) -> Place | None:
 
 
 def find_images(
-    source: Source, put: Callable[[int, decode.Pixels], None], request: Request
-) -> tuple[Found, Source, bool]:
-    """The images of a source, the source as it was read, and whether its images had no split and were given one.
+    source: Source,
+    put: Callable[[int, decode.Pixels], None],
+    on_event: OnEvent,
+    *,
+    skip_broken: bool,
+    test_fraction: float,
+) -> Found:
+    """The images of a source; without a split they are given one, and the source is read twice.
 
     `put` is called from any thread with each image's index and pixels (H, W, 3).
     """
@@ -181,7 +193,7 @@ def find_images(
         digests[index] = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest()
 
     def find(place: Callable[[str], Place | None]) -> tuple[Found, set[str]]:
-        found = decode_all(source, keep, request.on_event, request.skip_broken, place)
+        found = decode_all(source, keep, on_event, skip_broken, place)
         found.digests = digests
         return found, {place.split for place in (*found.images, *found.broken)}
 
@@ -191,18 +203,18 @@ def find_images(
         if len(splits) > 1 and "" in splits:
             raise KdError(f"{source.path} names the split of some images only", source.layout_hint)
         if len(splits) > 1:
-            return found, source, False
+            return found
         above, by_class = "", _grouped((place.class_name, place) for place in (*found.images, *found.broken))
     else:
         found, splits = find(place_of)
         if splits:
-            return found, source, False
-        source = open_source(source.path)
+            return found
         found, _ = find(_in_a_folder)
         above, by_class = _class_folders([*found.images, *found.broken])
         _refuse_splits(source.path, above, by_class)
-    _split_off_test_images(found, above, by_class, request.test_fraction)
-    return found, source, True
+    _split_off_test_images(found, above, by_class, test_fraction)
+    found.split_off = True
+    return found
 
 
 def _grouped(pairs: Iterable[tuple[str, Place]]) -> dict[str, list[Place]]:
