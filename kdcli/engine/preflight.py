@@ -22,7 +22,7 @@ _SAMPLE, _LIVE_SAMPLE = 1024, 256  # images; fewer where the teacher runs on eac
 _VIEWS = 2
 _WEAK = 93.0  # per cent of training images
 _FEW_STEPS = 500
-_WORSE_ON_VIEWS = 1.5  # points
+_WORSE_ON_VIEWS, _FAR_WORSE = 1.5, 10.0  # points
 
 
 def check_teacher(
@@ -63,6 +63,9 @@ def check_teacher(
     on_event(Note(check.summary))
     if check.warning:
         on_event(Note(check.warning))
+    elif on_plain - accuracy > _FAR_WORSE and not augment.mixes(plan.config.augment):
+        lower = f"the teacher's accuracy is {on_plain - accuracy:.0f} points lower on the views"
+        on_event(Note(f"{lower}: consider --augment none, or a teacher trained with these views"))
     return check
 
 

@@ -132,6 +132,16 @@ def test_no_warning_with_a_good_teacher(workplace: Path, digits: Splits, digits_
     assert check.plain > 95 and check.warning is None
 
 
+def test_a_drop_on_the_views_is_noted(workplace: Path, digits: Splits, digits_teacher: Path) -> None:
+    """Of mirrored digits, of which the teacher has seen none."""
+    notes: list[Event] = []
+    settings = {"teacher": digits_teacher, "epochs": 1, "batch_size": 2, "teacher_cache": "off"}
+    check = fit(config(**settings, name="s", augment="flip"), digits, on_event=notes.append).teacher
+    assert check is not None and check.warning is None
+    [noted] = (event.text for event in notes if isinstance(event, Note) and "points lower" in event.text)
+    assert f"{check.plain - check.views:.0f} points lower on the views: consider --augment none" in noted
+
+
 def test_warning_with_a_teacher_of_other_classes(
     workplace: Path, digits: Splits, digits_teacher: Path
 ) -> None:
