@@ -83,7 +83,7 @@ def warning_of(plain: float, views: float, steps: int, classes: int) -> str | No
         cause = f"the labels are right on all training images, the teacher on {plain:.1f} %"
         cure = "a better teacher, or a higher --ce-weight"
         if plain < 100 / classes:
-            cause += ", less than by chance: its classes may be in another order"
+            cause += ", below chance: its classes may be in another order"
         elif plain - views > _WORSE_ON_VIEWS:
             cause += f" ({views:.1f} % of their views)"
             cure = f"--augment none, a teacher trained with these views, {cure.removeprefix('a better teacher, ')}"

@@ -93,7 +93,7 @@ def test_of_mixed_images_the_label_with_the_larger_share_counts(workplace: Path,
     ("plain", "views", "steps", "words"),
     [
         (89.5, 85.8, 3000, ("teacher on 89.5 % (85.8 % of their views)", "--augment none")),
-        (9.5, 5.0, 3000, ("teacher on 9.5 %, less than by chance", "another order")),
+        (9.5, 5.0, 3000, ("teacher on 9.5 %, below chance", "another order")),
         (89.5, 89.0, 3000, ("teacher on 89.5 %. Consider a better teacher",)),
         (20.0, 20.0, 10, ("teacher on 20.0 %",)),
         (99.0, 70.0, 499, ("499 steps are few", "--epochs")),
