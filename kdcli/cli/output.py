@@ -13,10 +13,10 @@ import traceback
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import typer
-from pydantic_core import to_jsonable_python
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 from rich.table import Table
@@ -118,11 +118,19 @@ def json(value: dict[str, Any]) -> None:
     """
     if settings.json:
         activity.bars.stop()
-        document = to_jsonable_python(
-            {"schema_version": 1, **value}, inf_nan_mode="null", serialize_unknown=True
-        )
-        sys.stdout.write(json_module.dumps(document) + "\n")
+        document = _finite({"schema_version": 1, **value})
+        sys.stdout.write(json_module.dumps(document, default=str) + "\n")
         settings.answered = True
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value.as_posix() if isinstance(value, Path) else value
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, marked: int = -1) -> None:

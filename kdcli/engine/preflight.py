@@ -51,6 +51,8 @@ def check_teacher(
     on_views, of_views = torch.cat(logits), torch.cat(view_labels)
     accuracy = metrics.accuracy(on_views, of_views)
     on_plain = metrics.accuracy(plain[: len(training)], labels[training])
+    comparable = plan.config.augment != "none" and not augment.mixes(plan.config.augment)
+    lower = on_plain - accuracy if comparable else 0.0
     check = TeacherCheck(
         images=len(training),
         views=accuracy,
@@ -58,14 +60,14 @@ def check_teacher(
         plain=on_plain,
         validation=metrics.accuracy(held_out, held_labels) if known else None,
         validation_calibration_error=metrics.calibration_error(held_out, held_labels) if known else None,
-        warning=warning_of(on_plain, accuracy, plan.steps, len(plan.train.classes)),
+        warning=warning_of(on_plain, lower, plan.steps, len(plan.train.classes)),
     )
     on_event(Note(check.summary))
     if check.warning:
         on_event(Note(check.warning))
-    elif on_plain - accuracy > _FAR_WORSE and not augment.mixes(plan.config.augment):
-        lower = f"the teacher's accuracy is {on_plain - accuracy:.0f} points lower on the views"
-        on_event(Note(f"{lower}: consider --augment none, or a teacher trained with these views"))
+    elif lower > _FAR_WORSE:
+        found = f"the teacher's accuracy is {lower:.0f} points lower on the views"
+        on_event(Note(f"{found}: consider --augment none, or a teacher trained with these views"))
     return check
 
 
@@ -74,8 +76,10 @@ def _sample(samples: Int64, count: int) -> Int64:
     return np.sort(augment.order(0, augment.SPLIT_EPOCH, samples)[:count])
 
 
-def warning_of(plain: float, views: float, steps: int, classes: int) -> str | None:
-    """Warning where a teacher may cost more than it gives: accuracy on training images and on their views, per cent.
+def warning_of(plain: float, lower: float, steps: int, classes: int) -> str | None:
+    """Warning where a teacher may cost more than it gives.
+
+    `plain`: its accuracy on training images without augmentation, per cent; `lower`: points lost on their views.
 
     Thresholds: `benchmarks/teacher_quality.py`, results in docs/methods.md.
     """
@@ -84,8 +88,8 @@ def warning_of(plain: float, views: float, steps: int, classes: int) -> str | No
         cure = "a better teacher, or a higher --ce-weight"
         if plain < 100 / classes:
             cause += ", below chance: its classes may be in another order"
-        elif plain - views > _WORSE_ON_VIEWS:
-            cause += f" ({views:.1f} % of their views)"
+        elif lower > _WORSE_ON_VIEWS:
+            cause += f" ({plain - lower:.1f} % of their views)"
             cure = f"--augment none, a teacher trained with these views, {cure.removeprefix('a better teacher, ')}"
     elif steps < _FEW_STEPS:
         cause = f"{steps:,} steps are few to learn soft targets"

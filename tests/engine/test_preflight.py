@@ -90,18 +90,18 @@ def test_of_mixed_images_the_label_with_the_larger_share_counts(workplace: Path,
 
 
 @pytest.mark.parametrize(
-    ("plain", "views", "steps", "words"),
+    ("plain", "lower", "steps", "words"),
     [
-        (89.5, 85.8, 3000, ("teacher on 89.5 % (85.8 % of their views)", "--augment none")),
-        (9.5, 5.0, 3000, ("teacher on 9.5 %, below chance", "another order")),
-        (89.5, 89.0, 3000, ("teacher on 89.5 %. Consider a better teacher",)),
-        (20.0, 20.0, 10, ("teacher on 20.0 %",)),
-        (99.0, 70.0, 499, ("499 steps are few", "--epochs")),
-        (95.0, 94.5, 500, None),
+        (89.5, 3.7, 3000, ("teacher on 89.5 % (85.8 % of their views)", "--augment none")),
+        (9.5, 4.5, 3000, ("teacher on 9.5 %, below chance", "another order")),
+        (89.5, 0.5, 3000, ("teacher on 89.5 %. Consider a better teacher",)),
+        (20.0, 0.0, 10, ("teacher on 20.0 %",)),
+        (99.0, 29.0, 499, ("499 steps are few", "--epochs")),
+        (95.0, 0.5, 500, None),
     ],
 )
-def test_warnings(plain: float, views: float, steps: int, words: tuple[str, ...] | None) -> None:
-    found = warning_of(plain, views, steps, classes=10)
+def test_warnings(plain: float, lower: float, steps: int, words: tuple[str, ...] | None) -> None:
+    found = warning_of(plain, lower, steps, classes=10)
     assert (found is None) == (words is None)
     assert all(word in (found or "") for word in words or ())
 

@@ -109,7 +109,7 @@ class World:
         return tuple(shared.tolist())
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, in all processes."""
+        """The result of a call that rank 0 makes alone, in all processes."""
         return self.broadcast(cast("T", make() if self.first else None))
 
     def broadcast(self, value: T) -> T:
