@@ -147,9 +147,11 @@ _FOOTPRINT: list[Column] = [
 
 
 def _show(result: BenchResult, details: bool) -> None:
+    from kdcli.deploy.bench import deployed
+
     cpu = result.environment["cpu"]["model"]
     output.text(f"{cpu}, {result.threads} threads; ratios to {result.teacher} on the same engine")
-    files = _of_each_file(result.rows)
+    files = deployed(result.rows)
     rows = result.rows if details else files
     tested = any(row.agreement is not None for row in rows)
     _table(rows, _MAIN if tested else _MAIN[:-1], marked=0)
@@ -164,13 +166,6 @@ def _show(result: BenchResult, details: bool) -> None:
     output.text(f"ms: one image, median of {rows[0].latency_n:,}; img/s: batches of {max(result.batches)}")
     if details:
         _show_details(result)
-
-
-def _of_each_file(rows: Sequence[Row]) -> list[Row]:
-    """One row for each file: of onnxruntime, which deploys it, or else of the first engine."""
-    order = sorted(rows, key=lambda row: row.engine != "onnxruntime")
-    chosen = {row.path: row for row in reversed(order)}.values()
-    return [row for row in rows if any(row is one for one in chosen)]
 
 
 def _sentence(row: Row, teacher: Row) -> str:

@@ -75,12 +75,10 @@ class Recipe:
         ]
 
 
-def needs_reduced_range(flags: list[str] | None = None, machine: str | None = None) -> bool:
+def needs_reduced_range() -> bool:
     """Whether 8-bit products can overflow: x86 adds pairs of them in 16 bits unless it has VNNI."""
-    if (machine or platform.machine()).lower() not in ("x86_64", "amd64", "i386", "i686", "x86"):
-        return False
-    known = cpu_info()["flags"] if flags is None else flags
-    return not any("vnni" in flag for flag in known)
+    x86 = platform.machine().lower() in ("x86_64", "amd64", "i386", "i686", "x86")
+    return x86 and not any("vnni" in flag for flag in cpu_info()["flags"])
 
 
 class Quantiser:

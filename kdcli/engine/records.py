@@ -35,6 +35,7 @@ from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent, ignore
 from kdcli.base.files import MAX_JSON_BYTES, read_bytes, write_text
 from kdcli.base.results import Count, Finite, NonNegative, Percent, Result
+from kdcli.base.text import invalid
 from kdcli.data import ImageSet, overlap_warning
 from kdcli.engine.run_dir import RunDir
 from kdcli.methods import TrainConfig
@@ -278,10 +279,4 @@ def _parse(schema: type[R], name: str, content: bytes) -> R:
     try:
         return TypeAdapter(schema).validate_json(content)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = "".join(f"{part} " for part in first["loc"]).strip()
-        message = first["msg"].removeprefix("Value error, ")
-        raise KdError(
-            f"{name}: {f'{place}: ' if place else ''}{message}",
-            "Another version of kd may have written it.",
-        ) from error
+        raise KdError(f"{name}: {invalid(error)}", "Another version of kd may have written it.") from error

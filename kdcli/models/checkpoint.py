@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdcli.base.errors import KdError
 from kdcli.base.files import atomic_path
-from kdcli.base.text import first_line
+from kdcli.base.text import first_line, invalid
 from kdcli.models.foreign import explain
 from kdcli.models.pt_archive import AGAIN, OTHER_FILES, check_archive
 
@@ -118,9 +118,7 @@ def load(path: Path) -> Checkpoint:
     try:
         return replace(_CHECKPOINT.validate_python(document), file_sha256=sha256)
     except ValidationError as error:
-        first = error.errors(include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise KdError(f"{path} is not a complete kd checkpoint: {place}: {first['msg']}", DAMAGED) from error
+        raise KdError(f"{path} is not a complete kd checkpoint: {invalid(error)}", DAMAGED) from error
 
 
 def _read(path: Path) -> tuple[dict[str, Any], str]:

@@ -27,11 +27,12 @@ from kdcli.base import units
 from kdcli.base.config import ReportConfig
 from kdcli.base.events import OnEvent, ignore
 from kdcli.base.text import one_line
+from kdcli.deploy.bench import deployed
 from kdcli.engine.records import Evaluation, read_record
 from kdcli.report import figures
 from kdcli.report.examine import Examined, choose, examine, recorded_teacher
 from kdcli.report.gather import COMPARISON, gather, read_each
-from kdcli.report.speed import Speed, deployed, from_file, measure
+from kdcli.report.speed import Speed, from_file, measure, with_accuracies
 from kdcli.studies.compare import Comparison
 from kdcli.studies.compare.result import cells, statistics_note
 
@@ -83,7 +84,7 @@ def make_report(
     # 2. Latencies, one row for each model
     if speed is None:
         speed = measure(examined, others, config, on_event)
-    timed = deployed(speed.rows, examined)
+    timed = with_accuracies(deployed(speed.rows), examined)
     known = [row for row in timed if row.accuracy is not None]
     rows = {row.path.resolve(): row for row in timed}
     # 3. Sections; a teacher's own run and the copy that others learned from share a row

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from kdcli.base.config import BenchConfig, ReportConfig, make
 from kdcli.base.errors import KdError
@@ -80,24 +81,19 @@ def _teacher_of_ratios(examined: Sequence[Examined], config: ReportConfig) -> Pa
     return max(used, key=used.count) if used else None
 
 
-def deployed(rows: Sequence[Row], examined: Sequence[Examined]) -> list[Row]:
-    """One row for each model: onnxruntime's, else the first; accuracies of this page replace recorded ones."""
+def with_accuracies(rows: Sequence[Row], examined: Sequence[Examined]) -> list[Row]:
+    """The rows; accuracies of this page replace recorded ones."""
     measured: dict[Path, Evaluation] = {}
     for found in examined:
         if not found.unmeasured:
             measured[found.run.student.resolve()] = found.evaluation
         if found.teacher is not None:
             measured[found.teacher.path.resolve()] = found.teacher.evaluation
-    chosen: dict[Path, Row] = {}
+    made = []
     for row in rows:
-        if row.path not in chosen or row.engine == "onnxruntime":
-            figures = measured.get(row.path.resolve())
-            if figures is not None:
-                row = replace(  # noqa: PLW2901
-                    row,
-                    accuracy=figures.accuracy,
-                    accuracy_interval=figures.accuracy_interval,
-                    accuracy_source="measured",
-                )
-            chosen[row.path] = row
-    return list(chosen.values())
+        changes: dict[str, Any] = {}
+        if (figures := measured.get(row.path.resolve())) is not None:
+            changes = {"accuracy": figures.accuracy, "accuracy_interval": figures.accuracy_interval}
+            changes["accuracy_source"] = "measured"
+        made.append(replace(row, **changes))
+    return made

@@ -76,22 +76,22 @@ def _views_of_pack(path: Path, needed: LogitCache, views: int) -> list[npt.NDArr
     by_sum = {sha256_file(file): file for file in pack.glob("teacher/*/manifest.json")}
     files = [by_sum[sha256] for sha256 in document["manifests"]]  # that of the views of training images first
     manifests = {file.parent: read_document(file) for file in files}
-    agreed = {
-        folder: [found["recipe"].get(key) == needed.recipe.get(key) for key in _MUST_AGREE]
-        for folder, found in manifests.items()
-    }
-    best = max(agreed, key=lambda folder: [*agreed[folder], False].index(False))
+
+    def difference(folder: Path) -> str:
+        """The first entry that differs; empty if none does."""
+        recipe = manifests[folder]["recipe"]
+        return next((key for key in _MUST_AGREE if recipe.get(key) != needed.recipe.get(key)), "")
+
+    best = max(manifests, key=lambda folder: [*_MUST_AGREE, ""].index(difference(folder)))
     recipe, count = manifests[best]["recipe"], len(manifests[best]["views"])
     hint = printable(
         f"Train with its settings: {shell_command('train', made_with(path)).partition(' train ')[2]}"
     )
-    for key, what in _MUST_AGREE.items():
-        if recipe.get(key) != needed.recipe.get(key):
-            known = key in ("augment", "torchvision", "seed")
-            values = printable(f": {recipe[key]} there, {needed.recipe[key]} here") if known else ""
-            raise KdError(
-                f"{pack} was made with other {what}{values}", _AGAIN if key == "torchvision" else hint
-            )
+    if key := difference(best):
+        known = key in ("augment", "torchvision", "seed")
+        values = printable(f": {recipe[key]} there, {needed.recipe[key]} here") if known else ""
+        message = f"{pack} was made with other {_MUST_AGREE[key]}{values}"
+        raise KdError(message, _AGAIN if key == "torchvision" else hint)
     if count < views:
         raise KdError(f"{pack} was made with other --views: {count} there, {views} here", hint)
     cache = LogitCache(best, recipe, needed.count, needed.classes)

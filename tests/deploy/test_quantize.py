@@ -92,11 +92,21 @@ def test_int8_metadata_renames_float_figures(
     assert (said["images"], said["calibration_images"]) == (30, 20)
 
 
-def test_needs_reduced_range() -> None:
-    assert int8.needs_reduced_range(["avx2"], "x86_64")
-    assert not int8.needs_reduced_range(["avx2", "avx512_vnni"], "x86_64")
-    assert not int8.needs_reduced_range(["avx2", "avx_vnni"], "AMD64")
-    assert not int8.needs_reduced_range([], "aarch64")
+@pytest.mark.parametrize(
+    ("machine", "flags", "needed"),
+    [
+        ("x86_64", ["avx2"], True),
+        ("x86_64", ["avx2", "avx512_vnni"], False),
+        ("AMD64", ["avx2", "avx_vnni"], False),
+        ("aarch64", [], False),
+    ],
+)
+def test_needs_reduced_range(
+    monkeypatch: pytest.MonkeyPatch, machine: str, flags: list[str], needed: bool
+) -> None:
+    monkeypatch.setattr(int8.platform, "machine", lambda: machine)
+    monkeypatch.setattr(int8, "cpu_info", lambda: {"flags": flags})
+    assert int8.needs_reduced_range() == needed
 
 
 def test_failed_quantisation_leaves_no_file(

@@ -76,14 +76,14 @@ def test_a_result_is_read_as_it_was_written(result: RunResult, tmp_path: Path) -
             lambda text: text.replace('"seconds": 2.5', '"seconds": "2.5"'),
             "seconds: Input should be a valid number",
         ),
-        (lambda text: text.replace('"accuracy": 75.0', '"accuracy": 1e999'), "test accuracy: "),
-        (lambda text: text.replace('"accuracy": 75.0', '"accuracy": 101'), "test accuracy: "),
+        (lambda text: text.replace('"accuracy": 75.0', '"accuracy": 1e999'), "test.accuracy: "),
+        (lambda text: text.replace('"accuracy": 75.0', '"accuracy": 101'), "test.accuracy: "),
         (lambda text: text.replace('"count": 4', '"count": ' + "9" * 5000), "Invalid JSON"),
         (lambda text: text.replace('"test"', '"tset"'), "test: Field required"),
         (lambda text: text.replace('"schema_version": 2', '"schema_version": 1'), "schema_version: "),
         (lambda text: text.replace("[0, 0, 1]", "[0, 3, 1]"), "test: confusion must be of these classes"),
-        (lambda text: text.replace("[0, 0, 1]", "[0, 0, 0]"), "test confusion 0 2: "),
-        (lambda text: text.replace("[0, 0, 1]", "[0, 1]"), "test confusion 0 2: Field required"),
+        (lambda text: text.replace("[0, 0, 1]", "[0, 0, 0]"), "test.confusion.0.2: "),
+        (lambda text: text.replace("[0, 0, 1]", "[0, 1]"), "test.confusion.0.2: Field required"),
     ],
 )
 def test_a_wrong_result_is_one_line(result: RunResult, change: Callable[[str], str], message: str) -> None:

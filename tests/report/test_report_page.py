@@ -336,7 +336,7 @@ def test_without_data_or_teacher_the_page_says_so(project: Path, monkeypatch: py
         ({"rows": []}, "rows"),
         ({"rows": "x"}, "rows"),
         ({"threads": None}, "threads"),
-        ({"rows": [{"name": "a"}]}, "rows 0"),
+        ({"rows": [{"name": "a"}]}, "rows.0"),
     ],
 )
 def test_a_wrong_benchmark_is_refused(project: Path, changes: dict[str, Any], said: str) -> None:

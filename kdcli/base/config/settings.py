@@ -22,6 +22,7 @@ from pydantic_core import PydanticUndefined
 from kdcli.base import code
 from kdcli.base.errors import UsageError
 from kdcli.base.names import DATA_SETS, nearest
+from kdcli.base.text import invalid
 
 DATA, METHOD, OPTIMISER, RUN = "Data", "Method", "Optimiser", "Run"
 TEST_FRACTION = 0.2
@@ -288,7 +289,7 @@ class TeacherInputSettings(Settings):
         try:
             _ = self.teacher_inputs
         except ValidationError as error:
-            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+            raise ValueError(invalid(error)) from error
         return self
 
     @property

@@ -81,6 +81,15 @@ def rows_within(rows: Sequence[Row], budget_ms: float | None, max_drop: float | 
     return sorted(found, key=lambda row: row.latency_ms)
 
 
+def deployed(rows: Sequence[Row]) -> list[Row]:
+    """One row for each file: onnxruntime's, which deploys it, else that of the first engine."""
+    found: dict[Path, Row] = {}
+    for row in rows:
+        if row.path not in found or row.engine == "onnxruntime":
+            found[row.path] = row
+    return list(found.values())
+
+
 @dataclass(frozen=True)
 class BenchResult(Result):
     """All rows and the conditions of the measurement."""

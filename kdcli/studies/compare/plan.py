@@ -17,6 +17,7 @@ from kdcli.base.config.settings import Seed
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import write_text
 from kdcli.base.recipes import read_recipe
+from kdcli.base.text import invalid
 from kdcli.engine.identity import decisive_settings, differences
 from kdcli.engine.plan import resolve
 from kdcli.engine.run_dir import RunDir, found_from
@@ -133,10 +134,7 @@ class Plan(Settings):
                 document["train"] = found_from(path, document["train"])
             plan = cls.model_validate({**document, "folder": folder})
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            message = first["msg"].removeprefix("Value error, ")
-            raise KdError(f"{path}: {place}: {message}", "Start the comparison anew.") from error
+            raise KdError(f"{path}: {invalid(error)}", "Start the comparison anew.") from error
         if stray := PER_RUN & plan.train.model_fields_set:
             raise KdError(f"{path}: train: {', '.join(sorted(stray))} differs between runs")
         custom = next((name for name in plan.methods if methods.is_custom(name) and name not in typed), None)
