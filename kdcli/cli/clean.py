@@ -22,8 +22,8 @@ def clean(
         list[Path] | None,
         typer.Argument(
             metavar="RUN",
-            help="Runs whose saved states are deleted, interrupted ones too; by default those of finished runs, "
-            "and the caches.",
+            help="Runs and comparisons whose saved states are deleted, interrupted ones too; by default those of "
+            "finished runs, and the caches.",
         ),
     ] = None,
     *,
@@ -33,7 +33,10 @@ def clean(
 
     Models, results and metrics are kept. Caches are computed again when needed.
     """
-    named = [run_folder(path) for path in runs or ()]
+    paths = [run_folder(path) for path in runs or ()]
+    named = [
+        run for path in paths for run in folders.run_folders(path / "runs") or [path]
+    ]  # of a comparison all
     for run in named:
         if folders.state(run) == "running":
             raise UsageError(f"{run} is in use: a process trains it", "List the states of runs: kd runs")

@@ -47,9 +47,10 @@ def default_teacher() -> Path:
     if not found:
         raise KdError("no teacher in weights/ or runs/", START)
     if len(found) > 1:
-        choices = (
-            shlex.join(["kd", *sys.argv[1:], "--teacher", path.as_posix()]) for path in found[:_LISTED]
-        )
+        from kdcli.cli.app import COMMANDS
+
+        typed = ["kd", *sys.argv[1:]] if sys.argv[1:] and sys.argv[1] in COMMANDS else []  # empty from Python
+        choices = (shlex.join([*typed, "--teacher", path.as_posix()]) for path in found[:_LISTED])
         raise UsageError(f"{len(found)} teachers in weights/ and runs/", f"Choose one: {'; '.join(choices)}")
     return found[0]
 

@@ -98,3 +98,9 @@ def test_clean_deletes_caches_and_states_of_finished_runs_once_confirmed(
     assert before - state_of(project) == gone
     assert json.loads(kd("clean", "cut", "--yes", "--json").out)["folders"] == {"runs/cut": 1_000}
     assert before - state_of(project) == gone | {"runs/cut/last.pt"}
+    compared = Path("comparisons/c/runs/kd-seed0")
+    compared.mkdir(parents=True)
+    (compared / "config.toml").touch()
+    (compared / "last.pt").write_bytes(bytes(10))
+    assert json.loads(kd("clean", "c", "--yes", "--json").out)["folders"] == {compared.as_posix(): 10}
+    assert not (compared / "last.pt").exists()
