@@ -32,10 +32,10 @@ class Pair:
     """A teacher and a student on one data set.
 
     Attributes:
-        splits: train images cut down to what is measured, and a few test images.
+        splits: training images cut down to what is measured, and a few test images.
         teacher_path: the checkpoint.
         network: name of the student's network.
-        val_fraction: share of the train images that is not trained on.
+        val_fraction: share of the training images that is not trained on.
     """
 
     splits: Splits
@@ -74,12 +74,12 @@ class Pair:
         return composed
 
     def dataset(self, rows: Int64, *, flip: bool) -> PilImages:
-        """The train images of these rows, as a `Dataset` of the usual kind."""
+        """The training images of these rows, as a `Dataset` of the usual kind."""
         train = self.splits.train
         return PilImages(train.images[rows], train.labels[rows], self.transform(flip=flip))
 
     def examples(self, count: int = 64) -> tuple[npt.NDArray[np.uint8], Int64]:
-        """A few train images as they are, uint8 (B, H, W, C), and their labels."""
+        """A few training images as they are, uint8 (B, H, W, C), and their labels."""
         rows = spread(len(self.splits.train), count)
         return np.array(self.splits.train.images[rows]), self.splits.train.labels[rows]
 

@@ -25,7 +25,7 @@ from kdcli.models import Classifier, from_checkpoint
 from kdcli.models.checkpoint import Checkpoint
 
 _CROPPED = 128  # networks for such images and larger ones are often published with a centre crop
-_FITTED = ("gcn-zca", "mean-std", "mean-image")  # kinds of preprocessing that are fitted on train images
+_FITTED = ("gcn-zca", "mean-std", "mean-image")  # kinds of preprocessing that are fitted on training images
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class CaffeFiles:
         return side if size[0] < side <= 4 * size[0] else 0
 
     def needs_images(self, config: ConvertConfig) -> bool:
-        """Whether train images are required: to fit the preprocessing, or for the input size."""
+        """Whether training images are required: to fit the preprocessing, or for the input size."""
         return self.input_size is None or self.preprocess_kind(config) in _FITTED
 
 

@@ -62,7 +62,7 @@ def _show(result: ExportResult) -> None:
     outputs = "log-probabilities" if result.with_preprocessing else "logits"
     ties = f" ({parity.ties} ties)" if parity.ties else ""
     output.text(
-        f"verified on {parity.images} train images of {result.data_label}, "
+        f"verified on {parity.images} training images of {result.data_label}, "
         f"batches {', '.join(map(str, parity.batches))}:",
         f"  {outputs} differ by at most {parity.largest_difference:.1e}; the largest logit is {parity.scale:.3g}",
         f"  top-1 class: {parity.same_top1} of {parity.images} equal{ties}",

@@ -64,7 +64,7 @@ class Splits:
     test: ImageSet
     notes: tuple[str, ...] = field(default=())
     unlabelled: ImageSet | None = None  # further images to train on, without labels and classes
-    overlap: int = 0  # number of test images that are train images too, see `overlap_of`
+    overlap: int = 0  # number of test images that are training images too, see `overlap_of`
     test_fraction: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)  # of kd train, where they are known
 
@@ -100,7 +100,7 @@ def overlap_of(train: rows.Images, test: rows.Images) -> int:
 
 
 def overlap_warning(overlap: int, count: int) -> str | None:
-    """Warning beside an accuracy on `count` test images; None where at most 1 % of them are train images."""
+    """Warning beside an accuracy on `count` test images; None where at most 1 % of them are training images."""
     if overlap <= count * _MOST_OVERLAP:
         return None
     return (

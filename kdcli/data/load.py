@@ -92,7 +92,7 @@ def _report_notes(splits: Splits, test_fraction: float | None, on_event: OnEvent
         on_event(Note(note))
     if splits.overlap:
         count = f"{splits.overlap:,} of {len(splits.test):,} test images"
-        on_event(Note(f"{count} are among the train images, pixel by pixel."))
+        on_event(Note(f"{count} are among the training images, pixel by pixel."))
     if test_fraction is not None and splits.test_fraction is None:
         on_event(Note(f"{splits.label} has test images: --test-fraction {test_fraction:g} has no effect."))
 

@@ -223,7 +223,7 @@ class GcnZca(Preprocess):
 
     Per image over all its values: subtract the mean, scale to L2 norm `scale`; then `(x − mean) @ whiten`, with
     `whiten = V diag(1/√(λ + filter_bias)) Vᵀ` from the eigenvectors and eigenvalues of the covariance of the
-    normalised train images. `mean` is (D,), D = C·H·W in C, H, W order; `whiten` (D, D), symmetric.
+    normalised training images. `mean` is (D,), D = C·H·W in C, H, W order; `whiten` (D, D), symmetric.
     """
 
     name = "gcn-zca"
@@ -290,7 +290,7 @@ def fit(
     channel_order: str = "rgb",
     on_event: OnEvent = ignore,
 ) -> Preprocess:
-    """Measure a preprocessing's constants on train images uint8 (N, H, W, C), all or those of `samples`."""
+    """Measure a preprocessing's constants on training images uint8 (N, H, W, C), all or those of `samples`."""
     samples = np.arange(len(images)) if samples is None else samples
     return _class_of(name).fit(images, samples, channel_order, on_event)
 

@@ -1,4 +1,4 @@
-"""Split of the train images into training and validation samples, and of unsplit images into train and test."""
+"""Split of the training images into training and validation samples, and of unsplit images into train and test."""
 
 import re
 from bisect import bisect

@@ -134,7 +134,7 @@ def layout(found: Found, source: Source) -> tuple[dict[str, Places], tuple[str, 
     )
     if unknown := sorted((tested | validated) - names):
         raise KdError(
-            f"{path} has classes without train images: {', '.join(unknown[:8])}",
+            f"{path} has classes without training images: {', '.join(unknown[:8])}",
             "Class names must be the same in train, val and test; upper and lower case differ.",
         )
     if len(classes) < 2:
@@ -153,13 +153,13 @@ def layout(found: Found, source: Source) -> tuple[dict[str, Places], tuple[str, 
 
 
 def _layout_hint(source: Source, train: Places) -> str:
-    """A remedy where a split has no images: the folders of a source, or a part of the train images as test images."""
+    """A remedy where a split has no images: the folders of a source, or training images as test images."""
     if source.skipped:
         return f"{source.layout_hint} Skipped {len(source.skipped)} links and special files."
     if not train or not source.path.is_dir():
         return source.layout_hint
     classes_in = source.path / PurePosixPath(next(iter(train)).name).parents[1]
-    return f"To use a part of the train images as test images: --data {shlex.quote(str(classes_in))}"
+    return f"To use a part of the training images as test images: --data {shlex.quote(str(classes_in))}"
 
 
 def _above_the_split(place: Place) -> str:

@@ -21,7 +21,7 @@ def add_unlabelled(splits: Splits, path: Path, request: Request) -> Splits:
     """A data set with further images to train on; decoded once, then read from the cache.
 
     They get the size and channels of the data's images. Those that then equal, pixel by pixel, one of the data's
-    own are left out: test images, because they would be trained on; train images, because they already are, or
+    own are left out: test images, because they would be trained on; training images, because they already are, or
     are kept for validation. Names and folders count for nothing.
     """
     if not path.exists():

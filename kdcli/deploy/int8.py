@@ -1,4 +1,4 @@
-"""Float32 ONNX → static int8 (QDQ), by a recipe calibrated on train images, or by the best of several."""
+"""Float32 ONNX → static int8 (QDQ), by a recipe calibrated on training images, or by the best of several."""
 
 import math
 import platform

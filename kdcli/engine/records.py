@@ -163,7 +163,7 @@ class RunResult(Record):
     val_accuracy: Percent | None  # of the last epoch, on `val_images` images; None without a validation split
     val_images: Count = 0
     test: Evaluation | None
-    test_in_train: Count = 0  # number of test images that are train images too
+    test_in_train: Count = 0  # number of test images that are training images too
     test_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     teacher: TeacherCheck | None = None  # its figures before training
     teacher_passes: Count

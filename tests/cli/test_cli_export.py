@@ -26,7 +26,7 @@ def test_export_verifies_and_suggests_next_command(kd: Any, workplace: Path) -> 
     source = digits_student(Path("runs/kd-1/student.pt"))
     done = kd("export", str(source))
     assert done.exit_code == 0
-    assert "verified on 256 train images of digits, batches 1, 2, 7" in done.stdout
+    assert "verified on 256 training images of digits, batches 1, 2, 7" in done.stdout
     assert "top-1 class: 256 of 256 equal" in done.stdout
     assert "wrote exports/kd-1.onnx" in done.stdout
     assert done.stdout.splitlines()[-1] == "next: kd bench exports/kd-1.onnx --teacher runs/kd-1/student.pt"

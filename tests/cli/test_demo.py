@@ -48,7 +48,7 @@ def test_demo_prints_table_and_writes_files(kd: Kd) -> None:
     assert named[5] == f"{best['method']}.onnx"  # chosen on the validation split
     assert (
         sum(result["teacher_passes"] for result in results) == 2
-    )  # one view of the train images, the test images
+    )  # one view of the training images, the test images
     assert not Path("runs").exists()
     again = kd("demo", "-o", "my demo", "--json")
     assert again.code == 0, again

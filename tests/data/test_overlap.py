@@ -20,7 +20,7 @@ from tests.helpers import command_line, image_folder, image_set
 
 @pytest.fixture
 def leaky(workplace: Path) -> Path:
-    """30 test images; two are train images, one of these under another class and in another format."""
+    """30 test images; two are training images, one of these under another class and in another format."""
     image_folder(workplace / "data")
     shutil.copy("data/train/class-0/7.png", "data/test/class-0/3.png")
     Image.open("data/train/class-2/0.png").save("data/test/class-1/3.bmp")
@@ -37,7 +37,7 @@ def notes_of(path: Path) -> list[str]:
 def test_test_images_that_are_train_images_are_counted_by_their_pixels(leaky: Path) -> None:
     for _ in range(2):  # packed, and from the cache
         assert load(str(leaky)).overlap == 2
-        assert notes_of(leaky) == ["2 of 30 test images are among the train images, pixel by pixel."]
+        assert notes_of(leaky) == ["2 of 30 test images are among the training images, pixel by pixel."]
     for copy in ("test/class-0/3.png", "test/class-1/3.bmp"):
         (leaky / copy).unlink()
     assert load(str(leaky)).overlap == 0 and notes_of(leaky) == []

@@ -73,7 +73,7 @@ def test_a_csv_without_a_split_gets_one_by_content(tmp_path: Path, read: Callabl
         (["path,label", "1.png,a", "1.png,b"], "1.png twice"),
         (["path,label,split", "1.png,a,extra"], "line 2: unknown split 'extra'"),
         (["path,label,split", "1.png,a,train", "2.png,b,"], "unknown split ''"),
-        (["path,label,split", "1.png,a,train", "2.png,b,test"], "classes without train images: b"),
+        (["path,label,split", "1.png,a,train", "2.png,b,test"], "classes without training images: b"),
         (["path,label,split", "1.png,a,val", "2.png,b,test"], "no train images"),
         (["path,label", "1.png,a", "2.png,a"], "only one class: a"),
         (["path,label", "1.png,a\x1b", "2.png,b"], "unusable class name"),

@@ -230,7 +230,7 @@ def test_layout_errors(tmp_path: Path, read: Callable[..., Splits]) -> None:
         "no train images": without(small_tree(), "train"),
         "no test images": without(small_tree(), "test"),
         "only one class: zebra": without(small_tree(), "train/ape", "test/ape"),
-        "classes without train images: ape house": without(small_tree(), "train/ape"),
+        "classes without training images: ape house": without(small_tree(), "train/ape"),
         "more than one dataset: a, b": both,
         "unusable class name": {**small_tree(), "train/\x1b[31m/a.png": png()},
     }

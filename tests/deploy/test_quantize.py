@@ -51,7 +51,7 @@ def test_int8_outputs_and_size(whitened: tuple[Classifier, ExportResult]) -> Non
     cost = result.quantisation
     assert cost is not None
     assert (cost.images, cost.calibration_images) == (30, 20)
-    # of the train images: whitening fitted on 60 samples blows up whatever else is in an image
+    # of the training images: whitening fitted on 60 samples blows up whatever else is in an image
     images = torch.from_numpy(SPLITS.train.images)
     given = OnnxClassifier.load(result.path)(images).log_softmax(dim=1)
     with torch.inference_mode():

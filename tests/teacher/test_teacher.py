@@ -230,7 +230,7 @@ def test_a_cache_of_top_k_is_small_and_trains(workplace: Path, scale: float) -> 
     assert (outputs.logits().numpy().argmax(1) == expected.argmax(1)).mean() > 0.95  # float16 makes ties
     splits = make_splits(classes=12)
     result = fit(config(method="kd", teacher=Path("t.pt"), cache_top_k=2, epochs=1), splits)
-    assert result.teacher_passes == 1  # the test images, whole; the train images are in the cache
+    assert result.teacher_passes == 1  # the test images, whole; the training images are in the cache
     assert result.evaluation.agreement is not None
 
 
@@ -512,7 +512,7 @@ def test_provenance_of_several_teachers(workplace: Path) -> None:
     for name, scale in (("a.pt", 1.0), ("b.pt", 3.0)):
         make_teacher(Path(name), scale=scale)
     result = fit(config(method="logits", teacher=["a.pt", "b.pt"], teacher_weight=[1, 3], epochs=1), splits)
-    assert result.teacher_passes == 4  # two over the train images, two over the test images
+    assert result.teacher_passes == 4  # two over the training images, two over the test images
     recorded = checkpoint.load(result.run.student).provenance
     assert [
         (path.name, round(entry["weight"], 6))

@@ -27,7 +27,7 @@ CIFAR10_TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
     members=(*CIFAR10_TRAIN, "test_batch"),
 )
 def read_cifar10(paths: Mapping[str, Path]) -> Content:
-    """Five batches of train images, one of test images, and the class names, which may be absent."""
+    """Five batches of training images, one of test images, and the class names, which may be absent."""
     batches = _batches(paths, (*CIFAR10_TRAIN, "test_batch"), ("batches.meta",))
     train = _images(batches, CIFAR10_TRAIN, "labels")
     test = _images(batches, ["test_batch"], "labels")

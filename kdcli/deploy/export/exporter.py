@@ -34,7 +34,7 @@ class ExportResult(Result):
     checkpoint: Path
     opset: int
     with_preprocessing: bool  # takes raw uint8 (N, H, W, C) images and gives probabilities
-    data_label: str  # the data whose train images were used
+    data_label: str  # the data whose training images were used
     parity: Parity  # of the float32 network
     quantisation: Quantisation | None = None  # None for a float32 file
     trials: tuple[RecipeTrial, ...] = ()  # of `auto`; without a quantisation, none was faster than float32

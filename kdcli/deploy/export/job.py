@@ -35,7 +35,7 @@ _Inputs = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Samples:
-    """Sorted, disjoint indices of train images."""
+    """Sorted, disjoint indices of training images."""
 
     parity: _Indices  # of the parity check, on which int8 is measured too
     calibration: _Indices  # set the ranges of int8 activations
@@ -56,7 +56,7 @@ def choose_samples(provenance: dict[str, Any], train: ImageSet, config: ExportCo
         order = np.random.default_rng(1).permutation(len(train))
         pool, held_out, name = np.sort(order[count:]), np.sort(order[:count]), "held-out train images"
     if len(pool) < max(BATCHES) + 1:
-        raise KdError(f"the data has {len(pool)} train images; at least {max(BATCHES) + 1} are needed")
+        raise KdError(f"the data has {len(pool)} training images; at least {max(BATCHES) + 1} are needed")
     if config.max_drop is not None and not len(held_out):
         raise KdError("there are no images to measure --max-drop on", "Pass more with --data.")
     parity, calibration, selection = disjoint_indices(
@@ -91,9 +91,9 @@ class Quantisation:
     """How a network was quantised, and the cost."""
 
     recipe: str  # name of a `Recipe`
-    calibration_images: int  # train images that set the activation ranges
+    calibration_images: int  # training images that set the activation ranges
     reduce_range: bool  # weights have 7 bits, because 8-bit products could overflow on this CPU
-    images: int  # train images, not used for calibration, on which the result was measured
+    images: int  # training images, not used for calibration, on which the result was measured
     agreement: float  # per cent of them with the float32 network's top-1 class
     float_accuracy: float  # per cent
     int8_accuracy: float  # per cent
@@ -104,7 +104,7 @@ class AccuracyDrop:
     """Loss of accuracy of the file against the checkpoint."""
 
     images: int  # number of images it was measured on
-    measured_on: str  # the model's validation split, or held-out train images where no split is known
+    measured_on: str  # the model's validation split, or held-out training images where no split is known
     float_accuracy: float  # of the checkpoint, per cent
     accuracy: float  # of the file, per cent
     points: float  # the first minus the second
@@ -113,7 +113,7 @@ class AccuracyDrop:
 
 @dataclass(frozen=True)
 class ExportJob:
-    """A classifier, train images and settings, with the steps of an export as methods."""
+    """A classifier, training images and settings, with the steps of an export as methods."""
 
     classifier: Classifier
     train: ImageSet
@@ -130,12 +130,12 @@ class ExportJob:
             return np.ascontiguousarray(self.classifier.prepare(torch.from_numpy(raw)).numpy())
 
     def logits(self, indices: _Indices, task: str = "evaluating") -> Tensor:
-        """The checkpoint's logits for train images."""
+        """The checkpoint's logits for training images."""
         images = self.train.images
         return models.predict_logits(self.classifier, images, indices, task=task, on_event=self.on_event)
 
     def labels(self, indices: _Indices) -> Tensor:
-        """Labels of train images."""
+        """Labels of training images."""
         return torch.from_numpy(np.asarray(self.train.labels[indices]))
 
     def verify(self, model: onnx.ModelProto, metadata: dict[str, str]) -> tuple[bytes, Tensor, Parity]:
