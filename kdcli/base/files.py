@@ -43,8 +43,9 @@ def read_bytes(path: Path, most: int, hint: str = "Check the path.") -> bytes:
             size = os.fstat(handle.fileno()).st_size
             if size <= most:
                 return handle.read(size)
-    except OSError as error:
-        raise KdError(f"cannot read {path}: {reason(error)}", hint) from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        why = reason(error) if isinstance(error, OSError) else first_line(error)
+        raise KdError(f"cannot read {path}: {why}", hint) from error
     raise KdError(f"cannot read {path}: it has {size:,} bytes, more than the {most:,} that are read", hint)
 
 

@@ -54,8 +54,9 @@ def read_recipe(name: str, typed: Mapping[str, Any] | None = None) -> dict[str, 
     command line differs from the file, these are left out, and so derived again.
     """
     if name in RECIPES:
-        other_views = "augment" in (typed or {})
-        return {key: value for key, value in RECIPES[name].items() if key != "views" or not other_views}
+        recipe = RECIPES[name]
+        same_views = (typed or {}).get("augment", recipe.get("augment")) == recipe.get("augment")
+        return {key: value for key, value in recipe.items() if key != "views" or same_views}
     path = Path(name)
     if path.suffix != ".toml":
         raise UsageError(f"unknown recipe: {name}", nearest(name, RECIPES, ", or a .toml file"))

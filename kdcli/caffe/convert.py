@@ -277,7 +277,7 @@ def _make_preprocess(
             on_event(Note(f"unknown preprocessing, so {pixels}; see --mean, --scale and --channel-order"))
         return Preprocess(order)
     if images is None:
-        raise KdError(f"preprocessing {kind} is fitted on train images", "Pass them with --data.")
+        raise KdError(f"preprocessing {kind} is fitted on training images", "Pass them with --data.")
     if automatic and files.known is None:
         on_event(
             Note(f"{transform.mean_file} is not beside the model: the mean image of the data replaces it")

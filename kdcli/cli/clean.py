@@ -34,9 +34,8 @@ def clean(
     Models, results and metrics are kept. Caches are computed again when needed.
     """
     paths = [run_folder(path) for path in runs or ()]
-    named = [
-        run for path in paths for run in folders.run_folders(path / "runs") or [path]
-    ]  # of a comparison all
+    # a comparison stands for all its runs
+    named = [run for path in paths for run in folders.run_folders(path / "runs") or [path]]
     for run in named:
         if folders.state(run) == "running":
             raise UsageError(f"{run} is in use: a process trains it", "List the states of runs: kd runs")

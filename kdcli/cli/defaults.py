@@ -112,7 +112,8 @@ def _recorded_inputs(teachers: tuple[Path, ...], config: TrainConfig) -> dict[st
         return {}
     recorded = files.read_document(path)
     if recorded.get("sha256") != files.sha256_file(teachers[0]):
-        again = {"teacher": teachers[0], "data": config.data, "probe": True}
+        data = config.data if "data" in config.model_fields_set else None
+        again = {"teacher": teachers[0], "data": data, "probe": True}
         raise KdError(
             f"{path.as_posix()} was recorded for another content of {teachers[0].as_posix()}",
             f"Delete it, or measure again: {shell_command('validate', again)}",

@@ -71,7 +71,7 @@ def _show(result: ExportResult) -> None:
         _show_trials(result)
     if cost is not None:
         output.text(
-            f"int8 by {cost.recipe}, calibrated on {cost.calibration_images} other train images"
+            f"int8 by {cost.recipe}, calibrated on {cost.calibration_images} other training images"
             f"{', 7-bit weights: this CPU lacks VNNI' if cost.reduce_range else ''}:",
             f"  agreement with float32 {cost.agreement:.2f} %; accuracy {cost.float_accuracy:.2f} % → "
             f"{cost.int8_accuracy:.2f} % (n = {cost.images})",

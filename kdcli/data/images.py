@@ -94,7 +94,7 @@ def pixel_hashes(images: rows.Images) -> Iterator[bytes]:
 
 
 def overlap_of(train: rows.Images, test: rows.Images) -> int:
-    """Number of test images that equal a train image, pixel by pixel."""
+    """Number of test images that equal a training image, pixel by pixel."""
     known = set(pixel_hashes(train))
     return sum(digest in known for digest in pixel_hashes(test))
 

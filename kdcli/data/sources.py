@@ -46,7 +46,7 @@ Wanted = Callable[[str], bool]
 
 @dataclass
 class Source(ABC):
-    """Files by name, read once from front to back."""
+    """Files by name, read from front to back."""
 
     path: Path
     skipped: list[str] = field(default_factory=list)  # links and special files passed over so far
@@ -183,7 +183,7 @@ class FolderSource(Source):
         chosen = [name for name, _, _ in self._files if wanted(name)]
         self.done, self.total = 0, len(chosen)
         for name in chosen:
-            yield name, read_bytes(self.path / name, MAX_MEMBER_BYTES, "Remove it.")
+            yield name, read_bytes(self.path / name, MAX_MEMBER_BYTES, "Leave it out.")
             self.done += 1
 
 

@@ -27,7 +27,7 @@ from kdcli.data.tables import Row, TableSource, table_source
 from kdcli.data.tree import find_images, layout
 
 _TINY = 8  # pixels of a side, below which an image is named
-_NEAR_BITS = 3  # of 64, by which the hashes of nearly equal images differ
+_NEAR_BITS = 3  # of 64, by which the hashes of near-duplicates differ
 _LEAST = 16  # pixels of a side, below which an image has no hash
 _FLAT = 16  # grey levels between its darkest and its brightest part, below which it has none
 _PAIRS = 4 << 20  # of hashes, compared at a time

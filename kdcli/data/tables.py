@@ -75,7 +75,7 @@ class TableSource(Source):
             if wanted(row.name):
                 image = row.image
                 if isinstance(image, Path):
-                    image = read_bytes(image, MAX_MEMBER_BYTES, "Remove it.")
+                    image = read_bytes(image, MAX_MEMBER_BYTES, "Leave it out.")
                 yield row.name, image
             self.done += 1
 

@@ -57,7 +57,7 @@ def _pack(source: Source, splits: Splits, cache: Cache, request: Request) -> Pac
             more = f": all are broken, as {next(iter(found.broken)).name}" if found.broken else ""
             raise KdError(f"no images in {source.path}{more}", decode.FORMATS_READ)
         # 2. Leave out the data's own images.
-        split_of = dict.fromkeys(pixel_hashes(splits.train.images), "train")
+        split_of = dict.fromkeys(pixel_hashes(splits.train.images), "training")
         split_of |= dict.fromkeys(pixel_hashes(splits.test.images), "test")
         digests = list(pixel_hashes(packer.images()))
         kept = [index for index in indices if digests[index] not in split_of]

@@ -13,7 +13,6 @@ import torch
 from kdcli.base.config import PredictConfig
 from kdcli.base.errors import KdError
 from kdcli.base.events import Note, OnEvent, Progress, ignore
-from kdcli.base.files import read_bytes
 from kdcli.base.results import Result
 from kdcli.data import decode
 from kdcli.data.sources import MAX_MEMBER_BYTES, open_source
@@ -83,7 +82,8 @@ def _files(path: Path) -> Iterator[tuple[str, bytes]]:
     if path.is_file():
         with path.open("rb") as handle:
             if decode.is_image(handle.read(16), path.name):
-                yield str(path), read_bytes(path, MAX_MEMBER_BYTES)
+                handle.seek(0)
+                yield str(path), handle.read(MAX_MEMBER_BYTES)
                 return
     try:
         source = open_source(path)

@@ -86,8 +86,9 @@ def warning_of(plain: float, lower: float, steps: int, classes: int) -> str | No
     if plain < _WEAK:
         cause = f"the labels are right on all training images, the teacher on {plain:.1f} %"
         cure = "a better teacher, or a higher --ce-weight"
-        if plain < 100 / classes:
+        if plain < 50 / classes:
             cause += ", below chance: its classes may be in another order"
+            cure = "--teacher-class-map, or data with the teacher's classes"
         elif lower > _WORSE_ON_VIEWS:
             cause += f" ({plain - lower:.1f} % of their views)"
             cure = f"--augment none, a teacher trained with these views, {cure.removeprefix('a better teacher, ')}"

@@ -329,7 +329,7 @@ def test_transform_param_becomes_the_preprocessing(tmp_path: Path) -> None:
 def test_a_mean_file_is_read_or_replaced_by_the_datas_mean_image(tmp_path: Path) -> None:
     (tmp_path / "t.prototxt").write_text(TRANSFORMED % 'mean_file: "some/where/mean.binaryproto"')
     path = write(tmp_path, net([small()[2], FC], v1=False))
-    with pytest.raises(KdError, match="mean-image is fitted on train images"):
+    with pytest.raises(KdError, match="mean-image is fitted on training images"):
         heard(path, prototxt=tmp_path / "t.prototxt")
     classifier, notes = heard(path, prototxt=tmp_path / "t.prototxt", train_images=IMAGES)
     rgb = IMAGES.transpose(0, 3, 1, 2).astype(float)

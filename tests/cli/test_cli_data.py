@@ -110,7 +110,7 @@ def test_training_on_odd_files_refuses_or_works(odd: Path, kd: Kd) -> None:
     assert done.code == 1 and "cannot read image train/bee/" in line
     done = kd(*train, "--skip-broken")
     assert done.code == 0 and "Skipped 2 broken images" in done.err
-    assert "not plain RGB" in done.err and "1 of 18 test images are among the train images" in done.err
+    assert "not plain RGB" in done.err and "1 of 18 test images are among the training images" in done.err
 
 
 def test_a_sheet_of_images(workplace: Path, kd: Kd) -> None:

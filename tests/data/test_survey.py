@@ -1,4 +1,4 @@
-"""Nearly equal images, by difference hashes, and the sheet of images."""
+"""Near-duplicate images, by difference hashes, and the contact sheet."""
 
 from __future__ import annotations
 

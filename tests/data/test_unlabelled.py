@@ -166,7 +166,7 @@ def test_images_of_the_data_are_left_out_and_counted(place: Path) -> None:
     np.testing.assert_array_equal(found[-1], almost)
     told = texts(notes)
     assert "Left out 5 images in more that are among the test images." in told
-    assert "Left out 1 images in more that are among the train images." in told
+    assert "Left out 1 images in more that are among the training images." in told
     tests = {image.tobytes() for image in by_name("toy/test")}
     assert not tests & {image.tobytes() for image in found}
     again: list[Event] = []

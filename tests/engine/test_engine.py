@@ -578,7 +578,7 @@ def test_derived_settings_are_derived_again_from_changed_ones(trained_teacher: P
 
 def test_views_of_a_recipe_are_of_its_augmentation() -> None:
     assert read_recipe("patient", {"tau": 2.0})["views"] == 10
-    for augment_name, views in (("none", 1), ("flip", 2), ("flip-crop-mixup", 8)):
+    for augment_name, views in (("none", 1), ("flip", 2), ("flip-crop", 10), ("flip-crop-mixup", 8)):
         plain = make(
             TrainConfig, read_recipe("patient", {"augment": augment_name}) | {"augment": augment_name}
         )

@@ -54,7 +54,7 @@ def choose_samples(provenance: dict[str, Any], train: ImageSet, config: ExportCo
     elif config.max_drop is not None:
         count = min(_MOST_HELD_OUT, len(train) // 4)
         order = np.random.default_rng(1).permutation(len(train))
-        pool, held_out, name = np.sort(order[count:]), np.sort(order[:count]), "held-out train images"
+        pool, held_out, name = np.sort(order[count:]), np.sort(order[:count]), "held-out training images"
     if len(pool) < max(BATCHES) + 1:
         raise KdError(f"the data has {len(pool)} training images; at least {max(BATCHES) + 1} are needed")
     if config.max_drop is not None and not len(held_out):

@@ -192,7 +192,7 @@ def _small_text(path: Path) -> str:
     try:
         return read_bytes(path, _MOST_TEXT).decode("utf-8")
     except ValueError as error:
-        raise KdError(f"cannot read {path}: {first_line(error)}") from error
+        raise KdError(f"class names in {path} cannot be read: {first_line(error)}") from error
 
 
 def invalid(path: Path, error: Exception) -> KdError:
