@@ -451,7 +451,7 @@ def test_the_smallest_image_trains_one_at_a_time_and_a_smaller_one_is_refused(na
 def test_cifarnet_whitens_the_patches_of_the_images_it_is_fitted_on() -> None:
     network = models.build("cifarnet", classes=5, input_size=(32, 32, 3), width=NARROW)
     pixels = images(40, 3, 32, 32).cumsum(3)  # neighbours are alike
-    network.fit(pixels)  # type: ignore[operator]
+    network.fit_to_images(pixels)  # type: ignore[operator]
     weight = network.whiten.weight.detach().double().numpy().reshape(24, 12)
     patches = np.lib.stride_tricks.sliding_window_view(pixels.double().numpy(), (2, 2), axis=(2, 3))
     patches = patches.transpose(0, 2, 3, 1, 4, 5).reshape(-1, 12)
