@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from kdcli.base.text import printable
 
@@ -20,6 +20,13 @@ Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  # columns and rows
 _MOST_VALUES = 10  # of a sequence that is listed
+
+
+def invalid(error: ValidationError) -> str:
+    """The first problem that pydantic found: `epochs: Input should be …`."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: " * bool(place) + first["msg"].removeprefix("Value error, ")
 
 
 class Result:

@@ -26,14 +26,12 @@ def run_folders(place: Path = RUNS) -> list[Path]:
         for path in place.glob("*")
         if (path / "config.toml").is_file() and not path.is_symlink() and not path.name.startswith(".")
     ]
-    records = (
-        "config.toml",
-        "metrics.jsonl",
-        "result.json",
-    )  # other files may vanish while this looks at them
-    return sorted(
-        found, key=lambda run: max((run / name).stat().st_mtime for name in records if (run / name).is_file())
-    )
+    records = ("config.toml", "metrics.jsonl", "result.json")  # other files may vanish meanwhile
+
+    def written(run: Path) -> float:
+        return max((run / name).stat().st_mtime for name in records if (run / name).is_file())
+
+    return sorted(found, key=written)
 
 
 def state(run: Path) -> State:

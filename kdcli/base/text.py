@@ -1,12 +1,6 @@
 """Short texts made from errors and shapes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pydantic import ValidationError
 
 _MAX_LINE = 200
 
@@ -15,14 +9,6 @@ def first_line(error: BaseException, most: int = _MAX_LINE) -> str:
     """First line of an error's message, or the error's type where there is no message."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:most]
-
-
-def invalid(error: ValidationError) -> str:
-    """The first problem that pydantic found: `epochs: Input should be …`."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    return ": ".join(
-        filter(None, (".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")))
-    )
 
 
 def printable(text: str) -> str:

@@ -46,9 +46,7 @@ def convert_caffe(
     # 1. Read the files, and the data if they are needed.
     source = caffe.read(model, config)
     if config.check and source.kind != "caffe":
-        raise UsageError(
-            "--check needs a caffemodel", "Leave out --check: OpenCV does not read caffe-tensorflow's .npy."
-        )
+        raise UsageError("--check needs a caffemodel", "Leave --check out: OpenCV does not read .npy.")
     needs_data = "data" in config.model_fields_set or source.needs_images(config)
     splits = _load_data(source, config) if needs_data else None
     train_images = splits.train.images if splits else None

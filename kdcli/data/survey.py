@@ -63,7 +63,7 @@ def survey(spec: str, config: DataConfig, on_event: OnEvent) -> Survey:
             hashes[index] = value
 
     source = _source_of(spec, config, on_event)
-    found = find_images(source, put, on_event, skip_broken=True, test_fraction=TEST_FRACTION)
+    found = find_images(source, put, on_event, True, TEST_FRACTION)
     refusal = None
     try:
         layout(found, source)
@@ -124,9 +124,7 @@ def _problems(found: Found, source: Source, sizes: dict[int, Size]) -> dict[str,
             folder for folder in source.folders if folder and folder not in filled and not is_ignored(folder)
         ],
         "class of one image": [name for name, count in members.items() if count == 1],
-        "class names that differ only in case or separators": [
-            " = ".join(group) for group in alike.values() if group[1:]
-        ],
+        "similar class names": [" = ".join(group) for group in alike.values() if group[1:]],
         "duplicate images in two splits": [
             text for text, places in groups if len({place.split for place in places}) > 1
         ],

@@ -63,13 +63,7 @@ def load_tree(path: Path, request: Request) -> Splits:
     if packed is not None:
         return packed.splits(request.spec)
     with cache_for(size).packer(size, channels, request.resize) as packer:
-        found = find_images(
-            source,
-            packer.put,
-            request.on_event,
-            skip_broken=request.skip_broken,
-            test_fraction=request.test_fraction,
-        )
+        found = find_images(source, packer.put, request.on_event, request.skip_broken, request.test_fraction)
         parts, classes, notes = layout(found, source)
         if found.split_off:
             notes.append(
@@ -178,7 +172,6 @@ def find_images(
     source: Source,
     put: Callable[[int, decode.Pixels], None],
     on_event: OnEvent,
-    *,
     skip_broken: bool,
     test_fraction: float,
 ) -> Found:

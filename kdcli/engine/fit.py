@@ -175,15 +175,9 @@ def fit_chain(
             begun = world.from_first(run.config_file.is_file)
             settings, begun_run = (run.read_config(), run) if begun else (link, None)
             title = f"{number + 1}/{len(chain)} {link.student}"
+            shown = titled(title, on_event)
             try:
-                result = fit(
-                    settings,
-                    data,
-                    resume=begun_run,
-                    world=world,
-                    on_event=titled(title, on_event),
-                    chain=config,
-                )
+                result = fit(settings, data, resume=begun_run, world=world, on_event=shown, chain=config)
             except Interrupted as stopped:
                 raise _interrupted(chain, f"{title}: {stopped.message}", stopped) from stopped
             results.append(result)

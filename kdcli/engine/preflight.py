@@ -107,12 +107,11 @@ def _view_logits(
     if outputs.views:
         return outputs.views[view % len(outputs.views)].logits(samples)
     found, size = [], plan.config.batch_size
-    for start in range(0, len(samples), size):
-        batch = feed.make(view, samples[start : start + size], 1.0, size)
-        logits, _ = outputs(batch, view)
+    for part in np.split(samples, range(size, len(samples), size)):
+        logits, _ = outputs(feed.make(view, part, 1.0, size), view)
         assert logits is not None
         found.append(logits.cpu())
-        on_event(Progress("teacher on training views", start + len(batch.samples), len(samples)))
+        on_event(Progress("teacher on training views", sum(map(len, found)), len(samples)))
     return torch.cat(found)
 
 

@@ -34,8 +34,7 @@ from kdcli.base import metrics
 from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent, ignore
 from kdcli.base.files import MAX_JSON_BYTES, read_bytes, write_text
-from kdcli.base.results import Count, Finite, NonNegative, Percent, Result
-from kdcli.base.text import invalid
+from kdcli.base.results import Count, Finite, NonNegative, Percent, Result, invalid
 from kdcli.data import ImageSet, overlap_warning
 from kdcli.engine.run_dir import RunDir
 from kdcli.methods import TrainConfig

@@ -168,15 +168,15 @@ def found_from(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         path = recorded_path(expand(value), file)
         return value if path == expand(value) else str(path)
 
-    names = (
+    named = {
         "unlabelled",
         "data_dir",
         "cache_dir",
         "student_weights",
         "teacher_class_names",
         "teacher_class_map",
-    )
-    paths = {name: found(values[name]) for name in names if name in values}
+    }
+    paths = {name: found(values[name]) for name in named & values.keys()}
     if str(values.get("data")) not in DATASETS:
         paths["data"] = found(values.get("data"))
     if str(values.get("student")).lower().endswith(".pt"):

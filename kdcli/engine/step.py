@@ -79,11 +79,9 @@ class Ema:
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay = decay
-        weights = network.state_dict() if decay else {}
-        names = {id(value): name for name, value in network.state_dict(keep_vars=True).items()}.values()
-        self.weights = {  # tied weights count once
-            name: value for name, value in weights.items() if value.is_floating_point() and name in names
-        }
+        weights = network.state_dict(keep_vars=True) if decay else {}
+        once = {id(value): (name, value.detach()) for name, value in weights.items()}.values()  # tied ones
+        self.weights = {name: value for name, value in once if value.is_floating_point()}
         self.values = {name: value.clone() for name, value in self.weights.items()}
 
     def update(self, step: int) -> None:

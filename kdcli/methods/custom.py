@@ -78,8 +78,7 @@ def _checked(name: str, function: Callable[[Batch], Any]) -> Callable[[Batch], T
             raise
         except Exception as error:
             raise KdError(
-                f"method {name} failed: {type(error).__name__}: {first_line(error)}",
-                "--debug shows the place in the code.",
+                f"method {name} failed: {type(error).__name__}: {first_line(error)}", "--debug shows where."
             ) from error
         if not isinstance(value, Tensor) or value.dim() != 0 or not value.is_floating_point():
             raise KdError(f"method {name} must return a scalar tensor", "Take the mean over the batch.")

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kdcli.base.errors import KdError
 from kdcli.base.files import atomic_path
-from kdcli.base.text import first_line, invalid
+from kdcli.base.results import invalid
+from kdcli.base.text import first_line
 from kdcli.models.foreign import explain
 from kdcli.models.pt_archive import AGAIN, OTHER_FILES, check_archive
 

@@ -253,7 +253,7 @@ def _factory(name: str, classes: int, input_size: tuple[int, int, int], /, **arg
     except Exception as error:
         raise KdError(
             f"network {name} cannot be made: {type(error).__name__}: {first_line(error)}",
-            "--debug shows the place in the code.",
+            "--debug shows where.",
         ) from error
     return made
 

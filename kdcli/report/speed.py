@@ -89,11 +89,12 @@ def with_accuracies(rows: Sequence[Row], examined: Sequence[Examined]) -> list[R
             measured[found.run.student.resolve()] = found.evaluation
         if found.teacher is not None:
             measured[found.teacher.path.resolve()] = found.teacher.evaluation
-    made = []
-    for row in rows:
-        changes: dict[str, Any] = {}
-        if (figures := measured.get(row.path.resolve())) is not None:
-            changes = {"accuracy": figures.accuracy, "accuracy_interval": figures.accuracy_interval}
-            changes["accuracy_source"] = "measured"
-        made.append(replace(row, **changes))
-    return made
+    changes: dict[Path, dict[str, Any]] = {
+        path: {
+            "accuracy": own.accuracy,
+            "accuracy_interval": own.accuracy_interval,
+            "accuracy_source": "measured",
+        }
+        for path, own in measured.items()
+    }
+    return [replace(row, **changes.get(row.path.resolve(), {})) for row in rows]

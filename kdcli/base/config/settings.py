@@ -22,7 +22,7 @@ from pydantic_core import PydanticUndefined
 from kdcli.base import code
 from kdcli.base.errors import UsageError
 from kdcli.base.names import DATA_SETS, nearest
-from kdcli.base.text import invalid
+from kdcli.base.results import invalid
 
 DATA, METHOD, OPTIMISER, RUN = "Data", "Method", "Optimiser", "Run"
 TEST_FRACTION = 0.2

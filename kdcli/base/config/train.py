@@ -203,13 +203,9 @@ class TrainSettings(DataSettings, TeacherInputSettings):
         0, "Images per step; 0: a power of two from 4 to 256 with 20 or more steps an epoch.", OPTIMISER
     )
     lr: float = setting(1e-3, "Maximum learning rate.", OPTIMISER, gt=0, le=100)
-    optimizer: Literal["adam", "adamw", "sgd"] = setting(
-        "adam", "Optimizer; sgd: Nesterov momentum 0.9.", OPTIMISER
-    )
+    optimizer: Literal["adam", "adamw", "sgd"] = setting("adam", "sgd: Nesterov momentum 0.9.", OPTIMISER)
     schedule: Literal["step", "cosine", "onecycle"] = setting(
-        "onecycle",
-        "Learning rate; step: ÷10 at 80 % of epochs; cosine: to 0; onecycle: 30 % warm-up, then to 0.",
-        OPTIMISER,
+        "onecycle", "step: ÷10 at 80 % of epochs; cosine: to 0; onecycle: 30 % warm-up, then to 0.", OPTIMISER
     )
     weight_decay: float = rare(0.0, "L2 penalty (adamw: decoupled).", OPTIMISER, ge=0, le=1)
     ema: Share = rare(0.0, "Decay of the moving average (EMA) of the weights; 0: none.", OPTIMISER)
@@ -220,13 +216,9 @@ class TrainSettings(DataSettings, TeacherInputSettings):
     view_seed: Annotated[int | None, Field(ge=0, lt=2**63)] = rare(
         None, "Seed of the views alone, so that runs share cached logits; by default --seed.", RUN
     )
-    precision: Literal["auto", "32", "bf16"] = rare(
-        "auto", "Training precision; auto: bf16 if its step is at least 1.25 times as fast, measured.", RUN
-    )
+    precision: Literal["auto", "32", "bf16"] = rare("auto", "auto: bf16 where clearly faster, measured.", RUN)
     compile: bool = rare(False, "Compile the student's step (torch.compile).", RUN)
-    accelerator: Literal["auto", "cpu", "cuda", "mps"] = setting(
-        "auto", "Device; auto: a GPU if available.", RUN
-    )
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = setting("auto", "auto: a GPU if available.", RUN)
     devices: int = rare(
         1, "GPUs, or processes on a CPU, that share each batch; torchrun overrides it.", RUN, ge=1, le=1024
     )

@@ -17,7 +17,7 @@ from kdcli.base.config.settings import Seed
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.files import write_text
 from kdcli.base.recipes import read_recipe
-from kdcli.base.text import invalid
+from kdcli.base.results import invalid
 from kdcli.engine.identity import decisive_settings, differences
 from kdcli.engine.plan import resolve
 from kdcli.engine.run_dir import RunDir, found_from
