@@ -120,9 +120,9 @@ def git_blob_sha1_file(path: Path) -> str:
         return hashlib.file_digest(handle, lambda: hashlib.sha1(header, usedforsecurity=False)).hexdigest()
 
 
-def cache_folder(cache_dir: Path, kind: str, recipe: Mapping[str, Any]) -> Path:
+def cache_folder(cache_dir: Path, kind: str, key: Mapping[str, Any]) -> Path:
     """`<cache_dir>/<kind>/<128 bits of SHA-256>` by all that the content depends on; not created."""
-    text = json.dumps(recipe, sort_keys=True)
+    text = json.dumps(key, sort_keys=True)
     return cache_dir / kind / hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 

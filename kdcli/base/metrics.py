@@ -44,13 +44,19 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> float:
     return losses.mean().item()
 
 
-def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Expected calibration error in per cent, equal-width bins (Guo et al. 2017); logits (N, C)."""
+def confidence_bins(logits: Tensor, labels: Tensor, bins: int = 15) -> Tensor:
+    """Images, sum of confidences and correct predictions in equal-width bins of confidence, float64 (3, bins)."""
     confidence = _by_rows(lambda rows: rows.double().softmax(dim=1).amax(dim=1), logits)
     correct = (logits.argmax(dim=1) == labels).double()
     index = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bin b is (b/bins, (b+1)/bins]
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, correct - confidence)
-    return 100.0 * gaps.abs().sum().item() / len(labels)
+    values = torch.stack([torch.ones_like(correct), confidence, correct])  # (3, N)
+    return torch.zeros(3, bins, dtype=torch.float64).index_add_(1, index, values)
+
+
+def calibration_error(logits: Tensor, labels: Tensor) -> float:
+    """Expected calibration error in per cent, equal-width bins (Guo et al. 2017); logits (N, C)."""
+    _, confidence, correct = confidence_bins(logits, labels)
+    return 100.0 * (correct - confidence).abs().sum().item() / len(labels)
 
 
 def confusion(logits: Tensor, labels: Tensor) -> Tensor:

@@ -50,8 +50,8 @@ def read_recipe(name: str, typed: Mapping[str, Any] | None = None) -> dict[str, 
     """Settings of a recipe in `RECIPES` or of a TOML file, by kd train's options; UsageError if it cannot be read.
 
     `views` of a recipe in `RECIPES` is for its augmentation: another one, `typed`, may have fewer.
-    A run's config.toml lists in `filled` the settings that were derived from others. Where an option `typed` on the
-    command line differs from the file, these are left out, and so derived again.
+    A run's config.toml lists in `filled` the settings that were derived from others. Beside options `typed` on the
+    command line these are left out, and so derived again.
     """
     if name in RECIPES:
         recipe = RECIPES[name]
@@ -71,6 +71,6 @@ def read_recipe(name: str, typed: Mapping[str, Any] | None = None) -> dict[str, 
         if setting in values:
             raise UsageError(f"recipe {name} sets {setting} twice, the second time as {key}", "Keep one.")
         values[setting] = value
-    if isinstance(filled, list) and any(values.get(key) != value for key, value in (typed or {}).items()):
+    if isinstance(filled, list) and typed is not None:
         values = {key: value for key, value in values.items() if key not in filled}
     return values

@@ -12,8 +12,8 @@ def first_line(error: BaseException, most: int = _MAX_LINE) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that steers no terminal and no neighbour: spaces in place of control characters (C0 and C1), direction
-    marks and lone surrogates; line breaks stay.
+    """Text that cannot control a terminal: control characters (C0 and C1), direction marks and lone surrogates are
+    replaced by spaces; line breaks stay.
     """
     if text.isprintable():
         return text

@@ -81,9 +81,14 @@ class CaffeFiles:
             return config.preprocess
         if self.known is not None:
             return self.known.preprocess
-        if self.transform.mean_file and self.transform.mean_image is None:
+        if self.missing_mean(config):
             return "mean-image"
         return "none" if self.transform.is_identity() else "scale-shift"
+
+    def missing_mean(self, config: ConvertConfig) -> str:
+        """The mean file that the preprocessing needs, if it was not found; else empty."""
+        replaced = config.mean_std is not None or config.preprocess != "auto" or self.known is not None
+        return "" if replaced or self.transform.mean_image is not None else self.transform.mean_file
 
     @property
     def resize(self) -> int:
@@ -100,12 +105,12 @@ class CaffeFiles:
         return self.input_size is None or self.preprocess_kind(config) in _FITTED
 
 
-def read(model: Path, config: ConvertConfig) -> CaffeFiles:
+def read(model: Path, config: ConvertConfig, on_event: OnEvent = ignore) -> CaffeFiles:
     """Read a caffemodel or a caffe-tensorflow `.npy`; KdError where kd does not support it."""
     if model.suffix == ".npy":
         if config.prototxt is not None:
             raise UsageError("--prototxt requires a caffemodel", "Use --arch.")
-        return _read_npy(model, config)
+        return _read_npy(model, config, on_event)
     if config.arch != "auto":
         raise UsageError(
             f"--arch {config.arch} requires a caffe-tensorflow .npy", "A caffemodel names its layers."
@@ -136,11 +141,15 @@ def read(model: Path, config: ConvertConfig) -> CaffeFiles:
     )
 
 
-def _read_npy(model: Path, config: ConvertConfig) -> CaffeFiles:
-    arch, layers = tensorflow.identify(tensorflow.read_layers(model), config.arch)
+def _read_npy(model: Path, config: ConvertConfig, on_event: OnEvent) -> CaffeFiles:
+    arch, layers = tensorflow.identify(tensorflow.read_layers(model), config.arch, on_event)
     weights = tensorflow.caffe_layout(layers)
     digest = weights_sha256(weights)
     known = catalog.KNOWN_WEIGHTS.get(digest)
+    channels = layers["conv1"][0].shape[2]
+    size = known.input_size if known else tensorflow.input_size(arch, layers)
+    if size is None and config.image_size:
+        size = (config.image_size, config.image_size, channels)
     published = {file.git_blob_sha1 for file in catalog.DOWNLOADS.get("seed-weights", ())}
     return CaffeFiles(
         path=model,
@@ -148,8 +157,8 @@ def _read_npy(model: Path, config: ConvertConfig) -> CaffeFiles:
         name=model.stem,
         weights_sha256=digest,
         known=known,
-        input_size=known.input_size if known else tensorflow.input_size(arch, layers),
-        channels=layers["conv1"][0].shape[2],
+        input_size=size,
+        channels=channels,
         transform=_REFERENCE if git_blob_sha1_file(model) in published else Transform(),
         build=lambda size, on_event: tensorflow.build(arch, weights),
     )

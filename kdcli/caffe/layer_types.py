@@ -138,7 +138,7 @@ def _pooling(layer: Layer) -> Operation:
         "kernel": _pair(param, "kernel", 0),
         "stride": _pair(param, "stride", 1),
         "pad": _pair(param, "pad", 0),
-        "round_up": param.round_mode == 0,
+        "round_up": param.round_mode == 0 and param.ceil_mode,
     }
 
 

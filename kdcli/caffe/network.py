@@ -173,7 +173,7 @@ def assemble(
     if not output or not is_vector(output, output[0]):
         raise KdError(
             f"layer {last}: its output is {dims(output)} instead of one value for each class",
-            "Check the image size (--image-size).",
+            "Check the image size: --image-size, or the input of the prototxt.",
         )
     arch_args = {"input": list(shape), "nodes": nodes, "output": last}
     return ConvertedNetwork("graph", arch_args, state, output[0])

@@ -80,6 +80,7 @@ _MESSAGES: dict[str, str] = {
         pool 1 PoolMethod MAX; kernel_size 2 uint32*; stride 3 uint32*; pad 4 uint32*; kernel_h 5 uint32
         kernel_w 6 uint32; stride_h 7 uint32; stride_w 8 uint32; pad_h 9 uint32; pad_w 10 uint32
         global_pooling 12 bool false; round_mode 13 RoundMode CEIL
+        ceil_mode 1000 bool true
     """,
     "PowerParameter": "power 1 float 1; scale 2 float 1; shift 3 float 0",
     "ReLUParameter": "negative_slope 1 float 0",

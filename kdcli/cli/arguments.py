@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kdcli.base import code, runs
+from kdcli.base.config import shell_command
 from kdcli.base.errors import START, KdError, UsageError
 from kdcli.base.names import similar
 from kdcli.base.text import dims
@@ -50,6 +51,8 @@ def existing_model(path: Path, **settings: Any) -> Path:
         files.append(runs.RUNS / path / "student.pt")
     for file in filter(Path.is_file, files):
         return file
+    if (found / "config.toml").is_file():
+        raise KdError(f"{found} is not finished", f"Finish it: {shell_command('train', {'resume': found})}")
     if found.is_dir():
         from kdcli.models.foreign import explain
 

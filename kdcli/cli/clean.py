@@ -34,6 +34,9 @@ def clean(
     Models, results and metrics are kept. Caches are computed again when needed.
     """
     paths = [run_folder(path) for path in runs or ()]
+    for path in paths:
+        if not (path / "config.toml").exists() and not (path / "runs").exists():
+            raise UsageError(f"not a run or comparison: {path}", "List the runs: kd runs")
     # a comparison stands for all its runs
     named = [run for path in paths for run in folders.run_folders(path / "runs") or [path]]
     for run in named:

@@ -14,7 +14,7 @@ from kdcli.base.errors import KdError, UsageError
 from kdcli.base.recipes import read_recipe
 from kdcli.cli import output
 from kdcli.cli.arguments import run_folder
-from kdcli.cli.defaults import with_defaults
+from kdcli.cli.defaults import note_unread_by_student, with_defaults
 from kdcli.cli.options import Recipe, command, examples
 from kdcli.methods import TrainConfig
 
@@ -77,6 +77,7 @@ def run_comparison(
             "Leave the other options out, or start a new comparison.",
         )
     if resume is None:
+        typed = set(train)
         unread = [set(methods.unread(name, train)) for name in settings.methods]
         output.note_ignored(train, sorted(set.intersection(*unread)), "with these methods")
         if recipe:  # without the method and seed of a run's config.toml, and values derived from them
@@ -84,6 +85,7 @@ def run_comparison(
             shared = {name: value for name, value in shared.items() if name not in {"name", *_SET_BY_COMPARE}}
             train = {**shared, **train}
         given = make(TrainConfig, train)
+        note_unread_by_student(given, typed)
         parts = (part for name in settings.methods for part in methods.parse(name))
         needs = given.kd_weight != 0 and any(part.needs_teacher for part in parts)
         completed = with_defaults(given, needs_teacher=needs)

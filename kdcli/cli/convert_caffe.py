@@ -13,6 +13,7 @@ from kdcli.base.config import ConvertConfig, DataSettings, ExportConfig, make, s
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.text import dims
 from kdcli.cli import output
+from kdcli.cli.arguments import check_image_size
 from kdcli.cli.options import command, examples
 
 if TYPE_CHECKING:
@@ -44,10 +45,16 @@ def convert_caffe(
     from kdcli.teacher import assumptions
 
     # 1. Read the files, and the data if they are needed.
-    source = caffe.read(model, config)
+    source = caffe.read(model, config, output.on_event)
     if config.check and source.kind != "caffe":
         raise UsageError("--check needs a caffemodel", "Leave --check out: OpenCV does not read .npy.")
-    needs_data = "data" in config.model_fields_set or source.needs_images(config)
+    given = "data" in config.model_fields_set
+    if not given and (name := source.missing_mean(config)):
+        raise UsageError(
+            f"{name}, the mean image of {model}, is not in its folder",
+            "Put it there, or give the mean of each channel (--mean 104,117,123), or training images (--data).",
+        )
+    needs_data = given or source.needs_images(config)
     splits = _load_data(source, config) if needs_data else None
     train_images = splits.train.images if splits else None
     # 2. Convert.
@@ -64,6 +71,7 @@ def convert_caffe(
         name = classifier.provenance["name"]
         assumptions.note_order(name, classifier, suited, output.on_event)
         assumptions.check(name, classifier, suited, output.on_event, task="trying alternatives")
+    check_image_size(model, classifier.input_size, config.image_size)
     # 3. Check against OpenCV's reading of the same files, then write.
     images = opencv.check_images(classifier.input_size, train_images)
     agreement = None

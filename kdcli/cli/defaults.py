@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -79,6 +79,20 @@ def with_defaults(config: C, *, needs_teacher: bool, tuned: Collection[str] = ()
     return make(type(config), {**{name: getattr(config, name) for name in config.model_fields_set}, **made})
 
 
+def note_unread_by_student(config: TrainConfig, given: Container[str]) -> None:
+    """Print a note for each option given that the student does not read; a UsageError for an unknown network."""
+    from kdcli import models
+
+    networks = (*config.assistant, *(() if config.student_file else (config.student,)))
+    takes = {name: [models.accepts(each, name) for each in networks] for name in ("dropout", "width")}
+    if config.student_file is not None:
+        unread = ["dropout", "preprocess", "width", "student_weights", "student_size"]
+        output.note_ignored(given, unread, f"with --student {config.student_file}, which defines it")
+    else:
+        unread = [name for name in takes if not any(takes[name])]
+        output.note_ignored(given, unread, f"with --student {config.student}, which takes none")
+
+
 def _typed_teachers(config: TrainConfig) -> dict[str, Any]:
     """Teachers as files: external networks become checkpoints, which record their settings."""
     settings = {
@@ -133,7 +147,11 @@ def _training_of(teacher: Path, config: TrainConfig) -> tuple[dict[str, Any], in
     from kdcli.teacher.stored import made_with
 
     if kind_of(teacher) == "outputs":
-        return made_with(teacher), None
+        known = made_with(teacher)
+        other = "augment" in config.model_fields_set and config.augment != known.get("augment")
+        if other or config.teacher_cache == "fixed":  # its number of views is for its own augmentation
+            known.pop("views", None)
+        return known, None
     try:
         model = load_model(teacher, config.threads, config.teacher_inputs)
     except KdError:  # reported where the teacher is run
@@ -141,7 +159,7 @@ def _training_of(teacher: Path, config: TrainConfig) -> tuple[dict[str, Any], in
     height, width, _ = model.input_size
     needed = not model.any_size or config.data not in DATASETS
     side, known = height if needed and height == width else None, data.recorded_source(model)
-    if "data" in config.model_fields_set and config.data != known.get("data"):
+    if "data" in config.model_fields_set and not data.is_same_source(config.data, known.get("data", "")):
         known = {"test_fraction": known.get("test_fraction"), "image_size": side}
     elif config.image_size not in (None, known.get("image_size")):
         known.pop("resize", None)  # it is for the recorded size

@@ -12,7 +12,7 @@ from kdcli.base.config import ReportConfig, shell_command
 from kdcli.base.errors import UsageError
 from kdcli.base.files import write_text
 from kdcli.cli import output
-from kdcli.cli.arguments import run_folder
+from kdcli.cli.arguments import existing_model, run_folder
 from kdcli.cli.options import command, examples
 
 if TYPE_CHECKING:
@@ -43,11 +43,13 @@ def report(
     from kdcli.report import gather, make_report
 
     runtime.set_threads(config.threads)
+    typed = config.model_dump(include=config.model_fields_set)
+    if config.teacher is not None:
+        config = config.model_copy(update={"teacher": existing_model(config.teacher)})
     named = [run_folder(path) for path in runs or ()]
     folders = gather.folders(named)
     exports = () if runs else tuple(sorted(Path("exports").glob("*.onnx")))
     comparisons = gather.comparisons(named)
-    typed = config.model_dump(include=config.model_fields_set)
     made = make_report(
         folders,
         config,

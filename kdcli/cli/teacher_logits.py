@@ -15,7 +15,7 @@ _TAKEN = {
     *DataSettings.model_fields, *TeacherInputSettings.model_fields, "teacher", "teacher_weights", "teacher_args",
     "teacher_precision", "augment", "views", "view_seed", "unlabelled", "resize", "grey",
     "val_fraction", "accelerator", "threads",
-} - {"cache_dir"}  # fmt: skip
+}  # fmt: skip
 EPILOG = examples(
     "kd teacher-logits --teacher big.onnx --data photos --augment flip -o pack",
     "kd teacher-logits --data photos --top-k 20",
@@ -28,14 +28,16 @@ def teacher_logits(config: LogitsConfig, **options: Any) -> None:
 
     Logits of each view of the training images, of these images without augmentation, and of the test images.
     """
-    train = make(TrainConfig, {**options, "cache_top_k": config.top_k})
+    # a run that reads no labels, and has as many epochs as there are views
+    run = {"cache_top_k": config.top_k, "lamda": 0.0, "epochs": max(100, options.get("views") or 0)}
+    train = make(TrainConfig, {**options, **run})
     train = with_defaults(train, needs_teacher=True, tuned={"student"})
     from kdcli.engine.packing import pack_logits
     from kdcli.engine.plan import load_data
 
     splits = load_data(train, output.on_event)
     made_with = pack_logits(train, splits, config.output, output.on_event)
-    size = sum(file.stat().st_size for file in config.output.rglob("*.*"))
+    size = sum(file.stat().st_size for file in (config.output / "teacher").rglob("*.*"))
     output.json({"pack": config.output, "bytes": size, "made_with": made_with})
     output.text(
         f"wrote {config.output}: {made_with['views']} views of {len(splits.trained_on):,} images, {units.size(size)}"

@@ -83,8 +83,8 @@ def measure(
     if source is not None:
         test, threads = splits.test, config.threads
         teacher = Teacher.open(source, config.cache_dir, threads=threads, assumed=assumed, data=test)
-        if missing := teacher.missing(test):
-            output.note(f"agreement with the teacher is not measured: {missing}")
+        if reason := teacher.reason_unavailable(test):
+            output.note(f"agreement with the teacher is not measured: {reason}")
         else:
             teacher_logits = teacher.test_logits(test, output.on_event)
     result = evaluate(
@@ -119,7 +119,7 @@ def _teacher(config: TestConfig, student: Classifier | OnnxClassifier) -> tuple[
     from kdcli.deploy.load import teachers_of
 
     recorded = teachers_of(student.provenance, student.path)
-    path = config.teacher or _recorded_teacher(recorded)
+    path = existing_model(config.teacher) if config.teacher else _recorded_teacher(recorded)
     if not recorded or path is None or config.teacher_inputs.given or not path.is_file():
         return path, config.teacher_inputs
     inputs = {known.sha256: known.inputs for known in recorded}

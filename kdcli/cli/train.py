@@ -13,7 +13,7 @@ from kdcli.base.errors import UsageError
 from kdcli.base.recipes import read_recipe
 from kdcli.cli import output
 from kdcli.cli.arguments import run_to_resume
-from kdcli.cli.defaults import with_defaults
+from kdcli.cli.defaults import note_unread_by_student, with_defaults
 from kdcli.cli.options import Recipe, command, examples
 from kdcli.methods import TrainConfig
 
@@ -86,6 +86,9 @@ def _resumed(name: str, options: dict[str, Any], *, alone: bool) -> tuple[RunDir
         )
     run = RunDir.existing(run_to_resume(name))
     config = run.read_config()
+    if run.result_file.is_file() and not run.saved():
+        test = shell_command("test", {}, run.student)
+        raise UsageError(f"{run.path} is finished, and its saved states are deleted", f"Its student: {test}")
     methods.check_typed(config, options.get("method"), str(run.path))  # before its code is imported
     if options.get("method", config.method) != config.method:
         raise UsageError(
@@ -97,23 +100,13 @@ def _resumed(name: str, options: dict[str, Any], *, alone: bool) -> tuple[RunDir
 def _train(
     config: TrainConfig, run: RunDir | None, options: dict[str, Any], splits: Splits | None
 ) -> tuple[tuple[RunResult, ...], str]:
-    from kdcli import models, report
     from kdcli.base import runtime
     from kdcli.engine import fit_chain
     from kdcli.engine.plan import load_data
 
-    networks = (*config.assistant, *(() if config.student_file else (config.student,)))
-    # an error for an unknown name
-    takes = {name: [models.accepts(each, name) for each in networks] for name in ("dropout", "width")}
+    note_unread_by_student(config, options)
     if run is None:
         config = with_defaults(config, needs_teacher=methods.objective(config).needs_teacher)
-    if config.student_file is not None:
-        reason = f"with --student {config.student_file}, which defines it"
-        unread = ("dropout", "preprocess", "width", "student_weights", "student_size")
-        output.note_ignored(options, unread, reason)
-    else:
-        ignored = [name for name in takes if not any(takes[name])]
-        output.note_ignored(options, ignored, f"with --student {config.student}, which takes none")
     world = runtime.launch(config.accelerator, config.devices)
     failed = True
     try:
@@ -124,6 +117,8 @@ def _train(
     finally:
         world.close(failed=failed)
     results = results if world.first else ()
+    from kdcli import report  # only now: it loads scipy and onnxruntime
+
     for each in results:
         report.curves(each.run.metrics_file, each.run.path / "curves.svg")
     return results, splits.label
@@ -166,11 +161,7 @@ def _show(results: tuple[RunResult, ...], data_label: str) -> None:
     for difference in result.resumed_with_differences:
         output.note(f"resumed with a difference: {difference}")
     output.text(f"wrote {result.run.student.as_posix()}")
-    places = {
-        name: getattr(config, name)
-        for name in ("data_dir", "cache_dir")
-        if getattr(config, name) != TrainConfig.model_fields[name].default
-    }
+    places = config.model_dump(include={"data_dir", "cache_dir"}, exclude_defaults=True)
     if needs_teacher:
         output.next_command(shell_command("export", places, result.run.student))
     else:

@@ -15,7 +15,7 @@ from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.recipes import read_recipe
 from kdcli.base.results import value_text
 from kdcli.cli import output
-from kdcli.cli.defaults import with_defaults
+from kdcli.cli.defaults import note_unread_by_student, with_defaults
 from kdcli.cli.options import Recipe, command, examples
 from kdcli.studies.tune import space as spaces
 from kdcli.studies.tune.space import SEARCH, TuneConfig
@@ -74,6 +74,8 @@ def tune(
         raise UsageError(f"{option_flag(name)} is both set and tuned", "Leave one of them out.")
     if "method" not in tuned:
         output.note_ignored(options, methods.unread(config.method, options), f"with --method {config.method}")
+    if "student" not in tuned:
+        note_unread_by_student(config, options)
     again = _continue_command(ranges, recipe, options)
     from kdcli.engine.plan import load_data
     from kdcli.studies.tune import search

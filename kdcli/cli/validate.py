@@ -32,6 +32,8 @@ def validate(config: ValidateConfig) -> None:
     --against compares its logits with OpenCV's; --probe finds the input format of an ONNX file. Students: kd test.
     """
     given = config.model_fields_set
+    if config.probe and config.against is not None:
+        raise UsageError("--probe and --against exclude each other", "Leave one of them out.")
     if config.against is None:
         output.note_ignored(given, ("images", "prototxt"), "without --against")
     from kdcli.base import runtime

@@ -8,4 +8,4 @@ from kdcli.data.images import (
     other_classes,
     overlap_warning,
 )
-from kdcli.data.load import load, recorded_source, source_for
+from kdcli.data.load import is_same_source, load, recorded_source, source_for

@@ -8,6 +8,7 @@ A module registers a function that reads the files of a data set:
 
 import importlib
 import pkgutil
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -79,7 +80,7 @@ class Dataset:
         """Hint of an error about an absent or damaged file."""
         if self.name in catalog.DOWNLOADS:
             return (
-                "Pass your own images, a folder or archive of class folders, with --data, or download it: "
+                "Pass your own images, a folder or archive of class folders, or download it: "
                 f"kd download {self.name}"
             )
         return f"Put {', '.join(self.files)} into the data folder (--data-dir)."
@@ -109,7 +110,9 @@ class Dataset:
         paths = [data_dir / file for file in self.files]
         absent = [path.name for path in paths if not path.is_file()]
         if absent:
-            raise KdError(f"{self.label} not found in {paths[0].parent}: no {', '.join(absent)}", self.hint)
+            place = "" if data_dir == Path("data") else f" --data-dir {shlex.quote(data_dir.as_posix())}"
+            hint = self.hint + place * (self.name in catalog.DOWNLOADS)
+            raise KdError(f"{self.label} not found in {paths[0].parent}: no {', '.join(absent)}", hint)
         return {path.name: path for path in paths}
 
     def __call__(self, request: Request, located: Mapping[str, Path] | None = None) -> Splits:
@@ -128,14 +131,14 @@ class Dataset:
             ]
         except OSError as error:
             raise KdError(f"cannot read {error.filename}: {reason(error)}") from error
-        recipe = {
+        key = {
             "dataset": self.name,
             "content": keys,
             "image_size": size,
             "resize": request.resize,
             "channels": channels,
         }
-        cache = Cache(request.cache_dir, recipe, request.on_event)
+        cache = Cache(request.cache_dir, key, request.on_event)
         if (packed := cache.load()) is not None:
             return packed.splits(request.spec)
         # 2. Read and pack.

@@ -33,7 +33,6 @@ _KINDS = {
     "1": "grey",
     "L": "grey",
     "LA": "grey",
-    "I": "16-bit",
     "I;16": "16-bit",
     "I;16B": "16-bit",
     "P": "palette",
@@ -73,7 +72,7 @@ def decoded(data: bytes, name: str, kinds: list[str] | None = None) -> Iterator[
         count, scans = image.width * image.height, data.count(_START_OF_SCAN)
         if count > MAX_PIXELS:
             raise Image.DecompressionBombError
-        if image.format == "JPEG" and scans * count > MAX_SCAN_PIXELS:
+        if data.startswith(b"\xff\xd8") and scans * count > MAX_SCAN_PIXELS:
             raise KdError(
                 f"image {name} has {scans:,} scans", "It looks like a decompression bomb; remove it."
             )
@@ -177,7 +176,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips instead of scaling
         wide = np.asarray(image).astype(np.int32)
-        np.clip(wide, 0, 65535, out=wide)
         wide[wide == image.info.get("transparency", -1)] = 65535  # white
         wide += 128
         wide //= 257

@@ -32,7 +32,7 @@ class ImageSet:
     resize: int = 0  # pixels of the shorter side before the centre crop, see `decode.resize`; 0: no crop
     # UTF-8 of `names`, each with a NUL
     name_bytes: npt.NDArray[np.uint8] | None = field(default=None, repr=False)
-    beside: npt.NDArray[np.uint8] | None = field(default=None, repr=False)  # `name_bytes` of the other split
+    other_names: npt.NDArray[np.uint8] | None = field(default=None, repr=False)  # of the other split
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -20,7 +20,7 @@ from kdcli.data.unlabelled import add_unlabelled
 
 # Bytes of an archive that a model's file names; a typed one has no limit
 _MAX_RECORDED_ARCHIVE = 16_000_000_000
-# settings of data, beside its name, that a model's file records
+# settings of data, in addition to its name, that a model's file records
 _RECORDED = {"image_size": int, "resize": int, "grey": bool, "skip_broken": bool, "test_fraction": float}
 
 discover()
@@ -65,13 +65,15 @@ def load(
         raise UsageError(f"--test-fraction {share:g}: must be above 0 and below 1")
     request = Request(spec, data_dir, cache_dir, image_size, channels, on_event, skip_broken, full, share)
     splits = DATASETS[spec](request) if spec in DATASETS else _load_path(existing(spec), request)
+    if spec in DATASETS and Path(spec).exists():
+        on_event(Note(f"{spec} is the data set of that name; what lies here is ./{spec}"))
     if unlabelled is not None:
         splits = add_unlabelled(splits, expand(str(unlabelled)), request)
     train, test = splits.train, splits.test
     splits = replace(
         splits,
-        train=replace(train, resize=full, beside=test.name_bytes),
-        test=replace(test, resize=full, beside=train.name_bytes),
+        train=replace(train, resize=full, other_names=test.name_bytes),
+        test=replace(test, resize=full, other_names=train.name_bytes),
     )
     _report_notes(splits, test_fraction, on_event)
     return splits
@@ -94,7 +96,7 @@ def _report_notes(splits: Splits, test_fraction: float | None, on_event: OnEvent
         count = f"{splits.overlap:,} of {len(splits.test):,} test images"
         on_event(Note(f"{count} are among the training images, pixel by pixel."))
     if test_fraction is not None and splits.test_fraction is None:
-        on_event(Note(f"{splits.label} has test images: --test-fraction {test_fraction:g} has no effect."))
+        on_event(Note(f"{splits.label} has test images: a test fraction of {test_fraction:g} has no effect."))
 
 
 def _load_path(path: Path, request: Request) -> Splits:
@@ -125,6 +127,13 @@ def recorded_source(model: Any) -> dict[str, Any]:
         spec = str(recorded_path(expand(spec), model.path))
     known = {name: found.get(name) for name, kind in _RECORDED.items() if type(found.get(name)) is kind}
     return {"data": spec, **known}
+
+
+def is_same_source(spec: str, other: str) -> bool:
+    """Whether two texts name the same data set or path."""
+    if spec in DATASETS or other in DATASETS:
+        return spec == other
+    return expand(spec).resolve() == expand(other).resolve()
 
 
 def source_for(model: Any, config: DataSettings | ModelDataSettings) -> dict[str, Any]:

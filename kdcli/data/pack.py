@@ -114,10 +114,10 @@ class Packer:
 
 
 class Cache:
-    """The entry of one data set below `cache_dir`, named by its recipe: all that its content depends on."""
+    """The entry of one data set below `cache_dir`, named by its key: all that its content depends on."""
 
-    def __init__(self, cache_dir: Path, recipe: Mapping[str, Any], on_event: OnEvent = ignore) -> None:
-        self.folder = files.cache_folder(cache_dir, "data", {"format": FORMAT_VERSION, **recipe})
+    def __init__(self, cache_dir: Path, key: Mapping[str, Any], on_event: OnEvent = ignore) -> None:
+        self.folder = files.cache_folder(cache_dir, "data", {"format": FORMAT_VERSION, **key})
         self._on_event = on_event
 
     def load(self) -> Packed | None:

@@ -134,6 +134,9 @@ def _check_count(count: int, path: Path) -> None:
         raise KdError(f"{path} holds more than {MAX_FILES:,} files", "Split it.")
 
 
+_WRITTEN = ("cache", "comparisons", "exports", "runs")
+
+
 @dataclass
 class FolderSource(Source):
     """A folder tree; links to files and folders are followed, each folder once."""
@@ -167,6 +170,8 @@ class FolderSource(Source):
                         self.skipped.append(prefix + entry.name)
                         continue
                     if stat.S_ISDIR(info.st_mode):
+                        if entry.name in _WRITTEN and folder.samefile(Path()):
+                            continue  # by kd, in the working folder
                         pending.append((Path(entry.path), f"{prefix}{entry.name}/"))
                     elif stat.S_ISREG(info.st_mode):
                         yield prefix + entry.name, info.st_size, max(info.st_mtime_ns, info.st_ctime_ns)

@@ -45,7 +45,7 @@ def load_tree(path: Path, request: Request) -> Splits:
     """
     source = table_source(path) or open_source(path)
     content, size, channels = source.key(), request.image_size, request.channels or 3
-    recipe = {
+    key = {
         "tree": path.name,
         "content": content,
         "channels": channels,
@@ -55,7 +55,7 @@ def load_tree(path: Path, request: Request) -> Splits:
     }
 
     def cache_for(image_size: int | None) -> Cache:
-        return Cache(request.cache_dir, {**recipe, "image_size": image_size}, request.on_event)
+        return Cache(request.cache_dir, {**key, "image_size": image_size}, request.on_event)
 
     packed = cache_for(None).load()
     if size is not None and (packed is None or packed.parts["train"].input_size[:2] != (size, size)):
@@ -67,8 +67,8 @@ def load_tree(path: Path, request: Request) -> Splits:
         parts, classes, notes = layout(found, source)
         if found.split_off:
             notes.append(
-                f"{path.name} has no split: {len(parts['test']):,} of {len(found.images):,} images are test images, "
-                f"chosen by their content (--test-fraction {request.test_fraction:g})."
+                f"{path.resolve().name} has no split: {len(parts['test']):,} of {len(found.images):,} images are "
+                f"test images, chosen by their content (--test-fraction {request.test_fraction:g})."
             )
         if packer.resized and size is None:
             notes.append(
@@ -150,9 +150,12 @@ def _layout_hint(source: Source, train: Places) -> str:
     """A remedy where a split has no images: the folders of a source, or training images as test images."""
     if source.skipped:
         return f"{source.layout_hint} Skipped {len(source.skipped)} links and special files."
-    if not train or not source.path.is_dir():
+    place = next(iter(train), None)
+    folders = PurePosixPath(place.name if place else "").parts
+    depth = len(PurePosixPath(place.prefix if place else "").parts) + 1  # of the folder of the split
+    if place is None or not source.path.is_dir() or split_of(folders[depth - 1]) is None:
         return source.layout_hint
-    classes_in = source.path / PurePosixPath(next(iter(train)).name).parents[1]
+    classes_in = source.path.joinpath(*folders[:depth])
     return f"To use a part of the training images as test images: --data {shlex.quote(str(classes_in))}"
 
 

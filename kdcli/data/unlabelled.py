@@ -29,13 +29,13 @@ def add_unlabelled(splits: Splits, path: Path, request: Request) -> Splits:
             f"no unlabelled images at {path}", "--unlabelled takes a folder or archive of images."
         )
     source = open_source(path)
-    recipe = {
+    key = {
         "unlabelled": source.key(),
         "data": [splits.train.input_size, splits.train.fingerprint, splits.test.fingerprint],
         "resize": request.resize,
         "skip_broken": request.skip_broken,
     }
-    cache = Cache(request.cache_dir, recipe, request.on_event)
+    cache = Cache(request.cache_dir, key, request.on_event)
     packed = cache.load() or _pack(source, splits, cache, request)
     return replace(splits, unlabelled=packed.parts[_PART], notes=(*splits.notes, *packed.notes))
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # importing onnxruntime takes a third of a second
 M = TypeVar("M", bound=Any)
 # Kinds of files by suffix; all others are checkpoints. Stored outputs of a teacher: see `teacher.stored`.
 _KINDS = {".onnx": "onnx", ".csv": "outputs", ".json": "outputs"}
-_NAME_FILES = ("labels.txt", "config.json")  # beside a model
+_NAME_FILES = ("labels.txt", "config.json")  # in the model's folder
 
 
 def kind_of(path: Path) -> str:
@@ -31,12 +31,13 @@ def kind_of(path: Path) -> str:
 
 def name_files(path: Path, assumed: InputSettings) -> list[Path]:
     """The files that class names of another program's ONNX file may be read from."""
-    beside = [path.parent / name for name in _NAME_FILES]
-    return [assumed.class_names] if assumed.class_names else [file for file in beside if file.is_file()]
+    if assumed.class_names:
+        return [assumed.class_names]
+    return [file for name in _NAME_FILES if (file := path.parent / name).is_file()]
 
 
-def beside(path: Path, assumed: InputSettings) -> list[str]:
-    """SHA-256 of all that a model's outputs depend on beside its file: names of classes, class map, user's code."""
+def dependency_hashes(path: Path, assumed: InputSettings) -> list[str]:
+    """SHA-256 of the further files that a model's outputs depend on: class names, class map, user's code."""
     files = name_files(path, assumed) if kind_of(path) == "onnx" else []
     files += [assumed.class_map] if assumed.class_map else []
     hashes = [sha256_file(file) for file in files if file.is_file()]

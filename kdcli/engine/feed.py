@@ -121,8 +121,8 @@ def make_teacher_outputs(plan: RunPlan, on_event: OnEvent, stop: StopFlag) -> Te
             f"teacher {named} gives probabilities, and method {config.method} regresses logits",
             "Use --method kd, or a teacher that gives logits.",
         )
-    if plan.test and (missing := teacher.missing(plan.data.test)):
-        on_event(Note(f"agreement with the teacher is not measured: {missing}"))
+    if plan.test and (reason := teacher.reason_unavailable(plan.data.test)):
+        on_event(Note(f"agreement with the teacher is not measured: {reason}"))
     if plan.cache_mode == "off":
         for member in teacher.members:
             member.check(plan.train, on_event, measured=plan.world.first)

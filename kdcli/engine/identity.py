@@ -19,8 +19,10 @@ from kdcli.engine.run_dir import PLACE
 from kdcli.methods import TrainConfig
 
 # Settings of storage, and of hardware: threads and devices change bits, and are recorded among the circumstances.
-NEUTRAL = PLACE | {"cache_dir", "data_dir", "keep", "save_every", "tensorboard"}
+NEUTRAL = PLACE | {"cache_dir", "data_dir", "keep", "log_every", "save_every", "tensorboard"}
 NEUTRAL |= {"accelerator", "devices", "threads"}
+# Settings that name files: `input_hashes` has their content, wherever they lie
+BY_CONTENT = {"data", "unlabelled", "teacher", "teacher_class_names", "teacher_class_map", "student_weights"}
 _CIRCUMSTANCES = ("kd_version", "accelerator", "accelerator_name", "instructions", "threads", "processes")
 _PACKAGES = ("torch", "torchvision", "timm", "numpy")
 

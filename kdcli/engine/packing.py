@@ -59,7 +59,7 @@ def pack_logits(
         "made_with": made_with,
         "manifests": [files.sha256_file(cache.folder / "manifest.json") for cache in caches],
     }
-    for lock in folder.rglob("*.lock"):
+    for lock in (folder / "teacher").rglob("*.lock"):
         lock.unlink()
     files.write_json(folder / "pack.json", document)
     return made_with

@@ -69,10 +69,8 @@ class RunPlan:
     @property
     def made_with(self) -> dict[str, Any]:
         """Values that must be equal for equal bits, beside `inputs`; complete once `config.precision` is settled."""
-        known_by_content = {"teacher", "data", "unlabelled"}
-        return identity.circumstances(self.environment) | identity.decisive_settings(
-            self.config, known_by_content
-        )
+        by_content = identity.BY_CONTENT | ({"student"} if self.config.student_file else set())
+        return identity.circumstances(self.environment) | identity.decisive_settings(self.config, by_content)
 
 
 def make_plan(

@@ -119,13 +119,15 @@ def _plain_logits(plan: RunPlan, samples: Int64, on_event: OnEvent) -> Tensor:
     """The teacher's logits (N, classes) for training images without augmentation, measured once and cached."""
     teacher, train = plan.teacher, plan.train
     assert teacher is not None
-    recipe = {
+    key = {
         "version": 1,  # raise it when models give other logits for the same images
-        "teacher": [(each.sha256, each.weight, each.assumed.given, each.beside) for each in teacher.members],
+        "teacher": [
+            (each.sha256, each.weight, each.assumed.given, each.dependencies) for each in teacher.members
+        ],
         "data": train.fingerprint,
         "samples": hashlib.sha256(samples.tobytes()).hexdigest(),
     }
-    path = cache_folder(plan.config.cache_dir, "teacher-sample", recipe).with_suffix(".pt")
+    path = cache_folder(plan.config.cache_dir, "teacher-sample", key).with_suffix(".pt")
 
     def run() -> dict[str, Tensor]:
         if teacher.has_stored:

@@ -101,7 +101,7 @@ class Recorder:
             from torch.utils.tensorboard import SummaryWriter
 
             # lines beyond the step that a resumed run continues from are dropped
-            self.tensorboard = SummaryWriter(str(run.path / "tensorboard"), purge_step=state.step or None)
+            self.tensorboard = SummaryWriter(str(run.path / "tensorboard"), purge_step=state.step + 1)
 
     def total(self) -> list[float]:
         """Sums of the loss and the terms over this epoch, all processes together. Waits for device and others."""

@@ -109,13 +109,13 @@ def _start_from(network: nn.Module, path: Path, on_event: OnEvent) -> None:
 
 def _fitted_preprocess(config: TrainConfig, train: ImageSet, samples: Int64, on_event: OnEvent) -> Preprocess:
     """The student's preprocessing; its constants are measured on these samples once and cached."""
-    recipe = {
+    key = {
         "version": _CONSTANTS_VERSION,
         "preprocess": config.preprocess,
         "data": train.fingerprint,
         "samples": hashlib.sha256(samples.tobytes()).hexdigest(),
     }
-    path = cache_folder(config.cache_dir, "preprocess", recipe).with_suffix(".pt")
+    path = cache_folder(config.cache_dir, "preprocess", key).with_suffix(".pt")
     fit = partial(preprocess.fit, config.preprocess, train.images, samples, on_event=on_event)
     fitted: Any = preprocess.from_spec(checkpoint.cached(path, lambda: fit().spec()))
     side = config.student_size

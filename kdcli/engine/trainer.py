@@ -114,7 +114,11 @@ class Trainer:
         if self.world.first:
             cut_metrics(self.run.metrics_file, self.state.step, self.state.epoch)
         self.world.barrier()
-        if saved is not None:
+        if saved is None:
+            self.on_event(
+                Note(f"{self.run.path.as_posix()} has no saved state: it starts from the beginning")
+            )
+        else:
             where = f"step {self.state.step} of {self.plan.steps}"
             self.on_event(Note(f"continuing {self.run.path.as_posix()} after {where}"))
 
@@ -124,7 +128,8 @@ class Trainer:
         while self.state.epoch < self.config.epochs:
             self._epoch()
         # 2. Figures
-        self._validate()
+        if self.val_accuracy is None:  # of a run that is resumed after its last epoch
+            self._validate()
         self.student.eval()
         self.ema.swap()
         if self.scale is not None:
@@ -140,10 +145,10 @@ class Trainer:
         return result
 
     def _evaluate(self) -> Evaluation:
-        """Figures on the test images, which are read here and nowhere else."""
+        """Figures on the test images; no other code of training evaluates a model on them."""
         plan, test = self.plan, self.plan.data.test
         teacher_logits = None
-        if plan.teacher is not None and not plan.teacher.missing(test):
+        if plan.teacher is not None and not plan.teacher.reason_unavailable(test):
             teacher_logits = plan.teacher.test_logits(test, self.on_event, lambda: bool(self.stop))
             if teacher_logits is None:
                 raise self._interrupted("training is finished, only the test is missing")

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -130,11 +131,9 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
         raise explain(path) or KdError(f"{path} is not a file", "Name the .pt file itself.")
     try:
         content = path.read_bytes()
-        check_archive(path, content)
-        document = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        document = load_tensors(path, content)
         if not isinstance(document, dict):
             raise KdError(f"{path} is not a kd checkpoint", OTHER_FILES)
-        check_extent(path, len(content), document)
         recorded = document.pop("sha256", None)
         if recorded is not None and recorded != digest(document):
             raise KdError(
@@ -149,6 +148,18 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
             f"{path} cannot be read safely: {first_line(error)}",
             "The file is damaged, or holds more than tensors and plain values; kd never executes what it reads.",
         ) from error
+
+
+def load_tensors(path: Path, content: bytes, *, legacy: bool = False) -> Any:
+    """Tensors and plain values of a `.pt` file; an error of any type for other content.
+
+    `legacy`: also a file of a torch before 1.6, which is no zip archive.
+    """
+    if not legacy or zipfile.is_zipfile(io.BytesIO(content)):
+        check_archive(path, content)
+    document = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    check_extent(path, len(content), document)
+    return document
 
 
 def check_extent(path: Path, size: int, document: Any) -> None:

@@ -77,13 +77,19 @@ def count_network(network: nn.Module, prepared: Tensor, preprocess: nn.Module | 
     network_bytes, preprocessing_bytes = (
         sum(value.numel() * value.element_size() for value in part.state_dict().values()) for part in parts
     )
-    macs = sum(layer.macs or 0 for layer in layers)
+    called = {layer.name for layer in layers}
+    counted = {name for name, module in network.named_modules() if isinstance(module, _COUNTED)}
+    # attention uses the weights of such layers without a call
+    macs = sum(layer.macs or 0 for layer in layers) if counted <= called else None
     return ModelCounts(parameter_count(network), network_bytes, preprocessing_bytes, macs, "fp32", layers)
 
 
 def parameter_count(module: nn.Module) -> int:
     """Number of trainable values."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+_COUNTED = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
 
 def _macs(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> int:

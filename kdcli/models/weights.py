@@ -1,9 +1,7 @@
 """Weights of other programs: a state_dict in a .pt, .pth or .safetensors file. Nothing in it is executed."""
 
-import io
 import os
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,9 @@ from torch import Tensor, nn
 
 from kdcli.base.errors import KdError, UsageError
 from kdcli.base.text import dims, first_line
-from kdcli.models.checkpoint import check_extent
-from kdcli.models.pt_archive import check_archive
+from kdcli.models.checkpoint import load_tensors
 
-_PLACES = ("state_dict", "model_state_dict", "model", "ema")  # of a state_dict in a training's checkpoint
+_PLACES = ("state_dict", "model_state_dict", "model", "net", "ema")  # of a state_dict in a checkpoint
 _LISTED = 6  # differences in a message
 
 
@@ -54,12 +51,7 @@ def _read(path: Path) -> Any:
         from safetensors.torch import load_file  # type: ignore[import-not-found, unused-ignore]
 
         return load_file(path)
-    content = path.read_bytes()
-    if zipfile.is_zipfile(io.BytesIO(content)):  # else of a torch before 1.6
-        check_archive(path, content)
-    document = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    check_extent(path, len(content), document)
-    return document
+    return load_tensors(path, path.read_bytes(), legacy=True)
 
 
 def _prefix(names: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kdcli import data, models
+from kdcli.base import metrics
 from kdcli.base.config import NO_ASSUMPTIONS, ReportConfig
 from kdcli.base.errors import KdError
 from kdcli.base.events import Event, OnEvent, Progress
@@ -23,8 +24,6 @@ from kdcli.deploy.load import teachers_of
 from kdcli.engine.records import Evaluation, measure
 from kdcli.report.gather import Run
 from kdcli.teacher import Teacher
-
-BINS = 15  # as in metrics.calibration_error
 
 
 @dataclass(frozen=True)
@@ -110,17 +109,13 @@ def choose(sections: Sequence[Examined]) -> dict[str, Any]:
 
 def reliability(logits: Tensor, labels: Tensor) -> tuple[ConfidenceBin, ...]:
     """Accuracy over confidence in the equally wide bins of the calibration error (Guo et al. 2017); logits (N, C)."""
-    confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
-    correct = (predicted == labels).double()
-    index = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
-    found = []
-    for number in range(BINS):
-        inside = index == number
-        if count := int(inside.sum()):
-            low, high = 100 * number / BINS, 100 * (number + 1) / BINS
-            means = (100 * values[inside].mean().item() for values in (confidence, correct))
-            found.append(ConfidenceBin(low, high, count, *means))
-    return tuple(found)
+    rows = metrics.confidence_bins(logits, labels).T.tolist()
+    width = 100 / len(rows)
+    return tuple(
+        ConfidenceBin(width * n, width * (n + 1), int(count), 100 * sure / count, 100 * right / count)
+        for n, (count, sure, right) in enumerate(rows)
+        if count
+    )
 
 
 def recorded_teacher(run: Run) -> tuple[Path | None, str]:

@@ -14,7 +14,6 @@ from importlib import resources
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
-from shlex import join
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from markupsafe import Markup
 
 from kdcli import __version__
 from kdcli.base import units
-from kdcli.base.config import ReportConfig
+from kdcli.base.config import ReportConfig, shell_command
 from kdcli.base.events import OnEvent, ignore
 from kdcli.base.text import one_line
 from kdcli.deploy.bench import deployed
@@ -193,13 +192,12 @@ def _class_rows(
 
 
 def _commands(found: Examined) -> list[str]:
-    teacher, student = recorded_teacher(found.run)[0], found.run.student.as_posix()
-    compared = [teacher.as_posix()] if teacher is not None else []
+    teacher, student = recorded_teacher(found.run)[0], found.run.student
     return [
-        join(["kd", "train", "--config", (found.run.folder / "config.toml").as_posix()]),
-        join(["kd", "test", student]),
-        join(["kd", "export", student]),
-        join(["kd", "bench", *compared, student]),
+        shell_command("train", {"config": found.run.folder / "config.toml"}),
+        shell_command("test", {}, student),
+        shell_command("export", {}, student),
+        shell_command("bench", {}, teacher, student),
     ]
 
 

@@ -10,7 +10,7 @@ from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent
 from kdcli.base.files import is_unchanged
 from kdcli.deploy.bench import BenchResult, Row, bench
-from kdcli.deploy.load import kind_of
+from kdcli.deploy.load import kind_of, teachers_of
 from kdcli.engine.records import Evaluation, read_record
 from kdcli.report.examine import Examined, recorded_teacher
 
@@ -57,14 +57,19 @@ def measure(
     first = teacher or examined[0].run.student
     students = [found.run.student for found in examined]
     rest = [path for path in (*students, *others) if path.resolve() != first.resolve()]
-    values = {"rounds": _ROUNDS, "threads": config.threads, "teacher": first}
+    recorded = (each for run in examined for each in teachers_of(run.run.provenance, run.run.student))
+    inputs = next((each.inputs.given for each in recorded if each.path == first), {})
+    values = {"rounds": _ROUNDS, "threads": config.threads, "teacher": first, **inputs}
     settings = make(BenchConfig, {**values, "batch": "1", "no_memory": True})
     try:
         result = bench([first, *rest], settings, on_event=on_event, skip=True)
     except KdError as error:
         return Speed(unavailable=f"The models could not be timed: {error.message}")
     if teacher is None:  # `bench` takes the first student for the teacher
-        rows = (replace(row, is_teacher=False, speedup=None, size_ratio=None) for row in result.rows)
+        rows = (
+            replace(row, is_teacher=False, speedup=None, speedup_interval=None, size_ratio=None)
+            for row in result.rows
+        )
         result = replace(result, rows=tuple(rows))
     return of_bench(result, "measured while this page was made, on this machine")
 

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from kdcli import methods
 from kdcli.base import files
+from kdcli.base.config import shell_command
 from kdcli.base.errors import Interrupted, KdError, UsageError
 from kdcli.base.events import Note, OnEvent, ignore
 from kdcli.data import Splits
@@ -87,9 +87,10 @@ def read_finished(folder: Path, method: str = "") -> FinishedRun:
         )
     circumstances = identity.recorded_circumstances(run_dir.environment_file)
     if config.devices > 1 or circumstances.get("processes", "1") != "1":
+        again = shell_command("train", {"config": run_dir.config_file, "method": method or None})
         raise UsageError(
             f"{folder} had several processes, and kd reproduce has one",
-            f"Repeat it with its processes: kd train --config {shlex.quote(run_dir.config_file.as_posix())}",
+            f"Repeat it with its processes: {again}",
         )
     return FinishedRun(run_dir, config, checkpoint.load(run_dir.student), result, circumstances)
 
@@ -116,6 +117,7 @@ def reproduce(
     for difference in found.result.resumed_with_differences:
         on_event(Note(f"{found.run_dir.path} was itself resumed with a difference: {difference}"))
     folder, method = found.run_dir.path, found.config.method
+    typed = method if methods.is_custom(method) else None  # has to be typed again
     lock = folder.resolve().parent / f".{folder.resolve().name}.lock"
     with files.locked(lock, lambda: on_event(Note("waiting for another kd reproduce of this run"))):
         again = _repetition(found)
@@ -124,9 +126,8 @@ def reproduce(
         config = found.config.model_copy(update={**place, "threads": threads})
         try:
             result = fit(config, data, resume=again if again.path.exists() else None, on_event=on_event)
-        except Interrupted as error:  # a custom method has to be typed again
-            typed = f" --method {method}" if methods.is_custom(method) else ""
-            hint = f"kd reproduce {shlex.quote(folder.as_posix())}{typed}"
+        except Interrupted as error:
+            hint = shell_command("reproduce", {"method": typed}, folder)
             raise Interrupted(error.message, hint, exit_code=error.exit_code) from error
     return _compare(found, read_finished(result.run.path, method), tolerance)
 

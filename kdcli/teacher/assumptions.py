@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -221,30 +222,27 @@ def measure(model: Any, data: ImageSet, task: str, on_event: OnEvent) -> list[As
     """
     samples = sample_of(data)
     labels = data.labels[samples]
+    if len(samples) == 0:
+        return []
+    # 1. What may differ: the order of the classes, and the form of the input
     foreign = is_foreign(model)
     orders = list(_orders(model, data)) if foreign else [("", np.arange(len(data.classes)))]
+    inputs = _inputs(model) if foreign else iter([("", dict[str, str](), model)])
     found: list[Assumption] = []
-    wrong_now = 0  # of the first images, by the model as it was loaded
     parts = [part for part in np.split(samples, range(_STEP, _FIRST + 1, _STEP)) if len(part)]
-    weights = model.parameters() if isinstance(model, Classifier) else iter(())
-    device = next((value.device for value in weights), torch.device("cpu"))
-    for text, options, forward in _inputs(model) if foreign else [("", {}, model)]:
-
-        def run(part: npt.NDArray[np.int64], forward: Any = forward) -> npt.NDArray[np.int64]:
-            logits = models.predict_logits(
-                lambda images: forward(images.to(device)), data.images, part, task=task, on_event=on_event
-            )
-            return logits.argmax(dim=1).numpy()
-
+    wrong_now = math.inf  # errors of the model as it was loaded, among the first images
+    for text, options, forward in inputs:
+        # 2. Predictions, until there are as many errors as now
         predicted = samples[:0]
         for part in parts:
-            predicted = np.concatenate([predicted, run(part)])
+            predicted = np.concatenate([predicted, _predict(model, forward, data, part, task, on_event)])
             first = predicted[:_FIRST]
             wrong = min(np.count_nonzero(order[labels[: len(first)]] != first) for _, order in orders)
-            if found and wrong >= wrong_now:
+            if wrong >= wrong_now:
                 break
         else:
-            for order_text, order in orders if parts else []:
+            # 3. Accuracy by each order
+            for order_text, order in orders:
                 right = order[labels] == predicted
                 wrong_now = wrong_now if found else int(np.count_nonzero(~right[:_FIRST]))
                 accuracy = float(100 * right.mean())
@@ -252,6 +250,18 @@ def measure(model: Any, data: ImageSet, task: str, on_event: OnEvent) -> list[As
                 interval = metrics.wilson_interval(accuracy, len(samples))
                 found.append(Assumption(words, options, bool(order_text), len(samples), accuracy, interval))
     return found
+
+
+def _predict(
+    model: Any, forward: Any, data: ImageSet, samples: npt.NDArray[np.int64], task: str, on_event: OnEvent
+) -> npt.NDArray[np.int64]:
+    """Numbers of the outputs (N,) that are largest for the samples, by a form of the model."""
+    weights = model.parameters() if isinstance(model, Classifier) else iter(())
+    device = next((value.device for value in weights), torch.device("cpu"))
+    logits = models.predict_logits(
+        lambda images: forward(images.to(device)), data.images, samples, task=task, on_event=on_event
+    )
+    return logits.argmax(dim=1).numpy()
 
 
 def _orders(model: Any, data: ImageSet) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:

@@ -35,9 +35,6 @@ class CachedLogits:
     weights: tuple[float, ...]  # of each model
     classes: int  # number of logits
 
-    def __len__(self) -> int:
-        return len(self.stored[0])
-
     def logits(self, samples: npt.NDArray[np.int64] | slice = slice(None)) -> Tensor:
         """Logits float32 (B, classes) of the given samples."""
         return weighted_mean([self._dense(values[samples]) for values in self.stored], self.weights)
@@ -96,7 +93,7 @@ class LogitCache:
     """The views of one model on one data set under one augmentation and seed."""
 
     folder: Path  # `cache/teacher/<fingerprint>`
-    recipe: dict[str, Any]  # all that the logits depend on; the fingerprint is its hash
+    key: dict[str, Any]  # all that the logits depend on; the fingerprint is its hash
     count: int  # images in a view
     classes: int  # number of logits
     exact: bool = False  # keep float32
@@ -159,7 +156,7 @@ class LogitCache:
         shutil.rmtree(self._parts(view)[0].parent, ignore_errors=True)
 
     def _manifest(self) -> dict[str, Any]:
-        manifest: dict[str, Any] = {"recipe": self.recipe, "views": {}, "made_by": {}}
+        manifest: dict[str, Any] = {"recipe": self.key, "views": {}, "made_by": {}}
         with suppress(KdError):
             stored = read_document(self.folder / "manifest.json")
             manifest |= {name: value for name, value in stored.items() if isinstance(value, dict)}

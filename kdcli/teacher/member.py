@@ -20,7 +20,7 @@ from kdcli.base.errors import KdError
 from kdcli.base.events import Note, OnEvent, Progress
 from kdcli.base.runtime import World
 from kdcli.data import ImageSet, incompatibility, other_classes
-from kdcli.deploy.load import beside, load_model, with_classes
+from kdcli.deploy.load import dependency_hashes, load_model, with_classes
 from kdcli.models import Classifier
 from kdcli.models.class_map import HINT
 from kdcli.teacher import assumptions
@@ -65,9 +65,9 @@ class Member:
     _noted: bool = False
 
     @cached_property
-    def beside(self) -> list[str]:
-        """SHA-256 of all that its outputs depend on beside its file, as of the first use."""
-        return beside(self.path, self.assumed)
+    def dependencies(self) -> list[str]:
+        """SHA-256 of the further files that its outputs depend on, as of the first use."""
+        return dependency_hashes(self.path, self.assumed)
 
     @property
     def model(self) -> Any:
@@ -93,7 +93,7 @@ class Member:
 
     def check_unchanged(self, sha256: str) -> None:
         """Raise KdError unless the file, now with this SHA-256, and those of its classes are the same as before."""
-        if (sha256, beside(self.path, self.assumed)) != (self.sha256, self.beside):
+        if (sha256, dependency_hashes(self.path, self.assumed)) != (self.sha256, self.dependencies):
             raise KdError(
                 f"teacher {self.path} or its list of classes was replaced while it was in use",
                 "Put the earlier file back to continue a run; a new run takes the file that is there.",
@@ -151,7 +151,6 @@ class TeacherPass:
     on_event: OnEvent
     stop: Callable[[], bool]  # whether to stop between batches; complete parts are kept
     measured: bool = False  # whether the model is measured on a sample before, see `Member.check`
-    computed: int = 0  # number of views that this run computed
 
     def run(self) -> list[npt.NDArray[Any]]:
         """All views in order; fewer if stopped."""
@@ -213,7 +212,6 @@ class TeacherPass:
         if self.world.first:
             self.cache.finish(view, asdict(engine))
         self.world.barrier()
-        self.computed += 1
         self.member.views_computed += 1
         return True
 

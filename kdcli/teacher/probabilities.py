@@ -32,8 +32,8 @@ def logits_of(path: Path, sha256: str, data: ImageSet, map_file: Path | None) ->
         listed = ", ".join(outputs[:6])
         raise KdError(f"{path} has other classes than the data: {listed}", class_map.HINT)
     names = data.names or ["(not a file)"] * len(data)
-    beside = replace(data, name_bytes=data.beside).names  # of the other split
-    counts = Counter(map(posixpath.basename, [*names, *beside]))
+    others = replace(data, name_bytes=data.other_names).names
+    counts = Counter(map(posixpath.basename, [*names, *others]))
     pairs = [(name, posixpath.basename(name)) for name in names]
     chosen = [end if counts[end] == 1 and name not in rows else name for name, end in pairs]
     if missing := [name for name in chosen if name not in rows]:

@@ -44,7 +44,7 @@ class Engine:
 def forward_of(model: Any, engine: Engine, threads: int = 0) -> Forward:
     """A function from uint8 (B, H, W, C) to logits float32 (B, classes); a KdError if ONNX lacks an operation."""
     if engine.name == "file":
-        return lambda images: model(images.cpu()).float()
+        return lambda images: model(images.cpu()).float().to(images.device)
     if engine.name == "onnxruntime":  # the network alone: its preprocessing stays in torch
         from kdcli.deploy.onnx_model import OnnxRunner
         from kdcli.deploy.onnx_model.translate import to_onnx

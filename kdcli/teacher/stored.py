@@ -23,7 +23,7 @@ MADE_WITH = {
     "views", "view_seed",
 }  # fmt: skip
 _AGAIN = "Copy the pack again, or make it again: kd teacher-logits --teacher FILE"
-# Entries of a cache's recipe that must agree, and the options that set them
+# Entries of a cache's key that must agree, and the options that set them
 _MUST_AGREE = {
     "data": "images, labels or names of classes",
     "augment": "--augment",
@@ -53,16 +53,16 @@ def stored_views(
     `needed` is where the logits of a model would be. With `measured` a KdError also if those of another program are
     near chance; a pack's model was measured when it was made.
     """
-    path, recipe = member.path, needed.recipe
+    path, augment = member.path, needed.key["augment"]
     member.check_unchanged(sha256_file(path))
     if not _is_csv(path):
         try:
             return _views_of_pack(path, needed, views)
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise KdError(f"{path} is damaged", _AGAIN) from error
-    if recipe["augment"] != "none":
+    if augment != "none":
         raise KdError(
-            f"{path} has outputs of plain images, not of --augment {recipe['augment']}",
+            f"{path} has outputs of plain images, not of --augment {augment}",
             "Use --augment none, or --teacher-cache fixed.",
         )
     logits = logits_of(path, member.sha256, data, member.assumed.class_map)
@@ -79,22 +79,22 @@ def _views_of_pack(path: Path, needed: LogitCache, views: int) -> list[npt.NDArr
 
     def difference(folder: Path) -> str:
         """The first entry that differs; empty if none does."""
-        recipe = manifests[folder]["recipe"]
-        return next((key for key in _MUST_AGREE if recipe.get(key) != needed.recipe.get(key)), "")
+        key = manifests[folder]["recipe"]
+        return next((name for name in _MUST_AGREE if key.get(name) != needed.key.get(name)), "")
 
     best = max(manifests, key=lambda folder: [*_MUST_AGREE, ""].index(difference(folder)))
-    recipe, count = manifests[best]["recipe"], len(manifests[best]["views"])
+    key, count = manifests[best]["recipe"], len(manifests[best]["views"])
     hint = printable(
         f"Train with its settings: {shell_command('train', made_with(path)).partition(' train ')[2]}"
     )
-    if key := difference(best):
-        known = key in ("augment", "torchvision", "seed")
-        values = printable(f": {recipe[key]} there, {needed.recipe[key]} here") if known else ""
-        message = f"{pack} was made with other {_MUST_AGREE[key]}{values}"
-        raise KdError(message, _AGAIN if key == "torchvision" else hint)
+    if name := difference(best):
+        known = name in ("augment", "torchvision", "seed")
+        values = printable(f": {key[name]} there, {needed.key[name]} here") if known else ""
+        message = f"{pack} was made with other {_MUST_AGREE[name]}{values}"
+        raise KdError(message, _AGAIN if name == "torchvision" else hint)
     if count < views:
         raise KdError(f"{pack} was made with other --views: {count} there, {views} here", hint)
-    cache = LogitCache(best, recipe, needed.count, needed.classes)
+    cache = LogitCache(best, key, needed.count, needed.classes)
     found = [(view, cache.find(view)) for view in range(views)]
     for view, stored in found:
         if stored is None:

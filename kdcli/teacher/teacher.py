@@ -133,11 +133,11 @@ class Teacher:
         """Whether the members are stored outputs, which are not there for other images."""
         return kind_of(self.members[0].path) == "outputs"
 
-    def missing(self, data: ImageSet) -> str:
-        """Why stored outputs are not of these plain images; empty where they are, or a model can be run."""
+    def reason_unavailable(self, images: ImageSet) -> str:
+        """Reason why stored outputs do not cover these images; empty if the teacher can be evaluated on them."""
         try:
             if self.has_stored:
-                self.logits(data)
+                self.logits(images)
         except KdError as error:
             return error.message
         return ""
@@ -246,11 +246,13 @@ class Teacher:
                 found.append(stored_views(member, cache, data, views, measured=measured))
                 continue
             common = (task, on_event, stop, measured)
-            work = TeacherPass(member, self.world, precision, cache, data, views, make_view, *common)
-            found.append(work.run())
+            before = member.views_computed
+            found.append(
+                TeacherPass(member, self.world, precision, cache, data, views, make_view, *common).run()
+            )
             if len(found[-1]) < views:
                 break
-            if not work.computed:
+            if member.views_computed == before:
                 where = cache.folder.as_posix()
                 on_event(Note(f"{task}: outputs found in {where}; the teacher is not run"))
         if len(found) < len(self.members):
@@ -275,11 +277,11 @@ class Teacher:
     ) -> LogitCache:
         """The place of a member's logits for views of a data set."""
         mixes = augment.mixes(augment_name)
-        recipe = {
+        key = {
             "cache_version": _CACHE_VERSION,
             "teacher": member.sha256,
             **({"onnx": {**member.assumed.given, **_ONNX}} if kind_of(member.path) == "onnx" else {}),
-            **({"beside": member.beside} if member.beside else {}),
+            **({"beside": member.dependencies} if member.dependencies else {}),
             **({"torchvision": version("torchvision")} if augment.is_of_torchvision(augment_name) else {}),
             "data": data.fingerprint,
             "augment": augment_name,
@@ -289,8 +291,8 @@ class Teacher:
             "stored_as": "float32" if exact else f"top-{self.top_k}" if self.top_k else "float16",
         }
         return LogitCache(
-            cache_folder(self.cache_dir, "teacher", recipe),
-            recipe,
+            cache_folder(self.cache_dir, "teacher", key),
+            key,
             count=len(data),
             classes=len(data.classes),
             exact=exact,

@@ -468,6 +468,19 @@ def test_arch_is_refused_for_a_caffemodel(tmp_path: Path) -> None:
         caffe.read(write(tmp_path, net(small(), v1=True)), ConvertConfig(arch="nin"))
 
 
+def test_arch_of_an_npy_is_recognised_by_kernels_with_a_note(tmp_path: Path) -> None:
+    shapes = {"a": (5, 5, 3, 4), "b": (5, 5, 4, 4), "c": (16, 6), "d": (6, 3)}
+    layers = {
+        name: {"weights": np.ones(shape, np.float32), "biases": np.ones(shape[-1], np.float32)}
+        for name, shape in shapes.items()
+    }
+    np.save(tmp_path / "net.npy", np.array(layers, object), allow_pickle=True)
+    notes: list[str] = []
+    for arch in ("auto", "lenet"):
+        caffe.read(tmp_path / "net.npy", ConvertConfig(arch=arch), lambda event: notes.append(event.text))
+    assert len(notes) == 1 and notes[0].startswith("read as lenet by its kernels alone")
+
+
 def test_missing_opencv_importer_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, net(small(), v1=True))
     classifier = converted(path)

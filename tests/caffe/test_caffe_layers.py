@@ -207,6 +207,10 @@ CASES: dict[str, Case] = {
         lambda x: pool(x, (2, 2), (2, 2), (0, 0), True, up=False),
         "OpenCV knows no round_mode",
     ),
+    "pool-max-rounded-down-by-a-fork": Case(
+        one("Pooling", field(2, 2) + field(3, 2) + field(1000, 0)),
+        lambda x: pool(x, (2, 2), (2, 2), (0, 0), False, up=False),
+    ),
     "pool-max-global": Case(one("Pooling", field(12, 1)), lambda x: x.max((1, 2))),
     "relu-negative-slope": Case(one("ReLU", field(1, 0.2)), lambda x: np.where(x > 0, x, A02 * x)),
     "prelu": Case(

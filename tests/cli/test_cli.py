@@ -25,7 +25,7 @@ from kdcli.data import load
 from kdcli.data.datasets import DATASETS
 from kdcli.methods import TrainConfig
 from tests.cli.helpers import ENVIRONMENT, Kd, is_clean
-from tests.helpers import digits_student
+from tests.helpers import digits_student, image_folder
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -436,6 +436,45 @@ def test_settings_have_help_texts() -> None:
         for name, field in settings.model_fields.items():
             assert field.description, name
             assert field.description.endswith("."), name
+
+
+def test_hints_name_the_command(kd: Kd) -> None:
+    assert kd("train", "--lr", "-1").err.endswith("hint: See: kd train --help-all\n")
+    hint = kd("train", "--method", "ce", "--data", "cifar10", "--data-dir", "my data").err.splitlines()[-1]
+    assert hint.endswith("or download it: kd download cifar10 --data-dir 'my data'")
+
+
+def test_same_folder_in_other_words_has_the_recorded_settings(kd: Kd) -> None:
+    image_folder(Path("photos"))
+    words = ("--threads", "1", "--epochs", "1", "--student", "convnet-tiny")
+    made = kd(
+        "train",
+        "--method",
+        "ce",
+        "--data",
+        "photos/",
+        "--image-size",
+        "8",
+        "--resize",
+        "10",
+        "--name",
+        "t",
+        *words,
+    )
+    assert made.code == 0, made
+    made = kd("train", "--teacher", "t", "--data", str(Path("photos").resolve()), *words)
+    assert made.code == 0, made
+    assert models.load(Path("runs/kd-convnet-tiny-1/student.pt")).resize == 10
+
+
+def test_a_folder_named_like_a_data_set_is_noted(kd: Kd) -> None:
+    Path("digits").mkdir()
+    assert "digits is the data set of that name; what lies here is ./digits" in kd("data", "digits").err
+
+
+def test_compare_notes_options_that_the_student_does_not_read(kd: Kd) -> None:
+    outcome = kd("compare", "--methods", "ce,ls", "--seeds", "1", "--dropout", "0.2", *QUICK)
+    assert "--dropout has no effect with --student convnet-tiny, which takes none" in outcome.err
 
 
 def test_ignored_options_are_noted(kd: Kd) -> None:

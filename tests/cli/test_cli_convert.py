@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from kdcli import models
-from kdcli.base.errors import KdError
+from kdcli.base.errors import KdError, UsageError
 from kdcli.cli import convert_caffe, output, validate
+from tests.caffe.test_caffe import TRANSFORMED
 from tests.caffe_files import FC, IMAGES, INPUT, field, layer, net, small, write
 from tests.helpers import command_line
 
@@ -97,6 +98,23 @@ def test_convert_missing_data_error_names_reason(run: Any, workplace: Path) -> N
         run("convert-caffe", "net.caffemodel")
     assert "--image-size" in raised.value.hint
     assert run("convert-caffe", "net.caffemodel", "--image-size", "12").exit_code == 0
+
+
+def test_a_missing_mean_file_is_an_error(run: Any, workplace: Path) -> None:
+    """The default data set is not that of any network."""
+    Path("t.prototxt").write_text(TRANSFORMED % 'mean_file: "m.binaryproto"')
+    write(workplace, net([small()[2], FC], v1=False))
+    words = ("convert-caffe", "net.caffemodel", "--prototxt", "t.prototxt")
+    with pytest.raises(UsageError, match=r"m\.binaryproto, the mean image of net\.caffemodel, is not in"):
+        run(*words)
+    assert run(*words, "--mean", "104,117,123").exit_code == 0
+
+
+def test_image_size_is_that_of_the_network(run: Any, workplace: Path) -> None:
+    write(workplace, net(small(), v1=True, inputs=INPUT))
+    assert run("convert-caffe", "net.caffemodel", "--image-size", "12").exit_code == 0
+    with pytest.raises(UsageError, match="takes 12×12×3 images"):
+        run("convert-caffe", "net.caffemodel", "--image-size", "64")
 
 
 def test_mismatched_data_is_an_error(run: Any, workplace: Path, pictures: str) -> None:

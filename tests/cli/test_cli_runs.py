@@ -68,6 +68,30 @@ def test_runs_are_listed_the_newest_last(kd: Kd, project: Path) -> None:
     assert kd("runs", "nothing").out == "no runs in nothing\n"
 
 
+def test_a_run_that_is_not_finished_is_no_model(kd: Kd, project: Path) -> None:
+    refused = kd("test", "cut")
+    assert (refused.code, refused.err) == (
+        1,
+        "error: runs/cut is not finished\nhint: Finish it: kd train --resume runs/cut\n",
+    )
+
+
+def test_clean_takes_runs_and_comparisons_only(kd: Kd, project: Path) -> None:
+    Path("weights").mkdir()
+    Path("weights/last.pt").touch()
+    for name in ("weights", "runs", "cache"):
+        refused = kd("clean", name, "--yes")
+        assert (refused.code, f"not a run or comparison: {name}" in refused.err) == (2, True)
+    assert Path("weights/last.pt").exists()
+
+
+def test_a_finished_run_without_states_is_not_trained_again(kd: Kd, project: Path) -> None:
+    assert kd("clean", "done", "--yes").code == 0
+    refused = kd("train", "--resume", "done")
+    assert refused.code == 2
+    assert refused.err.splitlines()[-1] == "hint: Its student: kd test runs/done/student.pt"
+
+
 def test_name_of_a_run_may_be_that_of_a_folder(project: Path) -> None:
     Path("done").mkdir()
     assert existing_model(Path("done")) == Path("runs/done/student.pt")

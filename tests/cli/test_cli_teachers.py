@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from PIL import Image
+
 from kdcli import models
+from kdcli.engine import RunDir
 from tests.cli.helpers import Kd
 from tests.helpers import digits_student, image_folder
 
@@ -41,6 +44,86 @@ def test_commands_with_a_pack(kd: Kd) -> None:
     assert json.loads(tested.out)["test"]["agreement"] == json.loads(trained.out)["test"]["agreement"]
     refused = kd("train", "--teacher", "my pack", *train, "--data", "digits", "--augment", "flip-crop")
     assert (refused.code, refused.err.count("error:")) == (1, 1)
+
+
+def test_views_of_a_pack_are_for_its_augmentation(kd: Kd) -> None:
+    digits_student(Path("t.pt"))
+    Path("poetry.lock").touch()
+    made = kd(
+        "teacher-logits",
+        "--teacher",
+        "t.pt",
+        "--data",
+        "digits",
+        "--augment",
+        "flip",
+        "--threads",
+        "1",
+        "-o",
+        ".",
+    )
+    assert made.code == 0, made
+    assert Path("poetry.lock").exists() and not list(Path("teacher").rglob("*.lock"))
+    words = (
+        "train",
+        "--teacher",
+        "pack.json",
+        "--student",
+        "convnet-tiny",
+        "--epochs",
+        "4",
+        "--threads",
+        "1",
+    )
+    for name, changes in (
+        ("plain", ("--augment", "none")),
+        ("fixed", ("--augment", "flip-crop", "--teacher-cache", "fixed")),
+    ):
+        trained = kd(*words, *changes, "--name", name)
+        assert trained.code == 0, trained
+    assert RunDir(Path("runs/plain")).read_config().views == 1
+    assert RunDir(Path("runs/fixed")).read_config().views == 4
+
+
+def test_a_pack_with_unlabelled_images(kd: Kd) -> None:
+    image_folder(Path("photos"))
+    words = ("--threads", "1", "--image-size", "8")
+    made = kd(
+        "train",
+        "--method",
+        "ce",
+        "--data",
+        "photos",
+        "--epochs",
+        "1",
+        "--student",
+        "convnet-tiny",
+        *words,
+        "--name",
+        "t",
+    )
+    assert made.code == 0, made
+    Image.effect_noise((8, 8), 50).convert("RGB").save("more.png")
+    Path("more").mkdir()
+    Path("more.png").rename("more/1.png")
+    made = kd("teacher-logits", "--teacher", "t", "--unlabelled", "more", "--threads", "1")
+    assert made.code == 0, made
+    trained = kd(
+        "train",
+        "--teacher",
+        "pack",
+        "--unlabelled",
+        "more",
+        "--method",
+        "logits",
+        "--epochs",
+        "1",
+        "--student",
+        "convnet-tiny",
+        "--threads",
+        "1",
+    )
+    assert trained.code == 0, trained
 
 
 def test_a_pack_serves_the_same_images_at_any_path(kd: Kd) -> None:

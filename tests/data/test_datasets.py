@@ -275,7 +275,7 @@ def test_absent_files_are_named_with_the_download_command(
 ) -> None:
     with pytest.raises(KdError, match=f"^{label} not found in .*: no {what}") as caught:
         read(name)
-    assert caught.value.hint.endswith(f": kd download {name}")
+    assert f": kd download {name} --data-dir " in caught.value.hint
 
 
 def damaged(content: bytes) -> bytes:

@@ -177,5 +177,9 @@ def test_a_jpeg_of_many_scans_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     data = png((1, 2, 3), (64, 64), format="JPEG", progressive=True)
     assert decode.decode(data, "x").shape == (64, 64, 3)
     monkeypatch.setattr(decode, "MAX_SCAN_PIXELS", 4 * 64 * 64)
-    with pytest.raises(KdError, match="x has 10 scans"):
-        decode.decode(data, "x")
+    buffer = io.BytesIO()
+    image = Image.new("RGB", (64, 64))
+    image.save(buffer, "MPO", save_all=True, append_images=[image], progressive=True)
+    for scans, content in ((10, data), (20, buffer.getvalue())):
+        with pytest.raises(KdError, match=f"x has {scans} scans"):
+            decode.decode(content, "x")

@@ -53,6 +53,21 @@ def test_a_folder_with_a_fifo_and_a_loop_is_read(tmp_path: Path, read: Callable[
     assert len(read(path).train) == 3
 
 
+def test_folders_that_kd_writes_are_no_part_of_the_working_folder(
+    tmp_path: Path, read: Callable[..., Splits], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_folder(tmp_path / "set", small_tree())
+    monkeypatch.chdir(path)
+    before = sources.open_source(Path()).key()
+    for folder in ("cache", "runs/a"):
+        (path / folder).mkdir(parents=True)
+        (path / folder / "curves.png").write_bytes(png((1, 2, 3)))
+    assert sources.open_source(Path()).key() == before
+    assert len(read(Path()).train) == 3
+    monkeypatch.chdir(tmp_path)
+    assert sources.open_source(path).key() != before
+
+
 @pytest.mark.parametrize("name", ["../train/zebra/x.png", "/train/zebra/x.png", "train/../../zebra/x.png"])
 @pytest.mark.parametrize("write", [write_tar, write_zip])
 def test_unsafe_names_are_refused(

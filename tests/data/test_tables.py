@@ -67,6 +67,7 @@ def test_a_csv_without_a_split_gets_one_by_content(tmp_path: Path, read: Callabl
     [
         (["path,class", "1.png,a"], "no column label"),
         ([], "no column label"),
+        (["path,label", "1.png,Canis lupus, grey"], "line 2: 3 cells for 2 columns"),
         (["path,a,b,c,d,e,label", "1.png,,,,,,a", "2.png"], "line 3: no label"),
         (["path,label", ",a"], "line 2: no image"),
         (["path,label", "1.png,a", "../0.png,b"], r"lists missing files \(1\): \.\./0\.png"),

@@ -281,6 +281,7 @@ def test_rows_within_limits(result: BenchResult) -> None:
     rows = [
         replace(teacher, accuracy=90.0, latency_ms=0.1),
         replace(other, name="near", accuracy=89.5, latency_ms=3.0),
+        replace(other, name="equal", accuracy=89.9, latency_ms=9.0),  # 90 − 89.9 is a little more than 0.1
         replace(other, name="far", accuracy=80.0, latency_ms=1.0),
         replace(other, name="unknown", accuracy=None, latency_ms=2.0),
     ]
@@ -289,7 +290,8 @@ def test_rows_within_limits(result: BenchResult) -> None:
         return [row.name for row in rows_within(rows, budget_ms, max_drop)]
 
     assert met(2.5, None) == ["far", "unknown"]
-    assert met(None, 1.0) == ["near"]
+    assert met(None, 1.0) == ["near", "equal"]
+    assert met(None, 0.1) == ["equal"]
     assert met(2.5, 1.0) == []
     assert met(5, 50) == ["far", "near"]
 
@@ -345,7 +347,7 @@ def test_compiled_engine(tmp_path: Path) -> None:
     config = BenchConfig(rounds=3, batch="2", threads=1, engine="all", no_memory=True)
     result = bench([tmp_path / "model.pt"], config)
     compiled = [row for row in result.rows if row.engine == "compiled"]
-    assert len(compiled) == 1 or "is not compiled here" in result.notes[0]
+    assert len(compiled) == 1 or "is not run as compiled" in result.notes[0]
     assert all(row.footprint is None for row in result.rows)
 
 
@@ -358,6 +360,31 @@ def test_teacher_that_no_engine_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(KdError, match="teacher could not be run: model") as caught:
         bench([tmp_path / "model.pt", tmp_path / "model.onnx"], BenchConfig(engine="compiled"))
     assert "no C++ compiler" in caught.value.hint
+
+
+def test_network_that_onnx_cannot_express_is_timed_in_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise KdError("no ONNX operator")
+
+    monkeypatch.setattr(benchmark, "to_onnx", refuse)
+    classifier("convnet-tiny").save(tmp_path / "model.pt")
+    result = bench([tmp_path / "model.pt"], BenchConfig(rounds=3, batch=2, threads=1, no_memory=True))
+    assert [row.engine for row in result.rows] == ["torch"]
+    assert result.notes[0] == "model is not run as onnxruntime: no ONNX operator"
+
+
+def test_teacher_with_open_sides_takes_those_of_the_students(tmp_path: Path) -> None:
+    exported(tmp_path, classifier("convnet-tiny"))
+    opened = onnx.load(tmp_path / "model.onnx")
+    for axis in (2, 3):
+        opened.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = f"side{axis}"
+    del opened.metadata_props[:]
+    onnx.save(opened, tmp_path / "open.onnx")
+    config = BenchConfig(rounds=3, batch=2, engine="onnxruntime", threads=1, no_memory=True)
+    result = bench([tmp_path / "open.onnx", tmp_path / "model.pt"], config)
+    assert [row.name for row in result.rows] == ["open.onnx", "model"]
 
 
 def test_size_text() -> None:

@@ -74,6 +74,11 @@ def test_info_of_a_network_name(run: Any) -> None:
     assert look(run, "lenet")["parameters"] == 3_497_866
 
 
+def test_work_of_attention_is_unknown(run: Any) -> None:
+    """Its weights are used without calls of their layers: a sum over calls would be too low."""
+    assert look(run, "torchvision:vit_b_32", "--classes", "4", "--image-size", "224")["macs"] is None
+
+
 def test_info_of_a_checkpoint(run: Any, model: models.Classifier) -> None:
     found = look(run, "m.pt")
     rows = {row["name"]: (row["output"], row["parameters"], row["macs"]) for row in found["layers"]}

@@ -401,6 +401,14 @@ def test_the_contrasted_images_are_of_other_classes_and_follow_the_sample() -> N
         Negatives(np.zeros(4, np.int64), np.arange(4), 3)
 
 
+def test_a_weight_of_the_teachers_term_is_constant_where_its_default_is_0() -> None:
+    assert [weights("kd", done, lamda=1.0, kd_weight=2.0)["kd"] for done in (0.0, 0.5, 1.0)] == [
+        2.0,
+        2.0,
+        2.0,
+    ]
+
+
 def test_a_weight_of_the_teachers_term_keeps_its_warm_up() -> None:
     assert [weights("dkd", done, kd_weight=2.0)["dkd"] for done in (0.0, 1 / 24, 1.0)] == [
         0.0,

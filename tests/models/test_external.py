@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +287,7 @@ def prefixed(state: dict[str, torch.Tensor], before: str) -> dict[str, torch.Ten
     return {before + name: value for name, value in state.items()}
 
 
-@pytest.mark.parametrize("form", ["bare", "module", "compiled", "ema", "lightning", "old"])
+@pytest.mark.parametrize("form", ["bare", "module", "compiled", "ema", "lightning", "net", "old"])
 def test_forms_of_weights(form: str, tmp_path: Path) -> None:
     def network_of(classes: int) -> nn.Module:  # its own names have a prefix, too
         layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, classes))
@@ -301,6 +301,7 @@ def test_forms_of_weights(form: str, tmp_path: Path) -> None:
         "compiled": {"model": prefixed(state, "module._orig_mod.")},
         "ema": {"ema": {**prefixed(state, "module."), "n_averaged": torch.tensor(7)}},
         "lightning": {"hyper_parameters": {"lr": 0.1}, "state_dict": prefixed(state, "model.")},
+        "net": {"net": state, "acc": 91.5, "scheduler": {"milestones": Counter([60, 80]), "gamma": 0.1}},
         "old": {name: value for name, value in state.items() if "num_batches" not in name},
     }[form]
     path = tmp_path / "weights.pth"

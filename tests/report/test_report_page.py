@@ -1,4 +1,4 @@
-"""`kd report`: the page says what is so, whatever is in the files it is made of."""
+"""`kd report`: figures on the page equal those of the models; malformed run files are reported."""
 
 from __future__ import annotations
 

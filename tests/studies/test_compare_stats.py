@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from kdcli.studies.compare.stats import BETTER, INCONCLUSIVE, NO_RUNS, ONE_SEED, WORSE, holm, summary, verdict
+from kdcli.studies.compare.stats import BETTER, INCONCLUSIVE, ONE_SEED, WORSE, holm, summary, verdict
 
 accuracies = st.lists(st.tuples(st.integers(0, 360), st.integers(0, 360)), min_size=2, max_size=12)
 
@@ -43,7 +43,6 @@ def test_verdict_without_interval() -> None:
     found = summary([7.0])
     assert (found.count, found.mean, found.deviation, found.interval, found.p) == (1, 7.0, None, None, None)
     assert verdict(found) == ONE_SEED == "one seed: no claim"
-    assert verdict(None) == NO_RUNS
 
 
 def test_summary_resolution_bounds_deviation() -> None:

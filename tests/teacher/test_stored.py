@@ -192,7 +192,7 @@ def test_probabilities_that_may_be_guesses_are_refused(folder: Splits) -> None:
 def test_a_file_name_that_no_other_image_has_is_enough(folder: Splits) -> None:
     names = [f"{number}.png" for number in range(240)]
     text = "".join(f"{name}\0" for name in names).encode()
-    unique = replace(folder.train, name_bytes=np.frombuffer(text, np.uint8), beside=None)
+    unique = replace(folder.train, name_bytes=np.frombuffer(text, np.uint8), other_names=None)
     rows = [f"{name},1,0,0" for name in names]
     Path("probs.csv").write_text("\n".join(("file,class-0,class-1,class-2", *rows)), encoding="utf-8")
     Teacher.open(Path("probs.csv"), Path("cache")).logits(unique)
@@ -206,7 +206,7 @@ def test_a_file_name_that_no_other_image_has_is_enough(folder: Splits) -> None:
         )
     with pytest.raises(KdError, match="no row for 10 of 240"):  # a test image has the name, as of each class
         Teacher.open(Path("probs.csv"), Path("cache")).logits(
-            replace(unique, name_bytes=np.frombuffer(deeper, np.uint8), beside=folder.test.name_bytes)
+            replace(unique, name_bytes=np.frombuffer(deeper, np.uint8), other_names=folder.test.name_bytes)
         )
 
 

@@ -185,7 +185,7 @@ def test_views_that_torchvision_makes_are_cached_by_its_version(workplace: Path,
     make_teacher(Path("t.pt"))
     opened = Teacher.open(Path("t.pt"), Path("cache"))
     named = {
-        name: "torchvision" in opened.cache(opened.members[0], images, name, 0, np.arange(3), False).recipe
+        name: "torchvision" in opened.cache(opened.members[0], images, name, 0, np.arange(3), False).key
         for name in ("none", "flip-crop-cutout", "resized-crop", "randaugment", "flip-jitter-mixup")
     }
     assert list(named.values()) == [False, False, True, True, True]
@@ -481,7 +481,7 @@ def test_views_of_fewer_images_than_a_batch(
         monkeypatch.setattr(runner, "_MEASURED_FROM_S", measured_from_s)
         opened = Teacher.open(Path("t.pt"), Path(f"cache-{measured_from_s}"))
         views = opened.logits(splits.train, augment_name="flip-crop", views=30)
-        assert [len(view) for view in views] == [count] * 30
+        assert [len(view.stored[0]) for view in views] == [count] * 30
 
 
 # --- several teachers ------------------------------------------------------------------------------------------

@@ -66,8 +66,8 @@ def _seed_numbers(value: Any) -> tuple[int, ...]:
 
 
 def _no_folder(path: Path | None) -> Path | None:
-    if path is not None and path.is_dir():
-        raise ValueError("must be a file, not a folder")
+    if path is not None and path.exists() and not path.is_file():
+        raise ValueError("must be a file, not a folder or device")
     return path
 
 

@@ -317,7 +317,6 @@ def shell_command(command: str, options: Mapping[str, Any], *arguments: Path | N
 
 
 S = TypeVar("S", bound=Settings)
-_SEE_HELP = "See --help-all for what each option takes."
 
 
 def make(kind: type[S], values: Mapping[str, Any]) -> S:
@@ -331,9 +330,8 @@ def make(kind: type[S], values: Mapping[str, Any]) -> S:
             raise UsageError(f"unknown setting: {name}", nearest(name, kind.model_fields)) from error
         if not first["loc"]:  # a constraint between settings, named in the message
             message, _, more = first["msg"].removeprefix("Value error, ").partition("; ")
-            raise UsageError(message, f"{more[:1].upper()}{more[1:]}." if more else _SEE_HELP) from error
+            raise UsageError(message, f"{more[:1].upper()}{more[1:]}." if more else "") from error
         message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         raise UsageError(
-            f"{option_flag(name)} {first.get('input')!s}: must be {message.removeprefix('must be ')}",
-            _SEE_HELP,
+            f"{option_flag(name)} {first.get('input')!s}: must be {message.removeprefix('must be ')}"
         ) from error

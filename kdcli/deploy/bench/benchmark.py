@@ -28,7 +28,7 @@ from kdcli.data import ImageSet, Splits
 from kdcli.deploy.bench.footprint import measure_footprint
 from kdcli.deploy.bench.latency import Candidate, Runner, compare, measure
 from kdcli.deploy.bench.measurements import BenchResult, Row, rows_within
-from kdcli.deploy.load import fitted, load_model, teachers_of
+from kdcli.deploy.load import fitted, kind_of, load_model, teachers_of
 from kdcli.deploy.onnx_model import OnnxClassifier, OnnxRunner
 from kdcli.deploy.onnx_model.translate import to_onnx
 from kdcli.models import Classifier
@@ -97,23 +97,27 @@ def _load_all(
     names: dict[Path, str], config: BenchConfig, threads: int, on_event: OnEvent, *, skip: bool
 ) -> tuple[dict[Path, Model], list[Candidate], list[str]]:
     """Models by path, their candidates, and notes on files and engines that were skipped."""
-    loaded: dict[Path, Model] = {}
-    candidates: list[Candidate] = []
+    first, loaded = next(iter(names)), dict[Path, Model]()
+    found: dict[Path, list[Candidate]] = {}
     notes: list[str] = []
-    for index, (path, name) in enumerate(names.items()):
-        on_event(Progress("preparing", index, len(names), "models"))
+    # checkpoints first: they have the size of images that ONNX files may leave open
+    for path in sorted(names, key=lambda path: kind_of(path) == "onnx"):
+        on_event(Progress("preparing", len(loaded), len(names), "models"))
         try:
-            size = _sized(loaded).input_size if loaded else None  # for ONNX files that leave it open
+            size = _sized(loaded).input_size if loaded else None
             model = load_model(path, threads, config, size, several=True)
-            found, problems = candidates_of(path, name, model, config, threads, is_teacher=index == 0)
+            found[path], problems = candidates_of(
+                path, names[path], model, config, threads, is_teacher=path == first
+            )
         except KdError as error:
-            if not skip or index == 0:
+            if not skip or path == first:
                 raise
             notes.append(f"left out: {error.message}")
             continue
         loaded[path] = model
-        candidates += found
         notes += problems
+    loaded = {path: loaded[path] for path in names if path in loaded}
+    candidates = [each for path in loaded for each in found[path]]
     if config.given and not any(model.is_foreign for model in loaded.values()):
         flags = ", ".join(map(config.flag, config.given))
         raise UsageError("all models record their own input and classes", f"Leave out {flags}.")
@@ -142,15 +146,15 @@ def candidates_of(
     candidates: list[Candidate] = []
     notes: list[str] = []
     for engine in ENGINES.get(config.engine, (config.engine,)):
-        if engine == ORT:
-            content = to_onnx(model, opset=18, with_preprocessing=False).SerializeToString()
-            inputs = np.ascontiguousarray(prepared.numpy())
-            candidates.append(_ort_candidate(row, content, inputs, threads))
-            continue
         try:
+            if engine == ORT:
+                content = to_onnx(model, opset=18, with_preprocessing=False).SerializeToString()
+                inputs = np.ascontiguousarray(prepared.numpy())
+                candidates.append(_ort_candidate(row, content, inputs, threads))
+                continue
             load = _torch_loader(engine, network, prepared, config.batch)
         except Exception as error:  # torch's compiler and the C++ compiler raise many kinds
-            notes.append(f"{name} is not compiled here: {first_line(error, 120)}")
+            notes.append(f"{name} is not run as {engine}: {first_line(error, 120)}")
             continue
         shape = tuple(prepared.shape[1:])
         footprint = partial(measure_footprint, path, engine, threads, shape, len(prepared))

@@ -76,7 +76,7 @@ def rows_within(rows: Sequence[Row], budget_ms: float | None, max_drop: float | 
         for row in rows
         if not row.is_teacher
         and (budget_ms is None or row.latency_ms <= budget_ms)
-        and (max_drop is None or accuracy(teacher) - accuracy(row) <= max_drop)
+        and (max_drop is None or round(accuracy(teacher) - accuracy(row), 9) <= max_drop)
     ]
     return sorted(found, key=lambda row: row.latency_ms)
 

@@ -171,9 +171,9 @@ def _standings(
     rows = []
     for name, own in accuracies.items():
         difference = differences.get(name)
-        claim = "baseline" if name == plan.baseline else verdict(difference)
-        if name in withheld and difference is not None and difference.interval is not None:
-            claim = INCONCLUSIVE
+        claim = "baseline" if name == plan.baseline else INCONCLUSIVE
+        if difference is not None and name not in withheld:
+            claim = verdict(difference)
         alone = summary(list(own.values()), resolution) if own else None
         validated = [run.val_accuracy for run in runs if run.method == name and run.val_accuracy is not None]
         rows.append(

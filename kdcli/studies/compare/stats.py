@@ -11,7 +11,6 @@ from kdcli.engine.records import Record
 
 BETTER, WORSE, INCONCLUSIVE = "better", "worse", "inconclusive"
 ONE_SEED = "one seed: no claim"
-NO_RUNS = "no runs"
 LEVEL = 0.95
 
 
@@ -56,10 +55,8 @@ def summary(values: Sequence[float], resolution: float = 0.0) -> Summary:
     return Summary(count=count, mean=mean, deviation=deviation, interval=interval, p=p)
 
 
-def verdict(difference: Summary | None) -> str:
+def verdict(difference: Summary) -> str:
     """`better` or `worse` only if the whole interval is on one side of 0."""
-    if difference is None:
-        return NO_RUNS
     if difference.interval is None:
         return ONE_SEED
     low, high = difference.interval

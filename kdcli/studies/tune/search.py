@@ -18,7 +18,7 @@ from kdcli.base.events import Epoch, Event, Note, OnEvent, ignore, notes_once, t
 from kdcli.data import Splits
 from kdcli.data.split import split_validation
 from kdcli.engine import fit
-from kdcli.engine.identity import decisive_settings, input_hashes
+from kdcli.engine.identity import BY_CONTENT, decisive_settings, input_hashes
 from kdcli.engine.plan import resolve
 from kdcli.methods import TrainConfig
 from kdcli.studies.tune.space import Space, TuneConfig, apply, candidates, choices, describe, methods_of
@@ -38,9 +38,6 @@ from kdcli.studies.tune.study import (
     trials_of,
 )
 from kdcli.studies.tune.summary import TuneResult, best_of, summarize
-
-# compared by content instead: paths may differ between machines
-_INPUTS = {"data", "unlabelled", "teacher", "student"}
 
 
 def tune(config: TuneConfig, space: Space, data: Splits, *, on_event: OnEvent = ignore) -> TuneResult:
@@ -86,8 +83,9 @@ def check(config: TuneConfig, space: Space) -> None:
     students = [str(name) for name in choices(space, "student", config.student)]
     networks = [name for name in students if not name.lower().endswith(".pt")]
     names = {part.name for part in space}
-    if "dropout" in names and not any(models.accepts(name, "dropout") for name in networks):
-        raise UsageError(f"--tune dropout: {config.student} has no dropout", "Leave it out.")
+    for name in names & {"dropout", "width"}:
+        if not any(models.accepts(network, name) for network in networks):
+            raise UsageError(f"--tune {name}: {', '.join(students)} has no {name}", "Leave it out.")
     if "preprocess" in names and not networks:
         raise UsageError("--tune preprocess: a student's file contains its own", "Leave it out.")
 
@@ -97,11 +95,11 @@ def _shared_settings(config: TuneConfig, space: Space, data: Splits) -> dict[str
     tuned = {part.name for part in space}
     settings: dict[str, Any] = {
         "--tune": sorted(map(str, space)),
-        "--student": None if "student" in tuned else config.student,
+        "--student": None if "student" in tuned or config.student_file else config.student,
         "--sampler": config.sampler,
         "--pruner": config.pruner,
         "--seeds": config.seeds,
-        **decisive_settings(config.train, tuned | _INPUTS),
+        **decisive_settings(config.train, tuned | BY_CONTENT | {"student"}),
     }
     for method in methods_of(space, config.train):  # inputs last: a student's file counts by its content
         values: dict[str, Any] = {"method": method} | ({"teacher": ()} if "teacher" in tuned else {})
