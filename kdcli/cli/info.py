@@ -72,6 +72,8 @@ def _show(model: str, found: ModelInfo) -> None:
         facts["preprocessing"] = ", ".join([str(found.preprocess["name"]), *values])
     if found.file_bytes is not None:
         facts |= {"file": units.size(found.file_bytes), "SHA-256": str(found.sha256)}
+    if found.weights_sha256 is not None:
+        facts["SHA-256 of weights"] = found.weights_sha256
     known = (row for row in value_rows(found.provenance) if row[1] != "—")
     title, *rest = [*facts.items(), *known]
     output.table(title, rest, left=2)

@@ -12,6 +12,7 @@ from kdcli.base.text import dims
 from kdcli.data.preprocess import Preprocess
 from kdcli.deploy.load import kind_of, load_model
 from kdcli.deploy.onnx_model import OnnxClassifier
+from kdcli.models import checkpoint
 from kdcli.models.layers import LayerSummary, ModelCounts, count_network
 
 _IMAGE_SIZE = 32  # of a network given by name
@@ -36,6 +37,7 @@ class ModelInfo:
     sha256: str | None = None  # of the file
     preprocess: dict[str, Any] | None = None  # name, settings and constants, if known
     provenance: dict[str, Any] = field(default_factory=dict)  # origin, as recorded in the file
+    weights_sha256: str | None = None  # of a checkpoint's tensors, whatever else it records
 
 
 def info(model: str, config: InfoConfig) -> ModelInfo:
@@ -48,7 +50,8 @@ def info(model: str, config: InfoConfig) -> ModelInfo:
     about = loaded.input_size, loaded.resize, loaded.gives, loaded.classes
     constants = None if loaded.preprocess is None else _constants(loaded.preprocess)
     file = loaded.file_bytes, loaded.file_sha256, constants, loaded.provenance
-    return ModelInfo(kind_of(path), arch, *about, *_work(loaded.counts()), *file)
+    weights = None if isinstance(loaded, OnnxClassifier) else checkpoint.digest(loaded.network.state_dict())
+    return ModelInfo(kind_of(path), arch, *about, *_work(loaded.counts()), *file, weights)
 
 
 def _network_info(name: str, config: InfoConfig) -> ModelInfo:

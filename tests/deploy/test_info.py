@@ -89,6 +89,10 @@ def test_info_of_a_checkpoint(run: Any, model: models.Classifier) -> None:
     assert found["provenance"]["data"]["label"] == "toy"
     assert found["preprocess"]["name"] == "mean-std"
     assert found["preprocess"]["mean"] == pytest.approx(PIXELS.mean(axis=(0, 1, 2)), abs=1e-3)
+    model.provenance["run"] = "other"
+    model.save(Path("other.pt"))
+    other = look(run, "other.pt")
+    assert other["sha256"] != found["sha256"] and other["weights_sha256"] == found["weights_sha256"]
     out = run("info", "m.pt", "--classes", "7")
     assert "--classes has no effect with a file" in out.stderr
     for words in ("ant, bee [31m, [red]cat, dog", "data.label", "toy", f"{PARAMETERS:,}", "16×16×3"):
