@@ -34,7 +34,7 @@ DIGITS = "--data digits --teacher teacher.pt"
 
 @dataclass(frozen=True)
 class Scenario:
-    """A command, the digests of its results by name, and its inputs beside the teacher."""
+    """A command, the digests of its results by name, and its further inputs."""
 
     command: str
     results: Callable[[Path], Digests]

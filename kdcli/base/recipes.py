@@ -50,7 +50,7 @@ def read_recipe(name: str, typed: Mapping[str, Any] | None = None) -> dict[str, 
     """Settings of a recipe in `RECIPES` or of a TOML file, by kd train's options; UsageError if it cannot be read.
 
     `views` of a recipe in `RECIPES` is for its augmentation: another one, `typed`, may have fewer.
-    A run's config.toml lists in `filled` the settings that were derived from others. Beside options `typed` on the
+    A run's config.toml lists in `filled` the settings that were derived from others. With options `typed` on the
     command line these are left out, and so derived again.
     """
     if name in RECIPES:

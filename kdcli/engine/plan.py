@@ -68,7 +68,7 @@ class RunPlan:
 
     @property
     def made_with(self) -> dict[str, Any]:
-        """Values that must be equal for equal bits, beside `inputs`; complete once `config.precision` is settled."""
+        """Values that equal bits need, in addition to `inputs`; complete once `config.precision` is settled."""
         by_content = identity.BY_CONTENT | ({"student"} if self.config.student_file else set())
         return identity.circumstances(self.environment) | identity.decisive_settings(self.config, by_content)
 

@@ -30,7 +30,7 @@ from kdcli.teacher import CachedLogits
 
 Int64 = npt.NDArray[np.int64]
 _FITTED_PIXELS = 5_000 * 32 * 32  # of the images for a network's `fit_to_images`
-_ADAPTER_SEED = 0x5EED  # beside the run's: adapters do not take the student's initial weights
+_ADAPTER_SEED = 0x5EED  # differs from the run's seed: adapters do not take the student's initial weights
 _CONSTANTS_VERSION = 1  # raise it when a preprocessing's fit gives other constants
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 F = TypeVar("F", bound=Callable[..., Any])
-CE = "ce"  # the term of cross-entropy on the labels, which any method may have beside its own
+CE = "ce"  # the term of cross-entropy on the labels, which any method may have in addition to its own
 METHODS: dict[str, Method] = {}
 ATTRIBUTE = "__kd_method__"  # of a function: its entry
 
@@ -121,7 +121,7 @@ def method(
     return register
 
 
-# a loss on features alone, beside cross-entropy
+# a loss on features alone, in addition to cross-entropy
 feature_method = partial(method, ce=1.0, needs=("features",), features_only=True)
 
 

@@ -14,7 +14,7 @@ _IDENTITIES = (nn.Dropout, nn.Dropout2d, nn.Identity)  # in eval mode their outp
 
 
 class FeatureExtractor(nn.Module):
-    """A network that returns its features beside its logits. Its weights are the network's.
+    """A network that returns its features and its logits. Its weights are the network's.
 
     `stages` are the names of submodules whose outputs are the maps, from input to output, see `find_stages`.
     """

@@ -81,7 +81,7 @@ def build(arch: str, /, *, classes: int, input_size: tuple[int, int, int], **arc
 
 
 def names() -> tuple[str, ...]:
-    """Names that `--student` takes, beside `source:name`; not `graph`, a network described by its checkpoint."""
+    """Names that `--student` takes, as it takes `source:name`; not `graph`, which its checkpoint describes."""
     return tuple(name for name in MODELS if name != "graph")
 
 

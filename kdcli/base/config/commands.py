@@ -145,7 +145,7 @@ class TestConfig(ModelDataSettings, InputSettings, TeacherInputSettings):
 
 
 class LogitsConfig(Settings):
-    """`kd teacher-logits`, beside `TrainSettings`."""
+    """`kd teacher-logits`, in addition to `TrainSettings`."""
 
     top_k: int = setting(0, "Store the K largest logits of each image; 0: all.", "Output", ge=0, le=65535)
     output: Path = setting(Path("pack"), "Folder to write.", "Output", "-o")
@@ -252,7 +252,7 @@ class BenchConfig(ModelDataSettings, InputSettings):
 
 
 class CompareConfig(Settings):
-    """`kd compare`, beside `TrainSettings`."""
+    """`kd compare`, in addition to `TrainSettings`."""
 
     methods: Annotated[tuple[str, ...], BeforeValidator(_method_names)] = setting(
         "ce,kd", "Methods, joined by commas; to add some later, set --name.", COMPARE, metavar="NAME,NAME,…"

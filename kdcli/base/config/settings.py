@@ -274,7 +274,7 @@ class TeacherInputs(InputSettings):
 
 
 class TeacherInputSettings(Settings):
-    """The options of `InputSettings` for a teacher, beside those of a model."""
+    """The options of `InputSettings` for a teacher, in addition to those of a model."""
 
     teacher_layout: Layout = None
     teacher_channel_order: ChannelOrder = None
