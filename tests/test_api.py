@@ -266,6 +266,10 @@ def test_errors_have_a_hint_and_leave_nothing(workplace: Path) -> None:
         (lambda: kd.export("absent.pt", int8="small"), "--int8-recipe small: must be", ""),
         (lambda: kd.distill(len, data=digits), "builtin_function_or_method is not a model", "kd.load_model"),  # type: ignore[arg-type]
         (lambda: kd.evaluate(digits, digits), "Splits is not a model", "`student`"),  # type: ignore[arg-type]
+        (lambda: kd.distill(data=digits, method="ce", student=len), "is not a model", "kd.load_model"),  # type: ignore[arg-type]
+        (lambda: kd.load_data(np.zeros(3)), "ndarray is no data set", "save_to_disk"),  # type: ignore[arg-type]
+        (lambda: kd.predict("student.pt", [np.zeros(3)]), "images are paths", "image files"),  # type: ignore[list-item]
+        (lambda: kd.evaluate("student.pt", digits, test_fraction=0.5), "a setting of the data", "load_data"),
     ]
     for call, message, hint in cases:
         with pytest.raises(kd.KdError) as caught:

@@ -84,7 +84,7 @@ def load_data(data: str | Path, **settings: Any) -> Splits:
         names. Images may be a memory map.
     """
     arguments.check_known(settings, arguments.OF_DATA)
-    config = make(TrainConfig, {**settings, "data": str(data)})
+    config = make(TrainConfig, {**settings, "data": arguments.source(data)})
     return replace(
         plan.load_data(config, screen.on_event),
         settings={name: getattr(config, name) for name in arguments.OF_DATA},
@@ -123,7 +123,7 @@ def distill(
     resume: str | Path | None = None,
     **settings: Any,
 ) -> Run:
-    """Train a student as `kd train`. Test images are read once, at the end.
+    """Train a student as `kd train`. The student is evaluated on test images once, at the end.
 
     Args:
         teacher: model or path; several are averaged. None: the only one in `weights/` and `runs/`. A module takes
@@ -245,7 +245,9 @@ def predict(
     runtime.set_threads(config.threads)
     made = arguments.loaded(model, config, config.threads)
     check_image_size(made.path, made.input_size, config.image_size)
-    files = [images] if isinstance(images, str | Path) else images
+    files = [images] if isinstance(images, str | Path) else list(images)
+    if not all(isinstance(file, str | Path) for file in files):
+        raise UsageError("images are paths of files, folders or archives", "Save arrays as image files.")
     return list(predictions.predict(made, list(map(Path, files)), config, on_event=screen.on_event))
 
 

@@ -57,12 +57,14 @@ def of_training(
         values["teacher"] = tuple(
             typed(each) if isinstance(each, str | Path) else path_of(each, data, inputs) for each in teachers
         )
-    if isinstance(student, nn.Module):
-        values["student"] = _classifier(student, data).arch if _is_bare(student) else str(path_of(student))
-    elif student is not None:
+    if isinstance(student, str | Path):
         values["student"] = str(typed(student))
+    elif isinstance(student, Classifier):
+        values["student"] = str(path_of(student))
+    elif student is not None:
+        values["student"] = _classifier(student, data).arch
     if not isinstance(data, Splits):
-        return None, values if data is None else {**values, "data": str(data)}
+        return None, values if data is None else {**values, "data": source(data)}
     for name in sorted(set(OF_DATA) & set(settings)):
         raise UsageError(f"{name} is a setting of the data, which are loaded", f"Pass {name} to load_data.")
     return data, {**values, "data": data.spec, **data.settings}
@@ -77,9 +79,21 @@ def of_model(kind: type[C], data: Data | None, settings: dict[str, Any]) -> tupl
     """Settings of a command that evaluates a model, and the data where they are loaded."""
     check_known(settings, kind.model_fields)
     if not isinstance(data, Splits):
-        return make(kind, settings if data is None else {**settings, "data": str(data)}), None
+        return make(kind, settings if data is None else {**settings, "data": source(data)}), None
+    for name in sorted({"skip_broken", "test_fraction"} & set(settings)):
+        raise UsageError(f"{name} is a setting of the data, which are loaded", f"Pass {name} to load_data.")
     places = {name: data.settings[name] for name in ("data_dir", "cache_dir") if name in data.settings}
     return make(kind, {**places, **settings}), data
+
+
+def source(data: object) -> str:
+    """The name or path of data; a UsageError for any other object."""
+    if not isinstance(data, str | Path):
+        hint = (
+            "Pass a path, or what kd.load_data returns; of Hugging Face's datasets a folder of save_to_disk."
+        )
+        raise UsageError(f"{type(data).__name__} is no data set, folder, archive or table", hint)
+    return str(data)
 
 
 def _is_bare(model: Any) -> bool:

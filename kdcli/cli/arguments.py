@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kdcli.base import code, runs
-from kdcli.base.config import shell_command
 from kdcli.base.errors import START, KdError, UsageError
 from kdcli.base.names import similar
 from kdcli.base.text import dims
@@ -51,8 +50,12 @@ def existing_model(path: Path, **settings: Any) -> Path:
         files.append(runs.RUNS / path / "student.pt")
     for file in filter(Path.is_file, files):
         return file
-    if (found / "config.toml").is_file():
-        raise KdError(f"{found} is not finished", f"Finish it: {shell_command('train', {'resume': found})}")
+    run = found.parent if found.name == "student.pt" else found
+    if (run / "config.toml").is_file():
+        from kdcli.engine.run_dir import RunDir, resume_command
+
+        finish = f"Finish it: {resume_command(run, RunDir(run).read_config())}"
+        raise KdError(f"{run} is not finished", "See: kd runs" if runs.state(run) == "running" else finish)
     if found.is_dir():
         from kdcli.models.foreign import explain
 

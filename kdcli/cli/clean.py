@@ -35,7 +35,7 @@ def clean(
     """
     paths = [run_folder(path) for path in runs or ()]
     for path in paths:
-        if not (path / "config.toml").exists() and not (path / "runs").exists():
+        if not (path / "config.toml").exists() and not (path / "comparison.toml").exists():
             raise UsageError(f"not a run or comparison: {path}", "List the runs: kd runs")
     # a comparison stands for all its runs
     named = [run for path in paths for run in folders.run_folders(path / "runs") or [path]]

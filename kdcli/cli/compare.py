@@ -44,7 +44,7 @@ def compare(
 ) -> None:
     """Train with several methods and seeds, and test whether one is better.
 
-    All methods share recipe and seeds. Test images are read once per run, at its end.
+    All methods share recipe and seeds. Each student is evaluated on test images once, at the end of its run.
     Rerun the same command to continue after an interruption.
     """
     result, plan = run_comparison(config, options, recipe, resume)
@@ -60,7 +60,8 @@ def compare(
             f"{len(result.failed)} of {len(result.runs)} runs failed: {result.failed[0].reason}",
             f"Try them again: {plan.resume_command or 'the same command'}",
         )
-    output.next_command(shell_command("report", {}, plan.folder))
+    places = plan.train.model_dump(include={"data_dir", "cache_dir"}, exclude_defaults=True)
+    output.next_command(shell_command("report", places, plan.folder))
 
 
 def run_comparison(

@@ -49,7 +49,7 @@ def convert_caffe(
     if config.check and source.kind != "caffe":
         raise UsageError("--check needs a caffemodel", "Leave --check out: OpenCV does not read .npy.")
     given = "data" in config.model_fields_set
-    if not given and (name := source.missing_mean(config)):
+    if not given and source.kind == "caffe" and (name := source.missing_mean(config)):
         raise UsageError(
             f"{name}, the mean image of {model}, is not in its folder",
             "Put it there, or give the mean of each channel (--mean 104,117,123), or training images (--data).",

@@ -66,6 +66,8 @@ def with_defaults(config: C, *, needs_teacher: bool, tuned: Collection[str] = ()
         made |= _typed_teachers(config) if "teacher" in given else {"teacher": (default_teacher(),)}
         made |= _recorded_inputs(made["teacher"], config)
         known, size = _training_of(made["teacher"][0], config.model_copy(update=made))
+        if {"augment", "teacher_cache"} & set(tuned):
+            known.pop("views", None)
         made |= {name: value for name, value in known.items() if name not in given}
         side = made.get("image_size", side) or size
     name = made.get("data", config.data)

@@ -42,4 +42,5 @@ def teacher_logits(config: LogitsConfig, **options: Any) -> None:
     output.text(
         f"wrote {config.output}: {made_with['views']} views of {len(splits.trained_on):,} images, {units.size(size)}"
     )
-    output.next_command(shell_command("train", {"teacher": config.output}))
+    places = train.model_dump(include={"data_dir", "cache_dir"}, exclude_defaults=True)
+    output.next_command(shell_command("train", {"teacher": config.output, **places}))

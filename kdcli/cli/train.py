@@ -78,6 +78,7 @@ def run_training(
 def _resumed(name: str, options: dict[str, Any], *, alone: bool) -> tuple[RunDir, TrainConfig]:
     """The run to continue, and its settings; a UsageError unless it is `alone` on the command line."""
     from kdcli.engine import RunDir, resume_config
+    from kdcli.engine.fit import links
 
     if not alone:
         raise UsageError(
@@ -86,15 +87,16 @@ def _resumed(name: str, options: dict[str, Any], *, alone: bool) -> tuple[RunDir
         )
     run = RunDir.existing(run_to_resume(name))
     config = run.read_config()
-    if run.result_file.is_file() and not run.saved():
-        test = shell_command("test", {}, run.student)
-        raise UsageError(f"{run.path} is finished, and its saved states are deleted", f"Its student: {test}")
     methods.check_typed(config, options.get("method"), str(run.path))  # before its code is imported
     if options.get("method", config.method) != config.method:
         raise UsageError(
             f"{run.path} was started with --method {config.method}", "Omit --method, or start a new run."
         )
-    return run, resume_config(run)
+    whole = resume_config(run)
+    if run.result_file.is_file() and not run.saved() and len(links(whole)) == 1:
+        test = shell_command("test", {}, run.student)
+        raise UsageError(f"{run.path} is finished, and its saved states are deleted", f"Its student: {test}")
+    return run, whole
 
 
 def _train(

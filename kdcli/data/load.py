@@ -131,7 +131,7 @@ def recorded_source(model: Any) -> dict[str, Any]:
 
 def is_same_source(spec: str, other: str) -> bool:
     """Whether two texts name the same data set or path."""
-    if spec in DATASETS or other in DATASETS:
+    if spec in DATASETS or other in DATASETS or not other or "\0" in other:
         return spec == other
     return expand(spec).resolve() == expand(other).resolve()
 

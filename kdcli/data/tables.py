@@ -147,7 +147,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     if absent := {"path", "label"}.difference(names):
         raise KdError(f"{path} has no column {min(absent)} in its first line", TABLE_HINT)
     for where, cells in lines:
-        if len(cells) > len(names):
+        if any(cells[len(names) :]):
             raise KdError(f"{where}: {len(cells)} cells for {len(names)} columns", TABLE_HINT)
         found = dict.fromkeys(names, "") | dict(zip(names, cells, strict=False))
         yield _row(path, where, found.get("split"), found["label"], found["path"])

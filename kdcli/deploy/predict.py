@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from kdcli import models
 from kdcli.base.config import PredictConfig
 from kdcli.base.errors import KdError
 from kdcli.base.events import Note, OnEvent, Progress, ignore
@@ -50,9 +50,8 @@ def predict(
     images = _images(paths, model, config.skip_broken, on_event)
     done = 0
     while batch := list(islice(images, _BATCH)):
-        with torch.inference_mode():
-            logits = model(torch.from_numpy(np.stack([pixels for _, pixels in batch]))).double()
-            best = logits.softmax(dim=1).topk(min(config.top_k, logits.shape[1]), dim=1)
+        logits = models.predict_logits(model, np.stack([pixels for _, pixels in batch])).double()
+        best = logits.softmax(dim=1).topk(min(config.top_k, logits.shape[1]), dim=1)
         for (name, _), shares, indices in zip(batch, best.values, best.indices, strict=True):
             yield Prediction(name, tuple(model.classes[index] for index in indices), tuple(shares.tolist()))
         done += len(batch)

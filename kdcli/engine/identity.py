@@ -98,11 +98,11 @@ def recorded_circumstances(environment_file: Path) -> dict[str, str]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A line for each name whose value changed."""
+    """A line for each name whose value changed; options of `before` that are no longer compared do not count."""
     return [
         f"{name} was {before.get(name)}, is {now.get(name)}"
         for name in {**before, **now}
-        if before.get(name) != now.get(name)
+        if before.get(name) != now.get(name) and (name in now or not name.startswith("--"))
     ]
 
 

@@ -12,6 +12,7 @@ from kdcli.base import metrics
 from kdcli.base.events import Note, OnEvent, Progress
 from kdcli.base.files import cache_folder
 from kdcli.data import augment
+from kdcli.data.images import NO_LABEL
 from kdcli.engine.feed import Feed, TeacherOutputs
 from kdcli.engine.plan import RunPlan
 from kdcli.engine.records import TeacherCheck
@@ -45,10 +46,11 @@ def check_teacher(
         if other is not None and shares is not None:
             own = torch.where(shares < 0.5, other, own)
         view_labels.append(own.cpu())
-    # 4. Figures
+    # 4. Figures; a mixed image may be mostly one without a label
     held_out, held_labels = plain[len(training) :], labels[validation]
     known = len(validation) > 0
-    on_views, of_views = torch.cat(logits), torch.cat(view_labels)
+    of_views = torch.cat(view_labels)
+    on_views, of_views = torch.cat(logits)[of_views != NO_LABEL], of_views[of_views != NO_LABEL]
     accuracy = metrics.accuracy(on_views, of_views)
     on_plain = metrics.accuracy(plain[: len(training)], labels[training])
     comparable = plan.config.augment != "none" and not augment.mixes(plan.config.augment)

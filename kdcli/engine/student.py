@@ -51,7 +51,10 @@ def check_student(config: TrainConfig, train: ImageSet) -> None:
     with torch.random.fork_rng(devices=[]), torch.device("cpu" if needs_values else "meta"):
         if config.student_file is None:
             size = _network_size(config, train)
-            network = models.build(config.student, classes=len(train.classes), input_size=size)
+            options = _network_options(config)
+            network = models.build(config.student, classes=len(train.classes), input_size=size, **options)
+            if (path := config.student_weights) is not None:
+                weights.match(network, weights.read(path), f"--student-weights {path}")
         else:
             stored = _stored(config, train)
             network, size = stored.network, stored.network_size
@@ -68,16 +71,15 @@ def check_student(config: TrainConfig, train: ImageSet) -> None:
 
 
 def _fresh(config: TrainConfig, train: ImageSet, samples: Int64, on_event: OnEvent) -> Classifier:
-    wanted = {"dropout": config.dropout} | ({"width": config.width} if config.width != 1 else {})
-    arguments = {name: value for name, value in wanted.items() if models.accepts(config.student, name)}
+    options = _network_options(config)
     torch.manual_seed(config.seed)
     size = _network_size(config, train)
-    network = models.build(config.student, classes=len(train.classes), input_size=size, **arguments)
+    network = models.build(config.student, classes=len(train.classes), input_size=size, **options)
     student = Classifier(
         network.to(memory_format=torch.channels_last),
         _fitted_preprocess(config, train, samples, on_event),
         arch=config.student,
-        arch_args=arguments,
+        arch_args=options,
         classes=train.classes,
         input_size=train.input_size,
         resize=train.resize,
@@ -90,6 +92,11 @@ def _fresh(config: TrainConfig, train: ImageSet, samples: Int64, on_event: OnEve
         images = torch.from_numpy(rows.take(train.images, spaced))
         network.fit_to_images(student.prepare(images))  # type: ignore[operator]
     return student
+
+
+def _network_options(config: TrainConfig) -> dict[str, Any]:
+    wanted = {"dropout": config.dropout} | ({"width": config.width} if config.width != 1 else {})
+    return {name: value for name, value in wanted.items() if models.accepts(config.student, name)}
 
 
 def _network_size(config: TrainConfig, train: ImageSet) -> tuple[int, int, int]:

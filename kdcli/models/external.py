@@ -110,7 +110,12 @@ def _examined(
             f"network {arch} does not take {dims(input_size)} images: {first_line(error)}",
             "Use another --image-size, or another network.",
         ) from error
-    shape = tuple(logits.shape) if isinstance(logits, Tensor) else ()
+    if not isinstance(logits, Tensor):
+        raise UsageError(
+            f"network {arch} returns a {type(logits).__name__} instead of logits",
+            "Wrap it in a module whose forward returns the tensor of logits.",
+        )
+    shape = tuple(logits.shape)
     if len(shape) != 2 or shape[1] != (classes or shape[1]):
         wanted = f"logits (2, {classes or 'classes'})"
         raise UsageError(

@@ -56,8 +56,10 @@ def summarize_layers(network: nn.Module, prepared: Tensor) -> list[LayerSummary]
     """Summaries of the modules without children, in the order in which one image (B, C, H, W) passes them."""
     rows: list[LayerSummary] = []
     seen: set[int] = set()
+    called: set[str] = set()
 
     def record(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        called.add(name)
         if any(module.children()) or not isinstance(output, Tensor):
             return
         new = [value for value in module.parameters() if id(value) not in seen]
@@ -67,6 +69,9 @@ def summarize_layers(network: nn.Module, prepared: Tensor) -> list[LayerSummary]
         rows.append(LayerSummary(name, kind, tuple(output.shape[1:]), count, _macs(module, inputs, output)))
 
     run_with_hooks(network, prepared[:1], record)
+    for name, module in network.named_modules():  # attention uses the weights of such layers without a call
+        if isinstance(module, _COUNTED) and name not in called and name.rpartition(".")[0] in called:
+            rows.append(LayerSummary(name, " ".join(repr(module).split()), (), parameter_count(module), None))
     return rows
 
 
@@ -77,10 +82,7 @@ def count_network(network: nn.Module, prepared: Tensor, preprocess: nn.Module | 
     network_bytes, preprocessing_bytes = (
         sum(value.numel() * value.element_size() for value in part.state_dict().values()) for part in parts
     )
-    called = {layer.name for layer in layers}
-    counted = {name for name, module in network.named_modules() if isinstance(module, _COUNTED)}
-    # attention uses the weights of such layers without a call
-    macs = sum(layer.macs or 0 for layer in layers) if counted <= called else None
+    macs = None if any(layer.macs is None for layer in layers) else sum(layer.macs or 0 for layer in layers)
     return ModelCounts(parameter_count(network), network_bytes, preprocessing_bytes, macs, "fp32", layers)
 
 

@@ -42,14 +42,14 @@ def folders(named: Sequence[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for path in named:
-        if (path / COMPARISON).is_file():
+        if any(path.glob("comparison.*")):  # .json of a finished one, .toml of any
             found += _runs_of(path)
         else:
             found.append(path.parent if path.is_file() else path)
     if named:
         return list({folder.resolve(): folder for folder in found}.values())
     found = [path for path in Path("runs").glob("*") if path.is_dir() and not path.name.startswith(".")]
-    found = found or [run for path in comparisons(()) for run in _runs_of(path)]
+    found = found or [run for path in sorted(Path("comparisons").glob("*")) for run in _runs_of(path)]
     if not found:
         raise KdError("no runs in runs/", START)
     return sorted(found)

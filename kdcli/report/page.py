@@ -27,7 +27,9 @@ from kdcli.base.config import ReportConfig, shell_command
 from kdcli.base.events import OnEvent, ignore
 from kdcli.base.text import one_line
 from kdcli.deploy.bench import deployed
+from kdcli.deploy.load import kind_of
 from kdcli.engine.records import Evaluation, read_record
+from kdcli.methods import is_custom
 from kdcli.report import figures
 from kdcli.report.examine import Examined, choose, examine, recorded_teacher
 from kdcli.report.gather import COMPARISON, gather, read_each
@@ -193,8 +195,12 @@ def _class_rows(
 
 def _commands(found: Examined) -> list[str]:
     teacher, student = recorded_teacher(found.run)[0], found.run.student
+    if teacher is not None and kind_of(teacher) == "outputs":  # no model
+        teacher = None
+    method = found.run.result.method  # to be typed again if it is code
+    again = {"config": found.run.folder / "config.toml", "method": method if is_custom(method) else None}
     return [
-        shell_command("train", {"config": found.run.folder / "config.toml"}),
+        shell_command("train", again),
         shell_command("test", {}, student),
         shell_command("export", {}, student),
         shell_command("bench", {}, teacher, student),

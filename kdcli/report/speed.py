@@ -59,6 +59,7 @@ def measure(
     rest = [path for path in (*students, *others) if path.resolve() != first.resolve()]
     recorded = (each for run in examined for each in teachers_of(run.run.provenance, run.run.student))
     inputs = next((each.inputs.given for each in recorded if each.path == first), {})
+    inputs = inputs if kind_of(first) == "onnx" else {}
     values = {"rounds": _ROUNDS, "threads": config.threads, "teacher": first, **inputs}
     settings = make(BenchConfig, {**values, "batch": "1", "no_memory": True})
     try:

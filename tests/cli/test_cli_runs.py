@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from kdcli.base import files
 from kdcli.cli.arguments import existing_model
 from tests.cli.helpers import Kd
+from tests.helpers import digits_student
 
 ENTRY = "0123456789abcdef" * 2
 
@@ -69,17 +71,15 @@ def test_runs_are_listed_the_newest_last(kd: Kd, project: Path) -> None:
 
 
 def test_a_run_that_is_not_finished_is_no_model(kd: Kd, project: Path) -> None:
-    refused = kd("test", "cut")
-    assert (refused.code, refused.err) == (
-        1,
-        "error: runs/cut is not finished\nhint: Finish it: kd train --resume runs/cut\n",
-    )
+    said = "error: runs/cut is not finished\nhint: Finish it: kd train --resume runs/cut\n"
+    for name in ("cut", "runs/cut", "runs/cut/student.pt"):
+        assert kd("test", name)[::2] == (1, said)
 
 
 def test_clean_takes_runs_and_comparisons_only(kd: Kd, project: Path) -> None:
     Path("weights").mkdir()
     Path("weights/last.pt").touch()
-    for name in ("weights", "runs", "cache"):
+    for name in ("weights", "runs", "cache", "."):
         refused = kd("clean", name, "--yes")
         assert (refused.code, f"not a run or comparison: {name}" in refused.err) == (2, True)
     assert Path("weights/last.pt").exists()
@@ -90,6 +90,28 @@ def test_a_finished_run_without_states_is_not_trained_again(kd: Kd, project: Pat
     refused = kd("train", "--resume", "done")
     assert refused.code == 2
     assert refused.err.splitlines()[-1] == "hint: Its student: kd test runs/done/student.pt"
+
+
+def test_a_cleaned_link_continues_its_chain(kd: Kd, workplace: Path) -> None:
+    digits_student(Path("t.pt"))
+    words = (
+        "--student",
+        "convnet-tiny",
+        "--generations",
+        "2",
+        "--epochs",
+        "1",
+        "--threads",
+        "1",
+        "--name",
+        "x",
+    )
+    made = kd("train", "--teacher", "t.pt", "--data", "digits", *words)
+    assert made.code == 0, made
+    shutil.rmtree("runs/x")
+    assert kd("clean", "x-generation-1", "--yes").code == 0
+    assert kd("train", "--resume", "x-generation-1").code == 0
+    assert Path("runs/x/result.json").is_file()
 
 
 def test_name_of_a_run_may_be_that_of_a_folder(project: Path) -> None:
@@ -124,6 +146,7 @@ def test_clean_deletes_caches_and_states_of_finished_runs_once_confirmed(
     assert before - state_of(project) == gone | {"runs/cut/last.pt"}
     compared = Path("comparisons/c/runs/kd-seed0")
     compared.mkdir(parents=True)
+    Path("comparisons/c/comparison.toml").touch()
     (compared / "config.toml").touch()
     (compared / "last.pt").write_bytes(bytes(10))
     assert json.loads(kd("clean", "c", "--yes", "--json").out)["folders"] == {compared.as_posix(): 10}

@@ -20,7 +20,7 @@ from kdcli.cli import info, test
 from kdcli.data import preprocess
 from kdcli.deploy.export import export_classifier
 from kdcli.deploy.onnx_model.counts import count_model
-from kdcli.models.layers import summarize_layers
+from kdcli.models.layers import count_network, summarize_layers
 from tests.helpers import command_line
 
 PIXELS = np.random.default_rng(5).integers(0, 256, (20, 16, 16, 3), dtype=np.uint8)
@@ -77,6 +77,18 @@ def test_info_of_a_network_name(run: Any) -> None:
 def test_work_of_attention_is_unknown(run: Any) -> None:
     """Its weights are used without calls of their layers: a sum over calls would be too low."""
     assert look(run, "torchvision:vit_b_32", "--classes", "4", "--image-size", "224")["macs"] is None
+
+
+def test_work_of_an_unused_head_is_none() -> None:
+    class WithHead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(6, 5), nn.Sequential(nn.Linear(6, 7))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.body(images.flatten(1))
+
+    assert count_network(WithHead(), torch.zeros(1, 3, 1, 2)).macs == 6 * 5
 
 
 def test_info_of_a_checkpoint(run: Any, model: models.Classifier) -> None:

@@ -179,6 +179,7 @@ def test_circumstances_are_read_from_any_document(tmp_path: Path) -> None:
     (tmp_path / "environment.json").write_text("[" * 100_000)
     assert identity.recorded_circumstances(tmp_path / "environment.json") == {}
     assert identity.differences({"a": 1, "b": 2}, {"b": 3}) == ["a was 1, is None", "b was 2, is 3"]
+    assert identity.differences({"--no-longer-compared": 1}, {}) == []
 
 
 def test_recorded_inputs_are_read_from_any_provenance() -> None:

@@ -473,5 +473,7 @@ def test_comparisons_are_found_and_stand_for_their_runs(project: Path) -> None:
         *(Path("comparisons/a/runs") / name for name in ("kd-seed9", "kd-seed10")),
     ]
     assert all(path.parent == Path("runs") for path in gather.folders(()))
+    Path("comparisons/a/comparison.json").rename("comparisons/a/comparison.toml")  # interrupted
+    assert gather.folders([Path("runs/kd-1"), Path("comparisons/a")]) == named
     shutil.rmtree("runs")
     assert len(gather.folders(())) == 4

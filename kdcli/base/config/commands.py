@@ -99,7 +99,9 @@ class ConvertConfig(DataSettings, PixelSettings):
     check: bool = setting(
         False, "Write the file only if OpenCV's Caffe importer agrees on noise and images of --data.", "Check"
     )
-    output: Path = setting(TeacherPath, "Output file, a checkpoint (.pt) or ONNX (.onnx).", RUN, "-o")
+    output: Annotated[Path, _NO_FOLDER] = setting(
+        TeacherPath, "Output file, a checkpoint (.pt) or ONNX (.onnx).", RUN, "-o"
+    )
 
     @model_validator(mode="after")
     def _one_preprocessing(self) -> Self:

@@ -49,7 +49,7 @@ class Ramp:
 
     def to(self, weight: float) -> Self:
         """The same ramp to another value; a rise from 0 stays one."""
-        return type(self)(0.0 if self.first < self.last else weight, weight, self.over)
+        return type(self)(0.0 if self.first == 0 < self.last else weight, weight, self.over)
 
     def at(self, done: float) -> float:
         """The value when a share of the training is done, 0 … 1."""

@@ -60,8 +60,6 @@ def bench(
     threads = runtime.set_threads(config.threads)
     # 1. Load the models and the test images.
     loaded, candidates, notes = _load_all(names, config, threads, on_event, skip=skip)
-    if not candidates or not candidates[0].row.is_teacher:
-        raise KdError(f"the teacher could not be run: {names[paths[0]]}", " ".join(notes))
     if images is None and config.data is not None:
         images = data.load(**data.source_for(_sized(loaded), config), on_event=on_event)
     # 2. Accuracy, then times.
@@ -159,6 +157,8 @@ def candidates_of(
         shape = tuple(prepared.shape[1:])
         footprint = partial(measure_footprint, path, engine, threads, shape, len(prepared))
         candidates.append(Candidate(row.extend(engine=engine), load, footprint))
+    if not candidates:
+        raise KdError(f"{name} could not be run", " ".join(notes))
     return candidates, notes
 
 

@@ -57,7 +57,7 @@ class Standing(Record):
     test_interval: Interval | None
     val_mean: Percent | None
     difference: Difference | None  # None for the baseline itself, and where no seed has both runs
-    verdict: str  # `baseline`, `better`, `worse`, `inconclusive`, `one seed: no claim` or `no runs`
+    verdict: str  # `baseline`, `better`, `worse`, `inconclusive` or `one seed: no claim`
 
 
 class Comparison(Record):

@@ -93,13 +93,15 @@ def check(config: TuneConfig, space: Space) -> None:
 def _shared_settings(config: TuneConfig, space: Space, data: Splits) -> dict[str, Any]:
     """Plain values that must be equal for all processes of a study, by name."""
     tuned = {part.name for part in space}
+    # a tuned teacher's files are no inputs of the study
+    by_content = BY_CONTENT - ({"teacher_class_names", "teacher_class_map"} if "teacher" in tuned else set())
     settings: dict[str, Any] = {
         "--tune": sorted(map(str, space)),
         "--student": None if "student" in tuned or config.student_file else config.student,
         "--sampler": config.sampler,
         "--pruner": config.pruner,
         "--seeds": config.seeds,
-        **decisive_settings(config.train, tuned | BY_CONTENT | {"student"}),
+        **decisive_settings(config.train, tuned | by_content | {"student"}),
     }
     for method in methods_of(space, config.train):  # inputs last: a student's file counts by its content
         values: dict[str, Any] = {"method": method} | ({"teacher": ()} if "teacher" in tuned else {})

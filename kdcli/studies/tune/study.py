@@ -69,12 +69,13 @@ def open_study(
     )
     study = create()
     known = study.user_attrs.get(SETTINGS, {})
-    if known == settings:
+    changes = differences(known, settings)
+    if known and not changes:
         return study
     states = [trial.state for trial in study.get_trials(deepcopy=False)]
     if any(state != TrialState.FAIL for state in states) or (states and not known):
         raise UsageError(
-            f"study {name} was started with other settings: {differences(known, settings)[0]}",
+            f"study {name} was started with other settings: {changes[0]}",
             "Use the same settings to continue it, or choose another --study.",
         )
     if states:

@@ -80,11 +80,11 @@ def best_of(trials: Sequence[Trial]) -> Trial | None:
 
 
 def command_of(config: TrainConfig) -> str:
-    """The kd train command with these settings: all that are not defaults, quoted for a shell."""
+    """The kd train command with these settings: the data, and all that are not defaults, quoted for a shell."""
     changed = {
         name: getattr(config, name)
         for name, field in TrainConfig.model_fields.items()
-        if name != "name" and getattr(config, name) != field.default
+        if name == "data" or (name != "name" and getattr(config, name) != field.default)
     }
     return shell_command("train", changed)
 
