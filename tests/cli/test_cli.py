@@ -467,6 +467,17 @@ def test_same_folder_in_other_words_has_the_recorded_settings(kd: Kd) -> None:
     assert models.load(Path("runs/kd-convnet-tiny-1/student.pt")).resize == 10
 
 
+def test_the_working_folder_as_data_is_found_again(kd: Kd, monkeypatch: pytest.MonkeyPatch) -> None:
+    image_folder(Path("photos"))
+    monkeypatch.chdir("photos")
+    words = ("--threads", "1", "--epochs", "1", "--student", "convnet-tiny")
+    for more in (("--method", "ce", "--data", ".", "--name", "t"), ("--teacher", "t")):
+        made = kd("train", *more, *words)
+        assert made.code == 0, made
+    assert kd("test", "t").code == 0
+    assert len(list(Path("cache/data").iterdir())) == 1
+
+
 def test_a_folder_named_like_a_data_set_is_noted(kd: Kd) -> None:
     Path("digits").mkdir()
     assert "digits is the data set of that name; what lies here is ./digits" in kd("data", "digits").err

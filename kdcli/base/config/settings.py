@@ -15,6 +15,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticUndefined
@@ -113,6 +114,12 @@ class ModelDataSettings(Settings):
     ] = None
     data_dir: DataDir = Path("data")
     cache_dir: CacheDir = Path("cache")
+
+    @field_validator("data")
+    @classmethod
+    def _in_full(cls, data: str | None) -> str | None:
+        """`.` and `..` as absolute paths: what a run records is searched from the run's folder upwards."""
+        return str(Path(data).resolve()) if data and not data.strip("./") else data
 
 
 class DataSettings(ModelDataSettings):
