@@ -65,8 +65,7 @@ def of_training(
         values["student"] = _classifier(student, data).arch
     if not isinstance(data, Splits):
         return None, values if data is None else {**values, "data": source(data)}
-    for name in sorted(set(OF_DATA) & set(settings)):
-        raise UsageError(f"{name} is a setting of the data, which are loaded", f"Pass {name} to load_data.")
+    _refuse(set(OF_DATA) & set(settings))
     return data, {**values, "data": data.spec, **data.settings}
 
 
@@ -80,17 +79,22 @@ def of_model(kind: type[C], data: Data | None, settings: dict[str, Any]) -> tupl
     check_known(settings, kind.model_fields)
     if not isinstance(data, Splits):
         return make(kind, settings if data is None else {**settings, "data": source(data)}), None
-    for name in sorted({"skip_broken", "test_fraction"} & set(settings)):
-        raise UsageError(f"{name} is a setting of the data, which are loaded", f"Pass {name} to load_data.")
+    _refuse({"skip_broken", "test_fraction"} & set(settings))
     places = {name: data.settings[name] for name in ("data_dir", "cache_dir") if name in data.settings}
     return make(kind, {**places, **settings}), data
+
+
+def _refuse(of_data: set[str]) -> None:
+    """Raise UsageError for settings of data that are loaded."""
+    for name in sorted(of_data):
+        raise UsageError(f"{name} is a setting of the data, which are loaded", f"Pass {name} to load_data.")
 
 
 def source(data: object) -> str:
     """The name or path of data; a UsageError for any other object."""
     if not isinstance(data, str | Path):
         hint = (
-            "Pass a path, or what kd.load_data returns; of Hugging Face's datasets a folder of save_to_disk."
+            "Pass a path, or what kd.load_data returns; of a Hugging Face dataset a folder of save_to_disk."
         )
         raise UsageError(f"{type(data).__name__} is no data set, folder, archive or table", hint)
     return str(data)

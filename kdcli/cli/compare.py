@@ -60,8 +60,7 @@ def compare(
             f"{len(result.failed)} of {len(result.runs)} runs failed: {result.failed[0].reason}",
             f"Try them again: {plan.resume_command or 'the same command'}",
         )
-    places = plan.train.model_dump(include={"data_dir", "cache_dir"}, exclude_defaults=True)
-    output.next_command(shell_command("report", places, plan.folder))
+    output.next_command(shell_command("report", plan.train.places, plan.folder))
 
 
 def run_comparison(

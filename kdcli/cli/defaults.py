@@ -66,7 +66,9 @@ def with_defaults(config: C, *, needs_teacher: bool, tuned: Collection[str] = ()
         made |= _typed_teachers(config) if "teacher" in given else {"teacher": (default_teacher(),)}
         made |= _recorded_inputs(made["teacher"], config)
         known, size = _training_of(made["teacher"][0], config.model_copy(update=made))
-        if {"augment", "teacher_cache"} & set(tuned):
+        # a pack's number of views is for its own augmentation
+        other = "augment" in given and ("augment" in tuned or config.augment != known.get("augment"))
+        if other or "teacher_cache" in tuned or config.teacher_cache == "fixed":
             known.pop("views", None)
         made |= {name: value for name, value in known.items() if name not in given}
         side = made.get("image_size", side) or size
@@ -149,11 +151,7 @@ def _training_of(teacher: Path, config: TrainConfig) -> tuple[dict[str, Any], in
     from kdcli.teacher.stored import made_with
 
     if kind_of(teacher) == "outputs":
-        known = made_with(teacher)
-        other = "augment" in config.model_fields_set and config.augment != known.get("augment")
-        if other or config.teacher_cache == "fixed":  # its number of views is for its own augmentation
-            known.pop("views", None)
-        return known, None
+        return made_with(teacher), None
     try:
         model = load_model(teacher, config.threads, config.teacher_inputs)
     except KdError:  # reported where the teacher is run

@@ -28,8 +28,8 @@ def teacher_logits(config: LogitsConfig, **options: Any) -> None:
 
     Logits of each view of the training images, of these images without augmentation, and of the test images.
     """
-    # a run that reads no labels, and has as many epochs as there are views
-    run = {"cache_top_k": config.top_k, "lamda": 0.0, "epochs": max(100, options.get("views") or 0)}
+    # of a run that reads no labels, with an epoch for each view
+    run = {"cache_top_k": config.top_k, "lamda": 0.0, "epochs": options.get("views") or 100}
     train = make(TrainConfig, {**options, **run})
     train = with_defaults(train, needs_teacher=True, tuned={"student"})
     from kdcli.engine.packing import pack_logits
@@ -42,5 +42,4 @@ def teacher_logits(config: LogitsConfig, **options: Any) -> None:
     output.text(
         f"wrote {config.output}: {made_with['views']} views of {len(splits.trained_on):,} images, {units.size(size)}"
     )
-    places = train.model_dump(include={"data_dir", "cache_dir"}, exclude_defaults=True)
-    output.next_command(shell_command("train", {"teacher": config.output, **places}))
+    output.next_command(shell_command("train", {"teacher": config.output, **train.places}))

@@ -163,8 +163,7 @@ def _show(results: tuple[RunResult, ...], data_label: str) -> None:
     for difference in result.resumed_with_differences:
         output.note(f"resumed with a difference: {difference}")
     output.text(f"wrote {result.run.student.as_posix()}")
-    places = config.model_dump(include={"data_dir", "cache_dir"}, exclude_defaults=True)
     if needs_teacher:
-        output.next_command(shell_command("export", places, result.run.student))
+        output.next_command(shell_command("export", config.places, result.run.student))
     else:
-        output.next_command(shell_command("train", {"teacher": result.run.student, **places}))
+        output.next_command(shell_command("train", {"teacher": result.run.student, **config.places}))

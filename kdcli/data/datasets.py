@@ -8,7 +8,6 @@ A module registers a function that reads the files of a data set:
 
 import importlib
 import pkgutil
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -18,6 +17,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from kdcli.base.config import shell_command
 from kdcli.base.errors import KdError
 from kdcli.base.events import OnEvent, Progress
 from kdcli.base.files import sha256_file
@@ -75,14 +75,12 @@ class Dataset:
     members: tuple[str, ...]  # names of files that such a folder holds, by which it is known under any name
     read: Read  # from paths by their file names to the content; a KdError without a hint gets `hint`
 
-    @property
-    def hint(self) -> str:
+    def hint(self, data_dir: Path) -> str:
         """Hint of an error about an absent or damaged file."""
         if self.name in catalog.DOWNLOADS:
-            return (
-                "Pass your own images, a folder or archive of class folders, or download it: "
-                f"kd download {self.name}"
-            )
+            options = {} if data_dir == Path("data") else {"data_dir": data_dir}
+            download = shell_command("download", options, Path(self.name))
+            return f"Pass your own images, a folder or archive of class folders, or download it: {download}"
         return f"Put {', '.join(self.files)} into the data folder (--data-dir)."
 
     def locate(self, path: Path) -> dict[str, Path]:
@@ -110,9 +108,9 @@ class Dataset:
         paths = [data_dir / file for file in self.files]
         absent = [path.name for path in paths if not path.is_file()]
         if absent:
-            place = "" if data_dir == Path("data") else f" --data-dir {shlex.quote(data_dir.as_posix())}"
-            hint = self.hint + place * (self.name in catalog.DOWNLOADS)
-            raise KdError(f"{self.label} not found in {paths[0].parent}: no {', '.join(absent)}", hint)
+            raise KdError(
+                f"{self.label} not found in {paths[0].parent}: no {', '.join(absent)}", self.hint(data_dir)
+            )
         return {path.name: path for path in paths}
 
     def __call__(self, request: Request, located: Mapping[str, Path] | None = None) -> Splits:
@@ -142,7 +140,7 @@ class Dataset:
         if (packed := cache.load()) is not None:
             return packed.splits(request.spec)
         # 2. Read and pack.
-        content = self._checked(paths)
+        content = self._checked(paths, request.data_dir)
         official = {remote.sha256 for remote in catalog.DOWNLOADS.get(self.name, ())}
         notes = [
             f"{file.name} is not the official file: its SHA-256 differs."
@@ -165,7 +163,7 @@ class Dataset:
 
     def _in_memory(self, request: Request, size: int | None, channels: int) -> Splits:
         """A data set without files, such as one that a library brings, is small and not cached."""
-        train, test, classes = self._checked({})
+        train, test, classes = self._checked({}, request.data_dir)
 
         def prepared(part: LabelledImages) -> ImageSet:
             images = [with_channels(image, channels) for image in part.images]
@@ -177,13 +175,13 @@ class Dataset:
         splits = Splits(request.spec, self.label, prepared(train), prepared(test))
         return replace(splits, overlap=overlap_of(splits.train.images, splits.test.images))
 
-    def _checked(self, paths: Mapping[str, Path]) -> Content:
+    def _checked(self, paths: Mapping[str, Path], data_dir: Path) -> Content:
         """The content, if it is images of the right size with labels of the right classes."""
         try:
             with reader_errors(lambda detail: KdError(f"{self.label} cannot be read: {detail}")):
                 content = self.read(paths)
         except KdError as error:
-            raise KdError(error.message, error.hint or self.hint) from error
+            raise KdError(error.message, error.hint or self.hint(data_dir)) from error
         count = len(content.classes)
         for name, (images, labels) in (("train", content.train), ("test", content.test)):
             problem = ""
@@ -194,7 +192,7 @@ class Dataset:
             elif labels.min() < 0 or labels.max() >= count:
                 problem = f"labels {labels.min()} … {labels.max()} instead of 0 … {count - 1}"
             if problem:
-                raise KdError(f"{self.label} has {name} {problem}", self.hint)
+                raise KdError(f"{self.label} has {name} {problem}", self.hint(data_dir))
         return content
 
 

@@ -35,6 +35,7 @@ MAX_HEADER_BYTES = 64 << 10  # one long name or pax header
 MAX_HEADERS_BYTES = 1 << 20  # all of them before one member
 MAX_EXPANSION = 100  # of an archive, beyond a floor that any honest small one stays below
 EXPANSION_FLOOR = 512 << 20
+_WRITTEN = ("cache", "comparisons", "exports", "runs")  # by kd, in the working folder
 _DIGITS = re.compile(rb"[0-9]{300}")  # tarfile's patterns take quadratic time on them
 LAYOUT_HINT = (
     "It must hold class folders: train/<class>/*, test/<class>/* and perhaps val/<class>/*, which also stands in for "
@@ -134,9 +135,6 @@ def _check_count(count: int, path: Path) -> None:
         raise KdError(f"{path} holds more than {MAX_FILES:,} files", "Split it.")
 
 
-_WRITTEN = ("cache", "comparisons", "exports", "runs")
-
-
 @dataclass
 class FolderSource(Source):
     """A folder tree; links to files and folders are followed, each folder once."""
@@ -171,7 +169,7 @@ class FolderSource(Source):
                         continue
                     if stat.S_ISDIR(info.st_mode):
                         if entry.name in _WRITTEN and folder.samefile(Path()):
-                            continue  # by kd, in the working folder
+                            continue
                         pending.append((Path(entry.path), f"{prefix}{entry.name}/"))
                     elif stat.S_ISREG(info.st_mode):
                         yield prefix + entry.name, info.st_size, max(info.st_mtime_ns, info.st_ctime_ns)

@@ -150,13 +150,16 @@ def _layout_hint(source: Source, train: Places) -> str:
     """A remedy where a split has no images: the folders of a source, or training images as test images."""
     if source.skipped:
         return f"{source.layout_hint} Skipped {len(source.skipped)} links and special files."
-    place = next(iter(train), None)
-    folders = PurePosixPath(place.name if place else "").parts
-    depth = len(PurePosixPath(place.prefix if place else "").parts) + 1  # of the folder of the split
-    if place is None or not source.path.is_dir() or split_of(folders[depth - 1]) is None:
+    if not train or not source.path.is_dir():
         return source.layout_hint
-    classes_in = source.path.joinpath(*folders[:depth])
-    return f"To use a part of the training images as test images: --data {shlex.quote(str(classes_in))}"
+    place = next(iter(train))
+    depth = len(PurePosixPath(place.prefix).parts) + 1
+    split = PurePosixPath(*PurePosixPath(place.name).parts[:depth])
+    if split_of(split.name) is None:  # the source has no folders of splits
+        return source.layout_hint
+    return (
+        f"To use a part of the training images as test images: --data {shlex.quote(str(source.path / split))}"
+    )
 
 
 def _above_the_split(place: Place) -> str:

@@ -50,7 +50,8 @@ def check_teacher(
     held_out, held_labels = plain[len(training) :], labels[validation]
     known = len(validation) > 0
     of_views = torch.cat(view_labels)
-    on_views, of_views = torch.cat(logits)[of_views != NO_LABEL], of_views[of_views != NO_LABEL]
+    labelled = of_views != NO_LABEL
+    on_views, of_views = torch.cat(logits)[labelled], of_views[labelled]
     accuracy = metrics.accuracy(on_views, of_views)
     on_plain = metrics.accuracy(plain[: len(training)], labels[training])
     comparable = plan.config.augment != "none" and not augment.mixes(plan.config.augment)

@@ -115,6 +115,11 @@ class ModelDataSettings(Settings):
     data_dir: DataDir = Path("data")
     cache_dir: CacheDir = Path("cache")
 
+    @property
+    def places(self) -> dict[str, Any]:
+        """Its folders that are not the default, as options of a command that is printed."""
+        return self.model_dump(include={"data_dir", "cache_dir"}, exclude_defaults=True)
+
     @field_validator("data")
     @classmethod
     def _in_full(cls, data: str | None) -> str | None:

@@ -95,7 +95,8 @@ def _load_all(
     names: dict[Path, str], config: BenchConfig, threads: int, on_event: OnEvent, *, skip: bool
 ) -> tuple[dict[Path, Model], list[Candidate], list[str]]:
     """Models by path, their candidates, and notes on files and engines that were skipped."""
-    first, loaded = next(iter(names)), dict[Path, Model]()
+    first = next(iter(names))
+    loaded: dict[Path, Model] = {}
     found: dict[Path, list[Candidate]] = {}
     notes: list[str] = []
     # checkpoints first: they have the size of images that ONNX files may leave open
