@@ -105,12 +105,12 @@ class CaffeFiles:
         return self.input_size is None or self.preprocess_kind(config) in _FITTED
 
 
-def read(model: Path, config: ConvertConfig, on_event: OnEvent = ignore) -> CaffeFiles:
+def read(model: Path, config: ConvertConfig) -> CaffeFiles:
     """Read a caffemodel or a caffe-tensorflow `.npy`; KdError where kd does not support it."""
     if model.suffix == ".npy":
         if config.prototxt is not None:
             raise UsageError("--prototxt requires a caffemodel", "Use --arch.")
-        return _read_npy(model, config, on_event)
+        return _read_npy(model, config)
     if config.arch != "auto":
         raise UsageError(
             f"--arch {config.arch} requires a caffe-tensorflow .npy", "A caffemodel names its layers."
@@ -141,8 +141,9 @@ def read(model: Path, config: ConvertConfig, on_event: OnEvent = ignore) -> Caff
     )
 
 
-def _read_npy(model: Path, config: ConvertConfig, on_event: OnEvent) -> CaffeFiles:
-    arch, layers = tensorflow.identify(tensorflow.read_layers(model), config.arch, on_event)
+def _read_npy(model: Path, config: ConvertConfig) -> CaffeFiles:
+    stored = tensorflow.read_layers(model)
+    arch, layers = tensorflow.identify(stored, config.arch)
     weights = tensorflow.caffe_layout(layers)
     digest = weights_sha256(weights)
     known = catalog.KNOWN_WEIGHTS.get(digest)
@@ -150,6 +151,12 @@ def _read_npy(model: Path, config: ConvertConfig, on_event: OnEvent) -> CaffeFil
     size = known.input_size if known else tensorflow.input_size(arch, layers)
     if size is None and config.image_size:
         size = (config.image_size, config.image_size, channels)
+
+    def build(size: tuple[int, int, int], on_event: OnEvent) -> ConvertedNetwork:
+        if config.arch == "auto" and stored.keys() != layers.keys():
+            on_event(Note(f"read as {arch} by its kernels alone: another network would give wrong logits"))
+        return tensorflow.build(arch, weights)
+
     published = {file.git_blob_sha1 for file in catalog.DOWNLOADS.get("seed-weights", ())}
     return CaffeFiles(
         path=model,
@@ -160,7 +167,7 @@ def _read_npy(model: Path, config: ConvertConfig, on_event: OnEvent) -> CaffeFil
         input_size=size,
         channels=channels,
         transform=_REFERENCE if git_blob_sha1_file(model) in published else Transform(),
-        build=lambda size, on_event: tensorflow.build(arch, weights),
+        build=build,
     )
 
 

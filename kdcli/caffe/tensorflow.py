@@ -16,7 +16,6 @@ from torch import Tensor
 
 from kdcli.base import pickles
 from kdcli.base.errors import KdError
-from kdcli.base.events import Note, OnEvent, ignore
 from kdcli.base.text import dims
 from kdcli.caffe.network import ConvertedNetwork
 from kdcli.caffe.read import Array, Weights, finite, text
@@ -71,7 +70,7 @@ def _floats(value: object, context: str) -> Array:
     return finite(value, context)
 
 
-def identify(layers: Layers, arch: str, on_event: OnEvent = ignore) -> tuple[str, Layers]:
+def identify(layers: Layers, arch: str) -> tuple[str, Layers]:
     """The registered network that has these layers (`arch`, or any for `auto`), and the layers under its names.
 
     Layers of other names are recognised by their kernels, in the order of the file.
@@ -82,10 +81,6 @@ def identify(layers: Layers, arch: str, on_event: OnEvent = ignore) -> tuple[str
         if kernels == layout:
             return name, {layer: layers[layer] for layer in layout}
         if list(kernels.values()) == list(layout.values()):
-            if arch == "auto":
-                on_event(
-                    Note(f"read as {name} by its kernels alone: another network would give wrong logits")
-                )
             return name, dict(zip(layout, layers.values(), strict=True))
     known = "; ".join(f"{name}: {_listed(layout)}" for name, layout in candidates.items())
     kind = "known network" if arch == "auto" else "network of that --arch"

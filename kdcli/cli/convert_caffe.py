@@ -45,7 +45,7 @@ def convert_caffe(
     from kdcli.teacher import assumptions
 
     # 1. Read the files, and the data if they are needed.
-    source = caffe.read(model, config, output.on_event)
+    source = caffe.read(model, config)
     if config.check and source.kind != "caffe":
         raise UsageError("--check needs a caffemodel", "Leave --check out: OpenCV does not read .npy.")
     given = "data" in config.model_fields_set

@@ -477,7 +477,8 @@ def test_arch_of_an_npy_is_recognised_by_kernels_with_a_note(tmp_path: Path) -> 
     np.save(tmp_path / "net.npy", np.array(layers, object), allow_pickle=True)
     notes: list[str] = []
     for arch in ("auto", "lenet"):
-        caffe.read(tmp_path / "net.npy", ConvertConfig(arch=arch), lambda event: notes.append(event.text))
+        source = caffe.read(tmp_path / "net.npy", ConvertConfig(arch=arch))
+        source.build((20, 20, 3), lambda event: notes.append(event.text))
     assert len(notes) == 1 and notes[0].startswith("read as lenet by its kernels alone")
 
 
